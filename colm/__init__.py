@@ -1,0 +1,1 @@
+"""What the prefill nodes, the decode nodes and their clients must agree on."""

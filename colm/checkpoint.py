@@ -1,0 +1,232 @@
+"""A checkpoint: a directory with config.json, model.safetensors and, for models that read text, tokenizer.json.
+
+Each chain's block of a weight is a tensor of its own, so opening scale i touches nothing of the later chains.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from colm.config import ChainConfig
+from colm.errors import CheckpointError
+from colm.model import ChainTransformer, parameter_shapes
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+FORMAT = "colm-checkpoint"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig:
+    """How text becomes a prompt, and which token ends an answer."""
+
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    """Any of these ends an answer."""
+    add_bos: bool = False
+    """Raw completions start with `bos_token_id`; a chat template writes its own."""
+    chat_template: str | None = None
+    """Jinja template over `messages`; None for a base model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened and checked checkpoint. Weights stay on disk until they are asked for."""
+
+    path: Path
+    config: ChainConfig
+    text: TextConfig
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Read the config and the weights' header, and hold the one against the other.
+
+        Raises:
+            CheckpointError: names what is missing, truncated or misshapen.
+        """
+        root = Path(path)
+        config, text = _read_config(root / CONFIG_FILE)
+        checkpoint = cls(root, config, text)
+        checkpoint._check_tensors()
+        return checkpoint
+
+    @property
+    def weights_path(self) -> Path:
+        """The file that holds every tensor."""
+        return self.path / WEIGHTS_FILE
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The tokenizer's file; None where the model serves token ids only."""
+        path = self.path / TOKENIZER_FILE
+        return path if path.exists() else None
+
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the weights are stored."""
+        return next(iter(self.tensors(["embedding.chain1"]).values())).dtype
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Map the named tensors into memory; the file's other bytes are not touched.
+
+        Raises:
+            CheckpointError: the file is truncated or lacks one of them.
+        """
+        with self._reader() as reader:
+            return {name: reader.get_tensor(name) for name in names}
+
+    def load(self, num_chains: int | None = None, dtype: torch.dtype | None = None) -> ChainTransformer:
+        """Build the model of the first `num_chains` chains and nothing else.
+
+        Args:
+            num_chains: 1..n; None for all.
+            dtype: cast to this; None keeps what is stored.
+        """
+        with torch.device("meta"):
+            model = ChainTransformer(self.config, num_chains)
+        assign(model, self.tensors(name for name, _ in model.named_parameters()), dtype)
+        return model
+
+    def _reader(self) -> Any:
+        try:
+            return safe_open(self.weights_path, framework="pt")
+        except FileNotFoundError as err:
+            raise CheckpointError(f"{self.weights_path} is missing") from err
+        except SafetensorError as err:
+            raise CheckpointError(f"{self.weights_path} is truncated or not a safetensors file: {err}") from err
+
+    def _check_tensors(self) -> None:
+        expected = parameter_shapes(self.config)
+        with self._reader() as reader:
+            stored = set(reader.keys())
+            for name, shape in expected.items():
+                if name not in stored:
+                    raise CheckpointError(f"{self.weights_path}: tensor {name!r} is missing")
+                found = torch.Size(reader.get_slice(name).get_shape())
+                if found != shape:
+                    raise CheckpointError(
+                        f"{self.weights_path}: tensor {name!r} has shape {tuple(found)}, expected {tuple(shape)}"
+                    )
+
+
+def assign(model: ChainTransformer, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Put tensors into a model built on the meta device; parameters not given stay there, without memory."""
+    cast = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(cast, strict=False, assign=True)
+    model.requires_grad_(False).eval()
+
+
+def load(path: str | os.PathLike[str], num_chains: int | None = None, dtype: torch.dtype | None = None) -> ChainTransformer:
+    """Open a checkpoint and build the model of its first `num_chains` chains; see `Checkpoint`."""
+    return Checkpoint.open(path).load(num_chains, dtype)
+
+
+def save(
+    path: str | os.PathLike[str],
+    config: ChainConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    text: TextConfig | None = None,
+    tokenizer_json: str | None = None,
+) -> Checkpoint:
+    """Write a checkpoint; it appears whole or not at all, and replaces an older one at the same path.
+
+    Args:
+        path: the directory to write.
+        config: shape of the model.
+        tensors: exactly the tensors that `parameter_shapes(config)` names.
+        text: prompt and stop conventions.
+        tokenizer_json: contents of tokenizer.json; None for a model that serves token ids.
+
+    Returns:
+        The checkpoint, opened and checked.
+
+    Raises:
+        CheckpointError: a tensor is missing, misshapen or not of this model, or `path` is something else.
+    """
+    target = Path(path).absolute()
+    if target.exists() and not (target / CONFIG_FILE).exists() and (target.is_file() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not a checkpoint; choose another path or remove it")
+    if unknown := sorted(set(tensors) - set(parameter_shapes(config))):
+        raise CheckpointError(f"tensors {unknown[:3]} do not belong to this model")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        staging = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=".colm-")))
+        whole = staging / "new"
+        whole.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, whole / WEIGHTS_FILE)
+        body = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model": config.to_dict(),
+            "text": asdict(text or TextConfig()),
+        }
+        (whole / CONFIG_FILE).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+        if tokenizer_json is not None:
+            (whole / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
+        Checkpoint.open(whole)
+        if target.exists():
+            shutil.move(target, staging / "old")
+        whole.rename(target)
+    return Checkpoint.open(target)
+
+
+def backbone_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 over everything of chain 1 that keys and values depend on.
+
+    The final norm and the head are left out: retraining them, or any later chain, leaves every cached key and
+    value valid.
+    """
+    names = sorted(prefill_tensor_names(checkpoint.config))
+    digest = hashlib.sha256()
+    for name in names:
+        tensor = checkpoint.tensors([name])[name]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def prefill_tensor_names(config: ChainConfig) -> set[str]:
+    """The tensors a prefill needs: chain 1 without the final norm and head, and of the last layer only what
+    makes its keys and values.
+    """
+    last = f"layers.{config.num_layers - 1}."
+    last_needed = {last + "attention_norm.chain1", last + "attention.wk.chain1", last + "attention.wv.chain1"}
+    names = set(parameter_shapes(config, 1))
+    return {
+        name
+        for name in names
+        if not name.startswith(("final_norm.", "head.")) and (not name.startswith(last) or name in last_needed)
+    }
+
+
+def _read_config(path: Path) -> tuple[ChainConfig, TextConfig]:
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise CheckpointError(f"{path} is missing; is {path.parent} a checkpoint made by `colm import`?") from err
+    except (UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise CheckpointError(f"{path} is not valid JSON: {err}") from err
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a {FORMAT}; run `colm import {path.parent} DEST` first")
+    if body.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version={body.get('format_version')!r}, this build reads {FORMAT_VERSION}")
+    try:
+        config = ChainConfig.from_dict(body["model"])
+        text = body.get("text", {})
+        return config, TextConfig(**text | {"eos_token_ids": tuple(text.get("eos_token_ids", ()))})
+    except (KeyError, TypeError, ValueError) as err:
+        raise CheckpointError(f"{path}: {err}") from err

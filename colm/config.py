@@ -1,0 +1,179 @@
+"""The shape of a CoLM model: dimensions, chains, and what follows from them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
+from typing import Any, Literal, Self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the context of pre-training."""
+
+    kind: Literal["linear", "llama3"]
+    """`linear` divides every frequency by `factor`; `llama3` only the low ones, with a ramp between the two bounds."""
+    factor: float
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above `original_max_context / low_freq_factor` are divided by `factor`."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below `original_max_context / high_freq_factor` are left alone."""
+    original_max_context: int = 8192
+    """llama3: the context, in tokens, of pre-training."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"rope_scaling.kind={self.kind!r} is unknown; use 'linear' or 'llama3'")
+        if not self.factor >= 1.0:
+            raise ValueError(f"rope_scaling.factor={self.factor} must be at least 1.0")
+        if self.kind == "llama3" and not 0.0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope_scaling.low_freq_factor={self.low_freq_factor} must be above 0 and below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChainConfig:
+    """Dimensions of one model. `len(chains) == 1` is an ordinary LLaMA.
+
+    Every split dimension is divided among the chains in the ratio `chains[i] / sum(chains)`; the first i
+    chains together are "scale i" and form a complete smaller model.
+    """
+
+    dim: int
+    """Width of the residual stream, all chains together."""
+    hidden_dim: int
+    """Width of the feed-forward layer, all chains together."""
+    num_layers: int
+    num_heads: int
+    """Query heads, all chains together; equals sum(chains)."""
+    num_kv_heads: int
+    chains: tuple[int, ...]
+    """Query heads of each chain."""
+    vocab_size: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    """The head is the embedding table itself."""
+    kv_sharing: bool = True
+    """CoLM-Air: all keys and values come from chain 1 and are read by the queries of every chain."""
+    max_context: int = 4096
+    """Longest sequence, prompt and answer together, in tokens."""
+    explicit_head_dim: int | None = None
+    """Head dim where it is not `dim / num_heads`."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "max_context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        total = sum(self.chains)
+        if not self.chains or min(self.chains) < 1:
+            raise ValueError(f"chains={self.chains} must be a non-empty list of positive head counts")
+        if total != self.num_heads:
+            raise ValueError(f"chains={self.chains} sum to {total}, but num_heads={self.num_heads}; they must be equal")
+        for name in ("dim", "hidden_dim"):
+            for chain in self.chains:
+                if getattr(self, name) * chain % total:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} does not split in the ratio {self.chains}; "
+                        f"use a multiple of {total}, e.g. {-(-getattr(self, name) // total) * total}"
+                    )
+        if self.kv_sharing:
+            for chain in self.chains:
+                if chain % self.num_kv_heads:
+                    raise ValueError(
+                        f"chains={self.chains}: with kv_sharing each chain must be a multiple of "
+                        f"num_kv_heads={self.num_kv_heads}, but {chain} is not"
+                    )
+        else:
+            for chain in self.chains:
+                if chain * self.num_kv_heads % total:
+                    raise ValueError(
+                        f"chains={self.chains}: num_kv_heads={self.num_kv_heads} does not split in that ratio; "
+                        f"chain * num_kv_heads must be a multiple of {total}"
+                    )
+        if self.explicit_head_dim is None and self.dim % self.num_heads:
+            raise ValueError(f"dim={self.dim} is not a multiple of num_heads={self.num_heads}; give explicit_head_dim")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.explicit_head_dim or self.dim // self.num_heads
+
+    @property
+    def num_chains(self) -> int:
+        """Chains of the whole model."""
+        return len(self.chains)
+
+    @property
+    def chain_dims(self) -> tuple[int, ...]:
+        """Share of `dim` that belongs to each chain."""
+        return self.split(self.dim)
+
+    @property
+    def chain_hidden_dims(self) -> tuple[int, ...]:
+        """Share of `hidden_dim` that belongs to each chain."""
+        return self.split(self.hidden_dim)
+
+    @property
+    def chain_query_dims(self) -> tuple[int, ...]:
+        """Width of each chain's queries, all its heads together."""
+        return tuple(chain * self.head_dim for chain in self.chains)
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of one token's keys in one layer, all kv heads together."""
+        return self.num_kv_heads * self.head_dim
+
+    def split(self, width: int) -> tuple[int, ...]:
+        """Divide a width among the chains."""
+        return tuple(width * chain // sum(self.chains) for chain in self.chains)
+
+    def scale_dim(self, num_chains: int) -> int:
+        """Width of the residual stream of the first `num_chains` chains."""
+        return list(accumulate(self.chain_dims))[num_chains - 1]
+
+    def resolve_num_chains(self, num_chains: int | None) -> int:
+        """Active chains; None means all.
+
+        Raises:
+            ValueError: outside 1..n.
+        """
+        if num_chains is None:
+            return self.num_chains
+        if not 1 <= num_chains <= self.num_chains:
+            raise ValueError(f"num_chains={num_chains} must be between 1 and {self.num_chains}")
+        return num_chains
+
+    def num_parameters(self, num_chains: int | None = None) -> int:
+        """Weights of the model of the first `num_chains` chains; a tied head is counted once."""
+        from colm.model import parameter_shapes  # the model knows its own tensors; it imports this file
+
+        return sum(shape.numel() for shape in parameter_shapes(self, num_chains).values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready form; `from_dict` reads it back."""
+        return asdict(self) | {"chains": list(self.chains)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: an unknown or missing field, or values that do not fit together.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise ValueError(f"unknown model fields {unknown}; known are {sorted(known)}")
+        values = dict(data)
+        if isinstance(values.get("rope_scaling"), Mapping):
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        if "chains" in values:
+            values["chains"] = tuple(values["chains"])
+        try:
+            return cls(**values)
+        except TypeError as err:
+            raise ValueError(f"model section: {err}") from err

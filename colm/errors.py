@@ -1,0 +1,62 @@
+"""Every error a user, a peer or the weather can cause, by what its owner should do about it."""
+
+
+class ColmError(Exception):
+    """Base of the project's own errors."""
+
+
+class InvalidRequest(ColmError):
+    """A request names a value that can never be served; trying again is useless.
+
+    Attributes:
+        field: the request's field, as the client spells it.
+        value: the offending value, shortened for display.
+        limit: what would have been accepted.
+    """
+
+    def __init__(self, field: str, value: object, limit: str) -> None:
+        shown = repr(value)
+        self.field = field
+        self.value = shown if len(shown) <= 80 else shown[:77] + "..."
+        self.limit = limit
+        super().__init__(f"{field}={self.value}: {limit}")
+
+
+class UnknownModel(InvalidRequest):
+    """The request names a model that this cluster does not serve."""
+
+
+class Unauthenticated(ColmError):
+    """The caller showed no token, or not the right one."""
+
+
+class CapacityExceeded(ColmError):
+    """The request is valid, but there is no room for it now; it may be tried again later."""
+
+
+class PeerUnavailable(ColmError):
+    """Another process broke off, could not be reached, or broke the protocol."""
+
+
+class FingerprintMismatch(ColmError):
+    """The two ends of a KV stream do not serve the same chain 1, dtype or layout."""
+
+
+class DeadlineExceeded(ColmError):
+    """The request's time is over."""
+
+
+class CheckpointError(ColmError):
+    """A checkpoint is truncated, or has a missing or misshapen part; the message names it."""
+
+
+class UnsupportedModel(ColmError):
+    """A source model has a property that cannot be carried over; the message names it."""
+
+
+class ConfigError(ColmError):
+    """A configuration file or option is wrong; the message names the option, the value and the way out."""
+
+
+class ClusterError(ColmError):
+    """The cluster could not be started, found or stopped; the message says what to do."""

@@ -1,0 +1,101 @@
+"""Keys and values as they travel and rest: dtype, shape, bytes, and the fingerprint both ends must agree on.
+
+Shapes: K kv heads, T tokens of a tile, D head dim.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colm.checkpoint import Checkpoint, backbone_digest
+from colm.config import ChainConfig
+from colm.dtypes import dtype_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvLayout:
+    """What one cached token is made of."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    page_tokens: int
+    """Tokens of one layer in one page."""
+
+    @classmethod
+    def of(cls, config: ChainConfig, *, dtype: torch.dtype, page_tokens: int) -> "KvLayout":
+        """The layout of a model's cache."""
+        if page_tokens < 1:
+            raise ValueError(f"page_tokens={page_tokens} must be at least 1")
+        return cls(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=dtype,
+            page_tokens=page_tokens,
+        )
+
+    @property
+    def layer_token_bytes(self) -> int:
+        """Keys and values of one token in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        return self.num_layers * self.layer_token_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """One page of keys and values."""
+        return self.page_tokens * self.layer_token_bytes
+
+    def pages_per_layer(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens` tokens of one layer."""
+        return -(-num_tokens // self.page_tokens)
+
+    def pages(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens` tokens of all layers."""
+        return self.num_layers * self.pages_per_layer(num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class KvTile:
+    """Keys and values of one layer for a run of consecutive tokens."""
+
+    layer: int
+    first_token: int
+    k_KTD: Tensor
+    v_KTD: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the tile."""
+        return self.k_KTD.shape[1]
+
+
+def fingerprint(checkpoint: Checkpoint, layout: KvLayout) -> str:
+    """SHA-256 over chain 1's backbone, rope, head layout, KV dtype and page size, in hex.
+
+    Equal fingerprints mean that either end may read the other's keys and values. Later chains, the final norm
+    and the head do not enter: one prefill pool serves every model that shares chain 1.
+    """
+    config = checkpoint.config
+    scaling = config.rope_scaling
+    facts = {
+        "backbone": backbone_digest(checkpoint),
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else repr(scaling),
+        "norm_eps": config.norm_eps,
+        "num_layers": layout.num_layers,
+        "num_kv_heads": layout.num_kv_heads,
+        "head_dim": layout.head_dim,
+        "chain1_heads": config.chains[0],
+        "dtype": dtype_name(layout.dtype),
+        "page_tokens": layout.page_tokens,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

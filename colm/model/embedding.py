@@ -1,0 +1,40 @@
+"""The token table and the nested head, both split by chain along the model dim.
+
+Shapes: R rows, D model features of the active chains, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ChainTable(nn.Module):
+    """A (V, D) matrix whose columns belong to chains: `chain1` (V, D_1), `chain2` (V, D_2), ..."""
+
+    def __init__(self, vocab_size: int, dims: Sequence[int]) -> None:
+        super().__init__()
+        self.names = [f"chain{chain + 1}" for chain in range(len(dims))]
+        for name, dim in zip(self.names, dims, strict=True):
+            self.register_parameter(name, nn.Parameter(torch.empty(vocab_size, dim)))
+
+    def embed(self, tokens_R: Tensor, num_chains: int) -> Tensor:
+        """x_RD: row `tokens_R[r]` of the first `num_chains` chains."""
+        rows = [F.embedding(tokens_R, self.get_parameter(name)) for name in self.names[:num_chains]]
+        return rows[0] if num_chains == 1 else torch.cat(rows, dim=1)
+
+    def logits(self, x_RD: Tensor, chain_rows: Sequence[int]) -> Tensor:
+        """logits_RV of normalised hidden states, each row at its own scale.
+
+        Chains are added one after the other, so that a chain whose columns are zero leaves the sum
+        bit-identical; that is what makes a freshly expanded model answer exactly like its first chain.
+        """
+        tables = [self.get_parameter(name) for name in self.names[: len(chain_rows)]]
+        logits_RV = F.linear(x_RD[:, : tables[0].shape[1]], tables[0])
+        column = tables[0].shape[1]
+        for table, rows in zip(tables[1:], chain_rows[1:], strict=True):
+            part = F.linear(x_RD[:rows, column : column + table.shape[1]], table)
+            logits_RV = logits_RV + F.pad(part, (0, 0, 0, logits_RV.shape[0] - rows))
+            column += table.shape[1]
+        return logits_RV

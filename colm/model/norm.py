@@ -1,0 +1,34 @@
+"""RMSNorm (chain).
+
+Shapes: R rows, D features of the active chains.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class ChainRMSNorm(nn.Module):
+    """Each chain is normalised by its own root mean square, with its own gain: `chain1`, `chain2`, ..."""
+
+    def __init__(self, dims: Sequence[int], eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.names = [f"chain{chain + 1}" for chain in range(len(dims))]
+        for name, dim in zip(self.names, dims, strict=True):
+            self.register_parameter(name, nn.Parameter(torch.empty(dim)))
+
+    def forward(self, x_RD: Tensor, num_chains: int) -> Tensor:
+        """Normalise the first `num_chains` chains: x / sqrt(mean(x^2) + eps) * gain, in fp32 inside."""
+        gains = [self.get_parameter(name) for name in self.names[:num_chains]]
+        chunks = x_RD.split([gain.numel() for gain in gains], dim=1)
+        outputs = [rms_norm(x, gain, self.eps) for x, gain in zip(chunks, gains, strict=True)]
+        return outputs[0] if num_chains == 1 else torch.cat(outputs, dim=1)
+
+
+def rms_norm(x_RD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
+    """Root mean square norm (Zhang and Sennrich 2019), rounded to x's dtype before the gain, as LLaMA does."""
+    wide = x_RD.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * scale).to(x_RD.dtype) * gain_D

@@ -1,0 +1,57 @@
+"""Linear (chain): output chain i reads input chains 1..i, so the stacked weight is a staircase.
+
+Shapes: R rows, I input features of the active chains, O output features of the active chains.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def chain_linear_reference(
+    x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, chain_rows: Sequence[int]
+) -> Tensor:
+    """The definition, as one masked full-width product; see `chain_linear`."""
+    in_dims = [weight.shape[1] for weight in weights]
+    out_dims = [weight.shape[0] for weight in weights]
+    full = x_RI.new_zeros(sum(out_dims), in_dims[-1])
+    row = 0
+    for weight in weights:
+        full[row : row + weight.shape[0], : weight.shape[1]] = weight
+        row += weight.shape[0]
+    y_RO = x_RI @ full.T
+    if biases is not None:
+        y_RO = y_RO + torch.cat(list(biases))
+    column = 0
+    for out_dim, rows in zip(out_dims, chain_rows, strict=True):
+        y_RO[rows:, column : column + out_dim] = 0
+        column += out_dim
+    return y_RO
+
+
+def chain_linear(
+    x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, chain_rows: Sequence[int]
+) -> Tensor:
+    """Apply the staircase, chain by chain, to as many leading rows as each chain serves.
+
+    Args:
+        x_RI: input of the active chains, side by side; I = weights[-1].shape[1].
+        weights: one block a chain, (O_i, I_1 + .. + I_i).
+        biases: one (O_i,) a chain, or None.
+        chain_rows: for chain i the number of leading rows that compute it; never increasing. Rows that run at a
+            larger scale stand first, so a batch of mixed scales reads every weight once.
+
+    Returns:
+        y_RO, chains side by side; zero where a row does not compute a chain.
+
+    Example: weights of 2 chains and chain_rows (3, 1): row 0 gets both chains, rows 1 and 2 chain 1 and zeros.
+    """
+    outputs = []
+    num_rows = x_RI.shape[0]
+    for chain, (weight, rows) in enumerate(zip(weights, chain_rows, strict=True)):
+        bias = None if biases is None else biases[chain]
+        y = F.linear(x_RI[:rows, : weight.shape[1]], weight, bias)
+        outputs.append(y if rows == num_rows else F.pad(y, (0, 0, 0, num_rows - rows)))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

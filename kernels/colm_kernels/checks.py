@@ -1,0 +1,29 @@
+"""Argument checks that name the argument, shared by every operation."""
+
+from torch import Tensor
+
+
+def check_dims(name: str, tensor: Tensor, *sizes: int | None) -> None:
+    """Refuse a tensor whose shape differs; None stands for any size.
+
+    Raises:
+        ValueError: names the argument, its shape and the shape expected.
+    """
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(sizes) and all(
+        want is None or got == want for got, want in zip(shape, sizes, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("*" if size is None else str(size) for size in sizes)
+        raise ValueError(f"{name} has shape {shape}, expected ({wanted})")
+
+
+def check_same_dtype(**tensors: Tensor) -> None:
+    """Refuse tensors of different dtypes.
+
+    Raises:
+        ValueError: names every argument and its dtype.
+    """
+    if len({tensor.dtype for tensor in tensors.values()}) > 1:
+        listed = ", ".join(f"{name}={tensor.dtype}" for name, tensor in tensors.items())
+        raise ValueError(f"arguments must share one dtype, got {listed}")
