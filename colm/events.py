@@ -1,0 +1,95 @@
+"""What happens to a request, in order: accepted, prefill progress, tokens, finished."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accepted:
+    """The request is valid and on its way to a decode node."""
+
+    request_id: str
+    model: str
+    num_prompt_tokens: int
+    num_chains: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reserved:
+    """A decode node has set aside memory for the prompt and the whole answer."""
+
+    num_pages: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillProgress:
+    """How much of the prompt's keys and values has arrived, averaged over layers."""
+
+    num_tokens_done: int
+    num_tokens_total: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Token:
+    """One generated token."""
+
+    token_id: int
+    text: str
+    """Text this token completed; empty while a character or a possible stop string is unfinished."""
+    logprob: float
+    """Natural log, under the model at this scale, before temperature and cuts."""
+    num_chains: int
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob) of the likeliest tokens, likeliest first."""
+
+
+class FinishReason(Enum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What a request consumed."""
+
+    num_prompt_tokens: int
+    num_prefill_tokens: int
+    """Computed by the prefill node."""
+    num_decode_prompt_tokens: int
+    """Prompt tokens computed by the decode node."""
+    num_new_tokens: int
+    kv_received_bytes: int
+    """Payload of the keys and values received."""
+    num_kv_streams: int
+    """Streams opened; above 1 when a prefill node was lost on the way."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timings:
+    """Where the time went, seen from the decode node."""
+
+    queue_s: float
+    """Waiting for a prefill node."""
+    prefill_s: float
+    """From the open KV stream to its last tile."""
+    first_token_s: float
+    """From the request's arrival to the first token."""
+    decode_s: float
+    """From the first token to the last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """The end of an answer; nothing follows."""
+
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    text: str = ""
+    """Text held back until no stop string could follow; goes after the last token's."""
+
+
+Event = Accepted | Reserved | PrefillProgress | Token | Finished

@@ -1,0 +1,171 @@
+"""Between domain objects and messages. Nothing beyond the edges of a process sees a pb2 class."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+
+from colm.events import Accepted, Event, Finished, FinishReason, PrefillProgress, Reserved, Timings, Token, Usage
+from colm.sampling import SamplingParams
+from colm.wire.v1 import common_pb2 as pb
+from colm.wire.v1 import decode_service_pb2 as decode_pb
+from colm.wire.v1 import generation_service_pb2 as generation_pb
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Message = TypeVar("_Message", bound=Message)
+_Record = TypeVar("_Record", bound="DataclassInstance")
+
+IDS_PER_MESSAGE = 1 << 16
+
+_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+
+def token_id_pieces(token_ids: Sequence[int] | NDArray[np.int64]) -> Iterator[pb.TokenIds]:
+    """Cut a prompt into messages far below gRPC's limit."""
+    for start in range(0, len(token_ids), IDS_PER_MESSAGE):
+        piece = token_ids[start : start + IDS_PER_MESSAGE]
+        yield pb.TokenIds(ids=piece.tolist() if isinstance(piece, np.ndarray) else piece)
+
+
+def sampling_to_pb(params: SamplingParams) -> pb.Sampling:
+    """Domain to wire."""
+    message = pb.Sampling(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        top_logprobs=params.top_logprobs,
+        ignore_eos=params.ignore_eos,
+    )
+    if params.seed is not None:
+        message.seed = params.seed
+    return message
+
+
+def sampling_from_pb(message: pb.Sampling) -> SamplingParams:
+    """Wire to domain.
+
+    Raises:
+        InvalidRequest: a value out of range.
+    """
+    return SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        seed=message.seed if message.HasField("seed") else None,
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        top_logprobs=message.top_logprobs,
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def _to_pb(message_type: type[_Message], record: "DataclassInstance") -> _Message:
+    """Flat records have the same field names on both sides."""
+    return message_type(**asdict(record))
+
+
+def _from_pb(record_type: type[_Record], message: Message) -> _Record:
+    return record_type(**{field.name: getattr(message, field.name) for field in fields(record_type)})
+
+
+def token_to_pb(event: Token) -> pb.Token:
+    """Domain to wire."""
+    return pb.Token(
+        token_id=event.token_id,
+        text=event.text,
+        logprob=event.logprob,
+        num_chains=event.num_chains,
+        top_logprobs=[pb.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in event.top_logprobs],
+    )
+
+
+def finished_to_pb(event: Finished) -> pb.Finished:
+    """Domain to wire."""
+    return pb.Finished(
+        reason=_REASONS[event.reason],
+        usage=_to_pb(pb.Usage, event.usage),
+        timings=_to_pb(pb.Timings, event.timings),
+        text=event.text,
+    )
+
+
+def decode_response(event: Event) -> decode_pb.DecodeResponse:
+    """An event of a decode node as its service sends it."""
+    match event:
+        case Reserved():
+            return decode_pb.DecodeResponse(reserved=_to_pb(decode_pb.Reserved, event))
+        case PrefillProgress():
+            return decode_pb.DecodeResponse(prefill_progress=_to_pb(pb.PrefillProgress, event))
+        case Token():
+            return decode_pb.DecodeResponse(token=token_to_pb(event))
+        case Finished():
+            return decode_pb.DecodeResponse(finished=finished_to_pb(event))
+        case Accepted():
+            raise AssertionError("a decode node accepts nothing; the gateway does")
+
+
+def accepted_response(event: Accepted) -> generation_pb.GenerateResponse:
+    """The gateway's first word to the client."""
+    return generation_pb.GenerateResponse(accepted=_to_pb(generation_pb.Accepted, event))
+
+
+def relay(message: decode_pb.DecodeResponse) -> generation_pb.GenerateResponse | None:
+    """A decode node's event as the client sees it; None where it is not the client's business."""
+    match message.WhichOneof("event"):
+        case "prefill_progress":
+            return generation_pb.GenerateResponse(prefill_progress=message.prefill_progress)
+        case "token":
+            return generation_pb.GenerateResponse(token=message.token)
+        case "finished":
+            return generation_pb.GenerateResponse(finished=message.finished)
+        case _:
+            return None
+
+
+def event_from_pb(message: generation_pb.GenerateResponse) -> Event:
+    """Wire to domain, at the client.
+
+    Raises:
+        ValueError: a message of no known kind.
+    """
+    match message.WhichOneof("event"):
+        case "accepted":
+            return _from_pb(Accepted, message.accepted)
+        case "prefill_progress":
+            return _from_pb(PrefillProgress, message.prefill_progress)
+        case "token":
+            return _token(message.token)
+        case "finished":
+            return _finished(message.finished)
+        case kind:
+            raise ValueError(f"the server sent an event of unknown kind {kind!r}")
+
+
+def _token(token: pb.Token) -> Token:
+    return Token(
+        token_id=token.token_id,
+        text=token.text,
+        logprob=token.logprob,
+        num_chains=token.num_chains,
+        top_logprobs=tuple((entry.token_id, entry.logprob) for entry in token.top_logprobs),
+    )
+
+
+def _finished(finished: pb.Finished) -> Finished:
+    reasons = {value: reason for reason, value in _REASONS.items()}
+    return Finished(
+        reason=reasons[finished.reason],
+        usage=_from_pb(Usage, finished.usage),
+        timings=_from_pb(Timings, finished.timings),
+        text=finished.text,
+    )

@@ -1,0 +1,142 @@
+"""Who may call: bearer tokens, and TLS with certificates that the cluster makes for itself."""
+
+import datetime
+import hmac
+import ipaddress
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+AUTHORIZATION = "authorization"
+# Self-made certificates carry this name instead of addresses, so they stay valid wherever a replica lands.
+CLUSTER_NAME = "colm-serve"
+_OPEN_SERVICES = ("/grpc.health.v1.Health/",)
+_VALID_DAYS = 3650
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tls:
+    """PEM material of one side. Clients need `ca_pem`; servers need all three."""
+
+    ca_pem: bytes
+    cert_pem: bytes | None = None
+    key_pem: bytes | None = None
+    server_name: str | None = CLUSTER_NAME
+    """The name in the server's certificate; None checks the address that was dialled."""
+
+    def for_clients(self) -> "Tls":
+        """The part that clients may know."""
+        return Tls(ca_pem=self.ca_pem, server_name=self.server_name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Security:
+    """What a caller shows and a server demands."""
+
+    token: str | None = None
+    """Sent as `authorization: Bearer`; None leaves the server open."""
+    tls: Tls | None = None
+    """None is plaintext."""
+
+    def __repr__(self) -> str:
+        return f"Security(token={'set' if self.token else None}, tls={'set' if self.tls else None})"
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What a call carries."""
+        return ((AUTHORIZATION, f"Bearer {self.token}"),) if self.token else ()
+
+    def server_credentials(self) -> grpc.ServerCredentials | None:
+        """None for plaintext."""
+        if self.tls is None:
+            return None
+        if self.tls.key_pem is None or self.tls.cert_pem is None:
+            raise ValueError("tls.cert_pem and tls.key_pem are needed to serve")
+        return grpc.ssl_server_credentials([(self.tls.key_pem, self.tls.cert_pem)])
+
+    def channel_credentials(self) -> grpc.ChannelCredentials | None:
+        """None for plaintext."""
+        return None if self.tls is None else grpc.ssl_channel_credentials(self.tls.ca_pem)
+
+
+def new_token() -> str:
+    """A fresh random token, 256 bits."""
+    return secrets.token_urlsafe(32)
+
+
+def new_tls() -> Tls:
+    """A fresh self-made authority and a server certificate signed by it, both valid ten years."""
+    now = datetime.datetime.now(datetime.UTC)
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{CLUSTER_NAME} authority")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, CLUSTER_NAME)])
+
+    def certificate(subject: x509.Name, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(ca_name)
+            .public_key(public_key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=_VALID_DAYS))
+        )
+
+    ca = (
+        certificate(ca_name, ca_key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(ca_key, hashes.SHA256())
+    )
+    names: list[x509.GeneralName] = [x509.DNSName(CLUSTER_NAME), x509.DNSName("localhost")]
+    names.append(x509.IPAddress(ipaddress.IPv4Address("127.0.0.1")))
+    cert = (
+        certificate(name, key.public_key())
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .sign(ca_key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    return Tls(
+        ca_pem=ca.public_bytes(pem),
+        cert_pem=cert.public_bytes(pem),
+        key_pem=key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    )
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):
+    """Lets a call through only with the right token; health checks need none."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}"
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Answer with UNAUTHENTICATED in the shape of the call that was asked for."""
+        handler = await continuation(handler_call_details)
+        shown = dict(handler_call_details.invocation_metadata).get(AUTHORIZATION, "")
+        if handler is None or handler_call_details.method.startswith(_OPEN_SERVICES):
+            return handler
+        if hmac.compare_digest(str(shown).encode(), self._expected.encode()):
+            return handler
+        return _refusal(handler, "the token is wrong" if shown else "a token is needed (metadata `authorization: Bearer`)")
+
+
+def _refusal(handler: grpc.RpcMethodHandler, why: str) -> grpc.RpcMethodHandler:
+    async def refuse(_: object, context: grpc.aio.ServicerContext) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
+
+    kinds = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    make = kinds[(handler.request_streaming, handler.response_streaming)]
+    return make(refuse, handler.request_deserializer, handler.response_serializer)

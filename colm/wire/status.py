@@ -1,0 +1,103 @@
+"""Errors as gRPC carries them: a status code, a message, and a typed detail in the trailing metadata."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import NoReturn
+
+import grpc
+
+from colm.errors import (
+    CapacityExceeded,
+    ColmError,
+    DeadlineExceeded,
+    FingerprintMismatch,
+    InvalidRequest,
+    PeerUnavailable,
+    Unauthenticated,
+    UnknownModel,
+)
+from colm.wire.v1 import common_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+DETAIL_KEY = "colm-error-bin"
+_Kind = pb.ErrorDetail
+
+# Subclasses stand before their bases: the first match wins.
+_BY_ERROR: list[tuple[type[ColmError], grpc.StatusCode, "pb.ErrorDetail.Kind"]] = [
+    (UnknownModel, grpc.StatusCode.NOT_FOUND, _Kind.KIND_UNKNOWN_MODEL),
+    (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT, _Kind.KIND_INVALID_REQUEST),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED, _Kind.KIND_UNAUTHENTICATED),
+    (CapacityExceeded, grpc.StatusCode.RESOURCE_EXHAUSTED, _Kind.KIND_CAPACITY_EXCEEDED),
+    (PeerUnavailable, grpc.StatusCode.UNAVAILABLE, _Kind.KIND_PEER_UNAVAILABLE),
+    (FingerprintMismatch, grpc.StatusCode.FAILED_PRECONDITION, _Kind.KIND_FINGERPRINT_MISMATCH),
+    (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, _Kind.KIND_DEADLINE_EXCEEDED),
+]
+
+
+async def abort(context: grpc.aio.ServicerContext, error: ColmError) -> NoReturn:
+    """End a call with the status of a typed error."""
+    for kind, code, detail_kind in _BY_ERROR:
+        if isinstance(error, kind):
+            break
+    else:
+        code, detail_kind = grpc.StatusCode.INTERNAL, _Kind.KIND_INTERNAL
+    detail = pb.ErrorDetail(kind=detail_kind)
+    if isinstance(error, InvalidRequest):
+        detail.field, detail.value, detail.limit = error.field, error.value, error.limit
+    metadata = ((DETAIL_KEY, detail.SerializeToString()),)
+    await context.abort(code, str(error), metadata)
+    raise AssertionError("abort returned")
+
+
+@asynccontextmanager
+async def answering(context: grpc.aio.ServicerContext, call: str) -> AsyncIterator[None]:
+    """Turn whatever a handler raises into exactly one status; cancellation passes through."""
+    try:
+        yield
+    except ColmError as error:
+        logger.info("%s.failed error=%s message=%s", call, type(error).__name__, error)
+        await abort(context, error)
+    except (asyncio.CancelledError, grpc.aio.AbortError):
+        raise
+    except Exception:
+        logger.exception("%s.failed by a defect of ours", call)
+        await abort(context, ColmError(f"internal error in {call}; the node's log has the trace"))
+
+
+def error_of(error: grpc.RpcError, peer: str) -> ColmError:
+    """The typed error behind a failed call.
+
+    Args:
+        error: what gRPC raised; it must carry a status.
+        peer: who was called, for the message.
+    """
+    call: grpc.Call = error  # every RpcError raised by a stub is a Call too
+    code, message = call.code(), call.details() or ""
+    trailing = dict(call.trailing_metadata() or ())
+    detail = pb.ErrorDetail()
+    if isinstance(raw := trailing.get(DETAIL_KEY), bytes):
+        detail.MergeFromString(raw)
+    for kind, _, detail_kind in _BY_ERROR:
+        if detail.kind == detail_kind:
+            return _rebuild(kind, detail, message)
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return PeerUnavailable(f"{peer} is not reachable or was lost: {message}")
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"the deadline passed while waiting for {peer}")
+    if code == grpc.StatusCode.UNAUTHENTICATED:
+        return Unauthenticated(message)
+    if code == grpc.StatusCode.CANCELLED:
+        return PeerUnavailable(f"{peer} cancelled the call: {message}")
+    return ColmError(f"{peer}: {code.name}: {message}")
+
+
+def _rebuild(kind: type[ColmError], detail: pb.ErrorDetail, message: str) -> ColmError:
+    if not issubclass(kind, InvalidRequest):
+        return kind(message)
+    error = kind(detail.field, "", detail.limit)
+    error.value = detail.value
+    error.args = (message,)
+    return error

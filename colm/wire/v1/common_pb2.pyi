@@ -1,0 +1,145 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
+    FINISH_REASON_STOP: _ClassVar[FinishReason]
+    FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+FINISH_REASON_UNSPECIFIED: FinishReason
+FINISH_REASON_STOP: FinishReason
+FINISH_REASON_LENGTH: FinishReason
+
+class Sampling(_message.Message):
+    __slots__ = ("temperature", "top_k", "top_p", "seed", "stop", "stop_token_ids", "top_logprobs", "ignore_eos")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop: _containers.RepeatedScalarFieldContainer[str]
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: int
+    ignore_eos: bool
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[int] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
+
+class TokenIds(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TokenLogprob(_message.Message):
+    __slots__ = ("token_id", "logprob")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: float
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
+
+class Token(_message.Message):
+    __slots__ = ("token_id", "text", "logprob", "top_logprobs", "num_chains")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHAINS_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    text: str
+    logprob: float
+    top_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
+    num_chains: int
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., num_chains: _Optional[int] = ...) -> None: ...
+
+class PrefillProgress(_message.Message):
+    __slots__ = ("num_tokens_done", "num_tokens_total")
+    NUM_TOKENS_DONE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    num_tokens_done: int
+    num_tokens_total: int
+    def __init__(self, num_tokens_done: _Optional[int] = ..., num_tokens_total: _Optional[int] = ...) -> None: ...
+
+class Usage(_message.Message):
+    __slots__ = ("num_prompt_tokens", "num_prefill_tokens", "num_decode_prompt_tokens", "num_new_tokens", "kv_received_bytes", "num_kv_streams")
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODE_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    num_prompt_tokens: int
+    num_prefill_tokens: int
+    num_decode_prompt_tokens: int
+    num_new_tokens: int
+    kv_received_bytes: int
+    num_kv_streams: int
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_decode_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., kv_received_bytes: _Optional[int] = ..., num_kv_streams: _Optional[int] = ...) -> None: ...
+
+class Timings(_message.Message):
+    __slots__ = ("queue_s", "prefill_s", "first_token_s", "decode_s")
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    queue_s: float
+    prefill_s: float
+    first_token_s: float
+    decode_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., decode_s: _Optional[float] = ...) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ("reason", "usage", "timings", "text")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    text: str
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
+
+class ErrorDetail(_message.Message):
+    __slots__ = ("kind", "field", "value", "limit")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[ErrorDetail.Kind]
+        KIND_INVALID_REQUEST: _ClassVar[ErrorDetail.Kind]
+        KIND_UNKNOWN_MODEL: _ClassVar[ErrorDetail.Kind]
+        KIND_UNAUTHENTICATED: _ClassVar[ErrorDetail.Kind]
+        KIND_CAPACITY_EXCEEDED: _ClassVar[ErrorDetail.Kind]
+        KIND_PEER_UNAVAILABLE: _ClassVar[ErrorDetail.Kind]
+        KIND_FINGERPRINT_MISMATCH: _ClassVar[ErrorDetail.Kind]
+        KIND_DEADLINE_EXCEEDED: _ClassVar[ErrorDetail.Kind]
+        KIND_INTERNAL: _ClassVar[ErrorDetail.Kind]
+    KIND_UNSPECIFIED: ErrorDetail.Kind
+    KIND_INVALID_REQUEST: ErrorDetail.Kind
+    KIND_UNKNOWN_MODEL: ErrorDetail.Kind
+    KIND_UNAUTHENTICATED: ErrorDetail.Kind
+    KIND_CAPACITY_EXCEEDED: ErrorDetail.Kind
+    KIND_PEER_UNAVAILABLE: ErrorDetail.Kind
+    KIND_FINGERPRINT_MISMATCH: ErrorDetail.Kind
+    KIND_DEADLINE_EXCEEDED: ErrorDetail.Kind
+    KIND_INTERNAL: ErrorDetail.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    kind: ErrorDetail.Kind
+    field: str
+    value: str
+    limit: str
+    def __init__(self, kind: _Optional[_Union[ErrorDetail.Kind, str]] = ..., field: _Optional[str] = ..., value: _Optional[str] = ..., limit: _Optional[str] = ...) -> None: ...

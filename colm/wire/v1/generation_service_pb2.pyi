@@ -1,0 +1,126 @@
+from colm.wire.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    ROLE_PREFILL: _ClassVar[Role]
+    ROLE_DECODE: _ClassVar[Role]
+ROLE_UNSPECIFIED: Role
+ROLE_PREFILL: Role
+ROLE_DECODE: Role
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("open", "document", "token_ids")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    open: OpenGenerate
+    document: bytes
+    token_ids: _common_pb2.TokenIds
+    def __init__(self, open: _Optional[_Union[OpenGenerate, _Mapping]] = ..., document: _Optional[bytes] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ...) -> None: ...
+
+class OpenGenerate(_message.Message):
+    __slots__ = ("model", "prompt", "chat", "num_chains", "max_new_tokens", "sampling", "timeout_s")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHAINS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    prompt: str
+    chat: bool
+    num_chains: int
+    max_new_tokens: int
+    sampling: _common_pb2.Sampling
+    timeout_s: float
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[bool] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("accepted", "prefill_progress", "token", "finished")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    accepted: Accepted
+    prefill_progress: _common_pb2.PrefillProgress
+    token: _common_pb2.Token
+    finished: _common_pb2.Finished
+    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., prefill_progress: _Optional[_Union[_common_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_common_pb2.Finished, _Mapping]] = ...) -> None: ...
+
+class Accepted(_message.Message):
+    __slots__ = ("request_id", "model", "num_prompt_tokens", "num_chains", "max_new_tokens")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHAINS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    model: str
+    num_prompt_tokens: int
+    num_chains: int
+    max_new_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ...) -> None: ...
+
+class GetClusterStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetClusterStatusResponse(_message.Message):
+    __slots__ = ("models", "nodes", "num_active_requests")
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[Model]
+    nodes: _containers.RepeatedCompositeFieldContainer[Node]
+    num_active_requests: int
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., num_active_requests: _Optional[int] = ...) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("name", "chains", "max_context_tokens", "fingerprint", "reads_text")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CHAINS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    READS_TEXT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    chains: _containers.RepeatedScalarFieldContainer[int]
+    max_context_tokens: int
+    fingerprint: str
+    reads_text: bool
+    def __init__(self, name: _Optional[str] = ..., chains: _Optional[_Iterable[int]] = ..., max_context_tokens: _Optional[int] = ..., fingerprint: _Optional[str] = ..., reads_text: _Optional[bool] = ...) -> None: ...
+
+class Node(_message.Message):
+    __slots__ = ("role", "replica_id", "address", "pid", "host", "num_active_requests", "num_queued_requests", "num_pages_total", "num_pages_used", "resident_bytes", "age_s")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_USED_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    role: Role
+    replica_id: str
+    address: str
+    pid: int
+    host: str
+    num_active_requests: int
+    num_queued_requests: int
+    num_pages_total: int
+    num_pages_used: int
+    resident_bytes: int
+    age_s: float
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., replica_id: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., num_active_requests: _Optional[int] = ..., num_queued_requests: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., num_pages_used: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., age_s: _Optional[float] = ...) -> None: ...

@@ -1,0 +1,77 @@
+from colm.wire.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CODEC_UNSPECIFIED: _ClassVar[Codec]
+    CODEC_RAW: _ClassVar[Codec]
+CODEC_UNSPECIFIED: Codec
+CODEC_RAW: Codec
+
+class PullKvRequest(_message.Message):
+    __slots__ = ("open", "token_ids")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    open: OpenKvTransfer
+    token_ids: _common_pb2.TokenIds
+    def __init__(self, open: _Optional[_Union[OpenKvTransfer, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ...) -> None: ...
+
+class OpenKvTransfer(_message.Message):
+    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    epoch: int
+    fingerprint: str
+    num_tokens: int
+    lease_id: str
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ...) -> None: ...
+
+class PullKvResponse(_message.Message):
+    __slots__ = ("tile", "complete", "payload")
+    TILE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    tile: TileHeader
+    complete: TransferComplete
+    payload: bytes
+    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class TileHeader(_message.Message):
+    __slots__ = ("transfer_id", "epoch", "layer", "first_token", "num_tokens", "codec", "checksum")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    epoch: int
+    layer: int
+    first_token: int
+    num_tokens: int
+    codec: Codec
+    checksum: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., checksum: _Optional[int] = ...) -> None: ...
+
+class TransferComplete(_message.Message):
+    __slots__ = ("transfer_id", "epoch", "num_tiles", "payload_bytes")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_TILES_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    epoch: int
+    num_tiles: int
+    payload_bytes: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tiles: _Optional[int] = ..., payload_bytes: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,41 @@
+"""Run one decode node by hand: `python -m decode_node --model DIR --prefill HOST:PORT`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from colm.dtypes import dtype_name, fastest_dtype
+from colm.node_cli import TlsDir, TokenFile, guarded, read_security, run_node
+from decode_node.node import DecodeNode, DecodeOptions
+from decode_node.prefill_pool import StaticPrefillPool
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Checkpoint directory; all chains are read.")],
+    prefill: Annotated[list[str], typer.Option(help="host:port of a prefill node; may be repeated.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 picks a free port.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; must equal the prefill nodes'.")] = dtype_name(
+        fastest_dtype()
+    ),
+    page_tokens: Annotated[int, typer.Option(help="Must equal the prefill nodes'.")] = 64,
+    kv_cache_mib: Annotated[int, typer.Option(help="Memory for keys and values.")] = 4096,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    token_file: TokenFile = None,
+    tls_dir: TlsDir = None,
+) -> None:
+    """Serve a model at any scale over keys and values from prefill nodes; prints its address once it is ready."""
+    options = DecodeOptions(
+        model_path=str(model), dtype=dtype, page_tokens=page_tokens, kv_cache_bytes=kv_cache_mib << 20,
+        num_threads=num_threads, host=host, port=port,
+    )
+
+    async def run() -> None:
+        await run_node(DecodeNode(options, read_security(token_file, tls_dir), StaticPrefillPool(prefill)))
+
+    guarded(run())
+
+
+if __name__ == "__main__":
+    typer.run(main)

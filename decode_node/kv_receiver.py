@@ -1,0 +1,126 @@
+"""The decode node's end of a KV stream: verify each tile, put it into its pages."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from colm.errors import PeerUnavailable
+from colm.wire.convert import token_id_pieces
+from colm.wire.endpoint import open_blocking_channel
+from colm.wire.security import Security
+from colm.wire.status import error_of
+from colm.wire.tile_codec import checksum_of, decode_message, pull_kv_stub
+from colm.wire.v1 import kv_transfer_service_pb2 as pb
+from decode_node.kv_store import KvStore
+from decode_node.prefill_pool import PrefillLease
+from decode_node.transfer_ledger import Arrival, TransferLedger
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvTransfer:
+    """One attempt to fetch a prompt's keys and values."""
+
+    transfer_id: str
+    epoch: int
+    fingerprint: str
+    token_ids: NDArray[np.int64]
+    table_LM: NDArray[np.int32]
+    """Page ids by layer; see `KvStore.page_table`."""
+
+
+class KvReceiver:
+    """Runs one transfer in a thread of its own: a blocking reader moves three times what an event loop can."""
+
+    def __init__(self, transfer: KvTransfer, lease: PrefillLease, store: KvStore, security: Security) -> None:
+        self._transfer = transfer
+        self._lease = lease
+        self._store = store
+        self._security = security
+        self._lock = threading.Lock()
+        self._call: grpc.Call | None = None
+        self._cancelled = False
+        self.ledger = TransferLedger(
+            transfer_id=transfer.transfer_id,
+            epoch=transfer.epoch,
+            num_layers=store.layout.num_layers,
+            num_tokens=len(transfer.token_ids),
+            layer_token_bytes=store.layout.layer_token_bytes,
+            page_tokens=store.layout.page_tokens,
+        )
+
+    def run(self) -> None:
+        """Receive everything; returns when the last tile lies in its pages.
+
+        Raises:
+            PeerUnavailable: the node broke off, is not reachable, or broke the protocol.
+            FingerprintMismatch: the node serves something else.
+        """
+        peer = f"prefill node {self._lease.address}"
+        with open_blocking_channel(self._lease.address, self._security) as channel:
+            call = pull_kv_stub(channel)(self._requests(), metadata=self._security.metadata())
+            with self._lock:
+                self._call = call
+                if self._cancelled:
+                    call.cancel()
+            try:
+                if not self._receive(call):
+                    raise PeerUnavailable(f"{peer} ended the KV stream before it was complete")
+            except grpc.RpcError as err:
+                raise error_of(err, peer) from err
+            finally:
+                call.cancel()
+
+    def cancel(self) -> None:
+        """Make `run` return soon; from any thread, at any time."""
+        with self._lock:
+            self._cancelled = True
+            if self._call is not None:
+                self._call.cancel()
+
+    def _receive(self, call: Iterator[bytes]) -> bool:
+        for data in call:
+            message, payload = decode_message(data)
+            if message.WhichOneof("event") == "complete":
+                self.ledger.complete(
+                    num_tiles=message.complete.num_tiles, payload_bytes=message.complete.payload_bytes
+                )
+                return True
+            self._store_tile(message.tile, payload)
+        return False
+
+    def _store_tile(self, tile: pb.TileHeader, payload: memoryview) -> None:
+        if tile.codec != pb.CODEC_RAW:
+            raise PeerUnavailable(f"the prefill node sent a tile in codec {tile.codec}, which this node cannot read")
+        if checksum_of(payload) != tile.checksum:
+            raise PeerUnavailable(
+                f"the tile at layer {tile.layer} token {tile.first_token} was damaged on the way (checksum)"
+            )
+        self.ledger.admit(
+            Arrival(
+                transfer_id=tile.transfer_id,
+                epoch=tile.epoch,
+                layer=tile.layer,
+                first_token=tile.first_token,
+                num_tokens=tile.num_tokens,
+                payload_bytes=len(payload),
+            )
+        )
+        self._store.write_tile(self._transfer.table_LM[tile.layer], tile.first_token, tile.num_tokens, payload)
+
+    def _requests(self) -> Iterator[pb.PullKvRequest]:
+        transfer = self._transfer
+        yield pb.PullKvRequest(
+            open=pb.OpenKvTransfer(
+                transfer_id=transfer.transfer_id,
+                epoch=transfer.epoch,
+                fingerprint=transfer.fingerprint,
+                num_tokens=len(transfer.token_ids),
+                lease_id=self._lease.lease_id,
+            )
+        )
+        for piece in token_id_pieces(transfer.token_ids):
+            yield pb.PullKvRequest(token_ids=piece)

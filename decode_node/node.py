@@ -1,0 +1,148 @@
+"""A decode node, whole: weights, pages, loop, service and server, with or without a cluster around it."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import grpc
+import torch
+
+from colm.checkpoint import Checkpoint
+from colm.clock import MonotonicClock
+from colm.dtypes import parse_dtype
+from colm.errors import ConfigError
+from colm.kv import KvLayout, fingerprint
+from colm.tokenizer import Tokenizer
+from colm.wire.endpoint import bind, create_server
+from colm.wire.security import Security
+from decode_node.decode_loop import DecodeLoop
+from decode_node.engine import DecodeEngine
+from decode_node.kv_store import KvStore
+from decode_node.page_pool import PagePool
+from decode_node.prefill_pool import PrefillPool
+from decode_node.requests import RequestOwner, Stage
+from decode_node.service import DecodeService
+
+logger = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeOptions:
+    """How to run one decode node."""
+
+    model_path: str
+    """Checkpoint directory; all chains are read."""
+    dtype: str
+    """Of the computation and of the keys and values."""
+    page_tokens: int
+    """Must equal the prefill nodes'."""
+    kv_cache_bytes: int = 4 << 30
+    """Memory for keys and values; backed by the system as it is first used."""
+    max_batch_size: int = 32
+    """Answers advanced together."""
+    max_requests: int = 64
+    """Requests at once, prefilling ones included; the next is refused."""
+    num_threads: int | None = None
+    """CPU threads; None leaves PyTorch's choice."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0 picks a free port."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLoad:
+    """How busy the node is."""
+
+    num_active: int
+    num_queued: int
+    num_pages_total: int
+    num_pages_used: int
+
+
+class DecodeNode:
+    """Create on the event loop, then `start`; end with `stop`."""
+
+    def __init__(self, options: DecodeOptions, security: Security, prefill_pool: PrefillPool) -> None:
+        self._options = options
+        self._security = security
+        self._prefill_pool = prefill_pool
+        self._server: grpc.aio.Server = create_server(security)
+        self._loop_task: asyncio.Task[None] | None = None
+        self.address = ""
+        self.fingerprint = ""
+        self.owner: RequestOwner
+
+    @property
+    def load(self) -> DecodeLoad:
+        """Requests decoding, requests before that, and pages."""
+        stages, pool = self.owner.stages(), self.owner.pool
+        return DecodeLoad(
+            num_active=stages[Stage.DECODING],
+            num_queued=stages[Stage.RESERVED] + stages[Stage.PREFILLING],
+            num_pages_total=pool.num_pages,
+            num_pages_used=pool.num_used,
+        )
+
+    async def start(self) -> None:
+        """Load all chains and listen.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be served.
+            ConfigError: the KV cache is smaller than one page of each layer.
+            OSError: the port is taken.
+        """
+        options, clock = self._options, MonotonicClock()
+        checkpoint, layout, tokenizer, store, engine = await asyncio.to_thread(_load, options)
+        self.fingerprint = await asyncio.to_thread(fingerprint, checkpoint, layout)
+        loop = DecodeLoop(engine, max_batch_size=options.max_batch_size)
+        self._loop_task = asyncio.create_task(loop.run(), name="decode-loop")
+        self.owner = RequestOwner(
+            pool=PagePool(store.num_pages),
+            store=store,
+            loop=loop,
+            prefill_pool=self._prefill_pool,
+            security=self._security,
+            fingerprint=self.fingerprint,
+            tokenizer=tokenizer,
+            eos_token_ids=checkpoint.text.eos_token_ids,
+            max_requests=options.max_requests,
+            clock=clock,
+        )
+        DecodeService(self.owner, checkpoint.config, clock).add_to(self._server)
+        port = bind(self._server, options.host, options.port, self._security)
+        await self._server.start()
+        self.address = f"{options.host}:{port}"
+        logger.info("decode.ready address=%s fingerprint=%s", self.address, self.fingerprint[:16])
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the decode loop still turns."""
+        return self._loop_task is not None and not self._loop_task.done()
+
+    async def stop(self) -> None:
+        """Let running requests end within a grace period, then break them off."""
+        await self._server.stop(_STOP_GRACE_S)
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+            await asyncio.wait([self._loop_task])
+
+    async def serve(self) -> None:
+        """Wait until stopped."""
+        await self._server.wait_for_termination()
+
+
+def _load(options: DecodeOptions) -> tuple[Checkpoint, KvLayout, Tokenizer | None, KvStore, DecodeEngine]:
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    checkpoint = Checkpoint.open(options.model_path)
+    layout = KvLayout.of(checkpoint.config, dtype=parse_dtype(options.dtype), page_tokens=options.page_tokens)
+    num_pages = options.kv_cache_bytes // layout.page_bytes
+    if num_pages < layout.num_layers:
+        raise ConfigError(
+            f"decode.kv_cache={options.kv_cache_bytes} bytes holds {num_pages} pages of {layout.page_bytes} bytes; "
+            f"one page of each of {layout.num_layers} layers is the least, {layout.num_layers * layout.page_bytes} bytes"
+        )
+    store = KvStore(layout, num_pages)
+    return checkpoint, layout, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store)

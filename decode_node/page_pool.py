@@ -1,0 +1,113 @@
+"""Counting pages: which are free, and who holds the others. No tensors here."""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from colm.errors import CapacityExceeded
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PageLease:
+    """Pages that belong to one request until it gives them back."""
+
+    owner: str
+    page_ids: tuple[int, ...]
+
+
+class PagePool:
+    """A fixed number of pages, reserved and released as a whole.
+
+    Free pages are kept as sorted runs, and a reservation takes whole runs where it can: neighbouring pages lie
+    side by side in memory, and reading them is a plain stream.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        if num_pages < 1:
+            raise ValueError(f"num_pages={num_pages} must be at least 1")
+        self.num_pages = num_pages
+        self._free: list[tuple[int, int]] = [(0, num_pages)]  # (first page, count), sorted, never touching
+        self._held: set[PageLease] = set()
+
+    @property
+    def num_free(self) -> int:
+        """Pages nobody holds."""
+        return sum(count for _, count in self._free)
+
+    @property
+    def num_used(self) -> int:
+        """Pages that requests hold."""
+        return self.num_pages - self.num_free
+
+    def reserve(self, owner: str, num_pages: int) -> PageLease:
+        """Take pages, all or none.
+
+        Raises:
+            CapacityExceeded: fewer are free now, or the pool never had so many; the message says which.
+        """
+        if num_pages > self.num_pages:
+            raise CapacityExceeded(
+                f"the request needs {num_pages} KV pages and this decode node has {self.num_pages} in all; "
+                "shorten it or raise decode.kv_cache"
+            )
+        if num_pages > self.num_free:
+            raise CapacityExceeded(
+                f"the request needs {num_pages} KV pages and {self.num_free} of {self.num_pages} are free; try again later"
+            )
+        lease = PageLease(owner, tuple(self._take(num_pages)))
+        self._held.add(lease)
+        return lease
+
+    def release(self, lease: PageLease) -> None:
+        """Give pages back; a lease can be released once.
+
+        Raises:
+            KeyError: the lease is not held.
+        """
+        self._held.remove(lease)
+        for start, count in _runs(lease.page_ids):
+            self._put(start, count)
+
+    def check_integrity(self) -> None:
+        """Every page is free or held by exactly one lease; holds after every call."""
+        seen = [page for start, count in self._free for page in range(start, start + count)]
+        assert seen == sorted(seen), "free runs out of order"
+        assert all(a + n < b for (a, n), (b, _) in zip(self._free, self._free[1:], strict=False)), "free runs touch"
+        seen.extend(page for lease in self._held for page in lease.page_ids)
+        assert sorted(seen) == list(range(self.num_pages)), "a page is lost or held twice"
+
+    def _take(self, num_pages: int) -> list[int]:
+        taken: list[int] = []
+        while len(taken) < num_pages:
+            wanted = num_pages - len(taken)
+            # The first run that holds the rest; where none does, the longest, so that pieces stay few.
+            index = next((i for i, (_, count) in enumerate(self._free) if count >= wanted), None)
+            if index is None:
+                index = max(range(len(self._free)), key=lambda i: self._free[i][1])
+            start, count = self._free[index]
+            used = min(count, wanted)
+            taken.extend(range(start, start + used))
+            if used == count:
+                del self._free[index]
+            else:
+                self._free[index] = (start + used, count - used)
+        return taken
+
+    def _put(self, start: int, count: int) -> None:
+        index = bisect_left(self._free, (start, 0))
+        if index < len(self._free) and self._free[index][0] == start + count:
+            count += self._free.pop(index)[1]
+        if index > 0 and sum(self._free[index - 1]) == start:
+            previous_start, previous_count = self._free[index - 1]
+            self._free[index - 1] = (previous_start, previous_count + count)
+        else:
+            self._free.insert(index, (start, count))
+
+
+def _runs(page_ids: tuple[int, ...]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for page in page_ids:
+        if runs and sum(runs[-1]) == page:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((page, 1))
+    return runs

@@ -1,0 +1,87 @@
+"""An answer in the making: what to feed next, what has come out, and whether it is over."""
+
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colm.detokenizer import TextStream
+from colm.events import FinishReason, Token
+from colm.sampling import SamplingParams
+from decode_node.engine import StepInput
+from decode_node.sampler import Choice, Sampler
+from decode_node.stop_matcher import StopMatcher
+
+
+class Sequence:
+    """One request's decode state.
+
+    Args:
+        next_token_id: the last prompt token; feeding it yields the first new token.
+        position: tokens in the cache before it.
+        stop_token_ids: any of these ends the answer.
+        text_stream: None for a model without a tokenizer; tokens then carry no text.
+    """
+
+    def __init__(
+        self,
+        *,
+        next_token_id: int,
+        position: int,
+        num_chains: int,
+        max_new_tokens: int,
+        table_LM: NDArray[np.int32],
+        sampling: SamplingParams,
+        stop_token_ids: Collection[int],
+        text_stream: TextStream | None,
+    ) -> None:
+        self._next_token_id = next_token_id
+        self._position = position
+        self._num_chains = num_chains
+        self._max_new_tokens = max_new_tokens
+        self._table_LM = table_LM
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._text_stream = text_stream
+        self._stop_matcher = StopMatcher(sampling.stop)
+        self.sampler = Sampler(sampling)
+        self.num_new_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.tail = ""
+        """Text that was held back and is due once the answer has finished."""
+
+    def step_input(self) -> StepInput:
+        """What the next step reads."""
+        return StepInput(self._next_token_id, self._position, self._num_chains, self._table_LM)
+
+    def advance(self, choice: Choice) -> Token:
+        """Take the step's outcome; sets `finish_reason` when it was the last."""
+        self._next_token_id = choice.token_id
+        self._position += 1
+        self.num_new_tokens += 1
+        ends_here = choice.token_id in self._stop_token_ids
+        text = "" if ends_here else self._decode(choice.token_id)
+        if ends_here or self._stop_matcher.stopped:
+            self.finish_reason = FinishReason.STOP
+        elif self.num_new_tokens >= self._max_new_tokens:
+            self.finish_reason = FinishReason.LENGTH
+        if self.finish_reason is not None and not self._stop_matcher.stopped:
+            self._flush()
+        return Token(
+            token_id=choice.token_id,
+            text=text,
+            logprob=choice.logprob,
+            num_chains=self._num_chains,
+            top_logprobs=choice.top_logprobs,
+        )
+
+    def _decode(self, token_id: int) -> str:
+        return "" if self._text_stream is None else self._stop_matcher.push(self._text_stream.push(token_id))
+
+    def _flush(self) -> None:
+        if self._text_stream is None:
+            return
+        self.tail = self._stop_matcher.push(self._text_stream.flush())
+        if self._stop_matcher.stopped:
+            self.finish_reason = FinishReason.STOP
+        else:
+            self.tail += self._stop_matcher.flush()

@@ -1,0 +1,69 @@
+"""DecodeService: messages in, events out; everything in between is the request owner's."""
+
+from collections.abc import AsyncIterator
+
+import grpc
+
+from colm.clock import Clock, Deadline
+from colm.config import ChainConfig
+from colm.errors import InvalidRequest
+from colm.events import Event
+from colm.wire.convert import decode_response, sampling_from_pb
+from colm.wire.prompt_stream import read_open, read_token_ids
+from colm.wire.status import answering
+from colm.wire.v1 import decode_service_pb2 as pb
+from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
+from decode_node.requests import DecodeJob, RequestOwner
+
+
+class DecodeService(DecodeServiceServicer):
+    """Serves `Decode`."""
+
+    def __init__(self, owner: RequestOwner, config: ChainConfig, clock: Clock) -> None:
+        self._owner = owner
+        self._config = config
+        self._clock = clock
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register with a server."""
+        add_DecodeServiceServicer_to_server(self, server)
+
+    async def Decode(  # noqa: N802 - gRPC's name
+        self, request_iterator: AsyncIterator[pb.DecodeRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        """One request; see the .proto file."""
+        async with answering(context, "decode"):
+            opened = await read_open(request_iterator)
+            self._check(opened)
+            token_ids = await read_token_ids(request_iterator, opened.num_prompt_tokens)
+            if (worst := int(token_ids.max())) >= self._config.vocab_size:
+                raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {self._config.vocab_size}")
+            remaining_s = context.time_remaining()
+            job = DecodeJob(
+                request_id=opened.request_id,
+                token_ids=token_ids,
+                num_chains=opened.num_chains,
+                max_new_tokens=opened.max_new_tokens,
+                sampling=sampling_from_pb(opened.sampling),
+                deadline=None if remaining_s is None else Deadline.after(self._clock, remaining_s),
+            )
+
+            async def emit(event: Event) -> None:
+                await context.write(decode_response(event))
+
+            await self._owner.run(job, emit)
+
+    def _check(self, opened: pb.OpenDecode) -> None:
+        config = self._config
+        if not 1 <= opened.num_chains <= config.num_chains:
+            raise InvalidRequest("num_chains", opened.num_chains, f"must be between 1 and {config.num_chains}")
+        if opened.num_prompt_tokens < 1:
+            raise InvalidRequest("num_prompt_tokens", opened.num_prompt_tokens, "must be at least 1")
+        if opened.max_new_tokens < 1:
+            raise InvalidRequest("max_new_tokens", opened.max_new_tokens, "must be at least 1")
+        total = opened.num_prompt_tokens + opened.max_new_tokens
+        if total > config.max_context:
+            raise InvalidRequest(
+                "num_prompt_tokens", opened.num_prompt_tokens,
+                f"with max_new_tokens={opened.max_new_tokens} must fit the model's context of {config.max_context}",
+            )

@@ -1,0 +1,97 @@
+"""What a KV stream must bring, in which order, and what it has brought. No tensors, no gRPC.
+
+Tiles come layer by layer and, within a layer, in token order:
+
+    [0, layer)           complete
+    layer: [0, token)    arrived
+    layer: [token, N)    expected next
+    (layer, L)           not begun
+"""
+
+from dataclasses import dataclass
+
+from colm.errors import PeerUnavailable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arrival:
+    """A tile's header, as far as the ledger cares."""
+
+    transfer_id: str
+    epoch: int
+    layer: int
+    first_token: int
+    num_tokens: int
+    payload_bytes: int
+
+
+class TransferLedger:
+    """Admits exactly the tiles of one epoch of one transfer, without gaps, overlaps or strangers."""
+
+    def __init__(
+        self, *, transfer_id: str, epoch: int, num_layers: int, num_tokens: int, layer_token_bytes: int, page_tokens: int
+    ) -> None:
+        self._transfer_id = transfer_id
+        self._epoch = epoch
+        self._num_layers = num_layers
+        self._num_tokens = num_tokens
+        self._layer_token_bytes = layer_token_bytes
+        self._page_tokens = page_tokens
+        self._layer = 0
+        self._token = 0
+        self.num_tiles = 0
+        self.payload_bytes = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Every layer of every token has arrived."""
+        return self._layer == self._num_layers
+
+    @property
+    def num_tokens_done(self) -> int:
+        """Tokens arrived, averaged over layers."""
+        return (self._layer * self._num_tokens + self._token) // self._num_layers
+
+    def admit(self, arrival: Arrival) -> None:
+        """Note a tile that is about to be stored.
+
+        Raises:
+            PeerUnavailable: it is not the tile that must come next; nothing is noted.
+        """
+        self._expect(arrival.transfer_id == self._transfer_id, f"tile of transfer {arrival.transfer_id!r}")
+        self._expect(arrival.epoch == self._epoch, f"tile of epoch {arrival.epoch}, this is {self._epoch}")
+        self._expect(not self.is_whole, "tile after the last one")
+        self._expect(
+            (arrival.layer, arrival.first_token) == (self._layer, self._token),
+            f"tile at layer {arrival.layer} token {arrival.first_token}, "
+            f"expected layer {self._layer} token {self._token}",
+        )
+        left = self._num_tokens - self._token
+        self._expect(1 <= arrival.num_tokens <= left, f"tile of {arrival.num_tokens} tokens where {left} are left")
+        self._expect(
+            arrival.num_tokens == left or arrival.num_tokens % self._page_tokens == 0,
+            f"tile of {arrival.num_tokens} tokens ends inside a page of {self._page_tokens}",
+        )
+        wanted = arrival.num_tokens * self._layer_token_bytes
+        self._expect(arrival.payload_bytes == wanted, f"payload of {arrival.payload_bytes} bytes, expected {wanted}")
+        self._token += arrival.num_tokens
+        if self._token == self._num_tokens:
+            self._layer, self._token = self._layer + 1, 0
+        self.num_tiles += 1
+        self.payload_bytes += arrival.payload_bytes
+
+    def complete(self, *, num_tiles: int, payload_bytes: int) -> None:
+        """Note the sender's last word.
+
+        Raises:
+            PeerUnavailable: something is missing, or the counts differ.
+        """
+        self._expect(self.is_whole, f"complete after layer {self._layer} token {self._token}")
+        self._expect(
+            (num_tiles, payload_bytes) == (self.num_tiles, self.payload_bytes),
+            f"{num_tiles} tiles and {payload_bytes} bytes sent, {self.num_tiles} and {self.payload_bytes} arrived",
+        )
+
+    def _expect(self, condition: bool, problem: str) -> None:
+        if not condition:
+            raise PeerUnavailable(f"the prefill node broke the KV stream's order: {problem}")

@@ -1,0 +1,1 @@
+"""The prefill node: chain 1 of a prompt becomes KV tiles on a stream."""

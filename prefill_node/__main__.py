@@ -1,0 +1,39 @@
+"""Run one prefill node by hand: `python -m prefill_node --model DIR`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from colm.dtypes import dtype_name, fastest_dtype
+from colm.node_cli import TlsDir, TokenFile, guarded, read_security, run_node
+from prefill_node.node import PrefillNode, PrefillOptions
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Checkpoint directory; only chain 1 is read.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 picks a free port.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; must equal the decode nodes'.")] = dtype_name(
+        fastest_dtype()
+    ),
+    page_tokens: Annotated[int, typer.Option(help="Must equal the decode nodes'.")] = 64,
+    tile_tokens: Annotated[int, typer.Option(help="Tokens computed and sent at a time.")] = 512,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    token_file: TokenFile = None,
+    tls_dir: TlsDir = None,
+) -> None:
+    """Serve chain 1 of a model to decode nodes; prints its address once it is ready."""
+    options = PrefillOptions(
+        model_path=str(model), dtype=dtype, page_tokens=page_tokens, tile_tokens=tile_tokens,
+        num_threads=num_threads, host=host, port=port,
+    )
+
+    async def run() -> None:
+        await run_node(PrefillNode(options, read_security(token_file, tls_dir)))
+
+    guarded(run())
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,87 @@
+"""Chain 1 over a prompt, layer by layer, tile by tile.
+
+Shapes: N prompt tokens, T tokens of a tile, D chain-1 model features, H chain-1 query heads, K kv heads, E head dim.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from colm.checkpoint import Checkpoint, assign, prefill_tensor_names
+from colm.errors import InvalidRequest
+from colm.kv import KvLayout, KvTile
+from colm.model import ChainTransformer
+from colm.model.rope import inverse_frequencies, rotate, rotation
+from colm.model.transformer import ChainBlock
+from colm_kernels.prefill_attention import prefill_attention
+
+
+class PrefillEngine:
+    """Holds chain 1's weights and, while it works, one layer's keys and values and the hidden states.
+
+    Args:
+        checkpoint: only the tensors that a prefill needs are read from it.
+        layout: what the keys and values shall be; its dtype is also that of the computation.
+        tile_tokens: tokens computed and sent at a time; a multiple of the page.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, layout: KvLayout, *, tile_tokens: int) -> None:
+        if tile_tokens < 1 or tile_tokens % layout.page_tokens:
+            raise ValueError(f"tile_tokens={tile_tokens} must be a positive multiple of page_tokens={layout.page_tokens}")
+        self.config = checkpoint.config
+        self.layout = layout
+        self.tile_tokens = tile_tokens
+        with torch.device("meta"):
+            self._model = ChainTransformer(checkpoint.config, 1)
+        assign(self._model, checkpoint.tensors(prefill_tensor_names(checkpoint.config)), layout.dtype)
+        self._inverse_frequencies = inverse_frequencies(checkpoint.config)
+
+    @torch.inference_mode()
+    def run(self, token_ids: NDArray[np.int64]) -> Iterator[KvTile]:
+        """Compute the keys and values of every token.
+
+        Tiles come layer by layer, in token order. A tile's tensors are views that the next layer overwrites: use
+        or copy them before asking for the next tile. Dropping the iterator stops the work.
+
+        Raises:
+            InvalidRequest: no tokens, more than the model's context, or an id outside the vocabulary.
+        """
+        self.check(token_ids)
+        num_tokens = len(token_ids)
+        layout = self.layout
+        hidden_ND = self._model.embedding.embed(torch.from_numpy(token_ids), 1)
+        k_KNE = torch.empty(layout.num_kv_heads, num_tokens, layout.head_dim, dtype=layout.dtype)
+        v_KNE = torch.empty_like(k_KNE)
+        for index, layer in enumerate(self._model.layers):
+            is_last = index == layout.num_layers - 1
+            for start in range(0, num_tokens, self.tile_tokens):
+                stop = min(start + self.tile_tokens, num_tokens)
+                x_TD = hidden_ND[start:stop]
+                cos_TE, sin_TE = rotation(self._inverse_frequencies, torch.arange(start, stop))
+                normed_TD = layer.attention_norm(x_TD, 1)
+                k_TKE, v_TKE = layer.attention.keys_values(normed_TD)
+                k_KNE[:, start:stop] = rotate(k_TKE, cos_TE, sin_TE).transpose(0, 1)
+                v_KNE[:, start:stop] = v_TKE.transpose(0, 1)
+                yield KvTile(index, start, k_KNE[:, start:stop], v_KNE[:, start:stop])
+                # The last layer's output would only feed the head, which is the decode node's work.
+                if not is_last:
+                    q_THE = rotate(layer.attention.queries(normed_TD, (stop - start,)), cos_TE, sin_TE)
+                    hidden_ND[start:stop] = _finish_layer(layer, x_TD, q_THE, k_KNE[:, :stop], v_KNE[:, :stop])
+
+    def check(self, token_ids: NDArray[np.int64]) -> None:
+        """Refuse a prompt that this model cannot read."""
+        if not 1 <= len(token_ids) <= self.config.max_context:
+            raise InvalidRequest("num_tokens", len(token_ids), f"must be between 1 and {self.config.max_context}")
+        if (worst := int(token_ids.max())) >= self.config.vocab_size or (worst := int(token_ids.min())) < 0:
+            raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {self.config.vocab_size}")
+
+
+def _finish_layer(layer: ChainBlock, x_TD: Tensor, q_THE: Tensor, k_KSE: Tensor, v_KSE: Tensor) -> Tensor:
+    rows = (x_TD.shape[0],)
+    out_THE, _ = prefill_attention(q_THE, k_KSE, v_KSE)
+    x_TD = x_TD + layer.attention.wo(out_THE.flatten(1), rows)
+    result: Tensor = x_TD + layer.ffn(layer.ffn_norm(x_TD, 1), rows)
+    return result

@@ -1,0 +1,86 @@
+"""A bounded queue from the compute thread to the event loop that sends."""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+
+_POLL_S = 0.05
+
+
+class HandoffClosed(Exception):
+    """The reader has gone; the writer should stop."""
+
+
+class Handoff:
+    """Carries messages from one thread to one task; the thread waits while `max_items` are unread.
+
+    Create it on the event loop that reads.
+    """
+
+    def __init__(self, max_items: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._room = threading.Semaphore(max_items)
+        self._closed = threading.Event()
+        self._items: deque[bytes] = deque()
+        self._ready = asyncio.Event()
+        self._ended = False
+
+    def put(self, item: bytes) -> None:
+        """Called by the thread; blocks while the queue is full.
+
+        Raises:
+            HandoffClosed: nobody will read it.
+        """
+        while not self._room.acquire(timeout=_POLL_S):
+            if self._closed.is_set():
+                break
+        if self._closed.is_set():
+            raise HandoffClosed
+        self._loop.call_soon_threadsafe(self._arrived, item)
+
+    def close(self) -> None:
+        """Called by the reader: the thread's next `put` raises."""
+        self._closed.set()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the reader has gone; for the thread to look at between two pieces of work."""
+        return self._closed.is_set()
+
+    async def items(self) -> AsyncIterator[bytes]:
+        """Read until the writer has ended."""
+        while True:
+            while self._items:
+                yield self._items.popleft()
+                self._room.release()
+            if self._ended:
+                return
+            self._ready.clear()
+            await self._ready.wait()
+
+    def start(self, produce: Callable[[], Iterable[bytes]]) -> "asyncio.Future[None]":
+        """Run `produce` in a thread and put what it yields.
+
+        Returns:
+            A future that ends with the thread, with its error where it failed; being closed is no error.
+        """
+
+        def work() -> None:
+            try:
+                for item in produce():
+                    self.put(item)
+            except HandoffClosed:
+                pass
+
+        future = self._loop.run_in_executor(None, work)
+        future.add_done_callback(lambda _: self._end())
+        return future
+
+    def _arrived(self, item: bytes) -> None:
+        self._items.append(item)
+        self._ready.set()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._ready.set()

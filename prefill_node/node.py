@@ -1,0 +1,93 @@
+"""A prefill node, whole: engine, service and server, with or without a cluster around it."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import grpc
+import torch
+
+from colm.checkpoint import Checkpoint
+from colm.dtypes import parse_dtype
+from colm.kv import KvLayout, fingerprint
+from colm.wire.endpoint import bind, create_server
+from colm.wire.security import Security
+from prefill_node.engine import PrefillEngine
+from prefill_node.leases import LeaseTable
+from prefill_node.service import PrefillService
+
+logger = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillOptions:
+    """How to run one prefill node."""
+
+    model_path: str
+    """Checkpoint directory; only chain 1 is read."""
+    dtype: str
+    """Of the computation and of the keys and values."""
+    page_tokens: int
+    """Must equal the decode nodes'."""
+    tile_tokens: int = 512
+    """Tokens computed and sent at a time."""
+    num_threads: int | None = None
+    """CPU threads; None leaves PyTorch's choice."""
+    max_queued: int = 64
+    """Streams that may wait; the next is refused."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0 picks a free port."""
+
+
+class PrefillNode:
+    """Create with `start`, end with `stop`.
+
+    Args:
+        leases: None serves any caller that has the token.
+    """
+
+    def __init__(self, options: PrefillOptions, security: Security, leases: LeaseTable | None = None) -> None:
+        self._options = options
+        self._security = security
+        self._leases = leases
+        self._server: grpc.aio.Server = create_server(security)
+        self.address = ""
+        self.fingerprint = ""
+        self.service: PrefillService
+
+    async def start(self) -> None:
+        """Load chain 1 and listen.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be served.
+            OSError: the port is taken.
+        """
+        options = self._options
+        engine, self.fingerprint = await asyncio.to_thread(_load, options)
+        self.service = PrefillService(
+            engine, fingerprint=self.fingerprint, leases=self._leases, max_queued=options.max_queued
+        )
+        self.service.add_to(self._server)
+        port = bind(self._server, options.host, options.port, self._security)
+        await self._server.start()
+        self.address = f"{options.host}:{port}"
+        logger.info("prefill.ready address=%s fingerprint=%s", self.address, self.fingerprint[:16])
+
+    async def stop(self) -> None:
+        """Let running streams end within a grace period, then break them off."""
+        await self._server.stop(_STOP_GRACE_S)
+
+    async def serve(self) -> None:
+        """Wait until stopped."""
+        await self._server.wait_for_termination()
+
+
+def _load(options: PrefillOptions) -> tuple[PrefillEngine, str]:
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    checkpoint = Checkpoint.open(options.model_path)
+    layout = KvLayout.of(checkpoint.config, dtype=parse_dtype(options.dtype), page_tokens=options.page_tokens)
+    return PrefillEngine(checkpoint, layout, tile_tokens=options.tile_tokens), fingerprint(checkpoint, layout)
