@@ -9,9 +9,11 @@ import torch
 
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
+from colm.cpus import num_usable_cpus
 from colm.dtypes import parse_dtype
 from colm.errors import ConfigError
 from colm.kv import KvLayout, fingerprint
+from colm.leases import LeaseTable
 from colm.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
@@ -45,7 +47,7 @@ class DecodeOptions:
     max_requests: int = 64
     """Requests at once, prefilling ones included; the next is refused."""
     num_threads: int | None = None
-    """CPU threads; None leaves PyTorch's choice."""
+    """CPU threads; None takes every core this process may use."""
     host: str = "127.0.0.1"
     port: int = 0
     """0 picks a free port."""
@@ -62,10 +64,21 @@ class DecodeLoad:
 
 
 class DecodeNode:
-    """Create on the event loop, then `start`; end with `stop`."""
+    """Create on the event loop, then `start`; end with `stop`.
 
-    def __init__(self, options: DecodeOptions, security: Security, prefill_pool: PrefillPool) -> None:
+    Args:
+        leases: None serves any caller that has the token.
+    """
+
+    def __init__(
+        self,
+        options: DecodeOptions,
+        security: Security,
+        prefill_pool: PrefillPool,
+        leases: LeaseTable | None = None,
+    ) -> None:
         self._options = options
+        self._leases = leases
         self._security = security
         self._prefill_pool = prefill_pool
         self._server: grpc.aio.Server = create_server(security)
@@ -110,7 +123,7 @@ class DecodeNode:
             max_requests=options.max_requests,
             clock=clock,
         )
-        DecodeService(self.owner, checkpoint.config, clock).add_to(self._server)
+        DecodeService(self.owner, checkpoint.config, clock, self._leases).add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()
         self.address = f"{options.host}:{port}"
@@ -134,8 +147,7 @@ class DecodeNode:
 
 
 def _load(options: DecodeOptions) -> tuple[Checkpoint, KvLayout, Tokenizer | None, KvStore, DecodeEngine]:
-    if options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
+    torch.set_num_threads(options.num_threads or num_usable_cpus())
     checkpoint = Checkpoint.open(options.model_path)
     layout = KvLayout.of(checkpoint.config, dtype=parse_dtype(options.dtype), page_tokens=options.page_tokens)
     num_pages = options.kv_cache_bytes // layout.page_bytes

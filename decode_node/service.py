@@ -1,6 +1,7 @@
 """DecodeService: messages in, events out; everything in between is the request owner's."""
 
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import grpc
 
@@ -8,6 +9,7 @@ from colm.clock import Clock, Deadline
 from colm.config import ChainConfig
 from colm.errors import InvalidRequest
 from colm.events import Event
+from colm.leases import LeaseTable
 from colm.wire.convert import decode_response, sampling_from_pb
 from colm.wire.prompt_stream import read_open, read_token_ids
 from colm.wire.status import answering
@@ -17,12 +19,17 @@ from decode_node.requests import DecodeJob, RequestOwner
 
 
 class DecodeService(DecodeServiceServicer):
-    """Serves `Decode`."""
+    """Serves `Decode`.
 
-    def __init__(self, owner: RequestOwner, config: ChainConfig, clock: Clock) -> None:
+    Args:
+        leases: where a call must hold a lease, the table of them; None serves any caller.
+    """
+
+    def __init__(self, owner: RequestOwner, config: ChainConfig, clock: Clock, leases: LeaseTable | None) -> None:
         self._owner = owner
         self._config = config
         self._clock = clock
+        self._leases = leases
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server."""
@@ -32,8 +39,10 @@ class DecodeService(DecodeServiceServicer):
         self, request_iterator: AsyncIterator[pb.DecodeRequest], context: grpc.aio.ServicerContext
     ) -> None:
         """One request; see the .proto file."""
-        async with answering(context, "decode"):
+        async with answering(context, "decode"), AsyncExitStack() as stack:
             opened = await read_open(request_iterator)
+            if self._leases is not None:
+                stack.callback(self._leases.release, self._leases.open(opened.lease_id))
             self._check(opened)
             token_ids = await read_token_ids(request_iterator, opened.num_prompt_tokens)
             if (worst := int(token_ids.max())) >= self._config.vocab_size:

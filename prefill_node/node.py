@@ -8,12 +8,13 @@ import grpc
 import torch
 
 from colm.checkpoint import Checkpoint
+from colm.cpus import num_usable_cpus
 from colm.dtypes import parse_dtype
 from colm.kv import KvLayout, fingerprint
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
 from prefill_node.engine import PrefillEngine
-from prefill_node.leases import LeaseTable
+from colm.leases import LeaseTable
 from prefill_node.service import PrefillService
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class PrefillOptions:
     tile_tokens: int = 512
     """Tokens computed and sent at a time."""
     num_threads: int | None = None
-    """CPU threads; None leaves PyTorch's choice."""
+    """CPU threads; None takes every core this process may use."""
     max_queued: int = 64
     """Streams that may wait; the next is refused."""
     host: str = "127.0.0.1"
@@ -86,8 +87,7 @@ class PrefillNode:
 
 
 def _load(options: PrefillOptions) -> tuple[PrefillEngine, str]:
-    if options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
+    torch.set_num_threads(options.num_threads or num_usable_cpus())
     checkpoint = Checkpoint.open(options.model_path)
     layout = KvLayout.of(checkpoint.config, dtype=parse_dtype(options.dtype), page_tokens=options.page_tokens)
     return PrefillEngine(checkpoint, layout, tile_tokens=options.tile_tokens), fingerprint(checkpoint, layout)

@@ -18,7 +18,7 @@ from colm.wire.tile_codec import encode_tile, max_tile_tokens, pull_kv_handlers,
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from prefill_node.engine import PrefillEngine
 from prefill_node.handoff import Handoff
-from prefill_node.leases import LeaseTable
+from colm.leases import LeaseTable
 
 logger = logging.getLogger(__name__)
 

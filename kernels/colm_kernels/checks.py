@@ -1,5 +1,6 @@
 """Argument checks that name the argument, shared by every operation."""
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +28,24 @@ def check_same_dtype(**tensors: Tensor) -> None:
     if len({tensor.dtype for tensor in tensors.values()}) > 1:
         listed = ", ".join(f"{name}={tensor.dtype}" for name, tensor in tensors.items())
         raise ValueError(f"arguments must share one dtype, got {listed}")
+
+
+def check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    """Refuse a tensor of another dtype.
+
+    Raises:
+        ValueError: names the argument, its dtype and those expected.
+    """
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+
+
+def check_on_cpu(**tensors: Tensor) -> None:
+    """Refuse tensors on another device.
+
+    Raises:
+        ValueError: names the argument and its device.
+    """
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} is on {tensor.device}, expected cpu")

@@ -6,7 +6,17 @@ Shapes: T queries of the tile, S keys (prefix and tile, S >= T), H query heads, 
 import torch
 from torch import Tensor
 
-from colm_kernels.checks import check_dims, check_same_dtype
+from colm_kernels.checks import check_dims, check_dtype, check_on_cpu, check_same_dtype
+from colm_kernels.native import (
+    Cancelled,
+    CancelFlag,
+    PrefillArgs,
+    Variant,
+    call,
+    choose_variant,
+    dtype_id,
+    resolve_num_threads,
+)
 
 
 def prefill_attention_reference(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,40 +33,121 @@ def prefill_attention_reference(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> 
     return out_HTD.transpose(0, 1).to(q_THD.dtype), scores_HTS.logsumexp(dim=-1).T
 
 
-def prefill_attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> tuple[Tensor, Tensor]:
+def prefill_attention(
+    q_THD: Tensor,
+    k_KSD: Tensor,
+    v_KSD: Tensor,
+    *,
+    num_threads: int | None = None,
+    cancelled: CancelFlag | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attend a tile of queries to its prefix and, causally, to itself.
 
     The causal mask is aligned at the bottom right: query t sees keys 0 .. S-T+t.
 
     Args:
-        q_THD: rotated queries; query head h reads kv head h // (H / K).
+        q_THD: rotated queries, bf16 or fp32, any strides; query head h reads kv head h // (H / K).
         k_KSD: rotated keys of the whole prefix and of the tile, kv-head major; any strides with D contiguous.
         v_KSD: values, same layout.
+        num_threads: PyTorch's own setting where None.
+        cancelled: stops the call between blocks, from another thread.
 
     Returns:
-        (out_THD in q's dtype, lse_TH in fp32: the log of each row's softmax denominator).
+        (out_THD in q's dtype, lse_TH in fp32: the log of each row's softmax denominator). Accumulates in fp32;
+        error budget in tolerance.py.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes, strides or dtypes that do not fit together.
+        Cancelled: `cancelled` was set before the end.
+
+    Example: T=2, S=5: query 0 sees keys 0-3, query 1 keys 0-4.
     """
+    _check(q_THD, k_KSD, v_KSD)
+    threads = resolve_num_threads(num_threads)
+    variant = choose_variant(q_THD.shape[2], q_THD, k_KSD, v_KSD)
+    if variant == "torch" or q_THD.numel() == 0:
+        return _in_torch(q_THD, k_KSD, v_KSD, cancelled)
+    return _in_library(q_THD, k_KSD, v_KSD, variant, threads, cancelled)
+
+
+def _check(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> None:
+    check_dims("q_THD", q_THD, None, None, None)
     num_queries, num_heads, head_dim = q_THD.shape
-    num_kv_heads, num_keys, _ = k_KSD.shape
     check_dims("k_KSD", k_KSD, None, None, head_dim)
+    num_kv_heads, num_keys, _ = k_KSD.shape
     check_dims("v_KSD", v_KSD, num_kv_heads, num_keys, head_dim)
     check_same_dtype(q_THD=q_THD, k_KSD=k_KSD, v_KSD=v_KSD)
-    if num_heads % num_kv_heads:
+    check_dtype("q_THD", q_THD, torch.bfloat16, torch.float32)
+    check_on_cpu(q_THD=q_THD, k_KSD=k_KSD, v_KSD=v_KSD)
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"q_THD has {num_heads} heads, not a multiple of the {num_kv_heads} kv heads")
     if num_keys < num_queries:
         raise ValueError(f"k_KSD has {num_keys} keys, fewer than the {num_queries} queries of the tile")
+    for name, tensor in (("k_KSD", k_KSD), ("v_KSD", v_KSD)):
+        if tensor.stride(2) != 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}; its last dimension must be contiguous")
+
+
+def _in_library(
+    q_THD: Tensor,
+    k_KSD: Tensor,
+    v_KSD: Tensor,
+    variant: Variant,
+    num_threads: int,
+    cancelled: CancelFlag | None,
+) -> tuple[Tensor, Tensor]:
+    num_queries, num_heads, head_dim = q_THD.shape
+    if q_THD.stride(2) != 1:
+        q_THD = q_THD.contiguous()
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
+    lse_TH = torch.empty(num_queries, num_heads)
+    args = PrefillArgs(
+        q=q_THD.data_ptr(),
+        k=k_KSD.data_ptr(),
+        v=v_KSD.data_ptr(),
+        out=out_THD.data_ptr(),
+        lse=lse_TH.data_ptr(),
+        num_queries=num_queries,
+        num_keys=k_KSD.shape[1],
+        num_heads=num_heads,
+        num_kv_heads=k_KSD.shape[0],
+        head_dim=head_dim,
+        q_stride_t=q_THD.stride(0),
+        q_stride_h=q_THD.stride(1),
+        k_stride_k=k_KSD.stride(0),
+        k_stride_s=k_KSD.stride(1),
+        v_stride_k=v_KSD.stride(0),
+        v_stride_s=v_KSD.stride(1),
+        scale=head_dim**-0.5,
+        dtype=dtype_id(q_THD.dtype),
+        cancelled=None if cancelled is None else cancelled.address,
+    )
+    call("colm_prefill_attention", args, variant, num_threads)
+    return out_THD, lse_TH
+
+
+def _in_torch(
+    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, cancelled: CancelFlag | None
+) -> tuple[Tensor, Tensor]:
+    if q_THD.numel() == 0:
+        return torch.empty_like(q_THD), torch.empty(q_THD.shape[:2])
     q = q_THD.transpose(0, 1).unsqueeze(0)
     k, v = k_KSD.unsqueeze(0), v_KSD.unsqueeze(0)
-    num_prefix = num_keys - num_queries
+    num_prefix = k_KSD.shape[1] - q_THD.shape[0]
     # SDPA's causal mask is aligned at the top left, so prefix and tile are two calls, merged by their LSE.
+    _stop_if(cancelled)
     out, lse = _flash(q, k[:, :, num_prefix:], v[:, :, num_prefix:], causal=True)
     if num_prefix:
+        _stop_if(cancelled)
         prefix_out, prefix_lse = _flash(q, k[:, :, :num_prefix], v[:, :, :num_prefix], causal=False)
         out, lse = _merge(out, lse, prefix_out, prefix_lse)
+    _stop_if(cancelled)
     return out[0].transpose(0, 1), lse[0].T
+
+
+def _stop_if(cancelled: CancelFlag | None) -> None:
+    if cancelled is not None and cancelled.is_set():
+        raise Cancelled("prefill_attention")
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:

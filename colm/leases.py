@@ -1,10 +1,15 @@
-"""Who may open a stream here, and since when: the other half of a decode node's reservation."""
+"""Who may open a stream on this node: promises given through the cluster, redeemed over gRPC."""
 
 import asyncio
+import logging
 import secrets
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from colm.errors import InvalidRequest
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +57,17 @@ class LeaseTable:
         lease.closed.set()
         self._leases.pop(lease.lease_id, None)
 
-    async def held(self, lease: Lease) -> None:
-        """Wait until the lease's stream has ended, or has failed to come in time."""
+    async def offer(self, address: str) -> AsyncIterator[tuple[str, str]]:
+        """Grant a lease, yield (address, lease id), and stay until it has ended.
+
+        This is the body of a replica's `lease` call: while it is open, Ray Serve counts the work.
+        """
+        lease = self.grant()
         try:
+            yield address, lease.lease_id
             await asyncio.wait_for(lease.opened.wait(), self._ttl_s)
             await lease.closed.wait()
         except TimeoutError:
-            pass
+            logger.info("lease.expired lease=%s ttl_s=%g", lease.lease_id, self._ttl_s)
         finally:
             self.release(lease)

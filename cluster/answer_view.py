@@ -1,0 +1,120 @@
+"""An answer as it comes in: a progress bar, the text, and at the end a record of what happened."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from colm.events import Accepted, Event, Finished, PrefillProgress, Token
+
+
+class AnswerView:
+    """Shows events on a terminal and remembers them.
+
+    Args:
+        stream_text: write the answer to stdout as it comes.
+    """
+
+    def __init__(self, *, stream_text: bool) -> None:
+        self._stream_text = stream_text
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} tokens"),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._bar: TaskID | None = None
+        self._started_s = time.monotonic()
+        self._first_token_s: float | None = None
+        self._accepted: Accepted | None = None
+        self._finished: Finished | None = None
+        self._text: list[str] = []
+
+    def __enter__(self) -> Self:
+        self._started_s = time.monotonic()
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def see(self, event: Event) -> None:
+        """Take the next event."""
+        match event:
+            case Accepted():
+                self._accepted = event
+                self._bar = self._progress.add_task("prefill", total=max(1, event.num_prompt_tokens - 1), speed="")
+            case PrefillProgress():
+                self._advance(event)
+            case Token():
+                if self._first_token_s is None:
+                    self._first_token_s = time.monotonic() - self._started_s
+                    self._progress.stop()
+                self._write(event.text)
+            case Finished():
+                self._finished = event
+                self._write(event.text)
+            case _:
+                pass
+
+    def record(self) -> dict[str, object]:
+        """Everything measured, for a program."""
+        accepted, finished = self._ends()
+        usage, timings = finished.usage, finished.timings
+        return {
+            "request_id": accepted.request_id,
+            "model": accepted.model,
+            "num_chains": accepted.num_chains,
+            "prompt_tokens": usage.num_prompt_tokens,
+            "prefill_tokens": usage.num_prefill_tokens,
+            "decode_prompt_tokens": usage.num_decode_prompt_tokens,
+            "kv_bytes_received": usage.kv_received_bytes,
+            "kv_streams": usage.num_kv_streams,
+            "new_tokens": usage.num_new_tokens,
+            "finish_reason": finished.reason.value,
+            "ttft_s": round(self._first_token_s or 0.0, 4),
+            "queue_s": round(timings.queue_s, 4),
+            "prefill_s": round(timings.prefill_s, 4),
+            "decode_s": round(timings.decode_s, 4),
+            "prefill_tokens_per_s": _rate(usage.num_prefill_tokens, timings.prefill_s),
+            "decode_tokens_per_s": _rate(usage.num_new_tokens - 1, timings.decode_s),
+            "text": "".join(self._text),
+        }
+
+    def print_summary(self) -> None:
+        """Everything measured, in one line for a human, on stderr."""
+        record = self.record()
+        Console(stderr=True, highlight=False).print(
+            f"\n{record['prompt_tokens']} prompt tokens, first token after {record['ttft_s']:.2f} s "
+            f"(prefill {record['prefill_tokens_per_s']} tokens/s); {record['new_tokens']} new tokens at "
+            f"{record['decode_tokens_per_s']} tokens/s, {record['num_chains']} chains; ended by {record['finish_reason']}",
+            style="dim",
+        )
+
+    def _ends(self) -> tuple[Accepted, Finished]:
+        if self._accepted is None or self._finished is None:
+            raise AssertionError("a record needs a finished answer")
+        return self._accepted, self._finished
+
+    def _advance(self, event: PrefillProgress) -> None:
+        if self._bar is not None:
+            elapsed_s = max(1e-9, time.monotonic() - self._started_s)
+            speed = f"{event.num_tokens_done / elapsed_s:.0f} tokens/s"
+            self._progress.update(self._bar, completed=event.num_tokens_done, speed=speed)
+
+    def _write(self, text: str) -> None:
+        self._text.append(text)
+        if self._stream_text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    """Per second; None where nothing was measured."""
+    return round(count / seconds, 1) if count > 0 and seconds > 0 else None

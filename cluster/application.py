@@ -1,0 +1,137 @@
+"""The Ray Serve application: a gateway over a decode pool over a prefill pool."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from colm.wire.security import Security, new_tls, new_token
+from cluster.config import ClusterConfig
+from cluster.gateway import GatewayLimits
+from cluster.gateway_replica import GatewayOptions, GatewayReplica
+from decode_node.node import DecodeOptions
+from decode_node.replica import DecodeReplica
+from prefill_node.node import PrefillOptions
+from prefill_node.replica import PrefillReplica
+
+APPLICATION = "colm"
+GATEWAY, DECODE, PREFILL = "gateway", "decode", "prefill"
+# A role's custom resource: each replica takes one, so replicas go to the nodes that carry it.
+PREFILL_RESOURCE, DECODE_RESOURCE = "prefill", "decode"
+_HEAD_RESOURCE = "node:__internal_head__"
+
+# One stream is computed, the next waits at the replica instead of a trip away.
+_PREFILL_ONGOING = 2
+_HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 30.0}
+_SHUTDOWN = {"graceful_shutdown_timeout_s": 8.0, "graceful_shutdown_wait_loop_s": 0.2}
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSecurity:
+    """Clients and nodes have tokens of their own, so a client cannot pull anybody's keys and values."""
+
+    clients: Security
+    nodes: Security
+
+
+def make_security(config: ClusterConfig) -> ClusterSecurity:
+    """Fresh secrets for a new cluster."""
+    tls = new_tls() if config.security.tls == "auto" else None
+    client_token = new_token() if config.security.token == "auto" else None
+    return ClusterSecurity(Security(token=client_token, tls=tls), Security(token=new_token(), tls=tls))
+
+
+def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) -> serve.Application:
+    """Bind the three deployments together."""
+    dtype, page_tokens = config.model.resolved_dtype, config.model.page_tokens
+    model = str(model_path)
+    report_to = (GATEWAY, APPLICATION)
+    prefill = _deployment(
+        PrefillReplica,
+        name=PREFILL,
+        replicas=config.prefill.replicas,
+        max_ongoing=_PREFILL_ONGOING,
+        max_queued=config.prefill.max_queued,
+        actor=_actor(PREFILL_RESOURCE, config.prefill.num_gpus),
+    ).bind(
+        PrefillOptions(
+            model_path=model,
+            dtype=dtype,
+            page_tokens=page_tokens,
+            tile_tokens=config.prefill.tile_tokens,
+            num_threads=config.prefill.num_threads,
+        ),
+        security.nodes,
+        report_to,
+    )
+    decode = _deployment(
+        DecodeReplica,
+        name=DECODE,
+        replicas=config.decode.replicas,
+        max_ongoing=config.decode.max_requests,
+        max_queued=config.gateway.max_requests,
+        actor=_actor(DECODE_RESOURCE, config.decode.num_gpus),
+    ).bind(
+        DecodeOptions(
+            model_path=model,
+            dtype=dtype,
+            page_tokens=page_tokens,
+            kv_cache_bytes=config.decode.kv_cache,
+            max_batch_size=config.decode.max_batch_size,
+            max_requests=config.decode.max_requests,
+            num_threads=config.decode.num_threads,
+        ),
+        security.nodes,
+        prefill,
+        report_to,
+    )
+    gateway = config.gateway
+    return _deployment(
+        GatewayReplica,
+        name=GATEWAY,
+        replicas=1,
+        max_ongoing=1000,
+        max_queued=-1,
+        actor={"num_cpus": 0, "resources": {_HEAD_RESOURCE: 0.001}},
+    ).bind(
+        GatewayOptions(
+            model_path=model,
+            model_name=config.model.name or model_path.name,
+            dtype=dtype,
+            page_tokens=page_tokens,
+            host=gateway.host,
+            port=gateway.port,
+            limits=GatewayLimits(
+                max_document_bytes=gateway.max_document,
+                max_requests=gateway.max_requests,
+                default_max_new_tokens=gateway.default_max_new_tokens,
+                max_new_tokens=gateway.max_new_tokens,
+                default_timeout_s=gateway.default_timeout_s,
+                max_timeout_s=gateway.max_timeout_s,
+            ),
+        ),
+        security.clients,
+        security.nodes,
+        decode,
+    )
+
+
+def _deployment(
+    replica: type, *, name: str, replicas: int, max_ongoing: int, max_queued: int, actor: dict[str, Any]
+) -> Any:
+    return serve.deployment(
+        replica,
+        name=name,
+        num_replicas=replicas,
+        max_ongoing_requests=max_ongoing,
+        max_queued_requests=max_queued,
+        ray_actor_options=actor,
+        **_HEALTH,
+        **_SHUTDOWN,
+    )
+
+
+def _actor(resource: str, num_gpus: int) -> dict[str, Any]:
+    # CPU threads are our own to share out: the role's resource alone decides the place.
+    return {"num_cpus": 0, "num_gpus": num_gpus, "resources": {resource: 1}}

@@ -1,0 +1,37 @@
+"""How commands speak: prose for people, one JSON object for programs."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.state import default_state_dir
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+StateDir = Annotated[
+    Path, typer.Option(envvar="COLM_STATE_DIR", help="Where the cluster's address and tokens are kept.")
+]
+DEFAULT_STATE_DIR = default_state_dir()
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def print_json(record: Mapping[str, object]) -> None:
+    """The last line of a `--json` run."""
+    typer.echo(json.dumps(record, ensure_ascii=False))
+
+
+def note(text: str) -> None:
+    """A word on what is going on; goes to stderr, so that stdout stays the result."""
+    typer.echo(text, err=True)
+
+
+def human_bytes(num_bytes: float) -> str:
+    """E.g. 23.4 KiB."""
+    for unit in _UNITS[:-1]:
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} {_UNITS[-1]}"

@@ -1,0 +1,90 @@
+"""colm submit: one document, one instruction, one answer."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.answer_view import AnswerView
+from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, print_json
+from cluster.state import ClusterState
+from colm.client import Client, Document
+from colm.errors import ClusterError
+from colm.sampling import SamplingParams
+from colm.wire.security import Security, Tls
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("submit")(submit)
+
+
+def submit(
+    file: Annotated[str, typer.Argument(help="The document, UTF-8; - reads stdin.")],
+    prompt: Annotated[str, typer.Option(help="The instruction that follows the document.")] = "",
+    chains: Annotated[int | None, typer.Option(help="Scale of the answer, 1..n; all chains by default.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length of the answer at most.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the tokens that make up this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Fixes the random choices.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Plain completion, without the chat template.")] = False,
+    timeout_s: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
+    model: Annotated[str, typer.Option(help="Model name; the cluster's only one by default.")] = "",
+    address: Annotated[str | None, typer.Option(help="Gateway host:port; this machine's cluster by default.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="With --address: file with the client token.")] = None,
+    ca_file: Annotated[Path | None, typer.Option(help="With --address: authority of its certificate, PEM.")] = None,
+    state_dir: StateDir = DEFAULT_STATE_DIR,
+    json: JsonFlag = False,
+) -> None:
+    """Submit a document and print the answer as it comes. Ctrl-C cancels it everywhere."""
+    view = AnswerView(stream_text=not json)
+    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop or ()))
+    with _connect(address, token_file, ca_file, state_dir) as client, view:
+        events = client.generate(
+            _document(file),
+            prompt,
+            model=model,
+            chat=False if raw else None,
+            num_chains=chains,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            timeout_s=timeout_s,
+        )
+        _show(view, events)
+    if json:
+        print_json(view.record())
+    else:
+        view.print_summary()
+
+
+def _show(view: AnswerView, events: Iterator[object]) -> None:
+    try:
+        for event in events:
+            view.see(event)
+    finally:
+        events.close()  # type: ignore[attr-defined]  # a generator: closing it cancels the call
+
+
+def _document(file: str) -> Document:
+    if file == "-":
+        return sys.stdin.buffer
+    path = Path(file)
+    if not path.is_file():
+        raise ClusterError(f"{file} is not a file that can be read; give a path, or - for stdin")
+    return path
+
+
+def _connect(address: str | None, token_file: Path | None, ca_file: Path | None, state_dir: Path) -> Client:
+    if address is None:
+        state = ClusterState.require(state_dir)
+        return Client(state.gateway_address, state.security)
+    try:
+        token = token_file.read_text().strip() if token_file else None
+        tls = Tls(ca_pem=ca_file.read_bytes()) if ca_file else None
+    except OSError as err:
+        raise ClusterError(f"cannot read {err.filename}: {err.strerror}") from err
+    return Client(address, Security(token=token, tls=tls))

@@ -1,0 +1,147 @@
+"""What a user may set, in TOML; every option has a default that serves."""
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from colm.dtypes import DTYPES, dtype_name, fastest_dtype
+from colm.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """[model]"""
+
+    path: Path | None = None
+    """Checkpoint directory, on every node at the same place."""
+    name: str | None = None
+    """What clients call it; the directory's name by default."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights, computation and KV cache; auto is bfloat16 where the machine is fast at it."""
+    page_tokens: PositiveInt = 64
+    """Tokens of one layer in a KV page."""
+
+    @property
+    def resolved_dtype(self) -> str:
+        """The dtype that auto stands for on this machine."""
+        return dtype_name(fastest_dtype()) if self.dtype == "auto" else dtype_name(DTYPES[self.dtype])
+
+
+class PrefillSection(_Section):
+    """[prefill]"""
+
+    replicas: PositiveInt = 1
+    tile_tokens: PositiveInt = 512
+    """Tokens computed and sent at a time; a multiple of model.page_tokens."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of a replica; all cores by default."""
+    num_gpus: NonNegativeInt = 0
+    max_queued: PositiveInt = 64
+    """Prompts that may wait for a replica."""
+
+
+class DecodeSection(_Section):
+    """[decode]"""
+
+    replicas: PositiveInt = 1
+    kv_cache: ByteSize = ByteSize(4 << 30)
+    """Memory of a replica for keys and values, e.g. "4GiB"."""
+    max_batch_size: PositiveInt = 32
+    """Answers advanced together."""
+    max_requests: PositiveInt = 64
+    """Requests at once on a replica, prefilling ones included."""
+    num_threads: PositiveInt | None = None
+    num_gpus: NonNegativeInt = 0
+
+
+class GatewaySection(_Section):
+    """[gateway]"""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; "0.0.0.0" lets other machines in."""
+    port: NonNegativeInt = Field(default=50051, le=65535)
+    """0 picks a free port."""
+    max_document: ByteSize = ByteSize(64 << 20)
+    """Longest document, e.g. "64MiB"."""
+    max_requests: PositiveInt = 64
+    """Requests inside the gateway at once."""
+    default_max_new_tokens: PositiveInt = 256
+    max_new_tokens: PositiveInt = 16384
+    """The most a client may ask for."""
+    default_timeout_s: PositiveFloat = 3600.0
+    max_timeout_s: PositiveFloat = 24 * 3600.0
+
+
+class SecuritySection(_Section):
+    """[security]"""
+
+    token: Literal["auto", "off"] = "auto"
+    """auto makes a fresh token for clients; `colm submit` on this machine finds it by itself."""
+    tls: Literal["auto", "off"] = "auto"
+    """auto makes fresh certificates for the gateway and between nodes."""
+
+
+class RaySection(_Section):
+    """[ray]"""
+
+    address: str | None = None
+    """A running Ray cluster to join, e.g. "auto" or "10.0.0.1:6379"; by default `colm up` starts one here."""
+    ready_timeout_s: PositiveFloat = 300.0
+    """How long replicas may take to load."""
+
+
+class ClusterConfig(_Section):
+    """The whole file."""
+
+    model: ModelSection = ModelSection()
+    prefill: PrefillSection = PrefillSection()
+    decode: DecodeSection = DecodeSection()
+    gateway: GatewaySection = GatewaySection()
+    security: SecuritySection = SecuritySection()
+    ray: RaySection = RaySection()
+
+
+def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
+    """Read a TOML file and put command-line options on top.
+
+    Args:
+        path: None for defaults alone.
+        overrides: values by dotted option name; None values are left out.
+
+    Raises:
+        ConfigError: names the option, its value and what is allowed.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as err:
+            raise ConfigError(f"cannot read {path}: {err.strerror}") from err
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
+            raise ConfigError(f"{path} is not valid TOML: {err}") from err
+    for option, value in overrides.items():
+        if value is not None:
+            section, name = option.split(".")
+            values.setdefault(section, {})[name] = value
+    try:
+        config = ClusterConfig.model_validate(values)
+    except ValidationError as err:
+        raise ConfigError("; ".join(_explain(dict(error)) for error in err.errors())) from err
+    if config.prefill.tile_tokens % config.model.page_tokens:
+        raise ConfigError(
+            f"prefill.tile_tokens={config.prefill.tile_tokens} must be a multiple of "
+            f"model.page_tokens={config.model.page_tokens}"
+        )
+    return config
+
+
+def _explain(error: dict[str, Any]) -> str:
+    option = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{option} is not an option; docs/configuration.md lists them"
+    return f"{option}={error['input']!r}: {error['msg']}"

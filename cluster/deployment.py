@@ -1,0 +1,120 @@
+"""Onto a running Ray and off it again. Importing this file imports Ray."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from cluster.application import APPLICATION, DECODE_RESOURCE, PREFILL_RESOURCE, build, make_security
+from cluster.config import ClusterConfig
+from colm.checkpoint import Checkpoint
+from colm.errors import ClusterError
+from colm.wire.security import Security
+
+_POLL_S = 0.2
+_CALL_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """A running application."""
+
+    gateway_address: str
+    ray_address: str
+    security: Security
+    """What clients must show."""
+
+
+def deploy(config: ClusterConfig, checkpoint: Checkpoint, ray_address: str) -> Deployed:
+    """Run the application on a Ray cluster and wait until every replica serves; on failure it is taken off again.
+
+    Raises:
+        ClusterError: Ray cannot be joined, lacks a role's resource, or a replica did not start.
+    """
+    _connect(ray_address)
+    try:
+        return _deploy(config, checkpoint, ray_address)
+    finally:
+        # A driver that is still connected when its Ray stops is killed by it.
+        ray.shutdown()
+
+
+def remove(ray_address: str) -> None:
+    """Take the application off a Ray cluster, and Serve with it if nothing else uses it.
+
+    Raises:
+        ClusterError: Ray cannot be reached.
+    """
+    _connect(ray_address)
+    try:
+        _remove_application()
+    except ray.exceptions.RayError as err:
+        raise ClusterError(f"Ray at {ray_address} was lost on the way: {err}") from err
+    finally:
+        ray.shutdown()
+
+
+def _deploy(config: ClusterConfig, checkpoint: Checkpoint, ray_address: str) -> Deployed:
+    _check_resources(config)
+    security = make_security(config)
+    serve.start(proxy_location="Disabled")
+    if APPLICATION in serve.status().applications:
+        raise ClusterError(f"Ray at {ray_address} runs a {APPLICATION!r} application already; run `colm down` there")
+    try:
+        application = build(config, checkpoint.path.absolute(), security)
+        target = serve.RunTarget(target=application, name=APPLICATION, route_prefix=None)
+        # Serve's own waiting has no end and hides the reason; ours ends with what went wrong.
+        handle: Any
+        (handle,) = serve.run_many([target], wait_for_applications_running=False)
+        _wait_until_running(config.ray.ready_timeout_s)
+        address = handle.address.remote().result(timeout_s=_CALL_TIMEOUT_S)
+    except BaseException:
+        _remove_application()
+        raise
+    return Deployed(address, ray.get_runtime_context().gcs_address, security.clients)
+
+
+def _remove_application() -> None:
+    if APPLICATION in serve.status().applications:
+        serve.delete(APPLICATION)
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def _connect(ray_address: str) -> None:
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as err:
+        raise ClusterError(f"cannot join Ray at {ray_address}: {err}") from err
+
+
+def _check_resources(config: ClusterConfig) -> None:
+    carried = ray.cluster_resources()
+    for resource, replicas in ((PREFILL_RESOURCE, config.prefill.replicas), (DECODE_RESOURCE, config.decode.replicas)):
+        if carried.get(resource, 0) < replicas:
+            raise ClusterError(
+                f"the Ray cluster carries {carried.get(resource, 0):g} of resource {resource!r}, {replicas} are needed; "
+                f"start nodes with: ray start --address=HEAD --resources='{{\"{resource}\": 1}}'"
+            )
+
+
+def _wait_until_running(timeout_s: float) -> None:
+    give_up_s = time.monotonic() + timeout_s
+    while True:
+        application = serve.status().applications[APPLICATION]
+        if application.status == ApplicationStatus.RUNNING:
+            return
+        problems = "; ".join(
+            f"{name}: {deployment.message}" for name, deployment in application.deployments.items() if deployment.message
+        )
+        if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise ClusterError(f"the replicas did not start. {application.message} {problems}")
+        if time.monotonic() > give_up_s:
+            raise ClusterError(f"the replicas were not ready within ray.ready_timeout_s={timeout_s:g}. {problems}")
+        time.sleep(_POLL_S)

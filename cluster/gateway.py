@@ -1,0 +1,306 @@
+"""The front door: check, tokenise, hand to a decode node, relay its events."""
+
+import asyncio
+import logging
+import math
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+
+from colm.clock import Clock, Deadline
+from colm.config import ChainConfig
+from colm.errors import CapacityExceeded, DeadlineExceeded, InvalidRequest, PeerUnavailable, UnknownModel
+from colm.events import Accepted
+from colm.nodes import Role
+from colm.sampling import SamplingParams
+from colm.tokenizer import Tokenizer
+from colm.wire.convert import accepted_response, relay, sampling_from_pb, sampling_to_pb, token_id_pieces
+from colm.wire.endpoint import open_channel
+from colm.wire.prompt_stream import read_open
+from colm.wire.security import Security
+from colm.wire.status import answering, error_of
+from colm.wire.v1 import decode_service_pb2 as decode_pb
+from colm.wire.v1 import generation_service_pb2 as pb
+from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
+from colm.wire.v1.generation_service_pb2_grpc import (
+    GenerationServiceServicer,
+    add_GenerationServiceServicer_to_server,
+)
+from cluster.node_registry import NodeRegistry
+
+logger = logging.getLogger(__name__)
+
+_ROLES = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeLease:
+    """One decode node, ours for one request."""
+
+    address: str
+    lease_id: str
+
+
+class DecodePool(Protocol):
+    """Lends decode nodes."""
+
+    def lease(self) -> AbstractAsyncContextManager[DecodeLease]:
+        """Borrow a node for one request.
+
+        Raises:
+            PeerUnavailable: none can be had.
+            CapacityExceeded: too many wait already.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """What the gateway must know of the model."""
+
+    name: str
+    config: ChainConfig
+    tokenizer: Tokenizer | None
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayLimits:
+    """What one request, and all together, may ask for."""
+
+    max_document_bytes: int
+    max_requests: int
+    default_max_new_tokens: int
+    max_new_tokens: int
+    default_timeout_s: float
+    max_timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """A request's options, checked; the prompt is still to come."""
+
+    prompt: str
+    chat: bool | None
+    num_chains: int
+    max_new_tokens: int
+    sampling: SamplingParams
+    timeout_s: float
+
+
+class GenerationService(GenerationServiceServicer):
+    """Serves `Generate` and `GetClusterStatus`."""
+
+    def __init__(
+        self,
+        *,
+        model: ServedModel,
+        limits: GatewayLimits,
+        decode_pool: DecodePool,
+        node_security: Security,
+        registry: NodeRegistry,
+        clock: Clock,
+    ) -> None:
+        self._model = model
+        self._limits = limits
+        self._decode_pool = decode_pool
+        self._node_security = node_security
+        self._registry = registry
+        self._clock = clock
+        self._num_active = 0
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register with a server."""
+        add_GenerationServiceServicer_to_server(self, server)
+
+    async def Generate(  # noqa: N802 - gRPC's name
+        self, request_iterator: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        """One request; see the .proto file."""
+        async with answering(context, "generate"), self._admitted():
+            plan = self._plan(await read_open(request_iterator), context.time_remaining())
+            deadline = Deadline.after(self._clock, plan.timeout_s)
+            try:
+                async with asyncio.timeout(deadline.remaining_s()):
+                    token_ids = await self._read_prompt(plan, request_iterator)
+                    await self._serve(plan, token_ids, deadline, context)
+            except TimeoutError as err:
+                raise DeadlineExceeded(f"timeout_s={plan.timeout_s:g} is over and the answer is not complete") from err
+
+    async def GetClusterStatus(  # noqa: N802 - gRPC's name
+        self, request: pb.GetClusterStatusRequest, context: grpc.aio.ServicerContext  # noqa: ARG002
+    ) -> pb.GetClusterStatusResponse:
+        """Models, nodes and load."""
+        model = self._model
+        nodes = []
+        for seen in self._registry.nodes():
+            report = seen.report
+            nodes.append(
+                pb.Node(
+                    role=_ROLES[report.role],
+                    replica_id=report.replica_id,
+                    address=report.address,
+                    pid=report.pid,
+                    host=report.host,
+                    num_active_requests=report.num_active_requests,
+                    num_queued_requests=report.num_queued_requests,
+                    num_pages_total=report.num_pages_total,
+                    num_pages_used=report.num_pages_used,
+                    resident_bytes=report.resident_bytes,
+                    age_s=seen.age_s,
+                )
+            )
+        served = pb.Model(
+            name=model.name,
+            chains=model.config.chains,
+            max_context_tokens=model.config.max_context,
+            fingerprint=model.fingerprint,
+            reads_text=model.tokenizer is not None,
+        )
+        return pb.GetClusterStatusResponse(models=[served], nodes=nodes, num_active_requests=self._num_active)
+
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[None]:
+        if self._num_active >= self._limits.max_requests:
+            raise CapacityExceeded(f"{self._num_active} requests are inside the gateway already; try again later")
+        self._num_active += 1
+        try:
+            yield
+        finally:
+            self._num_active -= 1
+
+    def _plan(self, opened: pb.OpenGenerate, call_remaining_s: float | None) -> _Plan:
+        model, limits = self._model, self._limits
+        if opened.model not in ("", model.name):
+            raise UnknownModel("model", opened.model, f"this cluster serves {model.name!r}")
+        num_chains = opened.num_chains if opened.HasField("num_chains") else model.config.num_chains
+        if not 1 <= num_chains <= model.config.num_chains:
+            raise InvalidRequest("num_chains", num_chains, f"must be between 1 and {model.config.num_chains}")
+        max_new_tokens = opened.max_new_tokens if opened.HasField("max_new_tokens") else limits.default_max_new_tokens
+        if not 1 <= max_new_tokens <= limits.max_new_tokens:
+            raise InvalidRequest("max_new_tokens", max_new_tokens, f"must be between 1 and {limits.max_new_tokens}")
+        timeout_s = opened.timeout_s if opened.HasField("timeout_s") else limits.default_timeout_s
+        if not (math.isfinite(timeout_s) and timeout_s <= limits.max_timeout_s):
+            raise InvalidRequest("timeout_s", timeout_s, f"must be at most {limits.max_timeout_s:g}")
+        if timeout_s <= 0:
+            raise DeadlineExceeded(f"timeout_s={timeout_s:g}: the deadline is past already; it must be above 0")
+        sampling = sampling_from_pb(opened.sampling)
+        if sampling.stop and model.tokenizer is None:
+            raise InvalidRequest("stop", sampling.stop, f"model {model.name!r} has no tokenizer; use stop_token_ids")
+        return _Plan(
+            prompt=opened.prompt,
+            chat=opened.chat if opened.HasField("chat") else None,
+            num_chains=num_chains,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            timeout_s=timeout_s if call_remaining_s is None else min(timeout_s, call_remaining_s),
+        )
+
+    async def _read_prompt(self, plan: _Plan, requests: AsyncIterator[pb.GenerateRequest]) -> list[int]:
+        document = bytearray()
+        token_ids: list[int] = []
+        async for request in requests:
+            match request.WhichOneof("part"):
+                case "document":
+                    document += request.document
+                    if len(document) > (limit := self._limits.max_document_bytes):
+                        raise InvalidRequest("document", f"over {limit} bytes", f"at most {limit} bytes")
+                case "token_ids":
+                    token_ids.extend(request.token_ids.ids)
+                    if len(token_ids) > (context := self._model.config.max_context):
+                        raise InvalidRequest("token_ids", f"over {context} ids", f"at most {context}, the context")
+                case part:
+                    raise InvalidRequest("part", part, "only `document` or `token_ids` may follow `open`")
+        if token_ids:
+            if document or plan.prompt:
+                raise InvalidRequest("token_ids", f"{len(token_ids)} ids", "give either token ids or text, not both")
+        else:
+            token_ids = await asyncio.to_thread(self._tokenise, plan, document)
+        self._check_prompt(token_ids, plan)
+        return token_ids
+
+    def _tokenise(self, plan: _Plan, document: bytearray) -> list[int]:
+        tokenizer = self._model.tokenizer
+        if not document and not plan.prompt:
+            raise InvalidRequest("prompt", "", "document and prompt must not both be empty")
+        if tokenizer is None:
+            raise InvalidRequest("prompt", plan.prompt, f"model {self._model.name!r} has no tokenizer; send token_ids")
+        try:
+            text = document.decode("utf-8")
+        except UnicodeDecodeError as err:
+            shown = bytes(document[err.start : err.start + 8])
+            raise InvalidRequest("document", shown, f"must be UTF-8; byte {err.start} breaks it ({err.reason})") from err
+        chat = tokenizer.has_chat_template if plan.chat is None else plan.chat
+        return tokenizer.encode_prompt(document=text, prompt=plan.prompt, chat=chat)
+
+    def _check_prompt(self, token_ids: list[int], plan: _Plan) -> None:
+        config = self._model.config
+        if not token_ids:
+            raise InvalidRequest("prompt", "", "the prompt has no tokens")
+        if len(token_ids) + plan.max_new_tokens > config.max_context:
+            raise InvalidRequest(
+                "document",
+                f"{len(token_ids)} prompt tokens",
+                f"prompt and max_new_tokens={plan.max_new_tokens} must fit the model's context of {config.max_context}",
+            )
+        if (worst := max(token_ids)) >= config.vocab_size:
+            raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {config.vocab_size}")
+
+    async def _serve(
+        self, plan: _Plan, token_ids: list[int], deadline: Deadline, context: grpc.aio.ServicerContext
+    ) -> None:
+        request_id = secrets.token_hex(8)
+        logger.info("request.accepted request=%s prompt_tokens=%d", request_id, len(token_ids))
+        accepted = Accepted(
+            request_id=request_id,
+            model=self._model.name,
+            num_prompt_tokens=len(token_ids),
+            num_chains=plan.num_chains,
+            max_new_tokens=plan.max_new_tokens,
+        )
+        await context.write(accepted_response(accepted))
+        async with self._decode_pool.lease() as lease:
+            await self._relay(plan, request_id, token_ids, deadline, lease, context)
+
+    async def _relay(
+        self,
+        plan: _Plan,
+        request_id: str,
+        token_ids: list[int],
+        deadline: Deadline,
+        lease: DecodeLease,
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        opened = decode_pb.OpenDecode(
+            request_id=request_id,
+            num_chains=plan.num_chains,
+            max_new_tokens=plan.max_new_tokens,
+            sampling=sampling_to_pb(plan.sampling),
+            num_prompt_tokens=len(token_ids),
+            lease_id=lease.lease_id,
+        )
+
+        async def requests() -> AsyncIterator[decode_pb.DecodeRequest]:
+            yield decode_pb.DecodeRequest(open=opened)
+            for piece in token_id_pieces(token_ids):
+                yield decode_pb.DecodeRequest(token_ids=piece)
+
+        finished = False
+        async with open_channel(lease.address, self._node_security) as channel:
+            call = DecodeServiceStub(channel).Decode(
+                requests(), metadata=self._node_security.metadata(), timeout=deadline.remaining_s()
+            )
+            try:
+                async for message in call:
+                    finished = message.WhichOneof("event") == "finished"
+                    if (response := relay(message)) is not None:
+                        await context.write(response)
+            except grpc.aio.AioRpcError as err:
+                raise error_of(err, f"decode node {lease.address}") from err
+            finally:
+                call.cancel()
+        if not finished:
+            raise PeerUnavailable(f"decode node {lease.address} ended the answer before it was finished; submit it again")

@@ -1,0 +1,117 @@
+"""The gateway as a Ray Serve replica, with a gRPC server of its own: Serve's has neither TLS nor tokens."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from colm.checkpoint import Checkpoint
+from colm.clock import MonotonicClock
+from colm.dtypes import parse_dtype
+from colm.kv import KvLayout, fingerprint
+from colm.nodes import NodeReport, Role
+from colm.tokenizer import Tokenizer
+from colm.wire.endpoint import bind, create_server
+from colm.wire.security import Security
+from colm.wire.v1 import generation_service_pb2
+from cluster.gateway import DecodeLease, GatewayLimits, GenerationService, ServedModel
+from cluster.node_registry import NodeRegistry
+from decode_node.replica import borrow
+
+logger = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 5.0
+_SERVICE = generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayOptions:
+    """How to run the gateway."""
+
+    model_path: str
+    model_name: str
+    dtype: str
+    page_tokens: int
+    host: str
+    port: int
+    limits: GatewayLimits
+
+
+class ServeDecodePool:
+    """Decode nodes as Ray Serve knows them."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    @asynccontextmanager
+    async def lease(self) -> AsyncIterator[DecodeLease]:
+        """Borrow a node from Serve."""
+        async with borrow(self._handle, Role.DECODE.value) as (address, lease_id):
+            yield DecodeLease(address=address, lease_id=lease_id)
+
+
+class GatewayReplica:
+    """Shell around `GenerationService`, the health service and reflection.
+
+    Args:
+        client_security: what clients must show.
+        node_security: what this gateway shows to decode nodes.
+        decode: handle of the decode deployment.
+    """
+
+    async def __init__(
+        self, options: GatewayOptions, client_security: Security, node_security: Security, decode: Any
+    ) -> None:
+        model = await asyncio.to_thread(_load, options)
+        self._registry = NodeRegistry(MonotonicClock())
+        service = GenerationService(
+            model=model,
+            limits=options.limits,
+            decode_pool=ServeDecodePool(decode),
+            node_security=node_security,
+            registry=self._registry,
+            clock=MonotonicClock(),
+        )
+        self._server: grpc.aio.Server = create_server(client_security)
+        service.add_to(self._server)
+        self._health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for name in ("", _SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        names = (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        port = bind(self._server, options.host, options.port, client_security)
+        await self._server.start()
+        self._address = f"{options.host}:{port}"
+        logger.info("gateway.ready address=%s model=%s", self._address, model.name)
+
+    async def address(self) -> str:
+        """host:port where clients are served."""
+        return self._address
+
+    async def report(self, report: NodeReport) -> None:
+        """A node tells how it is."""
+        self._registry.report(report)
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_address"):
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(_STOP_GRACE_S)
+
+
+def _load(options: GatewayOptions) -> ServedModel:
+    checkpoint = Checkpoint.open(options.model_path)
+    layout = KvLayout.of(checkpoint.config, dtype=parse_dtype(options.dtype), page_tokens=options.page_tokens)
+    return ServedModel(
+        name=options.model_name,
+        config=checkpoint.config,
+        tokenizer=Tokenizer.load(checkpoint),
+        fingerprint=fingerprint(checkpoint, layout),
+    )

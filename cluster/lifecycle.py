@@ -1,0 +1,91 @@
+"""Up and down: Ray, the application, and the state file."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.config import ClusterConfig
+from cluster.local_ray import show_token, start_ray, stop_ray
+from cluster.state import ClusterState
+from colm.checkpoint import Checkpoint
+from colm.errors import ClusterError, ConfigError
+
+_RAY_TOKEN = "ray_token"
+
+Say = Callable[[str], None]
+
+
+def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
+    """Bring a cluster up; on any failure nothing of it is left.
+
+    Args:
+        config: what to run.
+        state_dir: where to keep what the other commands need.
+        say: told of each step, for a human.
+
+    Raises:
+        ClusterError, CheckpointError, ConfigError: what is wrong and what to do.
+    """
+    if ClusterState.read(state_dir) is not None:
+        raise ClusterError(f"a cluster is up already (state in {state_dir}); run `colm down` first")
+    if config.model.path is None:
+        raise ConfigError("model.path is not set; give --model DIR or [model] path in the config file")
+    checkpoint = Checkpoint.open(config.model.path)
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    ray_address, ray_pid = config.ray.address, None
+    try:
+        if ray_address is None:
+            say("starting Ray on this machine")
+            roles = {"prefill": config.prefill.replicas, "decode": config.decode.replicas}
+            ray_address, ray_pid = start_ray(roles, state_dir / _RAY_TOKEN, state_dir / "ray.log")
+        state = _deploy(config, checkpoint, ray_address, ray_pid, say)
+        state.write(state_dir)
+    except BaseException:
+        if ray_pid is not None:
+            stop_ray(ray_pid)
+        raise
+    return state
+
+
+def down(state_dir: Path, say: Say) -> bool:
+    """Stop the cluster and leave nothing running.
+
+    Returns:
+        False if there was none.
+    """
+    state = ClusterState.read(state_dir)
+    if state is None:
+        return False
+    say("stopping the replicas")
+    if state.ray_pid is not None:
+        show_token(state_dir / _RAY_TOKEN)
+    from cluster import deployment  # imports ray, which reads the environment once: after the token is there
+
+    try:
+        deployment.remove(state.ray_address)
+    except ClusterError as err:
+        say(str(err))
+    if state.ray_pid is not None:
+        stop_ray(state.ray_pid)
+    ClusterState.forget(state_dir)
+    return True
+
+
+def _deploy(
+    config: ClusterConfig, checkpoint: Checkpoint, ray_address: str, ray_pid: int | None, say: Say
+) -> ClusterState:
+    # Ray reads these as it is imported; a user's own setting wins.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from cluster import deployment
+
+    say(f"loading {checkpoint.path.name}: {config.prefill.replicas} prefill, {config.decode.replicas} decode")
+    deployed = deployment.deploy(config, checkpoint, ray_address)
+    tls = deployed.security.tls
+    return ClusterState(
+        # A client on this machine reaches a gateway that listens everywhere through the loopback.
+        gateway_address=deployed.gateway_address.replace("0.0.0.0", "127.0.0.1"),
+        ray_address=deployed.ray_address,
+        ray_pid=ray_pid,
+        client_token=deployed.security.token,
+        ca_pem=None if tls is None else tls.ca_pem.decode(),
+    )

@@ -1,0 +1,35 @@
+"""Which nodes there are: those that reported lately."""
+
+from dataclasses import dataclass
+
+from colm.clock import Clock
+from colm.nodes import REPORT_INTERVAL_S, NodeReport
+
+_EXPIRES_S = 5 * REPORT_INTERVAL_S
+
+
+@dataclass(frozen=True, slots=True)
+class SeenNode:
+    """A report and its age."""
+
+    report: NodeReport
+    age_s: float
+
+
+class NodeRegistry:
+    """Keeps each node's last report until it is too old to believe."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._seen: dict[str, tuple[NodeReport, float]] = {}
+
+    def report(self, report: NodeReport) -> None:
+        """A node has spoken."""
+        self._seen[report.replica_id] = (report, self._clock.now())
+
+    def nodes(self) -> list[SeenNode]:
+        """Nodes heard of lately, prefill first."""
+        now = self._clock.now()
+        self._seen = {key: seen for key, seen in self._seen.items() if now - seen[1] < _EXPIRES_S}
+        nodes = [SeenNode(report, now - at_s) for report, at_s in self._seen.values()]
+        return sorted(nodes, key=lambda node: (node.report.role.value != "prefill", node.report.replica_id))

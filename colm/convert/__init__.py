@@ -1,0 +1,47 @@
+"""Import and growth of models: a LLaMA from Hugging Face or GGUF becomes chain 1; `expand` adds chains."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from colm.checkpoint import Checkpoint
+from colm.convert.expand import expand
+from colm.convert.gguf import from_gguf
+from colm.convert.huggingface import from_huggingface
+from colm.convert.llama import Progress
+from colm.errors import CheckpointError, UnsupportedModel
+
+__all__ = ["Progress", "expand", "from_any", "from_gguf", "from_huggingface"]
+
+
+def from_any(
+    src: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Import whatever `src` is: a GGUF file, or a Hugging Face directory.
+
+    Args:
+        src: the source model.
+        dest: directory to write; an older checkpoint there is replaced.
+        dtype: dtype of all weights; None as in `from_gguf` and `from_huggingface`.
+        progress: told after each tensor.
+
+    Returns:
+        The saved checkpoint.
+
+    Raises:
+        UnsupportedModel: `src` is neither, or has a property that cannot be carried over.
+        CheckpointError: `src` does not exist, or is broken.
+    """
+    path = Path(src)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a GGUF file or a Hugging Face directory")
+    if path.is_file():
+        return from_gguf(path, dest, dtype=dtype, progress=progress)
+    if (path / "config.json").exists():
+        return from_huggingface(path, dest, dtype=dtype, progress=progress)
+    raise UnsupportedModel(f"{path} has no config.json; give a GGUF file or a Hugging Face directory")

@@ -1,0 +1,182 @@
+"""Import of a LLaMA in a GGUF file."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from colm.checkpoint import Checkpoint, save
+from colm.config import ChainConfig, RopeScaling
+from colm.convert.gguf_file import GgufFile
+from colm.convert.gguf_tokenizer import text_from_gguf
+from colm.convert.llama import Progress, carry_over, chain_config, check_dtype, refuse_unknown, source_names
+from colm.errors import CheckpointError, UnsupportedModel
+from colm.model.rope import inverse_frequencies
+
+EMBEDDING = "token_embd.weight"
+HEAD = "output.weight"
+ROPE_FACTORS = "rope_freqs.weight"
+LAYOUT = {
+    "embedding.chain1": EMBEDDING,
+    "layers.{}.attention_norm.chain1": "blk.{}.attn_norm.weight",
+    "layers.{}.attention.wq.chain1": "blk.{}.attn_q.weight",
+    "layers.{}.attention.wk.chain1": "blk.{}.attn_k.weight",
+    "layers.{}.attention.wv.chain1": "blk.{}.attn_v.weight",
+    "layers.{}.attention.wo.chain1": "blk.{}.attn_output.weight",
+    "layers.{}.ffn_norm.chain1": "blk.{}.ffn_norm.weight",
+    "layers.{}.ffn.gate.chain1": "blk.{}.ffn_gate.weight",
+    "layers.{}.ffn.up.chain1": "blk.{}.ffn_up.weight",
+    "layers.{}.ffn.down.chain1": "blk.{}.ffn_down.weight",
+    "final_norm.chain1": "output_norm.weight",
+    "head.chain1": HEAD,
+}
+
+LLAMA3_ORIGINAL_CONTEXTS = tuple(1024 << power for power in range(8))
+"""Contexts of pre-training that llama3 scaling is recognised for, 1K to 128K; published models have 8K."""
+ROPE_FACTOR_TOLERANCE = 1e-5
+"""Relative; a converter's fp32 arithmetic stays below it, the nearest other candidate is far above."""
+
+
+def from_gguf(
+    src_file: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Turn a GGUF file of LLaMA architecture into a one-chain checkpoint.
+
+    Args:
+        src_file: tensors of type F32, F16, BF16, Q8_0, Q4_0 or Q4_1; tokenizer and chat template come from
+            its metadata.
+        dest: directory to write; an older checkpoint there is replaced.
+        dtype: dtype of all weights; None keeps a float file's and makes a quantised one bfloat16, gains
+            included.
+        progress: told after each tensor.
+
+    Returns:
+        The saved checkpoint.
+
+    Raises:
+        UnsupportedModel: a property of the model cannot be carried over.
+        CheckpointError: the file is broken, or a tensor or a metadata key is missing.
+    """
+    check_dtype(dtype)
+    file = GgufFile(Path(src_file))
+    config = _config(file)
+    refuse_unknown(file, {*source_names(config, LAYOUT).values(), ROPE_FACTORS})
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        if ".wq." in name:
+            return _half_split_rows(tensor, config.num_heads)
+        return _half_split_rows(tensor, config.num_kv_heads) if ".wk." in name else tensor
+
+    wanted = dtype or file.natural_dtype()
+    tensors = carry_over(config, LAYOUT, file, wanted, convert=convert, progress=progress)
+    tokenizer_json, text = text_from_gguf(file)
+    return save(dest, config, tensors, text=text, tokenizer_json=tokenizer_json)
+
+
+def _half_split_rows(weight: Tensor, num_heads: int) -> Tensor:
+    """Undo the converter's reordering of q and k rows.
+
+    GGUF pairs features 2j and 2j+1 of a head into rotary plane j; we pair j and j + D/2, as Hugging Face
+    does.
+    """
+    planes = weight.shape[0] // num_heads // 2
+    return weight.view(num_heads, planes, 2, -1).transpose(1, 2).reshape(weight.shape)
+
+
+def _config(file: GgufFile) -> ChainConfig:
+    architecture = file.required("general.architecture")
+    if architecture != "llama":
+        raise UnsupportedModel(
+            f"{file.path}: general.architecture={architecture!r}; only 'llama' can be imported"
+        )
+    if (parts := file.metadata("split.count") or 1) > 1:
+        raise UnsupportedModel(
+            f"{file.path}: split.count={parts}; join the parts with llama-gguf-split --merge first"
+        )
+    if experts := file.metadata("llama.expert_count"):
+        raise UnsupportedModel(
+            f"{file.path}: llama.expert_count={experts}; mixtures of experts are not supported"
+        )
+    if EMBEDDING not in file.names():
+        raise CheckpointError(f"{file.path}: tensor {EMBEDDING!r} is missing; fetch the whole model again")
+    num_heads = _whole(file, "llama.attention.head_count")
+    num_kv_heads = _whole(file, "llama.attention.head_count_kv", num_heads)
+    dim = _whole(file, "llama.embedding_length")
+    head_dim = _whole(file, "llama.attention.key_length", dim // num_heads)
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if _whole(file, key, head_dim) != head_dim:
+            raise UnsupportedModel(
+                f"{file.path}: {key}={file.metadata(key)} must equal the head dim {head_dim}"
+            )
+    base = chain_config(
+        file.path,
+        dim=dim,
+        hidden_dim=_whole(file, "llama.feed_forward_length"),
+        num_layers=_whole(file, "llama.block_count"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        vocab_size=file.shape(EMBEDDING)[0],
+        rope_theta=file.metadata("llama.rope.freq_base") or 10_000.0,
+        rope_scaling=_named_scaling(file),
+        norm_eps=file.required("llama.attention.layer_norm_rms_epsilon"),
+        tie_embeddings=HEAD not in file.names(),
+        max_context=_whole(file, "llama.context_length"),
+        explicit_head_dim=head_dim,
+    )
+    return base if ROPE_FACTORS not in file.names() else _with_llama3_scaling(file, base)
+
+
+def _whole(file: GgufFile, key: str, default: int | None = None) -> int:
+    value = file.metadata(key)
+    if value is None:
+        value = file.required(key) if default is None else default
+    if not isinstance(value, int):
+        raise UnsupportedModel(
+            f"{file.path}: {key}={value!r} must be one number; layers may not differ in shape"
+        )
+    return value
+
+
+def _named_scaling(file: GgufFile) -> RopeScaling | None:
+    kind = file.metadata("llama.rope.scaling.type")
+    # Files older than the key `scaling.type` have `scale_linear` alone.
+    factor = file.metadata("llama.rope.scaling.factor") or file.metadata("llama.rope.scale_linear") or 1.0
+    if kind == "none" or (kind is None and factor == 1.0):
+        return None
+    if kind not in ("linear", None):
+        raise UnsupportedModel(
+            f"{file.path}: llama.rope.scaling.type={kind!r} is not supported; use none or linear"
+        )
+    try:
+        return RopeScaling(kind="linear", factor=factor)
+    except ValueError as err:
+        raise UnsupportedModel(f"{file.path}: {err}") from err
+
+
+def _with_llama3_scaling(file: GgufFile, config: ChainConfig) -> ChainConfig:
+    """Find the llama3 parameters whose frequencies are the file's.
+
+    The file holds, for each rotary plane, the number its frequency is divided by. The slowest plane's is
+    `factor`; the two bounds are those of all published models, 1 and 4; the context of pre-training is
+    searched for.
+    """
+    divisors = file.read(ROPE_FACTORS).flatten()
+    if config.rope_scaling is None and divisors.numel() == config.head_dim // 2 and divisors.min() >= 1.0:
+        if bool((divisors == 1.0).all()):
+            return config
+        expected = inverse_frequencies(config) / divisors
+        for context in LLAMA3_ORIGINAL_CONTEXTS:
+            scaling = RopeScaling(kind="llama3", factor=float(divisors.max()), original_max_context=context)
+            candidate = replace(config, rope_scaling=scaling)
+            if torch.allclose(inverse_frequencies(candidate), expected, rtol=ROPE_FACTOR_TOLERANCE, atol=0.0):
+                return candidate
+    raise UnsupportedModel(
+        f"{file.path}: tensor {ROPE_FACTORS!r} holds no known llama3 scaling (low_freq_factor 1, "
+        "high_freq_factor 4, original context a power of two); import the Hugging Face directory instead"
+    )

@@ -1,0 +1,297 @@
+"""Import of a Hugging Face LLaMA directory."""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from colm.checkpoint import Checkpoint, TextConfig, save
+from colm.config import ChainConfig, RopeScaling
+from colm.convert.llama import (
+    Progress,
+    carry_over,
+    chain_config,
+    check_dtype,
+    common_dtype,
+    refuse_unknown,
+    source_names,
+)
+from colm.dtypes import DTYPES
+from colm.errors import CheckpointError, UnsupportedModel
+
+ARCHITECTURE = "LlamaForCausalLM"
+HEAD = "lm_head.weight"
+# Old checkpoints carry the rotary frequencies, which follow from the config.
+DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+LAYOUT = {
+    "embedding.chain1": "model.embed_tokens.weight",
+    "layers.{}.attention_norm.chain1": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.attention.wq.chain1": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.{}.attention.wk.chain1": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.{}.attention.wv.chain1": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.{}.attention.wo.chain1": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.{}.ffn_norm.chain1": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.{}.ffn.gate.chain1": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.{}.ffn.up.chain1": "model.layers.{}.mlp.up_proj.weight",
+    "layers.{}.ffn.down.chain1": "model.layers.{}.mlp.down_proj.weight",
+    "final_norm.chain1": "model.norm.weight",
+    "head.chain1": HEAD,
+}
+
+
+def from_huggingface(
+    src_dir: str | os.PathLike[str],
+    dest: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Turn a Hugging Face LLaMA directory into a one-chain checkpoint.
+
+    Args:
+        src_dir: holds config.json, model.safetensors or its shards, and, for a model that reads text,
+            tokenizer.json.
+        dest: directory to write; an older checkpoint there is replaced.
+        dtype: dtype of all weights; None keeps the source's, the widest where it mixes several.
+        progress: told after each tensor.
+
+    Returns:
+        The saved checkpoint.
+
+    Raises:
+        UnsupportedModel: a property of the model cannot be carried over.
+        CheckpointError: a file or tensor is missing, broken or misshapen.
+    """
+    root = Path(src_dir)
+    check_dtype(dtype)
+    raw = _read_json(root / "config.json")
+    config = _config(root / "config.json", raw)
+    source = _Weights(root)
+    names = source.names()
+    known = set(source_names(config, LAYOUT).values()) | {HEAD}
+    refuse_unknown(source, known | {name for name in names if DERIVED.fullmatch(name)})
+    wanted = dtype or common_dtype([source.dtype(name) for name in names if name in known])
+    tensors = carry_over(config, LAYOUT, source, wanted, progress=progress)
+    tokenizer_json = _tokenizer_json(root)
+    text = _text_config(root, raw, tokenizer_json)
+    return save(dest, config, tensors, text=text, tokenizer_json=tokenizer_json)
+
+
+class _Weights:
+    """The tensors of one safetensors file, or of several behind an index."""
+
+    def __init__(self, root: Path) -> None:
+        index, single = root / "model.safetensors.index.json", root / "model.safetensors"
+        if index.exists():
+            self.path = index
+            shards = _read_json(index).get("weight_map")
+            if not isinstance(shards, Mapping):
+                raise CheckpointError(f"{index}: weight_map is missing; fetch the whole model again")
+            self._file_of = {name: root / shard for name, shard in shards.items()}
+        elif single.exists():
+            self.path = single
+            self._file_of = dict.fromkeys(self._reader(single).keys(), single)
+        else:
+            raise CheckpointError(
+                f"{root} has neither {single.name} nor {index.name}; only safetensors weights are read"
+            )
+        self._readers: dict[Path, Any] = {}
+
+    def names(self) -> Collection[str]:
+        return self._file_of.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        words = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+        word = self._slice(name).get_dtype()
+        if word not in words:
+            raise UnsupportedModel(
+                f"{self.path}: tensor {name!r} is stored as {word}; only {', '.join(DTYPES)} are read, "
+                "so import the model before it was quantised"
+            )
+        return words[word]
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._open(name).get_tensor(name)
+        return tensor
+
+    def _slice(self, name: str) -> Any:
+        try:
+            return self._open(name).get_slice(name)
+        except SafetensorError as err:
+            raise CheckpointError(
+                f"{self._file_of[name]}: tensor {name!r} is missing; fetch the file again"
+            ) from err
+
+    def _open(self, name: str) -> Any:
+        path = self._file_of[name]
+        if path not in self._readers:
+            self._readers[path] = self._reader(path)
+        return self._readers[path]
+
+    def _reader(self, path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except FileNotFoundError as err:
+            raise CheckpointError(f"{path} is missing, but the index names it; fetch it too") from err
+        except SafetensorError as err:
+            raise CheckpointError(f"{path} is truncated or not a safetensors file: {err}") from err
+
+
+def _config(path: Path, raw: Mapping[str, Any]) -> ChainConfig:
+    architectures = raw.get("architectures") or []
+    if architectures != [ARCHITECTURE] and (architectures or raw.get("model_type") != "llama"):
+        raise UnsupportedModel(
+            f"{path}: architectures={architectures or raw.get('model_type')!r}; "
+            f"only {ARCHITECTURE} can be imported"
+        )
+    for field, accepted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+        if raw.get(field, accepted) != accepted:
+            raise UnsupportedModel(
+                f"{path}: {field}={raw[field]!r} is not supported; only {field}={accepted!r} is"
+            )
+    if raw.get("quantization_config") is not None:
+        raise UnsupportedModel(
+            f"{path}: quantization_config is not supported; import the model it was made from"
+        )
+    theta, scaling = _rope(path, raw)
+    try:
+        num_heads = raw["num_attention_heads"]
+        return chain_config(
+            path,
+            dim=raw["hidden_size"],
+            hidden_dim=raw["intermediate_size"],
+            num_layers=raw["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+            vocab_size=raw["vocab_size"],
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=raw.get("rms_norm_eps", 1e-6),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            max_context=raw.get("max_position_embeddings", 2048),
+            explicit_head_dim=raw.get("head_dim"),
+        )
+    except KeyError as err:
+        raise CheckpointError(
+            f"{path}: {err.args[0]} is missing; is this the model's own config.json?"
+        ) from err
+
+
+def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """The rotary base and its scaling, as transformers 5 spells them (`rope_parameters`) or as before it."""
+    field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    section = raw.get(field) or {}
+    theta = float(section.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+    kind = section.get("rope_type", section.get("type", "default"))
+    partial = section.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise UnsupportedModel(f"{path}: partial_rotary_factor={partial} is not supported; only 1.0 is")
+    try:
+        if kind == "default":
+            return theta, None
+        if kind == "linear":
+            return theta, RopeScaling(kind="linear", factor=float(section["factor"]))
+        if kind == "llama3":
+            return theta, RopeScaling(
+                kind="llama3",
+                factor=float(section["factor"]),
+                low_freq_factor=float(section["low_freq_factor"]),
+                high_freq_factor=float(section["high_freq_factor"]),
+                original_max_context=int(section["original_max_position_embeddings"]),
+            )
+    except KeyError as err:
+        raise CheckpointError(
+            f"{path}: {field}.{err.args[0]} is missing, but rope_type={kind!r} needs it"
+        ) from err
+    except ValueError as err:
+        raise UnsupportedModel(f"{path}: {field}: {err}") from err
+    raise UnsupportedModel(
+        f"{path}: {field}.rope_type={kind!r} is not supported; use default, linear or llama3"
+    )
+
+
+def _tokenizer_json(root: Path) -> str | None:
+    path = root / "tokenizer.json"
+    if not path.exists():
+        warnings.warn(
+            f"{root} has no tokenizer.json: the checkpoint serves token ids only; save the tokenizer as "
+            "tokenizer.json beside the weights and import again to serve text",
+            stacklevel=3,
+        )
+        return None
+    return path.read_text(encoding="utf-8")
+
+
+def _text_config(root: Path, raw: Mapping[str, Any], tokenizer_json: str | None) -> TextConfig:
+    """Stop ids: generation_config.json is the authority, then config.json, then the tokenizer's eos token."""
+    generation = _read_json(root / "generation_config.json", required=False)
+    eos_ids = _id_list(generation.get("eos_token_id")) or _id_list(raw.get("eos_token_id"))
+    bos_id = raw.get("bos_token_id")
+    if tokenizer_json is None:
+        return TextConfig(bos_token_id=bos_id, eos_token_ids=eos_ids)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+    except Exception as err:  # the Rust side raises Exception itself, for any malformed file
+        raise CheckpointError(
+            f"{root / 'tokenizer.json'} cannot be read: {err}; fetch the file again"
+        ) from err
+    section = _read_json(root / "tokenizer_config.json", required=False)
+    named_bos, named_eos = (_token_id(tokenizer, section.get(name)) for name in ("bos_token", "eos_token"))
+    bos_id = bos_id if named_bos is None else named_bos
+    # The tokenizer's post-processor is what puts the token there, unless its config says it outright.
+    begins = tokenizer.encode("a").ids[:1] == [bos_id]
+    add_bos = section.get("add_bos_token")
+    return TextConfig(
+        bos_token_id=bos_id,
+        eos_token_ids=eos_ids or _id_list(named_eos),
+        add_bos=bos_id is not None and (begins if add_bos is None else bool(add_bos)),
+        chat_template=_chat_template(root, section),
+    )
+
+
+def _chat_template(root: Path, section: Mapping[str, Any]) -> str | None:
+    path = root / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = section.get("chat_template")
+    if isinstance(template, list):
+        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    return template
+
+
+def _token_id(tokenizer: Any, token: str | Mapping[str, Any] | None) -> int | None:
+    content = token.get("content") if isinstance(token, Mapping) else token
+    found: int | None = None if content is None else tokenizer.token_to_id(content)
+    return found
+
+
+def _id_list(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        if not required:
+            return {}
+        raise CheckpointError(f"{path} is missing; give the directory of a Hugging Face model") from err
+    except (UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise CheckpointError(f"{path} is not valid JSON: {err}; fetch the file again") from err
+    if not isinstance(body, dict):
+        raise CheckpointError(f"{path} holds {type(body).__name__}, not an object; fetch the file again")
+    return body

@@ -1,0 +1,61 @@
+"""What every node tells the gateway about itself."""
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import psutil
+
+logger = logging.getLogger(__name__)
+
+REPORT_INTERVAL_S = 2.0
+
+
+class Role(Enum):
+    """What a node does."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeReport:
+    """One node, as it last saw itself."""
+
+    role: Role
+    replica_id: str
+    address: str
+    """host:port of its gRPC server."""
+    num_active_requests: int
+    num_queued_requests: int
+    num_pages_total: int = 0
+    """Decode nodes: pages of the KV pool."""
+    num_pages_used: int = 0
+    pid: int
+    host: str
+    resident_bytes: int
+    """Memory of the process."""
+
+
+def process_facts() -> dict[str, int | str]:
+    """The part of a report that is the same for every role."""
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "resident_bytes": psutil.Process().memory_info().rss,
+    }
+
+
+async def keep_reporting(send: Callable[[NodeReport], Awaitable[object]], look: Callable[[], NodeReport]) -> None:
+    """Report now and every `REPORT_INTERVAL_S`, for ever. A report that fails is dropped: the next one replaces it."""
+    while True:
+        try:
+            async with asyncio.timeout(5 * REPORT_INTERVAL_S):
+                await send(look())
+        except Exception as err:  # noqa: BLE001 - whatever hinders a report must not stop the node
+            logger.info("report.dropped error=%r", err)
+        await asyncio.sleep(REPORT_INTERVAL_S)

@@ -1,0 +1,220 @@
+"""Text into token ids by a checkpoint's own tokenizer, safe against special tokens named in a document."""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any, Self
+
+import jinja2
+import tokenizers
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from colm.checkpoint import Checkpoint, TextConfig
+from colm.detokenizer import Detokenizer, TextStream
+from colm.errors import CheckpointError, InvalidRequest
+
+# Stands for the content while the template is rendered. Private-use characters: no template writes them.
+MARKER = "\ue000content\ue001"
+# Whitespace to `str.strip`, so that a template which trims its content shows it by taking these away.
+PADDING = "\u2003"
+SEPARATOR = "\n\n"
+"""Between document and prompt, in a chat."""
+
+
+class Tokenizer:
+    """Encodes prompts and decodes answers. Reads only; one instance serves any number of threads."""
+
+    def __init__(self, tokenizer_json: str, text: TextConfig, now: Callable[[], datetime]) -> None:
+        self._text = text
+        self._first = _content_encoder(tokenizer_json)
+        self._inner = _content_encoder(_without_first_space(tokenizer_json))
+        self._detokenizer = Detokenizer(self._first)
+        self._template = None if text.chat_template is None else _compile(text.chat_template, now)
+        added = self._first.get_added_tokens_decoder()
+        self._special = {token.content: token for token in added.values() if token.special}
+        # Longest first: a regex takes the first alternative that matches, the tokenizer the longest.
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, *, now: Callable[[], datetime] = lambda: datetime.now().astimezone()
+    ) -> Self | None:
+        """The checkpoint's tokenizer; None where it has none and serves token ids only.
+
+        Args:
+            checkpoint: an opened checkpoint.
+            now: what chat templates that write today's date are told.
+
+        Raises:
+            CheckpointError: tokenizer.json or the chat template is broken.
+            UnsupportedModel: the tokenizer is of a kind that cannot be decoded token by token.
+        """
+        path = checkpoint.tokenizer_path
+        return None if path is None else cls(path.read_text(encoding="utf-8"), checkpoint.text, now)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_prompt(chat=True)` is possible."""
+        return self._template is not None
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Any of these ends an answer."""
+        return self._text.eos_token_ids
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens known here; the model's table may have more rows."""
+        return int(self._first.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain content: no bos, and a special token's name in the text is just text."""
+        return _ids(self._first, text)
+
+    def encode_prompt(self, *, document: str, prompt: str, chat: bool) -> list[int]:
+        """Ids of a whole request.
+
+        Ordinary text is encoded exactly as transformers' `apply_chat_template` does it (or, without chat, its
+        tokenizer). Names of special tokens inside `document` or `prompt` stay text in both forms.
+
+        Args:
+            document: what the prompt is about; may be empty.
+            prompt: the instruction or the beginning of the completion; may be empty.
+            chat: render as one user message, `document`, a blank line and `prompt`; else a raw completion of
+                `document` and `prompt` end to end, after bos where the model wants one.
+
+        Raises:
+            InvalidRequest: `chat` of a model without a chat template, or whose template refuses the message.
+        """
+        if not chat:
+            bos = self._text.bos_token_id
+            begin = [bos] if self._text.add_bos and bos is not None else []
+            return begin + self.encode(document + prompt)
+        content = SEPARATOR.join(part for part in (document, prompt) if part)
+        return self._encode_around(self._render(), content)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Text of token ids; see `Detokenizer` for invalid bytes."""
+        return self._detokenizer.decode(ids, skip_special=skip_special)
+
+    def stream(self, skip_special: bool = True) -> TextStream:
+        """A fresh stream for one answer."""
+        return TextStream(self._detokenizer, skip_special=skip_special)
+
+    def _render(self) -> str:
+        """The template's text, with `MARKER` where the content belongs."""
+        if self._template is None:
+            raise InvalidRequest("chat", True, "the model has no chat template; use raw completion")
+        try:
+            return self._template.render(
+                messages=[{"role": "user", "content": PADDING + MARKER + PADDING}],
+                add_generation_prompt=True,
+                bos_token=self._token(self._text.bos_token_id),
+                eos_token=self._token(next(iter(self.eos_token_ids), None)),
+                tools=None,
+                documents=None,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as err:
+            limit = f"the chat template refused the message: {err}; use raw completion"
+            raise InvalidRequest("chat", True, limit) from err
+
+    def _token(self, token_id: int | None) -> str:
+        return "" if token_id is None else self._first.id_to_token(token_id) or ""
+
+    def _encode_around(self, rendered: str, content: str) -> list[int]:
+        """Ids of the rendered template with the content in its place.
+
+        Special tokens are looked for in the template's own text alone. What lies between two of them, content
+        included, is one run of text, as it is for a tokenizer that sees everything at once.
+        """
+        before, *rest = rendered.split(MARKER)
+        runs: list[str] = [""]
+        specials: list[str] = []
+        self._append_template(before.removesuffix(PADDING), runs, specials)
+        for after in rest:
+            kept = content if before.endswith(PADDING) else content.lstrip()
+            runs[-1] += kept if after.startswith(PADDING) else kept.rstrip()
+            self._append_template(after.removeprefix(PADDING).removesuffix(PADDING), runs, specials)
+            before = after
+        return self._join(runs, specials)
+
+    def _append_template(self, text: str, runs: list[str], specials: list[str]) -> None:
+        end = 0
+        for match in self._special_pattern.finditer(text):
+            runs[-1] += text[end : match.start()]
+            specials.append(match[0])
+            runs.append("")
+            end = match.end()
+        runs[-1] += text[end:]
+
+    def _join(self, runs: list[str], specials: list[str]) -> list[int]:
+        ids: list[int] = []
+        for index, run in enumerate(runs):
+            if index > 0:
+                special = self._special[specials[index - 1]]
+                ids.append(self._first.token_to_id(special.content))
+                run = run.lstrip() if special.rstrip else run
+            if index < len(specials) and self._special[specials[index]].lstrip:
+                run = run.rstrip()
+            if run:
+                ids += _ids(self._first if index == 0 else self._inner, run)
+        return ids
+
+
+def _ids(encoder: Any, text: str) -> list[int]:
+    # The batch call leaves out the offsets, which nobody here reads.
+    (encoding,) = encoder.encode_batch_fast([text], add_special_tokens=False)
+    ids: list[int] = encoding.ids
+    return ids
+
+
+def _content_encoder(tokenizer_json: str) -> Any:
+    try:
+        encoder = tokenizers.Tokenizer.from_str(tokenizer_json)
+    except Exception as err:  # the Rust side raises Exception itself, for any malformed file
+        raise CheckpointError(f"tokenizer.json cannot be read: {err}; import the model again") from err
+    encoder.encode_special_tokens = True
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
+
+
+def _without_first_space(tokenizer_json: str) -> str:
+    """The same tokenizer for text that follows a special token.
+
+    Metaspace with the scheme "first" puts a space before the very beginning of a text; a run encoded on its
+    own would get one too.
+    """
+    body = json.loads(tokenizer_json)
+    step = body.get("pre_tokenizer") or {}
+    for part in step.get("pretokenizers", [step]):
+        if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
+            part["prepend_scheme"] = "never"
+    return json.dumps(body)
+
+
+def _compile(chat_template: str, now: Callable[[], datetime]) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
+    try:
+        return environment.from_string(chat_template)
+    except jinja2.TemplateSyntaxError as err:
+        raise CheckpointError(
+            f"text.chat_template line {err.lineno}: {err.message}; import the model again"
+        ) from err
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: object, indent: int | None = None) -> str:
+    """Without jinja's own escaping of HTML characters: the reader is a model, not a browser."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)

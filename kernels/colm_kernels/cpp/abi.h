@@ -1,0 +1,72 @@
+// What crosses the border to Python (ctypes) and to the variants. Plain data only.
+//
+// A variant is one translation unit built with its own target flags. Nothing that such a unit instantiates may be
+// shared with another: the linker keeps one copy of an inline function, and a copy built for AVX-512 would then run
+// on a CPU without it. So these headers hold no inline code, variants include nothing of the standard library but
+// C headers, and all their own code stands in unnamed namespaces.
+#pragma once
+#include <cstdint>
+
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
+enum Status : int32_t { kOk = 0, kCancelled = 1, kUnsupported = 2, kOutOfMemory = 3 };
+
+// Shapes: T query tokens, S keys, H query heads, K kv heads, G = H / K, D head dim. Strides count elements; the
+// last dimension of every tensor is contiguous.
+struct PrefillArgs {
+    const void* q;        // T, H, D
+    const void* k;        // K, S, D
+    const void* v;        // K, S, D
+    void* out;            // T, H, D contiguous
+    float* lse;           // T, H contiguous
+    int64_t num_queries, num_keys, num_heads, num_kv_heads, head_dim;
+    int64_t q_stride_t, q_stride_h;
+    int64_t k_stride_k, k_stride_s;
+    int64_t v_stride_k, v_stride_s;
+    float scale;
+    int32_t dtype;
+    const volatile int32_t* cancelled;  // set to non-zero by anyone to stop the call; may be null
+
+    // Rows are (query token, query head of one kv head), token-major: row = t * G + g. One item of work is a range of
+    // rows of one kv head. Filled in by the launcher.
+    int64_t rows_per_item;
+};
+
+// Shapes: R requests, K kv heads, G query heads per kv head, D head dim, P tokens per page, M table columns.
+struct DecodeArgs {
+    const void* q;               // R, K, G, D contiguous
+    const void* k_pages;         // B, P, K, D contiguous
+    const void* v_pages;         // B, P, K, D contiguous
+    const int32_t* block_table;  // R, M contiguous
+    const int32_t* context_lens; // R
+    void* out;                   // R, K, G, D contiguous
+    int64_t num_requests, num_kv_heads, group, head_dim, page_tokens, table_columns;
+    float scale;
+    int32_t dtype;
+};
+
+// One item of decode work: tokens [begin, end) of one request, all its heads.
+struct DecodeItem {
+    int64_t request, begin, end;
+    float* partial;  // unnormalised output (K * G, D), then maxima (K * G), then sums (K * G)
+};
+
+using PrefillFn = Status (*)(const PrefillArgs&, int64_t item, unsigned char* workspace);
+using DecodeFn = void (*)(const DecodeArgs&, const DecodeItem&, unsigned char* workspace);
+
+struct PrefillKernel {
+    PrefillFn run;
+    int64_t (*workspace_bytes)(int64_t rows_per_item);
+};
+
+struct DecodeKernel {
+    DecodeFn run;
+    int64_t (*workspace_bytes)(int64_t num_kv_heads, int64_t group);
+};
+
+// What one translation unit offers; a null `run` means the combination is left to another variant.
+struct Variant {
+    PrefillKernel (*prefill)(int32_t dtype, int64_t head_dim);
+    DecodeKernel (*decode)(int32_t dtype, int64_t head_dim);
+};
+
+extern const Variant kAvx2Variant, kAvx512Variant, kAvx512Bf16Variant;

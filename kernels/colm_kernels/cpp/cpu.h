@@ -1,0 +1,11 @@
+// Which variants this CPU can run, and which it should.
+#pragma once
+#include <cstdint>
+
+enum VariantId : int32_t { kAvx2 = 0, kAvx512 = 1, kAvx512Bf16 = 2, kNumVariants = 3 };
+
+bool cpu_supports(int32_t variant);
+
+// Whether VDPBF16PS does more multiplications a second here than fp32 FMA. Measured once: AMD's Zen 4 does twice as
+// many, Intel's Sapphire Rapids half as many, and no CPUID bit says so.
+bool bf16_dot_pays();

@@ -1,0 +1,269 @@
+// Dense attention of a range of rows of one kv head to its keys, with the softmax done online.
+//
+// Keys are taken in chunks that fit the second-level cache. A chunk is packed once and then read by every row block
+// of the item, whatever its query head, so packing is a small part even when a tile of a few hundred queries meets a
+// prefix of a million keys. A row's running maximum, sum and output wait in memory between chunks.
+//
+// Include after a vec_*.h.
+#pragma once
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include "abi.h"
+#include "softmax.h"
+#include "tile.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kScoreVecs = 4;
+#else
+constexpr int kScoreVecs = 2;
+#endif
+constexpr int kScoreRows = 6;               // kScoreRows x kScoreVecs accumulators, the row of B and one broadcast
+constexpr int kPanel = kScoreVecs * kLanes;  // keys of one packed panel
+constexpr int kRowBlock = 48;               // a multiple of every tile's rows
+constexpr int kKeyBlock = 256;              // keys between two steps of the softmax; 128 to 512 differ by 3 %
+constexpr int kChunk = 512;                 // keys packed at a time; K and V of a chunk at head dim 64 are 128-256 KiB
+// Past the row's own words, so that rows do not fall on the same cache sets.
+constexpr int kScorePad = 16;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// How the output's columns are divided into register tiles.
+template <int kColumnVecs>
+struct ValueTile {
+#if defined(__AVX512F__)
+    static constexpr int kVecs = kColumnVecs == 8 ? 4 : kColumnVecs;
+    static constexpr int kRows = kVecs == 1 ? 12 : kVecs == 4 ? 6 : 4;
+#else
+    static constexpr int kVecs = 2;
+    static constexpr int kRows = 6;
+#endif
+    static_assert(kColumnVecs % kVecs == 0 && kRowBlock % kRows == 0, "tiles must cover the block");
+};
+
+template <class Op, class In, int D>
+struct Prefill {
+    using Word = typename Op::Word;
+    static constexpr int kDimWords = D / Op::kPerWord;
+    static constexpr int kScoreStride = kKeyBlock + kScorePad;
+    using Tile = ValueTile<D / kLanes>;
+    static_assert(kChunk % kKeyBlock == 0 && kKeyBlock % kPanel == 0, "blocks must cover the chunk");
+
+    struct Workspace {
+        Word* queries;   // rows, kDimWords
+        float* output;   // rows, D: unnormalised
+        float* maximum;  // rows: of the unscaled scores
+        float* sum;      // rows
+        Word* keys;      // kChunk / kPanel panels of (kDimWords, kPanel)
+        Word* values;    // kChunk / kPerWord, D
+        float* scores;   // kRowBlock, kScoreStride; overwritten in place by the weights, as words
+    };
+
+    static int64_t workspace_bytes(int64_t rows_per_item) {
+        return carve(nullptr, round_up(rows_per_item, kRowBlock), nullptr);
+    }
+
+    static int64_t carve(unsigned char* base, int64_t rows, Workspace* ws) {
+        int64_t offset = 0;
+        auto take = [&](int64_t words) {
+            unsigned char* p = base + offset;
+            offset += round_up(words * 4, 64);
+            return p;
+        };
+        unsigned char* p[] = {take(rows * kDimWords), take(rows * D), take(rows), take(rows),
+                              take(kChunk * kDimWords), take(kChunk / Op::kPerWord * D),
+                              take(kRowBlock * kScoreStride)};
+        if (ws != nullptr) {
+            *ws = {reinterpret_cast<Word*>(p[0]),  reinterpret_cast<float*>(p[1]), reinterpret_cast<float*>(p[2]),
+                   reinterpret_cast<float*>(p[3]), reinterpret_cast<Word*>(p[4]),  reinterpret_cast<Word*>(p[5]),
+                   reinterpret_cast<float*>(p[6])};
+        }
+        return offset;
+    }
+
+    // One row of D inputs as words along the head dim.
+    static void convert_row(const In* from, Word* to) {
+        if constexpr (sizeof(In) * Op::kPerWord == sizeof(Word)) {
+            memcpy(to, from, D * sizeof(In));
+        } else {
+            for (int d = 0; d < D; d += kLanes) store(reinterpret_cast<float*>(to) + d, load_as_float(from + d));
+        }
+    }
+
+    // The words kLanes * part .. of one key.
+    static Vec key_words(const In* key, int part) {
+        if constexpr (sizeof(In) * Op::kPerWord == sizeof(Word)) {
+            return load(reinterpret_cast<const float*>(key) + part * kLanes);
+        } else {
+            return load_as_float(key + part * kLanes);
+        }
+    }
+
+    static void pack_keys(const In* k, int64_t stride, int num_keys, Word* packed) {
+        for (int key0 = 0; key0 < num_keys; key0 += kLanes) {
+            Word* panel = packed + key0 / kPanel * kPanel * kDimWords + key0 % kPanel;
+            const int count = num_keys - key0 < kLanes ? num_keys - key0 : kLanes;
+            constexpr int kWhole = kDimWords / kLanes * kLanes;
+            for (int word = 0; word < kWhole; word += kLanes) {
+                Vec rows[kLanes];
+                for (int i = 0; i < count; ++i) rows[i] = key_words(k + (key0 + i) * stride, word / kLanes);
+                for (int i = count; i < kLanes; ++i) rows[i] = zero();
+                transpose(rows);
+                for (int i = 0; i < kLanes; ++i) {
+                    store(reinterpret_cast<float*>(panel + (word + i) * kPanel), rows[i]);
+                }
+            }
+            // Half a vector of words is left where D / kPerWord is not a multiple of the lanes.
+            for (int word = kWhole; word < kDimWords; ++word) {
+                for (int i = 0; i < kLanes; ++i) {
+                    Word w = 0;
+                    if (i < count) memcpy(&w, k + (key0 + i) * stride + word * Op::kPerWord, sizeof(Word));
+                    panel[word * kPanel + i] = w;
+                }
+            }
+        }
+        // Panels are multiplied whole.
+        for (int key0 = static_cast<int>(round_up(num_keys, kLanes)); key0 % kPanel != 0; key0 += kLanes) {
+            Word* panel = packed + key0 / kPanel * kPanel * kDimWords + key0 % kPanel;
+            for (int word = 0; word < kDimWords; ++word) {
+                store(reinterpret_cast<float*>(panel + word * kPanel), zero());
+            }
+        }
+    }
+
+    static void pack_values(const In* v, int64_t stride, int num_keys, Word* packed) {
+        if constexpr (Op::kPerWord == 1) {
+            for (int key = 0; key < num_keys; ++key) convert_row(v + key * stride, packed + key * D);
+        } else {
+#ifdef __AVX512BF16__
+            // Two neighbouring keys share a word, the even one in the low half; a missing last key is zero.
+            for (int key = 0; key < num_keys; key += 2) {
+                const uint16_t* even = reinterpret_cast<const uint16_t*>(v + key * stride);
+                const uint16_t* odd = key + 1 < num_keys ? even + stride : nullptr;
+                for (int d = 0; d < D; d += kLanes) {
+                    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + d)));
+                    if (odd != nullptr) {
+                        low = _mm512_or_si512(low, _mm512_castps_si512(load_as_float(odd + d)));
+                    }
+                    _mm512_storeu_si512(packed + key / 2 * D + d, low);
+                }
+            }
+#endif
+        }
+    }
+
+    // One row block against the packed keys [key0, key0 + num_keys) of the chunk, all of which its last row sees.
+    static void attend(const Workspace& ws, int64_t row0, int num_rows, int key0, int num_keys, const int* num_visible,
+                       float scale_log2) {
+        const Word* queries = ws.queries + row0 * kDimWords;
+        for (int key = 0; key < num_keys; key += kPanel) {
+            const Word* panel = ws.keys + static_cast<int64_t>(key0 + key) * kDimWords;
+            for (int row = 0; row < num_rows; row += kScoreRows) {
+                multiply_tile<Op, kScoreRows, kScoreVecs, kDimWords, kPanel, kScoreStride, false>(
+                    queries + row * kDimWords, panel, kDimWords, ws.scores + row * kScoreStride + key, nullptr);
+            }
+        }
+        const int num_padded = static_cast<int>(round_up(num_keys, 2 * kLanes));
+        float decay[kRowBlock];
+        for (int row = 0; row < num_rows; row += kLanes) {
+            soften<Op, sizeof(In) == 2>(ws.scores + row * kScoreStride, kScoreStride,
+                                        num_rows - row < kLanes ? num_rows - row : kLanes, num_visible + row,
+                                        num_padded, scale_log2, ws.maximum + row0 + row, ws.sum + row0 + row,
+                                        decay + row);
+        }
+        // Tiles may reach past the last row, where the block's padding takes the result.
+        for (int row = static_cast<int>(round_up(num_rows, kLanes)); row < kRowBlock; ++row) decay[row] = 0.0f;
+        const Word* weights = reinterpret_cast<const Word*>(ws.scores);
+        const Word* values = ws.values + static_cast<int64_t>(key0 / Op::kPerWord) * D;
+        const int64_t depth = (num_keys + Op::kPerWord - 1) / Op::kPerWord;
+        for (int column = 0; column < D; column += Tile::kVecs * kLanes) {
+            for (int row = 0; row < num_rows; row += Tile::kRows) {
+                multiply_tile<Op, Tile::kRows, Tile::kVecs, kScoreStride, D, D, true>(
+                    weights + row * kScoreStride, values + column, depth, ws.output + (row0 + row) * D + column,
+                    decay + row);
+            }
+        }
+    }
+
+    static Status run(const PrefillArgs& args, int64_t item, unsigned char* memory) {
+        const int64_t group = args.num_heads / args.num_kv_heads;
+        const int64_t total_rows = args.num_queries * group;
+        const int64_t num_ranges = (total_rows + args.rows_per_item - 1) / args.rows_per_item;
+        const int64_t kv_head = item % args.num_kv_heads;
+        // The last ranges see the most keys; starting with them leaves short items to even out the threads.
+        const int64_t begin = (num_ranges - 1 - item / args.num_kv_heads) * args.rows_per_item;
+        const int64_t end = begin + args.rows_per_item < total_rows ? begin + args.rows_per_item : total_rows;
+        const int64_t num_rows = end - begin;
+        const int64_t prefix = args.num_keys - args.num_queries;
+        const float scale_log2 = args.scale * 1.44269504088896340736f;
+
+        Workspace ws;
+        carve(memory, round_up(args.rows_per_item, kRowBlock), &ws);
+        const In* q = static_cast<const In*>(args.q);
+        for (int64_t row = 0; row < num_rows; ++row) {
+            const int64_t token = (begin + row) / group, head = kv_head * group + (begin + row) % group;
+            convert_row(q + token * args.q_stride_t + head * args.q_stride_h, ws.queries + row * kDimWords);
+        }
+        const int64_t padded_rows = round_up(num_rows, kRowBlock);
+        memset(ws.queries + num_rows * kDimWords, 0, (padded_rows - num_rows) * kDimWords * sizeof(Word));
+        memset(ws.output, 0, padded_rows * D * sizeof(float));
+        for (int64_t row = 0; row < padded_rows; ++row) {
+            ws.maximum[row] = -FLT_MAX;  // not -infinity, whose difference with itself is NaN
+            ws.sum[row] = 0.0f;
+        }
+
+        const In* k = static_cast<const In*>(args.k) + kv_head * args.k_stride_k;
+        const In* v = static_cast<const In*>(args.v) + kv_head * args.v_stride_k;
+        const int64_t num_visible_keys = prefix + (end - 1) / group + 1;
+        for (int64_t chunk = 0; chunk < num_visible_keys; chunk += kChunk) {
+            const int64_t left = num_visible_keys - chunk;
+            const int chunk_keys = static_cast<int>(left < kChunk ? left : kChunk);
+            pack_keys(k + chunk * args.k_stride_s, args.k_stride_s, chunk_keys, ws.keys);
+            pack_values(v + chunk * args.v_stride_s, args.v_stride_s, chunk_keys, ws.values);
+            for (int64_t row0 = 0; row0 < num_rows; row0 += kRowBlock) {
+                if (args.cancelled != nullptr && *args.cancelled != 0) return kCancelled;
+                const int rows = static_cast<int>(num_rows - row0 < kRowBlock ? num_rows - row0 : kRowBlock);
+                const int64_t block_visible = prefix + (begin + row0 + rows - 1) / group + 1 - chunk;
+                const int block_keys = static_cast<int>(block_visible < chunk_keys ? block_visible : chunk_keys);
+                for (int key0 = 0; key0 < block_keys; key0 += kKeyBlock) {
+                    const int num_keys = block_keys - key0 < kKeyBlock ? block_keys - key0 : kKeyBlock;
+                    int num_visible[kRowBlock];
+                    for (int row = 0; row < rows; ++row) {
+                        const int64_t visible = prefix + (begin + row0 + row) / group + 1 - chunk - key0;
+                        num_visible[row] = static_cast<int>(visible < 0 ? 0 : visible < num_keys ? visible : num_keys);
+                    }
+                    attend(ws, row0, rows, key0, num_keys, num_visible, scale_log2);
+                }
+            }
+        }
+
+        for (int64_t row = 0; row < num_rows; ++row) {
+            const int64_t token = (begin + row) / group, head = kv_head * group + (begin + row) % group;
+            const int64_t at = token * args.num_heads + head;
+            const Vec inverse = splat(1.0f / ws.sum[row]);
+            for (int d = 0; d < D; d += kLanes) {
+                store_from_float(static_cast<In*>(args.out) + at * D + d, mul(load(ws.output + row * D + d), inverse));
+            }
+            args.lse[at] = ws.maximum[row] * args.scale + logf(ws.sum[row]);
+        }
+        return kOk;
+    }
+
+    static PrefillKernel kernel() { return {run, workspace_bytes}; }
+};
+
+template <class Op, class In>
+PrefillKernel prefill_of_dim(int64_t head_dim) {
+    switch (head_dim) {
+        case 16: return Prefill<Op, In, 16>::kernel();
+        case 64: return Prefill<Op, In, 64>::kernel();
+        case 80: return Prefill<Op, In, 80>::kernel();
+        case 96: return Prefill<Op, In, 96>::kernel();
+        case 128: return Prefill<Op, In, 128>::kernel();
+        default: return {nullptr, nullptr};
+    }
+}
+
+}  // namespace

@@ -1,0 +1,18 @@
+// AVX-512 F, BW, DQ, VL; bf16 inputs are widened to fp32 as they are packed.
+#include "vec_avx512.h"
+#include "decode.h"
+#include "prefill.h"
+
+namespace {
+
+PrefillKernel prefill(int32_t dtype, int64_t head_dim) {
+    return dtype == kBfloat16 ? prefill_of_dim<FloatWords, uint16_t>(head_dim) : prefill_of_dim<FloatWords, float>(head_dim);
+}
+
+DecodeKernel decode(int32_t dtype, int64_t head_dim) {
+    return dtype == kBfloat16 ? decode_of_dim<uint16_t>(head_dim) : decode_of_dim<float>(head_dim);
+}
+
+}  // namespace
+
+const Variant kAvx512Variant = {prefill, decode};

@@ -1,0 +1,116 @@
+// Eight fp32 lanes; the same names as vec_avx512.h. See abi.h for why everything is in an unnamed namespace.
+#pragma once
+#include <immintrin.h>
+#include <cstdint>
+
+namespace {
+
+using Vec = __m256;
+constexpr int kLanes = 8;
+
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec splat(float x) { return _mm256_set1_ps(x); }
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+
+// The first `count` lanes of x, the others from y.
+inline Vec keep_first(Vec x, int count, Vec y) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane)));
+}
+
+inline Vec load_as_float(const float* p) { return load(p); }
+inline Vec load_as_float(const uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+inline void store_from_float(float* p, Vec x) { store(p, x); }
+inline void store_from_float(uint16_t* p, Vec x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    // Rounding could carry a NaN's payload into infinity.
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan);
+    const __m256i high = _mm256_srli_epi32(rounded, 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+
+// 2^f for f in [0, 1): minimax polynomials, relative error 7.5e-8, or 2.6e-6 where weights end up beside bf16 numbers.
+template <bool kCoarse>
+inline Vec exp2_fraction(Vec f) {
+    if constexpr (kCoarse) {
+        Vec p = splat(1.353416791e-02f);
+        p = fma(p, f, splat(5.201146062e-02f));
+        p = fma(p, f, splat(2.414427569e-01f));
+        p = fma(p, f, splat(6.930038345e-01f));
+        return fma(p, f, splat(1.000002593e+00f));
+    } else {
+        Vec p = splat(1.877576673e-03f);
+        p = fma(p, f, splat(8.989340095e-03f));
+        p = fma(p, f, splat(5.582631805e-02f));
+        p = fma(p, f, splat(2.401536170e-01f));
+        p = fma(p, f, splat(6.931530732e-01f));
+        return fma(p, f, splat(9.999999251e-01f));
+    }
+}
+
+// 2^x for x <= 0; 0 below the normal range and for -infinity. The integer part goes straight into the exponent.
+template <bool kCoarse>
+inline Vec exp2(Vec x) {
+    const Vec lowest = splat(-126.0f);
+    // NaN passes the clamp: max returns its second operand when one is NaN.
+    const Vec clamped = _mm256_max_ps(lowest, x);
+    const Vec whole = _mm256_floor_ps(clamped);
+    const Vec p = exp2_fraction<kCoarse>(_mm256_sub_ps(clamped, whole));
+    // The bits of 1.0 plus `whole` steps of the exponent are 2^whole; multiplying keeps NaN a NaN.
+    const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+    const Vec result = mul(p, _mm256_castsi256_ps(exponent));
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, lowest, _CMP_LT_OQ), result);
+}
+
+// In place: lane j of row i becomes lane i of row j. Rows are any 32-bit words.
+inline void transpose(Vec* r) {
+    Vec t[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        const Vec low = _mm256_permute2f128_ps(r[j], r[4 + j], 0x20);
+        r[4 + j] = _mm256_permute2f128_ps(r[j], r[4 + j], 0x31);
+        r[j] = low;
+    }
+}
+
+// Lane i of the result is the lanes of r[i], joined by `join`.
+template <class Join>
+inline Vec reduce_each(const Vec* r, Join join) {
+    Vec s[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        const Vec* q = r + 4 * i;
+        const Vec ab = join(_mm256_unpacklo_ps(q[0], q[1]), _mm256_unpackhi_ps(q[0], q[1]));
+        const Vec cd = join(_mm256_unpacklo_ps(q[2], q[3]), _mm256_unpackhi_ps(q[2], q[3]));
+        s[i] = join(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    }
+    return join(_mm256_permute2f128_ps(s[0], s[1], 0x20), _mm256_permute2f128_ps(s[0], s[1], 0x31));
+}
+
+}  // namespace

@@ -1,0 +1,213 @@
+"""The compiled CPU library: where it lies, how it is built, what this CPU can run of it.
+
+`kernels/build.py` builds it. Without it, or on another kind of CPU, every operation runs in PyTorch.
+"""
+
+import ctypes
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Variant = Literal["avx2", "avx512", "avx512_bf16", "torch"]
+
+LIBRARY_PATH: Final = Path(__file__).with_name("_cpu.so")
+SOURCE_DIR: Final = Path(__file__).with_name("cpp")
+HEAD_DIMS: Final = (16, 64, 80, 96, 128)
+
+COMPILE_FLAGS: Final = (
+    "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall",
+    # GCC 12 reports its own intrinsics headers.
+    "-Wno-maybe-uninitialized", "-Wno-uninitialized",
+)  # fmt: skip
+_AVX512_FLAGS: Final = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
+TARGET_FLAGS: Final = {
+    "variant_avx2.cpp": ("-mavx2", "-mfma"),
+    "variant_avx512.cpp": _AVX512_FLAGS,
+    "variant_avx512bf16.cpp": (*_AVX512_FLAGS, "-mavx512bf16"),
+}
+"""Flags of single source files; the others must run on any x86-64."""
+
+# The library's numbers of the variants, dtypes and results; see cpu.h and abi.h.
+_VARIANT_IDS: Final[dict[Variant, int]] = {"avx2": 0, "avx512": 1, "avx512_bf16": 2}
+_DTYPE_IDS: Final = {torch.float32: 0, torch.bfloat16: 1}
+_CANCELLED, _UNSUPPORTED, _OUT_OF_MEMORY = 1, 2, 3
+
+_forced: ContextVar[Variant | None] = ContextVar("colm_kernels_variant", default=None)
+
+
+class Cancelled(Exception):
+    """The operation was stopped by its `CancelFlag`; its result is lost."""
+
+
+class CancelFlag:
+    """Set from any thread to stop an operation between two of its blocks."""
+
+    def __init__(self) -> None:
+        self._word = ctypes.c_int32(0)
+
+    def set(self) -> None:
+        """Stop every operation that was given this flag, now and later."""
+        self._word.value = 1
+
+    def is_set(self) -> bool:
+        """Whether `set` has been called."""
+        return bool(self._word.value)
+
+    @property
+    def address(self) -> int:
+        """Where the library reads the flag, valid as long as this object lives."""
+        return ctypes.addressof(self._word)
+
+
+class PrefillArgs(ctypes.Structure):
+    """`PrefillArgs` of abi.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "num_queries", "num_keys", "num_heads", "num_kv_heads", "head_dim",
+                "q_stride_t", "q_stride_h", "k_stride_k", "k_stride_s", "v_stride_k", "v_stride_s",
+            )
+        ),
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("cancelled", ctypes.c_void_p),
+        ("rows_per_item", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class DecodeArgs(ctypes.Structure):
+    """`DecodeArgs` of abi.h."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("q", "k_pages", "v_pages", "block_table", "context_lens", "out")
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_requests", "num_kv_heads", "group", "head_dim", "page_tokens", "table_columns")
+        ),
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+def source_hash() -> str:
+    """Identity of what `_cpu.so` should be built from: sources and flags."""
+    digest = hashlib.sha256(repr((COMPILE_FLAGS, sorted(TARGET_FLAGS.items()))).encode())
+    for path in sorted(SOURCE_DIR.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def built_hash(path: Path) -> str | None:
+    """The `source_hash` a library was built from; None where there is none that can be loaded."""
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    return bytes((ctypes.c_char * 64).in_dll(library, "colm_source_hash")).decode()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    if not LIBRARY_PATH.exists():
+        return None
+    if built_hash(LIBRARY_PATH) != source_hash():
+        logger.warning(
+            "kernels.library_unusable path=%s: built from other sources or for another machine; "
+            "run `python kernels/build.py`. Using PyTorch.",
+            LIBRARY_PATH,
+        )
+        return None
+    return ctypes.CDLL(str(LIBRARY_PATH))
+
+
+@cache
+def available_variants() -> tuple[Variant, ...]:
+    """What can run here, slowest to most demanding; "torch" is always there."""
+    library = _library()
+    if library is None:
+        return ("torch",)
+    return ("torch", *(name for name, number in _VARIANT_IDS.items() if library.colm_cpu_supports(number)))
+
+
+@cache
+def default_variant(dtype: torch.dtype) -> Variant:
+    """The fastest variant here for tensors of a dtype."""
+    usable = list(available_variants())
+    library = _library()
+    if "avx512_bf16" in usable and library is not None and not library.colm_bf16_dot_pays():
+        usable.remove("avx512_bf16")
+    return usable[-1] if dtype in _DTYPE_IDS else "torch"
+
+
+@contextmanager
+def use_variant(name: Variant) -> Iterator[None]:
+    """Run the operations of this context (thread or task) with one variant, for tests and benchmarks.
+
+    Raises:
+        ValueError: this machine or build does not have the variant.
+    """
+    if name not in get_args(Variant) or name not in available_variants():
+        raise ValueError(f"variant {name!r} is not one of {available_variants()}, which can run here")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose_variant(head_dim: int, *tensors: Tensor) -> Variant:
+    """The variant that an operation on these tensors runs with."""
+    if head_dim not in HEAD_DIMS or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return "torch"
+    return _forced.get() or default_variant(tensors[0].dtype)
+
+
+def dtype_id(dtype: torch.dtype) -> int:
+    """The library's number of a dtype."""
+    return _DTYPE_IDS[dtype]
+
+
+def resolve_num_threads(num_threads: int | None) -> int:
+    """PyTorch's own setting where none is given.
+
+    Raises:
+        ValueError: below 1.
+    """
+    if num_threads is None:
+        return torch.get_num_threads()
+    if num_threads < 1:
+        raise ValueError(f"num_threads={num_threads} must be at least 1")
+    return num_threads
+
+
+def call(function: str, args: ctypes.Structure, variant: Variant, num_threads: int) -> None:
+    """Run one operation of the library; other Python threads run meanwhile.
+
+    Raises:
+        Cancelled: its flag was set.
+        MemoryError: no room for its workspace.
+    """
+    library = _library()
+    assert library is not None
+    status = getattr(library, function)(ctypes.byref(args), _VARIANT_IDS[variant], num_threads)
+    if status == _CANCELLED:
+        raise Cancelled(function)
+    if status == _OUT_OF_MEMORY:
+        raise MemoryError(f"{function}: no memory for its workspace")
+    assert status != _UNSUPPORTED, "choose_variant admits only what the library has"

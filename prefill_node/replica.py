@@ -1,0 +1,57 @@
+"""A prefill node as a Ray Serve replica: placed, scaled, health-checked and restarted by Serve."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import serve
+
+from colm.leases import LeaseTable
+from colm.nodes import NodeReport, Role, keep_reporting, process_facts
+from colm.wire.security import Security
+from prefill_node.node import PrefillNode, PrefillOptions
+
+LEASE_TTL_S = 30.0
+
+
+class PrefillReplica:
+    """Shell around `PrefillNode`.
+
+    Args:
+        options: host is replaced by this machine's address.
+        gateway: (deployment, application) that wants to know how this node is.
+    """
+
+    async def __init__(self, options: PrefillOptions, security: Security, gateway: tuple[str, str]) -> None:
+        self._leases = LeaseTable(LEASE_TTL_S)
+        here = replace(options, host=ray.util.get_node_ip_address())
+        self._node = PrefillNode(here, security, self._leases)
+        await self._node.start()
+        self._replica_id = serve.get_replica_context().replica_id.unique_id
+        handle: Any = serve.get_deployment_handle(*gateway)
+        self._reporting = asyncio.create_task(keep_reporting(handle.report.remote, self._report))
+
+    async def lease(self) -> AsyncIterator[tuple[str, str]]:
+        """Promise to serve one stream: (address, lease id). The call stays open until the stream has ended, so that
+        Serve sees the work.
+        """
+        async for grant in self._leases.offer(self._node.address):
+            yield grant
+
+    async def __del__(self) -> None:
+        if (reporting := getattr(self, "_reporting", None)) is not None:
+            reporting.cancel()
+            await self._node.stop()
+
+    def _report(self) -> NodeReport:
+        load = self._node.service.load
+        return NodeReport(
+            role=Role.PREFILL,
+            replica_id=self._replica_id,
+            address=self._node.address,
+            num_active_requests=load.num_active,
+            num_queued_requests=load.num_queued,
+            **process_facts(),
+        )
