@@ -41,7 +41,9 @@ class AnswerView:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def see(self, event: Event) -> None:
@@ -93,7 +95,8 @@ class AnswerView:
         Console(stderr=True, highlight=False).print(
             f"\n{record['prompt_tokens']} prompt tokens, first token after {record['ttft_s']:.2f} s "
             f"(prefill {record['prefill_tokens_per_s']} tokens/s); {record['new_tokens']} new tokens at "
-            f"{record['decode_tokens_per_s']} tokens/s, {record['num_chains']} chains; ended by {record['finish_reason']}",
+            f"{record['decode_tokens_per_s']} tokens/s on {record['num_chains']} chains, ended by "
+            f"{record['finish_reason']}",
             style="dim",
         )
 

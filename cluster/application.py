@@ -6,10 +6,10 @@ from typing import Any
 
 from ray import serve
 
-from colm.wire.security import Security, new_tls, new_token
 from cluster.config import ClusterConfig
 from cluster.gateway import GatewayLimits
 from cluster.gateway_replica import GatewayOptions, GatewayReplica
+from colm.wire.security import Security, new_tls, new_token
 from decode_node.node import DecodeOptions
 from decode_node.replica import DecodeReplica
 from prefill_node.node import PrefillOptions

@@ -4,7 +4,16 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from colm.dtypes import DTYPES, dtype_name, fastest_dtype
 from colm.errors import ConfigError
@@ -15,7 +24,7 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """[model]"""
+    """Section [model]."""
 
     path: Path | None = None
     """Checkpoint directory, on every node at the same place."""
@@ -33,7 +42,7 @@ class ModelSection(_Section):
 
 
 class PrefillSection(_Section):
-    """[prefill]"""
+    """Section [prefill]."""
 
     replicas: PositiveInt = 1
     tile_tokens: PositiveInt = 512
@@ -46,7 +55,7 @@ class PrefillSection(_Section):
 
 
 class DecodeSection(_Section):
-    """[decode]"""
+    """Section [decode]."""
 
     replicas: PositiveInt = 1
     kv_cache: ByteSize = ByteSize(4 << 30)
@@ -60,7 +69,7 @@ class DecodeSection(_Section):
 
 
 class GatewaySection(_Section):
-    """[gateway]"""
+    """Section [gateway]."""
 
     host: str = "127.0.0.1"
     """Address to listen on; "0.0.0.0" lets other machines in."""
@@ -78,7 +87,7 @@ class GatewaySection(_Section):
 
 
 class SecuritySection(_Section):
-    """[security]"""
+    """Section [security]."""
 
     token: Literal["auto", "off"] = "auto"
     """auto makes a fresh token for clients; `colm submit` on this machine finds it by itself."""
@@ -87,7 +96,7 @@ class SecuritySection(_Section):
 
 
 class RaySection(_Section):
-    """[ray]"""
+    """Section [ray]."""
 
     address: str | None = None
     """A running Ray cluster to join, e.g. "auto" or "10.0.0.1:6379"; by default `colm up` starts one here."""

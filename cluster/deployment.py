@@ -96,10 +96,13 @@ def _connect(ray_address: str) -> None:
 
 def _check_resources(config: ClusterConfig) -> None:
     carried = ray.cluster_resources()
-    for resource, replicas in ((PREFILL_RESOURCE, config.prefill.replicas), (DECODE_RESOURCE, config.decode.replicas)):
+    for resource, replicas in (
+        (PREFILL_RESOURCE, config.prefill.replicas),
+        (DECODE_RESOURCE, config.decode.replicas),
+    ):
         if carried.get(resource, 0) < replicas:
             raise ClusterError(
-                f"the Ray cluster carries {carried.get(resource, 0):g} of resource {resource!r}, {replicas} are needed; "
+                f"the Ray cluster carries {carried.get(resource, 0):g} of resource {resource!r} and needs {replicas}; "
                 f"start nodes with: ray start --address=HEAD --resources='{{\"{resource}\": 1}}'"
             )
 
@@ -111,7 +114,9 @@ def _wait_until_running(timeout_s: float) -> None:
         if application.status == ApplicationStatus.RUNNING:
             return
         problems = "; ".join(
-            f"{name}: {deployment.message}" for name, deployment in application.deployments.items() if deployment.message
+            f"{name}: {deployment.message}"
+            for name, deployment in application.deployments.items()
+            if deployment.message
         )
         if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
             raise ClusterError(f"the replicas did not start. {application.message} {problems}")

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import grpc
 
+from cluster.node_registry import NodeRegistry
 from colm.clock import Clock, Deadline
 from colm.config import ChainConfig
 from colm.errors import CapacityExceeded, DeadlineExceeded, InvalidRequest, PeerUnavailable, UnknownModel
@@ -30,7 +31,6 @@ from colm.wire.v1.generation_service_pb2_grpc import (
     GenerationServiceServicer,
     add_GenerationServiceServicer_to_server,
 )
-from cluster.node_registry import NodeRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class GenerationService(GenerationServiceServicer):
         """Register with a server."""
         add_GenerationServiceServicer_to_server(self, server)
 
-    async def Generate(  # noqa: N802 - gRPC's name
+    async def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext
     ) -> None:
         """One request; see the .proto file."""
@@ -130,8 +130,10 @@ class GenerationService(GenerationServiceServicer):
             except TimeoutError as err:
                 raise DeadlineExceeded(f"timeout_s={plan.timeout_s:g} is over and the answer is not complete") from err
 
-    async def GetClusterStatus(  # noqa: N802 - gRPC's name
-        self, request: pb.GetClusterStatusRequest, context: grpc.aio.ServicerContext  # noqa: ARG002
+    async def GetClusterStatus(
+        self,
+        request: pb.GetClusterStatusRequest,  # noqa: ARG002
+        context: grpc.aio.ServicerContext,  # noqa: ARG002
     ) -> pb.GetClusterStatusResponse:
         """Models, nodes and load."""
         model = self._model
@@ -142,14 +144,15 @@ class GenerationService(GenerationServiceServicer):
                 pb.Node(
                     role=_ROLES[report.role],
                     replica_id=report.replica_id,
+                    ray_node_id=report.ray_node_id,
                     address=report.address,
-                    pid=report.pid,
-                    host=report.host,
+                    pid=report.process.pid,
+                    host=report.process.host,
                     num_active_requests=report.num_active_requests,
                     num_queued_requests=report.num_queued_requests,
                     num_pages_total=report.num_pages_total,
                     num_pages_used=report.num_pages_used,
-                    resident_bytes=report.resident_bytes,
+                    resident_bytes=report.process.resident_bytes,
                     age_s=seen.age_s,
                 )
             )
@@ -232,7 +235,9 @@ class GenerationService(GenerationServiceServicer):
             text = document.decode("utf-8")
         except UnicodeDecodeError as err:
             shown = bytes(document[err.start : err.start + 8])
-            raise InvalidRequest("document", shown, f"must be UTF-8; byte {err.start} breaks it ({err.reason})") from err
+            raise InvalidRequest(
+                "document", shown, f"must be UTF-8; byte {err.start} breaks it ({err.reason})"
+            ) from err
         chat = tokenizer.has_chat_template if plan.chat is None else plan.chat
         return tokenizer.encode_prompt(document=text, prompt=plan.prompt, chat=chat)
 
@@ -303,4 +308,6 @@ class GenerationService(GenerationServiceServicer):
             finally:
                 call.cancel()
         if not finished:
-            raise PeerUnavailable(f"decode node {lease.address} ended the answer before it was finished; submit it again")
+            raise PeerUnavailable(
+                f"decode node {lease.address} ended the answer before it was finished; submit it again"
+            )

@@ -12,6 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from cluster.gateway import DecodeLease, GatewayLimits, GenerationService, ServedModel
+from cluster.node_registry import NodeRegistry
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.dtypes import parse_dtype
@@ -21,8 +23,6 @@ from colm.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
 from colm.wire.v1 import generation_service_pb2
-from cluster.gateway import DecodeLease, GatewayLimits, GenerationService, ServedModel
-from cluster.node_registry import NodeRegistry
 from decode_node.replica import borrow
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class GatewayReplica:
         decode: handle of the decode deployment.
     """
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, options: GatewayOptions, client_security: Security, node_security: Security, decode: Any
     ) -> None:
         model = await asyncio.to_thread(_load, options)
@@ -85,7 +85,11 @@ class GatewayReplica:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for name in ("", _SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        names = (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        names = (
+            _SERVICE,
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            reflection.SERVICE_NAME,
+        )
         reflection.enable_server_reflection(names, self._server)
         port = bind(self._server, options.host, options.port, client_security)
         await self._server.start()

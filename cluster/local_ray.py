@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from cluster.state import write_private
 from colm.errors import ClusterError
 from colm.wire.security import new_token
-from cluster.state import write_private
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
@@ -93,10 +94,8 @@ def stop_ray(pid: int) -> None:
 
 
 def _reap(pid: int) -> None:
-    try:
+    with suppress(ChildProcessError):  # another `colm up` was its parent
         os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass  # another `colm up` was its parent
 
 
 def _free_port() -> int:

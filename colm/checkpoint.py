@@ -129,7 +129,9 @@ def assign(model: ChainTransformer, tensors: Mapping[str, Tensor], dtype: torch.
     model.requires_grad_(False).eval()
 
 
-def load(path: str | os.PathLike[str], num_chains: int | None = None, dtype: torch.dtype | None = None) -> ChainTransformer:
+def load(
+    path: str | os.PathLike[str], num_chains: int | None = None, dtype: torch.dtype | None = None
+) -> ChainTransformer:
     """Open a checkpoint and build the model of its first `num_chains` chains; see `Checkpoint`."""
     return Checkpoint.open(path).load(num_chains, dtype)
 
@@ -195,13 +197,14 @@ def backbone_digest(checkpoint: Checkpoint) -> str:
     for name in names:
         tensor = checkpoint.tensors([name])[name]
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def prefill_tensor_names(config: ChainConfig) -> set[str]:
-    """The tensors a prefill needs: chain 1 without the final norm and head, and of the last layer only what
-    makes its keys and values.
+    """The tensors a prefill needs: of chain 1, without the final norm, the head, and most of the last layer.
+
+    The last layer's norm and key and value projections stay; its attention and feed-forward feed only the head.
     """
     last = f"layers.{config.num_layers - 1}."
     last_needed = {last + "attention_norm.chain1", last + "attention.wk.chain1", last + "attention.wv.chain1"}
@@ -223,7 +226,9 @@ def _read_config(path: Path) -> tuple[ChainConfig, TextConfig]:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a {FORMAT}; run `colm import {path.parent} DEST` first")
     if body.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format_version={body.get('format_version')!r}, this build reads {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{path}: format_version={body.get('format_version')!r}, this build reads {FORMAT_VERSION}"
+        )
     try:
         config = ChainConfig.from_dict(body["model"])
         text = body.get("text", {})

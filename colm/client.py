@@ -1,7 +1,7 @@
 """The client: a document goes in, events come out."""
 
 import io
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +56,7 @@ def collect(events: Iterable[Event]) -> Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Upload:
-    """One request on its way out. An error while reading the document is kept: gRPC would only say that there was one."""
+    """One request on its way out. An error of the document is kept: gRPC would only say that there was one."""
 
     opened: pb.OpenGenerate
     document: Document
@@ -124,12 +124,12 @@ def _upload(document: Document, prompt: str, options: GenerateOptions) -> _Uploa
 
 def _pieces(document: Document) -> Iterator[bytes]:
     if isinstance(document, Path):
-        with document.open("rb") as file:
-            yield from _pieces(file)
+        with document.open("rb") as opened:
+            yield from _pieces(opened)
         return
     if isinstance(document, str):
         document = document.encode()
-    file = io.BytesIO(document) if isinstance(document, bytes) else document
+    file: BinaryIO = io.BytesIO(document) if isinstance(document, bytes) else document
     while piece := file.read(_PIECE_BYTES):
         yield piece
 
@@ -152,7 +152,9 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -161,7 +163,7 @@ class Client:
 
     def generate(
         self, document: Document = "", prompt: str = "", **options: Unpack[GenerateOptions]
-    ) -> Iterator[Event]:
+    ) -> Generator[Event]:
         """Submit a document with an instruction and yield what happens.
 
         Args:
@@ -220,7 +222,7 @@ class AsyncClient:
 
     async def generate(
         self, document: Document = "", prompt: str = "", **options: Unpack[GenerateOptions]
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         """As `Client.generate`; close it with `contextlib.aclosing` to cancel."""
         upload = _upload(document, prompt, options)
         call = self._stub.Generate(

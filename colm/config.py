@@ -64,7 +64,15 @@ class ChainConfig:
     """Head dim where it is not `dim / num_heads`."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "max_context"):
+        for name in (
+            "dim",
+            "hidden_dim",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "vocab_size",
+            "max_context",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         total = sum(self.chains)

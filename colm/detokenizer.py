@@ -34,14 +34,11 @@ class Detokenizer:
         self._byte_level = "ByteLevel" in kinds
         if not self._byte_level and not kinds.keys() & {"ByteFallback", "Metaspace"}:
             raise UnsupportedModel(
-                f"tokenizer.json: decoder {sorted(kinds)} is not supported; "
-                "use a byte-level or SentencePiece tokenizer"
+                f"tokenizer.json: decoder {sorted(kinds)} is not supported; use a byte-level or SentencePiece tokenizer"
             )
         added = tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._added: dict[int, bytes] = {
-            token_id: token.content.encode() for token_id, token in added.items()
-        }
+        self._added: dict[int, bytes] = {token_id: token.content.encode() for token_id, token in added.items()}
         metaspace = kinds.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
         self.strips_first_space = not self._byte_level and (metaspace or "Strip" in kinds)
         """The encoder put a space before the text; decoding takes it away again."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from colm.errors import InvalidRequest
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -12,11 +13,10 @@ from colm.errors import ColmError, ConfigError
 from colm.wire.security import Security, Tls
 
 TokenFile = Annotated[
-    Path | None, typer.Option(help="File with the bearer token that callers must show; none leaves the node open.")
+    Path | None,
+    typer.Option(help="File with the bearer token that callers must show; none leaves the node open."),
 ]
-TlsDir = Annotated[
-    Path | None, typer.Option(help="Directory with ca.pem, cert.pem and key.pem; none is plaintext.")
-]
+TlsDir = Annotated[Path | None, typer.Option(help="Directory with ca.pem, cert.pem and key.pem; none is plaintext.")]
 
 
 class Node(Protocol):
@@ -64,7 +64,7 @@ async def run_node(node: Node) -> None:
     await node.stop()
 
 
-def guarded(run: "asyncio._CoroutineLike[None]") -> None:
+def guarded(run: Coroutine[object, object, None]) -> None:
     """Run to the end; a user's error becomes one line and exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:

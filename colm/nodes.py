@@ -23,11 +23,28 @@ class Role(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessFacts:
+    """The process behind a node."""
+
+    pid: int
+    host: str
+    resident_bytes: int
+
+    @classmethod
+    def now(cls) -> "ProcessFacts":
+        """This process."""
+        resident_bytes = psutil.Process().memory_info().rss
+        return cls(pid=os.getpid(), host=socket.gethostname(), resident_bytes=resident_bytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NodeReport:
     """One node, as it last saw itself."""
 
     role: Role
     replica_id: str
+    ray_node_id: str
+    """The machine, as Ray names it."""
     address: str
     """host:port of its gRPC server."""
     num_active_requests: int
@@ -35,19 +52,7 @@ class NodeReport:
     num_pages_total: int = 0
     """Decode nodes: pages of the KV pool."""
     num_pages_used: int = 0
-    pid: int
-    host: str
-    resident_bytes: int
-    """Memory of the process."""
-
-
-def process_facts() -> dict[str, int | str]:
-    """The part of a report that is the same for every role."""
-    return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "resident_bytes": psutil.Process().memory_info().rss,
-    }
+    process: ProcessFacts
 
 
 async def keep_reporting(send: Callable[[NodeReport], Awaitable[object]], look: Callable[[], NodeReport]) -> None:

@@ -197,18 +197,14 @@ def _without_first_space(tokenizer_json: str) -> str:
 
 
 def _compile(chat_template: str, now: Callable[[], datetime]) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
     try:
         return environment.from_string(chat_template)
     except jinja2.TemplateSyntaxError as err:
-        raise CheckpointError(
-            f"text.chat_template line {err.lineno}: {err.message}; import the model again"
-        ) from err
+        raise CheckpointError(f"text.chat_template line {err.lineno}: {err.message}; import the model again") from err
 
 
 def _raise_exception(message: str) -> None:

@@ -27,8 +27,13 @@ def main(
 ) -> None:
     """Serve a model at any scale over keys and values from prefill nodes; prints its address once it is ready."""
     options = DecodeOptions(
-        model_path=str(model), dtype=dtype, page_tokens=page_tokens, kv_cache_bytes=kv_cache_mib << 20,
-        num_threads=num_threads, host=host, port=port,
+        model_path=str(model),
+        dtype=dtype,
+        page_tokens=page_tokens,
+        kv_cache_bytes=kv_cache_mib << 20,
+        num_threads=num_threads,
+        host=host,
+        port=port,
     )
 
     async def run() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from colm.events import Token
@@ -40,9 +40,10 @@ class DecodeLoop:
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
-    async def tokens(self, answer: Answer) -> AsyncIterator[Token]:
-        """Join the batch and yield the answer's tokens. Once this generator is closed, the engine no longer
-        touches the answer's pages; close it with `contextlib.aclosing`.
+    async def tokens(self, answer: Answer) -> AsyncGenerator[Token]:
+        """Join the batch and yield the answer's tokens.
+
+        Once this generator is closed, with `contextlib.aclosing`, the engine no longer touches the answer's pages.
         """
         member = _Member(answer)
         self._waiting.append(member)
@@ -88,7 +89,7 @@ class DecodeLoop:
         except asyncio.CancelledError:
             await asyncio.wait([step])
             raise
-        except Exception as err:  # noqa: BLE001 - whatever broke the step goes to the owners of its requests
+        except Exception as err:
             logger.exception("decode.step failed batch=%d", len(members))
             for member in members:
                 self._dismiss(member, err)

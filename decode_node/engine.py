@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from colm_kernels.decode_attention import decode_attention
 from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint
 from colm.model.rope import inverse_frequencies, rotate, rotation
 from colm.model.transformer import ChainBlock
-from colm_kernels.decode_attention import decode_attention
 from decode_node.kv_store import KvStore
 
 
@@ -60,7 +60,7 @@ class DecodeEngine:
         context_lens_R = (positions_R + 1).to(torch.int32)
 
         x_RD = self._model.embedding.embed(torch.tensor([row.token_id for row in rows]), num_chains)
-        for index, layer in enumerate(self._model.layers):
+        for index, layer in enumerate(self._model.blocks):
             normed_RD = layer.attention_norm(x_RD, num_chains)
             k_RKD, v_RKD = layer.attention.keys_values(normed_RD)
             self._store.write_tokens(pages_LR[index], slots_R, rotate(k_RKD, cos, sin), v_RKD)

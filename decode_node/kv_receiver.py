@@ -85,9 +85,7 @@ class KvReceiver:
         for data in call:
             message, payload = decode_message(data)
             if message.WhichOneof("event") == "complete":
-                self.ledger.complete(
-                    num_tiles=message.complete.num_tiles, payload_bytes=message.complete.payload_bytes
-                )
+                self.ledger.complete(num_tiles=message.complete.num_tiles, payload_bytes=message.complete.payload_bytes)
                 return True
             self._store_tile(message.tile, payload)
         return False

@@ -4,6 +4,8 @@ Shapes: B pages of the pool, P tokens of a page, K kv heads, D head dim, L layer
 T tokens of a tile, R requests of a batch.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,7 +27,7 @@ class KvStore:
         self.v_pages_BPKD = torch.empty(shape, dtype=layout.dtype)
         # numpy has no bfloat16; moving bytes needs only the width.
         width = {2: torch.int16, 4: torch.int32}[layout.dtype.itemsize]
-        self._numpy_dtype = {2: np.dtype(np.int16), 4: np.dtype(np.int32)}[layout.dtype.itemsize]
+        self._numpy_dtype: np.dtype[Any] = np.dtype(f"i{layout.dtype.itemsize}")
         self._pages = [pages.view(width).numpy() for pages in (self.k_pages_BPKD, self.v_pages_BPKD)]
 
     def page_table(self, lease: PageLease) -> NDArray[np.int32]:

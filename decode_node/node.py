@@ -154,7 +154,7 @@ def _load(options: DecodeOptions) -> tuple[Checkpoint, KvLayout, Tokenizer | Non
     if num_pages < layout.num_layers:
         raise ConfigError(
             f"decode.kv_cache={options.kv_cache_bytes} bytes holds {num_pages} pages of {layout.page_bytes} bytes; "
-            f"one page of each of {layout.num_layers} layers is the least, {layout.num_layers * layout.page_bytes} bytes"
+            f"the least is a page for each of {layout.num_layers} layers, {layout.num_layers * layout.page_bytes} bytes"
         )
     store = KvStore(layout, num_pages)
     return checkpoint, layout, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store)

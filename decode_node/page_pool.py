@@ -51,7 +51,8 @@ class PagePool:
             )
         if num_pages > self.num_free:
             raise CapacityExceeded(
-                f"the request needs {num_pages} KV pages and {self.num_free} of {self.num_pages} are free; try again later"
+                f"the request needs {num_pages} KV pages and {self.num_free} of {self.num_pages} are free; "
+                "try again later"
             )
         lease = PageLease(owner, tuple(self._take(num_pages)))
         self._held.add(lease)

@@ -13,7 +13,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from colm.errors import CapacityExceeded, PeerUnavailable
 from colm.leases import LeaseTable
-from colm.nodes import NodeReport, Role, keep_reporting, process_facts
+from colm.nodes import NodeReport, ProcessFacts, Role, keep_reporting
 from colm.wire.security import Security
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import PrefillLease
@@ -23,8 +23,9 @@ LEASE_TTL_S = 30.0
 
 @asynccontextmanager
 async def borrow(handle: Any, role: str) -> AsyncIterator[tuple[str, str]]:
-    """Hold a replica's `lease` call open: (address, lease id). Ray Serve chooses the replica, and waits for one
-    where all are busy or gone.
+    """Hold a replica's `lease` call open; yields (address, lease id).
+
+    Ray Serve chooses the replica, and waits for one where all are busy or gone.
 
     Raises:
         PeerUnavailable: the replica died before it answered.
@@ -65,7 +66,7 @@ class DecodeReplica:
         gateway: (deployment, application) that wants to know how this node is.
     """
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, options: DecodeOptions, security: Security, prefill: Any, gateway: tuple[str, str]
     ) -> None:
         self._leases = LeaseTable(LEASE_TTL_S)
@@ -77,8 +78,9 @@ class DecodeReplica:
         self._reporting = asyncio.create_task(keep_reporting(handle.report.remote, self._report))
 
     async def lease(self) -> AsyncIterator[tuple[str, str]]:
-        """Promise to serve one request: (address, lease id). The call stays open until the request has ended, so
-        that Serve sees the work.
+        """Promise to serve one request: (address, lease id).
+
+        The call stays open until the request has ended, so that Serve sees the work.
         """
         async for grant in self._leases.offer(self._node.address):
             yield grant
@@ -98,10 +100,11 @@ class DecodeReplica:
         return NodeReport(
             role=Role.DECODE,
             replica_id=self._replica_id,
+            ray_node_id=ray.get_runtime_context().get_node_id(),
             address=self._node.address,
             num_active_requests=load.num_active,
             num_queued_requests=load.num_queued,
             num_pages_total=load.num_pages_total,
             num_pages_used=load.num_pages_used,
-            **process_facts(),
+            process=ProcessFacts.now(),
         )

@@ -177,7 +177,9 @@ class RequestOwner:
                 return await self._attempt_kv(request, num_tokens, emit)
             except PeerUnavailable as err:
                 if request.num_kv_streams >= _MAX_KV_STREAMS:
-                    raise PeerUnavailable(f"gave up after {request.num_kv_streams} KV streams; the last: {err}") from err
+                    raise PeerUnavailable(
+                        f"gave up after {request.num_kv_streams} KV streams; the last: {err}"
+                    ) from err
                 logger.warning("transfer.retry request=%s in_s=%.2f cause=%s", request.job.request_id, retry_s, err)
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, _LAST_RETRY_S)

@@ -35,7 +35,7 @@ class DecodeService(DecodeServiceServicer):
         """Register with a server."""
         add_DecodeServiceServicer_to_server(self, server)
 
-    async def Decode(  # noqa: N802 - gRPC's name
+    async def Decode(
         self, request_iterator: AsyncIterator[pb.DecodeRequest], context: grpc.aio.ServicerContext
     ) -> None:
         """One request; see the .proto file."""
@@ -73,6 +73,7 @@ class DecodeService(DecodeServiceServicer):
         total = opened.num_prompt_tokens + opened.max_new_tokens
         if total > config.max_context:
             raise InvalidRequest(
-                "num_prompt_tokens", opened.num_prompt_tokens,
+                "num_prompt_tokens",
+                opened.num_prompt_tokens,
                 f"with max_new_tokens={opened.max_new_tokens} must fit the model's context of {config.max_context}",
             )

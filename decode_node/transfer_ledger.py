@@ -29,7 +29,14 @@ class TransferLedger:
     """Admits exactly the tiles of one epoch of one transfer, without gaps, overlaps or strangers."""
 
     def __init__(
-        self, *, transfer_id: str, epoch: int, num_layers: int, num_tokens: int, layer_token_bytes: int, page_tokens: int
+        self,
+        *,
+        transfer_id: str,
+        epoch: int,
+        num_layers: int,
+        num_tokens: int,
+        layer_token_bytes: int,
+        page_tokens: int,
     ) -> None:
         self._transfer_id = transfer_id
         self._epoch = epoch

@@ -25,8 +25,13 @@ def main(
 ) -> None:
     """Serve chain 1 of a model to decode nodes; prints its address once it is ready."""
     options = PrefillOptions(
-        model_path=str(model), dtype=dtype, page_tokens=page_tokens, tile_tokens=tile_tokens,
-        num_threads=num_threads, host=host, port=port,
+        model_path=str(model),
+        dtype=dtype,
+        page_tokens=page_tokens,
+        tile_tokens=tile_tokens,
+        num_threads=num_threads,
+        host=host,
+        port=port,
     )
 
     async def run() -> None:

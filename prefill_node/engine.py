@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from colm_kernels.prefill_attention import prefill_attention
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from colm.kv import KvLayout, KvTile
 from colm.model import ChainTransformer
 from colm.model.rope import inverse_frequencies, rotate, rotation
 from colm.model.transformer import ChainBlock
-from colm_kernels.prefill_attention import prefill_attention
 
 
 class PrefillEngine:
@@ -30,7 +30,9 @@ class PrefillEngine:
 
     def __init__(self, checkpoint: Checkpoint, layout: KvLayout, *, tile_tokens: int) -> None:
         if tile_tokens < 1 or tile_tokens % layout.page_tokens:
-            raise ValueError(f"tile_tokens={tile_tokens} must be a positive multiple of page_tokens={layout.page_tokens}")
+            raise ValueError(
+                f"tile_tokens={tile_tokens} must be a positive multiple of page_tokens={layout.page_tokens}"
+            )
         self.config = checkpoint.config
         self.layout = layout
         self.tile_tokens = tile_tokens
@@ -55,7 +57,7 @@ class PrefillEngine:
         hidden_ND = self._model.embedding.embed(torch.from_numpy(token_ids), 1)
         k_KNE = torch.empty(layout.num_kv_heads, num_tokens, layout.head_dim, dtype=layout.dtype)
         v_KNE = torch.empty_like(k_KNE)
-        for index, layer in enumerate(self._model.layers):
+        for index, layer in enumerate(self._model.blocks):
             is_last = index == layout.num_layers - 1
             for start in range(0, num_tokens, self.tile_tokens):
                 stop = min(start + self.tile_tokens, num_tokens)

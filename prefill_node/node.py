@@ -11,10 +11,10 @@ from colm.checkpoint import Checkpoint
 from colm.cpus import num_usable_cpus
 from colm.dtypes import parse_dtype
 from colm.kv import KvLayout, fingerprint
+from colm.leases import LeaseTable
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
 from prefill_node.engine import PrefillEngine
-from colm.leases import LeaseTable
 from prefill_node.service import PrefillService
 
 logger = logging.getLogger(__name__)

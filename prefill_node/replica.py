@@ -9,7 +9,7 @@ import ray
 from ray import serve
 
 from colm.leases import LeaseTable
-from colm.nodes import NodeReport, Role, keep_reporting, process_facts
+from colm.nodes import NodeReport, ProcessFacts, Role, keep_reporting
 from colm.wire.security import Security
 from prefill_node.node import PrefillNode, PrefillOptions
 
@@ -24,7 +24,9 @@ class PrefillReplica:
         gateway: (deployment, application) that wants to know how this node is.
     """
 
-    async def __init__(self, options: PrefillOptions, security: Security, gateway: tuple[str, str]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, options: PrefillOptions, security: Security, gateway: tuple[str, str]
+    ) -> None:
         self._leases = LeaseTable(LEASE_TTL_S)
         here = replace(options, host=ray.util.get_node_ip_address())
         self._node = PrefillNode(here, security, self._leases)
@@ -34,8 +36,9 @@ class PrefillReplica:
         self._reporting = asyncio.create_task(keep_reporting(handle.report.remote, self._report))
 
     async def lease(self) -> AsyncIterator[tuple[str, str]]:
-        """Promise to serve one stream: (address, lease id). The call stays open until the stream has ended, so that
-        Serve sees the work.
+        """Promise to serve one stream: (address, lease id).
+
+        The call stays open until the stream has ended, so that Serve sees the work.
         """
         async for grant in self._leases.offer(self._node.address):
             yield grant
@@ -50,8 +53,9 @@ class PrefillReplica:
         return NodeReport(
             role=Role.PREFILL,
             replica_id=self._replica_id,
+            ray_node_id=ray.get_runtime_context().get_node_id(),
             address=self._node.address,
             num_active_requests=load.num_active,
             num_queued_requests=load.num_queued,
-            **process_facts(),
+            process=ProcessFacts.now(),
         )

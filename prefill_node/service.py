@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colm.errors import CapacityExceeded, FingerprintMismatch, InvalidRequest
+from colm.leases import LeaseTable
 from colm.wire.prompt_stream import read_open, read_token_ids
 from colm.wire.status import answering
 from colm.wire.tile_codec import encode_tile, max_tile_tokens, pull_kv_handlers, split_tile
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from prefill_node.engine import PrefillEngine
 from prefill_node.handoff import Handoff
-from colm.leases import LeaseTable
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,12 @@ class PrefillService:
     """
 
     def __init__(
-        self, engine: PrefillEngine, *, fingerprint: str, leases: LeaseTable | None = None, max_queued: int = 64
+        self,
+        engine: PrefillEngine,
+        *,
+        fingerprint: str,
+        leases: LeaseTable | None = None,
+        max_queued: int = 64,
     ) -> None:
         self._engine = engine
         self._fingerprint = fingerprint
@@ -64,9 +69,7 @@ class PrefillService:
         """Register with a server."""
         server.add_generic_rpc_handlers((pull_kv_handlers(self.pull_kv),))
 
-    async def pull_kv(
-        self, requests: AsyncIterator[pb.PullKvRequest], context: grpc.aio.ServicerContext
-    ) -> None:
+    async def pull_kv(self, requests: AsyncIterator[pb.PullKvRequest], context: grpc.aio.ServicerContext) -> None:
         """One transfer; see the .proto file."""
         async with answering(context, "pull_kv"), AsyncExitStack() as stack:
             opened = await read_open(requests)
@@ -135,6 +138,9 @@ class PrefillService:
             if handoff.closed:
                 return
         complete = pb.TransferComplete(
-            transfer_id=opened.transfer_id, epoch=opened.epoch, num_tiles=num_tiles, payload_bytes=payload_bytes
+            transfer_id=opened.transfer_id,
+            epoch=opened.epoch,
+            num_tiles=num_tiles,
+            payload_bytes=payload_bytes,
         )
         yield pb.PullKvResponse(complete=complete).SerializeToString()

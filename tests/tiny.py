@@ -69,9 +69,7 @@ def random_tensors(config: ChainConfig, seed: int = 0) -> dict[str, Tensor]:
     return tensors
 
 
-def tiny_model(
-    config: ChainConfig | None = None, seed: int = 0, dtype: torch.dtype | None = None
-) -> ChainTransformer:
+def tiny_model(config: ChainConfig | None = None, seed: int = 0, dtype: torch.dtype | None = None) -> ChainTransformer:
     """The model of `random_tensors`."""
     config = config or tiny_config()
     with torch.device("meta"):

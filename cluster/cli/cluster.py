@@ -62,6 +62,7 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
             "replica_id": node.replica_id,
             "address": node.address,
             "host": node.host,
+            "ray_node_id": node.ray_node_id,
             "pid": node.pid,
             "num_active_requests": node.num_active_requests,
             "num_queued_requests": node.num_queued_requests,
@@ -105,8 +106,14 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
     for node in answer.nodes:
         pages = f"{node.num_pages_used} / {node.num_pages_total}" if node.num_pages_total else "-"
         table.add_row(
-            _ROLE_NAMES[node.role], node.address, node.host, str(node.pid), str(node.num_active_requests),
-            str(node.num_queued_requests), pages, human_bytes(node.resident_bytes),
+            _ROLE_NAMES[node.role],
+            node.address,
+            node.host,
+            str(node.pid),
+            str(node.num_active_requests),
+            str(node.num_queued_requests),
+            pages,
+            human_bytes(node.resident_bytes),
         )
     console.print(table)
 

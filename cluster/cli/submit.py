@@ -1,7 +1,7 @@
 """colm submit: one document, one instruction, one answer."""
 
 import sys
-from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +44,7 @@ def submit(
     view = AnswerView(stream_text=not json)
     sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop or ()))
     with _connect(address, token_file, ca_file, state_dir) as client, view:
-        events = client.generate(
+        answer = client.generate(
             _document(file),
             prompt,
             model=model,
@@ -54,19 +54,13 @@ def submit(
             sampling=sampling,
             timeout_s=timeout_s,
         )
-        _show(view, events)
+        with closing(answer) as events:  # leaving early cancels the request on every node
+            for event in events:
+                view.see(event)
     if json:
         print_json(view.record())
     else:
         view.print_summary()
-
-
-def _show(view: AnswerView, events: Iterator[object]) -> None:
-    try:
-        for event in events:
-            view.see(event)
-    finally:
-        events.close()  # type: ignore[attr-defined]  # a generator: closing it cancels the call
 
 
 def _document(file: str) -> Document:

@@ -76,8 +76,7 @@ def _expanded_config(config: ChainConfig, chains: tuple[int, ...]) -> ChainConfi
     kept = config.chains
     if chains[: len(kept)] != kept or len(chains) == len(kept):
         raise UnsupportedModel(
-            f"chains={chains} must begin with the source's {kept} and add at least one, "
-            f"e.g. {(*kept, kept[0])}"
+            f"chains={chains} must begin with the source's {kept} and add at least one, e.g. {(*kept, kept[0])}"
         )
     widths = {}
     for name in ("dim", "hidden_dim"):

@@ -92,17 +92,11 @@ def _half_split_rows(weight: Tensor, num_heads: int) -> Tensor:
 def _config(file: GgufFile) -> ChainConfig:
     architecture = file.required("general.architecture")
     if architecture != "llama":
-        raise UnsupportedModel(
-            f"{file.path}: general.architecture={architecture!r}; only 'llama' can be imported"
-        )
+        raise UnsupportedModel(f"{file.path}: general.architecture={architecture!r}; only 'llama' can be imported")
     if (parts := file.metadata("split.count") or 1) > 1:
-        raise UnsupportedModel(
-            f"{file.path}: split.count={parts}; join the parts with llama-gguf-split --merge first"
-        )
+        raise UnsupportedModel(f"{file.path}: split.count={parts}; join the parts with llama-gguf-split --merge first")
     if experts := file.metadata("llama.expert_count"):
-        raise UnsupportedModel(
-            f"{file.path}: llama.expert_count={experts}; mixtures of experts are not supported"
-        )
+        raise UnsupportedModel(f"{file.path}: llama.expert_count={experts}; mixtures of experts are not supported")
     if EMBEDDING not in file.names():
         raise CheckpointError(f"{file.path}: tensor {EMBEDDING!r} is missing; fetch the whole model again")
     num_heads = _whole(file, "llama.attention.head_count")
@@ -111,9 +105,7 @@ def _config(file: GgufFile) -> ChainConfig:
     head_dim = _whole(file, "llama.attention.key_length", dim // num_heads)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if _whole(file, key, head_dim) != head_dim:
-            raise UnsupportedModel(
-                f"{file.path}: {key}={file.metadata(key)} must equal the head dim {head_dim}"
-            )
+            raise UnsupportedModel(f"{file.path}: {key}={file.metadata(key)} must equal the head dim {head_dim}")
     base = chain_config(
         file.path,
         dim=dim,
@@ -137,9 +129,7 @@ def _whole(file: GgufFile, key: str, default: int | None = None) -> int:
     if value is None:
         value = file.required(key) if default is None else default
     if not isinstance(value, int):
-        raise UnsupportedModel(
-            f"{file.path}: {key}={value!r} must be one number; layers may not differ in shape"
-        )
+        raise UnsupportedModel(f"{file.path}: {key}={value!r} must be one number; layers may not differ in shape")
     return value
 
 
@@ -150,9 +140,7 @@ def _named_scaling(file: GgufFile) -> RopeScaling | None:
     if kind == "none" or (kind is None and factor == 1.0):
         return None
     if kind not in ("linear", None):
-        raise UnsupportedModel(
-            f"{file.path}: llama.rope.scaling.type={kind!r} is not supported; use none or linear"
-        )
+        raise UnsupportedModel(f"{file.path}: llama.rope.scaling.type={kind!r} is not supported; use none or linear")
     try:
         return RopeScaling(kind="linear", factor=factor)
     except ValueError as err:

@@ -43,8 +43,7 @@ class GgufFile:
             if tensor.tensor_type not in (*FLOAT_TYPES, *QUANTISED_TYPES):
                 readable = ", ".join(kind.name for kind in (*FLOAT_TYPES, *QUANTISED_TYPES))
                 raise UnsupportedModel(
-                    f"{path}: tensor {tensor.name!r} has type {tensor.tensor_type.name}; "
-                    f"use a file of {readable} only"
+                    f"{path}: tensor {tensor.name!r} has type {tensor.tensor_type.name}; use a file of {readable} only"
                 )
 
     def metadata(self, key: str) -> Any:

@@ -152,9 +152,7 @@ def _sentencepiece(
     return tokenizer
 
 
-def _merges_by_score(
-    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
-) -> list[tuple[str, str]]:
+def _merges_by_score(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """The merge list for SentencePiece's rule: join the neighbours whose union scores highest."""
     ranked = sorted(zip(tokens, types, scores, strict=True), key=lambda entry: -entry[2])
     pieces = {token: None for token, kind, _ in ranked if kind == _TokenType.NORMAL}

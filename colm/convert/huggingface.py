@@ -130,9 +130,7 @@ class _Weights:
         try:
             return self._open(name).get_slice(name)
         except SafetensorError as err:
-            raise CheckpointError(
-                f"{self._file_of[name]}: tensor {name!r} is missing; fetch the file again"
-            ) from err
+            raise CheckpointError(f"{self._file_of[name]}: tensor {name!r} is missing; fetch the file again") from err
 
     def _open(self, name: str) -> Any:
         path = self._file_of[name]
@@ -153,18 +151,13 @@ def _config(path: Path, raw: Mapping[str, Any]) -> ChainConfig:
     architectures = raw.get("architectures") or []
     if architectures != [ARCHITECTURE] and (architectures or raw.get("model_type") != "llama"):
         raise UnsupportedModel(
-            f"{path}: architectures={architectures or raw.get('model_type')!r}; "
-            f"only {ARCHITECTURE} can be imported"
+            f"{path}: architectures={architectures or raw.get('model_type')!r}; only {ARCHITECTURE} can be imported"
         )
     for field, accepted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if raw.get(field, accepted) != accepted:
-            raise UnsupportedModel(
-                f"{path}: {field}={raw[field]!r} is not supported; only {field}={accepted!r} is"
-            )
+            raise UnsupportedModel(f"{path}: {field}={raw[field]!r} is not supported; only {field}={accepted!r} is")
     if raw.get("quantization_config") is not None:
-        raise UnsupportedModel(
-            f"{path}: quantization_config is not supported; import the model it was made from"
-        )
+        raise UnsupportedModel(f"{path}: quantization_config is not supported; import the model it was made from")
     theta, scaling = _rope(path, raw)
     try:
         num_heads = raw["num_attention_heads"]
@@ -184,9 +177,7 @@ def _config(path: Path, raw: Mapping[str, Any]) -> ChainConfig:
             explicit_head_dim=raw.get("head_dim"),
         )
     except KeyError as err:
-        raise CheckpointError(
-            f"{path}: {err.args[0]} is missing; is this the model's own config.json?"
-        ) from err
+        raise CheckpointError(f"{path}: {err.args[0]} is missing; is this the model's own config.json?") from err
 
 
 def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -212,14 +203,10 @@ def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None
                 original_max_context=int(section["original_max_position_embeddings"]),
             )
     except KeyError as err:
-        raise CheckpointError(
-            f"{path}: {field}.{err.args[0]} is missing, but rope_type={kind!r} needs it"
-        ) from err
+        raise CheckpointError(f"{path}: {field}.{err.args[0]} is missing, but rope_type={kind!r} needs it") from err
     except ValueError as err:
         raise UnsupportedModel(f"{path}: {field}: {err}") from err
-    raise UnsupportedModel(
-        f"{path}: {field}.rope_type={kind!r} is not supported; use default, linear or llama3"
-    )
+    raise UnsupportedModel(f"{path}: {field}.rope_type={kind!r} is not supported; use default, linear or llama3")
 
 
 def _tokenizer_json(root: Path) -> str | None:
@@ -244,9 +231,7 @@ def _text_config(root: Path, raw: Mapping[str, Any], tokenizer_json: str | None)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
     except Exception as err:  # the Rust side raises Exception itself, for any malformed file
-        raise CheckpointError(
-            f"{root / 'tokenizer.json'} cannot be read: {err}; fetch the file again"
-        ) from err
+        raise CheckpointError(f"{root / 'tokenizer.json'} cannot be read: {err}; fetch the file again") from err
     section = _read_json(root / "tokenizer_config.json", required=False)
     named_bos, named_eos = (_token_id(tokenizer, section.get(name)) for name in ("bos_token", "eos_token"))
     bos_id = bos_id if named_bos is None else named_bos

@@ -39,7 +39,8 @@ class ChainAttention(nn.Module):
 
     def queries(self, x_RD: Tensor, chain_rows: Sequence[int]) -> Tensor:
         """Unrotated q_RHD of the active chains, chain by chain."""
-        return self.wq(x_RD, chain_rows).view(x_RD.shape[0], -1, self.config.head_dim)
+        q_RH: Tensor = self.wq(x_RD, chain_rows)
+        return q_RH.view(x_RD.shape[0], -1, self.config.head_dim)
 
     def group_by_kv_head(self, q_RHD: Tensor, num_chains: int) -> Tensor:
         """Reorder query heads of all active chains by the kv head they read: q_RKGD."""

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
-
 from colm_kernels.chain_linear import chain_linear
+from torch import Tensor, nn
 
 
 class ChainLinear(nn.Module):

@@ -3,7 +3,9 @@
 Shapes: B sequences, T tokens, R = B*T rows, D model features of the active chains, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +32,7 @@ class ChainBlock(nn.Module):
     def forward(self, x_RD: Tensor, cos_TD: Tensor, sin_TD: Tensor, num_sequences: int, num_chains: int) -> Tensor:
         """Attention and feed-forward, each added to the residual stream."""
         chain_rows = (x_RD.shape[0],) * num_chains
-        x_RD = x_RD + self.attention(
-            self.attention_norm(x_RD, num_chains), cos_TD, sin_TD, num_sequences, num_chains
-        )
+        x_RD = x_RD + self.attention(self.attention_norm(x_RD, num_chains), cos_TD, sin_TD, num_sequences, num_chains)
         result: Tensor = x_RD + self.ffn(self.ffn_norm(x_RD, num_chains), chain_rows)
         return result
 
@@ -62,6 +62,11 @@ class ChainTransformer(nn.Module):
             self.head = ChainTable(config.vocab_size, built.chain_dims)
 
     @property
+    def blocks(self) -> Sequence[ChainBlock]:
+        """The layers, with their type."""
+        return cast("Sequence[ChainBlock]", self.layers)
+
+    @property
     def output_table(self) -> ChainTable:
         """The head; the embedding itself where they are tied."""
         return self.embedding if self.config.tie_embeddings else self.head
@@ -83,7 +88,7 @@ class ChainTransformer(nn.Module):
         positions_T = torch.arange(num_tokens)
         cos_TD, sin_TD = rotation(inverse_frequencies(self.config), positions_T)
         x_RD = self.embedding.embed(tokens_BT.flatten(), active)
-        for layer in self.layers:
+        for layer in self.blocks:
             x_RD = layer(x_RD, cos_TD, sin_TD, num_sequences, active)
         chain_rows = (x_RD.shape[0],) * active
         logits_RV = self.output_table.logits(self.final_norm(x_RD, active), chain_rows)

@@ -8,7 +8,17 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from colm.events import Accepted, Event, Finished, FinishReason, PrefillProgress, Reserved, Timings, Token, Usage
+from colm.events import (
+    Accepted,
+    Event,
+    Finished,
+    FinishReason,
+    PrefillProgress,
+    Reserved,
+    Timings,
+    Token,
+    Usage,
+)
 from colm.sampling import SamplingParams
 from colm.wire.v1 import common_pb2 as pb
 from colm.wire.v1 import decode_service_pb2 as decode_pb

@@ -23,7 +23,7 @@ class PromptPart(Protocol[_Open]):
     def token_ids(self) -> pb.TokenIds:
         """Set in all later ones."""
 
-    def WhichOneof(self, oneof_group: str, /) -> str | None:  # noqa: N802 - protobuf's name
+    def WhichOneof(self, oneof_group: str, /) -> str | None:
         """Which of the two is set."""
 
 

@@ -107,7 +107,7 @@ def new_tls() -> Tls:
     )
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):
+class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped here
     """Lets a call through only with the right token; health checks need none."""
 
     def __init__(self, token: str) -> None:
@@ -125,7 +125,9 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
             return handler
         if hmac.compare_digest(str(shown).encode(), self._expected.encode()):
             return handler
-        return _refusal(handler, "the token is wrong" if shown else "a token is needed (metadata `authorization: Bearer`)")
+        return _refusal(
+            handler, "the token is wrong" if shown else "a token is needed (metadata `authorization: Bearer`)"
+        )
 
 
 def _refusal(handler: grpc.RpcMethodHandler, why: str) -> grpc.RpcMethodHandler:

@@ -39,11 +39,8 @@ _BY_ERROR: list[tuple[type[ColmError], grpc.StatusCode, "pb.ErrorDetail.Kind"]] 
 
 async def abort(context: grpc.aio.ServicerContext, error: ColmError) -> NoReturn:
     """End a call with the status of a typed error."""
-    for kind, code, detail_kind in _BY_ERROR:
-        if isinstance(error, kind):
-            break
-    else:
-        code, detail_kind = grpc.StatusCode.INTERNAL, _Kind.KIND_INTERNAL
+    internal = (ColmError, grpc.StatusCode.INTERNAL, _Kind.KIND_INTERNAL)
+    _, code, detail_kind = next((row for row in _BY_ERROR if isinstance(error, row[0])), internal)
     detail = pb.ErrorDetail(kind=detail_kind)
     if isinstance(error, InvalidRequest):
         detail.field, detail.value, detail.limit = error.field, error.value, error.limit

@@ -103,7 +103,7 @@ def pull_kv_stub(channel: grpc.Channel) -> grpc.StreamStreamMultiCallable:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def _varint(value: int) -> bytes:

@@ -11,9 +11,7 @@ def check_dims(name: str, tensor: Tensor, *sizes: int | None) -> None:
         ValueError: names the argument, its shape and the shape expected.
     """
     shape = tuple(tensor.shape)
-    fits = len(shape) == len(sizes) and all(
-        want is None or got == want for got, want in zip(shape, sizes, strict=True)
-    )
+    fits = len(shape) == len(sizes) and all(want is None or got == want for got, want in zip(shape, sizes, strict=True))
     if not fits:
         wanted = ", ".join("*" if size is None else str(size) for size in sizes)
         raise ValueError(f"{name} has shape {shape}, expected ({wanted})")

@@ -92,10 +92,7 @@ class DecodeArgs(ctypes.Structure):
     """`DecodeArgs` of abi.h."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("q", "k_pages", "v_pages", "block_table", "context_lens", "out")
-        ),
+        *((name, ctypes.c_void_p) for name in ("q", "k_pages", "v_pages", "block_table", "context_lens", "out")),
         *(
             (name, ctypes.c_int64)
             for name in ("num_requests", "num_kv_heads", "group", "head_dim", "page_tokens", "table_columns")

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from colm_kernels.checks import check_dims, check_dtype, check_on_cpu, check_same_dtype
 from colm_kernels.native import (
-    Cancelled,
     CancelFlag,
+    Cancelled,
     PrefillArgs,
     Variant,
     call,
@@ -126,9 +126,7 @@ def _in_library(
     return out_THD, lse_TH
 
 
-def _in_torch(
-    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, cancelled: CancelFlag | None
-) -> tuple[Tensor, Tensor]:
+def _in_torch(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, cancelled: CancelFlag | None) -> tuple[Tensor, Tensor]:
     if q_THD.numel() == 0:
         return torch.empty_like(q_THD), torch.empty(q_THD.shape[:2])
     q = q_THD.transpose(0, 1).unsqueeze(0)

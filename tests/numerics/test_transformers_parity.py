@@ -1,5 +1,6 @@
 """Our model against transformers' LLaMA on the same weights; a real model's import against its loader."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ ROPES = {
     "linear": ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
     "llama3": ({"rope_type": "llama3", **LLAMA3}, {"rope_type": "llama3", **LLAMA3}),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that wait for one another take ten times as long as one alone."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def assert_same_logits(model: Any, checkpoint: Checkpoint, num_tokens: int) -> None:

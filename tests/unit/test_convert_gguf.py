@@ -124,9 +124,7 @@ def on_the_grid(tensor: torch.Tensor, kind: Type) -> torch.Tensor:
     """Values that the type holds exactly: in each block of 32 its whole range of codes, scaled."""
     if tensor.dim() == 1 or kind in (Type.F32, Type.F16, Type.BF16):
         return tensor.bfloat16().float() if kind == Type.BF16 else tensor.half().float()
-    low, high, offset = {Type.Q8_0: (-127, 127, 0.0), Type.Q4_0: (-8, 7, 0.0), Type.Q4_1: (0, 15, -0.25)}[
-        kind
-    ]
+    low, high, offset = {Type.Q8_0: (-127, 127, 0.0), Type.Q4_0: (-8, 7, 0.0), Type.Q4_1: (0, 15, -0.25)}[kind]
     generator = torch.Generator().manual_seed(tensor.numel())
     blocks = torch.randint(low, high + 1, (tensor.numel() // 32, 32), generator=generator).float()
     blocks[:, 5], blocks[:, 9] = low, high
@@ -186,16 +184,12 @@ def test_linear_scaling_is_read_in_both_spellings(tmp_path, config, tensors):
         assert scaling == RopeScaling(kind="linear", factor=4.0)
 
 
-def llama3_divisors(
-    config: ChainConfig, factor: float, context: int, low: float, high: float
-) -> torch.Tensor:
+def llama3_divisors(config: ChainConfig, factor: float, context: int, low: float, high: float) -> torch.Tensor:
     divisors = []
     for plane in range(config.head_dim // 2):
         wavelength = 2 * math.pi * config.rope_theta ** (2 * plane / config.head_dim)
         smooth = (context / wavelength - low) / (high - low)
-        divisors.append(
-            1 / ((1 - smooth) / factor + smooth) if 0 < smooth < 1 else factor if smooth <= 0 else 1.0
-        )
+        divisors.append(1 / ((1 - smooth) / factor + smooth) if 0 < smooth < 1 else factor if smooth <= 0 else 1.0)
     return torch.from_numpy(np.array(divisors, dtype=np.float32))
 
 
@@ -203,14 +197,10 @@ def llama3_divisors(
 def test_llama3_scaling_is_recognised_by_its_factors(tmp_path, factor, context):
     config = tiny_config(chains=(4,), rope_theta=500_000.0, explicit_head_dim=64)
     divisors = llama3_divisors(config, factor, context, 1.0, 4.0)
-    source = write_gguf(
-        tmp_path / "model.gguf", config, random_tensors(config), extra={"rope_freqs.weight": divisors}
-    )
+    source = write_gguf(tmp_path / "model.gguf", config, random_tensors(config), extra={"rope_freqs.weight": divisors})
     found = from_gguf(source, tmp_path / "colm").config
     assert found.rope_scaling == RopeScaling(kind="llama3", factor=factor, original_max_context=context)
-    torch.testing.assert_close(
-        inverse_frequencies(found), inverse_frequencies(config) / divisors, rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(inverse_frequencies(found), inverse_frequencies(config) / divisors, rtol=1e-5, atol=0)
 
 
 def test_factors_that_are_not_llama3_are_refused_by_name(tmp_path):
@@ -302,9 +292,7 @@ def test_text_conventions_come_from_the_metadata(tmp_path, config, tensors):
 
 
 def test_unknown_tokenizer_is_named_in_a_warning_and_ids_are_served(tmp_path, config, tensors):
-    for index, (key, value) in enumerate(
-        (("tokenizer.ggml.model", "bert"), ("tokenizer.ggml.pre", "exotic"))
-    ):
+    for index, (key, value) in enumerate((("tokenizer.ggml.model", "bert"), ("tokenizer.ggml.pre", "exotic"))):
         metadata = {"tokenizer.ggml.model": "gpt2"} | {key: value}
         source = write_gguf(tmp_path / f"{index}.gguf", config, tensors, **metadata)
         with pytest.warns(UserWarning, match=f"{key}='{value}' is unknown"):

@@ -61,9 +61,7 @@ def test_sharded_weights_equal_a_single_file(source, convert, tmp_path):
         save_file({name: tensors[name] for name in tensors if files[name] == file}, source / file)
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     sharded = from_huggingface(source, tmp_path / "sharded")
-    assert (whole.path / "model.safetensors").read_bytes() == (
-        sharded.path / "model.safetensors"
-    ).read_bytes()
+    assert (whole.path / "model.safetensors").read_bytes() == (sharded.path / "model.safetensors").read_bytes()
 
 
 def test_missing_shard_is_named(source, convert):
@@ -78,9 +76,7 @@ def test_missing_shard_is_named(source, convert):
 def test_dtype_is_kept_unless_one_is_asked_for(tmp_path, stored):
     tiny_llama(tmp_path / "hf", dtype=stored)
     assert from_huggingface(tmp_path / "hf", tmp_path / "kept").dtype() == stored
-    assert (
-        from_huggingface(tmp_path / "hf", tmp_path / "cast", dtype=torch.bfloat16).dtype() == torch.bfloat16
-    )
+    assert from_huggingface(tmp_path / "hf", tmp_path / "cast", dtype=torch.bfloat16).dtype() == torch.bfloat16
 
 
 def test_mixed_dtypes_become_the_widest(source, convert):
@@ -189,9 +185,7 @@ def test_stored_rotary_frequencies_of_old_checkpoints_are_ignored(source, conver
 
 
 def test_integer_weights_are_refused_by_tensor_and_type(source, convert):
-    edit_weights(
-        source, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)})
-    )
+    edit_weights(source, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
     with pytest.raises(UnsupportedModel, match=r"'model\.norm\.weight' is stored as I8"):
         convert()
 
@@ -231,9 +225,7 @@ def test_generation_config_is_the_authority_on_stop_ids(source, convert):
 
 
 def test_tokenizer_config_gives_what_the_others_do_not(source, convert):
-    put_tokenizer(
-        source, eos_token={"content": "<|im_end|>"}, bos_token="<|im_start|>", chat_template=CHAT_TEMPLATE
-    )
+    put_tokenizer(source, eos_token={"content": "<|im_end|>"}, bos_token="<|im_start|>", chat_template=CHAT_TEMPLATE)
     edit_json(source / "config.json", eos_token_id=None, bos_token_id=None)
     (source / "generation_config.json").unlink()
     text = convert().text
@@ -256,9 +248,7 @@ def test_bos_is_added_where_the_post_processor_adds_it(source, convert):
     )
     (source / "tokenizer.json").write_text(tokenizer.to_str())
     assert convert().text.add_bos
-    (source / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<|im_start|>", "add_bos_token": False})
-    )
+    (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>", "add_bos_token": False}))
     assert not convert().text.add_bos
 
 

@@ -64,9 +64,7 @@ def test_fresh_weights_start_as_documented(source, tmp_path):
         ["embedding.chain2", "layers.0.attention.wo.chain2", "layers.0.ffn_norm.chain2", "head.chain2"]
     )
     assert tensors["embedding.chain2"].std().item() == pytest.approx(0.02, rel=0.05)
-    assert tensors["layers.0.attention.wo.chain2"].std().item() == pytest.approx(
-        0.02 / math.sqrt(4), rel=0.05
-    )
+    assert tensors["layers.0.attention.wo.chain2"].std().item() == pytest.approx(0.02 / math.sqrt(4), rel=0.05)
     assert torch.equal(tensors["layers.0.ffn_norm.chain2"], torch.ones(96))
     assert not tensors["head.chain2"].any()
 

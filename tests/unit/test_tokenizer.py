@@ -38,9 +38,7 @@ TEXTS = [
 ]
 
 
-def make(
-    backend: tokenizers.Tokenizer | None = None, template: str | None = CHAT_TEMPLATE, **text: Any
-) -> Tokenizer:
+def make(backend: tokenizers.Tokenizer | None = None, template: str | None = CHAT_TEMPLATE, **text: Any) -> Tokenizer:
     values: dict[str, Any] = {"bos_token_id": 1, "eos_token_ids": (2,)} | text
     backend = backend or tiny_tokenizer()
     return Tokenizer(backend.to_str(), TextConfig(chat_template=template, **values), lambda: NOW)
@@ -77,9 +75,7 @@ def smollm2(smollm2_gguf: Path, smollm2_checkpoint: Checkpoint) -> tuple[Tokeniz
     ours = Tokenizer.load(smollm2_checkpoint)
     peer = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
     digits = pre_tokenizers.Digits(individual_digits=True)
-    peer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [digits, peer.backend_tokenizer.pre_tokenizer]
-    )
+    peer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, peer.backend_tokenizer.pre_tokenizer])
     return ours, peer
 
 
@@ -150,9 +146,7 @@ def test_no_content_ever_becomes_a_special_token(document, prompt):
     assert tokenizer.decode(raw) == document + prompt
 
 
-@pytest.mark.parametrize(
-    ("document", "prompt", "content"), [("a", "b", "a\n\nb"), ("a", "", "a"), ("", "b", "b")]
-)
+@pytest.mark.parametrize(("document", "prompt", "content"), [("a", "b", "a\n\nb"), ("a", "", "a"), ("", "b", "b")])
 def test_separator_stands_only_between_two_parts(document, prompt, content):
     tokenizer = make(template="{{ messages[0]['content'] }}")
     ids = tokenizer.encode_prompt(document=document, prompt=prompt, chat=True)
@@ -173,9 +167,7 @@ def test_large_document_is_encoded_whole():
 
 
 def test_template_sees_bos_eos_and_the_injected_date():
-    tokenizer = make(
-        template="{{ bos_token }}{{ eos_token }}{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}"
-    )
+    tokenizer = make(template="{{ bos_token }}{{ eos_token }}{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}")
     ids = tokenizer.encode_prompt(document="a", prompt="", chat=True)
     assert (ids[:2], tokenizer.decode(ids)) == ([1, 2], "05 Mar 2026a")
 
@@ -300,9 +292,7 @@ def test_stream_of_any_ids_equals_decode_and_the_library(ids, skip_special):
     tokenizer = make(backend)
     stream = tokenizer.stream(skip_special)
     pushed = "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
-    assert (
-        pushed == tokenizer.decode(ids, skip_special) == backend.decode(ids, skip_special_tokens=skip_special)
-    )
+    assert pushed == tokenizer.decode(ids, skip_special) == backend.decode(ids, skip_special_tokens=skip_special)
 
 
 @given(st.text())
@@ -329,6 +319,4 @@ def test_sentencepiece_stream_equals_the_library_on_valid_text(text):
     backend = tokenizers.Tokenizer.from_str(tokenizer_json)
     ids = backend.encode(text, add_special_tokens=False).ids
     stream = TextStream(Detokenizer(backend))
-    assert (
-        "".join([stream.push(token_id) for token_id in ids]) + stream.flush() == backend.decode(ids) == text
-    )
+    assert "".join([stream.push(token_id) for token_id in ids]) + stream.flush() == backend.decode(ids) == text
