@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from colm.clock import Clock
 from colm.nodes import REPORT_INTERVAL_S, NodeReport
 
-_EXPIRES_S = 5 * REPORT_INTERVAL_S
+_EXPIRES_S = 10 * REPORT_INTERVAL_S
 
 
 @dataclass(frozen=True, slots=True)

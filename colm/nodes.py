@@ -12,7 +12,8 @@ import psutil
 
 logger = logging.getLogger(__name__)
 
-REPORT_INTERVAL_S = 2.0
+REPORT_INTERVAL_S = 0.5
+_SEND_TIMEOUT_S = 10.0
 
 
 class Role(Enum):
@@ -59,7 +60,7 @@ async def keep_reporting(send: Callable[[NodeReport], Awaitable[object]], look: 
     """Report now and every `REPORT_INTERVAL_S`, for ever. A report that fails is dropped: the next one replaces it."""
     while True:
         try:
-            async with asyncio.timeout(5 * REPORT_INTERVAL_S):
+            async with asyncio.timeout(_SEND_TIMEOUT_S):
                 await send(look())
         except Exception as err:  # noqa: BLE001 - whatever hinders a report must not stop the node
             logger.info("report.dropped error=%r", err)

@@ -1,0 +1,162 @@
+"""Nodes in this process, over real sockets, and a prefill node whose stream can be spoilt."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+
+from colm.events import FinishReason
+from colm.sampling import SamplingParams
+from colm.wire.convert import sampling_to_pb, token_id_pieces
+from colm.wire.endpoint import bind, create_server, open_channel
+from colm.wire.security import Security
+from colm.wire.tile_codec import METHOD, SERVICE, pull_kv_handlers
+from colm.wire.v1 import common_pb2, decode_service_pb2
+from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
+from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
+from decode_node.node import DecodeNode, DecodeOptions
+from decode_node.prefill_pool import StaticPrefillPool
+from prefill_node.node import PrefillNode, PrefillOptions
+
+PAGE_TOKENS = 16
+TILE_TOKENS = 32
+
+Spoil = Callable[[int, int, bytes], list[bytes] | None]
+"""(attempt, message number, message) -> what to send instead; None breaks the stream off there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a decode call brought."""
+
+    token_ids: tuple[int, ...]
+    finished: decode_service_pb2.DecodeResponse
+
+    @property
+    def usage(self) -> common_pb2.Usage:
+        return self.finished.finished.usage
+
+
+@asynccontextmanager
+async def prefill_node(model_path: str, security: Security | None = None) -> AsyncIterator[PrefillNode]:
+    options = PrefillOptions(
+        model_path=model_path, dtype="float32", page_tokens=PAGE_TOKENS, tile_tokens=TILE_TOKENS, num_threads=1
+    )
+    node = PrefillNode(options, security or Security())
+    await node.start()
+    try:
+        yield node
+    finally:
+        await node.stop()
+
+
+@asynccontextmanager
+async def decode_node(
+    model_path: str, prefill_addresses: Sequence[str], security: Security | None = None, **options: int
+) -> AsyncIterator[DecodeNode]:
+    """A decode node; on the way out it must hold nothing."""
+    chosen = DecodeOptions(
+        model_path=model_path,
+        dtype="float32",
+        page_tokens=PAGE_TOKENS,
+        num_threads=1,
+        **{"kv_cache_bytes": 16 << 20, **options},
+    )
+    node = DecodeNode(chosen, security or Security(), StaticPrefillPool(prefill_addresses))
+    await node.start()
+    try:
+        yield node
+        await until_idle(node)
+    finally:
+        await node.stop()
+
+
+def assert_nothing_held(node: DecodeNode) -> None:
+    node.owner.pool.check_integrity()
+    assert node.owner.pool.num_used == 0
+    assert not node.owner.stages()
+
+
+async def until_idle(node: DecodeNode, within_s: float = 2.0) -> None:
+    """The node lets go of everything soon after a call has ended."""
+    give_up_s = time.monotonic() + within_s
+    while True:
+        try:
+            return assert_nothing_held(node)
+        except AssertionError:
+            if time.monotonic() > give_up_s:
+                raise
+        await asyncio.sleep(0.02)
+
+
+def decode_requests(
+    token_ids: Sequence[int],
+    *,
+    request_id: str = "r",
+    num_chains: int = 1,
+    max_new_tokens: int = 8,
+    sampling: SamplingParams | None = None,
+) -> list[decode_service_pb2.DecodeRequest]:
+    opened = decode_service_pb2.OpenDecode(
+        request_id=request_id,
+        num_chains=num_chains,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling_to_pb(sampling or SamplingParams(ignore_eos=True)),
+        num_prompt_tokens=len(token_ids),
+    )
+    pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(token_ids)]
+    return [decode_service_pb2.DecodeRequest(open=opened), *pieces]
+
+
+async def decode(
+    address: str, token_ids: Sequence[int], *, timeout_s: float | None = 60.0, **request: object
+) -> Answer:
+    """Call a decode node and read its answer to the end."""
+    async with open_channel(address, Security()) as channel:
+        call = DecodeServiceStub(channel).Decode(iter(decode_requests(token_ids, **request)), timeout=timeout_s)  # type: ignore[arg-type]
+        responses = [response async for response in call]
+    token_ids = tuple(r.token.token_id for r in responses if r.WhichOneof("event") == "token")
+    kinds = [r.WhichOneof("event") for r in responses]
+    assert kinds.count("finished") == 1
+    assert kinds[-1] == "finished"
+    assert responses[-1].finished.reason == common_pb2.FINISH_REASON_LENGTH, FinishReason.LENGTH
+    return Answer(token_ids, responses[-1])
+
+
+@asynccontextmanager
+async def spoilt_prefill(address: str, spoil: Spoil) -> AsyncIterator[str]:
+    """A server between decode node and prefill node that may change, drop or break off messages."""
+    attempts = 0
+
+    async def pull_kv(requests: AsyncIterator[kv_pb.PullKvRequest], context: grpc.aio.ServicerContext) -> None:
+        nonlocal attempts
+        attempts += 1
+        attempt = attempts
+        async with open_channel(address, Security()) as channel:
+            stub = channel.stream_stream(f"/{SERVICE}/{METHOD}", kv_pb.PullKvRequest.SerializeToString, None)
+            call = stub(requests)
+            try:
+                number = 0
+                async for message in call:
+                    changed = spoil(attempt, number, message)
+                    if changed is None:
+                        await context.abort(grpc.StatusCode.UNAVAILABLE, "broken off by the test")
+                    for part in changed:
+                        await context.write(part)
+                    number += 1
+            except grpc.aio.AioRpcError as err:
+                await context.abort(err.code(), err.details(), err.trailing_metadata())
+            finally:
+                call.cancel()
+
+    server = create_server(Security())
+    server.add_generic_rpc_handlers((pull_kv_handlers(pull_kv),))
+    port = bind(server, "127.0.0.1", 0, Security())
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
