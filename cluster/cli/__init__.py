@@ -27,6 +27,3 @@ def main() -> None:
     except ColmError as err:
         typer.echo(f"error: {err}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("cancelled", err=True)
-        sys.exit(130)

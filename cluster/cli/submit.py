@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from cluster.answer_view import AnswerView
-from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, print_json
+from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, note, print_json
 from cluster.state import ClusterState
 from colm.client import Client, Document
 from colm.errors import ClusterError
 from colm.sampling import SamplingParams
 from colm.wire.security import Security, Tls
+
+_INTERRUPTED = 130  # what a shell expects of a command that Ctrl-C ended
 
 
 def register(app: typer.Typer) -> None:
@@ -43,20 +45,24 @@ def submit(
     """Submit a document and print the answer as it comes. Ctrl-C cancels it everywhere."""
     view = AnswerView(stream_text=not json)
     sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop or ()))
-    with _connect(address, token_file, ca_file, state_dir) as client, view:
-        answer = client.generate(
-            _document(file),
-            prompt,
-            model=model,
-            chat=False if raw else None,
-            num_chains=chains,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            timeout_s=timeout_s,
-        )
-        with closing(answer) as events:  # leaving early cancels the request on every node
-            for event in events:
-                view.see(event)
+    try:
+        with _connect(address, token_file, ca_file, state_dir) as client, view:
+            answer = client.generate(
+                _document(file),
+                prompt,
+                model=model,
+                chat=False if raw else None,
+                num_chains=chains,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                timeout_s=timeout_s,
+            )
+            with closing(answer) as events:  # leaving early cancels the request on every node
+                for event in events:
+                    view.see(event)
+    except KeyboardInterrupt:
+        note("cancelled")
+        raise typer.Exit(_INTERRUPTED) from None
     if json:
         print_json(view.record())
     else:

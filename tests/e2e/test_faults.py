@@ -1,0 +1,95 @@
+"""Processes that die and callers that leave, on the real cluster."""
+
+import os
+import signal
+import subprocess
+import time
+from pydoc_data.topics import topics
+
+import pytest
+
+from colm.client import Client, collect
+from colm.errors import PeerUnavailable
+from colm.events import Event, PrefillProgress, Token
+from colm.wire.v1 import generation_service_pb2 as pb
+from tests.e2e.conftest import RunningCluster, colm_command, colm_env, until
+
+DOCUMENT = topics["with"] + topics["try"]
+PROMPT = "What does the with statement do?"
+
+
+@pytest.fixture
+def client(cluster: RunningCluster) -> Client:
+    with cluster.client() as client:
+        yield client
+    cluster.assert_idle(within_s=30)
+
+
+def prefilling(event: Event) -> bool:
+    return isinstance(event, PrefillProgress) and event.num_tokens_done > 0
+
+
+def kill(cluster: RunningCluster, role: "pb.Role") -> int:
+    (node,) = cluster.nodes(role)
+    os.kill(node.pid, signal.SIGKILL)
+    return node.pid
+
+
+def test_a_prefill_replica_killed_in_mid_stream_costs_time_but_not_the_answer(
+    cluster: RunningCluster, client: Client
+) -> None:
+    undisturbed = collect(client.generate(DOCUMENT, PROMPT, max_new_tokens=12))
+    killed = None
+    events = []
+    for event in client.generate(DOCUMENT, PROMPT, max_new_tokens=12, timeout_s=120):
+        events.append(event)
+        if killed is None and prefilling(event):
+            killed = kill(cluster, pb.ROLE_PREFILL)
+    answer = collect(events)
+    assert killed is not None
+    assert [t.token_id for t in answer.tokens] == [t.token_id for t in undisturbed.tokens]
+    assert answer.finished.usage.num_kv_streams >= 2
+    until(lambda: killed not in [node.pid for node in cluster.nodes(pb.ROLE_PREFILL)], 20)
+
+
+def test_a_killed_decode_replica_is_one_clear_error_and_the_next_request_is_served(
+    cluster: RunningCluster, client: Client
+) -> None:
+    events = []
+    with pytest.raises(PeerUnavailable, match="decode node"):  # noqa: PT012 - the kill is part of the stream
+        for event in client.generate("", "Tell me a long story.", max_new_tokens=400):
+            events.append(event)
+            if len([e for e in events if isinstance(e, Token)]) == 3:
+                kill(cluster, pb.ROLE_DECODE)
+    assert len(collect(client.generate("", "Hello there.", max_new_tokens=4, timeout_s=120)).tokens) == 4
+
+
+def test_ctrl_c_stops_the_work_on_all_three_processes_within_a_second(
+    cluster: RunningCluster, tmp_path: pytest.TempPathFactory
+) -> None:
+    document = tmp_path / "document.txt"
+    document.write_text(DOCUMENT)
+    submit = subprocess.Popen(
+        colm_command("submit", str(document), "--prompt", PROMPT),
+        env=colm_env(cluster.state_dir),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until(lambda: any(node.num_active_requests for node in cluster.nodes(pb.ROLE_PREFILL)), 30)
+    interrupted_s = time.monotonic()
+    submit.send_signal(signal.SIGINT)
+    # A node's report may be half a second old; the rest is what the cancellation takes.
+    cluster.assert_idle(within_s=1.0 + 0.5)
+    stdout, stderr = submit.communicate(timeout=5)
+    assert time.monotonic() - interrupted_s < 5
+    assert submit.returncode == 130
+    assert "cancelled" in stderr
+    assert "Traceback" not in stdout + stderr
+
+
+def test_a_client_that_stops_reading_an_answer_frees_its_decode_node(cluster: RunningCluster, client: Client) -> None:
+    events = client.generate("", "Tell me a long story.", max_new_tokens=1000)
+    next(event for event in events if isinstance(event, Token))
+    events.close()
+    cluster.assert_idle(within_s=1.5)
