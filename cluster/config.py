@@ -20,7 +20,7 @@ from colm.errors import ConfigError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelSection(_Section):
@@ -45,11 +45,13 @@ class PrefillSection(_Section):
     """Section [prefill]."""
 
     replicas: PositiveInt = 1
+    """Each takes one of Ray's resource "prefill"."""
     tile_tokens: PositiveInt = 512
     """Tokens computed and sent at a time; a multiple of model.page_tokens."""
     num_threads: PositiveInt | None = None
     """CPU threads of a replica; all cores by default."""
     num_gpus: NonNegativeInt = 0
+    """GPUs that Ray sets aside for a replica."""
     max_queued: PositiveInt = 64
     """Prompts that may wait for a replica."""
 
@@ -58,6 +60,7 @@ class DecodeSection(_Section):
     """Section [decode]."""
 
     replicas: PositiveInt = 1
+    """Each takes one of Ray's resource "decode"."""
     kv_cache: ByteSize = ByteSize(4 << 30)
     """Memory of a replica for keys and values, e.g. "4GiB"."""
     max_batch_size: PositiveInt = 32
@@ -65,7 +68,9 @@ class DecodeSection(_Section):
     max_requests: PositiveInt = 64
     """Requests at once on a replica, prefilling ones included."""
     num_threads: PositiveInt | None = None
+    """CPU threads of a replica; all cores by default."""
     num_gpus: NonNegativeInt = 0
+    """GPUs that Ray sets aside for a replica."""
 
 
 class GatewaySection(_Section):
@@ -80,10 +85,13 @@ class GatewaySection(_Section):
     max_requests: PositiveInt = 64
     """Requests inside the gateway at once."""
     default_max_new_tokens: PositiveInt = 256
+    """Length of an answer for which the client asks none."""
     max_new_tokens: PositiveInt = 16384
     """The most a client may ask for."""
     default_timeout_s: PositiveFloat = 3600.0
+    """Deadline of a request whose client sets none."""
     max_timeout_s: PositiveFloat = 24 * 3600.0
+    """The longest deadline a client may set."""
 
 
 class SecuritySection(_Section):
@@ -149,8 +157,31 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
     return config
 
 
+def default_toml() -> str:
+    """Every option with its meaning and its default, as a file to start from."""
+    lines = ["# Options of `colm up --config FILE`. What is commented out shows the default."]
+    for section, field in ClusterConfig.model_fields.items():
+        lines += ["", f"[{section}]"]
+        defaults = field.get_default()
+        for name, option in type(defaults).model_fields.items():
+            lines += [f"# {option.description}", f"# {name} = {_toml(getattr(defaults, name))}"]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    match value:
+        case None:
+            return "..."
+        case ByteSize():
+            return f'"{value.human_readable(separator="")}"'
+        case str():
+            return f'"{value}"'
+        case _:
+            return str(value)
+
+
 def _explain(error: dict[str, Any]) -> str:
     option = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{option} is not an option; docs/configuration.md lists them"
+        return f"{option} is not an option; `colm config` lists them"
     return f"{option}={error['input']!r}: {error['msg']}"

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, human_bytes, note, print_json
-from cluster.config import load_config
+from cluster.config import default_toml, load_config
 from cluster.state import ClusterState
 from colm.client import Client
 from colm.wire.v1 import generation_service_pb2 as pb
@@ -19,13 +19,16 @@ _ROLE_NAMES = {pb.ROLE_PREFILL: "prefill", pb.ROLE_DECODE: "decode"}
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("up")(up)
+    app.command("config")(config)
     app.command("status")(status)
     app.command("down")(down)
     app.command("demo")(demo)
 
 
 def up(
-    config: Annotated[Path | None, typer.Option(help="TOML file; docs/configuration.md lists the options.")] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="TOML file; `colm config` prints one to start from.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="Checkpoint directory.")] = None,
     prefill: Annotated[int | None, typer.Option(help="Prefill replicas.")] = None,
     decode: Annotated[int | None, typer.Option(help="Decode replicas.")] = None,
@@ -44,11 +47,16 @@ def up(
         "gateway.port": port,
         "ray.address": ray_address,
     }
-    state = bring_up(load_config(config, overrides), state_dir, note)
+    state = bring_up(load_config(config_file, overrides), state_dir, note)
     note(f"up: gateway at {state.gateway_address}")
     note("next: colm submit FILE --prompt TEXT")
     if json:
         print_json({"gateway_address": state.gateway_address, "ray_address": state.ray_address})
+
+
+def config() -> None:
+    """Print every option with its meaning and its default, as a file to start from."""
+    typer.echo(default_toml(), nl=False)
 
 
 def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> None:

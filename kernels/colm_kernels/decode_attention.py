@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from colm_kernels.checks import check_dims, check_dtype, check_on_cpu, check_same_dtype
-from colm_kernels.native import DecodeArgs, Variant, call, choose_variant, dtype_id, resolve_num_threads
+from colm_kernels.native import BadTable, DecodeArgs, Variant, call, choose_variant, dtype_id, resolve_num_threads
 
 
 def decode_attention_reference(
@@ -18,14 +18,15 @@ def decode_attention_reference(
     block_table_RM: Tensor,
     context_lens_R: Tensor,
 ) -> Tensor:
-    """The definition in fp32, request by request; see `decode_attention`."""
+    """The definition in fp32 (float64 for float64), request by request; see `decode_attention`."""
     page_tokens = k_pages_BPKD.shape[1]
+    wide = torch.promote_types(q_RKGD.dtype, torch.float32)
     out_RKGD = torch.empty_like(q_RKGD)
     for request, context_len in enumerate(context_lens_R.tolist()):
         page_ids = block_table_RM[request, : -(-context_len // page_tokens)].long()
-        k_SKD = k_pages_BPKD[page_ids].flatten(0, 1)[:context_len].float()
-        v_SKD = v_pages_BPKD[page_ids].flatten(0, 1)[:context_len].float()
-        scores_KGS = q_RKGD[request].float() @ k_SKD.permute(1, 2, 0) * q_RKGD.shape[-1] ** -0.5
+        k_SKD = k_pages_BPKD[page_ids].flatten(0, 1)[:context_len].to(wide)
+        v_SKD = v_pages_BPKD[page_ids].flatten(0, 1)[:context_len].to(wide)
+        scores_KGS = q_RKGD[request].to(wide) @ k_SKD.permute(1, 2, 0) * q_RKGD.shape[-1] ** -0.5
         out_RKGD[request] = (scores_KGS.softmax(dim=-1) @ v_SKD.transpose(0, 1)).to(q_RKGD.dtype)
     return out_RKGD
 
@@ -61,8 +62,14 @@ def decode_attention(
     threads = resolve_num_threads(num_threads)
     variant = choose_variant(q_RKGD.shape[3], q_RKGD, k_pages_BPKD, v_pages_BPKD)
     if variant == "torch" or q_RKGD.numel() == 0:
+        _check_table(k_pages_BPKD, block_table_RM, context_lens_R)
         return _in_torch(q_RKGD, k_pages_BPKD, v_pages_BPKD, block_table_RM, context_lens_R)
-    return _in_library(q_RKGD, k_pages_BPKD, v_pages_BPKD, block_table_RM, context_lens_R, variant, threads)
+    try:
+        return _in_library(q_RKGD, k_pages_BPKD, v_pages_BPKD, block_table_RM, context_lens_R, variant, threads)
+    except BadTable:
+        # The library looks at every entry it uses anyway; here is what it found.
+        _check_table(k_pages_BPKD, block_table_RM, context_lens_R)
+        raise
 
 
 def _check(
@@ -93,7 +100,11 @@ def _check(
             raise ValueError(f"{name} has strides {tensor.stride()}; pages must be contiguous")
     for name, tensor in (("block_table_RM", block_table_RM), ("context_lens_R", context_lens_R)):
         check_dtype(name, tensor, torch.int32)
-    if num_requests == 0:
+
+
+def _check_table(k_pages_BPKD: Tensor, block_table_RM: Tensor, context_lens_R: Tensor) -> None:
+    num_pages, page_tokens = k_pages_BPKD.shape[:2]
+    if context_lens_R.numel() == 0:
         return
     max_tokens = block_table_RM.shape[1] * page_tokens
     shortest, longest = (int(bound) for bound in context_lens_R.aminmax())
@@ -134,6 +145,7 @@ def _in_library(
         num_kv_heads=num_kv_heads,
         group=group,
         head_dim=head_dim,
+        num_pages=k_pages_BPKD.shape[0],
         page_tokens=k_pages_BPKD.shape[1],
         table_columns=block_table_RM.shape[1],
         scale=head_dim**-0.5,

@@ -40,13 +40,17 @@ TARGET_FLAGS: Final = {
 # The library's numbers of the variants, dtypes and results; see cpu.h and abi.h.
 _VARIANT_IDS: Final[dict[Variant, int]] = {"avx2": 0, "avx512": 1, "avx512_bf16": 2}
 _DTYPE_IDS: Final = {torch.float32: 0, torch.bfloat16: 1}
-_CANCELLED, _UNSUPPORTED, _OUT_OF_MEMORY = 1, 2, 3
+_CANCELLED, _UNSUPPORTED, _OUT_OF_MEMORY, _BAD_TABLE = 1, 2, 3, 4
 
 _forced: ContextVar[Variant | None] = ContextVar("colm_kernels_variant", default=None)
 
 
 class Cancelled(Exception):
     """The operation was stopped by its `CancelFlag`; its result is lost."""
+
+
+class BadTable(ValueError):
+    """A page table or a context length points outside the pages."""
 
 
 class CancelFlag:
@@ -95,11 +99,14 @@ class DecodeArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "k_pages", "v_pages", "block_table", "context_lens", "out")),
         *(
             (name, ctypes.c_int64)
-            for name in ("num_requests", "num_kv_heads", "group", "head_dim", "page_tokens", "table_columns")
+            for name in (
+                "num_requests", "num_kv_heads", "group", "head_dim",
+                "num_pages", "page_tokens", "table_columns",
+            )
         ),
         ("scale", ctypes.c_float),
         ("dtype", ctypes.c_int32),
-    )
+    )  # fmt: skip
 
 
 def source_hash() -> str:
@@ -198,6 +205,7 @@ def call(function: str, args: ctypes.Structure, variant: Variant, num_threads: i
 
     Raises:
         Cancelled: its flag was set.
+        BadTable: nothing was computed.
         MemoryError: no room for its workspace.
     """
     library = _library()
@@ -205,6 +213,8 @@ def call(function: str, args: ctypes.Structure, variant: Variant, num_threads: i
     status = getattr(library, function)(ctypes.byref(args), _VARIANT_IDS[variant], num_threads)
     if status == _CANCELLED:
         raise Cancelled(function)
+    if status == _BAD_TABLE:
+        raise BadTable(function)
     if status == _OUT_OF_MEMORY:
         raise MemoryError(f"{function}: no memory for its workspace")
     assert status != _UNSUPPORTED, "choose_variant admits only what the library has"

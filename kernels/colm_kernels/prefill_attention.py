@@ -20,13 +20,14 @@ from colm_kernels.native import (
 
 
 def prefill_attention_reference(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition in fp32, with every score held at once; see `prefill_attention`."""
+    """The definition in fp32 (float64 for float64), with every score held at once; see `prefill_attention`."""
     num_queries, num_heads, head_dim = q_THD.shape
     num_kv_heads, num_keys, _ = k_KSD.shape
     group = num_heads // num_kv_heads
-    k_HSD = k_KSD.float().repeat_interleave(group, dim=0)
-    v_HSD = v_KSD.float().repeat_interleave(group, dim=0)
-    scores_HTS = q_THD.float().transpose(0, 1) @ k_HSD.transpose(1, 2) * head_dim**-0.5
+    wide = torch.promote_types(q_THD.dtype, torch.float32)
+    k_HSD = k_KSD.to(wide).repeat_interleave(group, dim=0)
+    v_HSD = v_KSD.to(wide).repeat_interleave(group, dim=0)
+    scores_HTS = q_THD.to(wide).transpose(0, 1) @ k_HSD.transpose(1, 2) * head_dim**-0.5
     future_TS = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
     scores_HTS.masked_fill_(future_TS, float("-inf"))
     out_HTD = scores_HTS.softmax(dim=-1) @ v_HSD

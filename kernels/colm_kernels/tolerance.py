@@ -44,3 +44,24 @@ def assert_within_budget(result: Tensor, eager: Tensor, reference: Tensor) -> No
     assert result.dtype == eager.dtype, (result.dtype, eager.dtype)
     error, allowed = max_error(result, reference), budget(eager, reference)
     assert error <= allowed, f"max error {error:.3e} is over the budget {allowed:.3e} of {result.dtype}"
+
+
+EXP_ERROR = {torch.float32: 7.5e-8, torch.bfloat16: 2.6e-6}
+"""Relative error of the attention kernels' exponential, by dtype of their inputs: what it adds to a log-sum-exp."""
+
+
+def assert_lse_within_budget(dtype: torch.dtype, lse: Tensor, eager: Tensor, reference: Tensor) -> None:
+    """Hold a log-sum-exp in fp32 against the rule, the exponential's error being the absolute floor.
+
+    Args:
+        dtype: of the queries and keys it was computed from.
+        lse: what is tested.
+        eager: the same in fp32 by a trusted implementation.
+        reference: the same in float64.
+
+    Raises:
+        AssertionError: shapes differ, or the error is over the budget; with both figures.
+    """
+    assert lse.shape == eager.shape == reference.shape, (lse.shape, eager.shape, reference.shape)
+    error, allowed = max_error(lse, reference), budget(eager, reference) + EXP_ERROR[dtype]
+    assert error <= allowed, f"max error {error:.3e} is over the budget {allowed:.3e} of a log-sum-exp"

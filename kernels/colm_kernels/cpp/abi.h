@@ -8,7 +8,7 @@
 #include <cstdint>
 
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
-enum Status : int32_t { kOk = 0, kCancelled = 1, kUnsupported = 2, kOutOfMemory = 3 };
+enum Status : int32_t { kOk = 0, kCancelled = 1, kUnsupported = 2, kOutOfMemory = 3, kBadTable = 4 };
 
 // Shapes: T query tokens, S keys, H query heads, K kv heads, G = H / K, D head dim. Strides count elements; the
 // last dimension of every tensor is contiguous.
@@ -39,7 +39,7 @@ struct DecodeArgs {
     const int32_t* block_table;  // R, M contiguous
     const int32_t* context_lens; // R
     void* out;                   // R, K, G, D contiguous
-    int64_t num_requests, num_kv_heads, group, head_dim, page_tokens, table_columns;
+    int64_t num_requests, num_kv_heads, group, head_dim, num_pages, page_tokens, table_columns;
     float scale;
     int32_t dtype;
 };

@@ -136,7 +136,15 @@ int32_t colm_decode_attention(const DecodeArgs* given, int32_t variant, int32_t 
         select<DecodeKernel>(variant, [&](const Variant& v) { return v.decode(args.dtype, args.head_dim); });
     if (kernel.run == nullptr) return kUnsupported;
     int64_t num_tokens = 0;
-    for (int64_t r = 0; r < args.num_requests; ++r) num_tokens += args.context_lens[r];
+    for (int64_t r = 0; r < args.num_requests; ++r) {
+        const int64_t length = args.context_lens[r];
+        if (length < 1 || length > args.table_columns * args.page_tokens) return kBadTable;
+        const int32_t* pages = args.block_table + r * args.table_columns;
+        for (int64_t i = 0; i < (length + args.page_tokens - 1) / args.page_tokens; ++i) {
+            if (pages[i] < 0 || pages[i] >= args.num_pages) return kBadTable;
+        }
+        num_tokens += length;
+    }
     const int64_t token_bytes = 2 * args.num_kv_heads * args.head_dim * (args.dtype == kBfloat16 ? 2 : 4);
     const int64_t threads =
         std::clamp<int64_t>(num_tokens * token_bytes / kFewestBytesPerThread, 1, std::max(num_threads, 1));

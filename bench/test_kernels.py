@@ -1,0 +1,42 @@
+"""The cases of `bench.kernels` for pytest-benchmark: `make bench`."""
+
+import pytest
+import torch
+from colm_kernels import native
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.kernels import (
+    DECODE_CASES,
+    PREFILL_CASES,
+    TILE_CASES,
+    DecodeCase,
+    PrefillCase,
+    decode_contenders,
+    prefill_contenders,
+)
+
+ROUNDS = 3
+
+
+@pytest.mark.parametrize("contender", ["ours", "sdpa"])
+@pytest.mark.parametrize("case", [*PREFILL_CASES, *TILE_CASES], ids=lambda case: case.name)
+def test_prefill_attention(benchmark: BenchmarkFixture, case: PrefillCase, contender: str) -> None:
+    """Seconds of one call; the contenders are checked as they are made."""
+    contenders = prefill_contenders(case)
+    chosen = native.default_variant(case.dtype) if contender == "ours" else contender
+    if chosen not in contenders:
+        pytest.skip("the library is not built")
+    benchmark.group = case.name
+    benchmark.extra_info["gflop"] = case.flops / 1e9
+    benchmark.pedantic(contenders[chosen], rounds=ROUNDS, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("contender", ["ours", "torch"])
+@pytest.mark.parametrize("case", DECODE_CASES, ids=lambda case: case.name)
+def test_decode_attention(benchmark: BenchmarkFixture, case: DecodeCase, contender: str) -> None:
+    """Seconds of one call; the contenders are checked as they are made."""
+    contenders = decode_contenders(case)
+    chosen = native.default_variant(torch.float32) if contender == "ours" else contender
+    benchmark.group = case.name
+    benchmark.extra_info["bytes"] = case.num_bytes
+    benchmark.pedantic(contenders[chosen], rounds=ROUNDS, warmup_rounds=1)
