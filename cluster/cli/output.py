@@ -1,11 +1,14 @@
 """How commands speak: prose for people, one JSON object for programs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
 
 from cluster.state import default_state_dir
 
@@ -26,6 +29,14 @@ def print_json(record: Mapping[str, object]) -> None:
 def note(text: str) -> None:
     """A word on what is going on; goes to stderr, so that stdout stays the result."""
     typer.echo(text, err=True)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr while the context lasts; call what it yields with (done, total)."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def human_bytes(num_bytes: float) -> str:
