@@ -1,0 +1,214 @@
+"""What may import what, read from the source itself; design.md says why."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {
+    "colm_kernels": ROOT / "kernels" / "colm_kernels",
+    "colm": ROOT / "colm",
+    "prefill_node": ROOT / "prefill_node",
+    "decode_node": ROOT / "decode_node",
+    "cluster": ROOT / "cluster",
+    "bench": ROOT / "bench",
+    "tests": ROOT / "tests",
+}
+PRODUCT = ("colm_kernels", "colm", "prefill_node", "decode_node", "cluster")
+MAX_LINES = 450
+
+MAY_IMPORT = {
+    "colm_kernels": set(),
+    "colm": {"colm_kernels"},
+    "prefill_node": {"colm_kernels", "colm"},
+    "decode_node": {"colm_kernels", "colm"},
+    "cluster": {"colm_kernels", "colm", "prefill_node", "decode_node"},
+    "bench": {"colm_kernels", "colm", "prefill_node", "decode_node", "cluster"},
+    "tests": {"colm_kernels", "colm", "prefill_node", "decode_node", "cluster", "bench"},
+}
+
+RAY = ("cluster/", "prefill_node/replica.py", "decode_node/replica.py")
+GRPC = (
+    "colm/wire/",
+    "colm/client.py",
+    "prefill_node/service.py",
+    "prefill_node/node.py",
+    "decode_node/service.py",
+    "decode_node/node.py",
+    "decode_node/kv_receiver.py",
+    "cluster/gateway.py",
+    "cluster/gateway_replica.py",
+)
+
+# Bookkeeping that property tests hammer: no tensors, no network, no cluster, not even through what they import.
+PURE_MODULES = (
+    "decode_node.page_pool",
+    "decode_node.transfer_ledger",
+    "decode_node.stop_matcher",
+    "colm.leases",
+    "cluster.node_registry",
+)
+
+
+def sources(package: str) -> list[Path]:
+    """A package's own files; generated ones are protoc's."""
+    return sorted(path for path in PACKAGES[package].rglob("*.py") if not path.is_relative_to(ROOT / "colm/wire/v1"))
+
+
+PRODUCT_FILES = [path for package in PRODUCT for path in sources(package)]
+
+
+def place(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def package_of(path: Path) -> str:
+    """Dotted package that relative imports of a file start from."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[1:-1] if parts[0] == "kernels" else parts[:-1])
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Dotted names of everything that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                base = package_of(path).split(".")
+                module = ".".join([*base[: len(base) - node.level + 1], *filter(None, [module])])
+            found.update(f"{module}.{alias.name}" for alias in node.names)
+    return frozenset(found)
+
+
+def top(name: str) -> str:
+    return name.split(".")[0]
+
+
+def offenders(files: list[Path], names: set[str], allowed: tuple[str, ...] = ()) -> list[str]:
+    """Files outside the allowed places that import one of the top-level names."""
+    return [
+        f"{place(path)}: {name}"
+        for path in files
+        for name in sorted(imports(path))
+        if top(name) in names and not place(path).startswith(allowed or ("\0",))
+    ]
+
+
+def names_a_stub(name: str) -> bool:
+    return "_pb2" in name or name.startswith("colm.wire.v1")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_between_packages_go_one_way(package: str) -> None:
+    foreign = set(PACKAGES) - {package} - MAY_IMPORT[package]
+    assert offenders(sources(package), foreign) == []
+
+
+def test_the_kernels_need_nothing_but_torch_and_triton() -> None:
+    known = {*sys.stdlib_module_names, "colm_kernels", "torch", "triton"}
+    assert [name for path in sources("colm_kernels") for name in imports(path) if top(name) not in known] == []
+
+
+def test_ray_stays_in_the_cluster_and_the_replicas() -> None:
+    assert offenders(PRODUCT_FILES, {"ray"}, RAY) == []
+
+
+def test_grpc_stays_at_the_edges() -> None:
+    assert offenders(PRODUCT_FILES, {"grpc", "grpc_health", "grpc_reflection"}, GRPC) == []
+
+
+def test_protobuf_classes_stay_at_the_edges() -> None:
+    files = [path for path in PRODUCT_FILES if not place(path).startswith(GRPC)]
+    assert [f"{place(path)}: {name}" for path in files for name in imports(path) if names_a_stub(name)] == []
+
+
+def test_peers_that_we_are_compared_with_stay_in_tests_and_bench() -> None:
+    assert offenders(PRODUCT_FILES, {"transformers", "accelerate", "vllm", "llama_cpp", "onnxruntime"}) == []
+
+
+def test_tools_stay_out_of_the_product() -> None:
+    assert offenders(PRODUCT_FILES, {"pytest", "hypothesis", "grpc_tools"}) == []
+
+
+def run_python(code: str) -> str:
+    """In a fresh process at the repository root, as a user's `python -c` there would be."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_bookkeeping_brings_in_no_tensors_network_or_cluster() -> None:
+    listed = ", ".join(PURE_MODULES)
+    code = f"import sys, {listed}; sys.stdout.write(' '.join({{'torch', 'grpc', 'ray'}} & set(sys.modules)))"
+    assert run_python(code) == ""
+
+
+def test_the_nodes_and_the_client_run_without_ray() -> None:
+    code = (
+        "import sys, colm.client, prefill_node.node, decode_node.node, prefill_node.__main__, decode_node.__main__;"
+        "sys.stdout.write(str('ray' in sys.modules))"
+    )
+    assert run_python(code) == "False"
+
+
+@pytest.mark.parametrize("directory", ["proto", "kernels"])
+def test_a_directory_named_like_a_foreign_package_is_no_package(directory: str) -> None:
+    """`proto` and `kernels` are also what others call their packages; an __init__.py here would hide theirs."""
+    assert (ROOT / directory).is_dir()
+    assert not (ROOT / directory / "__init__.py").exists()
+
+
+def test_foreign_packages_import_from_the_repository_root() -> None:
+    run_python("import google.api_core, transformers")
+
+
+def calls_print(path: Path) -> Iterator[str]:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            yield f"{place(path)}:{node.lineno}"
+
+
+def test_the_product_does_not_print() -> None:
+    assert [where for path in PRODUCT_FILES for where in calls_print(path)] == []
+
+
+def test_every_file_can_be_read_in_one_sitting() -> None:
+    lengths = {place(path): len(path.read_text(encoding="utf-8").splitlines()) for path in PRODUCT_FILES}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def public(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Documented]]:
+    """Public functions, classes and, inside those, methods."""
+    for node in body:
+        if isinstance(node, Documented) and not node.name.startswith("_"):
+            yield f"{prefix}{node.name}", node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node.body, f"{prefix}{node.name}.")
+
+
+def test_everything_public_has_a_docstring() -> None:
+    found = [(path, name, node) for path in PRODUCT_FILES for name, node in public(tree(path).body, "")]
+    assert len(found) > 100
+    assert [f"{place(path)}: {name}" for path, name, node in found if ast.get_docstring(node) is None] == []
+
+
+def test_every_file_says_what_it_is_for() -> None:
+    files = [path for path in PRODUCT_FILES if path.read_text(encoding="utf-8").strip()]
+    assert [place(path) for path in files if ast.get_docstring(tree(path)) is None] == []

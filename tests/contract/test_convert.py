@@ -1,0 +1,334 @@
+"""Events, sampling and errors say the same on both ends of the wire."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colm.errors import (
+    CapacityExceeded,
+    CheckpointError,
+    ClusterError,
+    ColmError,
+    ConfigError,
+    DeadlineExceeded,
+    FingerprintMismatch,
+    InvalidRequest,
+    PeerUnavailable,
+    Unauthenticated,
+    UnknownModel,
+    UnsupportedModel,
+)
+from colm.events import (
+    Accepted,
+    Event,
+    Finished,
+    FinishReason,
+    PrefillProgress,
+    Reserved,
+    Timings,
+    Token,
+    Usage,
+)
+from colm.sampling import (
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TEMPERATURE,
+    MAX_TOP_LOGPROBS,
+    SamplingParams,
+)
+from colm.wire.convert import (
+    IDS_PER_MESSAGE,
+    accepted_response,
+    decode_response,
+    event_from_pb,
+    relay,
+    sampling_from_pb,
+    sampling_to_pb,
+    token_id_pieces,
+)
+from colm.wire.endpoint import bind, create_server, open_blocking_channel, open_channel
+from colm.wire.security import Security
+from colm.wire.status import answering, error_of
+from colm.wire.tile_codec import pull_kv_handlers, pull_kv_stub
+from colm.wire.v1 import common_pb2, generation_service_pb2
+from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
+
+M = TypeVar("M", bound=Message)
+LIMIT_S = 10.0
+PEER = "the peer"
+
+TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
+U32 = st.integers(0, (1 << 32) - 1)
+U64 = st.integers(0, (1 << 64) - 1)
+NUMBERS = st.floats(allow_nan=False)
+SECONDS = st.floats(0, 1e9)
+
+USAGES = st.builds(
+    Usage,
+    num_prompt_tokens=U32,
+    num_prefill_tokens=U32,
+    num_decode_prompt_tokens=U32,
+    num_new_tokens=U32,
+    kv_received_bytes=U64,
+    num_kv_streams=U32,
+)
+TIMINGS = st.builds(Timings, queue_s=SECONDS, prefill_s=SECONDS, first_token_s=SECONDS, decode_s=SECONDS)
+ACCEPTED = st.builds(Accepted, request_id=TEXT, model=TEXT, num_prompt_tokens=U32, num_chains=U32, max_new_tokens=U32)
+PROGRESS = st.builds(PrefillProgress, num_tokens_done=U32, num_tokens_total=U32)
+TOKENS = st.builds(
+    Token,
+    token_id=U32,
+    text=TEXT,
+    logprob=NUMBERS,
+    num_chains=U32,
+    top_logprobs=st.lists(st.tuples(U32, NUMBERS), max_size=4).map(tuple),
+)
+FINISHED = st.builds(Finished, reason=st.sampled_from(FinishReason), usage=USAGES, timings=TIMINGS, text=TEXT)
+SAMPLING = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, MAX_TEMPERATURE),
+    top_k=U32,
+    top_p=st.floats(0, 1, exclude_min=True),
+    seed=st.none() | U64,
+    stop=st.lists(
+        st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=MAX_STOP_CHARS),
+        max_size=MAX_STOP_STRINGS,
+    ).map(tuple),
+    stop_token_ids=st.lists(U32, max_size=MAX_STOP_TOKEN_IDS).map(tuple),
+    top_logprobs=st.integers(0, MAX_TOP_LOGPROBS),
+    ignore_eos=st.booleans(),
+)
+
+
+def sent(message: M) -> M:
+    """Through bytes and back."""
+    return type(message).FromString(message.SerializeToString())
+
+
+@given(ACCEPTED)
+def test_accepted_reaches_the_client(event: Accepted) -> None:
+    assert event_from_pb(sent(accepted_response(event))) == event
+
+
+@given(PROGRESS | TOKENS | FINISHED)
+def test_an_event_of_a_decode_node_reaches_the_client(event: Event) -> None:
+    relayed = relay(sent(decode_response(event)))
+    assert relayed is not None
+    assert event_from_pb(sent(relayed)) == event
+
+
+@given(st.builds(Reserved, num_pages=U64))
+def test_a_reservation_reaches_the_gateway_and_goes_no_further(event: Reserved) -> None:
+    message = sent(decode_response(event))
+    assert message.reserved.num_pages == event.num_pages
+    assert relay(message) is None
+
+
+def test_a_client_names_an_event_that_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="event of unknown kind"):
+        event_from_pb(generation_service_pb2.GenerateResponse())
+
+
+@given(SAMPLING)
+def test_sampling_params_survive(params: SamplingParams) -> None:
+    assert sampling_from_pb(sent(sampling_to_pb(params))) == params
+
+
+def test_an_empty_sampling_message_is_greedy() -> None:
+    assert sampling_from_pb(common_pb2.Sampling()) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (common_pb2.Sampling(temperature=11), "temperature"),
+        (common_pb2.Sampling(top_p=0), "top_p"),
+        (common_pb2.Sampling(stop=[""]), "stop"),
+        (common_pb2.Sampling(top_logprobs=21), "top_logprobs"),
+    ],
+)
+def test_sampling_from_a_caller_is_checked(message: common_pb2.Sampling, field: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        sampling_from_pb(message)
+    assert refusal.value.field == field
+
+
+@pytest.mark.parametrize("num_ids", [0, 1, IDS_PER_MESSAGE, IDS_PER_MESSAGE + 1])
+def test_token_ids_are_cut_into_messages_without_loss(num_ids: int) -> None:
+    pieces = [list(sent(piece).ids) for piece in token_id_pieces(range(num_ids))]
+    assert [token_id for piece in pieces for token_id in piece] == list(range(num_ids))
+    assert all(1 <= len(piece) <= IDS_PER_MESSAGE for piece in pieces)
+
+
+def failing(error: BaseException, num_answers: int = 0) -> Callable[..., object]:
+    """Serves `PullKv` with an error, after some answers."""
+
+    async def behaviour(_: AsyncIterator[kv_pb.PullKvRequest], context: grpc.aio.ServicerContext) -> None:
+        async with answering(context, "pull_kv"):
+            for _ in range(num_answers):
+                await context.write(kv_pb.PullKvResponse().SerializeToString())
+            raise error
+
+    return behaviour
+
+
+@asynccontextmanager
+async def serving(behaviour: Callable[..., object]) -> AsyncIterator[str]:
+    server = create_server(Security())
+    server.add_generic_rpc_handlers((pull_kv_handlers(behaviour),))
+    port = bind(server, "127.0.0.1", 0, Security())
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+
+
+def blocking_failure(address: str, timeout_s: float = LIMIT_S) -> ColmError:
+    with open_blocking_channel(address, Security()) as channel:
+        try:
+            for _ in pull_kv_stub(channel)(iter(()), timeout=timeout_s):
+                pass
+        except grpc.RpcError as err:
+            return error_of(err, PEER)
+    raise AssertionError("the call succeeded")
+
+
+async def threaded_failure(address: str, timeout_s: float = LIMIT_S) -> ColmError:
+    return await asyncio.to_thread(blocking_failure, address, timeout_s)
+
+
+async def aio_failure(address: str, timeout_s: float = LIMIT_S) -> ColmError:
+    async with open_channel(address, Security()) as channel:
+        try:
+            async for _ in pull_kv_stub(channel)(iter(()), timeout=timeout_s):
+                pass
+        except grpc.RpcError as err:
+            return error_of(err, PEER)
+    raise AssertionError("the call succeeded")
+
+
+CLIENTS = pytest.mark.parametrize("failure", [threaded_failure, aio_failure], ids=["blocking", "aio"])
+
+TYPED: list[ColmError] = [
+    InvalidRequest("top_p", 1.5, "must be above 0 and at most 1"),
+    InvalidRequest("stop", "ü\n" * 100, "each string must have 1 to 256 characters"),
+    UnknownModel("model", "gpt-7", "this cluster serves smollm2"),
+    Unauthenticated("the token is wrong"),
+    CapacityExceeded("4 of 5 pages are taken; try again later"),
+    PeerUnavailable("the prefill node broke off"),
+    FingerprintMismatch("this node serves ab, the caller wants cd"),
+    DeadlineExceeded("the deadline passed in the queue: 3 s"),
+]
+UNTYPED: list[ColmError] = [
+    ColmError("something of ours"),
+    CheckpointError("model.safetensors is truncated"),
+    UnsupportedModel("window attention"),
+    ConfigError("page_tokens=0"),
+    ClusterError("no cluster"),
+]
+
+
+def name_of(error: Exception) -> str:
+    return type(error).__name__
+
+
+@CLIENTS
+@pytest.mark.parametrize("error", TYPED, ids=name_of)
+async def test_a_typed_error_arrives_as_itself(error: ColmError, failure: Callable[..., object]) -> None:
+    async with serving(failing(error)) as address:
+        received = await failure(address)
+    assert type(received) is type(error)
+    assert str(received) == str(error)
+
+
+@CLIENTS
+async def test_an_invalid_request_arrives_with_its_parts(failure: Callable[..., object]) -> None:
+    error = InvalidRequest("max_new_tokens", 0, "must be at least 1")
+    async with serving(failing(error)) as address:
+        received = await failure(address)
+    assert (received.field, received.value, received.limit) == (error.field, error.value, error.limit)
+
+
+@CLIENTS
+@pytest.mark.parametrize("error", UNTYPED, ids=name_of)
+async def test_an_error_without_a_kind_of_its_own_arrives_with_its_message(
+    error: ColmError, failure: Callable[..., object]
+) -> None:
+    async with serving(failing(error)) as address:
+        received = await failure(address)
+    assert type(received) is ColmError
+    assert str(received) == f"{PEER}: INTERNAL: {error}"
+
+
+@CLIENTS
+async def test_an_error_after_some_answers_arrives_too(failure: Callable[..., object]) -> None:
+    async with serving(failing(CapacityExceeded("full"), num_answers=3)) as address:
+        assert type(await failure(address)) is CapacityExceeded
+
+
+@CLIENTS
+@pytest.mark.parametrize(
+    "error", [ValueError("secret of /root"), KeyError("secret"), AssertionError("secret")], ids=name_of
+)
+async def test_a_defect_of_ours_is_internal_and_keeps_its_text_at_home(
+    error: Exception, failure: Callable[..., object]
+) -> None:
+    async with serving(failing(error)) as address:
+        received = await failure(address)
+    assert type(received) is ColmError
+    assert "INTERNAL: internal error in pull_kv" in str(received)
+    assert "secret" not in str(received)
+
+
+@CLIENTS
+async def test_a_peer_that_is_not_there_is_unavailable(failure: Callable[..., object]) -> None:
+    async with serving(failing(ColmError(""))) as address:
+        pass
+    received = await failure(address)
+    assert type(received) is PeerUnavailable
+    assert PEER in str(received)
+
+
+@CLIENTS
+async def test_a_call_that_outlives_its_deadline_is_deadline_exceeded(failure: Callable[..., object]) -> None:
+    async def stay(_: AsyncIterator[kv_pb.PullKvRequest], __: grpc.aio.ServicerContext) -> None:
+        await asyncio.Event().wait()
+
+    async with serving(stay) as address:
+        received = await failure(address, timeout_s=0.05)
+    assert type(received) is DeadlineExceeded
+    assert PEER in str(received)
+
+
+@CLIENTS
+async def test_a_server_that_stops_in_the_middle_is_unavailable(failure: Callable[..., object]) -> None:
+    """Broken off by the server's end, the call may be tried elsewhere."""
+    arrived = asyncio.Event()
+
+    async def stay(_: AsyncIterator[kv_pb.PullKvRequest], __: grpc.aio.ServicerContext) -> None:
+        arrived.set()
+        await asyncio.Event().wait()
+
+    async with serving(stay) as address:
+        call = asyncio.ensure_future(failure(address))
+        await asyncio.wait_for(arrived.wait(), LIMIT_S)
+    assert type(await call) is PeerUnavailable
+
+
+def test_error_details_of_every_kind_are_known() -> None:
+    """A kind added to the .proto file must be added to the table in colm.wire.status."""
+    from colm.wire import status
+
+    mapped = {kind for _, _, kind in status._BY_ERROR}
+    kinds: Iterator[int] = iter(common_pb2.ErrorDetail.Kind.values())
+    unmapped = {common_pb2.ErrorDetail.Kind.Name(kind) for kind in kinds if kind not in mapped}
+    assert unmapped == {"KIND_UNSPECIFIED", "KIND_INTERNAL"}

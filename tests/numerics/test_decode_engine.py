@@ -1,0 +1,197 @@
+"""The decode engine, over pages that the prefill engine filled, against the oracle.
+
+Shapes: R requests, V vocabulary, L layers, M pages of one layer of a request.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from colm_kernels.tolerance import assert_within_budget
+from numpy.typing import NDArray
+from torch import Tensor
+
+from colm.checkpoint import Checkpoint
+from colm.config import RopeScaling
+from colm.kv import KvLayout
+from colm.wire.tile_codec import decode_message, encode_tile
+from decode_node.engine import DecodeEngine, StepInput
+from decode_node.kv_store import KvStore
+from decode_node.page_pool import PagePool
+from prefill_node.engine import PrefillEngine
+from tests.tiny import tiny_checkpoint, tiny_config
+
+PAGE_TOKENS = 4
+SCALES = [1, 2, 3]
+LENGTHS = [1, 2, PAGE_TOKENS, PAGE_TOKENS + 1, 2 * PAGE_TOKENS + 1, 31]
+
+MODELS: dict[str, dict[str, Any]] = {
+    "small heads": {},
+    "heads of the native kernel": {"dim": 8 * 64},
+    "one kv head": {"chains": (8, 4, 2), "num_kv_heads": 1},
+    "stretched rope": {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_max_context=32)},
+    "tied": {"tie_embeddings": True},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that wait for one another take ten times as long as one alone."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+class Machine:
+    """A prefill engine, a store and a decode engine of one model, without a wire between them."""
+
+    def __init__(self, checkpoint: Checkpoint, num_pages: int = 128) -> None:
+        layout = KvLayout.of(checkpoint.config, dtype=torch.float32, page_tokens=PAGE_TOKENS)
+        self.store = KvStore(layout, num_pages)
+        for pages in (self.store.k_pages_BPKD, self.store.v_pages_BPKD):
+            pages.fill_(float("nan"))
+        self.pool = PagePool(num_pages)
+        self.prefill = PrefillEngine(checkpoint, layout, tile_tokens=2 * PAGE_TOKENS)
+        self.decode = DecodeEngine(checkpoint, self.store)
+        # Holes, so that requests get pages that lie apart.
+        leases = [self.pool.reserve("hole", 3) for _ in range(num_pages // 3)]
+        for lease in leases[::2]:
+            self.pool.release(lease)
+
+    def admit(self, token_ids: NDArray[np.int64], num_new_tokens: int = 1) -> NDArray[np.int32]:
+        """Bring the keys and values of all but the last token into pages, as a stream would."""
+        layout = self.store.layout
+        lease = self.pool.reserve("request", layout.pages(len(token_ids) + num_new_tokens - 1))
+        table_LM = self.store.page_table(lease)
+        if len(token_ids) > 1:
+            for tile in self.prefill.run(token_ids[:-1]):
+                header, payload = decode_message(encode_tile(tile, transfer_id="t", epoch=1))
+                self.store.write_tile(table_LM[tile.layer], header.tile.first_token, header.tile.num_tokens, payload)
+        return table_LM
+
+    def first_step(self, token_ids: NDArray[np.int64], num_chains: int) -> StepInput:
+        return StepInput(int(token_ids[-1]), len(token_ids) - 1, num_chains, self.admit(token_ids))
+
+    def kept(self, table_LM: NDArray[np.int32], num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a request's tokens, all layers."""
+        pages = torch.from_numpy(table_LM).long()
+        keys, values = self.store.k_pages_BPKD[pages], self.store.v_pages_BPKD[pages]
+        return keys.flatten(1, 2)[:, :num_tokens], values.flatten(1, 2)[:, :num_tokens]
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
+def checkpoint(tmp_path: Path, request: pytest.FixtureRequest) -> Checkpoint:
+    return tiny_checkpoint(tmp_path / "model", tiny_config(**request.param))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Checkpoint:
+    return tiny_checkpoint(tmp_path / "tiny")
+
+
+def prompt(num_tokens: int, seed: int = 5) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, 320, num_tokens)
+
+
+@torch.inference_mode()
+def oracle(checkpoint: Checkpoint, token_ids: NDArray[np.int64], num_chains: int, dtype: torch.dtype) -> Tensor:
+    """The plain model's logits after the last token."""
+    model = checkpoint.load(dtype=dtype)
+    logits_BTV: Tensor = model(torch.from_numpy(token_ids).unsqueeze(0), num_chains)
+    return logits_BTV[0, -1]
+
+
+def assert_oracles(result_V: Tensor, checkpoint: Checkpoint, token_ids: NDArray[np.int64], num_chains: int) -> None:
+    eager, reference = (oracle(checkpoint, token_ids, num_chains, dtype) for dtype in (torch.float32, torch.float64))
+    assert_within_budget(result_V, eager, reference)
+
+
+@pytest.mark.parametrize("num_chains", SCALES)
+@pytest.mark.parametrize("num_tokens", LENGTHS)
+def test_the_first_logits_are_the_oracles_at_every_scale(
+    checkpoint: Checkpoint, num_tokens: int, num_chains: int
+) -> None:
+    machine, token_ids = Machine(checkpoint), prompt(num_tokens)
+    (logits_V,) = machine.decode.step([machine.first_step(token_ids, num_chains)])
+    assert_oracles(logits_V, checkpoint, token_ids, num_chains)
+
+
+def test_a_batch_of_mixed_scales_gives_each_request_the_oracles_logits_in_its_place(checkpoint: Checkpoint) -> None:
+    machine = Machine(checkpoint, num_pages=256)
+    requests = [
+        (prompt(length, seed), scale) for seed, (length, scale) in enumerate([(9, 1), (1, 3), (31, 2), (4, 3), (5, 1)])
+    ]
+    logits_RV = machine.decode.step([machine.first_step(token_ids, scale) for token_ids, scale in requests])
+    for logits_V, (token_ids, scale) in zip(logits_RV, requests, strict=True):
+        assert_oracles(logits_V, checkpoint, token_ids, scale)
+
+
+def test_a_batch_of_mixed_scales_gives_each_request_what_it_gets_alone(tiny: Checkpoint) -> None:
+    requests = [(prompt(length, seed), scale) for seed, (length, scale) in enumerate([(9, 1), (17, 3), (12, 2)])]
+    together = Machine(tiny)
+    logits_RV = together.decode.step([together.first_step(token_ids, scale) for token_ids, scale in requests])
+    for logits_V, (token_ids, scale) in zip(logits_RV, requests, strict=True):
+        machine = Machine(tiny)
+        (alone_V,) = machine.decode.step([machine.first_step(token_ids, scale)])
+        assert_within_budget(logits_V, alone_V, oracle(tiny, token_ids, scale, torch.float64))
+
+
+def test_keys_and_values_that_are_written_do_not_depend_on_the_scale(checkpoint: Checkpoint) -> None:
+    token_ids, kept = prompt(11), []
+    for num_chains in SCALES:
+        machine = Machine(checkpoint)
+        step = machine.first_step(token_ids, num_chains)
+        machine.decode.step([step])
+        kept.append(machine.kept(step.table_LM, len(token_ids)))
+    for keys, values in kept[1:]:
+        assert torch.equal(keys, kept[0][0])
+        assert torch.equal(values, kept[0][1])
+
+
+def test_a_step_writes_its_own_token_and_nothing_else(tiny: Checkpoint) -> None:
+    machine, token_ids = Machine(tiny), prompt(11)
+    step = machine.first_step(token_ids, 3)
+    before = [pages.clone() for pages in (machine.store.k_pages_BPKD, machine.store.v_pages_BPKD)]
+    machine.decode.step([step])
+    page, slot = step.position // PAGE_TOKENS, step.position % PAGE_TOKENS
+    for pages, old in zip((machine.store.k_pages_BPKD, machine.store.v_pages_BPKD), before, strict=True):
+        changed = (pages.view(torch.int32) != old.view(torch.int32)).flatten(2).any(dim=2).nonzero()
+        assert {tuple(place) for place in changed.tolist()} == {(int(ids[page]), slot) for ids in step.table_LM}
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 8])
+@pytest.mark.parametrize("num_chains", SCALES)
+def test_greedy_tokens_are_the_oracles(checkpoint: Checkpoint, num_tokens: int, num_chains: int) -> None:
+    """Seven steps, over at least one page's end."""
+    machine, token_ids = Machine(checkpoint), prompt(num_tokens)
+    table_LM = machine.admit(token_ids, num_new_tokens=7)
+    text = token_ids
+    for _ in range(7):
+        (logits_V,) = machine.decode.step([StepInput(int(text[-1]), len(text) - 1, num_chains, table_LM)])
+        assert int(logits_V.argmax()) == int(oracle(checkpoint, text, num_chains, torch.float64).argmax())
+        text = np.append(text, int(logits_V.argmax()))
+
+
+def test_an_answer_may_change_its_scale_between_tokens(tiny: Checkpoint) -> None:
+    """Every scale reads the same keys and values, so those of earlier steps serve whatever comes next."""
+    machine, text = Machine(tiny), prompt(6)
+    table_LM = machine.admit(text, num_new_tokens=6)
+    for num_chains in (3, 1, 2, 3, 1, 2):
+        (logits_V,) = machine.decode.step([StepInput(int(text[-1]), len(text) - 1, num_chains, table_LM)])
+        assert_oracles(logits_V, tiny, text, num_chains)
+        text = np.append(text, int(logits_V.argmax()))
+
+
+def test_requests_that_come_and_go_leave_the_others_alone(tiny: Checkpoint) -> None:
+    machine = Machine(tiny)
+    long, short = prompt(14, seed=1), prompt(3, seed=2)
+    tables = {"long": machine.admit(long, num_new_tokens=3), "short": machine.admit(short)}
+    first = StepInput(int(long[-1]), len(long) - 1, 2, tables["long"])
+    second = StepInput(int(short[-1]), len(short) - 1, 3, tables["short"])
+    for batch in ([first], [first, second], [second, first]):
+        logits_RV = machine.decode.step(batch)
+        assert_oracles(logits_RV[batch.index(first)], tiny, long, 2)

@@ -1,0 +1,114 @@
+"""From the compute thread to the event loop: in order, bounded, and over when either side goes."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import aclosing
+
+import pytest
+
+from prefill_node.handoff import Handoff
+
+LIMIT_S = 5.0
+MAX_ITEMS = 3
+
+
+class Producer:
+    """Yields numbers as bytes, counts them, and says when it was let go."""
+
+    def __init__(self, num_items: int, error: Exception | None = None) -> None:
+        self.num_items = num_items
+        self.error = error
+        self.num_produced = 0
+        self.ended = threading.Event()
+
+    def __call__(self) -> Iterator[bytes]:
+        try:
+            for number in range(self.num_items):
+                self.num_produced += 1
+                yield str(number).encode()
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.ended.set()
+
+
+async def until_stable(producer: Producer, at_least: int) -> None:
+    """Wait until so many have been produced, then let the thread go as far as it will."""
+    async with asyncio.timeout(LIMIT_S):
+        while producer.num_produced < at_least:
+            await asyncio.sleep(0.001)
+    await asyncio.sleep(0.02)
+
+
+async def test_everything_arrives_in_order_and_then_the_stream_ends() -> None:
+    handoff = Handoff(MAX_ITEMS)
+    thread = handoff.start(Producer(100))
+    assert [int(item) async for item in handoff.items()] == list(range(100))
+    await asyncio.wait_for(thread, LIMIT_S)
+
+
+async def test_a_producer_of_nothing_ends_the_stream() -> None:
+    handoff = Handoff(MAX_ITEMS)
+    thread = handoff.start(Producer(0))
+    assert [item async for item in handoff.items()] == []
+    await asyncio.wait_for(thread, LIMIT_S)
+
+
+async def test_a_reader_that_does_not_read_stops_the_writer() -> None:
+    handoff, producer = Handoff(MAX_ITEMS), Producer(100)
+    thread = handoff.start(producer)
+    await until_stable(producer, MAX_ITEMS + 1)
+    assert producer.num_produced == MAX_ITEMS + 1
+    handoff.close()
+    await asyncio.wait_for(thread, LIMIT_S)
+
+
+async def test_a_slow_reader_keeps_the_writer_at_its_pace() -> None:
+    handoff, producer = Handoff(MAX_ITEMS), Producer(30)
+    thread = handoff.start(producer)
+    num_read = 0
+    async for _ in handoff.items():
+        num_read += 1
+        await asyncio.sleep(0.002)
+        assert producer.num_produced <= num_read + MAX_ITEMS + 1
+    assert num_read == 30
+    await asyncio.wait_for(thread, LIMIT_S)
+
+
+async def test_closing_ends_a_writer_that_waits_for_room() -> None:
+    handoff, producer = Handoff(1), Producer(100)
+    thread = handoff.start(producer)
+    await until_stable(producer, 2)
+    handoff.close()
+    await asyncio.wait_for(thread, LIMIT_S)
+    assert producer.num_produced == 2
+    assert producer.ended.is_set()
+
+
+async def test_closing_ends_a_writer_that_has_room() -> None:
+    handoff, producer = Handoff(1000), Producer(1)
+    handoff.close()
+    assert handoff.closed
+    await asyncio.wait_for(handoff.start(producer), LIMIT_S)
+    assert [item async for item in handoff.items()] == []
+
+
+async def test_a_reader_that_leaves_half_way_and_closes_ends_the_writer() -> None:
+    handoff, producer = Handoff(MAX_ITEMS), Producer(1000)
+    thread = handoff.start(producer)
+    async with aclosing(handoff.items()) as items:
+        async for item in items:
+            if item == b"5":
+                break
+    handoff.close()
+    await asyncio.wait_for(thread, LIMIT_S)
+    assert producer.num_produced < 1000
+
+
+async def test_a_writers_error_reaches_the_reader_after_its_items() -> None:
+    handoff = Handoff(MAX_ITEMS)
+    thread = handoff.start(Producer(7, error=ValueError("no weights")))
+    assert [int(item) async for item in handoff.items()] == list(range(7))
+    with pytest.raises(ValueError, match="no weights"):
+        await asyncio.wait_for(thread, LIMIT_S)

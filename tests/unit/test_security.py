@@ -1,0 +1,237 @@
+"""Who is let in: the right token over TLS with the cluster's own authority, and nobody else."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from cluster.config import ClusterConfig
+from colm.wire.endpoint import bind, create_server, open_blocking_channel, open_channel
+from colm.wire.security import AUTHORIZATION, Security, Tls, new_tls, new_token
+from colm.wire.tile_codec import pull_kv_handlers
+from colm.wire.v1 import generation_service_pb2 as pb
+from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
+from colm.wire.v1.generation_service_pb2_grpc import (
+    GenerationServiceServicer,
+    GenerationServiceStub,
+    add_GenerationServiceServicer_to_server,
+)
+from colm.wire.v1.kv_transfer_service_pb2_grpc import KvTransferServiceStub
+
+TLS = new_tls()
+TOKEN = new_token()
+LIMIT_S = 10.0
+
+
+class OpenDoor(GenerationServiceServicer):
+    """Answers whoever gets this far."""
+
+    async def Generate(
+        self, request_iterator: AsyncIterator[pb.GenerateRequest], _: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        async for _ in request_iterator:
+            yield pb.GenerateResponse()
+
+    async def GetClusterStatus(
+        self, _: pb.GetClusterStatusRequest, __: grpc.aio.ServicerContext
+    ) -> pb.GetClusterStatusResponse:
+        return pb.GetClusterStatusResponse(num_active_requests=1)
+
+
+async def pull_kv(requests: AsyncIterator[kv_pb.PullKvRequest], _: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    async for _ in requests:
+        yield kv_pb.PullKvResponse().SerializeToString()
+
+
+@asynccontextmanager
+async def serving(security: Security) -> AsyncIterator[str]:
+    """A server with one service of each kind, and its address."""
+    server = create_server(security)
+    add_GenerationServiceServicer_to_server(OpenDoor(), server)
+    server.add_generic_rpc_handlers((pull_kv_handlers(pull_kv),))
+    health = health_aio.HealthServicer()
+    await health.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    port = bind(server, "127.0.0.1", 0, security)
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+
+
+async def ask_status(channel: grpc.aio.Channel, security: Security) -> int:
+    call = GenerationServiceStub(channel).GetClusterStatus(
+        pb.GetClusterStatusRequest(), metadata=security.metadata(), timeout=LIMIT_S
+    )
+    return int((await call).num_active_requests)
+
+
+async def ask_stream(channel: grpc.aio.Channel, security: Security) -> int:
+    call = GenerationServiceStub(channel).Generate(
+        iter([pb.GenerateRequest()]), metadata=security.metadata(), timeout=LIMIT_S
+    )
+    return len([message async for message in call])
+
+
+async def ask_tiles(channel: grpc.aio.Channel, security: Security) -> int:
+    call = KvTransferServiceStub(channel).PullKv(
+        iter([kv_pb.PullKvRequest()]), metadata=security.metadata(), timeout=LIMIT_S
+    )
+    return len([message async for message in call])
+
+
+ASKS = pytest.mark.parametrize("ask", [ask_status, ask_stream, ask_tiles])
+
+
+async def refusal(ask: Callable[..., object], address: str, security: Security) -> grpc.aio.AioRpcError:
+    async with open_channel(address, security) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await ask(channel, security)
+    return raised.value
+
+
+@ASKS
+@pytest.mark.parametrize("tls", [None, TLS], ids=["plaintext", "tls"])
+async def test_the_right_token_is_let_in(ask: Callable[..., object], tls: Tls | None) -> None:
+    client = Security(token=TOKEN, tls=tls and tls.for_clients())
+    async with serving(Security(token=TOKEN, tls=tls)) as address, open_channel(address, client) as channel:
+        assert await ask(channel, client) == 1
+
+
+@ASKS
+@pytest.mark.parametrize(
+    ("token", "message"), [(None, "a token is needed"), (TOKEN + "x", "wrong"), (TOKEN[:-1], "wrong")]
+)
+async def test_any_other_token_is_unauthenticated(ask: Callable[..., object], token: str | None, message: str) -> None:
+    async with serving(Security(token=TOKEN, tls=TLS)) as address:
+        error = await refusal(ask, address, Security(token=token, tls=TLS.for_clients()))
+    assert error.code() == grpc.StatusCode.UNAUTHENTICATED
+    assert message in str(error.details())
+
+
+async def test_the_bare_token_without_its_scheme_is_unauthenticated() -> None:
+    async with serving(Security(token=TOKEN)) as address, open_channel(address, Security()) as channel:
+        call = GenerationServiceStub(channel).GetClusterStatus(
+            pb.GetClusterStatusRequest(), metadata=((AUTHORIZATION, TOKEN),), timeout=LIMIT_S
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call
+    assert raised.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_refusal_does_not_repeat_the_token() -> None:
+    async with serving(Security(token=TOKEN)) as address:
+        error = await refusal(ask_status, address, Security(token="guess"))
+    assert TOKEN not in repr(error)
+    assert "guess" not in str(error.details())
+
+
+async def test_health_needs_no_token() -> None:
+    client = Security(tls=TLS.for_clients())
+    async with serving(Security(token=TOKEN, tls=TLS)) as address, open_channel(address, client) as channel:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=LIMIT_S)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_a_method_that_does_not_exist_is_unimplemented() -> None:
+    async with serving(Security(token=TOKEN)) as address, open_channel(address, Security()) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await channel.unary_unary("/colm.wire.v1.GenerationService/Nothing")(b"", timeout=LIMIT_S)
+    assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_without_a_token_the_server_is_open() -> None:
+    async with serving(Security()) as address, open_channel(address, Security()) as channel:
+        assert await ask_status(channel, Security()) == 1
+
+
+@pytest.mark.parametrize(
+    "tls", [None, new_tls().for_clients()], ids=["in plaintext", "with another cluster's authority"]
+)
+async def test_a_client_without_the_authority_cannot_connect(tls: Tls | None) -> None:
+    async with serving(Security(token=TOKEN, tls=TLS)) as address:
+        error = await refusal(ask_status, address, Security(token=TOKEN, tls=tls))
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_client_that_checks_the_address_gets_in_on_this_machine() -> None:
+    client = Security(token=TOKEN, tls=Tls(ca_pem=TLS.ca_pem, server_name=None))
+    async with serving(Security(token=TOKEN, tls=TLS)) as address, open_channel(address, client) as channel:
+        assert await ask_status(channel, client) == 1
+
+
+async def test_a_certificate_for_another_name_is_refused() -> None:
+    client = Security(token=TOKEN, tls=Tls(ca_pem=TLS.ca_pem, server_name="elsewhere.example"))
+    async with serving(Security(token=TOKEN, tls=TLS)) as address:
+        error = await refusal(ask_status, address, client)
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_clients_token_does_not_open_a_node() -> None:
+    from cluster.application import make_security  # imports Ray Serve
+
+    secrets = make_security(ClusterConfig())
+    async with serving(secrets.nodes) as node:
+        error = await refusal(ask_tiles, node, secrets.clients)
+    assert error.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_nodes_token_does_not_open_the_gateway() -> None:
+    from cluster.application import make_security  # imports Ray Serve
+
+    secrets = make_security(ClusterConfig())
+    async with serving(secrets.clients) as gateway:
+        error = await refusal(ask_status, gateway, secrets.nodes)
+    assert error.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_blocking_channel_is_let_in_the_same_way() -> None:
+    import asyncio
+
+    client = Security(token=TOKEN, tls=TLS.for_clients())
+
+    def ask(address: str) -> int:
+        with open_blocking_channel(address, client) as channel:
+            answer = GenerationServiceStub(channel).GetClusterStatus(
+                pb.GetClusterStatusRequest(), metadata=client.metadata(), timeout=LIMIT_S
+            )
+        return int(answer.num_active_requests)
+
+    async with serving(Security(token=TOKEN, tls=TLS)) as address:
+        assert await asyncio.to_thread(ask, address) == 1
+
+
+async def test_a_port_that_is_taken_is_named() -> None:
+    async with serving(Security()) as address:
+        host, port = address.split(":")
+        with pytest.raises(OSError, match=f"cannot listen on {address}"):
+            bind(create_server(Security()), host, int(port), Security())
+
+
+def test_serving_without_a_key_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tls\.cert_pem and tls\.key_pem are needed"):
+        Security(tls=TLS.for_clients()).server_credentials()
+
+
+def test_clients_are_given_no_key() -> None:
+    assert TLS.for_clients() == Tls(ca_pem=TLS.ca_pem, cert_pem=None, key_pem=None)
+
+
+def test_security_shows_no_secret_when_printed() -> None:
+    shown = repr(Security(token=TOKEN, tls=TLS))
+    assert TOKEN not in shown
+    assert "PRIVATE KEY" not in shown
+
+
+def test_tls_shows_no_key_when_printed() -> None:
+    """Bug: the dataclass's own repr put the private key into logs and traces."""
+    assert "PRIVATE KEY" not in repr(TLS)
+
+
+def test_tokens_and_authorities_are_never_the_same_twice() -> None:
+    assert new_token() != new_token()
+    assert new_tls().ca_pem != new_tls().ca_pem

@@ -1,0 +1,170 @@
+"""An answer in the making: what it feeds, what it shows, and why it ends."""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import pytest
+
+from colm.detokenizer import Detokenizer, TextStream
+from colm.events import FinishReason, Token
+from colm.sampling import SamplingParams
+from decode_node.sampler import Choice
+from decode_node.sequence import Sequence as Answer
+from tests.tiny import tiny_tokenizer
+
+EOS = 2
+TOKENIZER = tiny_tokenizer()
+TABLE_LM = np.zeros((2, 3), dtype=np.int32)
+
+
+def ids_of(text: str) -> list[int]:
+    ids: list[int] = TOKENIZER.encode(text).ids
+    return ids
+
+
+def byte_ids(text: str) -> list[int]:
+    """One token for each byte of the text's UTF-8."""
+    stand_ins = "".join(piece for piece, _ in TOKENIZER.pre_tokenizer.pre_tokenize_str(text))
+    return [TOKENIZER.token_to_id(stand_in) for stand_in in stand_ins]
+
+
+def answer(
+    *,
+    max_new_tokens: int = 100,
+    stop: tuple[str, ...] = (),
+    stop_token_ids: Collection[int] = (EOS,),
+    reads_text: bool = True,
+) -> Answer:
+    return Answer(
+        next_token_id=17,
+        position=9,
+        num_chains=2,
+        max_new_tokens=max_new_tokens,
+        table_LM=TABLE_LM,
+        sampling=SamplingParams(stop=stop),
+        stop_token_ids=stop_token_ids,
+        text_stream=TextStream(Detokenizer(TOKENIZER)) if reads_text else None,
+    )
+
+
+def advance(sequence: Answer, token_ids: Sequence[int]) -> list[Token]:
+    """Take tokens until the answer ends; it must not end before the last of them."""
+    tokens = []
+    for token_id in token_ids:
+        assert sequence.finish_reason is None
+        tokens.append(sequence.advance(Choice(token_id, -0.5, ((token_id, -0.5),))))
+    return tokens
+
+
+def shown(sequence: Answer, tokens: Sequence[Token]) -> str:
+    return "".join(token.text for token in tokens) + sequence.tail
+
+
+def test_the_first_step_reads_the_last_prompt_token() -> None:
+    step = answer().step_input()
+    assert (step.token_id, step.position, step.num_chains) == (17, 9, 2)
+    assert step.table_LM is TABLE_LM
+
+
+def test_each_step_reads_the_token_before_it_at_the_next_position() -> None:
+    sequence = answer()
+    advance(sequence, [40, 50])
+    step = sequence.step_input()
+    assert (step.token_id, step.position, sequence.num_new_tokens) == (50, 11, 2)
+
+
+def test_a_token_carries_what_was_chosen_and_at_which_scale() -> None:
+    (token,) = advance(answer(), ids_of("x"))
+    assert (token.token_id, token.logprob, token.num_chains) == (ids_of("x")[0], -0.5, 2)
+    assert token.top_logprobs == ((ids_of("x")[0], -0.5),)
+
+
+def test_eos_ends_the_answer_and_is_not_shown() -> None:
+    sequence = answer()
+    tokens = advance(sequence, [*ids_of("the end"), EOS])
+    assert sequence.finish_reason is FinishReason.STOP
+    assert shown(sequence, tokens) == "the end"
+    assert (tokens[-1].token_id, tokens[-1].text) == (EOS, "")
+
+
+def test_a_stop_id_ends_the_answer_and_its_text_is_not_shown() -> None:
+    (stop_id,) = ids_of("!")
+    sequence = answer(stop_token_ids={stop_id})
+    tokens = advance(sequence, [*ids_of("stop"), stop_id])
+    assert sequence.finish_reason is FinishReason.STOP
+    assert shown(sequence, tokens) == "stop"
+
+
+def test_eos_that_is_ignored_goes_by_without_text() -> None:
+    sequence = answer(stop_token_ids=())
+    tokens = advance(sequence, [*ids_of("on"), EOS, *ids_of("ward")])
+    assert sequence.finish_reason is None
+    assert shown(sequence, tokens) == "onward"
+
+
+def test_the_last_allowed_token_ends_the_answer_by_length_and_is_shown() -> None:
+    ids = ids_of("abc")
+    sequence = answer(max_new_tokens=len(ids))
+    tokens = advance(sequence, ids)
+    assert sequence.finish_reason is FinishReason.LENGTH
+    assert shown(sequence, tokens) == "abc"
+
+
+def test_eos_as_the_last_allowed_token_counts_as_stop() -> None:
+    sequence = answer(max_new_tokens=1)
+    advance(sequence, [EOS])
+    assert sequence.finish_reason is FinishReason.STOP
+
+
+def test_a_stop_string_across_tokens_ends_the_answer_before_it() -> None:
+    sequence = answer(stop=("END",))
+    tokens = advance(sequence, byte_ids("resultEND"))
+    assert sequence.finish_reason is FinishReason.STOP
+    assert shown(sequence, tokens) == "result"
+
+
+def test_text_that_began_a_stop_string_comes_with_the_end_by_eos() -> None:
+    sequence = answer(stop=("END",))
+    tokens = advance(sequence, [*byte_ids("theEN"), EOS])
+    assert "".join(token.text for token in tokens) == "the"
+    assert sequence.tail == "EN"
+
+
+def test_text_that_began_a_stop_string_comes_with_the_end_by_length() -> None:
+    ids = byte_ids("theEN")
+    sequence = answer(stop=("END",), max_new_tokens=len(ids))
+    tokens = advance(sequence, ids)
+    assert sequence.finish_reason is FinishReason.LENGTH
+    assert ("".join(token.text for token in tokens), sequence.tail) == ("the", "EN")
+
+
+def test_a_character_appears_with_its_last_byte() -> None:
+    tokens = advance(answer(), byte_ids("é"))
+    assert [token.text for token in tokens] == ["", "é"]
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 100], ids=["by length", "by eos"])
+def test_half_a_character_at_the_end_becomes_a_replacement_character(max_new_tokens: int) -> None:
+    sequence = answer(max_new_tokens=max_new_tokens)
+    ids = byte_ids("é")[:1]
+    tokens = advance(sequence, ids if max_new_tokens == 1 else [*ids, EOS])
+    assert shown(sequence, tokens) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_stop_string_completed_by_the_last_flush_counts_as_stop() -> None:
+    sequence = answer(stop=("x\N{REPLACEMENT CHARACTER}",), max_new_tokens=2)
+    tokens = advance(sequence, [*ids_of("x"), byte_ids("é")[0]])
+    assert sequence.finish_reason is FinishReason.STOP
+    assert shown(sequence, tokens) == ""
+
+
+def test_after_a_stop_string_nothing_is_left_to_show() -> None:
+    sequence = answer(stop=("END",), max_new_tokens=3)
+    advance(sequence, byte_ids("END"))
+    assert (sequence.finish_reason, sequence.tail) == (FinishReason.STOP, "")
+
+
+def test_without_a_tokenizer_tokens_carry_no_text() -> None:
+    sequence = answer(reads_text=False, max_new_tokens=2)
+    tokens = advance(sequence, [40, 50])
+    assert (shown(sequence, tokens), sequence.finish_reason) == ("", FinishReason.LENGTH)

@@ -1,0 +1,106 @@
+"""What `colm up` leaves behind: only for this user, whole, and damaged only with a word about it."""
+
+import json
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.state import ClusterState, write_private
+from colm.errors import ClusterError
+from colm.wire.security import Security, Tls
+
+STATE = ClusterState(
+    gateway_address="127.0.0.1:50051",
+    ray_address="127.0.0.1:6379",
+    ray_pid=4242,
+    client_token="secret-token",
+    ca_pem="-----BEGIN CERTIFICATE-----\n",
+)
+PLAIN = replace(STATE, ray_pid=None, client_token=None, ca_pem=None)
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("state", [STATE, PLAIN], ids=["secured", "plain"])
+def test_state_is_read_back_as_written(tmp_path: Path, state: ClusterState) -> None:
+    state.write(tmp_path / "state")
+    assert ClusterState.read(tmp_path / "state") == state
+
+
+def test_state_is_for_this_user_alone(tmp_path: Path) -> None:
+    old_mask = os.umask(0)
+    try:
+        STATE.write(tmp_path / "state")
+    finally:
+        os.umask(old_mask)
+    assert mode_of(tmp_path / "state") == 0o700
+    assert mode_of(tmp_path / "state" / "cluster.json") == 0o600
+
+
+def test_an_older_file_that_others_could_read_is_replaced_by_one_they_cannot(tmp_path: Path) -> None:
+    (tmp_path / "cluster.json").write_text("{}")
+    (tmp_path / "cluster.json").chmod(0o644)
+    STATE.write(tmp_path)
+    assert mode_of(tmp_path / "cluster.json") == 0o600
+
+
+def test_a_leftover_that_others_can_read_does_not_lend_its_mode(tmp_path: Path) -> None:
+    """Bug: opening an existing file keeps its mode, so the secret went into a readable one."""
+    (tmp_path / "token.new").write_text("")
+    (tmp_path / "token.new").chmod(0o644)
+    write_private(tmp_path / "token", "secret")
+    assert mode_of(tmp_path / "token") == 0o600
+
+
+def test_writing_leaves_no_partial_file(tmp_path: Path) -> None:
+    STATE.write(tmp_path)
+    STATE.write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["cluster.json"]
+
+
+def test_clients_get_the_token_and_the_authority_and_no_key() -> None:
+    assert STATE.ca_pem is not None
+    assert STATE.security == Security(token="secret-token", tls=Tls(ca_pem=STATE.ca_pem.encode()))
+    assert PLAIN.security == Security()
+
+
+def test_without_a_file_no_cluster_is_known(tmp_path: Path) -> None:
+    assert ClusterState.read(tmp_path) is None
+    with pytest.raises(ClusterError, match="run `colm up --model DIR` first"):
+        ClusterState.require(tmp_path)
+
+
+def test_a_forgotten_cluster_is_not_known(tmp_path: Path) -> None:
+    STATE.write(tmp_path)
+    ClusterState.forget(tmp_path)
+    ClusterState.forget(tmp_path)
+    assert ClusterState.read(tmp_path) is None
+
+
+WHOLE: dict[str, Any] = json.loads(json.dumps({name: getattr(STATE, name) for name in STATE.__slots__}))
+DAMAGES = {
+    "empty": b"",
+    "cut": json.dumps(WHOLE).encode()[:40],
+    "not text": b"\xff\xfe",
+    "not an object": b"[]",
+    "a field missing": json.dumps({key: WHOLE[key] for key in list(WHOLE)[1:]}).encode(),
+    "a field too many": json.dumps(WHOLE | {"colour": "red"}).encode(),
+}
+
+
+@pytest.mark.parametrize("data", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_file_is_named_with_the_way_out(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "cluster.json").write_bytes(data)
+    with pytest.raises(ClusterError, match=r"cluster\.json is damaged .*remove it and run `colm up` again"):
+        ClusterState.read(tmp_path)
+
+
+def test_a_state_shows_no_token_when_printed() -> None:
+    """Bug: the dataclass's own repr put the token into logs and traces."""
+    assert "secret-token" not in repr(STATE)

@@ -1,0 +1,179 @@
+"""The ledger admits exactly one sequence of tiles and notes nothing of any other."""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colm.errors import PeerUnavailable
+from decode_node.transfer_ledger import Arrival, TransferLedger
+
+TOKEN_BYTES = 24
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A transfer and one right way to bring it."""
+
+    num_layers: int
+    num_tokens: int
+    page_tokens: int
+    arrivals: tuple[Arrival, ...]
+
+    def ledger(self) -> TransferLedger:
+        return TransferLedger(
+            transfer_id="t-1",
+            epoch=3,
+            num_layers=self.num_layers,
+            num_tokens=self.num_tokens,
+            layer_token_bytes=TOKEN_BYTES,
+            page_tokens=self.page_tokens,
+        )
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.num_layers * self.num_tokens * TOKEN_BYTES
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> Stream:
+    num_layers, page_tokens = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    num_tokens = draw(st.integers(1, 20))
+    arrivals = []
+    for layer in range(num_layers):
+        inner = [token for token in range(page_tokens, num_tokens, page_tokens) if draw(st.booleans())]
+        bounds = [0, *inner, num_tokens]
+        for first, last in pairwise(bounds):
+            arrivals.append(
+                Arrival(
+                    transfer_id="t-1",
+                    epoch=3,
+                    layer=layer,
+                    first_token=first,
+                    num_tokens=last - first,
+                    payload_bytes=(last - first) * TOKEN_BYTES,
+                )
+            )
+    return Stream(num_layers, num_tokens, page_tokens, tuple(arrivals))
+
+
+def noted(ledger: TransferLedger) -> tuple[Any, ...]:
+    return ledger.num_tiles, ledger.payload_bytes, ledger.num_tokens_done, ledger.is_whole
+
+
+def admit_all(ledger: TransferLedger, arrivals: tuple[Arrival, ...]) -> None:
+    for arrival in arrivals:
+        ledger.admit(arrival)
+
+
+def assert_refused_without_a_trace(stream: Stream, position: int, wrong: Arrival) -> None:
+    """Refuse `wrong` after `position` right tiles, then go on as if it had never come."""
+    ledger = stream.ledger()
+    admit_all(ledger, stream.arrivals[:position])
+    before = noted(ledger)
+    with pytest.raises(PeerUnavailable, match="broke the KV stream's order"):
+        ledger.admit(wrong)
+    assert noted(ledger) == before
+    admit_all(ledger, stream.arrivals[position:])
+    ledger.complete(num_tiles=len(stream.arrivals), payload_bytes=stream.payload_bytes)
+
+
+@given(streams())
+def test_the_right_sequence_is_admitted_and_counted(stream: Stream) -> None:
+    ledger = stream.ledger()
+    arrived = 0
+    for number, arrival in enumerate(stream.arrivals):
+        assert not ledger.is_whole
+        ledger.admit(arrival)
+        arrived += arrival.num_tokens
+        assert ledger.num_tiles == number + 1
+        assert ledger.payload_bytes == arrived * TOKEN_BYTES
+        assert ledger.num_tokens_done == arrived // stream.num_layers
+    assert ledger.is_whole
+    assert ledger.num_tokens_done == stream.num_tokens
+    ledger.complete(num_tiles=len(stream.arrivals), payload_bytes=stream.payload_bytes)
+
+
+@given(streams(), st.data(), st.sampled_from(["layer", "first_token", "epoch"]), st.integers(-4, 4).filter(bool))
+def test_a_tile_from_elsewhere_is_refused(stream: Stream, data: st.DataObject, field: str, offset: int) -> None:
+    position = data.draw(st.integers(0, len(stream.arrivals) - 1))
+    right = stream.arrivals[position]
+    assert_refused_without_a_trace(stream, position, replace(right, **{field: getattr(right, field) + offset}))
+
+
+@given(streams(), st.data(), st.text(max_size=4).filter(lambda text: text != "t-1"))
+def test_a_tile_of_another_transfer_is_refused(stream: Stream, data: st.DataObject, transfer_id: str) -> None:
+    position = data.draw(st.integers(0, len(stream.arrivals) - 1))
+    assert_refused_without_a_trace(stream, position, replace(stream.arrivals[position], transfer_id=transfer_id))
+
+
+@given(streams(), st.data(), st.integers(-TOKEN_BYTES, 2 * TOKEN_BYTES).filter(bool))
+def test_a_payload_of_another_length_is_refused(stream: Stream, data: st.DataObject, offset: int) -> None:
+    position = data.draw(st.integers(0, len(stream.arrivals) - 1))
+    right = stream.arrivals[position]
+    wrong = replace(right, payload_bytes=right.payload_bytes + offset)
+    assert_refused_without_a_trace(stream, position, wrong)
+
+
+@given(streams(), st.data())
+def test_a_count_that_leaves_the_layer_or_ends_inside_a_page_is_refused(stream: Stream, data: st.DataObject) -> None:
+    position = data.draw(st.integers(0, len(stream.arrivals) - 1))
+    right = stream.arrivals[position]
+    left = stream.num_tokens - right.first_token
+    wrong_counts = [
+        count
+        for count in range(-1, left + 3)
+        if not (count == left or (0 < count < left and count % stream.page_tokens == 0))
+    ]
+    count = data.draw(st.sampled_from(wrong_counts))
+    wrong = replace(right, num_tokens=count, payload_bytes=count * TOKEN_BYTES)
+    assert_refused_without_a_trace(stream, position, wrong)
+
+
+@given(streams(), st.data())
+def test_a_tile_that_came_already_is_refused(stream: Stream, data: st.DataObject) -> None:
+    position = data.draw(st.integers(1, len(stream.arrivals)))
+    earlier = data.draw(st.integers(0, position - 1))
+    assert_refused_without_a_trace(stream, position, stream.arrivals[earlier])
+
+
+@given(streams().filter(lambda stream: len(stream.arrivals) > 1), st.data())
+def test_a_tile_that_comes_too_early_is_refused(stream: Stream, data: st.DataObject) -> None:
+    position = data.draw(st.integers(0, len(stream.arrivals) - 2))
+    later = data.draw(st.integers(position + 1, len(stream.arrivals) - 1))
+    assert_refused_without_a_trace(stream, position, stream.arrivals[later])
+
+
+@given(streams(), st.integers(0, 3))
+def test_a_tile_after_the_last_is_refused(stream: Stream, layers_further: int) -> None:
+    extra = replace(stream.arrivals[-1], layer=stream.num_layers + layers_further, first_token=0)
+    assert_refused_without_a_trace(stream, len(stream.arrivals), extra)
+
+
+@given(streams(), st.data())
+def test_complete_before_the_last_tile_is_refused(stream: Stream, data: st.DataObject) -> None:
+    ledger = stream.ledger()
+    arrivals = stream.arrivals[: data.draw(st.integers(0, len(stream.arrivals) - 1))]
+    admit_all(ledger, arrivals)
+    with pytest.raises(PeerUnavailable, match="complete after layer"):
+        ledger.complete(num_tiles=ledger.num_tiles, payload_bytes=ledger.payload_bytes)
+
+
+@given(streams(), st.sampled_from(["num_tiles", "payload_bytes"]), st.integers(-3, 3).filter(bool))
+def test_complete_with_another_count_is_refused(stream: Stream, field: str, offset: int) -> None:
+    ledger = stream.ledger()
+    admit_all(ledger, stream.arrivals)
+    counts = {"num_tiles": len(stream.arrivals), "payload_bytes": stream.payload_bytes}
+    counts[field] += offset
+    with pytest.raises(PeerUnavailable, match="arrived"):
+        ledger.complete(**counts)
+
+
+def test_a_refusal_names_what_came_and_what_was_expected() -> None:
+    stream = Stream(2, 4, 4, ())
+    wrong = Arrival(transfer_id="t-1", epoch=3, layer=1, first_token=0, num_tokens=4, payload_bytes=96)
+    with pytest.raises(PeerUnavailable, match="tile at layer 1 token 0, expected layer 0 token 0"):
+        stream.ledger().admit(wrong)
