@@ -56,6 +56,15 @@ class NodeReport:
     process: ProcessFacts
 
 
+def log_beside(other: str) -> None:
+    """Send the project's own log lines where another logger's go, e.g. into a Ray Serve replica's file."""
+    for package in ("colm", "prefill_node", "decode_node", "cluster"):
+        ours = logging.getLogger(package)
+        ours.handlers = logging.getLogger(other).handlers
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+
+
 async def keep_reporting(send: Callable[[NodeReport], Awaitable[object]], look: Callable[[], NodeReport]) -> None:
     """Report now and every `REPORT_INTERVAL_S`, for ever. A report that fails is dropped: the next one replaces it."""
     while True:

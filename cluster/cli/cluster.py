@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, human_bytes, note, print_json
 from cluster.config import default_toml, load_config
@@ -107,16 +107,19 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
         chains = ",".join(map(str, model.chains))
         console.print(
             f"model [bold]{model.name}[/] chains {{{chains}}} context {model.max_context_tokens} "
-            f"kv fingerprint {model.fingerprint[:12]}"
+            f"kv fingerprint {model.fingerprint[:12]}",
+            soft_wrap=True,
         )
-    console.print(f"gateway {state.gateway_address}, {answer.num_active_requests} requests; Ray {state.ray_address}")
-    table = Table("role", "address", "host", "pid", "active", "queued", "KV pages", "memory")
+    console.print(
+        f"gateway {state.gateway_address}, {answer.num_active_requests} requests; Ray {state.ray_address}",
+        soft_wrap=True,
+    )
+    table = Table("role", Column("address", no_wrap=True), "pid", "active", "queued", "KV pages", "memory")
     for node in answer.nodes:
         pages = f"{node.num_pages_used} / {node.num_pages_total}" if node.num_pages_total else "-"
         table.add_row(
             _ROLE_NAMES[node.role],
             node.address,
-            node.host,
             str(node.pid),
             str(node.num_active_requests),
             str(node.num_queued_requests),
