@@ -177,11 +177,11 @@ class ChainConfig:
         if unknown := sorted(set(data) - known):
             raise ValueError(f"unknown model fields {unknown}; known are {sorted(known)}")
         values = dict(data)
-        if isinstance(values.get("rope_scaling"), Mapping):
-            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-        if "chains" in values:
-            values["chains"] = tuple(values["chains"])
         try:
+            if isinstance(values.get("rope_scaling"), Mapping):
+                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+            if "chains" in values:
+                values["chains"] = tuple(values["chains"])
             return cls(**values)
         except TypeError as err:
             raise ValueError(f"model section: {err}") from err
