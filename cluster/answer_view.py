@@ -98,6 +98,7 @@ class AnswerView:
             f"{record['decode_tokens_per_s']} tokens/s on {record['num_chains']} chains, ended by "
             f"{record['finish_reason']}",
             style="dim",
+            soft_wrap=True,
         )
 
     def _ends(self) -> tuple[Accepted, Finished]:

@@ -127,6 +127,8 @@ def _deployment(
         max_ongoing_requests=max_ongoing,
         max_queued_requests=max_queued,
         ray_actor_options=actor,
+        # Every lease and report would be a line; what matters is in the project's own lines.
+        logging_config={"enable_access_log": False},
         **_HEALTH,
         **_SHUTDOWN,
     )

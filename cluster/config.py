@@ -147,7 +147,10 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
     for option, value in overrides.items():
         if value is not None:
             section, name = option.split(".")
-            values.setdefault(section, {})[name] = value
+            options = values.setdefault(section, {})
+            if not isinstance(options, dict):
+                raise ConfigError(f"{section}={options!r} must be a section: [{section}]")
+            options[name] = value
     try:
         config = ClusterConfig.model_validate(values)
     except ValidationError as err:

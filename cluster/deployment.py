@@ -88,6 +88,7 @@ def _remove_application() -> None:
 def _connect(ray_address: str) -> None:
     if ray.is_initialized():
         return
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # its replicas keep their own logs
     try:
         ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as err:

@@ -16,10 +16,17 @@ from colm.clock import Clock, Deadline
 from colm.config import ChainConfig
 from colm.errors import CapacityExceeded, DeadlineExceeded, InvalidRequest, PeerUnavailable, UnknownModel
 from colm.events import Accepted
-from colm.nodes import Role
+from colm.nodes import ClusterStatus, ModelStatus
 from colm.sampling import SamplingParams
 from colm.tokenizer import Tokenizer
-from colm.wire.convert import accepted_response, relay, sampling_from_pb, sampling_to_pb, token_id_pieces
+from colm.wire.convert import (
+    accepted_response,
+    cluster_status_to_pb,
+    relay,
+    sampling_from_pb,
+    sampling_to_pb,
+    token_id_pieces,
+)
 from colm.wire.endpoint import open_channel
 from colm.wire.prompt_stream import read_open
 from colm.wire.security import Security
@@ -33,8 +40,6 @@ from colm.wire.v1.generation_service_pb2_grpc import (
 )
 
 logger = logging.getLogger(__name__)
-
-_ROLES = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,33 +142,17 @@ class GenerationService(GenerationServiceServicer):
     ) -> pb.GetClusterStatusResponse:
         """Models, nodes and load."""
         model = self._model
-        nodes = []
-        for seen in self._registry.nodes():
-            report = seen.report
-            nodes.append(
-                pb.Node(
-                    role=_ROLES[report.role],
-                    replica_id=report.replica_id,
-                    ray_node_id=report.ray_node_id,
-                    address=report.address,
-                    pid=report.process.pid,
-                    host=report.process.host,
-                    num_active_requests=report.num_active_requests,
-                    num_queued_requests=report.num_queued_requests,
-                    num_pages_total=report.num_pages_total,
-                    num_pages_used=report.num_pages_used,
-                    resident_bytes=report.process.resident_bytes,
-                    age_s=seen.age_s,
-                )
-            )
-        served = pb.Model(
+        served = ModelStatus(
             name=model.name,
             chains=model.config.chains,
             max_context_tokens=model.config.max_context,
             fingerprint=model.fingerprint,
             reads_text=model.tokenizer is not None,
         )
-        return pb.GetClusterStatusResponse(models=[served], nodes=nodes, num_active_requests=self._num_active)
+        status = ClusterStatus(
+            models=(served,), nodes=tuple(self._registry.nodes()), num_active_requests=self._num_active
+        )
+        return cluster_status_to_pb(status)
 
     @asynccontextmanager
     async def _admitted(self) -> AsyncIterator[None]:

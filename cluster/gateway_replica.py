@@ -18,7 +18,7 @@ from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.dtypes import parse_dtype
 from colm.kv import KvLayout, fingerprint
-from colm.nodes import NodeReport, Role
+from colm.nodes import NodeReport, Role, log_beside
 from colm.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
@@ -69,6 +69,7 @@ class GatewayReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, options: GatewayOptions, client_security: Security, node_security: Security, decode: Any
     ) -> None:
+        log_beside("ray.serve")
         model = await asyncio.to_thread(_load, options)
         self._registry = NodeRegistry(MonotonicClock())
         service = GenerationService(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.config import ClusterConfig
-from cluster.local_ray import show_token, start_ray, stop_ray
+from cluster.local_ray import free_port, is_running, show_token, start_ray, stop_ray
 from cluster.state import ClusterState
 from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError, ConfigError
@@ -38,6 +38,7 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
             say("starting Ray on this machine")
             roles = {"prefill": config.prefill.replicas, "decode": config.decode.replicas}
             ray_address, ray_pid = start_ray(roles, state_dir / _RAY_TOKEN, state_dir / "ray.log")
+            config = _with_port(config)
         state = _deploy(config, checkpoint, ray_address, ray_pid, say)
         state.write(state_dir)
     except BaseException:
@@ -56,19 +57,30 @@ def down(state_dir: Path, say: Say) -> bool:
     state = ClusterState.read(state_dir)
     if state is None:
         return False
-    say("stopping the replicas")
-    if state.ray_pid is not None:
-        show_token(state_dir / _RAY_TOKEN)
-    from cluster import deployment  # imports ray, which reads the environment once: after the token is there
-
-    try:
-        deployment.remove(state.ray_address)
-    except ClusterError as err:
-        say(str(err))
+    if state.ray_pid is None or is_running(state.ray_pid):
+        say("stopping the replicas")
+        if state.ray_pid is not None:
+            show_token(state_dir / _RAY_TOKEN)
+        _remove(state.ray_address, say)
     if state.ray_pid is not None:
         stop_ray(state.ray_pid)
     ClusterState.forget(state_dir)
     return True
+
+
+def _remove(ray_address: str, say: Say) -> None:
+    from cluster import deployment  # imports ray, which reads the environment once: after the token is there
+
+    try:
+        deployment.remove(ray_address)
+    except ClusterError as err:
+        say(str(err))
+
+
+def _with_port(config: ClusterConfig) -> ClusterConfig:
+    """Turn port 0 into a number, so that a gateway that is restarted comes back where its clients look for it."""
+    port = config.gateway.port or free_port()
+    return config.model_copy(update={"gateway": config.gateway.model_copy(update={"port": port})})
 
 
 def _deploy(

@@ -51,7 +51,7 @@ def start_ray(resources: Mapping[str, float], token_path: Path, log_path: Path) 
     """
     write_private(token_path, new_token())
     show_token(token_path)
-    port, client_port = _free_port(), _free_port()
+    port, client_port = free_port(), free_port()
     words = ", ".join(f'"{name}": {amount}' for name, amount in resources.items())
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
@@ -75,16 +75,22 @@ def start_ray(resources: Mapping[str, float], token_path: Path, log_path: Path) 
     return address[1], process.pid
 
 
-def stop_ray(pid: int) -> None:
-    """Stop a head node and everything it started; returns when nothing is left. Harmless if it is gone already."""
+def is_running(pid: int) -> bool:
+    """Whether the head node of that pid still lives; a pid that has passed on to a stranger does not count."""
     try:
         head = psutil.Process(pid)
-        if "ray" not in " ".join(head.cmdline()):
-            return  # the number has passed on to a stranger
-        family = [head, *head.children(recursive=True)]
-        head.send_signal(signal.SIGTERM)
+        return head.status() != psutil.STATUS_ZOMBIE and "ray" in " ".join(head.cmdline())
     except psutil.NoSuchProcess:
+        return False
+
+
+def stop_ray(pid: int) -> None:
+    """Stop a head node and everything it started; returns when nothing is left. Harmless if it is gone already."""
+    if not is_running(pid):
         return
+    head = psutil.Process(pid)
+    family = [head, *head.children(recursive=True)]
+    head.send_signal(signal.SIGTERM)
     _, left = psutil.wait_procs(family, timeout=_STOP_TIMEOUT_S)
     for process in left:
         process.kill()
@@ -98,7 +104,8 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

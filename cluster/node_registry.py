@@ -1,19 +1,9 @@
 """Which nodes there are: those that reported lately."""
 
-from dataclasses import dataclass
-
 from colm.clock import Clock
-from colm.nodes import REPORT_INTERVAL_S, NodeReport
+from colm.nodes import REPORT_INTERVAL_S, NodeReport, NodeStatus
 
 _EXPIRES_S = 10 * REPORT_INTERVAL_S
-
-
-@dataclass(frozen=True, slots=True)
-class SeenNode:
-    """A report and its age."""
-
-    report: NodeReport
-    age_s: float
 
 
 class NodeRegistry:
@@ -27,9 +17,9 @@ class NodeRegistry:
         """A node has spoken."""
         self._seen[report.replica_id] = (report, self._clock.now())
 
-    def nodes(self) -> list[SeenNode]:
+    def nodes(self) -> list[NodeStatus]:
         """Nodes heard of lately, prefill first."""
         now = self._clock.now()
         self._seen = {key: seen for key, seen in self._seen.items() if now - seen[1] < _EXPIRES_S}
-        nodes = [SeenNode(report, now - at_s) for report, at_s in self._seen.values()]
+        nodes = [NodeStatus(report=report, age_s=now - at_s) for report, at_s in self._seen.values()]
         return sorted(nodes, key=lambda node: (node.report.role.value != "prefill", node.report.replica_id))

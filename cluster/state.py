@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ def write_private(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.new")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
+        os.fchmod(descriptor, 0o600)  # a leftover keeps its own mode when it is opened
         file.write(text)
     partial.replace(path)
 
@@ -34,7 +35,7 @@ class ClusterState:
     ray_address: str
     ray_pid: int | None
     """Process of the Ray that `colm up` started; None where it joined one."""
-    client_token: str | None
+    client_token: str | None = field(repr=False)
     ca_pem: str | None
     """Authority of the gateway's certificate; None is plaintext."""
 

@@ -163,7 +163,7 @@ def save(
         CheckpointError: a tensor is missing, misshapen or not of this model, or `path` is something else.
     """
     target = Path(path).absolute()
-    if target.exists() and not _is_checkpoint(target) and (target.is_file() or any(target.iterdir())):
+    if target.exists() and not _may_replace(target):
         raise CheckpointError(f"{target} exists and is not a checkpoint; choose another path or remove it")
     if unknown := sorted(set(tensors) - set(parameter_shapes(config))):
         raise CheckpointError(f"tensors {unknown[:3]} do not belong to this model")
@@ -211,9 +211,14 @@ def prefill_tensor_names(config: ChainConfig) -> set[str]:
     }
 
 
-def _is_checkpoint(path: Path) -> bool:
+def _may_replace(target: Path) -> bool:
+    """Whether nothing but a checkpoint, however damaged its weights, or an empty directory is at the path."""
+    if not target.is_dir():
+        return False
     try:
-        body = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        body = json.loads((target / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return not any(target.iterdir())
     except (OSError, ValueError):
         return False
     return isinstance(body, dict) and body.get("format") == FORMAT

@@ -12,8 +12,9 @@ import grpc
 
 from colm.errors import InvalidRequest
 from colm.events import Event, Finished, Token
+from colm.nodes import ClusterStatus
 from colm.sampling import SamplingParams
-from colm.wire.convert import event_from_pb, sampling_to_pb, token_id_pieces
+from colm.wire.convert import cluster_status_from_pb, event_from_pb, sampling_to_pb, token_id_pieces
 from colm.wire.endpoint import open_blocking_channel, open_channel
 from colm.wire.security import Security
 from colm.wire.status import error_of
@@ -27,6 +28,7 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 _PIECE_BYTES = 256 << 10
 # The server answers its own deadline with a message that says where the time went; the call waits for that.
 _DEADLINE_SLACK_S = 5.0
+_STATUS_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,15 +190,15 @@ class Client:
         finally:
             call.cancel()
 
-    def cluster_status(self) -> pb.GetClusterStatusResponse:
+    def cluster_status(self) -> ClusterStatus:
         """Models, nodes and load, as the gateway knows them."""
         try:
-            status: pb.GetClusterStatusResponse = self._stub.GetClusterStatus(
-                pb.GetClusterStatusRequest(), metadata=self._security.metadata(), timeout=10
+            message = self._stub.GetClusterStatus(
+                pb.GetClusterStatusRequest(), metadata=self._security.metadata(), timeout=_STATUS_TIMEOUT_S
             )
         except grpc.RpcError as err:
             raise error_of(err, f"gateway {self.address}") from err
-        return status
+        return cluster_status_from_pb(message)
 
 
 class AsyncClient:
@@ -234,3 +236,13 @@ class AsyncClient:
                     yield event_from_pb(message)
         finally:
             call.cancel()
+
+    async def cluster_status(self) -> ClusterStatus:
+        """Models, nodes and load, as the gateway knows them."""
+        try:
+            message = await self._stub.GetClusterStatus(
+                pb.GetClusterStatusRequest(), metadata=self._security.metadata(), timeout=_STATUS_TIMEOUT_S
+            )
+        except grpc.RpcError as err:
+            raise error_of(err, f"gateway {self.address}") from err
+        return cluster_status_from_pb(message)

@@ -56,6 +56,47 @@ class NodeReport:
     process: ProcessFacts
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeStatus:
+    """A node's last report."""
+
+    report: NodeReport
+    age_s: float
+    """Seconds since the report."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelStatus:
+    """A model that the cluster serves."""
+
+    name: str
+    chains: tuple[int, ...]
+    max_context_tokens: int
+    fingerprint: str
+    """`colm.kv.fingerprint` of what its nodes serve."""
+    reads_text: bool
+    """False where it takes token ids only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterStatus:
+    """A cluster, as its gateway sees it."""
+
+    models: tuple[ModelStatus, ...]
+    nodes: tuple[NodeStatus, ...]
+    num_active_requests: int
+    """Requests inside the gateway."""
+
+
+def log_beside(other: str) -> None:
+    """Send the project's own log lines where another logger's go, e.g. into a Ray Serve replica's file."""
+    for package in ("colm", "prefill_node", "decode_node", "cluster"):
+        ours = logging.getLogger(package)
+        ours.handlers = logging.getLogger(other).handlers
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+
+
 async def keep_reporting(send: Callable[[NodeReport], Awaitable[object]], look: Callable[[], NodeReport]) -> None:
     """Report now and every `REPORT_INTERVAL_S`, for ever. A report that fails is dropped: the next one replaces it."""
     while True:

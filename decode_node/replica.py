@@ -13,7 +13,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 
 from colm.errors import CapacityExceeded, PeerUnavailable
 from colm.leases import LeaseTable
-from colm.nodes import NodeReport, ProcessFacts, Role, keep_reporting
+from colm.nodes import NodeReport, ProcessFacts, Role, keep_reporting, log_beside
 from colm.wire.security import Security
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import PrefillLease
@@ -69,6 +69,7 @@ class DecodeReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, options: DecodeOptions, security: Security, prefill: Any, gateway: tuple[str, str]
     ) -> None:
+        log_beside("ray.serve")
         self._leases = LeaseTable(LEASE_TTL_S)
         here = replace(options, host=ray.util.get_node_ip_address())
         self._node = DecodeNode(here, security, ServePrefillPool(prefill), self._leases)

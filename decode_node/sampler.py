@@ -40,16 +40,18 @@ class Sampler:
         """
         params = self._params
         logprobs_V = logits_V.float().log_softmax(dim=0)
+        if not logprobs_V.max() > float("-inf"):
+            raise ColmError("the model's logits are not finite; its weights or the dtype are at fault")
         token_id = int(logits_V.argmax()) if params.temperature == 0 else self._draw(logprobs_V)
         logprob = float(logprobs_V[token_id])
-        if not logprob > float("-inf"):
-            raise ColmError("the model's logits are not finite; its weights or the dtype are at fault")
         top = logprobs_V.topk(min(params.top_logprobs, len(logprobs_V)))
         return Choice(token_id, logprob, tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
     def _draw(self, logprobs_V: Tensor) -> int:
         params = self._params
-        scaled, token_ids = (logprobs_V / params.temperature).sort(descending=True, stable=True)
+        ordered, token_ids = logprobs_V.sort(descending=True, stable=True)
+        # From the likeliest down and in float64: no temperature above 0 makes this overflow into NaN.
+        scaled = (ordered - ordered[0]).double() / params.temperature
         if params.top_k:
             scaled = scaled[: params.top_k]
         probabilities = scaled.softmax(dim=0)

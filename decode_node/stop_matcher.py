@@ -14,10 +14,11 @@ class StopMatcher:
     def push(self, text: str) -> str:
         """Text that can no longer belong to a stop string; sets `stopped` where one has appeared."""
         pending = self._held + text
-        found = [position for stop in self._stops if (position := pending.find(stop)) >= 0]
+        found = [(start + len(stop), start) for stop in self._stops if (start := pending.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return pending[: min(found)]
+            # The one that is complete first: with one token at a time the others would never have been seen.
+            return pending[: min(found)[1]]
         held = max((_overlap(pending, stop) for stop in self._stops), default=0)
         self._held = pending[len(pending) - held :]
         return pending[: len(pending) - held]

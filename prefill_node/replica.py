@@ -9,7 +9,7 @@ import ray
 from ray import serve
 
 from colm.leases import LeaseTable
-from colm.nodes import NodeReport, ProcessFacts, Role, keep_reporting
+from colm.nodes import NodeReport, ProcessFacts, Role, keep_reporting, log_beside
 from colm.wire.security import Security
 from prefill_node.node import PrefillNode, PrefillOptions
 
@@ -27,6 +27,7 @@ class PrefillReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, options: PrefillOptions, security: Security, gateway: tuple[str, str]
     ) -> None:
+        log_beside("ray.serve")
         self._leases = LeaseTable(LEASE_TTL_S)
         here = replace(options, host=ray.util.get_node_ip_address())
         self._node = PrefillNode(here, security, self._leases)

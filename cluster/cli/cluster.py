@@ -1,19 +1,18 @@
 """colm up, status, down, demo: the life of a cluster. Ray is imported only when one of them runs."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, human_bytes, note, print_json
 from cluster.config import default_toml, load_config
 from cluster.state import ClusterState
 from colm.client import Client
-from colm.wire.v1 import generation_service_pb2 as pb
-
-_ROLE_NAMES = {pb.ROLE_PREFILL: "prefill", pb.ROLE_DECODE: "decode"}
+from colm.nodes import NodeStatus
 
 
 def register(app: typer.Typer) -> None:
@@ -64,41 +63,14 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
     state = ClusterState.require(state_dir)
     with Client(state.gateway_address, state.security) as client:
         answer = client.cluster_status()
-    nodes = [
-        {
-            "role": _ROLE_NAMES[node.role],
-            "replica_id": node.replica_id,
-            "address": node.address,
-            "host": node.host,
-            "ray_node_id": node.ray_node_id,
-            "pid": node.pid,
-            "num_active_requests": node.num_active_requests,
-            "num_queued_requests": node.num_queued_requests,
-            "num_pages_used": node.num_pages_used,
-            "num_pages_total": node.num_pages_total,
-            "resident_bytes": node.resident_bytes,
-            "age_s": round(node.age_s, 2),
-        }
-        for node in answer.nodes
-    ]
-    models = [
-        {
-            "name": model.name,
-            "chains": list(model.chains),
-            "max_context_tokens": model.max_context_tokens,
-            "fingerprint": model.fingerprint,
-            "reads_text": model.reads_text,
-        }
-        for model in answer.models
-    ]
     if json:
         print_json(
             {
                 "gateway_address": state.gateway_address,
                 "ray_address": state.ray_address,
                 "num_active_requests": answer.num_active_requests,
-                "models": models,
-                "nodes": nodes,
+                "models": [asdict(model) for model in answer.models],
+                "nodes": [_flat(node) for node in answer.nodes],
             }
         )
         return
@@ -107,23 +79,33 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
         chains = ",".join(map(str, model.chains))
         console.print(
             f"model [bold]{model.name}[/] chains {{{chains}}} context {model.max_context_tokens} "
-            f"kv fingerprint {model.fingerprint[:12]}"
+            f"kv fingerprint {model.fingerprint[:12]}",
+            soft_wrap=True,
         )
-    console.print(f"gateway {state.gateway_address}, {answer.num_active_requests} requests; Ray {state.ray_address}")
-    table = Table("role", "address", "host", "pid", "active", "queued", "KV pages", "memory")
+    console.print(
+        f"gateway {state.gateway_address}, {answer.num_active_requests} requests; Ray {state.ray_address}",
+        soft_wrap=True,
+    )
+    table = Table("role", Column("address", no_wrap=True), "pid", "active", "queued", "KV pages", "memory")
     for node in answer.nodes:
-        pages = f"{node.num_pages_used} / {node.num_pages_total}" if node.num_pages_total else "-"
+        report = node.report
         table.add_row(
-            _ROLE_NAMES[node.role],
-            node.address,
-            node.host,
-            str(node.pid),
-            str(node.num_active_requests),
-            str(node.num_queued_requests),
-            pages,
-            human_bytes(node.resident_bytes),
+            report.role.value,
+            report.address,
+            str(report.process.pid),
+            str(report.num_active_requests),
+            str(report.num_queued_requests),
+            f"{report.num_pages_used} / {report.num_pages_total}" if report.num_pages_total else "-",
+            human_bytes(report.process.resident_bytes),
         )
     console.print(table)
+
+
+def _flat(node: NodeStatus) -> dict[str, object]:
+    facts: dict[str, object] = asdict(node.report)
+    process = asdict(node.report.process)
+    del facts["process"]
+    return facts | process | {"role": node.report.role.value, "age_s": round(node.age_s, 2)}
 
 
 def down(state_dir: StateDir = DEFAULT_STATE_DIR) -> None:

@@ -19,6 +19,7 @@ from colm.events import (
     Token,
     Usage,
 )
+from colm.nodes import ClusterStatus, ModelStatus, NodeReport, NodeStatus, ProcessFacts, Role
 from colm.sampling import SamplingParams
 from colm.wire.v1 import common_pb2 as pb
 from colm.wire.v1 import decode_service_pb2 as decode_pb
@@ -32,6 +33,7 @@ _Record = TypeVar("_Record", bound="DataclassInstance")
 
 IDS_PER_MESSAGE = 1 << 16
 
+_ROLES = {Role.PREFILL: generation_pb.ROLE_PREFILL, Role.DECODE: generation_pb.ROLE_DECODE}
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -142,6 +144,42 @@ def relay(message: decode_pb.DecodeResponse) -> generation_pb.GenerateResponse |
             return None
 
 
+def cluster_status_to_pb(status: ClusterStatus) -> generation_pb.GetClusterStatusResponse:
+    """Domain to wire."""
+    nodes = []
+    for node in status.nodes:
+        facts = asdict(node.report)
+        process, role = facts.pop("process"), facts.pop("role")
+        nodes.append(generation_pb.Node(role=_ROLES[role], age_s=node.age_s, **facts, **process))
+    return generation_pb.GetClusterStatusResponse(
+        models=[_to_pb(generation_pb.Model, model) for model in status.models],
+        nodes=nodes,
+        num_active_requests=status.num_active_requests,
+    )
+
+
+def cluster_status_from_pb(message: generation_pb.GetClusterStatusResponse) -> ClusterStatus:
+    """Wire to domain, at the client."""
+    roles = {value: role for role, value in _ROLES.items()}
+    nodes = []
+    for node in message.nodes:
+        own = {field.name for field in fields(NodeReport)} - {"role", "process"}
+        facts = {name: getattr(node, name) for name in own}
+        report = NodeReport(role=roles[node.role], process=_from_pb(ProcessFacts, node), **facts)
+        nodes.append(NodeStatus(report=report, age_s=node.age_s))
+    models = [
+        ModelStatus(
+            name=model.name,
+            chains=tuple(model.chains),
+            max_context_tokens=model.max_context_tokens,
+            fingerprint=model.fingerprint,
+            reads_text=model.reads_text,
+        )
+        for model in message.models
+    ]
+    return ClusterStatus(models=tuple(models), nodes=tuple(nodes), num_active_requests=message.num_active_requests)
+
+
 def event_from_pb(message: generation_pb.GenerateResponse) -> Event:
     """Wire to domain, at the client.
 
@@ -173,6 +211,8 @@ def _token(token: pb.Token) -> Token:
 
 def _finished(finished: pb.Finished) -> Finished:
     reasons = {value: reason for reason, value in _REASONS.items()}
+    if finished.reason not in reasons:
+        raise ValueError(f"the server ended the answer for an unknown reason {finished.reason}")
     return Finished(
         reason=reasons[finished.reason],
         usage=_from_pb(Usage, finished.usage),

@@ -5,7 +5,7 @@ import hmac
 import ipaddress
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 from cryptography import x509
@@ -26,7 +26,7 @@ class Tls:
 
     ca_pem: bytes
     cert_pem: bytes | None = None
-    key_pem: bytes | None = None
+    key_pem: bytes | None = field(default=None, repr=False)
     server_name: str | None = CLUSTER_NAME
     """The name in the server's certificate; None checks the address that was dialled."""
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import grpc
 import torch
 import xxhash
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from colm.errors import PeerUnavailable
@@ -75,7 +76,7 @@ def decode_message(data: bytes) -> tuple[pb.PullKvResponse, memoryview]:
         length, start = _read_varint(view, start)
         if tag != _PAYLOAD_TAG or start + length != len(data):
             raise ValueError(f"payload of {length} bytes announced, {len(data) - start} present")
-    except (ValueError, IndexError) as err:
+    except (ValueError, IndexError, DecodeError) as err:
         raise PeerUnavailable(f"the KV stream broke its format: {err}") from err
     return header, view[start:]
 

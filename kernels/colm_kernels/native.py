@@ -109,6 +109,21 @@ class DecodeArgs(ctypes.Structure):
     )  # fmt: skip
 
 
+LINEAR_BLOCK_WORDS: Final = 6
+"""64-bit words of a `LinearBlock` of abi.h: weight, bias, num_rows, in_dim, out_dim, and room for first_column."""
+
+
+class LinearArgs(ctypes.Structure):
+    """`LinearArgs` of abi.h, whose blocks are an array of `LINEAR_BLOCK_WORDS` words each."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "x", "y", "blocks", "num_blocks", "num_rows", "in_dim", "x_stride", "y_stride", "dtype", "words",
+        )
+    )  # fmt: skip
+
+
 def source_hash() -> str:
     """Identity of what `_cpu.so` should be built from: sources and flags."""
     digest = hashlib.sha256(repr((COMPILE_FLAGS, sorted(TARGET_FLAGS.items()))).encode())
@@ -173,6 +188,11 @@ def use_variant(name: Variant) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced_variant() -> Variant | None:
+    """What `use_variant` set in this thread or task."""
+    return _forced.get()
 
 
 def choose_variant(head_dim: int, *tensors: Tensor) -> Variant:

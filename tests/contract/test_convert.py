@@ -1,6 +1,7 @@
 """Events, sampling and errors say the same on both ends of the wire."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -291,9 +292,10 @@ async def test_a_defect_of_ours_is_internal_and_keeps_its_text_at_home(
 
 @CLIENTS
 async def test_a_peer_that_is_not_there_is_unavailable(failure: Callable[..., object]) -> None:
-    async with serving(failing(ColmError(""))) as address:
-        pass
-    received = await failure(address)
+    # Bound and not listening: nobody answers, and no other process can take the port meanwhile.
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        received = await failure(f"127.0.0.1:{held.getsockname()[1]}")
     assert type(received) is PeerUnavailable
     assert PEER in str(received)
 

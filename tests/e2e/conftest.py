@@ -16,7 +16,7 @@ import pytest
 from cluster.state import ClusterState
 from colm.checkpoint import Checkpoint
 from colm.client import Client
-from colm.wire.v1 import generation_service_pb2 as pb
+from colm.nodes import NodeReport, Role
 
 _COMMAND_TIMEOUT_S = 180
 
@@ -34,9 +34,10 @@ class RunningCluster:
     def client(self) -> Client:
         return Client(self.state.gateway_address, self.state.security)
 
-    def nodes(self, role: "pb.Role") -> list[pb.Node]:
+    def nodes(self, role: Role) -> list[NodeReport]:
         with self.client() as client:
-            return [node for node in client.cluster_status().nodes if node.role == role]
+            reports = [node.report for node in client.cluster_status().nodes]
+        return [report for report in reports if report.role is role]
 
     def assert_idle(self, within_s: float = 5.0) -> None:
         """Within that time no request, page or lease is left anywhere."""
@@ -45,12 +46,12 @@ class RunningCluster:
             with self.client() as client:
                 status = client.cluster_status()
             held = [f"gateway: {status.num_active_requests} requests"] if status.num_active_requests else []
-            return held + [str(node) for node in status.nodes if holds(node)]
+            return held + [str(node.report) for node in status.nodes if holds(node.report)]
 
         until(lambda: not busy(), within_s, lambda: f"still held: {busy()}")
 
 
-def holds(node: pb.Node) -> bool:
+def holds(node: NodeReport) -> bool:
     return bool(node.num_active_requests or node.num_queued_requests or node.num_pages_used)
 
 

@@ -11,7 +11,7 @@ import pytest
 from colm.client import Client, collect
 from colm.errors import PeerUnavailable
 from colm.events import Event, PrefillProgress, Token
-from colm.wire.v1 import generation_service_pb2 as pb
+from colm.nodes import Role
 from tests.e2e.conftest import RunningCluster, colm_command, colm_env, until
 
 DOCUMENT = topics["with"] + topics["try"]
@@ -29,10 +29,10 @@ def prefilling(event: Event) -> bool:
     return isinstance(event, PrefillProgress) and event.num_tokens_done > 0
 
 
-def kill(cluster: RunningCluster, role: "pb.Role") -> int:
+def kill(cluster: RunningCluster, role: Role) -> int:
     (node,) = cluster.nodes(role)
-    os.kill(node.pid, signal.SIGKILL)
-    return node.pid
+    os.kill(node.process.pid, signal.SIGKILL)
+    return node.process.pid
 
 
 def test_a_prefill_replica_killed_in_mid_stream_costs_time_but_not_the_answer(
@@ -44,12 +44,12 @@ def test_a_prefill_replica_killed_in_mid_stream_costs_time_but_not_the_answer(
     for event in client.generate(DOCUMENT, PROMPT, max_new_tokens=12, timeout_s=120):
         events.append(event)
         if killed is None and prefilling(event):
-            killed = kill(cluster, pb.ROLE_PREFILL)
+            killed = kill(cluster, Role.PREFILL)
     answer = collect(events)
     assert killed is not None
     assert [t.token_id for t in answer.tokens] == [t.token_id for t in undisturbed.tokens]
     assert answer.finished.usage.num_kv_streams >= 2
-    until(lambda: killed not in [node.pid for node in cluster.nodes(pb.ROLE_PREFILL)], 20)
+    until(lambda: killed not in [node.process.pid for node in cluster.nodes(Role.PREFILL)], 20)
 
 
 def test_a_killed_decode_replica_is_one_clear_error_and_the_next_request_is_served(
@@ -60,7 +60,7 @@ def test_a_killed_decode_replica_is_one_clear_error_and_the_next_request_is_serv
         for event in client.generate("", "Tell me a long story.", max_new_tokens=400):
             events.append(event)
             if len([e for e in events if isinstance(e, Token)]) == 3:
-                kill(cluster, pb.ROLE_DECODE)
+                kill(cluster, Role.DECODE)
     assert len(collect(client.generate("", "Hello there.", max_new_tokens=4, timeout_s=120)).tokens) == 4
 
 
@@ -76,7 +76,7 @@ def test_ctrl_c_stops_the_work_on_all_three_processes_within_a_second(
         stderr=subprocess.PIPE,
         text=True,
     )
-    until(lambda: any(node.num_active_requests for node in cluster.nodes(pb.ROLE_PREFILL)), 30)
+    until(lambda: any(node.num_active_requests for node in cluster.nodes(Role.PREFILL)), 30)
     interrupted_s = time.monotonic()
     submit.send_signal(signal.SIGINT)
     # A node's report may be half a second old; the rest is what the cancellation takes.

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 
 import pytest
@@ -33,6 +33,20 @@ class Producer:
             self.ended.set()
 
 
+@pytest.fixture
+async def make_handoff() -> AsyncIterator[Callable[[int], Handoff]]:
+    """Makes handoffs that are closed in the end: a writer that still waited would keep the process alive."""
+    made: list[Handoff] = []
+
+    def make(max_items: int) -> Handoff:
+        made.append(Handoff(max_items))
+        return made[-1]
+
+    yield make
+    for handoff in made:
+        handoff.close()
+
+
 async def until_stable(producer: Producer, at_least: int) -> None:
     """Wait until so many have been produced, then let the thread go as far as it will."""
     async with asyncio.timeout(LIMIT_S):
@@ -41,22 +55,22 @@ async def until_stable(producer: Producer, at_least: int) -> None:
     await asyncio.sleep(0.02)
 
 
-async def test_everything_arrives_in_order_and_then_the_stream_ends() -> None:
-    handoff = Handoff(MAX_ITEMS)
+async def test_everything_arrives_in_order_and_then_the_stream_ends(make_handoff: Callable[[int], Handoff]) -> None:
+    handoff = make_handoff(MAX_ITEMS)
     thread = handoff.start(Producer(100))
     assert [int(item) async for item in handoff.items()] == list(range(100))
     await asyncio.wait_for(thread, LIMIT_S)
 
 
-async def test_a_producer_of_nothing_ends_the_stream() -> None:
-    handoff = Handoff(MAX_ITEMS)
+async def test_a_producer_of_nothing_ends_the_stream(make_handoff: Callable[[int], Handoff]) -> None:
+    handoff = make_handoff(MAX_ITEMS)
     thread = handoff.start(Producer(0))
     assert [item async for item in handoff.items()] == []
     await asyncio.wait_for(thread, LIMIT_S)
 
 
-async def test_a_reader_that_does_not_read_stops_the_writer() -> None:
-    handoff, producer = Handoff(MAX_ITEMS), Producer(100)
+async def test_a_reader_that_does_not_read_stops_the_writer(make_handoff: Callable[[int], Handoff]) -> None:
+    handoff, producer = make_handoff(MAX_ITEMS), Producer(100)
     thread = handoff.start(producer)
     await until_stable(producer, MAX_ITEMS + 1)
     assert producer.num_produced == MAX_ITEMS + 1
@@ -64,8 +78,8 @@ async def test_a_reader_that_does_not_read_stops_the_writer() -> None:
     await asyncio.wait_for(thread, LIMIT_S)
 
 
-async def test_a_slow_reader_keeps_the_writer_at_its_pace() -> None:
-    handoff, producer = Handoff(MAX_ITEMS), Producer(30)
+async def test_a_slow_reader_keeps_the_writer_at_its_pace(make_handoff: Callable[[int], Handoff]) -> None:
+    handoff, producer = make_handoff(MAX_ITEMS), Producer(30)
     thread = handoff.start(producer)
     num_read = 0
     async for _ in handoff.items():
@@ -76,8 +90,8 @@ async def test_a_slow_reader_keeps_the_writer_at_its_pace() -> None:
     await asyncio.wait_for(thread, LIMIT_S)
 
 
-async def test_closing_ends_a_writer_that_waits_for_room() -> None:
-    handoff, producer = Handoff(1), Producer(100)
+async def test_closing_ends_a_writer_that_waits_for_room(make_handoff: Callable[[int], Handoff]) -> None:
+    handoff, producer = make_handoff(1), Producer(100)
     thread = handoff.start(producer)
     await until_stable(producer, 2)
     handoff.close()
@@ -86,16 +100,16 @@ async def test_closing_ends_a_writer_that_waits_for_room() -> None:
     assert producer.ended.is_set()
 
 
-async def test_closing_ends_a_writer_that_has_room() -> None:
-    handoff, producer = Handoff(1000), Producer(1)
+async def test_closing_ends_a_writer_that_has_room(make_handoff: Callable[[int], Handoff]) -> None:
+    handoff, producer = make_handoff(1000), Producer(1)
     handoff.close()
     assert handoff.closed
     await asyncio.wait_for(handoff.start(producer), LIMIT_S)
     assert [item async for item in handoff.items()] == []
 
 
-async def test_a_reader_that_leaves_half_way_and_closes_ends_the_writer() -> None:
-    handoff, producer = Handoff(MAX_ITEMS), Producer(1000)
+async def test_a_reader_that_leaves_half_way_and_closes_ends_the_writer(make_handoff: Callable[[int], Handoff]) -> None:
+    handoff, producer = make_handoff(MAX_ITEMS), Producer(1000)
     thread = handoff.start(producer)
     async with aclosing(handoff.items()) as items:
         async for item in items:
@@ -106,8 +120,8 @@ async def test_a_reader_that_leaves_half_way_and_closes_ends_the_writer() -> Non
     assert producer.num_produced < 1000
 
 
-async def test_a_writers_error_reaches_the_reader_after_its_items() -> None:
-    handoff = Handoff(MAX_ITEMS)
+async def test_a_writers_error_reaches_the_reader_after_its_items(make_handoff: Callable[[int], Handoff]) -> None:
+    handoff = make_handoff(MAX_ITEMS)
     thread = handoff.start(Producer(7, error=ValueError("no weights")))
     assert [int(item) async for item in handoff.items()] == list(range(7))
     with pytest.raises(ValueError, match="no weights"):

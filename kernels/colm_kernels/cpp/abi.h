@@ -44,6 +44,26 @@ struct DecodeArgs {
     int32_t dtype;
 };
 
+// Shapes: R rows, I input features, O output features of one block.
+struct LinearBlock {
+    const void* weight;            // O, I contiguous
+    const void* bias;              // O contiguous; may be null
+    int64_t num_rows;              // leading rows of x that compute this block; the others get zeros
+    int64_t in_dim, out_dim;       // its inputs are the first in_dim features of x
+    int64_t first_column;          // of y; set by the launcher
+};
+
+// A staircase of blocks, their outputs side by side in y.
+struct LinearArgs {
+    const void* x;                 // R, I
+    void* y;                       // R, sum of the blocks' O
+    LinearBlock* blocks;
+    int64_t num_blocks, num_rows, in_dim;
+    int64_t x_stride, y_stride;
+    int64_t dtype;
+    const float* words;            // x as the kernel reads it; set by the launcher
+};
+
 // One item of decode work: tokens [begin, end) of one request, all its heads.
 struct DecodeItem {
     int64_t request, begin, end;
@@ -52,6 +72,8 @@ struct DecodeItem {
 
 using PrefillFn = Status (*)(const PrefillArgs&, int64_t item, unsigned char* workspace);
 using DecodeFn = void (*)(const DecodeArgs&, const DecodeItem&, unsigned char* workspace);
+
+using LinearFn = void (*)(const LinearArgs&, const LinearBlock&, int64_t begin, int64_t end);
 
 struct PrefillKernel {
     PrefillFn run;
@@ -63,10 +85,17 @@ struct DecodeKernel {
     int64_t (*workspace_bytes)(int64_t num_kv_heads, int64_t group);
 };
 
+struct LinearKernel {
+    LinearFn run;  // outputs [begin, end) of a block
+    void (*prepare)(const LinearArgs&, float* words);
+    int64_t (*words_per_row)(int64_t in_dim);
+};
+
 // What one translation unit offers; a null `run` means the combination is left to another variant.
 struct Variant {
     PrefillKernel (*prefill)(int32_t dtype, int64_t head_dim);
     DecodeKernel (*decode)(int32_t dtype, int64_t head_dim);
+    LinearKernel (*linear)(int32_t dtype);
 };
 
 extern const Variant kAvx2Variant, kAvx512Variant, kAvx512Bf16Variant;

@@ -1,6 +1,7 @@
 // AVX2 and FMA; bf16 inputs are widened to fp32 as they are packed.
 #include "vec_avx2.h"
 #include "decode.h"
+#include "linear.h"
 #include "prefill.h"
 
 namespace {
@@ -13,6 +14,10 @@ DecodeKernel decode(int32_t dtype, int64_t head_dim) {
     return dtype == kBfloat16 ? decode_of_dim<uint16_t>(head_dim) : decode_of_dim<float>(head_dim);
 }
 
+LinearKernel linear(int32_t dtype) {
+    return dtype == kBfloat16 ? Linear<uint16_t>::kernel() : Linear<float>::kernel();
+}
+
 }  // namespace
 
-const Variant kAvx2Variant = {prefill, decode};
+const Variant kAvx2Variant = {prefill, decode, linear};

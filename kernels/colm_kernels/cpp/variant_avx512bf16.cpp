@@ -1,5 +1,5 @@
-// AVX-512 with VDPBF16PS: bf16 prefill whose products are of bf16 pairs. Decode is bounded by memory, not by
-// arithmetic, and fp32 has nothing to gain, so both are left to the plain AVX-512 variant.
+// AVX-512 with VDPBF16PS: bf16 prefill whose products are of bf16 pairs. Decode and Linear are bounded by memory,
+// not by arithmetic, and fp32 has nothing to gain, so they are left to the plain AVX-512 variant.
 #include "vec_avx512.h"
 #include "prefill.h"
 
@@ -11,6 +11,8 @@ PrefillKernel prefill(int32_t dtype, int64_t head_dim) {
 
 DecodeKernel decode(int32_t, int64_t) { return {nullptr, nullptr}; }
 
+LinearKernel linear(int32_t) { return {nullptr, nullptr, nullptr}; }
+
 }  // namespace
 
-const Variant kAvx512Bf16Variant = {prefill, decode};
+const Variant kAvx512Bf16Variant = {prefill, decode, linear};

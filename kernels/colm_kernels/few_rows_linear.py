@@ -1,0 +1,77 @@
+"""Linear (chain) of few rows, as in decode: bounded by reading the weights, so each is read once for all rows.
+
+The public function is `chain_linear.chain_linear`, which comes here where that is faster.
+
+Shapes: R rows, I input features of the active chains, O output features of the active chains.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from colm_kernels import native
+from colm_kernels.native import LINEAR_BLOCK_WORDS, LinearArgs, Variant
+
+MAX_ROWS: Final = {torch.bfloat16: 16, torch.float32: 16}
+"""Most rows for which the library is used, by dtype."""
+
+
+def variant_for(x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> Variant:
+    """What runs these tensors; "torch" where the library cannot or need not."""
+    dtype = x_RI.dtype
+    if not 0 < x_RI.shape[0] <= MAX_ROWS.get(dtype, 0) or x_RI.stride(1) != 1 or not x_RI.is_cpu:
+        return "torch"
+    tensors = weights if biases is None else (*weights, *biases)
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+            return "torch"
+    if torch.is_grad_enabled() and (x_RI.requires_grad or any(tensor.requires_grad for tensor in tensors)):
+        return "torch"
+    return native.forced_variant() or native.default_variant(dtype)
+
+
+def few_rows_linear(
+    x_RI: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    chain_rows: Sequence[int],
+    variant: Variant,
+) -> Tensor:
+    """`chain_linear` of checked arguments, in one call of the library; other Python threads run meanwhile.
+
+    What a row gets depends neither on the other rows nor on the chains computed beside: it is bit-identical in any
+    batch and at any scale. Sums run in fp32; the error budget is in tolerance.py.
+    """
+    num_rows, in_dim = x_RI.shape
+    words: list[int] = []
+    out_dim = 0
+    for chain, (weight, rows) in enumerate(zip(weights, chain_rows, strict=True)):
+        chain_out, chain_in = weight.shape
+        bias = 0 if biases is None else biases[chain].data_ptr()
+        words += (weight.data_ptr(), bias, rows, chain_in, chain_out, 0)
+        out_dim += chain_out
+    blocks = _words_type(len(words))(*words)
+    dtype = x_RI.dtype
+    y_RO = torch.empty((num_rows, out_dim), dtype=dtype)
+    args = LinearArgs(
+        x_RI.data_ptr(),
+        y_RO.data_ptr(),
+        ctypes.addressof(blocks),
+        len(words) // LINEAR_BLOCK_WORDS,
+        num_rows,
+        in_dim,
+        x_RI.stride(0),
+        out_dim,
+        native.dtype_id(dtype),
+    )
+    native.call("colm_linear", args, variant, torch.get_num_threads())
+    return y_RO
+
+
+@cache
+def _words_type(num_words: int) -> type[ctypes.Array[ctypes.c_int64]]:
+    return ctypes.c_int64 * num_words
