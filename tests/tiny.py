@@ -62,6 +62,8 @@ def random_tensors(config: ChainConfig, seed: int = 0) -> dict[str, Tensor]:
         noise = torch.randn(shape, generator=generator)
         if "norm." in name:
             tensors[name] = 1 + 0.1 * noise
+        elif name.endswith("_bias"):
+            tensors[name] = 0.1 * noise
         elif name.startswith("embedding."):
             tensors[name] = noise
         else:

@@ -26,13 +26,13 @@ class ChainRMSNorm(nn.Module):
         return outputs[0] if num_chains == 1 else torch.cat(outputs, dim=1)
 
     def by_chain(self, xs: Sequence[Tensor]) -> list[Tensor]:
-        """Normalise one tensor a chain: x / sqrt(mean(x^2) + eps) * gain, in fp32 inside."""
+        """Normalise one tensor a chain: x / sqrt(mean(x^2) + eps) * gain, in fp32 or wider inside."""
         gains = [self.get_parameter(name) for name in self.names[: len(xs)]]
         return [rms_norm(x, gain, self.eps) for x, gain in zip(xs, gains, strict=True)]
 
 
 def rms_norm(x_RD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     """Root mean square norm (Zhang and Sennrich 2019), rounded to x's dtype before the gain, as LLaMA does."""
-    wide = x_RD.float()
+    wide = x_RD.to(torch.promote_types(x_RD.dtype, torch.float32))
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (wide * scale).to(x_RD.dtype) * gain_D
