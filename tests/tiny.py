@@ -131,7 +131,7 @@ def tiny_llama(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name else noise / parameter.shape[1] ** 0.5)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name else noise / parameter.shape[-1] ** 0.5)
     model = model.to(dtype)
     model.save_pretrained(path)
     return model
