@@ -19,12 +19,13 @@ from typing import Any
 import psutil
 import torch
 
-from bench.kernels import SEED, environment
+from bench.record import environment
 from colm.checkpoint import Checkpoint, load, save
 from colm.config import ChainConfig
 from colm.model import parameter_shapes
 
 PRESET = "llama-3.2-1b-8-8-8-8-air"
+SEED = 0
 
 
 def write_random(path: Path, config: ChainConfig) -> Checkpoint:
@@ -105,15 +106,16 @@ def main() -> None:
         f"scale{scale}": {name: _spread([run[name] for run in seen]) for name in seen[0]}
         for scale, seen in runs.items()
     }
-    for scale, values in metrics.items():
-        cells = (
-            f"{name} {value['median']:.4g} [{value['min']:.4g}..{value['max']:.4g}]" for name, value in values.items()
-        )
-        sys.stdout.write(f"{scale}  " + "  ".join(cells) + "\n")
+    for label, values in metrics.items():
+        cells = (f"{name} {seen['median']:.4g} [{seen['min']:.4g}..{seen['max']:.4g}]" for name, seen in values.items())
+        sys.stdout.write(f"{label}  {'  '.join(cells)}\n")
     if options.json:
         command = " ".join(["python", "-m", "bench.load_by_scale", *sys.argv[1:]])
-        shape = config.to_dict() | {"preset": options.preset, "dtype": "bfloat16"}
-        record: dict[str, Any] = environment(command) | {"rounds": options.rounds, "shape": shape, "metrics": metrics}
+        record: dict[str, Any] = environment(command, SEED) | {
+            "rounds": options.rounds,
+            "shape": config.to_dict() | {"preset": options.preset, "dtype": "bfloat16"},
+            "metrics": metrics,
+        }
         sys.stdout.write(json.dumps(record) + "\n")
 
 

@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "stretched rope": {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_max_context=32)},
     "tied": {"tie_embeddings": True},
     "one layer": {"num_layers": 1},
+    "biases": {"bias": True},
 }
 
 
