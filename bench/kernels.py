@@ -1,34 +1,37 @@
-"""Attention kernels against PyTorch's own and against what the machine can do: `python -m bench.kernels --json`.
+"""The kernels against PyTorch's own and against what the machine can do: `python -m bench.kernels --json`.
 
 Every case is first held against the definition. Then the contenders of the case run in turn, round after round, so
 that a ratio never compares two moments of a busy machine.
 """
 
 import argparse
+import itertools
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from colm_kernels import native, tolerance
+from colm_kernels.chain_linear import chain_linear, chain_linear_reference
 from colm_kernels.decode_attention import decode_attention, decode_attention_reference
 from colm_kernels.native import use_variant
 from colm_kernels.prefill_attention import prefill_attention, prefill_attention_reference
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench import record
+
 SEED = 0
 CHECKED_ROWS = 32
 """Last query rows of a prefill case that are held against the definition."""
 PAGE_TOKENS = 16
+CACHE_BYTES = 512 << 20
+"""More than the caches hold, of a server's CPU too."""
 
 Contenders = Mapping[str, Callable[[], object]]
 
@@ -107,6 +110,33 @@ class DecodeCase:
         return q.to(self.dtype), k_pages, v_pages, block_table, context_lens
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearCase:
+    """A few rows through one weight matrix, as in decode."""
+
+    num_rows: int
+    in_dim: int
+    out_dim: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        """Shape as a metric's prefix."""
+        return f"linear_{_short(self.dtype)}_r{self.num_rows}_o{self.out_dim}_i{self.in_dim}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Weights that one call reads."""
+        return self.in_dim * self.out_dim * self.dtype.itemsize
+
+    def inputs(self) -> tuple[Tensor, list[Tensor]]:
+        """x_RI and enough equal weights that the caches have forgotten one when its turn comes again."""
+        generator = torch.Generator().manual_seed(SEED)
+        x = torch.randn(self.num_rows, self.in_dim, generator=generator).to(self.dtype)
+        weight = torch.randn(self.out_dim, self.in_dim, generator=generator).to(self.dtype)
+        return x, [weight.clone() for _ in range(-(-CACHE_BYTES // self.num_bytes))]
+
+
 PREFILL_CASES = (
     PrefillCase(num_queries=8192, num_keys=8192, num_heads=8, num_kv_heads=8, head_dim=64),
     PrefillCase(num_queries=4096, num_keys=4096, num_heads=8, num_kv_heads=8, head_dim=80),
@@ -126,6 +156,13 @@ DECODE_CASES = (
     DecodeCase(batch=1, context_len=65536, num_kv_heads=8, group=4, head_dim=64),
     DecodeCase(batch=8, context_len=65536, num_kv_heads=2, group=4, head_dim=64),
 )
+LINEAR_CASES = tuple(
+    LinearCase(num_rows=num_rows, out_dim=out_dim, in_dim=in_dim, dtype=dtype)
+    for dtype in (torch.bfloat16, torch.float32)
+    for out_dim, in_dim in ((1536, 576), (576, 1536), (49152, 576), (4096, 4096))
+    for num_rows in (1, 4, 16)
+)
+"""The feed-forward and the head of a model of 135M parameters, and a layer of one of 7B."""
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -175,6 +212,25 @@ def decode_contenders(case: DecodeCase) -> Contenders:
     def run(variant: native.Variant) -> Tensor:
         with use_variant(variant):
             return decode_attention(*arguments)
+
+    eager = run("torch")
+    contenders: dict[str, Callable[[], object]] = {"torch": partial(run, "torch")}
+    for variant in _timed_variants(torch.float32):
+        tolerance.assert_within_budget(run(variant), eager, reference)
+        contenders[variant] = partial(run, variant)
+    return contenders
+
+
+def linear_contenders(case: LinearCase) -> Contenders:
+    """Every variant of this machine and F.linear, going through the weights in turn; refuses to time a wrong kernel."""
+    x, weights = case.inputs()
+    reference = chain_linear_reference(x.double(), [weights[0].double()], None, (case.num_rows,))
+    turns = itertools.cycle(weights)
+
+    @torch.inference_mode()
+    def run(variant: native.Variant) -> Tensor:
+        with use_variant(variant):
+            return chain_linear(x, (next(turns),), None, (case.num_rows,))
 
     eager = run("torch")
     contenders: dict[str, Callable[[], object]] = {"torch": partial(run, "torch")}
@@ -249,6 +305,15 @@ def measure_decode(case: DecodeCase, num_rounds: int) -> dict[str, Any]:
     return _with_ratios(metrics, torch.float32, "gb_per_s", "torch", "read")
 
 
+def measure_linear(case: LinearCase, num_rounds: int) -> dict[str, Any]:
+    """Rates of every contender and of plain reading."""
+    contenders = dict(linear_contenders(case))
+    work: dict[str, float] = dict.fromkeys(contenders, float(case.num_bytes))
+    contenders["read"], work["read"] = read_ceiling()
+    metrics = summarise(work, time_interleaved(contenders, num_rounds), "gb_per_s")
+    return _with_ratios(metrics, torch.float32, "gb_per_s", "torch", "read")
+
+
 def _with_ratios(metrics: dict[str, Any], dtype: torch.dtype, unit: str, *against: str) -> dict[str, Any]:
     chosen = native.default_variant(dtype)
     if f"{chosen}_{unit}" in metrics:
@@ -258,27 +323,9 @@ def _with_ratios(metrics: dict[str, Any], dtype: torch.dtype, unit: str, *agains
 
 
 def environment(command: str) -> dict[str, Any]:
-    """What a reader needs to repeat or to judge a record."""
-    root = Path(__file__).parent.parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
-
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    return {
-        "command": command,
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
-        "seed": SEED,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "variants": native.available_variants(),
-        "default_variants": {_short(dtype): native.default_variant(dtype) for dtype in (torch.bfloat16, torch.float32)},
-        "measured": "whole",
-    }
+    """What a record begins with, and which variants of the kernels this machine takes."""
+    chosen = {_short(dtype): native.default_variant(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    return record.environment(command, SEED) | {"variants": native.available_variants(), "default_variants": chosen}
 
 
 def _row(name: str, metrics: Mapping[str, Any]) -> str:
@@ -297,16 +344,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON record")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each case")
     parser.add_argument("--threads", type=int, help="threads of PyTorch and of the kernels; its own setting")
-    parser.add_argument("--only", choices=["prefill", "tile", "decode"], help="one group of cases")
+    parser.add_argument("--only", choices=["prefill", "tile", "decode", "linear"], help="one group of cases")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
-    record = environment(" ".join(["python", "-m", "bench.kernels", *sys.argv[1:]])) | {"cases": []}
-    groups: dict[str, tuple[PrefillCase | DecodeCase, ...]] = {
+    result = environment(" ".join(["python", "-m", "bench.kernels", *sys.argv[1:]])) | {"cases": []}
+    groups: dict[str, tuple[PrefillCase | DecodeCase | LinearCase, ...]] = {
         "prefill": PREFILL_CASES,
         "tile": TILE_CASES,
         "decode": DECODE_CASES,
+        "linear": LINEAR_CASES,
     }
     for group, cases in groups.items():
         if options.only not in (None, group):
@@ -314,14 +362,16 @@ def main() -> None:
         for case in cases:
             if isinstance(case, PrefillCase):
                 metrics = measure_prefill(case, options.rounds)
+            elif isinstance(case, LinearCase):
+                metrics = measure_linear(case, options.rounds)
             else:
                 metrics = measure_decode(case, options.rounds)
             shape = asdict(case) | {"dtype": _short(case.dtype)}
-            record["cases"].append({"name": case.name, "shape": shape, "metrics": metrics})
+            result["cases"].append({"name": case.name, "shape": shape, "metrics": metrics})
             sys.stdout.write(_row(case.name, metrics) + "\n")
             sys.stdout.flush()
     if options.json:
-        sys.stdout.write(json.dumps(record) + "\n")
+        sys.stdout.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

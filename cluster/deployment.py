@@ -115,12 +115,17 @@ def _wait_until_running(timeout_s: float) -> None:
         if application.status == ApplicationStatus.RUNNING:
             return
         problems = "; ".join(
-            f"{name}: {deployment.message}"
+            f"{name}: {_reason(deployment.message)}"
             for name, deployment in application.deployments.items()
             if deployment.message
         )
         if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-            raise ClusterError(f"the replicas did not start. {application.message} {problems}")
+            raise ClusterError(f"the replicas did not start: {problems or application.message}")
         if time.monotonic() > give_up_s:
-            raise ClusterError(f"the replicas were not ready within ray.ready_timeout_s={timeout_s:g}. {problems}")
+            raise ClusterError(f"the replicas were not ready within ray.ready_timeout_s={timeout_s:g}: {problems}")
         time.sleep(_POLL_S)
+
+
+def _reason(message: str) -> str:
+    """What went wrong, out of a deployment's message: the last line of its trace, or all of it without one."""
+    return message.strip().splitlines()[-1] if "Traceback" in message else message

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.config import ClusterConfig
-from cluster.local_ray import free_port, is_running, show_token, start_ray, stop_ray
+from cluster.local_ray import free_port, is_port_free, is_running, show_token, start_ray, stop_ray
 from cluster.state import ClusterState
 from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError, ConfigError
@@ -35,10 +35,10 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
     ray_address, ray_pid = config.ray.address, None
     try:
         if ray_address is None:
+            config = _with_port(config)
             say("starting Ray on this machine")
             roles = {"prefill": config.prefill.replicas, "decode": config.decode.replicas}
             ray_address, ray_pid = start_ray(roles, state_dir / _RAY_TOKEN, state_dir / "ray.log")
-            config = _with_port(config)
         state = _deploy(config, checkpoint, ray_address, ray_pid, say)
         state.write(state_dir)
     except BaseException:
@@ -78,9 +78,17 @@ def _remove(ray_address: str, say: Say) -> None:
 
 
 def _with_port(config: ClusterConfig) -> ClusterConfig:
-    """Turn port 0 into a number, so that a gateway that is restarted comes back where its clients look for it."""
-    port = config.gateway.port or free_port()
-    return config.model_copy(update={"gateway": config.gateway.model_copy(update={"port": port})})
+    """Turn port 0 into a number, so that a gateway that is restarted comes back where its clients look for it.
+
+    Raises:
+        ClusterError: the port is taken.
+    """
+    gateway = config.gateway
+    if gateway.port and not is_port_free(gateway.host, gateway.port):
+        raise ClusterError(
+            f"gateway.port={gateway.port} is taken on {gateway.host}; choose another with --port, 0 picks a free one"
+        )
+    return config.model_copy(update={"gateway": gateway.model_copy(update={"port": gateway.port or free_port()})})
 
 
 def _deploy(

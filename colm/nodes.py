@@ -50,6 +50,8 @@ class NodeReport:
     """host:port of its gRPC server."""
     num_active_requests: int
     num_queued_requests: int
+    num_leases: int
+    """Leases granted and not yet ended."""
     num_pages_total: int = 0
     """Decode nodes: pages of the KV pool."""
     num_pages_used: int = 0

@@ -105,6 +105,7 @@ class DecodeReplica:
             address=self._node.address,
             num_active_requests=load.num_active,
             num_queued_requests=load.num_queued,
+            num_leases=len(self._leases),
             num_pages_total=load.num_pages_total,
             num_pages_used=load.num_pages_used,
             process=ProcessFacts.now(),

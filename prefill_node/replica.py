@@ -58,5 +58,6 @@ class PrefillReplica:
             address=self._node.address,
             num_active_requests=load.num_active,
             num_queued_requests=load.num_queued,
+            num_leases=len(self._leases),
             process=ProcessFacts.now(),
         )

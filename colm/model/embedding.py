@@ -6,6 +6,7 @@ Shapes: R rows, D model features of the active chains, V vocabulary.
 from collections.abc import Sequence
 
 import torch
+from colm_kernels.chain_linear import chain_linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,11 +40,12 @@ class ChainTable(nn.Module):
         bit-identical; that is what makes a freshly expanded model answer exactly like its first chain.
         """
         tables = self.columns(len(chain_rows))
-        logits_RV = F.linear(x_RD[:, : tables[0].shape[1]], tables[0])
+        num_rows = x_RD.shape[0]
         column = tables[0].shape[1]
+        logits_RV = chain_linear(x_RD[:, :column], tables[:1], None, (num_rows,))
         for table, rows in zip(tables[1:], chain_rows[1:], strict=True):
-            part = F.linear(x_RD[:rows, column : column + table.shape[1]], table)
-            logits_RV = logits_RV + F.pad(part, (0, 0, 0, logits_RV.shape[0] - rows))
+            x_RI = x_RD[:, column : column + table.shape[1]]
+            logits_RV = logits_RV + chain_linear(x_RI, (table,), None, (rows,))
             column += table.shape[1]
         return logits_RV
 

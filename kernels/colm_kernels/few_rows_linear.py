@@ -17,7 +17,12 @@ from colm_kernels import native
 from colm_kernels.native import LINEAR_BLOCK_WORDS, LinearArgs, Variant
 
 MAX_ROWS: Final = {torch.bfloat16: 16, torch.float32: 16}
-"""Most rows for which the library is used, by dtype."""
+"""Most rows for which the library is used, by dtype.
+
+On one core of an Intel Xeon (AVX-512, no AMX) it beats F.linear in bf16 1.5x at 1 to 16 rows and 1.4x still at 32. In
+fp32 there is no change at 1 row, 1.6x to 1.9x at 8, 1.0x to 1.4x at 16 and no change at 24. bf16 stops at 16, where
+products already outweigh reading: PyTorch has AMX for them where there is any, the library has not.
+"""
 
 
 def variant_for(x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> Variant:

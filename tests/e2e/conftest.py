@@ -52,7 +52,7 @@ class RunningCluster:
 
 
 def holds(node: NodeReport) -> bool:
-    return bool(node.num_active_requests or node.num_queued_requests or node.num_pages_used)
+    return bool(node.num_active_requests or node.num_queued_requests or node.num_leases or node.num_pages_used)
 
 
 def run_colm(state_dir: Path, *words: str, check: bool = True, **options: Any) -> "subprocess.CompletedProcess[str]":

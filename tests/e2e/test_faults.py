@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -64,9 +65,7 @@ def test_a_killed_decode_replica_is_one_clear_error_and_the_next_request_is_serv
     assert len(collect(client.generate("", "Hello there.", max_new_tokens=4, timeout_s=120)).tokens) == 4
 
 
-def test_ctrl_c_stops_the_work_on_all_three_processes_within_a_second(
-    cluster: RunningCluster, tmp_path: pytest.TempPathFactory
-) -> None:
+def test_ctrl_c_stops_the_work_on_all_three_processes_within_a_second(cluster: RunningCluster, tmp_path: Path) -> None:
     document = tmp_path / "document.txt"
     document.write_text(DOCUMENT)
     submit = subprocess.Popen(

@@ -1,6 +1,7 @@
 """A document goes in over gRPC, tokens come out: through gateway, decode replica and prefill replica, on Ray."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import grpc
@@ -9,6 +10,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from cluster.state import ClusterState
 from colm.checkpoint import Checkpoint
 from colm.client import Answer, AsyncClient, Client, collect
 from colm.errors import ColmError, InvalidRequest, PeerUnavailable, Unauthenticated
@@ -19,7 +21,7 @@ from colm.sampling import SamplingParams
 from colm.tokenizer import Tokenizer
 from colm.wire.endpoint import open_blocking_channel
 from colm.wire.security import Security
-from tests.e2e.conftest import RunningCluster, last_json
+from tests.e2e.conftest import RunningCluster, last_json, run_colm
 from tests.oracle import assert_greedy
 
 DOCUMENT = topics["with"]
@@ -235,7 +237,7 @@ def test_status_shows_roles_addresses_and_load(cluster: RunningCluster) -> None:
     assert "SmolLM2" in table
 
 
-def test_submit_prints_the_answer_or_one_json_object(cluster: RunningCluster, tmp_path: pytest.TempPathFactory) -> None:
+def test_submit_prints_the_answer_or_one_json_object(cluster: RunningCluster, tmp_path: Path) -> None:
     document = tmp_path / "document.txt"
     document.write_text(DOCUMENT)
     words = ("submit", str(document), "--prompt", PROMPT, "--max-new-tokens", "12", "--chains", "1")
@@ -248,6 +250,19 @@ def test_submit_prints_the_answer_or_one_json_object(cluster: RunningCluster, tm
     assert refused.returncode == 1
     assert "num_chains" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_up_on_a_taken_port_says_so_in_one_line_and_leaves_nothing(
+    cluster: RunningCluster, expanded_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    taken = cluster.state.gateway_address.rpartition(":")[2]
+    words = ("up", "--model", str(expanded_checkpoint.path), "--port", taken)
+    refused = run_colm(tmp_path / "other", *words, check=False)
+    assert refused.returncode == 1
+    (error,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert f"gateway.port={taken} is taken" in error
+    assert "Traceback" not in refused.stderr
+    assert ClusterState.read(tmp_path / "other") is None
 
 
 def test_a_second_up_is_refused_while_one_is_up(cluster: RunningCluster, expanded_checkpoint: Checkpoint) -> None:

@@ -155,7 +155,7 @@ def test_a_tile_comes_before_the_work_behind_it(tmp_path: Path) -> None:
     engine._model.layers[0].ffn.down.chain1 = torch.nn.Parameter(torch.empty(0, 0))
     tiles = engine.run(prompt(20))
     next(tiles)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="x_RI has"):
         next(tiles)
 
 

@@ -24,6 +24,7 @@ def report(replica_id: str, role: Role = Role.DECODE, num_active_requests: int =
         address="127.0.0.1:1",
         num_active_requests=num_active_requests,
         num_queued_requests=0,
+        num_leases=0,
         process=ProcessFacts(pid=1, host="here", resident_bytes=0),
     )
 

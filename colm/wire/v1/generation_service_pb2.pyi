@@ -100,7 +100,7 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., chains: _Optional[_Iterable[int]] = ..., max_context_tokens: _Optional[int] = ..., fingerprint: _Optional[str] = ..., reads_text: _Optional[bool] = ...) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("role", "replica_id", "address", "pid", "host", "num_active_requests", "num_queued_requests", "num_pages_total", "num_pages_used", "resident_bytes", "age_s", "ray_node_id")
+    __slots__ = ("role", "replica_id", "address", "pid", "host", "num_active_requests", "num_queued_requests", "num_pages_total", "num_pages_used", "resident_bytes", "age_s", "ray_node_id", "num_leases")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +113,7 @@ class Node(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     RAY_NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_LEASES_FIELD_NUMBER: _ClassVar[int]
     role: Role
     replica_id: str
     address: str
@@ -125,4 +126,5 @@ class Node(_message.Message):
     resident_bytes: int
     age_s: float
     ray_node_id: str
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., replica_id: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., num_active_requests: _Optional[int] = ..., num_queued_requests: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., num_pages_used: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., age_s: _Optional[float] = ..., ray_node_id: _Optional[str] = ...) -> None: ...
+    num_leases: int
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., replica_id: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., num_active_requests: _Optional[int] = ..., num_queued_requests: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., num_pages_used: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., age_s: _Optional[float] = ..., ray_node_id: _Optional[str] = ..., num_leases: _Optional[int] = ...) -> None: ...
