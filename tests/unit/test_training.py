@@ -131,21 +131,15 @@ def linear_backward_macs(config: ChainConfig, num_frozen: int) -> int:
 @SHARING
 @pytest.mark.parametrize("num_frozen", [0, 1, 2])
 def test_backward_products_are_those_of_live_chains_and_no_other(num_frozen, kv_sharing):
-    """The flop counter leaves out CPU attention, so what it sees are the linears, to the last product.
-
-    The embedding is frozen as well where its chain is; with all chains live its gradient is no product.
-    """
+    """Attention has its own operation in the flop counter's account; the rest are the linears, to the last product."""
     config = config_of(kv_sharing)
     model = tiny_model(config)
     train_chains(model, num_frozen=num_frozen)
-    attention_free = FlopCounterMode(display=False)
     losses = scale_losses(model, batch(config), [3])
-    with attention_free:
+    with FlopCounterMode(display=False) as counter:
         losses.total.backward()
     counted = sum(
-        flops
-        for operation, flops in attention_free.get_flop_counts()["Global"].items()
-        if "attention" not in str(operation)
+        flops for operation, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(operation)
     )
     num_rows = batch(config)[:, 1:].numel()
     assert counted == 2 * num_rows * linear_backward_macs(config, num_frozen)
