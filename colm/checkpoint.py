@@ -6,10 +6,7 @@ Each chain's block of a weight is a tensor of its own, so opening scale i touche
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +19,7 @@ from torch import Tensor
 from colm.config import ChainConfig
 from colm.errors import CheckpointError
 from colm.model import ChainTransformer, parameter_shapes
+from colm.staging import staged
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -78,6 +76,11 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The dtype in which the weights are stored."""
         return next(iter(self.tensors(["embedding.chain1"]).values())).dtype
+
+    def tokenizer_json(self) -> str | None:
+        """Contents of the tokenizer's file; None where there is none."""
+        path = self.tokenizer_path
+        return None if path is None else path.read_text(encoding="utf-8")
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Map the named tensors into memory; the file's other bytes are not touched.
@@ -164,11 +167,7 @@ def save(
         raise CheckpointError(f"{target} exists and is not a checkpoint; choose another path or remove it")
     if unknown := sorted(set(tensors) - set(parameter_shapes(config))):
         raise CheckpointError(f"tensors {unknown[:3]} do not belong to this model")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        staging = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=".colm-")))
-        whole = staging / "new"
-        whole.mkdir()
+    with staged(target) as whole:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, whole / WEIGHTS_FILE)
         body = {
             "format": FORMAT,
@@ -180,9 +179,6 @@ def save(
         if tokenizer_json is not None:
             (whole / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
         Checkpoint.open(whole)
-        if target.exists():
-            shutil.move(target, staging / "old")
-        whole.rename(target)
     return Checkpoint.open(target)
 
 
@@ -207,12 +203,11 @@ def prefill_tensor_names(config: ChainConfig) -> set[str]:
     The last layer's norm and key and value projections stay; its attention and feed-forward feed only the head.
     """
     last = f"layers.{config.num_layers - 1}."
-    last_needed = {last + "attention_norm.chain1", last + "attention.wk.chain1", last + "attention.wv.chain1"}
-    names = set(parameter_shapes(config, 1))
+    last_needed = tuple(f"{last}{part}." for part in ("attention_norm", "attention.wk", "attention.wv"))
     return {
         name
-        for name in names
-        if not name.startswith(("final_norm.", "head.")) and (not name.startswith(last) or name in last_needed)
+        for name in parameter_shapes(config, 1)
+        if not name.startswith(("final_norm.", "head.")) and (not name.startswith(last) or name.startswith(last_needed))
     }
 
 

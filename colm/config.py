@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
-from typing import Any, Literal, Self
+from math import gcd
+from typing import Any, Literal, Self, get_args
+
+Activation = Literal["swiglu", "gelu"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +60,12 @@ class ChainConfig:
     tie_embeddings: bool = False
     """The head is the embedding table itself."""
     kv_sharing: bool = True
-    """CoLM-Air: all keys and values come from chain 1 and are read by the queries of every chain."""
+    """CoLM-Air: all keys and values come from chain 1 and are read by the queries of every chain. Without it (CoLM)
+    each chain has its own share of the kv heads."""
+    bias: bool = False
+    """All linears of attention and feed-forward have a bias."""
+    activation: Activation = "swiglu"
+    """Of the feed-forward: `swiglu` is down(silu(gate(x)) * up(x)), `gelu` is down(gelu(up(x)))."""
     max_context: int = 4096
     """Longest sequence, prompt and answer together, in tokens."""
     explicit_head_dim: int | None = None
@@ -75,36 +83,11 @@ class ChainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        total = sum(self.chains)
-        if not self.chains or min(self.chains) < 1:
-            raise ValueError(f"chains={self.chains} must be a non-empty list of positive head counts")
-        if total != self.num_heads:
-            raise ValueError(f"chains={self.chains} sum to {total}, but num_heads={self.num_heads}; they must be equal")
-        for name in ("dim", "hidden_dim"):
-            for chain in self.chains:
-                if getattr(self, name) * chain % total:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)} does not split in the ratio {self.chains}; "
-                        f"use a multiple of {total}, e.g. {-(-getattr(self, name) // total) * total}"
-                    )
-        if self.kv_sharing:
-            for chain in self.chains:
-                if chain % self.num_kv_heads:
-                    raise ValueError(
-                        f"chains={self.chains}: with kv_sharing each chain must be a multiple of "
-                        f"num_kv_heads={self.num_kv_heads}, but {chain} is not"
-                    )
-        else:
-            for chain in self.chains:
-                if chain * self.num_kv_heads % total:
-                    raise ValueError(
-                        f"chains={self.chains}: num_kv_heads={self.num_kv_heads} does not split in that ratio; "
-                        f"chain * num_kv_heads must be a multiple of {total}"
-                    )
-        if self.explicit_head_dim is None and self.dim % self.num_heads:
-            raise ValueError(f"dim={self.dim} is not a multiple of num_heads={self.num_heads}; give explicit_head_dim")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"activation={self.activation!r} is unknown; use {' or '.join(get_args(Activation))}")
+        _check_chains(self)
+        _check_widths(self)
+        _check_kv_heads(self)
 
     @property
     def head_dim(self) -> int:
@@ -132,6 +115,11 @@ class ChainConfig:
         return tuple(chain * self.head_dim for chain in self.chains)
 
     @property
+    def chain_kv_heads(self) -> tuple[int, ...]:
+        """KV heads by the chain that computes them: all by chain 1 with KV sharing, else a share by each chain."""
+        return (self.num_kv_heads,) if self.kv_sharing else self.split(self.num_kv_heads)
+
+    @property
     def kv_dim(self) -> int:
         """Width of one token's keys in one layer, all kv heads together."""
         return self.num_kv_heads * self.head_dim
@@ -155,6 +143,24 @@ class ChainConfig:
         if not 1 <= num_chains <= self.num_chains:
             raise ValueError(f"num_chains={num_chains} must be between 1 and {self.num_chains}")
         return num_chains
+
+    @classmethod
+    def preset(cls, name: str) -> "ChainConfig":
+        """A model of the paper by its name; `colm/presets.py` says how they are named.
+
+        Raises:
+            ValueError: unknown name; the message lists the nearest.
+        """
+        from colm.presets import preset  # it is written in terms of this class
+
+        return preset(name)
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Every name that `preset` knows."""
+        from colm.presets import PRESETS
+
+        return tuple(PRESETS)
 
     def num_parameters(self, num_chains: int | None = None) -> int:
         """Weights of the model of the first `num_chains` chains; a tied head is counted once."""
@@ -185,3 +191,59 @@ class ChainConfig:
             return cls(**values)
         except TypeError as err:
             raise ValueError(f"model section: {err}") from err
+
+
+def _check_chains(config: ChainConfig) -> None:
+    chains, num_heads, total = config.chains, config.num_heads, sum(config.chains)
+    if not chains or min(chains) < 1:
+        raise ValueError(f"chains={chains} must be a non-empty list of positive head counts")
+    if total != num_heads:
+        rest = num_heads - sum(chains[:-1])
+        nearest = f"chains={(*chains[:-1], rest)} or num_heads={total}" if rest > 0 else f"num_heads={total}"
+        raise ValueError(
+            f"chains={chains} sum to {total}, but num_heads={num_heads}; they must be equal, e.g. {nearest}"
+        )
+
+
+def _check_widths(config: ChainConfig) -> None:
+    chains, total = config.chains, sum(config.chains)
+    for name in ("dim", "hidden_dim"):
+        width = getattr(config, name)
+        if any(width * chain % total for chain in chains):
+            raise ValueError(
+                f"{name}={width} does not split in the ratio {chains}; "
+                f"use a multiple of {total}, e.g. {_nearest_multiple(width, total)}"
+            )
+    if config.explicit_head_dim is None and config.dim % total:
+        raise ValueError(
+            f"dim={config.dim} is not a multiple of num_heads={total}; give explicit_head_dim, "
+            f"or use dim={_nearest_multiple(config.dim, total)}"
+        )
+    if config.head_dim % 2:
+        raise ValueError(
+            f"head_dim={config.head_dim} must be even for rotary embeddings, e.g. {config.head_dim + 1}"
+            + ("" if config.explicit_head_dim else f" with dim={(config.head_dim + 1) * total}")
+        )
+
+
+def _check_kv_heads(config: ChainConfig) -> None:
+    chains, num_kv_heads, total = config.chains, config.num_kv_heads, sum(config.chains)
+    unit = gcd(*chains)
+    if config.kv_sharing:
+        rule = f"with kv_sharing each chain must be a multiple of num_kv_heads={num_kv_heads}"
+        # A kv head serves equally many queries of each chain.
+        valid = [heads for heads in range(1, unit + 1) if unit % heads == 0]
+        misfits = [chain for chain in chains if chain % num_kv_heads]
+    else:
+        rule = f"without kv_sharing num_kv_heads={num_kv_heads} must split in that ratio and divide num_heads={total}"
+        # The smallest split gives each chain one kv head per unit of its share.
+        parts = total // unit
+        valid = [heads for heads in range(parts, total + 1, parts) if total % heads == 0]
+        misfits = [] if num_kv_heads in valid else [num_kv_heads]
+    if misfits:
+        nearest = min(valid, key=lambda heads: abs(heads - num_kv_heads))
+        raise ValueError(f"chains={chains}: {rule}, but {misfits[0]} is not; the nearest is num_kv_heads={nearest}")
+
+
+def _nearest_multiple(value: int, unit: int) -> int:
+    return max(1, round(value / unit)) * unit

@@ -13,6 +13,20 @@ from torch import Tensor
 from colm.checkpoint import Checkpoint, backbone_digest
 from colm.config import ChainConfig
 from colm.dtypes import dtype_name
+from colm.errors import UnsupportedModel
+
+
+def require_shared_kv(config: ChainConfig) -> None:
+    """Refuse a model whose keys and values do not all come from chain 1: prefill could not compute them.
+
+    Raises:
+        UnsupportedModel: names the option and the way out.
+    """
+    if config.num_chains > 1 and not config.kv_sharing:
+        raise UnsupportedModel(
+            f"kv_sharing=False with chains={config.chains} cannot be served: later chains have keys and values of "
+            "their own; serve a model with KV sharing, or one chain of this one: `colm slice SRC DEST --chains 1`"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint
+from colm.kv import require_shared_kv
 from colm.model.rope import inverse_frequencies, rotate, rotation
 from colm.model.transformer import ChainBlock
 from decode_node.kv_store import KvStore
@@ -34,6 +35,7 @@ class DecodeEngine:
     """All chains' weights over a store of pages."""
 
     def __init__(self, checkpoint: Checkpoint, store: KvStore) -> None:
+        require_shared_kv(checkpoint.config)
         self.config = checkpoint.config
         self._store = store
         self._model = checkpoint.load(dtype=store.layout.dtype)

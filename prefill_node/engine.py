@@ -13,7 +13,7 @@ from torch import Tensor
 
 from colm.checkpoint import Checkpoint, assign, prefill_tensor_names
 from colm.errors import InvalidRequest
-from colm.kv import KvLayout, KvTile
+from colm.kv import KvLayout, KvTile, require_shared_kv
 from colm.model import ChainTransformer
 from colm.model.rope import inverse_frequencies, rotate, rotation
 from colm.model.transformer import ChainBlock
@@ -33,6 +33,7 @@ class PrefillEngine:
             raise ValueError(
                 f"tile_tokens={tile_tokens} must be a positive multiple of page_tokens={layout.page_tokens}"
             )
+        require_shared_kv(checkpoint.config)
         self.config = checkpoint.config
         self.layout = layout
         self.tile_tokens = tile_tokens

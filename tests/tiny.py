@@ -62,6 +62,8 @@ def random_tensors(config: ChainConfig, seed: int = 0) -> dict[str, Tensor]:
         noise = torch.randn(shape, generator=generator)
         if "norm." in name:
             tensors[name] = 1 + 0.1 * noise
+        elif name.endswith("_bias"):
+            tensors[name] = 0.1 * noise
         elif name.startswith("embedding."):
             tensors[name] = noise
         else:
@@ -129,7 +131,7 @@ def tiny_llama(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name else noise / parameter.shape[1] ** 0.5)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name else noise / parameter.shape[-1] ** 0.5)
     model = model.to(dtype)
     model.save_pretrained(path)
     return model

@@ -1,4 +1,4 @@
-"""colm import, expand, inspect: making checkpoints and looking at them.
+"""colm import, expand, slice, export, inspect: making checkpoints and looking at them.
 
 PyTorch is imported only when one of them runs: the other commands should not wait for it.
 """
@@ -12,6 +12,7 @@ from cluster.cli.output import JsonFlag, human_bytes, note, print_json, progress
 from colm.errors import ConfigError
 
 Source = Annotated[Path, typer.Argument(help="A GGUF file or a Hugging Face LLaMA directory.")]
+CheckpointSource = Annotated[Path, typer.Argument(help="Checkpoint directory.")]
 Destination = Annotated[Path, typer.Argument(help="Checkpoint directory to write.")]
 
 
@@ -19,6 +20,8 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("import")(import_model)
     app.command("expand")(expand_model)
+    app.command("slice")(slice_model)
+    app.command("export")(export_model)
     app.command("inspect")(inspect_model)
 
 
@@ -43,9 +46,13 @@ def import_model(
 
 
 def expand_model(
-    src: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    src: CheckpointSource,
     dest: Destination,
     chains: Annotated[str, typer.Option(help="Query heads of each chain, e.g. 9,3; must begin with the source's.")],
+    kv_sharing: Annotated[
+        bool | None,
+        typer.Option(help="New chains read chain 1's keys and values, or have their own; default: as the source's do."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Fixes how the new chains start.")] = 0,
 ) -> None:
     """Add chains to a model; it answers exactly as before until they are trained."""
@@ -56,11 +63,38 @@ def expand_model(
     except ValueError as err:
         raise ConfigError(f"--chains={chains!r} must be numbers separated by commas, e.g. 9,3") from err
     with progress_bar("expanding") as report:
-        checkpoint = expand(src, dest, counts, seed=seed, progress=report)
+        checkpoint = expand(src, dest, counts, kv_sharing=kv_sharing, seed=seed, progress=report)
     note(f"wrote {dest}: chains {list(checkpoint.config.chains)}, {checkpoint.config.num_parameters():,} parameters")
 
 
-def inspect_model(path: Annotated[Path, typer.Argument(help="Checkpoint directory.")], json: JsonFlag = False) -> None:
+def slice_model(
+    src: CheckpointSource,
+    dest: Destination,
+    chains: Annotated[int, typer.Option(help="How many of the first chains to keep.")],
+) -> None:
+    """Write one scale of a model as a model of its own."""
+    from colm.convert import slice_scale
+
+    try:
+        with progress_bar("slicing") as report:
+            checkpoint = slice_scale(src, dest, chains, progress=report)
+    except ValueError as err:
+        raise ConfigError(f"--chains={chains}: {err}") from err
+    note(f"wrote {dest}: chains {list(checkpoint.config.chains)}, {checkpoint.config.num_parameters():,} parameters")
+
+
+def export_model(
+    src: CheckpointSource, dest: Annotated[Path, typer.Argument(help="Hugging Face directory to write.")]
+) -> None:
+    """Write chain 1 as a Hugging Face LLaMA directory."""
+    from colm.convert import to_huggingface
+
+    with progress_bar("exporting") as report:
+        to_huggingface(src, dest, progress=report)
+    note(f"wrote {dest}")
+
+
+def inspect_model(path: CheckpointSource, json: JsonFlag = False) -> None:
     """Show a checkpoint's config, its parameters by scale and its KV bytes per token."""
     from colm.checkpoint import Checkpoint
     from colm.dtypes import dtype_name
@@ -85,18 +119,20 @@ def inspect_model(path: Annotated[Path, typer.Argument(help="Checkpoint director
         return
     kind = "LLaMA" if config.num_chains == 1 else "CoLM-Air" if config.kv_sharing else "CoLM"
     chat = "with chat template" if checkpoint.text.chat_template else "raw completion"
+    kv_scope = "the same at every scale" if config.num_chains == 1 or config.kv_sharing else "at the largest scale"
     rows = [
         ("path", str(path)),
         ("kind", f"{kind}, chains {{{','.join(map(str, config.chains))}}}"),
         ("layers", str(config.num_layers)),
         ("dim / ffn", f"{config.dim} / {config.hidden_dim}"),
+        ("feed-forward", f"{config.activation}, {'with' if config.bias else 'without'} biases"),
         ("heads", f"{config.num_heads} query, {config.num_kv_heads} kv, head dim {config.head_dim}"),
         ("vocabulary", f"{config.vocab_size}, head {'tied' if config.tie_embeddings else 'of its own'}"),
         ("context", f"{config.max_context} tokens, rope theta {config.rope_theta:g}"),
         ("rope scaling", "none" if config.rope_scaling is None else str(config.rope_scaling)),
         ("dtype", dtype_name(dtype)),
         ("text", chat if checkpoint.tokenizer_path else "token ids only, no tokenizer"),
-        ("KV cache", f"{human_bytes(layout.token_bytes)} per token, the same at every scale"),
+        ("KV cache", f"{human_bytes(layout.token_bytes)} per token, {kv_scope}"),
     ]
     rows += [(f"scale {scale}", f"{count:,} parameters") for scale, count in scales.items()]
     for name, value in rows:

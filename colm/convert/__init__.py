@@ -1,4 +1,8 @@
-"""Import and growth of models: a LLaMA from Hugging Face or GGUF becomes chain 1; `expand` adds chains."""
+"""Models in and out.
+
+A LLaMA from Hugging Face or GGUF becomes chain 1, `expand` adds chains, `slice_scale` takes them away, and
+`to_huggingface` gives chain 1 back.
+"""
 
 import os
 from pathlib import Path
@@ -7,12 +11,24 @@ import torch
 
 from colm.checkpoint import Checkpoint
 from colm.convert.expand import expand
+from colm.convert.export import to_huggingface
 from colm.convert.gguf import from_gguf
 from colm.convert.huggingface import from_huggingface
 from colm.convert.llama import Progress
+from colm.convert.scale import slice_scale
+from colm.convert.tiled import from_tiled
 from colm.errors import CheckpointError, UnsupportedModel
 
-__all__ = ["Progress", "expand", "from_any", "from_gguf", "from_huggingface"]
+__all__ = [
+    "Progress",
+    "expand",
+    "from_any",
+    "from_gguf",
+    "from_huggingface",
+    "from_tiled",
+    "slice_scale",
+    "to_huggingface",
+]
 
 
 def from_any(

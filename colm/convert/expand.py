@@ -23,6 +23,7 @@ def expand(
     dest: str | os.PathLike[str],
     chains: Sequence[int],
     *,
+    kv_sharing: bool | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Checkpoint:
@@ -30,8 +31,10 @@ def expand(
 
     Existing blocks are copied. Fresh ones: normal with standard deviation 0.02; the blocks that write to the
     residual stream (`wo`, `down`) divided by sqrt(2 * num_layers), so that depth does not inflate it; gains
-    1; head columns 0, so that a fresh chain says nothing until it is trained. Width per head is kept, of the
-    residual stream and of the feed-forward alike.
+    1; biases 0; head columns 0, so that a fresh chain says nothing until it is trained. The rest is not zero: a
+    fresh chain then has features that its head columns, the only ones with a gradient in the first step, can pick
+    up, and each of its units another gradient after that. Width per head is kept, of the residual stream and of
+    the feed-forward alike; without KV sharing the kv heads grow in the same ratio.
 
     A tied head is untied: the fresh head columns must be zero while the fresh embedding columns must not, and
     one table cannot be both. The head's existing chains start as copies of the embedding's.
@@ -40,6 +43,8 @@ def expand(
         src: an existing checkpoint.
         dest: directory to write; an older checkpoint there is replaced.
         chains: query heads of every chain, beginning with the source's, e.g. (9, 3) for a source of (9,).
+        kv_sharing: whether the fresh chains read chain 1's keys and values or have their own; None for the source's
+            own way, which a source of several chains cannot change, and for KV sharing where it has one chain.
         seed: of the fresh weights.
         progress: told after each tensor.
 
@@ -47,11 +52,12 @@ def expand(
         The saved checkpoint, in the source's dtype.
 
     Raises:
-        UnsupportedModel: `chains` does not extend the source's, or the dimensions do not split in that ratio.
+        UnsupportedModel: `chains` or `kv_sharing` do not extend the source's, or the dimensions do not split in
+            that ratio.
         CheckpointError: `src` is not a checkpoint.
     """
     source = Checkpoint.open(src)
-    config = _expanded_config(source.config, tuple(chains))
+    config = _expanded_config(source.config, tuple(chains), kv_sharing)
     existing = set(parameter_shapes(source.config))
     shapes = parameter_shapes(config)
     dtype = source.dtype()
@@ -67,36 +73,37 @@ def expand(
             tensors[name] = _fresh(name, shape, config.num_layers, generator).to(dtype)
         if progress is not None:
             progress(done, len(shapes))
-    path = source.tokenizer_path
-    tokenizer_json = None if path is None else path.read_text(encoding="utf-8")
-    return save(dest, config, tensors, text=source.text, tokenizer_json=tokenizer_json)
+    return save(dest, config, tensors, text=source.text, tokenizer_json=source.tokenizer_json())
 
 
-def _expanded_config(config: ChainConfig, chains: tuple[int, ...]) -> ChainConfig:
+def _expanded_config(config: ChainConfig, chains: tuple[int, ...], kv_sharing: bool | None) -> ChainConfig:
     kept = config.chains
     if chains[: len(kept)] != kept or len(chains) == len(kept):
         raise UnsupportedModel(
             f"chains={chains} must begin with the source's {kept} and add at least one, e.g. {(*kept, kept[0])}"
         )
+    if len(kept) == 1:
+        shares = kv_sharing is not False
+    elif kv_sharing in (None, config.kv_sharing):
+        shares = config.kv_sharing
+    else:
+        raise UnsupportedModel(
+            f"kv_sharing={kv_sharing}, but the source's {len(kept)} chains have kv_sharing={config.kv_sharing}; "
+            "only one chain can be expanded either way"
+        )
+    growing = ("dim", "hidden_dim") if shares else ("dim", "hidden_dim", "num_kv_heads")
     widths = {}
-    for name in ("dim", "hidden_dim"):
+    for name in growing:
         width, rest = divmod(getattr(config, name) * sum(chains), sum(kept))
         if rest:
+            step = sum(kept) // math.gcd(getattr(config, name), sum(kept))
             raise UnsupportedModel(
                 f"chains={chains}: {name}={getattr(config, name)} over {sum(kept)} heads does not grow to "
-                f"{sum(chains)} heads in whole features; use chains whose sum is a multiple of {sum(kept)}"
+                f"{sum(chains)} heads in whole numbers; use chains whose sum is a multiple of {step}"
             )
         widths[name] = width
     try:
-        return replace(
-            config,
-            **widths,
-            chains=chains,
-            num_heads=sum(chains),
-            explicit_head_dim=config.head_dim,
-            tie_embeddings=False,
-            kv_sharing=True,
-        )
+        return replace(config, **widths, chains=chains, num_heads=sum(chains), tie_embeddings=False, kv_sharing=shares)
     except ValueError as err:
         raise UnsupportedModel(str(err)) from err
 
@@ -104,7 +111,7 @@ def _expanded_config(config: ChainConfig, chains: tuple[int, ...]) -> ChainConfi
 def _fresh(name: str, shape: torch.Size, num_layers: int, generator: torch.Generator) -> Tensor:
     if "norm." in name:
         return torch.ones(shape)
-    if name.startswith("head."):
+    if name.startswith("head.") or name.endswith("_bias"):
         return torch.zeros(shape)
     writes_residual = ".wo." in name or ".down." in name
     std = INIT_STD / math.sqrt(2 * num_layers) if writes_residual else INIT_STD

@@ -48,6 +48,14 @@ LAYOUT = {
 }
 
 
+def layout_of(config: ChainConfig) -> dict[str, str]:
+    """Our tensor names against Hugging Face's, with `{}` for the layer."""
+    biases = {
+        f"{ours}_bias": theirs.replace(".weight", ".bias") for ours, theirs in LAYOUT.items() if "_proj." in theirs
+    }
+    return LAYOUT | (biases if config.bias else {})
+
+
 def from_huggingface(
     src_dir: str | os.PathLike[str],
     dest: str | os.PathLike[str],
@@ -77,10 +85,11 @@ def from_huggingface(
     config = _config(root / "config.json", raw)
     source = _Weights(root)
     names = source.names()
-    known = set(source_names(config, LAYOUT).values()) | {HEAD}
+    layout = layout_of(config)
+    known = set(source_names(config, layout).values()) | {HEAD}
     refuse_unknown(source, known | {name for name in names if DERIVED.fullmatch(name)})
     wanted = dtype or common_dtype([source.dtype(name) for name in names if name in known])
-    tensors = carry_over(config, LAYOUT, source, wanted, progress=progress)
+    tensors = carry_over(config, layout, source, wanted, progress=progress)
     tokenizer_json = _tokenizer_json(root)
     text = _text_config(root, raw, tokenizer_json)
     return save(dest, config, tensors, text=text, tokenizer_json=tokenizer_json)
@@ -153,9 +162,13 @@ def _config(path: Path, raw: Mapping[str, Any]) -> ChainConfig:
         raise UnsupportedModel(
             f"{path}: architectures={architectures or raw.get('model_type')!r}; only {ARCHITECTURE} can be imported"
         )
-    for field, accepted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        if raw.get(field, accepted) != accepted:
-            raise UnsupportedModel(f"{path}: {field}={raw[field]!r} is not supported; only {field}={accepted!r} is")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModel(f"{path}: hidden_act={raw['hidden_act']!r} is not supported; only hidden_act='silu' is")
+    has_bias = bool(raw.get("attention_bias", False))
+    if has_bias != bool(raw.get("mlp_bias", False)):
+        raise UnsupportedModel(
+            f"{path}: attention_bias={has_bias} with mlp_bias={not has_bias} is not supported; only both or neither are"
+        )
     if raw.get("quantization_config") is not None:
         raise UnsupportedModel(f"{path}: quantization_config is not supported; import the model it was made from")
     theta, scaling = _rope(path, raw)
@@ -175,6 +188,7 @@ def _config(path: Path, raw: Mapping[str, Any]) -> ChainConfig:
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
             max_context=raw.get("max_position_embeddings", 2048),
             explicit_head_dim=raw.get("head_dim"),
+            bias=has_bias,
         )
     except KeyError as err:
         raise CheckpointError(f"{path}: {err.args[0]} is missing; is this the model's own config.json?") from err

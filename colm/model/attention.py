@@ -16,24 +16,29 @@ from colm.model.rope import rotate
 
 
 class ChainAttention(nn.Module):
-    """Queries and output are Linear (chain); keys and values are plain linears on chain 1, shared by all chains.
+    """All projections are Linear (chain), and no head mixes chains.
 
-    Query head j of chain i reads kv head j // (chains[i] / num_kv_heads): grouped within each chain, so that
-    chain 1 is exactly a LLaMA.
+    With KV sharing (CoLM-Air) keys and values have chain 1 only, and the queries of every chain read them;
+    without (CoLM) the queries of chain i read the keys and values of chain i. Either way query head j of a chain
+    reads kv head j // (query heads / kv heads) of those: grouped, so that chain 1 is exactly a LLaMA.
     """
 
     def __init__(self, config: ChainConfig) -> None:
         super().__init__()
         self.config = config
-        self.wq = ChainLinear(config.chain_dims, config.chain_query_dims)
-        self.wk = ChainLinear(config.chain_dims[:1], (config.kv_dim,))
-        self.wv = ChainLinear(config.chain_dims[:1], (config.kv_dim,))
-        self.wo = ChainLinear(config.chain_query_dims, config.chain_dims)
+        self.kv_chains = len(config.chain_kv_heads)
+        kv_dims = [heads * config.head_dim for heads in config.chain_kv_heads]
+        self.wq = ChainLinear(config.chain_dims, config.chain_query_dims, bias=config.bias)
+        self.wk = ChainLinear(config.chain_dims[: self.kv_chains], kv_dims, bias=config.bias)
+        self.wv = ChainLinear(config.chain_dims[: self.kv_chains], kv_dims, bias=config.bias)
+        self.wo = ChainLinear(config.chain_query_dims, config.chain_dims, bias=config.bias)
+
+    # The next four are the nodes' way: chains side by side in one tensor, keys and values of chain 1 alone.
 
     def keys_values(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """Unrotated (k_RKD, v_RKD) of normalised hidden states, of which chain 1 alone is read."""
+        """Unrotated (k_RKD, v_RKD) of chain 1's normalised hidden states; other chains' are not read."""
         chain1 = x_RD[:, : self.config.chain_dims[0]]
-        shape = (x_RD.shape[0], self.config.num_kv_heads, self.config.head_dim)
+        shape = (x_RD.shape[0], self.config.chain_kv_heads[0], self.config.head_dim)
         rows = (x_RD.shape[0],)
         return self.wk(chain1, rows).view(shape), self.wv(chain1, rows).view(shape)
 
@@ -43,7 +48,7 @@ class ChainAttention(nn.Module):
         return q_RH.view(x_RD.shape[0], -1, self.config.head_dim)
 
     def group_by_kv_head(self, q_RHD: Tensor, num_chains: int) -> Tensor:
-        """Reorder query heads of all active chains by the kv head they read: q_RKGD."""
+        """Reorder query heads of all active chains by the shared kv head they read: q_RKGD."""
         num_rows, _, head_dim = q_RHD.shape
         num_kv_heads = self.config.num_kv_heads
         per_chain = q_RHD.split(list(self.config.chains[:num_chains]), dim=1)
@@ -57,19 +62,25 @@ class ChainAttention(nn.Module):
         per_chain = [out.reshape(num_rows, -1) for out in out_RKGD.split(groups, dim=2)]
         return per_chain[0] if num_chains == 1 else torch.cat(per_chain, dim=1)
 
-    def forward(self, x_RD: Tensor, cos_TD: Tensor, sin_TD: Tensor, num_sequences: int, num_chains: int) -> Tensor:
-        """Causal self-attention of whole sequences of equal length, for the oracle."""
-        num_rows = x_RD.shape[0]
-        num_tokens = num_rows // num_sequences
-        chain_rows = (num_rows,) * num_chains
+    def by_chain(self, xs: Sequence[Tensor], cos_TD: Tensor, sin_TD: Tensor, num_sequences: int) -> list[Tensor]:
+        """Causal self-attention of whole sequences of equal length, one (R, D_i) a chain, differentiable."""
         cos, sin = cos_TD.repeat(num_sequences, 1), sin_TD.repeat(num_sequences, 1)
-        k_RKD, v_RKD = self.keys_values(x_RD)
-        q_RKGD = self.group_by_kv_head(rotate(self.queries(x_RD, chain_rows), cos, sin), num_chains)
-        group = q_RKGD.shape[2]
-        q_BHTD = q_RKGD.flatten(1, 2).unflatten(0, (num_sequences, num_tokens)).transpose(1, 2)
-        k_BKTD = rotate(k_RKD, cos, sin).unflatten(0, (num_sequences, num_tokens)).transpose(1, 2)
-        v_BKTD = v_RKD.unflatten(0, (num_sequences, num_tokens)).transpose(1, 2)
-        out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=True)
-        out_RKGD = out_BHTD.transpose(1, 2).reshape(num_rows, -1, group, self.config.head_dim)
-        result: Tensor = self.wo(self.ungroup(out_RKGD, num_chains), chain_rows)
-        return result
+        head_dim, num_tokens = self.config.head_dim, len(cos_TD)
+
+        def heads(x_R: Tensor) -> Tensor:
+            return x_R.view(len(x_R), -1, head_dim)
+
+        def sequences(x_RHD: Tensor) -> Tensor:
+            return x_RHD.view(num_sequences, num_tokens, -1, head_dim).transpose(1, 2)
+
+        keys = [sequences(rotate(heads(k), cos, sin)) for k in self.wk.by_chain(xs[: self.kv_chains])]
+        values = [sequences(heads(v)) for v in self.wv.by_chain(xs[: self.kv_chains])]
+        attended = []
+        for chain, q in enumerate(self.wq.by_chain(xs)):
+            source = min(chain, self.kv_chains - 1)
+            q_BHTD = sequences(rotate(heads(q), cos, sin))
+            out_BHTD = F.scaled_dot_product_attention(
+                q_BHTD, keys[source], values[source], is_causal=True, enable_gqa=True
+            )
+            attended.append(out_BHTD.transpose(1, 2).reshape(q.shape))
+        return self.wo.by_chain(attended)

@@ -20,10 +20,18 @@ class ChainTable(nn.Module):
         for name, dim in zip(self.names, dims, strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(vocab_size, dim)))
 
+    def columns(self, num_chains: int) -> list[Tensor]:
+        """(V, D_i) of the first `num_chains` chains."""
+        return [self.get_parameter(name) for name in self.names[:num_chains]]
+
     def embed(self, tokens_R: Tensor, num_chains: int) -> Tensor:
         """x_RD: row `tokens_R[r]` of the first `num_chains` chains."""
-        rows = [F.embedding(tokens_R, self.get_parameter(name)) for name in self.names[:num_chains]]
+        rows = self.embed_by_chain(tokens_R, num_chains)
         return rows[0] if num_chains == 1 else torch.cat(rows, dim=1)
+
+    def embed_by_chain(self, tokens_R: Tensor, num_chains: int) -> list[Tensor]:
+        """The same, one tensor a chain."""
+        return [F.embedding(tokens_R, columns) for columns in self.columns(num_chains)]
 
     def logits(self, x_RD: Tensor, chain_rows: Sequence[int]) -> Tensor:
         """logits_RV of normalised hidden states, each row at its own scale.
@@ -31,7 +39,7 @@ class ChainTable(nn.Module):
         Chains are added one after the other, so that a chain whose columns are zero leaves the sum
         bit-identical; that is what makes a freshly expanded model answer exactly like its first chain.
         """
-        tables = [self.get_parameter(name) for name in self.names[: len(chain_rows)]]
+        tables = self.columns(len(chain_rows))
         num_rows = x_RD.shape[0]
         column = tables[0].shape[1]
         logits_RV = chain_linear(x_RD[:, :column], tables[:1], None, (num_rows,))
@@ -40,3 +48,16 @@ class ChainTable(nn.Module):
             logits_RV = logits_RV + chain_linear(x_RI, (table,), None, (rows,))
             column += table.shape[1]
         return logits_RV
+
+
+def nested_logits(xs: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
+    """logits_RV of the scale of all given chains: x_1 W_1^T + x_2 W_2^T + .., in the order of `ChainTable.logits`.
+
+    Args:
+        xs: normalised hidden states, (R, D_i) each.
+        columns: of the head, (V, D_i) each.
+    """
+    logits_RV = F.linear(xs[0], columns[0])
+    for x, table in zip(xs[1:], columns[1:], strict=True):
+        logits_RV = logits_RV + F.linear(x, table)
+    return logits_RV

@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward (chain).
+"""Feed-forward (chain), SwiGLU or GELU.
 
 Shapes: R rows, D model features of the active chains.
 """
@@ -12,17 +12,31 @@ from colm.config import ChainConfig
 from colm.model.linear import ChainLinear
 
 
-class ChainSwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020), with all three linears Linear (chain)."""
+class ChainFFN(nn.Module):
+    """SwiGLU (Shazeer 2020), down(silu(gate(x)) * up(x)), or down(gelu(up(x))); all linears are Linear (chain)."""
 
     def __init__(self, config: ChainConfig) -> None:
         super().__init__()
-        self.gate = ChainLinear(config.chain_dims, config.chain_hidden_dims)
-        self.up = ChainLinear(config.chain_dims, config.chain_hidden_dims)
-        self.down = ChainLinear(config.chain_hidden_dims, config.chain_dims)
+        self.is_gated = config.activation == "swiglu"
+        if self.is_gated:
+            self.gate = ChainLinear(config.chain_dims, config.chain_hidden_dims, bias=config.bias)
+        self.up = ChainLinear(config.chain_dims, config.chain_hidden_dims, bias=config.bias)
+        self.down = ChainLinear(config.chain_hidden_dims, config.chain_dims, bias=config.bias)
 
     def forward(self, x_RD: Tensor, chain_rows: Sequence[int]) -> Tensor:
-        """Apply to normalised hidden states; `chain_rows` as in `colm_kernels.chain_linear`."""
-        hidden = F.silu(self.gate(x_RD, chain_rows), inplace=not self.training).mul_(self.up(x_RD, chain_rows))
+        """Chains side by side, without gradients; `chain_rows` as in `colm_kernels.chain_linear`."""
+        if self.is_gated:
+            hidden = F.silu(self.gate(x_RD, chain_rows), inplace=True).mul_(self.up(x_RD, chain_rows))
+        else:
+            hidden = F.gelu(self.up(x_RD, chain_rows))
         result: Tensor = self.down(hidden, chain_rows)
         return result
+
+    def by_chain(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor a chain, differentiable."""
+        ups = self.up.by_chain(xs)
+        if self.is_gated:
+            hidden = [F.silu(gate) * up for gate, up in zip(self.gate.by_chain(xs), ups, strict=True)]
+        else:
+            hidden = [F.gelu(up) for up in ups]
+        return self.down.by_chain(hidden)

@@ -16,19 +16,23 @@ class ChainRMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.names = [f"chain{chain + 1}" for chain in range(len(dims))]
+        self.dims = list(dims)
         for name, dim in zip(self.names, dims, strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(dim)))
 
     def forward(self, x_RD: Tensor, num_chains: int) -> Tensor:
-        """Normalise the first `num_chains` chains: x / sqrt(mean(x^2) + eps) * gain, in fp32 inside."""
-        gains = [self.get_parameter(name) for name in self.names[:num_chains]]
-        chunks = x_RD.split([gain.numel() for gain in gains], dim=1)
-        outputs = [rms_norm(x, gain, self.eps) for x, gain in zip(chunks, gains, strict=True)]
+        """Normalise the first `num_chains` chains side by side in one tensor."""
+        outputs = self.by_chain(x_RD.split(self.dims[:num_chains], dim=1))
         return outputs[0] if num_chains == 1 else torch.cat(outputs, dim=1)
+
+    def by_chain(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """Normalise one tensor a chain: x / sqrt(mean(x^2) + eps) * gain, in fp32 or wider inside."""
+        gains = [self.get_parameter(name) for name in self.names[: len(xs)]]
+        return [rms_norm(x, gain, self.eps) for x, gain in zip(xs, gains, strict=True)]
 
 
 def rms_norm(x_RD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     """Root mean square norm (Zhang and Sennrich 2019), rounded to x's dtype before the gain, as LLaMA does."""
-    wide = x_RD.float()
+    wide = x_RD.to(torch.promote_types(x_RD.dtype, torch.float32))
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (wide * scale).to(x_RD.dtype) * gain_D

@@ -1,6 +1,6 @@
-"""ChainTransformer: LLaMA (one chain) and CoLM-Air (several chains over one set of keys and values).
+"""ChainTransformer: LLaMA (one chain), CoLM (several), and CoLM-Air (several over one set of keys and values).
 
-Shapes: B sequences, T tokens, R = B*T rows, D model features of the active chains, V vocabulary.
+Shapes: B sequences, T tokens, R = B*T rows, D model features of one chain, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from colm.config import ChainConfig
-from colm.errors import UnsupportedModel
 from colm.model.attention import ChainAttention
-from colm.model.embedding import ChainTable
-from colm.model.ffn import ChainSwiGLU
+from colm.model.embedding import ChainTable, nested_logits
+from colm.model.ffn import ChainFFN
 from colm.model.norm import ChainRMSNorm
 from colm.model.rope import inverse_frequencies, rotation
 
@@ -27,14 +26,14 @@ class ChainBlock(nn.Module):
         self.attention_norm = ChainRMSNorm(config.chain_dims, config.norm_eps)
         self.attention = ChainAttention(config)
         self.ffn_norm = ChainRMSNorm(config.chain_dims, config.norm_eps)
-        self.ffn = ChainSwiGLU(config)
+        self.ffn = ChainFFN(config)
 
-    def forward(self, x_RD: Tensor, cos_TD: Tensor, sin_TD: Tensor, num_sequences: int, num_chains: int) -> Tensor:
-        """Attention and feed-forward, each added to the residual stream."""
-        chain_rows = (x_RD.shape[0],) * num_chains
-        x_RD = x_RD + self.attention(self.attention_norm(x_RD, num_chains), cos_TD, sin_TD, num_sequences, num_chains)
-        result: Tensor = x_RD + self.ffn(self.ffn_norm(x_RD, num_chains), chain_rows)
-        return result
+    def by_chain(self, xs: Sequence[Tensor], cos_TD: Tensor, sin_TD: Tensor, num_sequences: int) -> list[Tensor]:
+        """Attention and feed-forward, each added to the residual stream; one tensor a chain."""
+        attended = self.attention.by_chain(self.attention_norm.by_chain(xs), cos_TD, sin_TD, num_sequences)
+        xs = [x + out for x, out in zip(xs, attended, strict=True)]
+        outputs = self.ffn.by_chain(self.ffn_norm.by_chain(xs))
+        return [x + out for x, out in zip(xs, outputs, strict=True)]
 
 
 class ChainTransformer(nn.Module):
@@ -44,14 +43,12 @@ class ChainTransformer(nn.Module):
         config: shape of the whole model.
         num_chains: chains to build; None for all. The rest of the model does not exist in memory.
 
-    Raises:
-        UnsupportedModel: several chains without KV sharing.
+    The nodes run its modules on all active chains side by side in one tensor (`forward`). The model itself runs them
+    on one tensor a chain (`by_chain`), as the definitions read and so that gradients end at frozen chains.
     """
 
     def __init__(self, config: ChainConfig, num_chains: int | None = None) -> None:
         super().__init__()
-        if config.num_chains > 1 and not config.kv_sharing:
-            raise UnsupportedModel("kv_sharing=False with several chains is not supported yet; use kv_sharing=True")
         self.config = config
         self.num_chains = config.resolve_num_chains(num_chains)
         built = slice_config(config, self.num_chains)
@@ -81,18 +78,24 @@ class ChainTransformer(nn.Module):
         Returns:
             logits_BTV at that scale, in the weights' dtype.
         """
+        xs = self.hidden_states(tokens_BT, num_chains)
+        logits_RV = nested_logits(xs, self.output_table.columns(len(xs)))
+        return logits_RV.view(*tokens_BT.shape, -1)
+
+    def hidden_states(self, tokens_BT: Tensor, num_chains: int | None = None) -> list[Tensor]:
+        """What the head reads: x_RD after the final norm, one tensor for each active chain.
+
+        Those of frozen chains carry no graph: see `colm.training`.
+        """
         active = self.num_chains if num_chains is None else num_chains
         if not 1 <= active <= self.num_chains:
             raise ValueError(f"num_chains={active} must be between 1 and {self.num_chains}")
         num_sequences, num_tokens = tokens_BT.shape
-        positions_T = torch.arange(num_tokens)
-        cos_TD, sin_TD = rotation(inverse_frequencies(self.config), positions_T)
-        x_RD = self.embedding.embed(tokens_BT.flatten(), active)
+        cos_TD, sin_TD = rotation(inverse_frequencies(self.config), torch.arange(num_tokens))
+        xs = self.embedding.embed_by_chain(tokens_BT.flatten(), active)
         for layer in self.blocks:
-            x_RD = layer(x_RD, cos_TD, sin_TD, num_sequences, active)
-        chain_rows = (x_RD.shape[0],) * active
-        logits_RV = self.output_table.logits(self.final_norm(x_RD, active), chain_rows)
-        return logits_RV.view(num_sequences, num_tokens, -1)
+            xs = layer.by_chain(xs, cos_TD, sin_TD, num_sequences)
+        return self.final_norm.by_chain(xs)
 
 
 def slice_config(config: ChainConfig, num_chains: int) -> ChainConfig:
@@ -105,8 +108,8 @@ def slice_config(config: ChainConfig, num_chains: int) -> ChainConfig:
         dim=sum(config.chain_dims[:num_chains]),
         hidden_dim=sum(config.chain_hidden_dims[:num_chains]),
         num_heads=sum(chains),
+        num_kv_heads=sum(config.chain_kv_heads[:num_chains]),
         chains=chains,
-        explicit_head_dim=config.head_dim,
     )
 
 

@@ -34,6 +34,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "one kv head": {"chains": (8, 4, 2), "num_kv_heads": 1},
     "stretched rope": {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_max_context=32)},
     "tied": {"tie_embeddings": True},
+    "biases": {"bias": True},
+    "gelu": {"activation": "gelu"},
 }
 
 

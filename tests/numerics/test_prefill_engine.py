@@ -35,6 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "stretched rope": {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_max_context=32)},
     "tied": {"tie_embeddings": True},
     "one layer": {"num_layers": 1},
+    "biases": {"bias": True},
 }
 
 
@@ -82,7 +83,7 @@ def oracles(model: ChainTransformer, token_ids: NDArray[np.int64]) -> list[tuple
     for layer in model.layers:
         k_NKE, v_NKE = layer.attention.keys_values(layer.attention_norm(x_ND, 1))
         layers.append((rotate(k_NKE, cos, sin).transpose(0, 1), v_NKE.transpose(0, 1)))
-        x_ND = layer(x_ND, cos, sin, 1, 1)
+        (x_ND,) = layer.by_chain([x_ND], cos, sin, 1)
     return layers
 
 

@@ -25,10 +25,10 @@ BAD_SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no chains": ({"chains": ()}, ("chains=()", "non-empty list of positive")),
     "an empty chain": ({"chains": (8, 0)}, ("chains=(8, 0)", "non-empty list of positive")),
     "chains and heads differ": ({"chains": (4, 2)}, ("chains=(4, 2)", "num_heads=8", "must be equal")),
-    "dim does not split": ({"dim": 130}, ("dim=130", "(4, 2, 2)", "multiple of 8, e.g. 136")),
+    "dim does not split": ({"dim": 130}, ("dim=130", "(4, 2, 2)", "multiple of 8, e.g. 128")),
     "hidden dim does not split": ({"hidden_dim": 190}, ("hidden_dim=190", "multiple of 8, e.g. 192")),
     "a chain cuts a kv group": ({"num_kv_heads": 4}, ("chains=(4, 2, 2)", "multiple of num_kv_heads=4", "2 is not")),
-    "kv heads do not split": ({"kv_sharing": False}, ("num_kv_heads=2", "must be a multiple of 8")),
+    "kv heads do not split": ({"kv_sharing": False}, ("num_kv_heads=2", "must split", "num_kv_heads=4")),
     "head dim is a fraction": (
         {"chains": (4, 4), "dim": 130},
         ("dim=130", "num_heads=8", "give explicit_head_dim"),

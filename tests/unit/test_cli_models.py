@@ -1,0 +1,60 @@
+"""The commands that make models: what they write, and how they refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from colm.checkpoint import Checkpoint
+from colm.errors import ConfigError
+from tests.tiny import tiny_checkpoint, tiny_config
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return str(tiny_checkpoint(tmp_path / "model", tiny_config(chains=(4, 2)), tokenizer=True).path)
+
+
+def run(*arguments: str) -> str:
+    result = runner.invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_slice_writes_a_scale(source, tmp_path):
+    run("slice", source, str(tmp_path / "slice"), "--chains", "1")
+    assert Checkpoint.open(tmp_path / "slice").config.chains == (4,)
+
+
+def test_slice_refuses_a_scale_outside_the_model(source, tmp_path):
+    with pytest.raises(ConfigError, match="--chains=3: num_chains=3 must be between 1 and 2"):
+        run("slice", source, str(tmp_path / "slice"), "--chains", "3")
+
+
+def test_export_writes_a_directory_that_import_reads(source, tmp_path):
+    run("export", source, str(tmp_path / "hf"))
+    run("import", str(tmp_path / "hf"), str(tmp_path / "again"))
+    assert Checkpoint.open(tmp_path / "again").config.chains == (4,)
+    assert Checkpoint.open(tmp_path / "again").text == Checkpoint.open(source).text
+
+
+@pytest.mark.parametrize(("option", "shares"), [([], True), (["--kv-sharing"], True), (["--no-kv-sharing"], False)])
+def test_expand_gives_new_chains_their_own_keys_and_values_where_asked(tmp_path, option, shares):
+    llama = tiny_checkpoint(tmp_path / "llama", tiny_config(chains=(4,)))
+    run("expand", str(llama.path), str(tmp_path / "larger"), "--chains", "4,2", *option)
+    assert Checkpoint.open(tmp_path / "larger").config.kv_sharing is shares
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [({"chains": (4,)}, "LLaMA"), ({}, "CoLM-Air"), ({"kv_sharing": False, "num_kv_heads": 4, "bias": True}, "CoLM")],
+)
+def test_inspect_describes_every_kind(tmp_path, shape, kind):
+    path = str(tiny_checkpoint(tmp_path / "model", tiny_config(**shape)).path)
+    assert f"{kind}, chains" in run("inspect", path)
+    record = json.loads(run("inspect", path, "--json").splitlines()[-1])
+    assert record["config"] == Checkpoint.open(path).config.to_dict()
