@@ -46,6 +46,32 @@ def assert_within_budget(result: Tensor, eager: Tensor, reference: Tensor) -> No
     assert error <= allowed, f"max error {error:.3e} is over the budget {allowed:.3e} of {result.dtype}"
 
 
+ATTENTION_TERM_ULPS = 4.0
+"""Roundings that each weighted value goes through before it is summed: score, exponential, weight, product."""
+
+
+def assert_attention_within_budget(result: Tensor, eager: Tensor, reference: Tensor, magnitude: Tensor) -> None:
+    """Hold an attention's output against the rule, with a floor of the size of what is summed.
+
+    Values of both signs cancel, the more the longer the context, and leave their rounding behind: it is relative to
+    the terms, not to what is left of them.
+
+    Args:
+        result: what is tested, in the dtype under test.
+        eager: the same by a trusted implementation in the same dtype.
+        reference: the same in a wider dtype.
+        magnitude: the reference with the values' absolute values.
+
+    Raises:
+        AssertionError: shapes or dtypes differ, or the error is over the budget; with both figures.
+    """
+    assert result.shape == eager.shape == reference.shape, (result.shape, eager.shape, reference.shape)
+    assert result.dtype == eager.dtype, (result.dtype, eager.dtype)
+    terms = ATTENTION_TERM_ULPS * torch.finfo(torch.float32).eps * magnitude.abs().max().item()
+    error, allowed = max_error(result, reference), budget(eager, reference) + terms
+    assert error <= allowed, f"max error {error:.3e} is over the budget {allowed:.3e} of {result.dtype}"
+
+
 EXP_ERROR = {torch.float32: 7.5e-8, torch.bfloat16: 2.6e-6}
 """Relative error of the attention kernels' exponential, by dtype of their inputs: what it adds to a log-sum-exp."""
 
