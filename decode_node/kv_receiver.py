@@ -85,7 +85,13 @@ class KvReceiver:
         for data in call:
             message, payload = decode_message(data)
             if message.WhichOneof("event") == "complete":
-                self.ledger.complete(num_tiles=message.complete.num_tiles, payload_bytes=message.complete.payload_bytes)
+                complete = message.complete
+                self.ledger.complete(
+                    transfer_id=complete.transfer_id,
+                    epoch=complete.epoch,
+                    num_tiles=complete.num_tiles,
+                    payload_bytes=complete.payload_bytes,
+                )
                 return True
             self._store_tile(message.tile, payload)
         return False

@@ -65,8 +65,7 @@ class TransferLedger:
         Raises:
             PeerUnavailable: it is not the tile that must come next; nothing is noted.
         """
-        self._expect(arrival.transfer_id == self._transfer_id, f"tile of transfer {arrival.transfer_id!r}")
-        self._expect(arrival.epoch == self._epoch, f"tile of epoch {arrival.epoch}, this is {self._epoch}")
+        self._expect_ours("tile", arrival.transfer_id, arrival.epoch)
         self._expect(not self.is_whole, "tile after the last one")
         self._expect(
             (arrival.layer, arrival.first_token) == (self._layer, self._token),
@@ -87,17 +86,22 @@ class TransferLedger:
         self.num_tiles += 1
         self.payload_bytes += arrival.payload_bytes
 
-    def complete(self, *, num_tiles: int, payload_bytes: int) -> None:
+    def complete(self, *, transfer_id: str, epoch: int, num_tiles: int, payload_bytes: int) -> None:
         """Note the sender's last word.
 
         Raises:
             PeerUnavailable: something is missing, or the counts differ.
         """
+        self._expect_ours("completion", transfer_id, epoch)
         self._expect(self.is_whole, f"complete after layer {self._layer} token {self._token}")
         self._expect(
             (num_tiles, payload_bytes) == (self.num_tiles, self.payload_bytes),
             f"{num_tiles} tiles and {payload_bytes} bytes sent, {self.num_tiles} and {self.payload_bytes} arrived",
         )
+
+    def _expect_ours(self, what: str, transfer_id: str, epoch: int) -> None:
+        self._expect(transfer_id == self._transfer_id, f"{what} of transfer {transfer_id!r}")
+        self._expect(epoch == self._epoch, f"{what} of epoch {epoch}, this is {self._epoch}")
 
     def _expect(self, condition: bool, problem: str) -> None:
         if not condition:

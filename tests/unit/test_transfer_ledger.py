@@ -78,7 +78,7 @@ def assert_refused_without_a_trace(stream: Stream, position: int, wrong: Arrival
         ledger.admit(wrong)
     assert noted(ledger) == before
     admit_all(ledger, stream.arrivals[position:])
-    ledger.complete(num_tiles=len(stream.arrivals), payload_bytes=stream.payload_bytes)
+    ledger.complete(transfer_id="t-1", epoch=3, num_tiles=len(stream.arrivals), payload_bytes=stream.payload_bytes)
 
 
 @given(streams())
@@ -94,7 +94,7 @@ def test_the_right_sequence_is_admitted_and_counted(stream: Stream) -> None:
         assert ledger.num_tokens_done == arrived // stream.num_layers
     assert ledger.is_whole
     assert ledger.num_tokens_done == stream.num_tokens
-    ledger.complete(num_tiles=len(stream.arrivals), payload_bytes=stream.payload_bytes)
+    ledger.complete(transfer_id="t-1", epoch=3, num_tiles=len(stream.arrivals), payload_bytes=stream.payload_bytes)
 
 
 @given(streams(), st.data(), st.sampled_from(["layer", "first_token", "epoch"]), st.integers(-4, 4).filter(bool))
@@ -159,7 +159,7 @@ def test_complete_before_the_last_tile_is_refused(stream: Stream, data: st.DataO
     arrivals = stream.arrivals[: data.draw(st.integers(0, len(stream.arrivals) - 1))]
     admit_all(ledger, arrivals)
     with pytest.raises(PeerUnavailable, match="complete after layer"):
-        ledger.complete(num_tiles=ledger.num_tiles, payload_bytes=ledger.payload_bytes)
+        ledger.complete(transfer_id="t-1", epoch=3, num_tiles=ledger.num_tiles, payload_bytes=ledger.payload_bytes)
 
 
 @given(streams(), st.sampled_from(["num_tiles", "payload_bytes"]), st.integers(-3, 3).filter(bool))
@@ -169,7 +169,16 @@ def test_complete_with_another_count_is_refused(stream: Stream, field: str, offs
     counts = {"num_tiles": len(stream.arrivals), "payload_bytes": stream.payload_bytes}
     counts[field] += offset
     with pytest.raises(PeerUnavailable, match="arrived"):
-        ledger.complete(**counts)
+        ledger.complete(transfer_id="t-1", epoch=3, **counts)
+
+
+@given(streams(), st.sampled_from([{"transfer_id": "t-2"}, {"epoch": 2}, {"epoch": 4}]))
+def test_a_strangers_completion_is_refused(stream: Stream, wrong: dict[str, Any]) -> None:
+    ledger = stream.ledger()
+    admit_all(ledger, stream.arrivals)
+    right = {"transfer_id": "t-1", "epoch": 3, "num_tiles": ledger.num_tiles, "payload_bytes": ledger.payload_bytes}
+    with pytest.raises(PeerUnavailable, match="completion of"):
+        ledger.complete(**(right | wrong))
 
 
 def test_a_refusal_names_what_came_and_what_was_expected() -> None:
