@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from itertools import accumulate
 from math import gcd
 from typing import Any, Literal, Self, get_args
 
@@ -127,10 +126,6 @@ class ChainConfig:
     def split(self, width: int) -> tuple[int, ...]:
         """Divide a width among the chains."""
         return tuple(width * chain // sum(self.chains) for chain in self.chains)
-
-    def scale_dim(self, num_chains: int) -> int:
-        """Width of the residual stream of the first `num_chains` chains."""
-        return list(accumulate(self.chain_dims))[num_chains - 1]
 
     def resolve_num_chains(self, num_chains: int | None) -> int:
         """Active chains; None means all.

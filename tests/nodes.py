@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import grpc
 
-from colm.events import FinishReason
 from colm.sampling import SamplingParams
 from colm.wire.convert import sampling_to_pb, token_id_pieces
 from colm.wire.endpoint import bind, create_server, open_channel
@@ -122,7 +121,7 @@ async def decode(
     kinds = [r.WhichOneof("event") for r in responses]
     assert kinds.count("finished") == 1
     assert kinds[-1] == "finished"
-    assert responses[-1].finished.reason == common_pb2.FINISH_REASON_LENGTH, FinishReason.LENGTH
+    assert responses[-1].finished.reason == common_pb2.FINISH_REASON_LENGTH
     return Answer(token_ids, responses[-1])
 
 

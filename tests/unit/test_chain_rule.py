@@ -140,7 +140,7 @@ def filled(layer: torch.nn.Module, seed: int) -> torch.nn.Module:
 def test_the_nodes_way_keeps_the_rule(config: ChainConfig, dtype: torch.dtype, data: st.DataObject):
     """All chains side by side in one tensor: later columns and weights full of NaN change no earlier column."""
     num_chains = data.draw(st.integers(1, config.num_chains - 1))
-    dim = config.scale_dim(num_chains)
+    dim = sum(config.chain_dims[:num_chains])
     x_RD = torch.randn(NUM_TOKENS, config.dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     changed_RD = x_RD.clone()
     changed_RD[:, dim:] = torch.nan
