@@ -5,15 +5,8 @@ import torch
 from colm_kernels import native
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.kernels import (
-    DECODE_CASES,
-    PREFILL_CASES,
-    TILE_CASES,
-    DecodeCase,
-    PrefillCase,
-    decode_contenders,
-    prefill_contenders,
-)
+from bench.kernels.decode import DECODE_CASES, DecodeCase, decode_contenders
+from bench.kernels.prefill import PREFILL_CASES, TILE_CASES, PrefillCase, prefill_contenders
 
 ROUNDS = 3
 

@@ -4,11 +4,30 @@ Shapes: R requests, K kv heads, G query heads per kv head, D head dim, B pool pa
 table columns, S tokens of one context.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from colm_kernels.checks import check_dims, check_dtype, check_on_cpu, check_same_dtype
-from colm_kernels.native import BadTable, DecodeArgs, Variant, call, choose_variant, dtype_id, resolve_num_threads
+from colm_kernels.native import BadTable, Variant, call, choose_variant, dtype_id, resolve_num_threads
+
+
+class DecodeArgs(ctypes.Structure):
+    """`DecodeArgs` of abi.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k_pages", "v_pages", "block_table", "context_lens", "out")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "num_requests", "num_kv_heads", "group", "head_dim",
+                "num_pages", "page_tokens", "table_columns",
+            )
+        ),
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+    )  # fmt: skip
 
 
 def decode_attention_reference(

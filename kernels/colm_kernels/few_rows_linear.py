@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from colm_kernels import native
-from colm_kernels.native import LINEAR_BLOCK_WORDS, LinearArgs, Variant
+from colm_kernels.native import Variant
 
 MAX_ROWS: Final = {torch.bfloat16: 16, torch.float32: 16}
 """Most rows for which the library is used, by dtype.
@@ -23,6 +23,21 @@ On one core of an Intel Xeon (AVX-512, no AMX) it beats F.linear in bf16 1.5x at
 fp32 there is no change at 1 row, 1.6x to 1.9x at 8, 1.0x to 1.4x at 16 and no change at 24. bf16 stops at 16, where
 products already outweigh reading: PyTorch has AMX for them where there is any, the library has not.
 """
+
+
+LINEAR_BLOCK_WORDS: Final = 6
+"""64-bit words of a `LinearBlock` of abi.h: weight, bias, num_rows, in_dim, out_dim, and room for first_column."""
+
+
+class LinearArgs(ctypes.Structure):
+    """`LinearArgs` of abi.h, whose blocks are an array of `LINEAR_BLOCK_WORDS` words each."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "x", "y", "blocks", "num_blocks", "num_rows", "in_dim", "x_stride", "y_stride", "dtype", "words",
+        )
+    )  # fmt: skip
 
 
 def variant_for(x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> Variant:

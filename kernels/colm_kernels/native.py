@@ -73,57 +73,6 @@ class CancelFlag:
         return ctypes.addressof(self._word)
 
 
-class PrefillArgs(ctypes.Structure):
-    """`PrefillArgs` of abi.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse")),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "num_queries", "num_keys", "num_heads", "num_kv_heads", "head_dim",
-                "q_stride_t", "q_stride_h", "k_stride_k", "k_stride_s", "v_stride_k", "v_stride_s",
-            )
-        ),
-        ("scale", ctypes.c_float),
-        ("dtype", ctypes.c_int32),
-        ("cancelled", ctypes.c_void_p),
-        ("rows_per_item", ctypes.c_int64),
-    )  # fmt: skip
-
-
-class DecodeArgs(ctypes.Structure):
-    """`DecodeArgs` of abi.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k_pages", "v_pages", "block_table", "context_lens", "out")),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "num_requests", "num_kv_heads", "group", "head_dim",
-                "num_pages", "page_tokens", "table_columns",
-            )
-        ),
-        ("scale", ctypes.c_float),
-        ("dtype", ctypes.c_int32),
-    )  # fmt: skip
-
-
-LINEAR_BLOCK_WORDS: Final = 6
-"""64-bit words of a `LinearBlock` of abi.h: weight, bias, num_rows, in_dim, out_dim, and room for first_column."""
-
-
-class LinearArgs(ctypes.Structure):
-    """`LinearArgs` of abi.h, whose blocks are an array of `LINEAR_BLOCK_WORDS` words each."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            "x", "y", "blocks", "num_blocks", "num_rows", "in_dim", "x_stride", "y_stride", "dtype", "words",
-        )
-    )  # fmt: skip
-
-
 def source_hash() -> str:
     """Identity of what `_cpu.so` should be built from: sources and flags."""
     digest = hashlib.sha256(repr((COMPILE_FLAGS, sorted(TARGET_FLAGS.items()))).encode())

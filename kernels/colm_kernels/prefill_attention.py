@@ -3,6 +3,8 @@
 Shapes: T queries of the tile, S keys (prefix and tile, S >= T), H query heads, K kv heads, D head dim.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,31 @@ from colm_kernels.checks import check_dims, check_dtype, check_on_cpu, check_sam
 from colm_kernels.native import (
     CancelFlag,
     Cancelled,
-    PrefillArgs,
     Variant,
     call,
     choose_variant,
     dtype_id,
     resolve_num_threads,
 )
+
+
+class PrefillArgs(ctypes.Structure):
+    """`PrefillArgs` of abi.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "num_queries", "num_keys", "num_heads", "num_kv_heads", "head_dim",
+                "q_stride_t", "q_stride_h", "k_stride_k", "k_stride_s", "v_stride_k", "v_stride_s",
+            )
+        ),
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("cancelled", ctypes.c_void_p),
+        ("rows_per_item", ctypes.c_int64),
+    )  # fmt: skip
 
 
 def prefill_attention_reference(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> tuple[Tensor, Tensor]:

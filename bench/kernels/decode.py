@@ -1,0 +1,95 @@
+"""Decode attention over pages."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from colm_kernels import native, tolerance
+from colm_kernels.decode_attention import decode_attention, decode_attention_reference
+from colm_kernels.native import use_variant
+from torch import Tensor
+
+from bench.kernels.common import (
+    SEED,
+    Case,
+    Contenders,
+    read_ceiling,
+    short,
+    summarise,
+    time_interleaved,
+    timed_variants,
+    with_ratios,
+)
+
+PAGE_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeCase(Case):
+    """One query token a request against `context_len` cached tokens."""
+
+    batch: int
+    context_len: int
+    num_kv_heads: int
+    group: int
+    head_dim: int
+
+    @property
+    def name(self) -> str:
+        """Shape as a metric's prefix."""
+        return (
+            f"decode_{short(self.dtype)}_b{self.batch}_k{self.context_len}"
+            f"_h{self.num_kv_heads * self.group}_kv{self.num_kv_heads}_d{self.head_dim}"
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Keys and values that one call reads."""
+        per_token = 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return self.batch * self.context_len * per_token
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q_RKGD, k_pages_BPKD, v_pages_BPKD, block_table_RM in random order, context_lens_R."""
+        generator = torch.Generator().manual_seed(SEED)
+        num_pages = self.batch * self.context_len // PAGE_TOKENS
+        shape = (num_pages, PAGE_TOKENS, self.num_kv_heads, self.head_dim)
+        k_pages, v_pages = (torch.randn(shape, generator=generator).to(self.dtype) for _ in "kv")
+        q = torch.randn(self.batch, self.num_kv_heads, self.group, self.head_dim, generator=generator)
+        block_table = torch.randperm(num_pages, generator=generator).to(torch.int32).view(self.batch, -1)
+        context_lens = torch.full((self.batch,), self.context_len, dtype=torch.int32)
+        return q.to(self.dtype), k_pages, v_pages, block_table, context_lens
+
+    def measure(self, num_rounds: int) -> dict[str, Any]:
+        """Rates of every contender and of plain reading."""
+        contenders = dict(decode_contenders(self))
+        work: dict[str, float] = dict.fromkeys(contenders, float(self.num_bytes))
+        contenders["read"], work["read"] = read_ceiling()
+        metrics = summarise(work, time_interleaved(contenders, num_rounds), "gb_per_s")
+        return with_ratios(metrics, torch.float32, "gb_per_s", "torch", "read")
+
+
+DECODE_CASES = (
+    DecodeCase(batch=1, context_len=65536, num_kv_heads=8, group=1, head_dim=64),
+    DecodeCase(batch=1, context_len=65536, num_kv_heads=8, group=4, head_dim=64),
+    DecodeCase(batch=8, context_len=65536, num_kv_heads=2, group=4, head_dim=64),
+)
+
+
+def decode_contenders(case: DecodeCase) -> Contenders:
+    """Every variant of this machine and the PyTorch path; refuses to time a wrong kernel."""
+    arguments = case.inputs()
+    q, k_pages, v_pages, *table = arguments
+    reference = decode_attention_reference(q.double(), k_pages.double(), v_pages.double(), *table)
+
+    def run(variant: native.Variant) -> Tensor:
+        with use_variant(variant):
+            return decode_attention(*arguments)
+
+    eager = run("torch")
+    contenders: dict[str, Callable[[], object]] = {"torch": partial(run, "torch")}
+    for variant in timed_variants(torch.float32):
+        tolerance.assert_within_budget(run(variant), eager, reference)
+        contenders[variant] = partial(run, variant)
+    return contenders

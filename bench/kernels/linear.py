@@ -1,0 +1,90 @@
+"""Linear (chain) of few rows, as in decode."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from colm_kernels import native, tolerance
+from colm_kernels.chain_linear import chain_linear, chain_linear_reference
+from colm_kernels.native import use_variant
+from torch import Tensor
+
+from bench.kernels.common import (
+    SEED,
+    Case,
+    Contenders,
+    read_ceiling,
+    short,
+    summarise,
+    time_interleaved,
+    timed_variants,
+    with_ratios,
+)
+
+CACHE_BYTES = 512 << 20
+"""More than the caches hold, of a server's CPU too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCase(Case):
+    """A few rows through one weight matrix, as in decode."""
+
+    num_rows: int
+    in_dim: int
+    out_dim: int
+
+    @property
+    def name(self) -> str:
+        """Shape as a metric's prefix."""
+        return f"linear_{short(self.dtype)}_r{self.num_rows}_o{self.out_dim}_i{self.in_dim}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Weights that one call reads."""
+        return self.in_dim * self.out_dim * self.dtype.itemsize
+
+    def inputs(self) -> tuple[Tensor, list[Tensor]]:
+        """x_RI and enough equal weights that the caches have forgotten one when its turn comes again."""
+        generator = torch.Generator().manual_seed(SEED)
+        x = torch.randn(self.num_rows, self.in_dim, generator=generator).to(self.dtype)
+        weight = torch.randn(self.out_dim, self.in_dim, generator=generator).to(self.dtype)
+        return x, [weight.clone() for _ in range(-(-CACHE_BYTES // self.num_bytes))]
+
+    def measure(self, num_rounds: int) -> dict[str, Any]:
+        """Rates of every contender and of plain reading."""
+        contenders = dict(linear_contenders(self))
+        work: dict[str, float] = dict.fromkeys(contenders, float(self.num_bytes))
+        contenders["read"], work["read"] = read_ceiling()
+        metrics = summarise(work, time_interleaved(contenders, num_rounds), "gb_per_s")
+        return with_ratios(metrics, torch.float32, "gb_per_s", "torch", "read")
+
+
+LINEAR_CASES = tuple(
+    LinearCase(num_rows=num_rows, out_dim=out_dim, in_dim=in_dim, dtype=dtype)
+    for dtype in (torch.bfloat16, torch.float32)
+    for out_dim, in_dim in ((1536, 576), (576, 1536), (49152, 576), (4096, 4096))
+    for num_rows in (1, 4, 16)
+)
+"""The feed-forward and the head of a model of 135M parameters, and a layer of one of 7B."""
+
+
+def linear_contenders(case: LinearCase) -> Contenders:
+    """Every variant of this machine and F.linear, going through the weights in turn; refuses to time a wrong kernel."""
+    x, weights = case.inputs()
+    reference = chain_linear_reference(x.double(), [weights[0].double()], None, (case.num_rows,))
+    turns = itertools.cycle(weights)
+
+    @torch.inference_mode()
+    def run(variant: native.Variant) -> Tensor:
+        with use_variant(variant):
+            return chain_linear(x, (next(turns),), None, (case.num_rows,))
+
+    eager = run("torch")
+    contenders: dict[str, Callable[[], object]] = {"torch": partial(run, "torch")}
+    for variant in timed_variants(torch.float32):
+        tolerance.assert_within_budget(run(variant), eager, reference)
+        contenders[variant] = partial(run, variant)
+    return contenders

@@ -1,0 +1,76 @@
+// How a call of Linear (chain) is divided into items.
+#include <algorithm>
+#include <cstring>
+
+#include "launch.h"
+#include "pool.h"
+
+namespace {
+
+constexpr int64_t kLinearTile = 4;  // outputs that the kernel takes at once
+// Small enough that there is little to wait for at the end, large enough that reading gets into its stride.
+constexpr int64_t kFewestLinearItemBytes = 64 << 10, kMostLinearItemBytes = 1 << 20, kLinearItemsPerThread = 16;
+
+// How the outputs of the blocks of a staircase are divided.
+struct LinearSplit {
+    int64_t item_bytes, element_bytes;
+
+    int64_t outputs_per_item(const LinearBlock& block) const {
+        const int64_t fitting = item_bytes / std::max<int64_t>(block.in_dim * element_bytes, 1);
+        return std::max(fitting / kLinearTile, int64_t{1}) * kLinearTile;
+    }
+
+    int64_t num_items(const LinearBlock& block) const {
+        const int64_t outputs = outputs_per_item(block);
+        return block.num_rows == 0 ? 0 : (block.out_dim + outputs - 1) / outputs;
+    }
+};
+
+}  // namespace
+
+COLM_EXPORT
+int32_t colm_linear(LinearArgs* args, int32_t variant, int32_t num_threads) {
+    const auto kernel =
+        select<LinearKernel>(variant, [&](const Variant& v) { return v.linear(static_cast<int32_t>(args->dtype)); });
+    if (kernel.run == nullptr) return kUnsupported;
+    const int64_t element_bytes = args->dtype == kBfloat16 ? 2 : 4;
+    int64_t num_bytes = 0, column = 0;
+    for (int64_t i = 0; i < args->num_blocks; ++i) {
+        LinearBlock& block = args->blocks[i];
+        block.first_column = column;
+        column += block.out_dim;
+        if (block.num_rows > 0) num_bytes += block.in_dim * block.out_dim * element_bytes;
+        for (int64_t row = block.num_rows; row < args->num_rows; ++row) {
+            char* y = static_cast<char*>(args->y) + (row * args->y_stride + block.first_column) * element_bytes;
+            std::memset(y, 0, block.out_dim * element_bytes);
+        }
+    }
+    const int64_t threads = std::clamp<int64_t>(num_bytes / kFewestBytesPerThread, 1, std::max(num_threads, 1));
+    const LinearSplit split{
+        std::clamp(num_bytes / (threads * kLinearItemsPerThread), kFewestLinearItemBytes, kMostLinearItemBytes),
+        element_bytes};
+    int64_t num_items = 0;
+    for (int64_t i = 0; i < args->num_blocks; ++i) num_items += split.num_items(args->blocks[i]);
+    // Never asked for again below, so it stays in place until the call ends.
+    auto* words = reinterpret_cast<float*>(workspace(4 * args->num_rows * kernel.words_per_row(args->in_dim)));
+    if (words == nullptr) return kOutOfMemory;
+    kernel.prepare(*args, words);
+    args->words = words;
+
+    struct Context {
+        const LinearArgs& args;
+        const LinearKernel& kernel;
+        const LinearSplit& split;
+    } context{*args, kernel, split};
+    run_items(
+        num_items, static_cast<int>(threads),
+        [](void* opaque, int64_t item) {
+            const auto& c = *static_cast<const Context*>(opaque);
+            const LinearBlock* block = c.args.blocks;
+            for (int64_t count; item >= (count = c.split.num_items(*block)); ++block) item -= count;
+            const int64_t outputs = c.split.outputs_per_item(*block), begin = item * outputs;
+            c.kernel.run(c.args, *block, begin, std::min(begin + outputs, block->out_dim));
+        },
+        &context);
+    return kOk;
+}

@@ -1,0 +1,49 @@
+// How a call of dense prefill attention is divided into items.
+#include <algorithm>
+#include <atomic>
+
+#include "launch.h"
+#include "pool.h"
+
+namespace {
+
+constexpr int64_t kRowAlign = 48;       // a row block of the kernel
+constexpr int64_t kMostRows = 1536;     // an item's queries and output stay near the second-level cache
+constexpr int64_t kFewestRows = 384;    // below this, packing keys shows: each item packs for itself
+constexpr int64_t kItemsPerThread = 3;  // so that the last items even out
+
+int64_t choose_rows_per_item(int64_t total_rows, int64_t num_kv_heads, int num_threads) {
+    int64_t rows = kMostRows;
+    while (rows > kFewestRows && (total_rows + rows - 1) / rows * num_kv_heads < kItemsPerThread * num_threads) rows /= 2;
+    return std::min(rows, (total_rows + kRowAlign - 1) / kRowAlign * kRowAlign);
+}
+
+}  // namespace
+
+COLM_EXPORT
+int32_t colm_prefill_attention(const PrefillArgs* given, int32_t variant, int32_t num_threads) {
+    PrefillArgs args = *given;
+    const auto kernel =
+        select<PrefillKernel>(variant, [&](const Variant& v) { return v.prefill(args.dtype, args.head_dim); });
+    if (kernel.run == nullptr) return kUnsupported;
+    const int64_t total_rows = args.num_queries * (args.num_heads / args.num_kv_heads);
+    args.rows_per_item = choose_rows_per_item(total_rows, args.num_kv_heads, num_threads);
+    const int64_t num_items = (total_rows + args.rows_per_item - 1) / args.rows_per_item * args.num_kv_heads;
+
+    struct Context {
+        const PrefillArgs& args;
+        const PrefillKernel& kernel;
+        std::atomic<int32_t> status{kOk};
+    } context{args, kernel};
+    run_items(
+        num_items, num_threads,
+        [](void* opaque, int64_t item) {
+            auto& c = *static_cast<Context*>(opaque);
+            if (c.status != kOk) return;
+            unsigned char* memory = workspace(c.kernel.workspace_bytes(c.args.rows_per_item));
+            const Status status = memory == nullptr ? kOutOfMemory : c.kernel.run(c.args, item, memory);
+            if (status != kOk) c.status = status;
+        },
+        &context);
+    return context.status;
+}
