@@ -83,7 +83,7 @@ def prefill_attention(
 
     Example: T=2, S=5: query 0 sees keys 0-3, query 1 keys 0-4.
     """
-    _check(q_THD, k_KSD, v_KSD)
+    check_prefill(q_THD, k_KSD, v_KSD)
     threads = resolve_num_threads(num_threads)
     variant = choose_variant(q_THD.shape[2], q_THD, k_KSD, v_KSD)
     if variant == "torch" or q_THD.numel() == 0:
@@ -91,7 +91,12 @@ def prefill_attention(
     return _in_library(q_THD, k_KSD, v_KSD, variant, threads, cancelled)
 
 
-def _check(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> None:
+def check_prefill(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> None:
+    """Refuse what prefill attention, dense or sparse, cannot take.
+
+    Raises:
+        ValueError: names the argument.
+    """
     check_dims("q_THD", q_THD, None, None, None)
     num_queries, num_heads, head_dim = q_THD.shape
     check_dims("k_KSD", k_KSD, None, None, head_dim)
@@ -117,12 +122,25 @@ def _in_library(
     num_threads: int,
     cancelled: CancelFlag | None,
 ) -> tuple[Tensor, Tensor]:
-    num_queries, num_heads, head_dim = q_THD.shape
     if q_THD.stride(2) != 1:
         q_THD = q_THD.contiguous()
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype)
-    lse_TH = torch.empty(num_queries, num_heads)
-    args = PrefillArgs(
+    out_THD, lse_TH = new_outputs(q_THD)
+    args = prefill_args(q_THD, k_KSD, v_KSD, out_THD, lse_TH, cancelled)
+    call("colm_prefill_attention", args, variant, num_threads)
+    return out_THD, lse_TH
+
+
+def new_outputs(q_THD: Tensor) -> tuple[Tensor, Tensor]:
+    """(out_THD, lse_TH) to be filled."""
+    return q_THD.new_empty(q_THD.shape), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+
+
+def prefill_args(
+    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, out_THD: Tensor, lse_TH: Tensor, cancelled: CancelFlag | None
+) -> PrefillArgs:
+    """What the library is told of a call; every tensor has D contiguous and outlives it."""
+    num_queries, num_heads, head_dim = q_THD.shape
+    return PrefillArgs(
         q=q_THD.data_ptr(),
         k=k_KSD.data_ptr(),
         v=v_KSD.data_ptr(),
@@ -143,8 +161,6 @@ def _in_library(
         dtype=dtype_id(q_THD.dtype),
         cancelled=None if cancelled is None else cancelled.address,
     )
-    call("colm_prefill_attention", args, variant, num_threads)
-    return out_THD, lse_TH
 
 
 def _in_torch(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, cancelled: CancelFlag | None) -> tuple[Tensor, Tensor]:

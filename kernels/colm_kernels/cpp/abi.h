@@ -31,6 +31,18 @@ struct PrefillArgs {
     int64_t rows_per_item;
 };
 
+// Dense attention of less: per list (of one kv head's or one query head's rows) and block of rows, which keys. The lists
+// stand one after the other, all row blocks of the first list first; `offsets` has one entry more than there are.
+// Ids ascend. A list's blocks hold block 0 and end with the diagonal ones; its columns lie in none of its blocks.
+struct SparsePrefillArgs {
+    PrefillArgs dense;
+    const int64_t* block_offsets;
+    const int32_t* block_ids;
+    const int64_t* column_offsets;
+    const int32_t* column_ids;
+    int64_t num_lists, row_block, key_block;
+};
+
 // Shapes: R requests, K kv heads, G query heads per kv head, D head dim, P tokens per page, M table columns.
 struct DecodeArgs {
     const void* q;               // R, K, G, D contiguous
@@ -71,12 +83,14 @@ struct DecodeItem {
 };
 
 using PrefillFn = Status (*)(const PrefillArgs&, int64_t item, unsigned char* workspace);
+using SparsePrefillFn = Status (*)(const SparsePrefillArgs&, int64_t item, unsigned char* workspace);
 using DecodeFn = void (*)(const DecodeArgs&, const DecodeItem&, unsigned char* workspace);
 
 using LinearFn = void (*)(const LinearArgs&, const LinearBlock&, int64_t begin, int64_t end);
 
 struct PrefillKernel {
     PrefillFn run;
+    SparsePrefillFn run_sparse;
     int64_t (*workspace_bytes)(int64_t rows_per_item);
 };
 

@@ -1,4 +1,4 @@
-// How a call of dense prefill attention is divided into items.
+// How a call of prefill attention, dense or sparse, is divided into items.
 #include <algorithm>
 #include <atomic>
 
@@ -18,32 +18,53 @@ int64_t choose_rows_per_item(int64_t total_rows, int64_t num_kv_heads, int num_t
     return std::min(rows, (total_rows + kRowAlign - 1) / kRowAlign * kRowAlign);
 }
 
-}  // namespace
-
-COLM_EXPORT
-int32_t colm_prefill_attention(const PrefillArgs* given, int32_t variant, int32_t num_threads) {
-    PrefillArgs args = *given;
-    const auto kernel =
-        select<PrefillKernel>(variant, [&](const Variant& v) { return v.prefill(args.dtype, args.head_dim); });
-    if (kernel.run == nullptr) return kUnsupported;
-    const int64_t total_rows = args.num_queries * (args.num_heads / args.num_kv_heads);
-    args.rows_per_item = choose_rows_per_item(total_rows, args.num_kv_heads, num_threads);
-    const int64_t num_items = (total_rows + args.rows_per_item - 1) / args.rows_per_item * args.num_kv_heads;
-
+// Run every item with a workspace for `args.rows_per_item` rows, until one fails.
+template <class Args>
+int32_t run_all(const Args& args, Status (*run)(const Args&, int64_t, unsigned char*), int64_t num_items,
+                int64_t workspace_bytes, int num_threads) {
     struct Context {
-        const PrefillArgs& args;
-        const PrefillKernel& kernel;
+        const Args& args;
+        Status (*run)(const Args&, int64_t, unsigned char*);
+        int64_t workspace_bytes;
         std::atomic<int32_t> status{kOk};
-    } context{args, kernel};
+    } context{args, run, workspace_bytes};
     run_items(
         num_items, num_threads,
         [](void* opaque, int64_t item) {
             auto& c = *static_cast<Context*>(opaque);
             if (c.status != kOk) return;
-            unsigned char* memory = workspace(c.kernel.workspace_bytes(c.args.rows_per_item));
-            const Status status = memory == nullptr ? kOutOfMemory : c.kernel.run(c.args, item, memory);
+            unsigned char* memory = workspace(c.workspace_bytes);
+            const Status status = memory == nullptr ? kOutOfMemory : c.run(c.args, item, memory);
             if (status != kOk) c.status = status;
         },
         &context);
     return context.status;
+}
+
+PrefillKernel select_prefill(const PrefillArgs& args, int32_t variant) {
+    return select<PrefillKernel>(variant, [&](const Variant& v) { return v.prefill(args.dtype, args.head_dim); });
+}
+
+}  // namespace
+
+COLM_EXPORT
+int32_t colm_prefill_attention(const PrefillArgs* given, int32_t variant, int32_t num_threads) {
+    PrefillArgs args = *given;
+    const PrefillKernel kernel = select_prefill(args, variant);
+    if (kernel.run == nullptr) return kUnsupported;
+    const int64_t total_rows = args.num_queries * (args.num_heads / args.num_kv_heads);
+    args.rows_per_item = choose_rows_per_item(total_rows, args.num_kv_heads, num_threads);
+    const int64_t num_items = (total_rows + args.rows_per_item - 1) / args.rows_per_item * args.num_kv_heads;
+    return run_all(args, kernel.run, num_items, kernel.workspace_bytes(args.rows_per_item), num_threads);
+}
+
+COLM_EXPORT
+int32_t colm_sparse_prefill_attention(const SparsePrefillArgs* given, int32_t variant, int32_t num_threads) {
+    SparsePrefillArgs args = *given;
+    const PrefillKernel kernel = select_prefill(args.dense, variant);
+    if (kernel.run_sparse == nullptr) return kUnsupported;
+    // Every list of every row block is an item.
+    args.dense.rows_per_item = args.row_block * (args.dense.num_heads / args.num_lists);
+    const int64_t num_items = (args.dense.num_queries + args.row_block - 1) / args.row_block * args.num_lists;
+    return run_all(args, kernel.run_sparse, num_items, kernel.workspace_bytes(args.dense.rows_per_item), num_threads);
 }

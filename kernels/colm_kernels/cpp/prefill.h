@@ -1,4 +1,7 @@
-// Dense attention of a range of rows of one kv head to its keys, with the softmax done online.
+// Attention of a range of rows of one kv head to its keys, all of them or a list, with the softmax done online.
+//
+// What is sparse differs from what is dense in where the next key lies, and in nothing else: a list in ascending order
+// that ends with the keys around the diagonal is causal like a sequence, so a row sees a prefix of either.
 //
 // Keys are taken in chunks that fit the second-level cache. A chunk is packed once and then read by every row block
 // of the item, whatever its query head, so packing is a small part even when a tile of a few hundred queries meets a
@@ -101,14 +104,15 @@ struct Prefill {
         }
     }
 
-    static void pack_keys(const In* k, int64_t stride, int num_keys, Word* packed) {
+    template <class Rows>
+    static void pack_keys(Rows key_row, int num_keys, Word* packed) {
         for (int key0 = 0; key0 < num_keys; key0 += kLanes) {
             Word* panel = packed + key0 / kPanel * kPanel * kDimWords + key0 % kPanel;
             const int count = num_keys - key0 < kLanes ? num_keys - key0 : kLanes;
             constexpr int kWhole = kDimWords / kLanes * kLanes;
             for (int word = 0; word < kWhole; word += kLanes) {
                 Vec rows[kLanes];
-                for (int i = 0; i < count; ++i) rows[i] = key_words(k + (key0 + i) * stride, word / kLanes);
+                for (int i = 0; i < count; ++i) rows[i] = key_words(key_row(key0 + i), word / kLanes);
                 for (int i = count; i < kLanes; ++i) rows[i] = zero();
                 transpose(rows);
                 for (int i = 0; i < kLanes; ++i) {
@@ -119,7 +123,7 @@ struct Prefill {
             for (int word = kWhole; word < kDimWords; ++word) {
                 for (int i = 0; i < kLanes; ++i) {
                     Word w = 0;
-                    if (i < count) memcpy(&w, k + (key0 + i) * stride + word * Op::kPerWord, sizeof(Word));
+                    if (i < count) memcpy(&w, key_row(key0 + i) + word * Op::kPerWord, sizeof(Word));
                     panel[word * kPanel + i] = w;
                 }
             }
@@ -133,15 +137,17 @@ struct Prefill {
         }
     }
 
-    static void pack_values(const In* v, int64_t stride, int num_keys, Word* packed) {
+    template <class Rows>
+    static void pack_values(Rows value_row, int num_keys, Word* packed) {
         if constexpr (Op::kPerWord == 1) {
-            for (int key = 0; key < num_keys; ++key) convert_row(v + key * stride, packed + key * D);
+            for (int key = 0; key < num_keys; ++key) convert_row(value_row(key), packed + key * D);
         } else {
 #ifdef __AVX512BF16__
             // Two neighbouring keys share a word, the even one in the low half; a missing last key is zero.
             for (int key = 0; key < num_keys; key += 2) {
-                const uint16_t* even = reinterpret_cast<const uint16_t*>(v + key * stride);
-                const uint16_t* odd = key + 1 < num_keys ? even + stride : nullptr;
+                const uint16_t* even = reinterpret_cast<const uint16_t*>(value_row(key));
+                const uint16_t* odd =
+                    key + 1 < num_keys ? reinterpret_cast<const uint16_t*>(value_row(key + 1)) : nullptr;
                 for (int d = 0; d < D; d += kLanes) {
                     __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + d)));
                     if (odd != nullptr) {
@@ -187,26 +193,49 @@ struct Prefill {
         }
     }
 
-    static Status run(const PrefillArgs& args, int64_t item, unsigned char* memory) {
-        const int64_t group = args.num_heads / args.num_kv_heads;
-        const int64_t total_rows = args.num_queries * group;
-        const int64_t num_ranges = (total_rows + args.rows_per_item - 1) / args.rows_per_item;
-        const int64_t kv_head = item % args.num_kv_heads;
-        // The last ranges see the most keys; starting with them leaves short items to even out the threads.
-        const int64_t begin = (num_ranges - 1 - item / args.num_kv_heads) * args.rows_per_item;
-        const int64_t end = begin + args.rows_per_item < total_rows ? begin + args.rows_per_item : total_rows;
-        const int64_t num_rows = end - begin;
-        const int64_t prefix = args.num_keys - args.num_queries;
-        const float scale_log2 = args.scale * 1.44269504088896340736f;
+    // Rows [begin, end) of the query heads first_head .. first_head + group - 1: row r is token r / group of the tile.
+    struct Rows {
+        int64_t first_head, group, begin, end;
 
-        Workspace ws;
-        carve(memory, round_up(args.rows_per_item, kRowBlock), &ws);
+        int64_t token(int64_t row) const { return (begin + row) / group; }
+        int64_t head(int64_t row) const { return first_head + (begin + row) % group; }
+    };
+
+    // Every key in its order.
+    struct AllKeys {
+        int64_t prefix;  // row r sees the first prefix + token(r) + 1 keys
+
+        void locate(int64_t, int) {}
+        int64_t operator()(int64_t first, int i) const { return first + i; }
+    };
+
+    // The columns, then the blocks, of one list.
+    struct ListedKeys {
+        int64_t prefix;
+        const int32_t *columns, *blocks;
+        int64_t num_columns, key_block;
+        int32_t positions[kChunk];
+
+        void locate(int64_t first, int num_keys) {
+            int i = 0;
+            for (; i < num_keys && first + i < num_columns; ++i) positions[i] = columns[first + i];
+            for (; i < num_keys; ++i) {
+                const int64_t within = first + i - num_columns;
+                positions[i] = static_cast<int32_t>(blocks[within / key_block] * key_block + within % key_block);
+            }
+        }
+        int64_t operator()(int64_t, int i) const { return positions[i]; }
+    };
+
+    template <class Keys>
+    static Status attend_rows(const PrefillArgs& args, const Rows& rows, Keys& keys, const Workspace& ws) {
+        const int64_t num_rows = rows.end - rows.begin, padded_rows = round_up(num_rows, kRowBlock);
+        const float scale_log2 = args.scale * 1.44269504088896340736f;
         const In* q = static_cast<const In*>(args.q);
         for (int64_t row = 0; row < num_rows; ++row) {
-            const int64_t token = (begin + row) / group, head = kv_head * group + (begin + row) % group;
-            convert_row(q + token * args.q_stride_t + head * args.q_stride_h, ws.queries + row * kDimWords);
+            convert_row(q + rows.token(row) * args.q_stride_t + rows.head(row) * args.q_stride_h,
+                        ws.queries + row * kDimWords);
         }
-        const int64_t padded_rows = round_up(num_rows, kRowBlock);
         memset(ws.queries + num_rows * kDimWords, 0, (padded_rows - num_rows) * kDimWords * sizeof(Word));
         memset(ws.output, 0, padded_rows * D * sizeof(float));
         for (int64_t row = 0; row < padded_rows; ++row) {
@@ -214,34 +243,35 @@ struct Prefill {
             ws.sum[row] = 0.0f;
         }
 
+        const int64_t kv_head = rows.first_head / (args.num_heads / args.num_kv_heads);
         const In* k = static_cast<const In*>(args.k) + kv_head * args.k_stride_k;
         const In* v = static_cast<const In*>(args.v) + kv_head * args.v_stride_k;
-        const int64_t num_visible_keys = prefix + (end - 1) / group + 1;
+        const int64_t num_visible_keys = keys.prefix + rows.token(num_rows - 1) + 1;
         for (int64_t chunk = 0; chunk < num_visible_keys; chunk += kChunk) {
             const int64_t left = num_visible_keys - chunk;
             const int chunk_keys = static_cast<int>(left < kChunk ? left : kChunk);
-            pack_keys(k + chunk * args.k_stride_s, args.k_stride_s, chunk_keys, ws.keys);
-            pack_values(v + chunk * args.v_stride_s, args.v_stride_s, chunk_keys, ws.values);
+            keys.locate(chunk, chunk_keys);
+            pack_keys([&](int i) { return k + keys(chunk, i) * args.k_stride_s; }, chunk_keys, ws.keys);
+            pack_values([&](int i) { return v + keys(chunk, i) * args.v_stride_s; }, chunk_keys, ws.values);
             for (int64_t row0 = 0; row0 < num_rows; row0 += kRowBlock) {
                 if (args.cancelled != nullptr && *args.cancelled != 0) return kCancelled;
-                const int rows = static_cast<int>(num_rows - row0 < kRowBlock ? num_rows - row0 : kRowBlock);
-                const int64_t block_visible = prefix + (begin + row0 + rows - 1) / group + 1 - chunk;
+                const int num_block_rows = static_cast<int>(num_rows - row0 < kRowBlock ? num_rows - row0 : kRowBlock);
+                const int64_t block_visible = keys.prefix + rows.token(row0 + num_block_rows - 1) + 1 - chunk;
                 const int block_keys = static_cast<int>(block_visible < chunk_keys ? block_visible : chunk_keys);
                 for (int key0 = 0; key0 < block_keys; key0 += kKeyBlock) {
                     const int num_keys = block_keys - key0 < kKeyBlock ? block_keys - key0 : kKeyBlock;
                     int num_visible[kRowBlock];
-                    for (int row = 0; row < rows; ++row) {
-                        const int64_t visible = prefix + (begin + row0 + row) / group + 1 - chunk - key0;
+                    for (int row = 0; row < num_block_rows; ++row) {
+                        const int64_t visible = keys.prefix + rows.token(row0 + row) + 1 - chunk - key0;
                         num_visible[row] = static_cast<int>(visible < 0 ? 0 : visible < num_keys ? visible : num_keys);
                     }
-                    attend(ws, row0, rows, key0, num_keys, num_visible, scale_log2);
+                    attend(ws, row0, num_block_rows, key0, num_keys, num_visible, scale_log2);
                 }
             }
         }
 
         for (int64_t row = 0; row < num_rows; ++row) {
-            const int64_t token = (begin + row) / group, head = kv_head * group + (begin + row) % group;
-            const int64_t at = token * args.num_heads + head;
+            const int64_t at = rows.token(row) * args.num_heads + rows.head(row);
             const Vec inverse = splat(1.0f / ws.sum[row]);
             for (int d = 0; d < D; d += kLanes) {
                 store_from_float(static_cast<In*>(args.out) + at * D + d, mul(load(ws.output + row * D + d), inverse));
@@ -251,7 +281,40 @@ struct Prefill {
         return kOk;
     }
 
-    static PrefillKernel kernel() { return {run, workspace_bytes}; }
+    static Status run(const PrefillArgs& args, int64_t item, unsigned char* memory) {
+        const int64_t group = args.num_heads / args.num_kv_heads, total_rows = args.num_queries * group;
+        const int64_t num_ranges = (total_rows + args.rows_per_item - 1) / args.rows_per_item;
+        // The last ranges see the most keys; starting with them leaves short items to even out the threads.
+        const int64_t begin = (num_ranges - 1 - item / args.num_kv_heads) * args.rows_per_item;
+        const int64_t end = begin + args.rows_per_item < total_rows ? begin + args.rows_per_item : total_rows;
+        Workspace ws;
+        carve(memory, round_up(args.rows_per_item, kRowBlock), &ws);
+        AllKeys keys{args.num_keys - args.num_queries};
+        return attend_rows(args, {item % args.num_kv_heads * group, group, begin, end}, keys, ws);
+    }
+
+    static Status run_sparse(const SparsePrefillArgs& args, int64_t item, unsigned char* memory) {
+        const PrefillArgs& dense = args.dense;
+        const int64_t num_row_blocks = (dense.num_queries + args.row_block - 1) / args.row_block;
+        const int64_t list = item % args.num_lists, row_block = num_row_blocks - 1 - item / args.num_lists;
+        const int64_t token = row_block * args.row_block;
+        const int64_t end = token + args.row_block < dense.num_queries ? token + args.row_block : dense.num_queries;
+        const int64_t at = list * num_row_blocks + row_block;
+        const int64_t num_blocks = args.block_offsets[at + 1] - args.block_offsets[at];
+        const int64_t num_columns = args.column_offsets[at + 1] - args.column_offsets[at];
+        const int64_t past = dense.num_keys - dense.num_queries;  // keys before the tile
+        const int64_t first_diagonal = (past + token) / args.key_block, last_diagonal = (past + end - 1) / args.key_block;
+        // What the list holds before its first diagonal block takes the place of all the keys there are before it.
+        const int64_t listed = num_columns + (num_blocks - (last_diagonal - first_diagonal + 1)) * args.key_block;
+        ListedKeys keys{past + listed - first_diagonal * args.key_block, args.column_ids + args.column_offsets[at],
+                        args.block_ids + args.block_offsets[at], num_columns, args.key_block, {}};
+        const int64_t group = dense.num_heads / args.num_lists;
+        Workspace ws;
+        carve(memory, round_up(dense.rows_per_item, kRowBlock), &ws);
+        return attend_rows(dense, {list * group, group, token * group, end * group}, keys, ws);
+    }
+
+    static PrefillKernel kernel() { return {run, run_sparse, workspace_bytes}; }
 };
 
 template <class Op, class In>
@@ -262,7 +325,7 @@ PrefillKernel prefill_of_dim(int64_t head_dim) {
         case 80: return Prefill<Op, In, 80>::kernel();
         case 96: return Prefill<Op, In, 96>::kernel();
         case 128: return Prefill<Op, In, 128>::kernel();
-        default: return {nullptr, nullptr};
+        default: return {nullptr, nullptr, nullptr};
     }
 }
 

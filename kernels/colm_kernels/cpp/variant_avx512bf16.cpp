@@ -6,7 +6,7 @@
 namespace {
 
 PrefillKernel prefill(int32_t dtype, int64_t head_dim) {
-    return dtype == kBfloat16 ? prefill_of_dim<Bf16Words, uint16_t>(head_dim) : PrefillKernel{nullptr, nullptr};
+    return dtype == kBfloat16 ? prefill_of_dim<Bf16Words, uint16_t>(head_dim) : PrefillKernel{nullptr, nullptr, nullptr};
 }
 
 DecodeKernel decode(int32_t, int64_t) { return {nullptr, nullptr}; }
