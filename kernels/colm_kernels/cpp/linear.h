@@ -29,7 +29,7 @@ struct Linear {
     // Element 2i of a vector of bf16 becomes lane i of the first part, element 2i + 1 lane i of the second: one shift
     // and one mask, where widening in order would take two shuffles and two shifts.
     static void widen(const float* from, Vec* parts) { parts[0] = load(from); }
-    static void widen(const uint16_t* from, Vec* parts) { load_pairs(from, parts, parts + 1); }
+    static void widen(const uint16_t* from, Vec* parts) { split_pairs(load_pairs(from), parts, parts + 1); }
 
     // The first `count` elements as if zeros followed.
     static void widen_tail(const In* from, int64_t count, Vec* parts) {

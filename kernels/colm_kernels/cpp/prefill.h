@@ -24,10 +24,12 @@ constexpr int kScoreVecs = 4;
 constexpr int kScoreVecs = 2;
 #endif
 constexpr int kScoreRows = 6;               // kScoreRows x kScoreVecs accumulators, the row of B and one broadcast
+constexpr int kFewRows = 2;                 // of the tiles for what rows are left
 constexpr int kPanel = kScoreVecs * kLanes;  // keys of one packed panel
 constexpr int kRowBlock = 48;               // a multiple of every tile's rows
 constexpr int kKeyBlock = 256;              // keys between two steps of the softmax; 128 to 512 differ by 3 %
 constexpr int kChunk = 512;                 // keys packed at a time; K and V of a chunk at head dim 64 are 128-256 KiB
+constexpr int kFetchKeys = 4;               // of the next chunk, asked for with every tile of scores
 // Past the row's own words, so that rows do not fall on the same cache sets.
 constexpr int kScorePad = 16;
 
@@ -53,6 +55,8 @@ struct Prefill {
     static constexpr int kScoreStride = kKeyBlock + kScorePad;
     using Tile = ValueTile<D / kLanes>;
     static_assert(kChunk % kKeyBlock == 0 && kKeyBlock % kPanel == 0, "blocks must cover the chunk");
+
+    static constexpr In kZeros[D] = {};
 
     struct Workspace {
         Word* queries;   // rows, kDimWords
@@ -95,44 +99,51 @@ struct Prefill {
         }
     }
 
-    // The words kLanes * part .. of one key.
-    static Vec key_words(const In* key, int part) {
-        if constexpr (sizeof(In) * Op::kPerWord == sizeof(Word)) {
-            return load(reinterpret_cast<const float*>(key) + part * kLanes);
-        } else {
-            return load_as_float(key + part * kLanes);
-        }
+    // Lanes i of `words` are words `word` .. of key i; store each word's lanes side by side.
+    static void store_words(Vec* words, Word* panel, int word) {
+        transpose(words);
+        for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(panel + (word + i) * kPanel), words[i]);
     }
 
+    // Panels are filled kLanes keys at a time, those past the last with zeros: panels are multiplied whole.
     template <class Rows>
     static void pack_keys(Rows key_row, int num_keys, Word* packed) {
-        for (int key0 = 0; key0 < num_keys; key0 += kLanes) {
+        const int num_padded = static_cast<int>(round_up(num_keys, kPanel));
+        for (int key0 = 0; key0 < num_padded; key0 += kLanes) {
             Word* panel = packed + key0 / kPanel * kPanel * kDimWords + key0 % kPanel;
+            const In* keys[kLanes];
             const int count = num_keys - key0 < kLanes ? num_keys - key0 : kLanes;
-            constexpr int kWhole = kDimWords / kLanes * kLanes;
-            for (int word = 0; word < kWhole; word += kLanes) {
-                Vec rows[kLanes];
-                for (int i = 0; i < count; ++i) rows[i] = key_words(key_row(key0 + i), word / kLanes);
-                for (int i = count; i < kLanes; ++i) rows[i] = zero();
-                transpose(rows);
-                for (int i = 0; i < kLanes; ++i) {
-                    store(reinterpret_cast<float*>(panel + (word + i) * kPanel), rows[i]);
+            for (int i = 0; i < kLanes; ++i) keys[i] = i < count ? key_row(key0 + i) : kZeros;
+            Vec words[kLanes];
+            if constexpr (sizeof(In) * Op::kPerWord == sizeof(Word)) {
+                constexpr int kWhole = kDimWords / kLanes * kLanes;
+                for (int word = 0; word < kWhole; word += kLanes) {
+                    for (int i = 0; i < kLanes; ++i) words[i] = load(reinterpret_cast<const float*>(keys[i]) + word);
+                    store_words(words, panel, word);
                 }
-            }
-            // Half a vector of words is left where D / kPerWord is not a multiple of the lanes.
-            for (int word = kWhole; word < kDimWords; ++word) {
-                for (int i = 0; i < kLanes; ++i) {
-                    Word w = 0;
-                    if (i < count) memcpy(&w, key_row(key0 + i) + word * Op::kPerWord, sizeof(Word));
-                    panel[word * kPanel + i] = w;
+                // Half a vector of words is left where D / kPerWord is not a multiple of the lanes.
+                for (int word = kWhole; word < kDimWords; ++word) {
+                    for (int i = 0; i < kLanes; ++i) {
+                        memcpy(panel + word * kPanel + i, keys[i] + word * Op::kPerWord, sizeof(Word));
+                    }
                 }
-            }
-        }
-        // Panels are multiplied whole.
-        for (int key0 = static_cast<int>(round_up(num_keys, kLanes)); key0 % kPanel != 0; key0 += kLanes) {
-            Word* panel = packed + key0 / kPanel * kPanel * kDimWords + key0 % kPanel;
-            for (int word = 0; word < kDimWords; ++word) {
-                store(reinterpret_cast<float*>(panel + word * kPanel), zero());
+            } else {
+                // Two numbers share a lane on their way, which halves the shuffling.
+                constexpr int kWhole = kDimWords / (2 * kLanes) * 2 * kLanes;
+                for (int word = 0; word < kWhole; word += 2 * kLanes) {
+                    for (int i = 0; i < kLanes; ++i) words[i] = load_pairs(keys[i] + word);
+                    transpose(words);
+                    for (int i = 0; i < kLanes; ++i) {
+                        Vec even, odd;
+                        split_pairs(words[i], &even, &odd);
+                        store(reinterpret_cast<float*>(panel + (word + 2 * i) * kPanel), even);
+                        store(reinterpret_cast<float*>(panel + (word + 2 * i + 1) * kPanel), odd);
+                    }
+                }
+                for (int word = kWhole; word < kDimWords; word += kLanes) {
+                    for (int i = 0; i < kLanes; ++i) words[i] = load_as_float(keys[i] + word);
+                    store_words(words, panel, word);
+                }
             }
         }
     }
@@ -161,15 +172,21 @@ struct Prefill {
     }
 
     // One row block against the packed keys [key0, key0 + num_keys) of the chunk, all of which its last row sees.
+    // Calls `fetch` with every tile of scores.
+    template <class Fetch>
     static void attend(const Workspace& ws, int64_t row0, int num_rows, int key0, int num_keys, const int* num_visible,
-                       float scale_log2) {
+                       float scale_log2, Fetch fetch) {
         const Word* queries = ws.queries + row0 * kDimWords;
         for (int key = 0; key < num_keys; key += kPanel) {
             const Word* panel = ws.keys + static_cast<int64_t>(key0 + key) * kDimWords;
-            for (int row = 0; row < num_rows; row += kScoreRows) {
-                multiply_tile<Op, kScoreRows, kScoreVecs, kDimWords, kPanel, kScoreStride, false>(
+            const auto score = [&]<int kRows>(int row) {
+                fetch();
+                multiply_tile<Op, kRows, kScoreVecs, kDimWords, kPanel, kScoreStride, false>(
                     queries + row * kDimWords, panel, kDimWords, ws.scores + row * kScoreStride + key, nullptr);
-            }
+            };
+            int row = 0;
+            for (; row + kScoreRows <= num_rows; row += kScoreRows) score.template operator()<kScoreRows>(row);
+            for (; row < num_rows; row += kFewRows) score.template operator()<kFewRows>(row);
         }
         const int num_padded = static_cast<int>(round_up(num_keys, 2 * kLanes));
         float decay[kRowBlock];
@@ -185,11 +202,14 @@ struct Prefill {
         const Word* values = ws.values + static_cast<int64_t>(key0 / Op::kPerWord) * D;
         const int64_t depth = (num_keys + Op::kPerWord - 1) / Op::kPerWord;
         for (int column = 0; column < D; column += Tile::kVecs * kLanes) {
-            for (int row = 0; row < num_rows; row += Tile::kRows) {
-                multiply_tile<Op, Tile::kRows, Tile::kVecs, kScoreStride, D, D, true>(
+            const auto gather = [&]<int kRows>(int row) {
+                multiply_tile<Op, kRows, Tile::kVecs, kScoreStride, D, D, true>(
                     weights + row * kScoreStride, values + column, depth, ws.output + (row0 + row) * D + column,
                     decay + row);
-            }
+            };
+            int row = 0;
+            for (; row + Tile::kRows <= num_rows; row += Tile::kRows) gather.template operator()<Tile::kRows>(row);
+            for (; row < num_rows; row += kFewRows) gather.template operator()<kFewRows>(row);
         }
     }
 
@@ -205,30 +225,25 @@ struct Prefill {
     struct AllKeys {
         int64_t prefix;  // row r sees the first prefix + token(r) + 1 keys
 
-        void locate(int64_t, int) {}
-        int64_t operator()(int64_t first, int i) const { return first + i; }
+        int64_t position(int64_t i) const { return i; }
     };
 
     // The columns, then the blocks, of one list.
     struct ListedKeys {
         int64_t prefix;
         const int32_t *columns, *blocks;
-        int64_t num_columns, key_block;
-        int32_t positions[kChunk];
+        int64_t num_columns;
+        int key_block_log2;
 
-        void locate(int64_t first, int num_keys) {
-            int i = 0;
-            for (; i < num_keys && first + i < num_columns; ++i) positions[i] = columns[first + i];
-            for (; i < num_keys; ++i) {
-                const int64_t within = first + i - num_columns;
-                positions[i] = static_cast<int32_t>(blocks[within / key_block] * key_block + within % key_block);
-            }
+        int64_t position(int64_t i) const {
+            if (i < num_columns) return columns[i];
+            const int64_t key = i - num_columns, block = blocks[key >> key_block_log2];
+            return (block << key_block_log2) + (key & ((1 << key_block_log2) - 1));
         }
-        int64_t operator()(int64_t, int i) const { return positions[i]; }
     };
 
     template <class Keys>
-    static Status attend_rows(const PrefillArgs& args, const Rows& rows, Keys& keys, const Workspace& ws) {
+    static Status attend_rows(const PrefillArgs& args, const Rows& rows, const Keys& keys, const Workspace& ws) {
         const int64_t num_rows = rows.end - rows.begin, padded_rows = round_up(num_rows, kRowBlock);
         const float scale_log2 = args.scale * 1.44269504088896340736f;
         const In* q = static_cast<const In*>(args.q);
@@ -250,9 +265,21 @@ struct Prefill {
         for (int64_t chunk = 0; chunk < num_visible_keys; chunk += kChunk) {
             const int64_t left = num_visible_keys - chunk;
             const int chunk_keys = static_cast<int>(left < kChunk ? left : kChunk);
-            keys.locate(chunk, chunk_keys);
-            pack_keys([&](int i) { return k + keys(chunk, i) * args.k_stride_s; }, chunk_keys, ws.keys);
-            pack_values([&](int i) { return v + keys(chunk, i) * args.v_stride_s; }, chunk_keys, ws.values);
+            pack_keys([&](int i) { return k + keys.position(chunk + i) * args.k_stride_s; }, chunk_keys, ws.keys);
+            pack_values([&](int i) { return v + keys.position(chunk + i) * args.v_stride_s; }, chunk_keys, ws.values);
+            // Listed keys lie where no hardware looks ahead. All at once they would fill its queues: a few at a time.
+            int64_t fetched = chunk + kChunk;
+            const int64_t last = fetched + kChunk < num_visible_keys ? fetched + kChunk : num_visible_keys;
+            const auto fetch = [&] {
+                const int64_t until = fetched + kFetchKeys < last ? fetched + kFetchKeys : last;
+                for (; fetched < until; ++fetched) {
+                    const int64_t position = keys.position(fetched);
+                    for (int d = 0; d < D; d += 64 / sizeof(In)) {
+                        _mm_prefetch(reinterpret_cast<const char*>(k + position * args.k_stride_s + d), _MM_HINT_T1);
+                        _mm_prefetch(reinterpret_cast<const char*>(v + position * args.v_stride_s + d), _MM_HINT_T1);
+                    }
+                }
+            };
             for (int64_t row0 = 0; row0 < num_rows; row0 += kRowBlock) {
                 if (args.cancelled != nullptr && *args.cancelled != 0) return kCancelled;
                 const int num_block_rows = static_cast<int>(num_rows - row0 < kRowBlock ? num_rows - row0 : kRowBlock);
@@ -265,7 +292,7 @@ struct Prefill {
                         const int64_t visible = keys.prefix + rows.token(row0 + row) + 1 - chunk - key0;
                         num_visible[row] = static_cast<int>(visible < 0 ? 0 : visible < num_keys ? visible : num_keys);
                     }
-                    attend(ws, row0, num_block_rows, key0, num_keys, num_visible, scale_log2);
+                    attend(ws, row0, num_block_rows, key0, num_keys, num_visible, scale_log2, fetch);
                 }
             }
         }
@@ -289,7 +316,7 @@ struct Prefill {
         const int64_t end = begin + args.rows_per_item < total_rows ? begin + args.rows_per_item : total_rows;
         Workspace ws;
         carve(memory, round_up(args.rows_per_item, kRowBlock), &ws);
-        AllKeys keys{args.num_keys - args.num_queries};
+        const AllKeys keys{args.num_keys - args.num_queries};
         return attend_rows(args, {item % args.num_kv_heads * group, group, begin, end}, keys, ws);
     }
 
@@ -306,8 +333,8 @@ struct Prefill {
         const int64_t first_diagonal = (past + token) / args.key_block, last_diagonal = (past + end - 1) / args.key_block;
         // What the list holds before its first diagonal block takes the place of all the keys there are before it.
         const int64_t listed = num_columns + (num_blocks - (last_diagonal - first_diagonal + 1)) * args.key_block;
-        ListedKeys keys{past + listed - first_diagonal * args.key_block, args.column_ids + args.column_offsets[at],
-                        args.block_ids + args.block_offsets[at], num_columns, args.key_block, {}};
+        const ListedKeys keys{past + listed - first_diagonal * args.key_block, args.column_ids + args.column_offsets[at],
+                        args.block_ids + args.block_offsets[at], num_columns, __builtin_ctzll(args.key_block)};
         const int64_t group = dense.num_heads / args.num_lists;
         Workspace ws;
         carve(memory, round_up(dense.rows_per_item, kRowBlock), &ws);

@@ -30,12 +30,13 @@ inline Vec load_as_float(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
-// Elements 0, 2, .. and 1, 3, .. of two vectors' worth of bf16.
-inline void load_pairs(const uint16_t* p, Vec* even, Vec* odd) {
-    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    *even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-    *odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000))));
+// Two bf16 a lane, widened: elements 0, 2, .. and 1, 3, ..
+inline void split_pairs(Vec pairs, Vec* even, Vec* odd) {
+    const __m256i bits = _mm256_castps_si256(pairs);
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000))));
 }
+inline Vec load_pairs(const uint16_t* p) { return load(reinterpret_cast<const float*>(p)); }
 
 inline void store_from_float(float* p, Vec x) { store(p, x); }
 inline void store_from_float(uint16_t* p, Vec x) {

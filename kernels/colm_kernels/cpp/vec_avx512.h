@@ -29,12 +29,13 @@ inline Vec load_as_float(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-// Elements 0, 2, .. and 1, 3, .. of two vectors' worth of bf16.
-inline void load_pairs(const uint16_t* p, Vec* even, Vec* odd) {
-    const __m512i pairs = _mm512_loadu_si512(p);
-    *even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    *odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000))));
+// Two bf16 a lane, widened: elements 0, 2, .. and 1, 3, ..
+inline void split_pairs(Vec pairs, Vec* even, Vec* odd) {
+    const __m512i bits = _mm512_castps_si512(pairs);
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000))));
 }
+inline Vec load_pairs(const uint16_t* p) { return load(reinterpret_cast<const float*>(p)); }
 
 inline void store_from_float(float* p, Vec x) { store(p, x); }
 inline void store_from_float(uint16_t* p, Vec x) {
