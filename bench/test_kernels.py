@@ -7,6 +7,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.kernels.decode import DECODE_CASES, DecodeCase, decode_contenders
 from bench.kernels.prefill import PREFILL_CASES, TILE_CASES, PrefillCase, prefill_contenders
+from bench.kernels.sparse import SPARSE_CASES, SparseCase, sparse_contenders
 
 ROUNDS = 3
 
@@ -32,3 +33,14 @@ def test_decode_attention(benchmark: BenchmarkFixture, case: DecodeCase, contend
     benchmark.group = case.name
     benchmark.extra_info["bytes"] = case.num_bytes
     benchmark.pedantic(contenders[chosen], rounds=ROUNDS, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("contender", ["sparse", "dense"])
+@pytest.mark.parametrize("case", SPARSE_CASES, ids=lambda case: case.name)
+def test_sparse_prefill_attention(benchmark: BenchmarkFixture, case: SparseCase, contender: str) -> None:
+    """Seconds of one call; sparse is checked as it is made."""
+    index = case.index()
+    contenders = sparse_contenders(case, index)
+    benchmark.group = case.name
+    benchmark.extra_info["density"] = index.density()
+    benchmark.pedantic(contenders[contender], rounds=ROUNDS, warmup_rounds=1)

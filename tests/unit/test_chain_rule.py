@@ -22,7 +22,7 @@ from tests.tiny import random_tensors
 DTYPES = st.sampled_from((torch.float32, torch.bfloat16))
 NUM_TOKENS = 7
 
-few = settings(max_examples=40, deadline=None)
+few = settings(max_examples=40)
 
 
 def model_of(config: ChainConfig, tensors: dict[str, Tensor], dtype: torch.dtype) -> ChainTransformer:

@@ -45,7 +45,7 @@ def test_expansion_of_an_expansion_keeps_every_chain(tmp_path):
     assert torch.equal(logits(larger, 3), logits(source, 2))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(source=chain_configs(), data=st.data())
 def test_any_model_expanded_by_any_chains_answers_as_before_at_every_scale(source, data):
     """Twice in a row, with and without KV sharing, with everything else a model may have."""

@@ -32,7 +32,7 @@ def gradients(model: ChainTransformer) -> dict[str, torch.Tensor]:
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(config=chain_configs(), chunk_tokens=st.sampled_from((1, 5, 25, 26, 27, 1000)), data=st.data())
 def test_losses_and_gradients_are_those_of_plain_cross_entropy(config, chunk_tokens, data):
     scales = data.draw(st.sets(st.integers(1, config.num_chains), min_size=1))

@@ -25,7 +25,7 @@ def operands(widths: list[tuple[int, int]], bias: bool, dtype: torch.dtype = tor
     return xs, weights, biases
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(widths=WIDTHS, bias=st.booleans())
 def test_gradients_are_those_of_the_definition(widths, bias):
     xs, weights, biases = operands(widths, bias)
@@ -73,7 +73,7 @@ class CountProducts(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(widths=WIDTHS, data=st.data())
 def test_no_product_beyond_the_steps_and_none_for_what_is_frozen(widths, data):
     num_frozen = data.draw(st.integers(0, len(widths) - 1))

@@ -1,0 +1,116 @@
+"""Sparse prefill attention against our own dense."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from colm_kernels import native, tolerance
+from colm_kernels.native import use_variant
+from colm_kernels.prefill_attention import prefill_attention
+from colm_kernels.sparse_index import SparseIndex, Tiling, lower
+from colm_kernels.sparse_patterns import vertical_slash
+from colm_kernels.sparse_prefill_attention import sparse_prefill_attention, sparse_prefill_attention_reference
+
+from bench.kernels.common import SEED, Case, Contenders, summarise, time_interleaved
+from bench.kernels.prefill import PrefillCase
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseCase(Case):
+    """A tile whose queries attend to a share of the keys."""
+
+    dense: PrefillCase
+    pattern: Literal["blocks", "vertical_slash"]
+    density: float
+    """Wanted; the record holds what the index has."""
+
+    @property
+    def name(self) -> str:
+        """Shape as a metric's prefix."""
+        return f"sparse_{self.pattern}_{self.density:g}_of_{self.dense.name}"
+
+    def index(self) -> SparseIndex:
+        """A random selection, one list a kv head.
+
+        Blocks: key blocks, each by chance. Vertical-slash: half of the keys as scattered columns, half as diagonals in
+        runs of 64, as a head with many of both has.
+        """
+        generator = torch.Generator().manual_seed(SEED)
+        num_keys, num_lists = self.dense.num_keys, self.dense.num_kv_heads
+        tiling = Tiling(num_queries=self.dense.num_queries, num_keys=num_keys)
+        if self.pattern == "blocks":
+            shape = (num_lists, tiling.num_row_blocks, tiling.num_key_blocks)
+            return lower(tiling, torch.rand(shape, generator=generator) < self.density)
+        # Columns inside a listed block count once, and a run of 64 distances asks for 256 keys of a row block.
+        num_columns = int(num_keys * self.density * 0.6)
+        num_runs = int(num_keys * self.density * 0.6 / 256)
+        columns = [torch.randperm(num_keys, generator=generator)[:num_columns] for _ in range(num_lists)]
+        starts = [torch.randperm(num_keys // 256, generator=generator)[:num_runs] * 256 for _ in range(num_lists)]
+        slashes = (torch.stack(starts).unsqueeze(2) + torch.arange(64)).flatten(1)
+        return vertical_slash(tiling, verticals_LV=torch.stack(columns), slashes_LW=slashes)
+
+    def measure(self, num_rounds: int) -> dict[str, Any]:
+        """Seconds of both, and how many times faster sparse is, beside the most that its density allows."""
+        index = self.index()
+        seconds = time_interleaved(sparse_contenders(self, index), num_rounds)
+        work = {"dense": self.dense.flops, "sparse": self.dense.flops * index.density()}
+        metrics = summarise(work, seconds, "gflops_per_s")
+        rates = {name: metrics[f"{name}_gflops_per_s"]["median"] for name in work}
+        faster = rates["sparse"] / rates["dense"] / index.density()
+        return metrics | {"density": round(index.density(), 4), "over_dense_x": round(faster, 2)}
+
+
+_SHAPES: tuple[tuple[int, int, Literal["blocks", "vertical_slash"], float], ...] = (
+    (32768, 8, "blocks", 0.25),
+    (32768, 8, "vertical_slash", 0.25),
+    (16384, 32, "blocks", 0.1),
+)
+SPARSE_CASES = tuple(
+    SparseCase(
+        dense=PrefillCase(num_queries=num_keys, num_keys=num_keys, num_heads=heads, num_kv_heads=8, head_dim=64),
+        pattern=pattern,
+        density=density,
+    )
+    for num_keys, heads, pattern, density in _SHAPES
+)
+
+
+def sparse_contenders(case: SparseCase, index: SparseIndex) -> Contenders:
+    """Dense and sparse on the same inputs; refuses to time a wrong kernel."""
+    q, k, v = case.dense.inputs()
+    out, lse = sparse_prefill_attention(q, k, v, index)
+    # Row blocks are independent of one another: the last one alone, as a tile of its own, is small enough to check.
+    last = last_row_block(index)
+    tile = q[-last.tiling.num_queries :]
+    reference, reference_lse = sparse_prefill_attention_reference(tile.double(), k.double(), v.double(), last)
+    with use_variant("torch"):
+        eager, eager_lse = sparse_prefill_attention(tile, k, v, last)
+    tolerance.assert_within_budget(out[-len(tile) :], eager, reference)
+    tolerance.assert_lse_within_budget(q.dtype, lse[-len(tile) :], eager_lse, reference_lse)
+    assert native.default_variant(q.dtype) != "torch", "the library is not built; run `python kernels/build.py`"
+    return {
+        "dense": lambda: prefill_attention(q, k, v),
+        "sparse": lambda: sparse_prefill_attention(q, k, v, index),
+    }
+
+
+def last_row_block(index: SparseIndex) -> SparseIndex:
+    """The lists of the last row block, as the index of a tile of its own."""
+    tiling = index.tiling
+    row_blocks = torch.arange(index.num_lists) * tiling.num_row_blocks + tiling.num_row_blocks - 1
+
+    def taken(offsets: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        lists = [ids[offsets[i] : offsets[i + 1]] for i in row_blocks.tolist()]
+        ends = torch.tensor([0, *map(len, lists)]).cumsum(0)
+        return ends, torch.cat(lists)
+
+    block_offsets, block_ids = taken(index.block_offsets, index.block_ids)
+    column_offsets, column_ids = taken(index.column_offsets, index.column_ids)
+    return replace(
+        index,
+        tiling=replace(tiling, num_queries=(tiling.num_queries - 1) % tiling.row_block + 1),
+        block_offsets=block_offsets,
+        block_ids=block_ids,
+        column_offsets=column_offsets,
+        column_ids=column_ids,
+    )
