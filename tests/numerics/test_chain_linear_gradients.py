@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
+pytestmark = pytest.mark.kernels
+
 NUM_ROWS = 5
 WIDTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4)
 Staircase = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor] | None, Sequence[int]], Tensor]
