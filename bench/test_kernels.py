@@ -6,8 +6,10 @@ from colm_kernels import native
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.kernels.decode import DECODE_CASES, DecodeCase, decode_contenders
+from bench.kernels.linear import LINEAR_CASES, LinearCase, linear_contenders
 from bench.kernels.prefill import PREFILL_CASES, TILE_CASES, PrefillCase, prefill_contenders
 from bench.kernels.sparse import SPARSE_CASES, SparseCase, sparse_contenders
+from bench.kernels.staircase import STAIRCASE_CASES, StaircaseCase, staircase_contenders
 
 ROUNDS = 3
 
@@ -43,4 +45,25 @@ def test_sparse_prefill_attention(benchmark: BenchmarkFixture, case: SparseCase,
     contenders = sparse_contenders(case, index)
     benchmark.group = case.name
     benchmark.extra_info["density"] = index.density()
+    benchmark.pedantic(contenders[contender], rounds=ROUNDS, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("contender", ["ours", "torch"])
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=lambda case: case.name)
+def test_few_rows_linear(benchmark: BenchmarkFixture, case: LinearCase, contender: str) -> None:
+    """Seconds of one call; the contenders are checked as they are made."""
+    contenders = linear_contenders(case)
+    chosen = native.default_variant(torch.float32) if contender == "ours" else contender
+    benchmark.group = case.name
+    benchmark.extra_info["bytes"] = case.num_bytes
+    benchmark.pedantic(contenders[chosen], rounds=ROUNDS, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("contender", ["ours", "full", "separate"])
+@pytest.mark.parametrize("case", STAIRCASE_CASES, ids=lambda case: case.name)
+def test_staircase(benchmark: BenchmarkFixture, case: StaircaseCase, contender: str) -> None:
+    """Seconds of one call; the contenders are checked as they are made."""
+    contenders = staircase_contenders(case)
+    benchmark.group = case.name
+    benchmark.extra_info["gflop"] = case.flops / 1e9
     benchmark.pedantic(contenders[contender], rounds=ROUNDS, warmup_rounds=1)

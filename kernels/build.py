@@ -33,7 +33,7 @@ def build(compiler: str, target: Path) -> None:
         ]
         list(threads.map(lambda command: subprocess.run(command, check=True), commands))
         linked = target.with_suffix(f".{os.getpid()}.tmp")
-        link = [compiler, "-shared", "-pthread", *objects, "-o", str(linked)]
+        link = [compiler, "-shared", "-pthread", *native.SANITIZER_FLAGS, *objects, "-o", str(linked)]
         subprocess.run(link, check=True)
     # Replaced in one step: a process that has the old library open keeps it.
     os.replace(linked, target)
@@ -46,7 +46,8 @@ def main() -> int:
     if platform.machine() not in ("x86_64", "AMD64") or compiler is None:
         _say("kernels: no g++ for x86-64 here; the PyTorch fallback is used")
         return 0
-    if native.built_hash(target) == native.source_hash():
+    # A sanitised library cannot be asked: it loads only into a process with its runtime preloaded.
+    if not native.SANITIZED and native.built_hash(target) == native.source_hash():
         _say(f"kernels: {target.name} is up to date")
         return 0
     try:

@@ -20,6 +20,7 @@ from bench.kernels.decode import DECODE_CASES
 from bench.kernels.linear import LINEAR_CASES
 from bench.kernels.prefill import PREFILL_CASES, TILE_CASES
 from bench.kernels.sparse import SPARSE_CASES
+from bench.kernels.staircase import STAIRCASE_CASES
 
 GROUPS: Mapping[str, Sequence[Case]] = {
     "prefill": PREFILL_CASES,
@@ -27,6 +28,7 @@ GROUPS: Mapping[str, Sequence[Case]] = {
     "sparse": SPARSE_CASES,
     "decode": DECODE_CASES,
     "linear": LINEAR_CASES,
+    "staircase": STAIRCASE_CASES,
 }
 
 

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from colm_kernels.chain_linear import chain_linear
+from colm_kernels.chain_linear import chain_linear, chain_linear_by_chain
 from torch import Tensor, nn
-
-from colm.model.staircase import staircase
 
 
 class ChainLinear(nn.Module):
@@ -44,4 +42,4 @@ class ChainLinear(nn.Module):
 
     def by_chain(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """One tensor a chain, differentiable, as the oracle and training run it."""
-        return staircase(xs, self.weights(len(xs)), self.biases(len(xs)))
+        return chain_linear_by_chain(xs, self.weights(len(xs)), self.biases(len(xs)))

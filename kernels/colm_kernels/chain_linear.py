@@ -1,16 +1,16 @@
 """Linear (chain): output chain i reads input chains 1..i, so the stacked weight is a staircase.
 
-Shapes: R rows, I input features of the active chains, O output features of the active chains.
+Shapes: R rows, I input features of the active chains, O output features of the active chains; I_i, O_i of chain i.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from colm_kernels.checks import check_dims
+from colm_kernels.checks import check_dims, check_same_dtype
 from colm_kernels.few_rows_linear import few_rows_linear, variant_for
+from colm_kernels.many_rows_linear import many_rows_linear, step_of_chain
 
 
 def chain_linear_reference(
@@ -40,7 +40,9 @@ def chain_linear(
     """Apply the staircase, chain by chain, to as many leading rows as each chain serves.
 
     Few rows without gradients, as in decode, run in the library: bounded by memory, and what a row gets is then
-    bit-identical in any batch and at any scale. The rest is one PyTorch product a chain.
+    bit-identical in any batch and at any scale. The rest is one PyTorch product a chain, and in the backward pass one
+    each for its weight and its input: a staircase of n steps cannot be cut into fewer than n rectangles without
+    multiplying zeros. What requires no gradient is left out of those products.
 
     Args:
         x_RI: input of the active chains, side by side; I = weights[-1].shape[1].
@@ -50,10 +52,11 @@ def chain_linear(
             larger scale stand first, so a batch of mixed scales reads every weight once.
 
     Returns:
-        y_RO, chains side by side; zero where a row does not compute a chain.
+        y_RO, chains side by side; zero where a row does not compute a chain. Differentiable once; accumulates in fp32,
+        error budget in tolerance.py.
 
     Raises:
-        ValueError: shapes or chain_rows that do not fit together.
+        ValueError: shapes, dtypes or chain_rows that do not fit together.
 
     Example: weights of 2 chains and chain_rows (3, 1): row 0 gets both chains, rows 1 and 2 chain 1 and zeros.
     """
@@ -61,13 +64,49 @@ def chain_linear(
     variant = variant_for(x_RI, weights, biases)
     if variant != "torch":
         return few_rows_linear(x_RI, weights, biases, chain_rows, variant)
-    outputs = []
-    num_rows = x_RI.shape[0]
-    for chain, (weight, rows) in enumerate(zip(weights, chain_rows, strict=True)):
-        bias = None if biases is None else biases[chain]
-        y = F.linear(x_RI[:rows, : weight.shape[1]], weight, bias)
-        outputs.append(y if rows == num_rows else F.pad(y, (0, 0, 0, num_rows - rows)))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    check_same_dtype(x_RI=x_RI, **_named("weights", weights), **_named("biases", biases or ()))
+    return many_rows_linear(x_RI, weights, biases, chain_rows)
+
+
+def chain_linear_by_chain(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """The staircase over one tensor a chain, with gradients that end where training ends.
+
+    Chain i is computed from the same contiguous operands however many chains follow, so a scale has the same bits
+    alone and inside the whole. A frozen chain's weight and features are left out of the products of the backward
+    pass, not computed and thrown away.
+
+    Args:
+        xs: the input chains, (R, I_i) each.
+        weights: (O_i, I_1 + .. + I_i), one a chain.
+        biases: (O_i,), one a chain, or None.
+
+    Returns:
+        One (R, O_i) a chain; those that depend on nothing trainable carry no graph.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    if not xs or len(xs) != len(weights) or len(weights) != len(weights if biases is None else biases):
+        given = "None" if biases is None else len(biases)
+        raise ValueError(f"xs has {len(xs)} chains, weights {len(weights)}, biases {given}; give one of each a chain")
+    check_same_dtype(**_named("xs", xs), **_named("weights", weights), **_named("biases", biases or ()))
+    width = 0
+    for chain, (x, weight) in enumerate(zip(xs, weights, strict=True)):
+        check_dims(f"xs[{chain}]", x, xs[0].shape[0], None)
+        width += x.shape[1]
+        check_dims(f"weights[{chain}]", weight, None, width)
+        if biases is not None:
+            check_dims(f"biases[{chain}]", biases[chain], weight.shape[0])
+    return [
+        step_of_chain(xs[: chain + 1], weight, None if biases is None else biases[chain])
+        for chain, weight in enumerate(weights)
+    ]
+
+
+def _named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{name}[{chain}]": tensor for chain, tensor in enumerate(tensors)}
 
 
 def _check(x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, chain_rows: Sequence[int]) -> None:

@@ -6,6 +6,7 @@
 import ctypes
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,14 +21,20 @@ logger = logging.getLogger(__name__)
 
 Variant = Literal["avx2", "avx512", "avx512_bf16", "torch"]
 
-LIBRARY_PATH: Final = Path(__file__).with_name("_cpu.so")
+SANITIZED: Final = os.environ.get("COLM_KERNELS_SANITIZED") == "1"
+"""Build and load the library with AddressSanitizer and UndefinedBehaviorSanitizer, whose runtime must be preloaded; see
+`make test-sanitize`. The one place where this variable is read."""
+
+LIBRARY_PATH: Final = Path(__file__).with_name("_cpu_sanitized.so" if SANITIZED else "_cpu.so")
 SOURCE_DIR: Final = Path(__file__).with_name("cpp")
 HEAD_DIMS: Final = (16, 64, 80, 96, 128)
 
+SANITIZER_FLAGS: Final = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all") if SANITIZED else ()
 COMPILE_FLAGS: Final = (
-    "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall",
+    "-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall",
     # GCC 12 reports its own intrinsics headers.
     "-Wno-maybe-uninitialized", "-Wno-uninitialized",
+    *(("-O1", "-g", "-fno-omit-frame-pointer", *SANITIZER_FLAGS) if SANITIZED else ("-O3",)),
 )  # fmt: skip
 _AVX512_FLAGS: Final = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 TARGET_FLAGS: Final = {
@@ -74,7 +81,7 @@ class CancelFlag:
 
 
 def source_hash() -> str:
-    """Identity of what `_cpu.so` should be built from: sources and flags."""
+    """Identity of what the library should be built from: sources and flags."""
     digest = hashlib.sha256(repr((COMPILE_FLAGS, sorted(TARGET_FLAGS.items()))).encode())
     for path in sorted(SOURCE_DIR.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

@@ -176,6 +176,17 @@ def test_foreign_packages_import_from_the_repository_root() -> None:
     run_python("import google.api_core, transformers")
 
 
+def test_whatever_chooses_variants_of_the_kernels_runs_under_the_sanitizers_too() -> None:
+    choosing = {
+        path
+        for path in sources("tests")
+        if {"colm_kernels.native.use_variant", "colm_kernels.native.available_variants"} & imports(path)
+    }
+    marked = {path for path in choosing if "\npytestmark = pytest.mark.kernels\n" in path.read_text(encoding="utf-8")}
+    assert choosing
+    assert [place(path) for path in sorted(choosing - marked)] == []
+
+
 def calls_print(path: Path) -> Iterator[str]:
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":

@@ -15,6 +15,8 @@ from colm_kernels.few_rows_linear import MAX_ROWS, variant_for
 from colm_kernels.native import use_variant
 from torch import Tensor
 
+pytestmark = pytest.mark.kernels
+
 DTYPES = (torch.bfloat16, torch.float32)
 LIBRARY = [name for name in native.available_variants() if name != "torch"]
 OUTS, SEGMENT = 4, 2048  # linear.h: outputs of one tile, inputs summed in one go

@@ -11,6 +11,8 @@ from colm_kernels.native import use_variant
 from torch import Tensor
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.kernels
+
 TOKEN_BLOCK = 32  # decode.h
 DTYPES = (torch.bfloat16, torch.float32)
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

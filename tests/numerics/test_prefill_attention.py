@@ -12,6 +12,8 @@ from colm_kernels.prefill_attention import prefill_attention, prefill_attention_
 from torch import Tensor
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.kernels
+
 ROW_BLOCK, KEY_BLOCK, CHUNK = 48, 256, 512  # prefill.h
 DTYPES = (torch.bfloat16, torch.float32)
 

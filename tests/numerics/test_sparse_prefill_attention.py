@@ -13,6 +13,8 @@ from colm_kernels.sparse_prefill_attention import sparse_prefill_attention, spar
 from torch import Tensor
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.kernels
+
 DTYPES = (torch.bfloat16, torch.float32)
 
 

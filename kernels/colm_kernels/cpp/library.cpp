@@ -4,6 +4,10 @@
 #include "cpu.h"
 #include "launch.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 const Variant* const kVariants[kNumVariants] = {&kAvx2Variant, &kAvx512Variant, &kAvx512Bf16Variant};
 
 unsigned char* workspace(int64_t num_bytes) {
@@ -19,6 +23,11 @@ unsigned char* workspace(int64_t num_bytes) {
         memory.data = static_cast<unsigned char*>(std::aligned_alloc(4096, memory.num_bytes));
         if (memory.data == nullptr) memory.num_bytes = 0;
     }
+#ifdef __SANITIZE_ADDRESS__
+    // What an earlier, larger call left over is not this call's to touch.
+    ASAN_UNPOISON_MEMORY_REGION(memory.data, memory.num_bytes);
+    if (memory.data != nullptr) ASAN_POISON_MEMORY_REGION(memory.data + num_bytes, memory.num_bytes - num_bytes);
+#endif
     return memory.data;
 }
 

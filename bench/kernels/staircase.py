@@ -1,0 +1,144 @@
+"""Linear (chain) of many rows, as in prefill and training, forward and with its gradients.
+
+Shapes: R rows, D features of all chains.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from colm_kernels import tolerance
+from colm_kernels.chain_linear import chain_linear, chain_linear_by_chain, chain_linear_reference
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.kernels.common import SEED, Case, Contenders, short, summarise, time_interleaved
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaircaseCase(Case):
+    """Many rows through the staircase of a square layer."""
+
+    num_rows: int
+    dim: int
+    chains: tuple[int, ...]
+    backward: bool = False
+    """The gradients of every weight and of the input are computed too."""
+
+    @property
+    def name(self) -> str:
+        """Shape as a metric's prefix."""
+        chains = "-".join(map(str, self.chains))
+        return f"staircase_{short(self.dtype)}_r{self.num_rows}_d{self.dim}_c{chains}" + "_backward" * self.backward
+
+    @property
+    def widths(self) -> list[int]:
+        """Features of each chain."""
+        return [self.dim * chain // sum(self.chains) for chain in self.chains]
+
+    @property
+    def flops(self) -> float:
+        """Floating point operations that are not with zeros."""
+        weights = sum(width * reach for width, reach in zip(self.widths, accumulate(self.widths), strict=True))
+        return 2.0 * self.num_rows * weights * (3 if self.backward else 1)
+
+    def inputs(self) -> tuple[Tensor, list[Tensor], Tensor]:
+        """x_RD, one weight a chain, and the gradient of the output."""
+        generator = torch.Generator().manual_seed(SEED)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(self.dtype)
+
+        weights = [draw(width, reach) for width, reach in zip(self.widths, accumulate(self.widths), strict=True)]
+        return draw(self.num_rows, self.dim), weights, draw(self.num_rows, self.dim)
+
+    def measure(self, num_rounds: int) -> dict[str, Any]:
+        """Rates of every contender, operations with zeros not counted."""
+        contenders = staircase_contenders(self)
+        seconds = time_interleaved(contenders, num_rounds)
+        metrics = summarise(dict.fromkeys(contenders, self.flops), seconds, "gflop_per_s")
+        ours = metrics["ours_gflop_per_s"]["median"]
+        against = [name for name in contenders if name != "ours"]
+        return metrics | {
+            f"over_{name}_x": round(ours / metrics[f"{name}_gflop_per_s"]["median"], 2) for name in against
+        }
+
+
+STAIRCASE_CASES = tuple(
+    StaircaseCase(num_rows=num_rows, dim=dim, chains=chains, backward=backward, dtype=dtype)
+    for dtype in (torch.bfloat16, torch.float32)
+    for num_rows, dim, chains, backward in (
+        (512, 4096, (8, 8, 8, 8), False),
+        (2048, 4096, (8, 8, 8, 8), False),
+        (8192, 4096, (8, 8, 8, 8), False),
+        (2048, 4096, (16, 16), False),
+        (2048, 2048, (8, 8, 8, 8), False),
+        (2048, 2048, (16, 16), False),
+        (2048, 1024, (8, 8, 8, 8), False),
+        (2048, 4096, (8, 8, 8, 8), True),
+        (2048, 2048, (8, 8, 8, 8), True),
+        (2048, 2048, (16, 16), True),
+    )
+)
+"""Layers of the paper's models, a prefill tile or a training batch at a time."""
+
+
+def staircase_contenders(case: StaircaseCase) -> Contenders:
+    """The zero-padded Linear, a Linear a chain, joined, and ours; refuses to time a wrong result.
+
+    With gradients also ours over one tensor a chain, as the model trains.
+    """
+    x, weights, grad = case.inputs()
+    full = _zero_padded(weights)
+    rows = (case.num_rows,) * len(weights)
+    for tensor in (x, full, *weights):
+        tensor.requires_grad_(case.backward)
+
+    def ours(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        return chain_linear(x, weights, None, rows)
+
+    def linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        return F.linear(x, weights[0])
+
+    def separate(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        return torch.cat([F.linear(x[:, : weight.shape[1]], weight) for weight in weights], dim=1)
+
+    def by_chain(xs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensors:
+        ys = chain_linear_by_chain(xs, weights, None)
+        return torch.autograd.grad(ys, [*xs, *weights], grads)
+
+    def run(apply: Any, weights: Sequence[Tensor]) -> Tensors:
+        if not case.backward:
+            with torch.inference_mode():
+                return (apply(x, weights),)
+        y = apply(x, weights)
+        return y.detach(), *torch.autograd.grad(y, [x, *weights], grad)
+
+    contenders = {
+        "full": partial(run, linear, [full]),
+        "separate": partial(run, separate, weights),
+        "ours": partial(run, ours, weights),
+    }
+    if case.backward:
+        xs, grads = ([part.contiguous() for part in tensor.split(case.widths, dim=1)] for tensor in (x, grad))
+        contenders["by_chain"] = partial(by_chain, [part.detach().requires_grad_() for part in xs], grads)
+    eager, result = contenders["separate"](), contenders["ours"]()
+    for one, other, exact in zip(result, eager, _reference(case, x, weights, grad), strict=True):
+        tolerance.assert_within_budget(one, other, exact)
+    return contenders
+
+
+def _reference(case: StaircaseCase, x: Tensor, weights: Sequence[Tensor], grad: Tensor) -> Tensors:
+    leaves = [tensor.detach().double().requires_grad_(case.backward) for tensor in (x, *weights)]
+    y = chain_linear_reference(leaves[0], leaves[1:], None, (case.num_rows,) * len(weights))
+    return y.detach(), *(torch.autograd.grad(y, leaves, grad.double()) if case.backward else ())
+
+
+def _zero_padded(weights: Sequence[Tensor]) -> Tensor:
+    width = weights[-1].shape[1]
+    return torch.cat([F.pad(weight, (0, width - weight.shape[1])) for weight in weights])
