@@ -19,12 +19,14 @@ from bench.kernels.common import SEED, Case, short
 from bench.kernels.decode import DECODE_CASES
 from bench.kernels.linear import LINEAR_CASES
 from bench.kernels.prefill import PREFILL_CASES, TILE_CASES
+from bench.kernels.small import SMALL_CASES
 
 GROUPS: Mapping[str, Sequence[Case]] = {
     "prefill": PREFILL_CASES,
     "tile": TILE_CASES,
     "decode": DECODE_CASES,
     "linear": LINEAR_CASES,
+    "small": SMALL_CASES,
 }
 
 
