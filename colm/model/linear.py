@@ -31,7 +31,7 @@ class ChainLinear(nn.Module):
 
     def weights(self, num_chains: int) -> list[Tensor]:
         """The blocks of the first `num_chains` chains."""
-        return [self.get_parameter(name) for name in self.names[:num_chains]]
+        return [getattr(self, name) for name in self.names[:num_chains]]
 
     def biases(self, num_chains: int) -> list[Tensor] | None:
         """The biases of the first `num_chains` chains; None where there are none."""

@@ -6,6 +6,7 @@ Shapes: R rows, D features of the active chains.
 from collections.abc import Sequence
 
 import torch
+from colm_kernels import rms_norm as kernel
 from torch import Tensor, nn
 
 
@@ -22,13 +23,19 @@ class ChainRMSNorm(nn.Module):
 
     def forward(self, x_RD: Tensor, num_chains: int) -> Tensor:
         """Normalise the first `num_chains` chains side by side in one tensor."""
-        outputs = self.by_chain(x_RD.split(self.dims[:num_chains], dim=1))
-        return outputs[0] if num_chains == 1 else torch.cat(outputs, dim=1)
+        return kernel.rms_norm(x_RD, self.gains(num_chains), self.eps)
+
+    def add_(self, x_RD: Tensor, delta_RD: Tensor, num_chains: int) -> Tensor:
+        """Add delta to the residual stream x in place; the sum, normalised as by `forward`."""
+        return kernel.add_rms_norm_(x_RD, delta_RD, self.gains(num_chains), self.eps)
+
+    def gains(self, num_chains: int) -> list[Tensor]:
+        """The gains of the first `num_chains` chains."""
+        return [getattr(self, name) for name in self.names[:num_chains]]
 
     def by_chain(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """Normalise one tensor a chain: x / sqrt(mean(x^2) + eps) * gain, in fp32 or wider inside."""
-        gains = [self.get_parameter(name) for name in self.names[: len(xs)]]
-        return [rms_norm(x, gain, self.eps) for x, gain in zip(xs, gains, strict=True)]
+        return [rms_norm(x, gain, self.eps) for x, gain in zip(xs, self.gains(len(xs)), strict=True)]
 
 
 def rms_norm(x_RD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
