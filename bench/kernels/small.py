@@ -142,8 +142,8 @@ class SwigluCase(SmallCase):
         return 3 * self.num_rows * self.dim * self.dtype.itemsize
 
     def prepare(self) -> tuple[Callable[[], object], Callable[[], None]]:
-        """silu(gate) * (1 + exp(-gate)) is gate again: repeated calls stay clear of subnormal numbers."""
-        gate = self.draw(self.num_rows, self.dim)
+        """silu(gate) * (1 + exp(-gate)) is gate again, and stays there where gate is negative, clear of subnormals."""
+        gate = -self.draw(self.num_rows, self.dim).abs()
         up = 1 + (-gate).exp()
 
         def check() -> None:
