@@ -5,6 +5,7 @@ kv head of the active chains, D head dim.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -49,18 +50,15 @@ class ChainAttention(nn.Module):
 
     def group_by_kv_head(self, q_RHD: Tensor, num_chains: int) -> Tensor:
         """Reorder query heads of all active chains by the shared kv head they read: q_RKGD."""
-        num_rows, _, head_dim = q_RHD.shape
-        num_kv_heads = self.config.num_kv_heads
-        per_chain = q_RHD.split(list(self.config.chains[:num_chains]), dim=1)
-        grouped = [q.reshape(num_rows, num_kv_heads, -1, head_dim) for q in per_chain]
-        return grouped[0] if num_chains == 1 else torch.cat(grouped, dim=2)
+        order_H, _ = _head_order(self.config.chains[:num_chains], self.config.num_kv_heads)
+        ordered_RHD = q_RHD if num_chains == 1 else q_RHD.index_select(1, order_H)
+        return ordered_RHD.view(len(q_RHD), self.config.num_kv_heads, -1, self.config.head_dim)
 
     def ungroup(self, out_RKGD: Tensor, num_chains: int) -> Tensor:
         """Undo `group_by_kv_head` and flatten the heads: chains side by side, ready for `wo`."""
-        num_rows, num_kv_heads = out_RKGD.shape[:2]
-        groups = [chain // num_kv_heads for chain in self.config.chains[:num_chains]]
-        per_chain = [out.reshape(num_rows, -1) for out in out_RKGD.split(groups, dim=2)]
-        return per_chain[0] if num_chains == 1 else torch.cat(per_chain, dim=1)
+        _, place_H = _head_order(self.config.chains[:num_chains], self.config.num_kv_heads)
+        out_RHD = out_RKGD.flatten(1, 2)
+        return (out_RHD if num_chains == 1 else out_RHD.index_select(1, place_H)).flatten(1)
 
     def by_chain(self, xs: Sequence[Tensor], cos_TD: Tensor, sin_TD: Tensor, num_sequences: int) -> list[Tensor]:
         """Causal self-attention of whole sequences of equal length, one (R, D_i) a chain, differentiable."""
@@ -84,3 +82,11 @@ class ChainAttention(nn.Module):
             )
             attended.append(out_BHTD.transpose(1, 2).reshape(q.shape))
         return self.wo.by_chain(attended)
+
+
+@cache
+def _head_order(chains: tuple[int, ...], num_kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Query heads sorted by the kv head they read, then by chain; and where each head stands in that order."""
+    heads = torch.arange(sum(chains)).split(list(chains))
+    order_H = torch.cat([chain.view(num_kv_heads, -1) for chain in heads], dim=1).flatten()
+    return order_H, order_H.argsort()
