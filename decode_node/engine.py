@@ -67,9 +67,9 @@ class DecodeEngine:
         next_norms = [*(layer.attention_norm for layer in blocks[1:]), self._model.final_norm]
         normed_RD = blocks[0].attention_norm(x_RD, num_chains)
         for index, (layer, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
-            k_RKD, v_RKD = layer.attention.keys_values(normed_RD)
+            q_RHD, k_RKD, v_RKD = layer.attention.queries_keys_values(normed_RD, chain_rows)
             self._store.write_tokens(slot_mapping_LR[index], k_RKD, v_RKD, cos, sin)
-            q_RHD = rotate_(layer.attention.queries(normed_RD, chain_rows), cos, sin)
+            rotate_(q_RHD, cos, sin)
             attended = self._attend(layer, q_RHD, num_chains, tables_LRM[index], context_lens_R)
             normed_RD = layer.ffn_norm.add_(x_RD, layer.attention.wo(attended, chain_rows), num_chains)
             normed_RD = next_norm.add_(x_RD, layer.ffn(normed_RD, chain_rows), num_chains)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+from colm_kernels.chain_linear import joint_linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,7 +35,7 @@ class ChainAttention(nn.Module):
         self.wv = ChainLinear(config.chain_dims[: self.kv_chains], kv_dims, bias=config.bias)
         self.wo = ChainLinear(config.chain_query_dims, config.chain_dims, bias=config.bias)
 
-    # The next four are the nodes' way: chains side by side in one tensor, keys and values of chain 1 alone.
+    # The next five are the nodes' way: chains side by side in one tensor, keys and values of chain 1 alone.
 
     def keys_values(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
         """Unrotated (k_RKD, v_RKD) of chain 1's normalised hidden states; other chains' are not read."""
@@ -47,6 +48,13 @@ class ChainAttention(nn.Module):
         """Unrotated q_RHD of the active chains, chain by chain."""
         q_RH: Tensor = self.wq(x_RD, chain_rows)
         return q_RH.view(x_RD.shape[0], -1, self.config.head_dim)
+
+    def queries_keys_values(self, x_RD: Tensor, chain_rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """(q_RHD, k_RKD, v_RKD) as of `queries` and `keys_values`, where all are wanted at once."""
+        rows = (x_RD.shape[0],)
+        operands = [self.wq.operands(chain_rows), self.wk.operands(rows), self.wv.operands(rows)]
+        q_RHD, k_RKD, v_RKD = (y.view(len(x_RD), -1, self.config.head_dim) for y in joint_linear(x_RD, operands))
+        return q_RHD, k_RKD, v_RKD
 
     def group_by_kv_head(self, q_RHD: Tensor, num_chains: int) -> Tensor:
         """Reorder query heads of all active chains by the shared kv head they read: q_RKGD."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from colm_kernels.chain_linear import chain_linear
+from colm_kernels.chain_linear import Staircase, chain_linear
 from torch import Tensor, nn
 
 from colm.model.staircase import staircase
@@ -39,8 +39,12 @@ class ChainLinear(nn.Module):
 
     def forward(self, x_RI: Tensor, chain_rows: Sequence[int]) -> Tensor:
         """Chains side by side in one tensor, as the nodes run it; `chain_rows` as in `colm_kernels.chain_linear`."""
+        return chain_linear(x_RI, *self.operands(chain_rows))
+
+    def operands(self, chain_rows: Sequence[int]) -> Staircase:
+        """What `colm_kernels.chain_linear` takes beside x."""
         num_chains = len(chain_rows)
-        return chain_linear(x_RI, self.weights(num_chains), self.biases(num_chains), chain_rows)
+        return self.weights(num_chains), self.biases(num_chains), chain_rows
 
     def by_chain(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """One tensor a chain, differentiable, as the oracle and training run it."""
