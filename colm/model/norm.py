@@ -17,7 +17,6 @@ class ChainRMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.names = [f"chain{chain + 1}" for chain in range(len(dims))]
-        self.dims = list(dims)
         for name, dim in zip(self.names, dims, strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(dim)))
 
