@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from colm_kernels.decode_attention import decode_attention
+from colm_kernels.rotary import rotate_
 from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint
 from colm.kv import require_shared_kv
-from colm.model.rope import inverse_frequencies, rotate, rotation
+from colm.model.rope import inverse_frequencies, rotation
 from colm.model.transformer import ChainBlock
 from decode_node.kv_store import KvStore
 
@@ -58,19 +59,21 @@ class DecodeEngine:
         positions_R = torch.tensor([row.position for row in rows])
         cos, sin = rotation(self._inverse_frequencies, positions_R)
         tables_LRM = _stack_tables(rows)
-        pages_LR, slots_R = self._slots(tables_LRM, positions_R)
+        slot_mapping_LR = self._slot_mapping(tables_LRM, positions_R)
         context_lens_R = (positions_R + 1).to(torch.int32)
 
         x_RD = self._model.embedding.embed(torch.tensor([row.token_id for row in rows]), num_chains)
-        for index, layer in enumerate(self._model.blocks):
-            normed_RD = layer.attention_norm(x_RD, num_chains)
-            k_RKD, v_RKD = layer.attention.keys_values(normed_RD)
-            self._store.write_tokens(pages_LR[index], slots_R, rotate(k_RKD, cos, sin), v_RKD)
-            q_RHD = rotate(layer.attention.queries(normed_RD, chain_rows), cos, sin)
+        blocks = self._model.blocks
+        next_norms = [*(layer.attention_norm for layer in blocks[1:]), self._model.final_norm]
+        normed_RD = blocks[0].attention_norm(x_RD, num_chains)
+        for index, (layer, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
+            q_RHD, k_RKD, v_RKD = layer.attention.queries_keys_values(normed_RD, chain_rows)
+            self._store.write_tokens(slot_mapping_LR[index], k_RKD, v_RKD, cos, sin)
+            rotate_(q_RHD, cos, sin)
             attended = self._attend(layer, q_RHD, num_chains, tables_LRM[index], context_lens_R)
-            x_RD = x_RD + layer.attention.wo(attended, chain_rows)
-            x_RD = x_RD + layer.ffn(layer.ffn_norm(x_RD, num_chains), chain_rows)
-        logits_RV = self._model.output_table.logits(self._model.final_norm(x_RD, num_chains), chain_rows)
+            normed_RD = layer.ffn_norm.add_(x_RD, layer.attention.wo(attended, chain_rows), num_chains)
+            normed_RD = next_norm.add_(x_RD, layer.ffn(normed_RD, chain_rows), num_chains)
+        logits_RV = self._model.output_table.logits(normed_RD, chain_rows)
         in_order_RV = torch.empty_like(logits_RV)
         in_order_RV[order] = logits_RV
         return in_order_RV
@@ -83,11 +86,12 @@ class DecodeEngine:
         out_RKGD = decode_attention(q_RKGD, store.k_pages_BPKD, store.v_pages_BPKD, table_RM, context_lens_R)
         return layer.attention.ungroup(out_RKGD, num_chains)
 
-    def _slots(self, tables_LRM: Tensor, positions_R: Tensor) -> tuple[Tensor, Tensor]:
+    def _slot_mapping(self, tables_LRM: Tensor, positions_R: Tensor) -> Tensor:
+        """Where the step's tokens are written: slot_mapping_LR, page * P + slot."""
         page_tokens = self._store.layout.page_tokens
         columns_R = positions_R // page_tokens
         rows_R = torch.arange(len(positions_R))
-        return tables_LRM[:, rows_R, columns_R].long(), positions_R % page_tokens
+        return tables_LRM[:, rows_R, columns_R].long() * page_tokens + positions_R % page_tokens
 
 
 def _stack_tables(rows: Sequence[StepInput]) -> Tensor:

@@ -1,13 +1,14 @@
 """The memory behind the pages.
 
 Shapes: B pages of the pool, P tokens of a page, K kv heads, D head dim, L layers, M pages of one layer of a request,
-T tokens of a tile, R requests of a batch.
+T tokens of a tile, R requests of a batch, S = B * P rows.
 """
 
 from typing import Any
 
 import numpy as np
 import torch
+from colm_kernels.rotary import write_kv
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +26,7 @@ class KvStore:
         # Untouched pages cost no memory: the system backs them when they are first written.
         self.k_pages_BPKD = torch.empty(shape, dtype=layout.dtype)
         self.v_pages_BPKD = torch.empty(shape, dtype=layout.dtype)
+        self._k_cache_SKD, self._v_cache_SKD = self.k_pages_BPKD.flatten(0, 1), self.v_pages_BPKD.flatten(0, 1)
         # numpy has no bfloat16; moving bytes needs only the width.
         width = {2: torch.int16, 4: torch.int32}[layout.dtype.itemsize]
         self._numpy_dtype: np.dtype[Any] = np.dtype(f"i{layout.dtype.itemsize}")
@@ -57,10 +59,19 @@ class KvStore:
             if num_tokens > whole:
                 pages[pages_M[first_page + num_whole], : num_tokens - whole] = tokens_TKD[whole:]
 
-    def write_tokens(self, pages_R: Tensor, slots_R: Tensor, k_RKD: Tensor, v_RKD: Tensor) -> None:
-        """Store one token's keys and values of one layer for each request: page `pages_R[r]`, row `slots_R[r]`."""
-        self.k_pages_BPKD[pages_R, slots_R] = k_RKD
-        self.v_pages_BPKD[pages_R, slots_R] = v_RKD
+    def write_tokens(
+        self, slot_mapping_R: Tensor, k_RKD: Tensor, v_RKD: Tensor, cos_RD: Tensor, sin_RD: Tensor
+    ) -> None:
+        """Store one token's keys, rotated on the way, and values of one layer for each request.
+
+        Args:
+            slot_mapping_R: int64, page * P + slot.
+            k_RKD: unrotated.
+            v_RKD: stored as they are.
+            cos_RD: of `colm.model.rope.rotation`.
+            sin_RD: likewise.
+        """
+        write_kv(k_RKD, v_RKD, cos_RD, sin_RD, self._k_cache_SKD, self._v_cache_SKD, slot_mapping_R)
 
 
 def _contiguous(ids: NDArray[np.int32]) -> slice | NDArray[np.int32]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from colm_kernels.prefill_attention import prefill_attention
+from colm_kernels.rotary import rotate_, write_kv
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from colm.checkpoint import Checkpoint, assign, prefill_tensor_names
 from colm.errors import InvalidRequest
 from colm.kv import KvLayout, KvTile, require_shared_kv
 from colm.model import ChainTransformer
-from colm.model.rope import inverse_frequencies, rotate, rotation
+from colm.model.rope import inverse_frequencies, rotation
 from colm.model.transformer import ChainBlock
 
 
@@ -66,13 +67,13 @@ class PrefillEngine:
                 cos_TE, sin_TE = rotation(self._inverse_frequencies, torch.arange(start, stop))
                 normed_TD = layer.attention_norm(x_TD, 1)
                 k_TKE, v_TKE = layer.attention.keys_values(normed_TD)
-                k_KNE[:, start:stop] = rotate(k_TKE, cos_TE, sin_TE).transpose(0, 1)
-                v_KNE[:, start:stop] = v_TKE.transpose(0, 1)
-                yield KvTile(index, start, k_KNE[:, start:stop], v_KNE[:, start:stop])
+                k_KTE, v_KTE = k_KNE[:, start:stop], v_KNE[:, start:stop]
+                write_kv(k_TKE, v_TKE, cos_TE, sin_TE, k_KTE.transpose(0, 1), v_KTE.transpose(0, 1))
+                yield KvTile(index, start, k_KTE, v_KTE)
                 # The last layer's output would only feed the head, which is the decode node's work.
                 if not is_last:
-                    q_THE = rotate(layer.attention.queries(normed_TD, (stop - start,)), cos_TE, sin_TE)
-                    hidden_ND[start:stop] = _finish_layer(layer, x_TD, q_THE, k_KNE[:, :stop], v_KNE[:, :stop])
+                    q_THE = rotate_(layer.attention.queries(normed_TD, (stop - start,)), cos_TE, sin_TE)
+                    _finish_layer(layer, x_TD, q_THE, k_KNE[:, :stop], v_KNE[:, :stop])
 
     def check(self, token_ids: NDArray[np.int64]) -> None:
         """Refuse a prompt that this model cannot read."""
@@ -82,9 +83,9 @@ class PrefillEngine:
             raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {self.config.vocab_size}")
 
 
-def _finish_layer(layer: ChainBlock, x_TD: Tensor, q_THE: Tensor, k_KSE: Tensor, v_KSE: Tensor) -> Tensor:
+def _finish_layer(layer: ChainBlock, x_TD: Tensor, q_THE: Tensor, k_KSE: Tensor, v_KSE: Tensor) -> None:
+    """Attention and feed-forward of a tile, added to its hidden states in place."""
     rows = (x_TD.shape[0],)
     out_THE, _ = prefill_attention(q_THE, k_KSE, v_KSE)
-    x_TD = x_TD + layer.attention.wo(out_THE.flatten(1), rows)
-    result: Tensor = x_TD + layer.ffn(layer.ffn_norm(x_TD, 1), rows)
-    return result
+    normed_TD = layer.ffn_norm.add_(x_TD, layer.attention.wo(out_THE.flatten(1), rows), 1)
+    x_TD += layer.ffn(normed_TD, rows)

@@ -19,6 +19,7 @@ from bench.kernels.common import SEED, Case, short
 from bench.kernels.decode import DECODE_CASES
 from bench.kernels.linear import LINEAR_CASES
 from bench.kernels.prefill import PREFILL_CASES, TILE_CASES
+from bench.kernels.small import SMALL_CASES
 from bench.kernels.sparse import SPARSE_CASES
 from bench.kernels.staircase import STAIRCASE_CASES
 
@@ -29,6 +30,7 @@ GROUPS: Mapping[str, Sequence[Case]] = {
     "decode": DECODE_CASES,
     "linear": LINEAR_CASES,
     "staircase": STAIRCASE_CASES,
+    "small": SMALL_CASES,
 }
 
 

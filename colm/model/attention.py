@@ -5,14 +5,16 @@ kv head of the active chains, D head dim.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
+from colm_kernels.chain_linear import joint_linear
+from colm_kernels.rotary import rotate_reference
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from colm.config import ChainConfig
 from colm.model.linear import ChainLinear
-from colm.model.rope import rotate
 
 
 class ChainAttention(nn.Module):
@@ -33,7 +35,7 @@ class ChainAttention(nn.Module):
         self.wv = ChainLinear(config.chain_dims[: self.kv_chains], kv_dims, bias=config.bias)
         self.wo = ChainLinear(config.chain_query_dims, config.chain_dims, bias=config.bias)
 
-    # The next four are the nodes' way: chains side by side in one tensor, keys and values of chain 1 alone.
+    # The next five are the nodes' way: chains side by side in one tensor, keys and values of chain 1 alone.
 
     def keys_values(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
         """Unrotated (k_RKD, v_RKD) of chain 1's normalised hidden states; other chains' are not read."""
@@ -47,20 +49,24 @@ class ChainAttention(nn.Module):
         q_RH: Tensor = self.wq(x_RD, chain_rows)
         return q_RH.view(x_RD.shape[0], -1, self.config.head_dim)
 
+    def queries_keys_values(self, x_RD: Tensor, chain_rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """(q_RHD, k_RKD, v_RKD) as of `queries` and `keys_values`, where all are wanted at once."""
+        rows = (x_RD.shape[0],)
+        operands = [self.wq.operands(chain_rows), self.wk.operands(rows), self.wv.operands(rows)]
+        q_RHD, k_RKD, v_RKD = (y.view(len(x_RD), -1, self.config.head_dim) for y in joint_linear(x_RD, operands))
+        return q_RHD, k_RKD, v_RKD
+
     def group_by_kv_head(self, q_RHD: Tensor, num_chains: int) -> Tensor:
         """Reorder query heads of all active chains by the shared kv head they read: q_RKGD."""
-        num_rows, _, head_dim = q_RHD.shape
-        num_kv_heads = self.config.num_kv_heads
-        per_chain = q_RHD.split(list(self.config.chains[:num_chains]), dim=1)
-        grouped = [q.reshape(num_rows, num_kv_heads, -1, head_dim) for q in per_chain]
-        return grouped[0] if num_chains == 1 else torch.cat(grouped, dim=2)
+        order_H, _ = _head_order(self.config.chains[:num_chains], self.config.num_kv_heads)
+        ordered_RHD = q_RHD if num_chains == 1 else q_RHD.index_select(1, order_H)
+        return ordered_RHD.view(len(q_RHD), self.config.num_kv_heads, -1, self.config.head_dim)
 
     def ungroup(self, out_RKGD: Tensor, num_chains: int) -> Tensor:
         """Undo `group_by_kv_head` and flatten the heads: chains side by side, ready for `wo`."""
-        num_rows, num_kv_heads = out_RKGD.shape[:2]
-        groups = [chain // num_kv_heads for chain in self.config.chains[:num_chains]]
-        per_chain = [out.reshape(num_rows, -1) for out in out_RKGD.split(groups, dim=2)]
-        return per_chain[0] if num_chains == 1 else torch.cat(per_chain, dim=1)
+        _, place_H = _head_order(self.config.chains[:num_chains], self.config.num_kv_heads)
+        out_RHD = out_RKGD.flatten(1, 2)
+        return (out_RHD if num_chains == 1 else out_RHD.index_select(1, place_H)).flatten(1)
 
     def by_chain(self, xs: Sequence[Tensor], cos_TD: Tensor, sin_TD: Tensor, num_sequences: int) -> list[Tensor]:
         """Causal self-attention of whole sequences of equal length, one (R, D_i) a chain, differentiable."""
@@ -73,14 +79,22 @@ class ChainAttention(nn.Module):
         def sequences(x_RHD: Tensor) -> Tensor:
             return x_RHD.view(num_sequences, num_tokens, -1, head_dim).transpose(1, 2)
 
-        keys = [sequences(rotate(heads(k), cos, sin)) for k in self.wk.by_chain(xs[: self.kv_chains])]
+        keys = [sequences(rotate_reference(heads(k), cos, sin)) for k in self.wk.by_chain(xs[: self.kv_chains])]
         values = [sequences(heads(v)) for v in self.wv.by_chain(xs[: self.kv_chains])]
         attended = []
         for chain, q in enumerate(self.wq.by_chain(xs)):
             source = min(chain, self.kv_chains - 1)
-            q_BHTD = sequences(rotate(heads(q), cos, sin))
+            q_BHTD = sequences(rotate_reference(heads(q), cos, sin))
             out_BHTD = F.scaled_dot_product_attention(
                 q_BHTD, keys[source], values[source], is_causal=True, enable_gqa=True
             )
             attended.append(out_BHTD.transpose(1, 2).reshape(q.shape))
         return self.wo.by_chain(attended)
+
+
+@cache
+def _head_order(chains: tuple[int, ...], num_kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Query heads sorted by the kv head they read, then by chain; and where each head stands in that order."""
+    heads = torch.arange(sum(chains)).split(list(chains))
+    order_H = torch.cat([chain.view(num_kv_heads, -1) for chain in heads], dim=1).flatten()
+    return order_H, order_H.argsort()

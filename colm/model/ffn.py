@@ -5,6 +5,8 @@ Shapes: R rows, D model features of the active chains.
 
 from collections.abc import Sequence
 
+from colm_kernels.chain_linear import joint_linear
+from colm_kernels.swiglu import swiglu_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,7 +28,8 @@ class ChainFFN(nn.Module):
     def forward(self, x_RD: Tensor, chain_rows: Sequence[int]) -> Tensor:
         """Chains side by side, without gradients; `chain_rows` as in `colm_kernels.chain_linear`."""
         if self.is_gated:
-            hidden = F.silu(self.gate(x_RD, chain_rows), inplace=True).mul_(self.up(x_RD, chain_rows))
+            gate, up = joint_linear(x_RD, [self.gate.operands(chain_rows), self.up.operands(chain_rows)])
+            hidden = swiglu_(gate, up)
         else:
             hidden = F.gelu(self.up(x_RD, chain_rows))
         result: Tensor = self.down(hidden, chain_rows)

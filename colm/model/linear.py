@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from colm_kernels.chain_linear import chain_linear, chain_linear_by_chain
+from colm_kernels.chain_linear import Staircase, chain_linear, chain_linear_by_chain
 from torch import Tensor, nn
 
 
@@ -29,7 +29,7 @@ class ChainLinear(nn.Module):
 
     def weights(self, num_chains: int) -> list[Tensor]:
         """The blocks of the first `num_chains` chains."""
-        return [self.get_parameter(name) for name in self.names[:num_chains]]
+        return [getattr(self, name) for name in self.names[:num_chains]]
 
     def biases(self, num_chains: int) -> list[Tensor] | None:
         """The biases of the first `num_chains` chains; None where there are none."""
@@ -37,8 +37,12 @@ class ChainLinear(nn.Module):
 
     def forward(self, x_RI: Tensor, chain_rows: Sequence[int]) -> Tensor:
         """Chains side by side in one tensor, as the nodes run it; `chain_rows` as in `colm_kernels.chain_linear`."""
+        return chain_linear(x_RI, *self.operands(chain_rows))
+
+    def operands(self, chain_rows: Sequence[int]) -> Staircase:
+        """What `colm_kernels.chain_linear` takes beside x."""
         num_chains = len(chain_rows)
-        return chain_linear(x_RI, self.weights(num_chains), self.biases(num_chains), chain_rows)
+        return self.weights(num_chains), self.biases(num_chains), chain_rows
 
     def by_chain(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """One tensor a chain, differentiable, as the oracle and training run it."""

@@ -6,6 +6,7 @@ Shapes: R rows, D features of the active chains.
 from collections.abc import Sequence
 
 import torch
+from colm_kernels.rms_norm import add_rms_norm_, rms_norm, rms_norm_reference
 from torch import Tensor, nn
 
 
@@ -16,23 +17,21 @@ class ChainRMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.names = [f"chain{chain + 1}" for chain in range(len(dims))]
-        self.dims = list(dims)
         for name, dim in zip(self.names, dims, strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(dim)))
 
     def forward(self, x_RD: Tensor, num_chains: int) -> Tensor:
         """Normalise the first `num_chains` chains side by side in one tensor."""
-        outputs = self.by_chain(x_RD.split(self.dims[:num_chains], dim=1))
-        return outputs[0] if num_chains == 1 else torch.cat(outputs, dim=1)
+        return rms_norm(x_RD, self.gains(num_chains), self.eps)
+
+    def add_(self, x_RD: Tensor, delta_RD: Tensor, num_chains: int) -> Tensor:
+        """Add delta to the residual stream x in place; the sum, normalised as by `forward`."""
+        return add_rms_norm_(x_RD, delta_RD, self.gains(num_chains), self.eps)
+
+    def gains(self, num_chains: int) -> list[Tensor]:
+        """The gains of the first `num_chains` chains."""
+        return [getattr(self, name) for name in self.names[:num_chains]]
 
     def by_chain(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """Normalise one tensor a chain: x / sqrt(mean(x^2) + eps) * gain, in fp32 or wider inside."""
-        gains = [self.get_parameter(name) for name in self.names[: len(xs)]]
-        return [rms_norm(x, gain, self.eps) for x, gain in zip(xs, gains, strict=True)]
-
-
-def rms_norm(x_RD: Tensor, gain_D: Tensor, eps: float) -> Tensor:
-    """Root mean square norm (Zhang and Sennrich 2019), rounded to x's dtype before the gain, as LLaMA does."""
-    wide = x_RD.to(torch.promote_types(x_RD.dtype, torch.float32))
-    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return (wide * scale).to(x_RD.dtype) * gain_D
+        return [rms_norm_reference(x, [gain], self.eps) for x, gain in zip(xs, self.gains(len(xs)), strict=True)]

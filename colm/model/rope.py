@@ -38,11 +38,3 @@ def rotation(inverse_frequencies: Tensor, positions_T: Tensor) -> tuple[Tensor, 
     angles = positions_T.to(torch.float32).unsqueeze(1) * inverse_frequencies
     angles_TD = torch.cat((angles, angles), dim=1)
     return angles_TD.cos(), angles_TD.sin()
-
-
-def rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotate plane j, made of features j and j + D/2, by its token's angle; in fp32 or wider inside, x's dtype back."""
-    first, second = x_TND.to(torch.promote_types(x_TND.dtype, torch.float32)).chunk(2, dim=-1)
-    half = first.shape[-1]
-    cos, sin = cos_TD[:, None, :half], sin_TD[:, None, :half]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_TND.dtype)

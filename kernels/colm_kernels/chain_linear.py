@@ -109,6 +109,51 @@ def _named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"{name}[{chain}]": tensor for chain, tensor in enumerate(tensors)}
 
 
+Staircase = tuple[Sequence[Tensor], Sequence[Tensor] | None, Sequence[int]]
+"""(weights, biases, chain_rows) of `chain_linear`."""
+
+
+def joint_linear(x_RI: Tensor, staircases: Sequence[Staircase]) -> list[Tensor]:
+    """Several staircases over the same x, as queries, keys and values, or gate and up.
+
+    Few rows, as in decode, are one call of the library: what a call costs beside reading its weights is paid once.
+
+    Args:
+        x_RI: input of all; a staircase of fewer inputs reads the first of them.
+        staircases: each as in `chain_linear`.
+
+    Returns:
+        One y_RO a staircase, with the bits that `chain_linear` gives. May be views of one tensor: features are
+        contiguous, rows need not be.
+
+    Raises:
+        ValueError: shapes or chain_rows that do not fit together.
+
+    Example: x of 5 features, weights of (4, 5) and (2, 3): y_1 of 4 features, and y_2 of 2 that read x[:, :3].
+    """
+    all_weights: list[Tensor] = []
+    all_biases: list[Tensor] = []
+    all_rows: list[int] = []
+    out_dims = []
+    for weights, biases, chain_rows in staircases:
+        _check(_first_inputs(x_RI, weights), weights, biases, chain_rows)
+        all_weights += weights
+        all_biases += biases or ()
+        all_rows += chain_rows
+        out_dims.append(sum(weight.shape[0] for weight in weights))
+    if len(all_biases) in (0, len(all_weights)):
+        variant = variant_for(x_RI, all_weights, all_biases or None)
+        if variant != "torch":
+            y_RO = few_rows_linear(x_RI, all_weights, all_biases or None, all_rows, variant)
+            return list(y_RO.split(out_dims, dim=1))
+    return [chain_linear(_first_inputs(x_RI, staircase[0]), *staircase) for staircase in staircases]
+
+
+def _first_inputs(x_RI: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    width = weights[-1].shape[-1] if weights else 0
+    return x_RI if width == x_RI.shape[-1] else x_RI[..., :width]
+
+
 def _check(x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, chain_rows: Sequence[int]) -> None:
     # Called 210 times a decode step: plain comparisons where all is well.
     if x_RI.dim() != 2:

@@ -47,3 +47,16 @@ def check_on_cpu(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.device.type != "cpu":
             raise ValueError(f"{name} is on {tensor.device}, expected cpu")
+
+
+def check_slots(slot_mapping_T: Tensor, num_slots: int) -> None:
+    """Refuse a slot mapping that points outside a cache of num_slots rows.
+
+    Raises:
+        ValueError: names the lowest and the highest slot.
+    """
+    if slot_mapping_T.numel() == 0:
+        return
+    lowest, highest = (int(bound) for bound in slot_mapping_T.aminmax())
+    if lowest < 0 or highest >= num_slots:
+        raise ValueError(f"slot_mapping_T has slots {lowest} to {highest}, outside 0 to {num_slots - 1}")

@@ -7,7 +7,6 @@ Shapes: R rows, I input features of the active chains, O output features of the 
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 from typing import Final
 
 import torch
@@ -74,7 +73,7 @@ def few_rows_linear(
         bias = 0 if biases is None else biases[chain].data_ptr()
         words += (weight.data_ptr(), bias, rows, chain_in, chain_out, 0)
         out_dim += chain_out
-    blocks = _words_type(len(words))(*words)
+    blocks = native.words(words)
     dtype = x_RI.dtype
     y_RO = torch.empty((num_rows, out_dim), dtype=dtype)
     args = LinearArgs(
@@ -90,8 +89,3 @@ def few_rows_linear(
     )
     native.call("colm_linear", args, variant, torch.get_num_threads())
     return y_RO
-
-
-@cache
-def _words_type(num_words: int) -> type[ctypes.Array[ctypes.c_int64]]:
-    return ctypes.c_int64 * num_words

@@ -7,7 +7,7 @@ import ctypes
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -158,9 +158,32 @@ def choose_variant(head_dim: int, *tensors: Tensor) -> Variant:
     return _forced.get() or default_variant(tensors[0].dtype)
 
 
+def choose_rows_variant(*tensors: Tensor) -> Variant:
+    """The variant for an operation that takes rows one by one; "torch" unless every row is contiguous."""
+    dtype = tensors[0].dtype
+    if dtype not in _DTYPE_IDS:
+        return "torch"
+    for tensor in tensors:
+        if tensor.stride(-1) != 1 or not tensor.is_cpu:
+            return "torch"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "torch"
+    return _forced.get() or default_variant(dtype)
+
+
 def dtype_id(dtype: torch.dtype) -> int:
     """The library's number of a dtype."""
     return _DTYPE_IDS[dtype]
+
+
+def words(values: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":
+    """An array of the library's 64-bit words."""
+    return _words_type(len(values))(*values)
+
+
+@cache
+def _words_type(num_words: int) -> "type[ctypes.Array[ctypes.c_int64]]":
+    return ctypes.c_int64 * num_words
 
 
 def resolve_num_threads(num_threads: int | None) -> int:

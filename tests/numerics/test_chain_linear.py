@@ -10,7 +10,7 @@ from itertools import accumulate
 import pytest
 import torch
 from colm_kernels import native, tolerance
-from colm_kernels.chain_linear import chain_linear, chain_linear_reference
+from colm_kernels.chain_linear import chain_linear, chain_linear_reference, joint_linear
 from colm_kernels.few_rows_linear import MAX_ROWS, variant_for
 from colm_kernels.native import use_variant
 from torch import Tensor
@@ -198,6 +198,33 @@ def test_the_largest_finite_numbers_and_subnormals_survive(dtype):
     x_RI = torch.tensor([[limits.max, 0], [0, limits.smallest_normal / 4]], dtype=dtype)
     weights = [torch.eye(2, dtype=dtype)]
     assert torch.equal(chain_linear(x_RI, weights, None, (2,)), x_RI)
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 5, 16, 20])
+@pytest.mark.parametrize("with_biases", [(False, False), (True, True), (True, False)])
+def test_staircases_of_one_x_get_the_bits_that_each_gets_alone(with_biases, num_rows, dtype):
+    x_RI, weights, biases = inputs(num_rows, [33, 16], [21, 8], dtype)
+    _, few_weights, few_biases = inputs(num_rows, [33], [13], dtype)
+    x_RI[0, 40] = float("nan")  # of chain 2, which the second staircase does not read
+    staircases = [
+        (weights, biases if with_biases[0] else None, (num_rows, num_rows - 1)),
+        (few_weights, few_biases if with_biases[1] else None, (num_rows,)),
+    ]
+    for result, staircase in zip(joint_linear(x_RI, staircases), staircases, strict=True):
+        alone = chain_linear(x_RI[:, : staircase[0][-1].shape[1]], *staircase)
+        assert torch.equal(result.nan_to_num(7), alone.nan_to_num(7))
+        assert result.stride(1) == 1
+
+
+@pytest.mark.usefixtures("variant")
+def test_a_staircase_that_does_not_fit_beside_another_is_refused_by_name():
+    x_RI, weights, biases = inputs(3, [20, 10], [8, 4], torch.float32)
+    with pytest.raises(ValueError, match=r"weights\[1\] has shape"):
+        joint_linear(x_RI[:, :25], [(weights[:1], None, (3,)), (weights, biases, (3, 2))])
+    with pytest.raises(ValueError, match="weights has 0 chains"):
+        joint_linear(x_RI, [([], None, ())])
 
 
 def test_python_threads_may_call_at_once(variant):

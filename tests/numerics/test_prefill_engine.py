@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from colm_kernels.rotary import rotate_reference
 from colm_kernels.tolerance import assert_within_budget
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,7 +20,7 @@ from colm.config import RopeScaling
 from colm.errors import InvalidRequest
 from colm.kv import KvLayout
 from colm.model import ChainTransformer
-from colm.model.rope import inverse_frequencies, rotate, rotation
+from colm.model.rope import inverse_frequencies, rotation
 from prefill_node.engine import PrefillEngine
 from tests.tiny import tiny_checkpoint, tiny_config
 
@@ -82,7 +83,7 @@ def oracles(model: ChainTransformer, token_ids: NDArray[np.int64]) -> list[tuple
     layers = []
     for layer in model.layers:
         k_NKE, v_NKE = layer.attention.keys_values(layer.attention_norm(x_ND, 1))
-        layers.append((rotate(k_NKE, cos, sin).transpose(0, 1), v_NKE.transpose(0, 1)))
+        layers.append((rotate_reference(k_NKE, cos, sin).transpose(0, 1), v_NKE.transpose(0, 1)))
         (x_ND,) = layer.by_chain([x_ND], cos, sin, 1)
     return layers
 

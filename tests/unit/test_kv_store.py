@@ -5,6 +5,7 @@ Shapes: B pages, P tokens of a page, K kv heads, T tokens, D head dim, R request
 
 import pytest
 import torch
+from colm_kernels.rotary import rotate_
 from torch import Tensor
 
 from colm.kv import KvLayout
@@ -83,11 +84,13 @@ def test_a_payload_of_another_length_is_refused() -> None:
 def test_tokens_land_at_each_requests_page_and_slot_and_touch_nothing_else(dtype: torch.dtype) -> None:
     store = store_of(dtype)
     pages_R, slots_R = torch.tensor([5, 0, 11]), torch.tensor([3, 0, 2])
-    k_RKD, v_RKD = (random_bits(dtype, 3, NUM_KV_HEADS, HEAD_DIM, seed=seed) for seed in (3, 4))
+    k_RKD, v_RKD = torch.randn(3, NUM_KV_HEADS, HEAD_DIM).to(dtype), random_bits(dtype, 3, NUM_KV_HEADS, HEAD_DIM)
+    cos_RD, sin_RD = (torch.rand(3, HEAD_DIM // 2).repeat(1, 2) for _ in range(2))
     expected_k, expected_v = bits(store.k_pages_BPKD).clone(), bits(store.v_pages_BPKD).clone()
-    expected_k[pages_R, slots_R], expected_v[pages_R, slots_R] = bits(k_RKD), bits(v_RKD)
+    expected_k[pages_R, slots_R] = bits(rotate_(k_RKD.clone(), cos_RD, sin_RD))
+    expected_v[pages_R, slots_R] = bits(v_RKD)
 
-    store.write_tokens(pages_R, slots_R, k_RKD, v_RKD)
+    store.write_tokens(pages_R * PAGE_TOKENS + slots_R, k_RKD, v_RKD, cos_RD, sin_RD)
 
     assert torch.equal(bits(store.k_pages_BPKD), expected_k)
     assert torch.equal(bits(store.v_pages_BPKD), expected_v)

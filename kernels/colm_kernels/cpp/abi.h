@@ -76,6 +76,60 @@ struct LinearArgs {
     const float* words;            // x as the kernel reads it; set by the launcher
 };
 
+// Shapes: R rows, D features of all chains.
+struct NormChain {
+    const void* gain;  // dim contiguous
+    int64_t dim;
+};
+
+struct NormArgs {
+    void* x;                  // R, D; changed only where there is a delta
+    const void* delta;        // R, D: added to x first; may be null
+    void* y;                  // R, D
+    const NormChain* chains;  // side by side
+    int64_t num_chains, num_rows, dim;
+    int64_t x_stride, delta_stride, y_stride;
+    float eps;
+    int32_t dtype;
+};
+
+// Shapes: T tokens, N heads, D head dim, S rows of the cache. The last dimension of every tensor is contiguous.
+struct RotaryArgs {
+    const void* x;         // T, N, D: rotated into out
+    void* out;             // S, N, D; may be x itself
+    const void* v;         // T, N, D: copied into v_out; may be null
+    void* v_out;           // S, N, D
+    const float* cos;      // T, D / 2 of each row
+    const float* sin;
+    const int64_t* slots;  // T: rows of out and v_out; null where token t goes to row t
+    int64_t num_tokens, num_heads, head_dim, num_slots;
+    int64_t x_stride_t, x_stride_n, out_stride_s, out_stride_n;
+    int64_t v_stride_t, v_stride_n, v_out_stride_s, v_out_stride_n;
+    int64_t cos_stride_t, sin_stride_t;
+    int64_t dtype;
+};
+
+// Shapes: R rows, F features.
+struct SwigluArgs {
+    const void* gate;  // R, F
+    const void* up;    // R, F
+    void* out;         // R, F; may be gate itself
+    int64_t num_rows, dim;
+    int64_t gate_stride, up_stride, out_stride;
+    int64_t dtype;
+};
+
+// Shapes: T tokens, K kv heads, D head dim, S rows of the cache.
+struct QuantiseArgs {
+    const void* x;         // T, K, D; D contiguous
+    int8_t* q;             // S, K, D; D contiguous
+    uint16_t* scale;       // S, K in bf16
+    const int64_t* slots;  // T: rows of q and scale; null where token t goes to row t
+    int64_t num_tokens, num_heads, head_dim, num_slots;
+    int64_t x_stride_t, x_stride_k, q_stride_s, q_stride_k, scale_stride_s, scale_stride_k;
+    int64_t dtype;
+};
+
 // One item of decode work: tokens [begin, end) of one request, all its heads.
 struct DecodeItem {
     int64_t request, begin, end;
@@ -105,11 +159,21 @@ struct LinearKernel {
     int64_t (*words_per_row)(int64_t in_dim);
 };
 
+// Rows or tokens [begin, end) of an operation that takes each by itself.
+template <class Args>
+struct RowsKernel {
+    void (*run)(const Args&, int64_t begin, int64_t end);
+};
+
 // What one translation unit offers; a null `run` means the combination is left to another variant.
 struct Variant {
     PrefillKernel (*prefill)(int32_t dtype, int64_t head_dim);
     DecodeKernel (*decode)(int32_t dtype, int64_t head_dim);
     LinearKernel (*linear)(int32_t dtype);
+    RowsKernel<NormArgs> (*norm)(int32_t dtype);
+    RowsKernel<RotaryArgs> (*rotary)(int32_t dtype);
+    RowsKernel<SwigluArgs> (*swiglu)(int32_t dtype);
+    RowsKernel<QuantiseArgs> (*quantise)(int32_t dtype);
 };
 
 extern const Variant kAvx2Variant, kAvx512Variant, kAvx512Bf16Variant;

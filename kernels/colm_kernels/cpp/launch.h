@@ -1,13 +1,17 @@
 // What the launchers share: a thread's workspace, and which variant has a kernel. For files of the plain target alone.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "abi.h"
+#include "pool.h"
 
 // What Python may call.
 #define COLM_EXPORT extern "C" __attribute__((visibility("default")))
 
 constexpr int64_t kFewestBytesPerThread = 256 << 10;  // less is read before another thread has woken
+
+inline int64_t element_bytes(int64_t dtype) { return dtype == kBfloat16 ? 2 : 4; }
 
 // Memory of the calling thread, kept between calls: fresh pages for every item would cost more than some items. What
 // it held is lost when more is asked for. Null where there is none.
@@ -23,4 +27,36 @@ Kernel select(int32_t variant, Select of) {
         if (kernel.run != nullptr) return kernel;
     }
     return {};
+}
+
+// Run an operation that takes each row by itself on as many threads as its bytes are worth.
+template <class Args>
+Status run_rows(const Args& args, RowsKernel<Args> kernel, int64_t num_rows, int64_t num_bytes, int num_threads) {
+    if (kernel.run == nullptr) return kUnsupported;
+    const int64_t threads = std::min<int64_t>(num_threads, num_bytes / kFewestBytesPerThread);
+    if (threads <= 1) {
+        kernel.run(args, 0, num_rows);
+        return kOk;
+    }
+    constexpr int64_t kItemsPerThread = 4;  // so that the last items even out
+    struct Context {
+        const Args& args;
+        RowsKernel<Args> kernel;
+        int64_t num_rows, rows_per_item;
+    } context{args, kernel, num_rows, (num_rows + threads * kItemsPerThread - 1) / (threads * kItemsPerThread)};
+    run_items(
+        (num_rows + context.rows_per_item - 1) / context.rows_per_item, static_cast<int>(threads),
+        [](void* opaque, int64_t item) {
+            const auto& c = *static_cast<const Context*>(opaque);
+            const int64_t begin = item * c.rows_per_item;
+            c.kernel.run(c.args, begin, std::min(begin + c.rows_per_item, c.num_rows));
+        },
+        &context);
+    return kOk;
+}
+
+// Whether every one of `count` rows lies in a cache of num_slots; null slots are the rows 0 .. count - 1.
+inline bool slots_fit(const int64_t* slots, int64_t count, int64_t num_slots) {
+    if (slots == nullptr) return count <= num_slots;
+    return std::all_of(slots, slots + count, [&](int64_t slot) { return slot >= 0 && slot < num_slots; });
 }

@@ -2,7 +2,11 @@
 #include "vec_avx2.h"
 #include "decode.h"
 #include "linear.h"
+#include "norm.h"
 #include "prefill.h"
+#include "quantise.h"
+#include "rotary.h"
+#include "swiglu.h"
 
 namespace {
 
@@ -18,6 +22,14 @@ LinearKernel linear(int32_t dtype) {
     return dtype == kBfloat16 ? Linear<uint16_t>::kernel() : Linear<float>::kernel();
 }
 
+template <class Args, template <class> class Kernel>
+RowsKernel<Args> rows(int32_t dtype) {
+    return {dtype == kBfloat16 ? Kernel<uint16_t>::run : Kernel<float>::run};
+}
+
 }  // namespace
 
-const Variant kAvx2Variant = {prefill, decode, linear};
+const Variant kAvx2Variant = {
+    prefill, decode, linear, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
+    rows<QuantiseArgs, Quantise>,
+};

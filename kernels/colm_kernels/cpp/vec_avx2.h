@@ -15,8 +15,15 @@ inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec magnitude(Vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+
+// The larger of two magnitudes by their bits: NaN above infinity above the rest.
+inline Vec max_magnitude(Vec a, Vec b) {
+    return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
 
 // The first `count` lanes of x, the others from y.
 inline Vec keep_first(Vec x, int count, Vec y) {
@@ -49,6 +56,29 @@ inline void store_from_float(uint16_t* p, Vec x) {
     const __m256i high = _mm256_srli_epi32(rounded, 16);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+
+inline void store_from_float(int8_t* p, Vec x) {
+    const __m256i whole = _mm256_cvtps_epi32(x);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+
+// The first `count` lanes alone, at most all of them; nothing past them is touched, and they are followed by zeros.
+template <class In>
+inline Vec load_some(const In* p, int64_t count) {
+    if (count >= kLanes) return load_as_float(p);
+    In whole[kLanes] = {};
+    __builtin_memcpy(whole, p, count * sizeof(In));
+    return load_as_float(whole);
+}
+// Integers are rounded half to even; within -128 .. 127.
+template <class Out>
+inline void store_some(Out* p, Vec x, int64_t count) {
+    if (count >= kLanes) return store_from_float(p, x);
+    Out whole[kLanes];
+    store_from_float(whole, x);
+    __builtin_memcpy(p, whole, count * sizeof(Out));
 }
 
 // 2^f for f in [0, 1): minimax polynomials, relative error 7.5e-8, or 2.6e-6 where weights end up beside bf16 numbers.

@@ -15,8 +15,15 @@ inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec magnitude(Vec x) { return _mm512_abs_ps(x); }
+
+// The larger of two magnitudes by their bits: NaN above infinity above the rest.
+inline Vec max_magnitude(Vec a, Vec b) {
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
 
 // The first `count` lanes of x, the others from y.
 inline Vec keep_first(Vec x, int count, Vec y) {
@@ -37,18 +44,36 @@ inline void split_pairs(Vec pairs, Vec* even, Vec* odd) {
 }
 inline Vec load_pairs(const uint16_t* p) { return load(reinterpret_cast<const float*>(p)); }
 
-inline void store_from_float(float* p, Vec x) { store(p, x); }
-inline void store_from_float(uint16_t* p, Vec x) {
+inline __m256i round_to_bf16(Vec x) {
 #ifdef __AVX512BF16__
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
 #else
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     // Rounding could carry a NaN's payload into infinity.
     rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 #endif
+}
+
+inline void store_from_float(float* p, Vec x) { store(p, x); }
+inline void store_from_float(uint16_t* p, Vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bf16(x));
+}
+
+// The first `count` lanes alone, at most all of them; nothing past them is touched, and they are followed by zeros.
+inline __mmask16 first(int64_t count) { return count < kLanes ? static_cast<__mmask16>((1u << count) - 1) : 0xffff; }
+inline Vec load_some(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
+inline Vec load_some(const uint16_t* p, int64_t count) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline void store_some(float* p, Vec x, int64_t count) { _mm512_mask_storeu_ps(p, first(count), x); }
+inline void store_some(uint16_t* p, Vec x, int64_t count) { _mm256_mask_storeu_epi16(p, first(count), round_to_bf16(x)); }
+// Rounded half to even; within -128 .. 127.
+inline void store_some(int8_t* p, Vec x, int64_t count) {
+    _mm_mask_storeu_epi8(p, first(count), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
 // 2^f for f in [0, 1): minimax polynomials, relative error 7.5e-8, or 2.6e-6 where weights end up beside bf16 numbers.

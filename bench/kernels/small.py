@@ -1,0 +1,213 @@
+"""The small operations between the products: RMSNorm, rotary and cache write, SwiGLU, int8 KV."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from colm_kernels import native, tolerance
+from colm_kernels.kv_quantise import quantise_kv, quantise_kv_reference
+from colm_kernels.native import use_variant
+from colm_kernels.rms_norm import add_rms_norm_, rms_norm_reference
+from colm_kernels.rotary import rotate_reference, write_kv
+from colm_kernels.swiglu import swiglu_, swiglu_reference
+from torch import Tensor
+
+from bench.kernels.common import (
+    SEED,
+    Case,
+    Contenders,
+    read_ceiling,
+    short,
+    summarise,
+    time_interleaved,
+    timed_variants,
+    with_ratios,
+)
+
+CALLS = 20
+"""Of one timed round: a single call of one row is over before the clock has moved far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallCase(Case):
+    """One operation on the rows of a decode step or of a prefill tile."""
+
+    num_rows: int
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """What one call reads and writes."""
+
+    @abstractmethod
+    def prepare(self) -> tuple[Callable[[], object], Callable[[], None]]:
+        """The call, repeatable with the same inputs, and its check against the definition."""
+
+    def measure(self, num_rounds: int) -> dict[str, Any]:
+        """Rates of every contender and of plain reading."""
+        contenders = dict(small_contenders(self))
+        num_bytes = dict.fromkeys(contenders, self.num_bytes * CALLS)
+        contenders["read"], num_bytes["read"] = read_ceiling()
+        # A thousand times the bytes: in GB a second, calls of a few rows would round to nothing.
+        work = {name: 1e3 * count for name, count in num_bytes.items()}
+        metrics = summarise(work, time_interleaved(contenders, num_rounds), "mb_per_s")
+        return with_ratios(metrics, torch.float32, "mb_per_s", "torch", "read")
+
+    def draw(self, *shape: int) -> Tensor:
+        """Normal numbers, the same ones every time."""
+        return torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).to(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormCase(SmallCase):
+    """Residual added and every chain normalised."""
+
+    dims: Sequence[int]
+
+    @property
+    def name(self) -> str:
+        """Shape as a metric's prefix."""
+        return f"add_rms_norm_{short(self.dtype)}_r{self.num_rows}_d{'_'.join(map(str, self.dims))}"
+
+    @property
+    def num_bytes(self) -> int:
+        """The residual stream twice, delta and y."""
+        return 4 * self.num_rows * sum(self.dims) * self.dtype.itemsize
+
+    def prepare(self) -> tuple[Callable[[], object], Callable[[], None]]:
+        """Zeros are added, so x stays what it is."""
+        x, gains = self.draw(self.num_rows, sum(self.dims)), [self.draw(dim) for dim in self.dims]
+        delta = torch.zeros_like(x)
+
+        def check() -> None:
+            reference = rms_norm_reference(x.double(), [gain.double() for gain in gains], 1e-5)
+            result = add_rms_norm_(x, delta, gains, 1e-5)
+            tolerance.assert_within_budget(result, rms_norm_reference(x, gains, 1e-5), reference)
+
+        return lambda: add_rms_norm_(x, delta, gains, 1e-5), check
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryCase(SmallCase):
+    """Keys rotated and written with the values into a cache that is kv-head major."""
+
+    num_heads: int
+    head_dim: int
+
+    @property
+    def name(self) -> str:
+        """Shape as a metric's prefix."""
+        return f"write_kv_{short(self.dtype)}_t{self.num_rows}_kv{self.num_heads}_d{self.head_dim}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Keys and values in and out, cosines and sines."""
+        kv_bytes = 4 * self.num_rows * self.num_heads * self.head_dim * self.dtype.itemsize
+        return kv_bytes + 4 * self.num_rows * self.head_dim
+
+    def prepare(self) -> tuple[Callable[[], object], Callable[[], None]]:
+        """Into the middle of a longer cache."""
+        k, v = self.draw(2, self.num_rows, self.num_heads, self.head_dim)
+        angles = torch.linspace(0, 1000, self.num_rows * self.head_dim).view(self.num_rows, self.head_dim)
+        cos, sin = angles.cos(), angles.sin()
+        caches = torch.zeros(2, self.num_heads, 3 * self.num_rows, self.head_dim, dtype=self.dtype)
+        k_tile, v_tile = (cache[:, self.num_rows : 2 * self.num_rows].transpose(0, 1) for cache in caches)
+
+        def check() -> None:
+            write_kv(k, v, cos, sin, k_tile, v_tile)
+            reference = rotate_reference(k.double(), cos.double(), sin.double())
+            tolerance.assert_within_budget(k_tile, rotate_reference(k, cos, sin), reference)
+            assert torch.equal(v_tile, v)
+
+        return lambda: write_kv(k, v, cos, sin, k_tile, v_tile), check
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwigluCase(SmallCase):
+    """silu(gate) * up in place."""
+
+    dim: int
+
+    @property
+    def name(self) -> str:
+        """Shape as a metric's prefix."""
+        return f"swiglu_{short(self.dtype)}_r{self.num_rows}_f{self.dim}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Gate twice, up."""
+        return 3 * self.num_rows * self.dim * self.dtype.itemsize
+
+    def prepare(self) -> tuple[Callable[[], object], Callable[[], None]]:
+        """silu(gate) * (1 + exp(-gate)) is gate again, and stays there where gate is negative, clear of subnormals."""
+        gate = -self.draw(self.num_rows, self.dim).abs()
+        up = 1 + (-gate).exp()
+
+        def check() -> None:
+            eager, reference = swiglu_reference(gate, up), swiglu_reference(gate.double(), up.double())
+            tolerance.assert_within_budget(swiglu_(gate.clone(), up), eager, reference)
+
+        return lambda: swiglu_(gate, up), check
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantiseCase(SmallCase):
+    """Keys or values to int8."""
+
+    num_heads: int
+    head_dim: int
+
+    @property
+    def name(self) -> str:
+        """Shape as a metric's prefix."""
+        return f"quantise_kv_{short(self.dtype)}_t{self.num_rows}_kv{self.num_heads}_d{self.head_dim}"
+
+    @property
+    def num_bytes(self) -> int:
+        """In, out, and a scale a row."""
+        return self.num_rows * self.num_heads * (self.head_dim * (self.dtype.itemsize + 1) + 2)
+
+    def prepare(self) -> tuple[Callable[[], object], Callable[[], None]]:
+        """Into new tensors."""
+        x = self.draw(self.num_rows, self.num_heads, self.head_dim)
+
+        def check() -> None:
+            for result, expected in zip(quantise_kv(x), quantise_kv_reference(x), strict=True):
+                assert torch.equal(result, expected)
+
+        return lambda: quantise_kv(x), check
+
+
+SMALL_CASES: Sequence[SmallCase] = tuple(
+    case
+    for dtype in (torch.bfloat16, torch.float32)
+    for num_rows in (1, 8, 512)
+    for case in (
+        NormCase(num_rows=num_rows, dims=(576,) if num_rows == 512 else (576, 192), dtype=dtype),
+        RotaryCase(num_rows=num_rows, num_heads=3, head_dim=64, dtype=dtype),
+        SwigluCase(num_rows=num_rows, dim=1536 if num_rows == 512 else 2048, dtype=dtype),
+        QuantiseCase(num_rows=num_rows, num_heads=3, head_dim=64, dtype=dtype),
+    )
+)
+"""Decode steps of one and eight requests, and a prefill tile, of a model of 135M parameters."""
+
+
+def small_contenders(case: SmallCase) -> Contenders:
+    """Every variant of this machine and the PyTorch path; refuses to time a wrong kernel."""
+    call, check = case.prepare()
+
+    @torch.inference_mode()
+    def run(variant: native.Variant) -> None:
+        with use_variant(variant):
+            for _ in range(CALLS):
+                call()
+
+    contenders: dict[str, Callable[[], object]] = {"torch": partial(run, "torch")}
+    for variant in timed_variants(torch.float32):
+        with use_variant(variant):
+            check()
+        contenders[variant] = partial(run, variant)
+    return contenders

@@ -1,0 +1,123 @@
+"""Symmetric int8 keys or values with one bf16 scale a token and kv head: about half of bf16's bytes.
+
+Shapes: T tokens, K kv heads, D head dim, S rows of the cache.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from colm_kernels import native
+from colm_kernels.checks import check_dims, check_dtype, check_slots
+
+LARGEST = 127
+"""Magnitude that a row's largest element may become; -128 is never used."""
+
+
+class QuantiseArgs(ctypes.Structure):
+    """`QuantiseArgs` of abi.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "x", "q", "scale", "slots", "num_tokens", "num_heads", "head_dim", "num_slots", "x_stride_t", "x_stride_k",
+            "q_stride_s", "q_stride_k", "scale_stride_s", "scale_stride_k", "dtype",
+        )
+    )  # fmt: skip
+
+
+def quantise_kv_reference(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, to the bit; see `quantise_kv`."""
+    wide_TKD = x_TKD.float()
+    amax_TK = wide_TKD.abs().amax(dim=-1)
+    # Rounded up to bf16: 0xffff carries into the upper half wherever the lower is not zero.
+    up_TK = ((amax_TK / LARGEST).view(torch.int32) + 0xFFFF >> 16).to(torch.int16).view(torch.bfloat16)
+    scale_TK = torch.where(amax_TK.isfinite(), up_TK, float("nan"))
+    q_TKD = (wide_TKD / scale_TK.float().unsqueeze(-1)).round()
+    return q_TKD.where(scale_TK.unsqueeze(-1) > 0, 0).to(torch.int8), scale_TK
+
+
+def quantise_kv(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise each row of a token and head by its own scale.
+
+    scale = max|x| / 127 rounded up to bf16, q = x / scale rounded half to even, so -127 <= q <= 127. Where the scale
+    is 0, as of zeros, q is 0. Rows with NaN or infinity get the scale NaN and q 0, so what is dequantised is NaN.
+
+    Args:
+        x_TKD: bf16 or fp32.
+
+    Returns:
+        (q_TKD in int8, scale_TK in bf16), contiguous; the same bits from every variant.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit.
+
+    Example: the row (0, 127, -2.5) has scale 1 and becomes (0, 127, -2).
+    """
+    q_TKD = torch.empty(x_TKD.shape, dtype=torch.int8)
+    scale_TK = torch.empty(x_TKD.shape[:2], dtype=torch.bfloat16)
+    write_quantised_kv(x_TKD, q_TKD, scale_TK)
+    return q_TKD, scale_TK
+
+
+def write_quantised_kv(
+    x_TKD: Tensor, q_cache_SKD: Tensor, scale_cache_SK: Tensor, slot_mapping_T: Tensor | None = None
+) -> None:
+    """`quantise_kv` into the rows of a cache.
+
+    Args:
+        x_TKD: bf16 or fp32.
+        q_cache_SKD: int8, any strides: pages or a slice, as in `rotary.write_kv`.
+        scale_cache_SK: bf16, any strides.
+        slot_mapping_T: int64 rows, all different: page * P + slot. None where token t goes to row t and S = T.
+
+    Raises:
+        ValueError: shapes, dtypes or slots that do not fit together; nothing is written then.
+    """
+    _check(x_TKD, q_cache_SKD, scale_cache_SK, slot_mapping_T)
+    variant = native.choose_rows_variant(x_TKD)
+    if variant == "torch" or q_cache_SKD.stride(2) != 1 or not q_cache_SKD.is_cpu:
+        q_TKD, scale_TK = quantise_kv_reference(x_TKD)
+        if slot_mapping_T is None:
+            q_cache_SKD.copy_(q_TKD)
+            scale_cache_SK.copy_(scale_TK)
+        else:
+            check_slots(slot_mapping_T, len(q_cache_SKD))
+            q_cache_SKD[slot_mapping_T] = q_TKD
+            scale_cache_SK[slot_mapping_T] = scale_TK
+        return
+    args = QuantiseArgs(
+        x_TKD.data_ptr(), q_cache_SKD.data_ptr(), scale_cache_SK.data_ptr(),
+        0 if slot_mapping_T is None else slot_mapping_T.data_ptr(),
+        *x_TKD.shape, q_cache_SKD.shape[0],
+        *x_TKD.stride()[:2], *q_cache_SKD.stride()[:2], *scale_cache_SK.stride(), native.dtype_id(x_TKD.dtype),
+    )  # fmt: skip
+    try:
+        native.call("colm_quantise", args, variant, torch.get_num_threads())
+    except native.BadTable:
+        assert slot_mapping_T is not None
+        check_slots(slot_mapping_T, len(q_cache_SKD))
+        raise
+
+
+def dequantise_kv(q_TKD: Tensor, scale_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """x_TKD = q * scale, in fp32 inside; off by half a scale at most, and by the rounding to dtype."""
+    return (q_TKD.float() * scale_TK.float().unsqueeze(-1)).to(dtype)
+
+
+def _check(x_TKD: Tensor, q_cache_SKD: Tensor, scale_cache_SK: Tensor, slot_mapping_T: Tensor | None) -> None:
+    check_dims("x_TKD", x_TKD, None, None, None)
+    check_dtype("x_TKD", x_TKD, torch.bfloat16, torch.float32)
+    num_tokens, num_heads, head_dim = x_TKD.shape
+    if head_dim == 0:
+        raise ValueError("x_TKD has head dim 0, expected at least 1")
+    num_slots = num_tokens if slot_mapping_T is None else q_cache_SKD.shape[0]
+    check_dims("q_cache_SKD", q_cache_SKD, num_slots, num_heads, head_dim)
+    check_dims("scale_cache_SK", scale_cache_SK, num_slots, num_heads)
+    check_dtype("q_cache_SKD", q_cache_SKD, torch.int8)
+    check_dtype("scale_cache_SK", scale_cache_SK, torch.bfloat16)
+    if slot_mapping_T is not None:
+        check_dims("slot_mapping_T", slot_mapping_T, num_tokens)
+        if slot_mapping_T.dtype != torch.int64 or not slot_mapping_T.is_contiguous():
+            raise ValueError(f"slot_mapping_T is {slot_mapping_T.dtype}, expected contiguous int64")
