@@ -28,38 +28,51 @@ PAGE_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeCase(Case):
-    """One query token a request against `context_len` cached tokens."""
+    """The last `num_queries` tokens of each request against its `context_len` cached ones."""
 
     batch: int
     context_len: int
     num_kv_heads: int
     group: int
     head_dim: int
+    num_queries: int = 1
+    int8_pages: bool = False
 
     @property
     def name(self) -> str:
         """Shape as a metric's prefix."""
+        pages = "_int8" if self.int8_pages else ""
         return (
-            f"decode_{short(self.dtype)}_b{self.batch}_k{self.context_len}"
+            f"decode_{short(self.dtype)}{pages}_b{self.batch}_q{self.num_queries}_k{self.context_len}"
             f"_h{self.num_kv_heads * self.group}_kv{self.num_kv_heads}_d{self.head_dim}"
         )
 
     @property
     def num_bytes(self) -> int:
-        """Keys and values that one call reads."""
-        per_token = 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        return self.batch * self.context_len * per_token
+        """Keys, values and their scales that one call reads."""
+        per_head = self.head_dim + 2 if self.int8_pages else self.head_dim * self.dtype.itemsize
+        return 2 * self.batch * self.context_len * self.num_kv_heads * per_head
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q_RKGD, k_pages_BPKD, v_pages_BPKD, block_table_RM in random order, context_lens_R."""
+    def inputs(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], dict[str, Any]]:
+        """Arguments of `decode_attention`, the block table in random order, and its options."""
         generator = torch.Generator().manual_seed(SEED)
         num_pages = self.batch * self.context_len // PAGE_TOKENS
         shape = (num_pages, PAGE_TOKENS, self.num_kv_heads, self.head_dim)
-        k_pages, v_pages = (torch.randn(shape, generator=generator).to(self.dtype) for _ in "kv")
-        q = torch.randn(self.batch, self.num_kv_heads, self.group, self.head_dim, generator=generator)
+        options: dict[str, Any] = {
+            "cu_seqlens_q_R1": torch.arange(self.batch + 1, dtype=torch.int32) * self.num_queries
+        }
+        if self.int8_pages:
+            k_pages, v_pages = (torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator) for _ in "kv")
+            scales = (torch.rand(2, *shape[:3], generator=generator) / 100).bfloat16()
+            options |= {"k_scales_BPK": scales[0], "v_scales_BPK": scales[1]}
+        else:
+            k_pages, v_pages = (torch.randn(shape, generator=generator).to(self.dtype) for _ in "kv")
+        q = torch.randn(
+            self.batch * self.num_queries, self.num_kv_heads, self.group, self.head_dim, generator=generator
+        )
         block_table = torch.randperm(num_pages, generator=generator).to(torch.int32).view(self.batch, -1)
         context_lens = torch.full((self.batch,), self.context_len, dtype=torch.int32)
-        return q.to(self.dtype), k_pages, v_pages, block_table, context_lens
+        return (q.to(self.dtype), k_pages, v_pages, block_table, context_lens), options
 
     def measure(self, num_rounds: int) -> dict[str, Any]:
         """Rates of every contender and of plain reading."""
@@ -74,18 +87,23 @@ DECODE_CASES = (
     DecodeCase(batch=1, context_len=65536, num_kv_heads=8, group=1, head_dim=64),
     DecodeCase(batch=1, context_len=65536, num_kv_heads=8, group=4, head_dim=64),
     DecodeCase(batch=8, context_len=65536, num_kv_heads=2, group=4, head_dim=64),
+    DecodeCase(batch=1, context_len=65536, num_kv_heads=8, group=4, head_dim=64, int8_pages=True),
+    DecodeCase(batch=8, context_len=65536, num_kv_heads=2, group=4, head_dim=64, int8_pages=True),
+    DecodeCase(batch=1, context_len=65536, num_kv_heads=8, group=4, head_dim=64, num_queries=4),
 )
 
 
 def decode_contenders(case: DecodeCase) -> Contenders:
     """Every variant of this machine and the PyTorch path; refuses to time a wrong kernel."""
-    arguments = case.inputs()
+    arguments, options = case.inputs()
     q, k_pages, v_pages, *table = arguments
-    reference = decode_attention_reference(q.double(), k_pages.double(), v_pages.double(), *table)
+    if not case.int8_pages:
+        k_pages, v_pages = k_pages.double(), v_pages.double()
+    reference = decode_attention_reference(q.double(), k_pages, v_pages, *table, **options)
 
     def run(variant: native.Variant) -> Tensor:
         with use_variant(variant):
-            return decode_attention(*arguments)
+            return decode_attention(*arguments, **options)
 
     eager = run("torch")
     contenders: dict[str, Callable[[], object]] = {"torch": partial(run, "torch")}

@@ -46,7 +46,7 @@ TARGET_FLAGS: Final = {
 
 # The library's numbers of the variants, dtypes and results; see cpu.h and abi.h.
 _VARIANT_IDS: Final[dict[Variant, int]] = {"avx2": 0, "avx512": 1, "avx512_bf16": 2}
-_DTYPE_IDS: Final = {torch.float32: 0, torch.bfloat16: 1}
+_DTYPE_IDS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _CANCELLED, _UNSUPPORTED, _OUT_OF_MEMORY, _BAD_TABLE = 1, 2, 3, 4
 
 _forced: ContextVar[Variant | None] = ContextVar("colm_kernels_variant", default=None)
@@ -127,7 +127,7 @@ def default_variant(dtype: torch.dtype) -> Variant:
     library = _library()
     if "avx512_bf16" in usable and library is not None and not library.colm_bf16_dot_pays():
         usable.remove("avx512_bf16")
-    return usable[-1] if dtype in _DTYPE_IDS else "torch"
+    return usable[-1] if dtype.is_floating_point and dtype in _DTYPE_IDS else "torch"
 
 
 @contextmanager

@@ -13,9 +13,13 @@ from torch.nn import functional as F
 
 pytestmark = pytest.mark.kernels
 
-TOKEN_BLOCK = 32  # decode.h
+TOKEN_BLOCK, ITEM = 64, 1024  # decode.h, decode.cpp
 DTYPES = (torch.bfloat16, torch.float32)
+FORMATS = ((torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.int8), (torch.float32, torch.int8))
+"""Of queries and of pages."""
+LIBRARY_VARIANTS = [name for name in native.available_variants() if name != "torch"]
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Options = dict[str, Tensor]
 
 
 @pytest.fixture(params=native.available_variants())
@@ -44,44 +48,108 @@ def inputs(context_lens, num_kv_heads, group, head_dim, dtype, page_tokens=16) -
     return q, pages[0], pages[1], block_table, torch.tensor(context_lens, dtype=torch.int32)
 
 
-def eager(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_lens: Tensor) -> Tensor:
-    """SDPA in the inputs' own dtype."""
+def query_tokens(arguments: Arguments, num_queries) -> tuple[Arguments, Options]:
+    """The same contexts with several query tokens a request."""
+    q, *pages = arguments
+    generator = torch.Generator().manual_seed(sum(num_queries))
+    q = torch.randn(sum(num_queries), *q.shape[1:], generator=generator).to(q.dtype)
+    bounds = torch.tensor([0, *num_queries]).cumsum(0).to(torch.int32)
+    return (q, *pages), {"cu_seqlens_q_R1": bounds}
+
+
+def quantised(arguments: Arguments) -> tuple[Arguments, Options]:
+    """The same with int8 pages, whose scales are NaN wherever no context reaches."""
+    q, k_pages, v_pages, *table = arguments
+    scales = [(pages.float().abs().amax(-1) / 120).bfloat16() for pages in (k_pages, v_pages)]
+    k_pages, v_pages = (
+        (pages.float() / scale.float().unsqueeze(-1)).round().nan_to_num(nan=111).to(torch.int8)
+        for pages, scale in zip((k_pages, v_pages), scales, strict=True)
+    )
+    return (q, k_pages, v_pages, *table), {"k_scales_BPK": scales[0], "v_scales_BPK": scales[1]}
+
+
+def case(context_lens, num_queries, num_kv_heads, group, head_dim, q_dtype, page_dtype) -> tuple[Arguments, Options]:
+    arguments = inputs(context_lens, num_kv_heads, group, head_dim, q_dtype)
+    arguments, options = query_tokens(arguments, num_queries)
+    if page_dtype == torch.int8:
+        arguments, scales = quantised(arguments)
+        options |= scales
+    return arguments, options
+
+
+def eager(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_lens: Tensor, **options: Tensor
+) -> Tensor:
+    """SDPA in the queries' own dtype."""
     page_tokens = k_pages.shape[1]
+    bounds = options.get("cu_seqlens_q_R1", torch.arange(q.shape[0] + 1)).tolist()
     out = torch.empty_like(q)
     for request, length in enumerate(context_lens.tolist()):
         ids = block_table[request, : -(-length // page_tokens)].long()
-        k, v = (pages[ids].flatten(0, 1)[:length].transpose(0, 1) for pages in (k_pages, v_pages))
-        out[request] = F.scaled_dot_product_attention(q[request][None], k[None], v[None])[0]
+        k, v = k_pages[ids], v_pages[ids]
+        if "k_scales_BPK" in options:
+            k, v = (
+                (x.float() * options[name][ids].float().unsqueeze(-1)).to(q.dtype)
+                for x, name in ((k, "k_scales_BPK"), (v, "v_scales_BPK"))
+            )
+        k, v = (x.flatten(0, 1)[:length].transpose(0, 1) for x in (k, v))
+        begin, end = bounds[request : request + 2]
+        for query in range(begin, end):
+            visible = length - (end - 1 - query)
+            out[query] = F.scaled_dot_product_attention(q[query][None], k[None, :, :visible], v[None, :, :visible])[0]
     return out
 
 
-def assert_matches_definition(arguments: Arguments, **options) -> None:
-    out = decode_attention(*arguments, **options)
+def assert_matches_definition(arguments: Arguments, options: Options | None = None, **more) -> None:
+    options = options or {}
+    out = decode_attention(*arguments, **options, **more)
     q, k_pages, v_pages, *table = arguments
-    reference = decode_attention_reference(q.double(), k_pages.double(), v_pages.double(), *table)
-    magnitude = decode_attention_reference(q.double(), k_pages.double(), v_pages.double().abs(), *table)
-    tolerance.assert_attention_within_budget(out, eager(*arguments), reference, magnitude)
+    wide_k, wide_v = (pages if pages.dtype == torch.int8 else pages.double() for pages in (k_pages, v_pages))
+    reference = decode_attention_reference(q.double(), wide_k, wide_v, *table, **options)
+    magnitude = decode_attention_reference(q.double(), wide_k, wide_v.abs(), *table, **options)
+    tolerance.assert_attention_within_budget(out, eager(*arguments, **options), reference, magnitude)
+
+
+LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, TOKEN_BLOCK - 1, TOKEN_BLOCK, TOKEN_BLOCK + 1, 61, 257, 1009)
 
 
 @pytest.mark.usefixtures("variant")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 61, 255, 256, 257, 1009])
-def test_lengths_around_pages_and_blocks_match(length, dtype):
-    assert_matches_definition(inputs([length], 2, 2, 64, dtype))
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_lengths_around_pages_and_blocks_match(length, formats):
+    assert_matches_definition(*case([length], [1], 2, 2, 64, *formats))
 
 
 @pytest.mark.usefixtures("variant")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("formats", FORMATS)
 @pytest.mark.parametrize("head_dim", native.HEAD_DIMS)
-def test_every_head_dim_matches(head_dim, dtype):
-    assert_matches_definition(inputs([77, 130], 2, 3, head_dim, dtype))
+def test_every_head_dim_matches(head_dim, formats):
+    assert_matches_definition(*case([77, 130], [1, 3], 2, 3, head_dim, *formats))
 
 
 @pytest.mark.usefixtures("variant")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("formats", FORMATS)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 17])
-def test_every_number_of_query_heads_matches(group, dtype):
-    assert_matches_definition(inputs([50], 3, group, 64, dtype))
+def test_every_number_of_query_heads_matches(group, formats):
+    assert_matches_definition(*case([50], [1], 3, group, 64, *formats))
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("context_lens", "num_queries"),
+    [
+        ([1], [1]),
+        ([5], [5]),  # nothing but the query tokens
+        ([16], [16]),
+        ([TOKEN_BLOCK + 1], [2]),
+        ([TOKEN_BLOCK + 2, 40, 16, 131], [5, 1, 16, 2]),
+        ([ITEM + 1, 7], [3, 7]),  # the first query token sees nothing of the last item
+    ],
+)
+def test_several_query_tokens_match(context_lens, num_queries, group, formats):
+    assert_matches_definition(*case(context_lens, num_queries, 2, group, 64, *formats))
 
 
 @pytest.mark.usefixtures("variant")
@@ -92,10 +160,79 @@ def test_every_page_size_matches(page_tokens):
 
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
-def test_contexts_split_over_threads_match(num_threads):
+@pytest.mark.parametrize("formats", FORMATS)
+def test_contexts_split_over_threads_match(num_threads, formats):
     # Long enough for the launcher to use every thread and to split, with short requests beside.
-    arguments = inputs([9001, 1, 40, 3000], 2, 2, 64, torch.bfloat16)
-    assert_matches_definition(arguments, num_threads=num_threads)
+    arguments, options = case([9001, 1, 40, 3000], [2, 1, 1, 1], 2, 2, 64, *formats)
+    assert_matches_definition(arguments, options, num_threads=num_threads)
+
+
+@pytest.mark.parametrize("name", LIBRARY_VARIANTS)
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_query_gives_the_same_bits_alone_among_drafts_and_in_any_batch(group, formats, name):
+    context_lens, num_queries = [2 * ITEM + 2, 300, TOKEN_BLOCK], [5, 3, 1]
+    arguments, options = case(context_lens, num_queries, 2, group, 64, *formats)
+    q, k_pages, v_pages, block_table, _ = arguments
+    scales = {key: value for key, value in options.items() if key != "cu_seqlens_q_R1"}
+    with use_variant(name):
+        together = decode_attention(*arguments, **options, num_threads=3)
+        query = 0
+        for request, (length, count) in enumerate(zip(context_lens, num_queries, strict=True)):
+            table = block_table[request : request + 1]
+            for seen in range(length - count + 1, length + 1):
+                one = torch.tensor([seen], dtype=torch.int32)
+                alone = decode_attention(q[query : query + 1], k_pages, v_pages, table, one, **scales, num_threads=1)
+                assert torch.equal(together[query], alone[0])
+                query += 1
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("length", [40, TOKEN_BLOCK + 2, ITEM + 2])
+def test_query_tokens_never_see_later_ones(length, formats):
+    arguments, options = case([length, 9], [5, 1], 1, 3, 16, *formats)
+    expected = decode_attention(*arguments, **options)
+    _, k_pages, v_pages, block_table, _ = arguments
+    changed = (options["k_scales_BPK"], options["v_scales_BPK"]) if formats[1] == torch.int8 else (k_pages, v_pages)
+    for token, value in ((length - 1, float("nan")), (length - 2, float("inf"))):  # the last two query tokens
+        for tensor in changed:
+            tensor[block_table[0, token // 16], token % 16] = value
+    out = decode_attention(*arguments, **options)
+    assert torch.equal(out[:3], expected[:3])
+    assert out[3:5].isnan().all()
+    assert torch.equal(out[5], expected[5])
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["k_scales_BPK", "v_scales_BPK"])
+def test_scales_that_are_not_finite_give_what_the_definition_gives(name, value):
+    arguments, options = case([100, 90], [2, 1], 2, 2, 64, torch.float32, torch.int8)
+    options[name][arguments[3][0, 1], 3, 1] = value
+    out, reference = (f(*arguments, **options) for f in (decode_attention, decode_attention_reference))
+    assert not reference.isfinite().all()
+    assert torch.equal(out.isnan(), reference.isnan())
+    assert torch.equal(out.isposinf(), reference.isposinf())
+    assert torch.equal(out.isneginf(), reference.isneginf())
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_key_far_above_all_others_takes_all_the_weight(dtype):
+    q, k_pages, v_pages, block_table, context_lens = inputs([200], 1, 2, 64, dtype)
+    q[:] = 1.0
+    k_pages[:] = -1e4
+    k_pages[block_table[0, 5], 2] = 1e4
+    assert_matches_definition((q, k_pages, v_pages, block_table, context_lens))
+
+
+@pytest.mark.usefixtures("variant")
+def test_a_page_may_stand_in_many_places():
+    q, k_pages, v_pages, block_table, context_lens = inputs([64, 64], 2, 2, 64, torch.float32)
+    block_table[0, :4] = block_table[0, 2]
+    block_table[1, :4] = block_table[0, 2]
+    assert_matches_definition((q, k_pages, v_pages, block_table, context_lens))
 
 
 @pytest.mark.usefixtures("variant")
@@ -177,7 +314,7 @@ def test_python_threads_may_call_at_once(variant):
 @pytest.mark.parametrize(
     ("index", "change", "message"),
     [
-        (0, lambda t: t[0], "q_RKGD has shape"),
+        (0, lambda t: t[0], "q_TKGD has shape"),
         (1, lambda t: t[..., :8], "k_pages_BPKD has shape"),
         (2, lambda t: t[:1], "v_pages_BPKD has shape"),
         (2, lambda t: t.bfloat16(), "v_pages_BPKD=torch.bfloat16"),
@@ -197,3 +334,35 @@ def test_what_does_not_fit_is_refused_by_name(index, change, message):
     arguments[index] = change(arguments[index])
     with pytest.raises(ValueError, match=message):
         decode_attention(*arguments)
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("cu_seqlens_q_R1", lambda t: t[:2], "cu_seqlens_q_R1 has shape"),
+        ("cu_seqlens_q_R1", lambda t: t.long(), "cu_seqlens_q_R1 has dtype"),
+        ("cu_seqlens_q_R1", lambda t: t + 1, "cu_seqlens_q_R1 runs from 1 to 20"),
+        ("cu_seqlens_q_R1", lambda t: t.clamp(max=18), "cu_seqlens_q_R1 runs from 0 to 18"),
+        ("cu_seqlens_q_R1", lambda t: t.index_fill(0, torch.tensor([1]), 0), "requests 0 to 19 query tokens"),
+        ("cu_seqlens_q_R1", lambda t: t.index_fill(0, torch.tensor([1]), 2), "requests 2 to 17 query tokens"),
+        ("cu_seqlens_q_R1", lambda t: t.index_fill(0, torch.tensor([1]), 7), r"context_lens_R\[0\]=5 is below the 7"),
+        ("k_scales_BPK", lambda _: None, "k_scales_BPK is None"),
+        ("v_scales_BPK", lambda _: None, "v_scales_BPK is None"),
+        ("k_scales_BPK", lambda t: t[:1], "k_scales_BPK has shape"),
+        ("v_scales_BPK", lambda t: t.float(), "v_scales_BPK has dtype"),
+        ("v_scales_BPK", lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), "v_scales_BPK has strides"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_by_name(name, change, message):
+    arguments, options = case([5, 70], [5, 14], 2, 2, 16, torch.float32, torch.int8)
+    options[name] = change(options[name])
+    with pytest.raises(ValueError, match=message):
+        decode_attention(*arguments, **options)
+
+
+def test_scales_without_int8_pages_are_refused_by_name():
+    _, options = case([20], [1], 2, 2, 16, torch.float32, torch.int8)
+    arguments = inputs([20], 2, 2, 16, torch.float32)
+    with pytest.raises(ValueError, match="k_scales_BPK is given"):
+        decode_attention(*arguments, k_scales_BPK=options["k_scales_BPK"])

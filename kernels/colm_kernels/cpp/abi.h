@@ -7,7 +7,7 @@
 #pragma once
 #include <cstdint>
 
-enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
 enum Status : int32_t { kOk = 0, kCancelled = 1, kUnsupported = 2, kOutOfMemory = 3, kBadTable = 4 };
 
 // Shapes: T query tokens, S keys, H query heads, K kv heads, G = H / K, D head dim. Strides count elements; the
@@ -43,17 +43,21 @@ struct SparsePrefillArgs {
     int64_t num_lists, row_block, key_block;
 };
 
-// Shapes: R requests, K kv heads, G query heads per kv head, D head dim, P tokens per page, M table columns.
+// Shapes: R requests, T query tokens (packed), K kv heads, G query heads per kv head, D head dim, B pool pages, P tokens
+// per page, M table columns.
 struct DecodeArgs {
-    const void* q;               // R, K, G, D contiguous
-    const void* k_pages;         // B, P, K, D contiguous
-    const void* v_pages;         // B, P, K, D contiguous
-    const int32_t* block_table;  // R, M contiguous
-    const int32_t* context_lens; // R
-    void* out;                   // R, K, G, D contiguous
-    int64_t num_requests, num_kv_heads, group, head_dim, num_pages, page_tokens, table_columns;
+    const void* q;                // T, K, G, D contiguous
+    const void* k_pages;          // B, P, K, D contiguous
+    const void* v_pages;          // B, P, K, D contiguous
+    const uint16_t* k_scales;     // B, P, K contiguous bf16 for int8 pages; else unused
+    const uint16_t* v_scales;     // B, P, K contiguous bf16 for int8 pages; else unused
+    const int32_t* block_table;   // R, M contiguous
+    const int32_t* context_lens;  // R
+    const int32_t* cu_seqlens_q;  // R + 1: request r has the query tokens [r], .. [r + 1]
+    void* out;                    // T, K, G, D contiguous
+    int64_t num_requests, num_queries, num_kv_heads, group, head_dim, num_pages, page_tokens, table_columns;
     float scale;
-    int32_t dtype;
+    int32_t dtype, page_dtype;
 };
 
 // Shapes: R rows, I input features, O output features of one block.
@@ -130,10 +134,11 @@ struct QuantiseArgs {
     int64_t dtype;
 };
 
-// One item of decode work: tokens [begin, end) of one request, all its heads.
+// One item of decode work: tokens [begin, end) of one request, all its heads and query tokens. Rows of a kv head are
+// (query token, query head), token-major; N of them for all kv heads.
 struct DecodeItem {
     int64_t request, begin, end;
-    float* partial;  // unnormalised output (K * G, D), then maxima (K * G), then sums (K * G)
+    float* partial;  // unnormalised output (N, D), then maxima (N), then sums (N)
 };
 
 using PrefillFn = Status (*)(const PrefillArgs&, int64_t item, unsigned char* workspace);
@@ -150,7 +155,7 @@ struct PrefillKernel {
 
 struct DecodeKernel {
     DecodeFn run;
-    int64_t (*workspace_bytes)(int64_t num_kv_heads, int64_t group);
+    int64_t (*workspace_bytes)(int64_t num_kv_heads, int64_t rows_per_head);
 };
 
 struct LinearKernel {
@@ -168,7 +173,7 @@ struct RowsKernel {
 // What one translation unit offers; a null `run` means the combination is left to another variant.
 struct Variant {
     PrefillKernel (*prefill)(int32_t dtype, int64_t head_dim);
-    DecodeKernel (*decode)(int32_t dtype, int64_t head_dim);
+    DecodeKernel (*decode)(int32_t page_dtype, int64_t head_dim);
     LinearKernel (*linear)(int32_t dtype);
     RowsKernel<NormArgs> (*norm)(int32_t dtype);
     RowsKernel<RotaryArgs> (*rotary)(int32_t dtype);

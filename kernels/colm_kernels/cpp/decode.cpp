@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -20,7 +21,9 @@ uint16_t to_bfloat16(float x) {
 
 // Join the partial results of one request, each weighted by its share of the softmax denominator.
 void merge(const DecodeArgs& args, const DecodeItem* begin, const DecodeItem* end) {
-    const int64_t num_rows = args.num_kv_heads * args.group, dim = args.head_dim;
+    const int64_t first_query = args.cu_seqlens_q[begin->request];
+    const int64_t rows = (args.cu_seqlens_q[begin->request + 1] - first_query) * args.group;
+    const int64_t num_rows = args.num_kv_heads * rows, dim = args.head_dim;
     std::vector<float> row_out(dim);
     for (int64_t row = 0; row < num_rows; ++row) {
         float maximum = begin->partial[num_rows * dim + row];
@@ -35,7 +38,8 @@ void merge(const DecodeArgs& args, const DecodeItem* begin, const DecodeItem* en
             sum += maxima[num_rows + row] * weight;
             for (int64_t d = 0; d < dim; ++d) row_out[d] += item->partial[row * dim + d] * weight;
         }
-        const int64_t at = (begin->request * num_rows + row) * dim;
+        const int64_t head = row / rows, query = first_query + row % rows / args.group;
+        const int64_t at = ((query * args.num_kv_heads + head) * args.group + row % args.group) * dim;
         for (int64_t d = 0; d < dim; ++d) {
             const float value = row_out[d] / sum;
             if (args.dtype == kBfloat16) {
@@ -47,8 +51,26 @@ void merge(const DecodeArgs& args, const DecodeItem* begin, const DecodeItem* en
     }
 }
 
-constexpr int64_t kFewestTokensPerSplit = 256;
-constexpr int64_t kItemsPerThread = 3;  // so that the last items even out
+constexpr int64_t kMostQueries = 16;  // of one request; MAX_QUERY_TOKENS of decode_attention.py
+
+// Whether every request's queries, length and pages lie within what was given.
+bool fits(const DecodeArgs& args) {
+    if (args.cu_seqlens_q[0] != 0 || args.cu_seqlens_q[args.num_requests] != args.num_queries) return false;
+    for (int64_t r = 0; r < args.num_requests; ++r) {
+        const int64_t length = args.context_lens[r], num_queries = args.cu_seqlens_q[r + 1] - args.cu_seqlens_q[r];
+        if (num_queries < 1 || num_queries > kMostQueries) return false;
+        if (length < num_queries || length > args.table_columns * args.page_tokens) return false;
+        const int32_t* pages = args.block_table + r * args.table_columns;
+        for (int64_t i = 0; i < (length + args.page_tokens - 1) / args.page_tokens; ++i) {
+            if (pages[i] < 0 || pages[i] >= args.num_pages) return false;
+        }
+    }
+    return true;
+}
+
+// Every context is divided at multiples of this, however many threads there are and whatever else is in the batch:
+// a request's result is the same bits in any company.
+constexpr int64_t kTokensPerItem = 1024;
 
 }  // namespace
 
@@ -56,49 +78,43 @@ COLM_EXPORT
 int32_t colm_decode_attention(const DecodeArgs* given, int32_t variant, int32_t num_threads) try {
     const DecodeArgs& args = *given;
     const auto kernel =
-        select<DecodeKernel>(variant, [&](const Variant& v) { return v.decode(args.dtype, args.head_dim); });
+        select<DecodeKernel>(variant, [&](const Variant& v) { return v.decode(args.page_dtype, args.head_dim); });
     if (kernel.run == nullptr) return kUnsupported;
-    int64_t num_tokens = 0;
-    for (int64_t r = 0; r < args.num_requests; ++r) {
-        const int64_t length = args.context_lens[r];
-        if (length < 1 || length > args.table_columns * args.page_tokens) return kBadTable;
-        const int32_t* pages = args.block_table + r * args.table_columns;
-        for (int64_t i = 0; i < (length + args.page_tokens - 1) / args.page_tokens; ++i) {
-            if (pages[i] < 0 || pages[i] >= args.num_pages) return kBadTable;
-        }
-        num_tokens += length;
-    }
-    const int64_t token_bytes = 2 * args.num_kv_heads * args.head_dim * (args.dtype == kBfloat16 ? 2 : 4);
-    const int64_t threads =
-        std::clamp<int64_t>(num_tokens * token_bytes / kFewestBytesPerThread, 1, std::max(num_threads, 1));
-    // One thread has nobody to share a context with.
-    const int64_t split = threads == 1 ? INT64_MAX / 2
-                                       : std::max(kFewestTokensPerSplit, num_tokens / (threads * kItemsPerThread) + 1);
+    if (!fits(args)) return kBadTable;
 
     std::vector<DecodeItem> items;
+    int64_t num_tokens = 0, num_floats = 0, most_rows = 0;
+    std::vector<int64_t> partial_at;
     for (int64_t r = 0; r < args.num_requests; ++r) {
         const int64_t length = args.context_lens[r];
-        const int64_t num_splits = (length + split - 1) / split;
-        for (int64_t i = 0; i < num_splits; ++i) {
-            items.push_back({r, length * i / num_splits, length * (i + 1) / num_splits, nullptr});
+        const int64_t rows = (args.cu_seqlens_q[r + 1] - args.cu_seqlens_q[r]) * args.group;
+        num_tokens += length;
+        most_rows = std::max(most_rows, rows);
+        for (int64_t begin = 0; begin < length; begin += kTokensPerItem) {
+            items.push_back({r, begin, std::min(begin + kTokensPerItem, length), nullptr});
+            partial_at.push_back(num_floats);
+            num_floats += args.num_kv_heads * rows * (args.head_dim + 2);
         }
     }
-    const int64_t partial = args.num_kv_heads * args.group * (args.head_dim + 2);
     const int64_t num_items = static_cast<int64_t>(items.size());
-    std::vector<float> partials(num_items * partial);
-    for (int64_t i = 0; i < num_items; ++i) items[i].partial = partials.data() + i * partial;
+    const std::unique_ptr<float[]> partials(new float[num_floats]);
+    for (int64_t i = 0; i < num_items; ++i) items[i].partial = partials.get() + partial_at[i];
+    const int64_t element_bytes = args.page_dtype == kInt8 ? 1 : args.page_dtype == kBfloat16 ? 2 : 4;
+    const int64_t num_bytes = 2 * num_tokens * args.num_kv_heads * args.head_dim * element_bytes;
+    const int64_t threads = std::clamp<int64_t>(num_bytes / kFewestBytesPerThread, 1, std::max(num_threads, 1));
 
     struct Context {
         const DecodeArgs& args;
         const DecodeKernel& kernel;
         const DecodeItem* items;
+        int64_t workspace_bytes;
         std::atomic<int32_t> status{kOk};
-    } context{args, kernel, items.data()};
+    } context{args, kernel, items.data(), kernel.workspace_bytes(args.num_kv_heads, most_rows)};
     run_items(
         num_items, static_cast<int>(threads),
         [](void* opaque, int64_t item) {
             auto& c = *static_cast<Context*>(opaque);
-            unsigned char* memory = workspace(c.kernel.workspace_bytes(c.args.num_kv_heads, c.args.group));
+            unsigned char* memory = workspace(c.workspace_bytes);
             if (memory == nullptr) {
                 c.status = kOutOfMemory;
             } else {

@@ -1,72 +1,148 @@
-// One query token's attention to a range of its context, read in place from the pages. Include after a vec_*.h.
+// The query tokens of one request against a range of its context, read in place from the pages. Include after a vec_*.h.
 //
-// The work is bounded by memory, so what matters is the order of reading: all heads of a block of tokens before the
-// next block, as the pages lie in memory, with what follows already asked for.
+// The work is bounded by memory, so a key or value is read once for all query heads and query tokens of its kv head.
+// Values are asked for while their keys are scored, the next head's keys while values are gathered, a token at a time:
+// in a burst they would stand in each other's way, and arithmetic would wait for all of them. Keys are transposed as
+// they are widened, so that scores come out a vector of tokens at a time and no sum runs across lanes.
+//
+// What a row adds up, and in which order, depends on its own context alone: not on the rows beside it, nor on the range
+// an item ends with. A query's result is so the same bits alone, among drafts and in any batch.
 #pragma once
 #include <cfloat>
+#include <cstring>
 #include "abi.h"
 #include "softmax.h"
 #include "tile.h"
 
 namespace {
 
-constexpr int kTokenBlock = 32;  // one head's K and V of two blocks, and the widened keys, stay in 32 KiB of L1
-static_assert(kTokenBlock % (2 * kLanes) == 0, "the softmax takes two vectors at a time");
-
 template <class In, int D>
 struct Decode {
+    static constexpr bool kScaled = sizeof(In) == 1;
+    static constexpr int kBlock = 64;  // tokens; keys and values of one head, widened, are 32 KiB at head dim 64
+    static constexpr int kKeyVecs = sizeof(Vec) == 64 ? 4 : 2;
+    static constexpr int kPanel = kKeyVecs * kLanes;  // keys of one transposed panel
+    static constexpr int kPerWord = sizeof(float) / sizeof(In);
+    static constexpr int kWords = D / kPerWord;
+    static constexpr int kLine = 64 / sizeof(In);  // elements of a cache line
     static constexpr int kValueVecs = sizeof(Vec) == 64 ? (D % 64 == 0 ? 4 : D % 80 == 0 ? 5 : D % 48 == 0 ? 3 : 1) : 2;
-    static constexpr int kValueRows = 4;  // 4 x 5 accumulators at most
-    static constexpr int kLineElements = 64 / sizeof(In);
+    static constexpr int kRowTile = 4;  // by 4 or 5 vectors
+    static_assert(kBlock % kPanel == 0 && kBlock % (2 * kLanes) == 0, "panels and the softmax cover the block");
 
-    static int64_t round_up_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+    struct Workspace {
+        float* queries;  // num_kv_heads, rows, D
+        float* keys;     // kBlock / kPanel panels of (D, kPanel)
+        float* values;   // kBlock, D
+        float* scores;   // rows, kBlock; overwritten in place by the weights
+        float* decay;    // padded rows
+        float* maxima;   // num_kv_heads, padded rows
+        float* sums;     // num_kv_heads, padded rows
+    };
 
-    static int64_t workspace_bytes(int64_t num_kv_heads, int64_t group) {
-        const int64_t padded_group = round_up_lanes(group);
-        return 4 * (num_kv_heads * group * D + group * kTokenBlock + kTokenBlock * D + padded_group +
-                    2 * num_kv_heads * padded_group);
+    static int64_t padded(int64_t rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
+
+    static int64_t workspace_bytes(int64_t num_kv_heads, int64_t rows) {
+        return 4 * (num_kv_heads * (rows * D + 2 * padded(rows)) + 2 * kBlock * D + rows * kBlock + padded(rows));
     }
 
-    static void to_float(const In* from, float* to) {
-        for (int d = 0; d < D; d += kLanes) store(to + d, load_as_float(from + d));
+    static Workspace carve(unsigned char* memory, int64_t num_kv_heads, int64_t rows) {
+        Workspace ws;
+        ws.keys = reinterpret_cast<float*>(memory);
+        ws.values = ws.keys + kBlock * D;
+        ws.scores = ws.values + kBlock * D;
+        ws.queries = ws.scores + rows * kBlock;
+        ws.decay = ws.queries + num_kv_heads * rows * D;
+        ws.maxima = ws.decay + padded(rows);
+        ws.sums = ws.maxima + num_kv_heads * padded(rows);
+        return ws;
     }
 
-    // Scores of kLanes tokens for one query head. Tokens past the last repeat it; the softmax drops them.
-    template <class T>
-    static void score(const float* q, const T* const* keys, int64_t offset, float* scores) {
-        Vec acc[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) acc[i] = zero();
-        for (int d = 0; d < D; d += kLanes) {
-            const Vec part = load(q + d);
-#pragma GCC unroll 16
-            for (int i = 0; i < kLanes; ++i) acc[i] = fma(part, load_as_float(keys[i] + offset + d), acc[i]);
+    // Tokens of the context as rows of the pool: page * P + position in the page. Entries past the last repeat it.
+    struct Block {
+        int count;
+        int64_t rows[kBlock];
+    };
+
+    static void locate(const DecodeArgs& args, int64_t request, int64_t begin, int64_t end, Block* block) {
+        const int32_t* table = args.block_table + request * args.table_columns;
+        block->count = static_cast<int>(end - begin < kBlock ? end - begin : kBlock);
+        int64_t column = begin / args.page_tokens, position = begin % args.page_tokens, row = 0;
+        for (int i = 0; i < block->count; ++column, position = 0) {
+            row = table[column] * args.page_tokens + position;
+            for (; i < block->count && position < args.page_tokens; ++position) block->rows[i++] = row++;
         }
-        store(scores, reduce_each(acc, [](Vec a, Vec b) { return add(a, b); }));
+        for (int i = block->count; i < kBlock; ++i) block->rows[i] = row - 1;
     }
 
-    // output[row] = output[row] * decay[row] + sum over tokens of weights[row][token] * values[token], for kRows rows.
-    template <int kRows>
-    static void gather(const float* weights, const In* const* values, int64_t offset, int count, float* output,
-                       int64_t output_stride, const float* decay) {
+    static void ask_for(const In* row) {
+        for (int d = 0; d < D; d += kLine) _mm_prefetch(reinterpret_cast<const char*>(row + d), _MM_HINT_T1);
+    }
+
+    // Widened and transposed keys of one head.
+    static void pack_keys(const In* keys, int64_t stride, const Block& block, float* packed) {
+        for (int first = 0; first < block.count; first += kLanes) {
+            float* panel = packed + first / kPanel * kPanel * D + first % kPanel;
+            for (int word = 0; word < kWords; word += kLanes) {
+                constexpr int kLast = kWords % kLanes;
+                Vec part[kLanes];
+#pragma GCC unroll 16
+                for (int i = 0; i < kLanes; ++i) {
+                    const In* from = keys + block.rows[first + i] * stride + word * kPerWord;
+                    part[i] = word + kLanes <= kWords ? load(reinterpret_cast<const float*>(from))
+                                                      : load_first_words(from, kLast);
+                }
+                transpose(part);
+#pragma GCC unroll 16
+                for (int i = 0; i < kLanes; ++i) {
+                    if (word + i >= kWords) break;
+                    Vec wide[kPerWord];
+                    split_words(part[i], wide);
+                    for (int j = 0; j < kPerWord; ++j) store(panel + ((word + i) * kPerWord + j) * kPanel, wide[j]);
+                }
+            }
+        }
+    }
+
+    template <class Ask>
+    static void pack_values(const In* values, int64_t stride, const Block& block, Ask ask, float* packed) {
+        for (int token = 0; token < block.count; ++token) {
+            ask(token);
+            const In* from = values + block.rows[token] * stride;
+            for (int d = 0; d < D; d += kLanes) store(packed + token * D + d, load_as_float(from + d));
+        }
+    }
+
+    // Scores of kRows rows against the block; meanwhile every token of it is asked for once.
+    template <int kRows, class Ask>
+    static void score(const float* queries, const float* keys, int num_padded, float* scores, Ask ask) {
+        constexpr int kPanels = kBlock / kPanel;
+        for (int key = 0; key < num_padded; key += kPanel) {
+            multiply_tile<FloatWords, kRows, kKeyVecs, D, kPanel, kBlock, false>(
+                queries, keys + key * D, D, scores + key, nullptr, [&](int64_t step) {
+                    for (int64_t i = step * kPanels + key / kPanel; i < kBlock; i += D * kPanels) ask(i);
+                });
+        }
+    }
+
+    // output[row] = output[row] * decay[row] + sum over tokens of weights[row][token] * value(token), for kRows rows.
+    template <int kRows, class Value>
+    static void gather(const float* weights, Value value, int count, const float* decay, float* output) {
         for (int column = 0; column < D; column += kValueVecs * kLanes) {
             Vec acc[kRows][kValueVecs];
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) {
                 const Vec factor = splat(decay[i]);
 #pragma GCC unroll 5
-                for (int j = 0; j < kValueVecs; ++j) {
-                    acc[i][j] = mul(load(output + i * output_stride + column + j * kLanes), factor);
-                }
+                for (int j = 0; j < kValueVecs; ++j) acc[i][j] = mul(load(output + i * D + column + j * kLanes), factor);
             }
             for (int token = 0; token < count; ++token) {
-                const In* from = values[token] + offset + column;
+                const auto* from = value(token) + column;
                 Vec row[kValueVecs];
 #pragma GCC unroll 5
                 for (int j = 0; j < kValueVecs; ++j) row[j] = load_as_float(from + j * kLanes);
 #pragma GCC unroll 4
                 for (int i = 0; i < kRows; ++i) {
-                    const Vec weight = splat(weights[i * kTokenBlock + token]);
+                    const Vec weight = splat(weights[i * kBlock + token]);
 #pragma GCC unroll 5
                     for (int j = 0; j < kValueVecs; ++j) acc[i][j] = fma(weight, row[j], acc[i][j]);
                 }
@@ -74,124 +150,152 @@ struct Decode {
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 5
-                for (int j = 0; j < kValueVecs; ++j) {
-                    store(output + i * output_stride + column + j * kLanes, acc[i][j]);
-                }
+                for (int j = 0; j < kValueVecs; ++j) store(output + i * D + column + j * kLanes, acc[i][j]);
             }
         }
     }
 
-    struct Block {
-        int count;
-        const In* keys[kTokenBlock];
-        const In* values[kTokenBlock];
-    };
-
-    static void locate(const DecodeArgs& args, int64_t request, int64_t begin, int64_t end, Block* block) {
-        const int32_t* table = args.block_table + request * args.table_columns;
-        const int64_t row_elements = args.num_kv_heads * D;
-        block->count = static_cast<int>(end - begin < kTokenBlock ? end - begin : kTokenBlock);
-        for (int i = 0; i < block->count; ++i) {
-            const int64_t token = begin + i;
-            const int64_t row = table[token / args.page_tokens] * args.page_tokens + token % args.page_tokens;
-            block->keys[i] = static_cast<const In*>(args.k_pages) + row * row_elements;
-            block->values[i] = static_cast<const In*>(args.v_pages) + row * row_elements;
+    // Calls of<4>, of<2> and of<1> with the first row of each tile until [row, end) is covered.
+    template <class Of>
+    static void in_tiles(int64_t row, int64_t end, Of of) {
+        for (; end - row >= 4; row += 4) of.template operator()<4>(row);
+        if (end - row >= 2) {
+            of.template operator()<2>(row);
+            row += 2;
         }
-        for (int i = block->count; i < kTokenBlock; ++i) {
-            block->keys[i] = block->count == 0 ? nullptr : block->keys[block->count - 1];
-        }
+        if (row < end) of.template operator()<1>(row);
     }
 
-    static void prefetch(const Block& block, int64_t offset) {
+    static void load_scales(const uint16_t* from, const Block& block, int64_t num_heads, int64_t head, float* scales) {
         for (int i = 0; i < block.count; ++i) {
-            for (int d = 0; d < D; d += kLineElements) {
-                _mm_prefetch(reinterpret_cast<const char*>(block.keys[i] + offset + d), _MM_HINT_T0);
-                _mm_prefetch(reinterpret_cast<const char*>(block.values[i] + offset + d), _MM_HINT_T0);
-            }
+            const uint32_t bits = static_cast<uint32_t>(from[block.rows[i] * num_heads + head]) << 16;
+            memcpy(scales + i, &bits, sizeof bits);
+        }
+    }
+
+    // A scale that is not finite meets every element before they are summed, as infinities of both signs make NaN.
+    static void apply_unusual_scales(float* packed, int count, float* scales) {
+        for (int i = 0; i < count; ++i) {
+            if (scales[i] - scales[i] == 0.0f) continue;
+            float* column = packed + i / kPanel * kPanel * D + i % kPanel;
+            for (int d = 0; d < D; ++d) column[d * kPanel] *= scales[i];
+            scales[i] = 1.0f;
+        }
+    }
+
+    // The first `count` entries by their tokens' scales; the others, up to a whole vector, become zero.
+    static void scale_row(float* row, int count, const float* scales) {
+        for (int i = 0; i < count; i += kLanes) {
+            const int left = count - i < kLanes ? count - i : kLanes;
+            store(row + i, keep_first(mul(load(row + i), load(scales + i)), left, zero()));
         }
     }
 
     static void run(const DecodeArgs& args, const DecodeItem& item, unsigned char* memory) {
-        const int64_t group = args.group, num_rows = args.num_kv_heads * group, padded_group = round_up_lanes(group);
+        const int64_t num_heads = args.num_kv_heads, group = args.group, stride = num_heads * D;
+        const int64_t first_query = args.cu_seqlens_q[item.request];
+        const int64_t num_queries = args.cu_seqlens_q[item.request + 1] - first_query;
+        const int64_t rows = num_queries * group, padded_rows = padded(rows);
+        const int64_t num_common = args.context_lens[item.request] - num_queries + 1;  // tokens that every query sees
         const float scale_log2 = args.scale * 1.44269504088896340736f;
-        float* queries = reinterpret_cast<float*>(memory);      // num_rows, D
-        float* scores = queries + num_rows * D;                 // group, kTokenBlock
-        float* key_block = scores + group * kTokenBlock;        // kTokenBlock, D
-        float* decay = key_block + kTokenBlock * D;             // padded_group
-        float* maxima = decay + padded_group;                   // num_kv_heads, padded_group
-        float* sums = maxima + args.num_kv_heads * padded_group;
-        float* output = item.partial;                           // num_rows, D
+        const Workspace ws = carve(memory, num_heads, rows);
+        float* const output = item.partial;
 
-        const In* q = static_cast<const In*>(args.q) + item.request * num_rows * D;
-        for (int64_t row = 0; row < num_rows; ++row) {
-            to_float(q + row * D, queries + row * D);
-            for (int d = 0; d < D; d += kLanes) store(output + row * D + d, zero());
-        }
-        for (int64_t i = 0; i < args.num_kv_heads * padded_group; ++i) {
-            maxima[i] = -FLT_MAX;  // not -infinity, whose difference with itself is NaN
-            sums[i] = 0.0f;
-        }
-        const float* float_keys[kTokenBlock];
-        for (int i = 0; i < kTokenBlock; ++i) float_keys[i] = key_block + i * D;
-
-        Block blocks[2];
-        locate(args, item.request, item.begin, item.end, &blocks[0]);
-        int current = 0;
-        for (int64_t begin = item.begin; begin < item.end; begin += kTokenBlock, current ^= 1) {
-            const Block& block = blocks[current];
-            Block& next = blocks[current ^ 1];
-            const int64_t next_begin = begin + kTokenBlock < item.end ? begin + kTokenBlock : item.end;
-            locate(args, item.request, next_begin, item.end, &next);
-            int num_visible[kLanes];
-            for (int& visible : num_visible) visible = block.count;
-            const int num_padded = (block.count + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
-            for (int64_t head = 0; head < args.num_kv_heads; ++head) {
-                const int64_t offset = head * D;
-                // One head ahead: far enough to hide memory, near enough to be in L1 when its turn comes. Asking for
-                // the next block's same head instead, or only up to L2, was a quarter to a half slower.
-                const bool last = head + 1 == args.num_kv_heads;
-                prefetch(last ? next : block, last ? 0 : offset + D);
-                // Queries that share a kv head share the conversion of its keys.
-                const bool shared = sizeof(In) != sizeof(float) && group > 1;
-                if (shared) {
-                    for (int i = 0; i < num_padded; ++i) to_float(block.keys[i] + offset, key_block + i * D);
-                }
-                for (int64_t g = 0; g < group; ++g) {
-                    const int64_t row = head * group + g;
-                    for (int i = 0; i < num_padded; i += kLanes) {
-                        if (shared) {
-                            score(queries + row * D, float_keys + i, 0, scores + g * kTokenBlock + i);
-                        } else {
-                            score(queries + row * D, block.keys + i, offset, scores + g * kTokenBlock + i);
-                        }
-                    }
-                }
-                for (int64_t g = 0; g < group; g += kLanes) {
-                    const int64_t row = head * padded_group + g;
-                    soften<FloatWords, sizeof(In) == 2>(
-                        scores + g * kTokenBlock, kTokenBlock, static_cast<int>(group - g < kLanes ? group - g : kLanes),
-                        num_visible, num_padded, scale_log2, maxima + row, sums + row, decay + g);
-                }
-                for (int64_t g = 0; g < group;) {
-                    float* to = output + (head * group + g) * D;
-                    const float* weights = scores + g * kTokenBlock;
-                    if (group - g >= kValueRows) {
-                        gather<kValueRows>(weights, block.values, offset, block.count, to, D, decay + g);
-                        g += kValueRows;
-                    } else if (group - g >= 2) {
-                        gather<2>(weights, block.values, offset, block.count, to, D, decay + g);
-                        g += 2;
-                    } else {
-                        gather<1>(weights, block.values, offset, block.count, to, D, decay + g);
-                        g += 1;
-                    }
+        for (int64_t head = 0; head < num_heads; ++head) {
+            for (int64_t row = 0; row < rows; ++row) {
+                const int64_t at = (((first_query + row / group) * num_heads + head) * group + row % group) * D;
+                float* query = ws.queries + (head * rows + row) * D;
+                for (int d = 0; d < D; d += kLanes) {
+                    store(query + d, args.dtype == kBfloat16
+                                         ? load_as_float(static_cast<const uint16_t*>(args.q) + at + d)
+                                         : load(static_cast<const float*>(args.q) + at + d));
+                    store(output + (head * rows + row) * D + d, zero());
                 }
             }
         }
-        for (int64_t row = 0; row < num_rows; ++row) {
-            const int64_t at = row / group * padded_group + row % group;
-            output[num_rows * D + row] = maxima[at];
-            output[num_rows * (D + 1) + row] = sums[at];
+        for (int64_t i = 0; i < num_heads * padded_rows; ++i) {
+            ws.maxima[i] = -FLT_MAX;  // not -infinity, whose difference with itself is NaN
+            ws.sums[i] = 0.0f;
+        }
+
+        float k_scales[kBlock], v_scales[kBlock];
+        Block blocks[2];
+        locate(args, item.request, item.begin, item.end, &blocks[0]);
+        for (int64_t begin = item.begin, turn = 0; begin < item.end; begin += kBlock, turn ^= 1) {
+            const Block& block = blocks[turn];
+            Block& next = blocks[turn ^ 1];
+            if (begin + kBlock < item.end) {
+                locate(args, item.request, begin + kBlock, item.end, &next);
+            } else {
+                next = block;
+            }
+            const int num_padded = (block.count + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+            const bool all_visible = begin + block.count <= num_common;
+            auto visible = [&](int64_t row) {
+                const int64_t count = num_common + row / group - begin;
+                return static_cast<int>(count < 0 ? 0 : count < block.count ? count : block.count);
+            };
+            for (int64_t head = 0; head < num_heads; ++head) {
+                const In* keys = static_cast<const In*>(args.k_pages) + head * D;
+                const In* values = static_cast<const In*>(args.v_pages) + head * D;
+                pack_keys(keys, stride, block, ws.keys);
+                if constexpr (kScaled) {
+                    load_scales(args.k_scales, block, num_heads, head, k_scales);
+                    load_scales(args.v_scales, block, num_heads, head, v_scales);
+                    apply_unusual_scales(ws.keys, block.count, k_scales);
+                }
+                in_tiles(0, rows, [&]<int kRows>(int64_t row) {
+                    score<kRows>(ws.queries + (head * rows + row) * D, ws.keys, num_padded, ws.scores + row * kBlock,
+                                 [&](int64_t i) {
+                                     if (row == 0) ask_for(values + block.rows[i] * stride);
+                                 });
+                });
+                if constexpr (kScaled) {
+                    for (int64_t row = 0; row < rows; ++row) scale_row(ws.scores + row * kBlock, visible(row), k_scales);
+                }
+                for (int64_t row = 0; row < rows; row += kLanes) {
+                    const int count = static_cast<int>(rows - row < kLanes ? rows - row : kLanes);
+                    int num_visible[kLanes];
+                    for (int i = 0; i < count; ++i) num_visible[i] = visible(row + i);
+                    const int64_t at = head * padded_rows + row;
+                    soften<FloatWords, sizeof(In) == 2>(ws.scores + row * kBlock, kBlock, count, num_visible, num_padded,
+                                                        scale_log2, ws.maxima + at, ws.sums + at, ws.decay + row);
+                }
+                if constexpr (kScaled) {
+                    for (int64_t row = 0; row < rows; ++row) scale_row(ws.scores + row * kBlock, visible(row), v_scales);
+                }
+                const bool last = head + 1 == num_heads;
+                const In* keys_ahead = last ? static_cast<const In*>(args.k_pages) : keys + D;
+                const Block& block_ahead = last ? next : block;
+                auto ask_ahead = [&](int token) { ask_for(keys_ahead + block_ahead.rows[token] * stride); };
+                float* to = output + head * rows * D;
+                const bool packed = rows > kRowTile;
+                if (packed) pack_values(values, stride, block, ask_ahead, ws.values);
+                for (int64_t row = 0; row < rows;) {
+                    // Rows of one query token see the same tokens; a weight of zero would not keep out infinity.
+                    const int64_t end = all_visible ? rows : row + group;
+                    const int count = visible(row);
+                    in_tiles(row, end, [&]<int kRows>(int64_t r) {
+                        const float* weights = ws.scores + r * kBlock;
+                        if (packed) {
+                            gather<kRows>(weights, [&](int token) { return ws.values + token * D; }, count, ws.decay + r,
+                                          to + r * D);
+                        } else {
+                            auto value = [&](int token) {
+                                ask_ahead(token);
+                                return values + block.rows[token] * stride;
+                            };
+                            gather<kRows>(weights, value, count, ws.decay + r, to + r * D);
+                        }
+                    });
+                    row = end;
+                }
+            }
+        }
+        for (int64_t row = 0; row < num_heads * rows; ++row) {
+            const int64_t at = row / rows * padded_rows + row % rows;
+            output[num_heads * rows * D + row] = ws.maxima[at];
+            output[num_heads * rows * (D + 1) + row] = ws.sums[at];
         }
     }
 

@@ -26,11 +26,18 @@ struct Bf16Words {
 };
 #endif
 
+struct Nothing {
+    void operator()(int64_t) const {}
+};
+
 // C (kRows x kVecs vectors) = A B, or C * decay + A B with one factor a row. A is row-major, B has one row of words per
-// step of `depth`. Strides are constants so that every address is a displacement from one pointer.
-template <class Op, int kRows, int kVecs, int kStrideA, int kStrideB, int kStrideC, bool kAccumulate>
+// step of `depth`. Strides are constants so that every address is a displacement from one pointer. `meanwhile` is called
+// at every step.
+template <class Op, int kRows, int kVecs, int kStrideA, int kStrideB, int kStrideC, bool kAccumulate,
+          class Meanwhile = Nothing>
 __attribute__((always_inline)) inline void multiply_tile(const typename Op::Word* a, const typename Op::Word* b,
-                                                         int64_t depth, float* c, const float* decay) {
+                                                         int64_t depth, float* c, const float* decay,
+                                                         Meanwhile meanwhile = {}) {
     Vec acc[kRows][kVecs];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
@@ -38,6 +45,7 @@ __attribute__((always_inline)) inline void multiply_tile(const typename Op::Word
         for (int j = 0; j < kVecs; ++j) acc[i][j] = zero();
     }
     for (int64_t step = 0; step < depth; ++step) {
+        meanwhile(step);
         decltype(Op::load_words(b)) row[kVecs];
 #pragma GCC unroll 8
         for (int j = 0; j < kVecs; ++j) row[j] = Op::load_words(b + step * kStrideB + j * kLanes);

@@ -14,8 +14,12 @@ PrefillKernel prefill(int32_t dtype, int64_t head_dim) {
     return dtype == kBfloat16 ? prefill_of_dim<FloatWords, uint16_t>(head_dim) : prefill_of_dim<FloatWords, float>(head_dim);
 }
 
-DecodeKernel decode(int32_t dtype, int64_t head_dim) {
-    return dtype == kBfloat16 ? decode_of_dim<uint16_t>(head_dim) : decode_of_dim<float>(head_dim);
+DecodeKernel decode(int32_t page_dtype, int64_t head_dim) {
+    switch (page_dtype) {
+        case kBfloat16: return decode_of_dim<uint16_t>(head_dim);
+        case kInt8: return decode_of_dim<int8_t>(head_dim);
+        default: return decode_of_dim<float>(head_dim);
+    }
 }
 
 LinearKernel linear(int32_t dtype) {

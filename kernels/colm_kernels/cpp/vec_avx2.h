@@ -36,6 +36,30 @@ inline Vec load_as_float(const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+inline Vec load_as_float(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
+// The first `count` words; the others are zero, and their memory is not touched.
+inline Vec load_first_words(const void* p, int count) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(static_cast<const float*>(p), _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
+}
+
+// The elements of every 32-bit word as fp32: one of fp32, two of bf16, four of int8; the lowest ones first.
+inline void split_words(Vec words, Vec (&to)[1]) { to[0] = words; }
+inline void split_words(Vec words, Vec (&to)[2]) {
+    const __m256i bits = _mm256_castps_si256(words);
+    to[0] = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+    to[1] = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000))));
+}
+inline void split_words(Vec words, Vec (&to)[4]) {
+    const __m256i bits = _mm256_castps_si256(words);
+    to[0] = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(bits, 24), 24));
+    to[1] = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(bits, 16), 24));
+    to[2] = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(bits, 8), 24));
+    to[3] = _mm256_cvtepi32_ps(_mm256_srai_epi32(bits, 24));
+}
 
 // Two bf16 a lane, widened: elements 0, 2, .. and 1, 3, ..
 inline void split_pairs(Vec pairs, Vec* even, Vec* odd) {

@@ -35,6 +35,29 @@ inline Vec load_as_float(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+inline Vec load_as_float(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+// The first `count` words; the others are zero, and their memory is not touched.
+inline Vec load_first_words(const void* p, int count) {
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), p));
+}
+
+// The elements of every 32-bit word as fp32: one of fp32, two of bf16, four of int8; the lowest ones first.
+inline void split_words(Vec words, Vec (&to)[1]) { to[0] = words; }
+inline void split_words(Vec words, Vec (&to)[2]) {
+    const __m512i bits = _mm512_castps_si512(words);
+    to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    to[1] = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000))));
+}
+inline void split_words(Vec words, Vec (&to)[4]) {
+    const __m512i bits = _mm512_castps_si512(words);
+    to[0] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(bits, 24), 24));
+    to[1] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(bits, 16), 24));
+    to[2] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(bits, 8), 24));
+    to[3] = _mm512_cvtepi32_ps(_mm512_srai_epi32(bits, 24));
+}
 
 // Two bf16 a lane, widened: elements 0, 2, .. and 1, 3, ..
 inline void split_pairs(Vec pairs, Vec* even, Vec* odd) {
