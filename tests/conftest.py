@@ -1,5 +1,6 @@
 """Fixtures for every kind of test."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 
 from colm.checkpoint import Checkpoint
 from colm.convert import from_gguf
+
+# Triton's kernels are interpreted on CPU tensors. It reads this when it is first imported, so it stands here.
+os.environ["TRITON_INTERPRET"] = "1"
 
 MODEL_FILE = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -47,3 +47,16 @@ def check_on_cpu(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.device.type != "cpu":
             raise ValueError(f"{name} is on {tensor.device}, expected cpu")
+
+
+def check_one_device(**tensors: Tensor) -> None:
+    """Refuse tensors that are not all on the CPU or all on one CUDA device.
+
+    Raises:
+        ValueError: names the argument, its device and the one expected.
+    """
+    (_, first), *_ = tensors.items()
+    expected = first.device if first.is_cuda else torch.device("cpu")
+    for name, tensor in tensors.items():
+        if tensor.device != expected:
+            raise ValueError(f"{name} is on {tensor.device}, expected {expected}")
