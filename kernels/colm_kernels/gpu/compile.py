@@ -24,14 +24,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from colm_kernels.gpu import prefill_attention, sparse_prefill_attention
+from colm_kernels.gpu import decode_attention, prefill_attention, sparse_prefill_attention
 from colm_kernels.gpu.specimen import Arch, Specimen
 
 README: Final = Path(__file__).parents[2] / "README.md"
 BEGIN: Final = "<!-- python -m colm_kernels.gpu.compile --write -->\n"
 END: Final = "<!-- end -->\n"
 
-OPERATIONS: Final = (prefill_attention, sparse_prefill_attention)
+OPERATIONS: Final = (prefill_attention, sparse_prefill_attention, decode_attention)
 
 MAX_SHARED_BYTES: Final[dict[Arch, int]] = {80: 163 << 10, 90: 227 << 10}
 """What one block of threads may have on an A100 and on an H100."""
