@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from colm_kernels.checks import check_dims
+from colm_kernels.checks import check_dims, check_one_device, check_same_dtype
 from colm_kernels.few_rows_linear import few_rows_linear, variant_for
 
 
@@ -58,6 +58,14 @@ def chain_linear(
     Example: weights of 2 chains and chain_rows (3, 1): row 0 gets both chains, rows 1 and 2 chain 1 and zeros.
     """
     _check(x_RI, weights, biases, chain_rows)
+    if x_RI.is_cuda:
+        from colm_kernels.gpu import chain_linear as on_gpu
+
+        named = {f"weights[{chain}]": weight for chain, weight in enumerate(weights)}
+        named |= {f"biases[{chain}]": bias for chain, bias in enumerate(biases or ())}
+        check_same_dtype(x_RI=x_RI, **named)
+        check_one_device(x_RI=x_RI, **named)
+        return on_gpu.chain_linear(x_RI, weights, biases, chain_rows)
     variant = variant_for(x_RI, weights, biases)
     if variant != "torch":
         return few_rows_linear(x_RI, weights, biases, chain_rows, variant)

@@ -49,6 +49,7 @@ def test_the_table_in_the_readme_is_what_the_compiler_says(reports: list[Report]
         ({"local_bytes": 8}, "8 bytes spilled"),
         ({"shared_bytes": 170_000}, "170000 bytes of shared memory"),
         ({"registers": 255, "num_warps": 16}, "255 registers in each of 512 threads"),
+        ({"element_loads": 32}, "32 loads of one element"),
         ({"mma_sync": 0}, "no tensor-core instruction"),
         ({"arch": 90, "needs_wgmma": True}, "no wgmma"),
     ],
@@ -56,7 +57,8 @@ def test_the_table_in_the_readme_is_what_the_compiler_says(reports: list[Report]
 def test_a_missed_bar_is_named(change: dict[str, Any], fault: str) -> None:
     record = {
         "kernel": "k", "arch": 80, "config": "D=64", "num_warps": 4, "registers": 128, "local_bytes": 0,
-        "shared_bytes": 1024, "mma_sync": 8, "wgmma": 0, "needs_mma": True, "needs_wgmma": False,
+        "shared_bytes": 1024, "mma_sync": 8, "wgmma": 0, "element_loads": 0, "needs_mma": True, "needs_wgmma": False,
+        "may_load_elements": False,
     }  # fmt: skip
     assert Report(**record).faults() == []
     assert Report(**{**record, **change}).faults() == [f"k sm_{change.get('arch', 80)} D=64: {fault}"]

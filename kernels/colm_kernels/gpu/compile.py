@@ -24,14 +24,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from colm_kernels.gpu import decode_attention, prefill_attention, sparse_prefill_attention
+from colm_kernels.gpu import chain_linear, decode_attention, prefill_attention, sparse_prefill_attention
 from colm_kernels.gpu.specimen import Arch, Specimen
 
 README: Final = Path(__file__).parents[2] / "README.md"
 BEGIN: Final = "<!-- python -m colm_kernels.gpu.compile --write -->\n"
 END: Final = "<!-- end -->\n"
 
-OPERATIONS: Final = (prefill_attention, sparse_prefill_attention, decode_attention)
+OPERATIONS: Final = (prefill_attention, sparse_prefill_attention, decode_attention, chain_linear)
 
 MAX_SHARED_BYTES: Final[dict[Arch, int]] = {80: 163 << 10, 90: 227 << 10}
 """What one block of threads may have on an A100 and on an H100."""
@@ -55,8 +55,11 @@ class Report:
     mma_sync: int
     wgmma: int
     """Tensor-core instructions in the PTX."""
+    element_loads: int
+    """Loads of one element of 1 or 2 bytes in the PTX: what a row becomes whose alignment is not known."""
     needs_mma: bool
     needs_wgmma: bool
+    may_load_elements: bool
 
     def faults(self) -> list[str]:
         """Which bars it misses."""
@@ -67,6 +70,7 @@ class Report:
             f"{self.registers} registers in each of {threads} threads": self.registers * threads <= MAX_REGISTERS,
             "no tensor-core instruction": self.mma_sync + self.wgmma > 0 or not self.needs_mma,
             "no wgmma": self.wgmma > 0 or not self.needs_wgmma,
+            f"{self.element_loads} loads of one element": self.element_loads == 0 or self.may_load_elements,
         }
         return [f"{self.kernel} sm_{self.arch} {self.config}: {fault}" for fault, holds in bars.items() if not holds]
 
@@ -108,8 +112,10 @@ def _compile(number: int) -> Report:
         shared_bytes=compiled.metadata.shared,
         mma_sync=len(re.findall(r"\bmma\.sync", ptx)),
         wgmma=len(re.findall(r"\bwgmma\.mma_async", ptx)),
+        element_loads=len(re.findall(r"\bld\.global\.\w*(?:8|16)\b", ptx)),
         needs_mma=specimen.tensor_cores,
         needs_wgmma=specimen.tensor_cores and specimen.wgmma and specimen.arch >= 90,
+        may_load_elements=specimen.loads_elements,
     )
 
 

@@ -230,6 +230,7 @@ def specimens() -> list[Specimen]:
             config=config(torch.bfloat16, head_dim, rows),
             aligned=frozenset({"part_tokens"}),
             wgmma=rows >= 64,
+            loads_elements=quantised,
         )
 
     def merge(arch: Arch, head_dim: int) -> Specimen:

@@ -43,6 +43,9 @@ class Specimen:
     wgmma: bool = True
     """Whether sm_90 must use wgmma, which takes 64 rows at least: decode has fewer, and uses mma.sync."""
 
+    loads_elements: bool = False
+    """Whether single elements may be loaded, as a key's scale is; rows must be loaded 16 bytes at a time."""
+
     @property
     def settings(self) -> str:
         """The constants in short, with warps and stages."""
