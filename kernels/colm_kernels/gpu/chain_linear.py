@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, arch_of
+from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, arch_of, power_of_two
+from colm_kernels.gpu.table import pointer, to_device, word
 
 GROUP: Final = tl.constexpr(8)
 """Row tiles that go through all column tiles together: what they read of x stays in the second-level cache."""
@@ -35,27 +36,15 @@ def _place(num_rows, num_tiles, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _word(words, at, ALIGNED: tl.constexpr):
-    word = tl.load(words + at)
-    return tl.multiple_of(word, 16) if ALIGNED else word
-
-
-@triton.jit
-def _pointer(words, at, like, ALIGNED: tl.constexpr):
-    pointer = tl.load(words + at).to(like.dtype)
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
-
-
-@triton.jit
 def _forward_kernel(
     x, y, tiles, num_rows, num_tiles, x_stride, y_stride,
     BIASED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     tile, first_row = _place(num_rows, num_tiles, BLOCK_R)
     words = tiles + tile * 7
-    weight, bias = _pointer(words, 0, x, ALIGNED), _pointer(words, 1, x, False)
-    weight_stride, num_inputs = _word(words, 2, ALIGNED), _word(words, 5, ALIGNED).to(tl.int32)
-    first_column, num_columns = _word(words, 3, ALIGNED), _word(words, 4, ALIGNED)
+    weight, bias = pointer(words, 0, x, ALIGNED), pointer(words, 1, x, False)
+    weight_stride, num_inputs = word(words, 2, ALIGNED), word(words, 5, ALIGNED).to(tl.int32)
+    first_column, num_columns = word(words, 3, ALIGNED), word(words, 4, ALIGNED)
     chain_rows = tl.load(words + 6)
     rows_R = first_row + tl.arange(0, BLOCK_R)
     columns_O = tl.arange(0, BLOCK_O)
@@ -86,15 +75,15 @@ def _input_gradient_kernel(
 ):  # fmt: skip
     tile, first_row = _place(num_rows, num_tiles, BLOCK_R)
     words = tiles + tile * 3
-    first_input, num_inputs = _word(words, 0, ALIGNED), _word(words, 1, ALIGNED)
+    first_input, num_inputs = word(words, 0, ALIGNED), word(words, 1, ALIGNED)
     rows_R = first_row + tl.arange(0, BLOCK_R)
     inputs_I = tl.arange(0, BLOCK_I)
     columns_O = tl.arange(0, BLOCK_O)
     grad_x_RI = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
     for chain in tl.range(tl.load(words + 2).to(tl.int32), num_chains):
         words_of_chain = chains + chain * 5
-        weight, weight_stride = _pointer(words_of_chain, 0, grad, ALIGNED), _word(words_of_chain, 1, ALIGNED)
-        first_column, num_columns = _word(words_of_chain, 2, ALIGNED), _word(words_of_chain, 3, ALIGNED).to(tl.int32)
+        weight, weight_stride = pointer(words_of_chain, 0, grad, ALIGNED), word(words_of_chain, 1, ALIGNED)
+        first_column, num_columns = word(words_of_chain, 2, ALIGNED), word(words_of_chain, 3, ALIGNED).to(tl.int32)
         chain_rows = tl.load(words_of_chain + 4)
         grad_RO = grad + rows_R.to(tl.int64)[:, None] * grad_stride + (first_column + columns_O)[None, :]
         weight_OI = weight + columns_O[:, None] * weight_stride + (first_input + inputs_I)[None, :]
@@ -120,8 +109,8 @@ def _weight_gradient_kernel(
     ALIGNED: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     words = tiles + tl.program_id(0) * 7
-    offset, weight_stride, first_column = _word(words, 0, ALIGNED), _word(words, 1, ALIGNED), _word(words, 2, ALIGNED)
-    num_columns, first_input, num_inputs = _word(words, 3, ALIGNED), _word(words, 4, ALIGNED), _word(words, 5, ALIGNED)
+    offset, weight_stride, first_column = word(words, 0, ALIGNED), word(words, 1, ALIGNED), word(words, 2, ALIGNED)
+    num_columns, first_input, num_inputs = word(words, 3, ALIGNED), word(words, 4, ALIGNED), word(words, 5, ALIGNED)
     chain_rows = tl.load(words + 6).to(tl.int32)
     columns_O = tl.arange(0, BLOCK_O)
     inputs_I = tl.arange(0, BLOCK_I)
@@ -151,7 +140,7 @@ def config(arch: Arch, dtype: torch.dtype, num_rows: int, *block_names: str) -> 
     """
     if dtype == torch.float32:
         return Config(blocks=dict(zip(block_names, (64, 64, 32), strict=True)), num_warps=4, num_stages=2)
-    first = min(max(16, 1 << (num_rows - 1).bit_length()), 128) if block_names[0] == "BLOCK_R" else 128
+    first = min(max(16, power_of_two(num_rows)), 128) if block_names[0] == "BLOCK_R" else 128
     second = 256 if arch == 90 and first == 128 else 128
     return Config(
         blocks=dict(zip(block_names, (first, second, 64), strict=True)),
@@ -271,10 +260,6 @@ def _first_columns(shapes: Shapes) -> list[int]:
     return [0, *accumulate(shape[0] for shape in shapes)]
 
 
-def _to_device(device: torch.device, words: Sequence[Sequence[int]], num_words: int) -> Tensor:
-    return torch.tensor(words, dtype=torch.int64).view(-1, num_words).to(device)
-
-
 @lru_cache(maxsize=4096)
 def _output_tiles(
     device: torch.device,
@@ -300,7 +285,7 @@ def _output_tiles(
             )
             for start in range(0, out_dim, block)
         ]
-    return _to_device(device, words[::-1], 7)
+    return to_device(device, words[::-1], 7)
 
 
 @lru_cache(maxsize=4096)
@@ -311,7 +296,7 @@ def _input_tiles(device: torch.device, shapes: Shapes, block: int) -> Tensor:
         for chain, (begin, end) in enumerate(bounds)
         for start in range(begin, end, block)
     ]
-    return _to_device(device, words, 3)
+    return to_device(device, words, 3)
 
 
 @lru_cache(maxsize=4096)
@@ -322,7 +307,7 @@ def _chains(device: torch.device, addresses: tuple[int, ...], shapes: Shapes, ch
             addresses, shapes, _first_columns(shapes)[:-1], chain_rows, strict=True
         )
     ]
-    return _to_device(device, words, 5)
+    return to_device(device, words, 5)
 
 
 @lru_cache(maxsize=4096)
@@ -352,7 +337,7 @@ def _weight_tiles(
             for start in range(0, in_dim, block_i)
         ]
         offset += out_dim * in_dim
-    return _to_device(device, words, 7)
+    return to_device(device, words, 7)
 
 
 def specimens() -> list[Specimen]:

@@ -24,14 +24,32 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from colm_kernels.gpu import chain_linear, decode_attention, prefill_attention, sparse_prefill_attention
+from colm_kernels.gpu import (
+    chain_linear,
+    decode_attention,
+    kv_quantise,
+    prefill_attention,
+    rms_norm,
+    rotary,
+    sparse_prefill_attention,
+    swiglu,
+)
 from colm_kernels.gpu.specimen import Arch, Specimen
 
 README: Final = Path(__file__).parents[2] / "README.md"
 BEGIN: Final = "<!-- python -m colm_kernels.gpu.compile --write -->\n"
 END: Final = "<!-- end -->\n"
 
-OPERATIONS: Final = (prefill_attention, sparse_prefill_attention, decode_attention, chain_linear)
+OPERATIONS: Final = (
+    prefill_attention,
+    sparse_prefill_attention,
+    decode_attention,
+    chain_linear,
+    rms_norm,
+    rotary,
+    swiglu,
+    kv_quantise,
+)
 
 MAX_SHARED_BYTES: Final[dict[Arch, int]] = {80: 163 << 10, 90: 227 << 10}
 """What one block of threads may have on an A100 and on an H100."""
@@ -134,6 +152,10 @@ def reports() -> list[Report]:
         return list(pool.map(_compile, range(len(_specimens()))))
 
 
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1024:g} KiB" if num_bytes >= 1024 else f"{num_bytes} B"
+
+
 def table(made: Sequence[Report]) -> str:
     """The reports as a table in Markdown."""
     lines = [
@@ -147,7 +169,7 @@ def table(made: Sequence[Report]) -> str:
         used = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
         lines.append(
             f"| {report.kernel} | sm_{report.arch} | {report.config} | {report.registers} | {report.local_bytes} B | "
-            f"{report.shared_bytes / 1024:g} KiB | {used} |"
+            f"{_size(report.shared_bytes)} | {used} |"
         )
     return "\n".join(lines) + "\n"
 

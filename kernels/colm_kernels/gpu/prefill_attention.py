@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from colm_kernels.gpu.softmax import LN_2, LOG2_E, attend
-from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, arch_of
+from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, arch_of, power_of_two
 
 MAX_HEAD_DIM: Final = 256
 
@@ -104,7 +104,7 @@ def block_dim(head_dim: int) -> int:
     """
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"q_THD has head dim {head_dim}, more than the {MAX_HEAD_DIM} that a program's registers hold")
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, power_of_two(head_dim))
 
 
 def prefill_attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,11 @@ class Specimen:
         return f"{listed} warps={self.config.num_warps} stages={self.config.num_stages}".strip()
 
 
+def power_of_two(least: int) -> int:
+    """The smallest that is no less: what a block's side must be."""
+    return 1 << (least - 1).bit_length()
+
+
 def arch_of(tensor: Tensor) -> Arch:
     """The architecture whose configs suit a tensor's device; sm_80's off CUDA, where kernels are interpreted."""
     return 90 if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9 else 80
