@@ -85,10 +85,10 @@ def prefill_attention(
     """
     check_prefill(q_THD, k_KSD, v_KSD)
     if q_THD.is_cuda:
-        from colm_kernels.gpu import prefill_attention as on_gpu
+        from colm_kernels.gpu import dense
 
         _stop_if(cancelled)
-        return on_gpu.prefill_attention(q_THD, k_KSD, v_KSD)
+        return dense.prefill_attention(q_THD, k_KSD, v_KSD)
     threads = resolve_num_threads(num_threads)
     variant = choose_variant(q_THD.shape[2], q_THD, k_KSD, v_KSD)
     if variant == "torch" or q_THD.numel() == 0:
