@@ -62,10 +62,11 @@ def test_every_head_dim_matches(head_dim):
     assert_matches_definition(q, k, v, index_of(q, k, 1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)  # programs of 128 and 64 rows: of 64 x 3, the second has some to spare
 @pytest.mark.parametrize("group", [1, 3, 4])
 @pytest.mark.parametrize("a_query_head", [False, True])
-def test_lists_of_kv_heads_and_of_query_heads_are_told_apart(group, a_query_head):
-    q, k, v = inputs(66, 200, 2 * group, 2, 16, torch.float32)
+def test_lists_of_kv_heads_and_of_query_heads_are_told_apart(group, a_query_head, dtype):
+    q, k, v = inputs(66, 200, 2 * group, 2, 16, dtype)
     assert_matches_definition(q, k, v, index_of(q, k, 2 * group if a_query_head else 2))
 
 

@@ -132,13 +132,13 @@ def _weight_gradient_kernel(
     )
 
 
-def config(arch: Arch, dtype: torch.dtype, num_rows: int, *block_names: str) -> Config:
+def config(arch: Arch, dtype: torch.dtype, aligned: bool, num_rows: int, *block_names: str) -> Config:
     """Sides of a tile and, last, the block that is summed at a time, for the names of a kernel's blocks.
 
     The tiles are the largest whose sums leave registers free, in powers of two; 64 of a sum in bf16 are one line of the
     cache. Few rows, of which only a tile's first side can consist, take a lower tile.
     """
-    if dtype == torch.float32:
+    if dtype == torch.float32 or not aligned:  # elements that are loaded one by one take registers too
         return Config(blocks=dict(zip(block_names, (64, 64, 32), strict=True)), num_warps=4, num_stages=2)
     first = min(max(16, power_of_two(num_rows)), 128) if block_names[0] == "BLOCK_R" else 128
     second = 256 if arch == 90 and first == 128 else 128
@@ -195,7 +195,8 @@ def _forward(x_RI: Tensor, weights: list[Tensor], biases: list[Tensor], chain_ro
     y_RO = x_RI.new_empty(num_rows, sum(len(weight) for weight in weights))
     if y_RO.numel() == 0:
         return y_RO
-    chosen = config(arch_of(x_RI), x_RI.dtype, num_rows, "BLOCK_R", "BLOCK_O", "BLOCK_I")
+    aligned = _is_aligned(x_RI, y_RO, weights)
+    chosen = config(arch_of(x_RI), x_RI.dtype, aligned, num_rows, "BLOCK_R", "BLOCK_O", "BLOCK_I")
     addresses = tuple(
         (weight.data_ptr(), bias.data_ptr() if biases else 0)
         for weight, bias in zip(weights, biases or weights, strict=True)
@@ -203,7 +204,7 @@ def _forward(x_RI: Tensor, weights: list[Tensor], biases: list[Tensor], chain_ro
     tiles = _output_tiles(x_RI.device, addresses, _shapes(weights), chain_rows, chosen.blocks["BLOCK_O"], x_RI.itemsize)
     _forward_kernel[(triton.cdiv(num_rows, chosen.blocks["BLOCK_R"]) * len(tiles),)](
         x_RI, y_RO, tiles, num_rows, len(tiles), x_RI.stride(0), y_RO.stride(0),
-        BIASED=bool(biases), ALIGNED=_is_aligned(x_RI, y_RO, weights), **chosen.launch_options(),
+        BIASED=bool(biases), ALIGNED=aligned, **chosen.launch_options(),
     )  # fmt: skip
     return y_RO
 
@@ -213,12 +214,13 @@ def _input_gradient(grad_RO: Tensor, weights: list[Tensor], chain_rows: tuple[in
     grad_x_RI = x_RI.new_empty(x_RI.shape)
     if grad_x_RI.numel() == 0:
         return grad_x_RI
-    chosen = config(arch_of(x_RI), x_RI.dtype, num_rows, "BLOCK_R", "BLOCK_I", "BLOCK_O")
+    aligned = _is_aligned(grad_RO, grad_x_RI, weights)
+    chosen = config(arch_of(x_RI), x_RI.dtype, aligned, num_rows, "BLOCK_R", "BLOCK_I", "BLOCK_O")
     tiles = _input_tiles(x_RI.device, _shapes(weights), chosen.blocks["BLOCK_I"])
     chains = _chains(x_RI.device, tuple(weight.data_ptr() for weight in weights), _shapes(weights), chain_rows)
     _input_gradient_kernel[(triton.cdiv(num_rows, chosen.blocks["BLOCK_R"]) * len(tiles),)](
         grad_RO, grad_x_RI, tiles, chains, num_rows, len(tiles), len(weights), grad_RO.stride(0), grad_x_RI.stride(0),
-        ALIGNED=_is_aligned(grad_RO, grad_x_RI, weights), **chosen.launch_options(),
+        ALIGNED=aligned, **chosen.launch_options(),
     )  # fmt: skip
     return grad_x_RI
 
@@ -229,14 +231,15 @@ def _weight_gradients(
     sizes = [weights[chain].numel() for chain in needed]
     # One buffer, so that the list of tiles stays the same from step to step.
     buffer = x_RI.new_empty(sum(sizes))
-    chosen = config(arch_of(x_RI), x_RI.dtype, len(x_RI), "BLOCK_O", "BLOCK_I", "BLOCK_R")
+    aligned = _is_aligned(grad_RO, x_RI, weights)
+    chosen = config(arch_of(x_RI), x_RI.dtype, aligned, len(x_RI), "BLOCK_O", "BLOCK_I", "BLOCK_R")
     tiles = _weight_tiles(
         x_RI.device, _shapes(weights), chain_rows, tuple(needed), chosen.blocks["BLOCK_O"], chosen.blocks["BLOCK_I"]
     )
     if len(tiles):
         _weight_gradient_kernel[(len(tiles),)](
             grad_RO, x_RI, buffer, tiles, grad_RO.stride(0), x_RI.stride(0),
-            ALIGNED=_is_aligned(grad_RO, x_RI, weights), **chosen.launch_options(),
+            ALIGNED=aligned, **chosen.launch_options(),
         )  # fmt: skip
     return [part.view_as(weights[chain]) for chain, part in zip(needed, buffer.split(sizes), strict=True)]
 
@@ -370,7 +373,7 @@ def specimens() -> list[Specimen]:
                 **dict.fromkeys((*sizes, *stride_names), "i32"),
             },
             constants={"ALIGNED": True, **({"BIASED": False} if direction == "forward" else {})},
-            config=config(arch, torch.bfloat16, num_rows, *blocks),
+            config=config(arch, torch.bfloat16, True, num_rows, *blocks),
             aligned=frozenset(stride_names),
             wgmma=num_rows >= 64,
         )

@@ -102,14 +102,15 @@ def _compile(number: int) -> Report:
     specimen = _specimens()[number]
     names = specimen.kernel.arg_names
     constants = {**specimen.constants, **specimen.config.blocks}
+    signature = {name: "constexpr" if name in constants else specimen.signature[name] for name in names}
     source = ASTSource(
         fn=specimen.kernel,
-        signature={name: "constexpr" if name in constants else specimen.signature[name] for name in names},
+        signature=signature,
         constexprs=constants,
         attrs={
             (at,): [["tt.divisibility", 16]]
-            for at, name in enumerate(names)
-            if name in specimen.aligned or specimen.signature.get(name, "").startswith("*")
+            for at, (name, kind) in enumerate(signature.items())
+            if kind.startswith("*") or name in specimen.aligned
         },
     )
     options = {

@@ -140,7 +140,7 @@ def config(dtype: torch.dtype, block_d: int, rows: int) -> Config:
 
     16 rows are what a tensor core takes at least; below, rows are padding that costs nothing while memory is the bound.
     """
-    block_x = min(max(16, power_of_two(rows)), 64)
+    block_x = min(max(16, power_of_two(rows)), 32 if dtype == torch.float32 else 64)
     block_n = (32 if dtype == torch.float32 else 64) * 64 // max(block_d, 64)
     return Config(blocks={"BLOCK_X": block_x, "BLOCK_N": block_n}, num_warps=4 if block_x < 64 else 8, num_stages=2)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from colm_kernels.gpu.softmax import LN_2, LOG2_E, attend
 from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, arch_of, power_of_two
 
-MAX_HEAD_DIM: Final = 256
+MAX_HEAD_DIM: Final = 128
 
 
 @triton.jit
@@ -90,8 +90,8 @@ def config(arch: Arch, dtype: torch.dtype, block_d: int) -> Config:
 
     What is full are the registers: a row's output, scores and weights lie in them, and on sm_80 its query as well.
     """
-    if dtype == torch.float32 or block_d > 128:  # twice the bytes a key
-        return Config(blocks={"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2)
+    if dtype == torch.float32:
+        return Config(blocks={"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=2)
     block_n = (64 if arch == 80 else 128) * 64 // max(block_d, 64)
     return Config(blocks={"BLOCK_M": 128, "BLOCK_N": block_n}, num_warps=8, num_stages=3)
 
@@ -137,9 +137,8 @@ STRIDES: Final = ("q_stride_t", "q_stride_h", "k_stride_k", "k_stride_s", "v_str
 
 
 def specimens() -> list[Specimen]:
-    """Both head dims of the models served, in bf16."""
+    """Both head dims of the models served, in bf16; the wider in fp32, which no tensor core multiplies exactly."""
     signature: dict[str, Any] = {
-        **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
         "lse": "*fp32",
         **dict.fromkeys(("num_queries", "num_keys", "num_kv_heads", "group", *STRIDES), "i32"),
         "scale_log2": "fp32",
@@ -147,13 +146,18 @@ def specimens() -> list[Specimen]:
     return [
         Specimen(
             kernel=_prefill_kernel,
-            name="prefill_attention",
+            name=f"prefill_attention ({name})",
             arch=arch,
-            signature=signature,
+            signature={**signature, **dict.fromkeys(("q", "k", "v", "out"), f"*{name}")},
             constants={"D": head_dim, "BLOCK_D": head_dim},
-            config=config(arch, torch.bfloat16, head_dim),
+            config=config(arch, dtype, head_dim),
             aligned=frozenset(STRIDES),
+            tensor_cores=dtype != torch.float32,
         )
         for arch in ARCHS
-        for head_dim in (64, 128)
+        for head_dim, name, dtype in (
+            (64, "bf16", torch.bfloat16),
+            (128, "bf16", torch.bfloat16),
+            (128, "fp32", torch.float32),
+        )
     ]

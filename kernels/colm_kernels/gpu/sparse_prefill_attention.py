@@ -127,7 +127,9 @@ def config(arch: Arch, dtype: torch.dtype, block_d: int, rows: int) -> Config:
 
     A listed block is BLOCK_N keys or a multiple; columns come BLOCK_N at a time, the last group of a list in part.
     """
-    full = dtype == torch.float32 or block_d > (64 if arch == 80 else 128)
+    if dtype == torch.float32:
+        return Config(blocks={"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=2)
+    full = arch == 80 and block_d > 64
     block_m = 64 if full or rows < 128 else 128
     return Config(blocks={"BLOCK_M": block_m, "BLOCK_N": 32 if full else 64}, num_warps=block_m // 16, num_stages=2)
 
@@ -146,6 +148,8 @@ def sparse_prefill_attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, index:
         q_THD = q_THD.contiguous()
     out_THD = q_THD.new_empty(q_THD.shape)
     lse_TH = q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+    if q_THD.numel() == 0:
+        return out_THD, lse_TH
     rows = tiling.row_block * num_heads // num_lists
     chosen = config(arch_of(q_THD), q_THD.dtype, block_d, rows)
     num_programs = tiling.num_row_blocks * num_lists * triton.cdiv(rows, chosen.blocks["BLOCK_M"])
@@ -164,7 +168,7 @@ LISTS: Final = {"block_offsets": "*i64", "block_ids": "*i32", "column_offsets": 
 
 
 def specimens() -> list[Specimen]:
-    """Both head dims of the models served, in bf16, with row blocks of 128 and, as few rows as there are, of 64."""
+    """Both head dims of the models served, in bf16, with many rows a block and with few."""
     sizes = ("num_queries", "num_keys", "num_heads", "num_kv_heads", "num_lists", "num_row_blocks")
     signature: dict[str, Any] = {
         **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
@@ -184,6 +188,6 @@ def specimens() -> list[Specimen]:
             aligned=frozenset(STRIDES),
         )
         for arch in ARCHS
-        for head_dim in (64, 128)
         for row_block in (64, 128)
+        for head_dim in (64, 128)
     ]
