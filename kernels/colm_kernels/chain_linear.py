@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from colm_kernels.checks import check_dims, check_one_device, check_same_dtype
+from colm_kernels.checks import check_dims, check_dtype, check_one_device, check_same_dtype
 from colm_kernels.few_rows_linear import few_rows_linear, variant_for
 
 
@@ -63,6 +63,7 @@ def chain_linear(
 
         named = {f"weights[{chain}]": weight for chain, weight in enumerate(weights)}
         named |= {f"biases[{chain}]": bias for chain, bias in enumerate(biases or ())}
+        check_dtype("x_RI", x_RI, torch.bfloat16, torch.float16, torch.float32)
         check_same_dtype(x_RI=x_RI, **named)
         check_one_device(x_RI=x_RI, **named)
         return on_gpu.chain_linear(x_RI, weights, biases, chain_rows)

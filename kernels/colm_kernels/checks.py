@@ -60,3 +60,14 @@ def check_one_device(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.device != expected:
             raise ValueError(f"{name} is on {tensor.device}, expected {expected}")
+
+
+def check_no_gradient(**tensors: Tensor) -> None:
+    """Refuse tensors whose gradient would be lost in silence.
+
+    Raises:
+        ValueError: names the argument and the way out.
+    """
+    for name, tensor in tensors.items():
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which there is none of on CUDA; call under torch.no_grad()")

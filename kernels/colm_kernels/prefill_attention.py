@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from colm_kernels.checks import check_dims, check_dtype, check_one_device, check_same_dtype
+from colm_kernels.checks import check_dims, check_dtype, check_no_gradient, check_one_device, check_same_dtype
 from colm_kernels.native import (
     CancelFlag,
     Cancelled,
@@ -87,6 +87,7 @@ def prefill_attention(
     if q_THD.is_cuda:
         from colm_kernels.gpu import dense
 
+        check_no_gradient(q_THD=q_THD, k_KSD=k_KSD, v_KSD=v_KSD)
         _stop_if(cancelled)
         return dense.prefill_attention(q_THD, k_KSD, v_KSD)
     threads = resolve_num_threads(num_threads)

@@ -9,6 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from colm_kernels.checks import check_no_gradient
 from colm_kernels.native import CancelFlag, Cancelled, Variant, call, choose_variant, resolve_num_threads
 from colm_kernels.prefill_attention import PrefillArgs, check_prefill, new_outputs, prefill_args
 from colm_kernels.sparse_index import SparseIndex
@@ -73,6 +74,7 @@ def sparse_prefill_attention(
     if q_THD.is_cuda:
         from colm_kernels.gpu import sparse_prefill_attention as on_gpu
 
+        check_no_gradient(q_THD=q_THD, k_KSD=k_KSD, v_KSD=v_KSD)
         if cancelled is not None and cancelled.is_set():
             raise Cancelled("sparse_prefill_attention")
         return on_gpu.sparse_prefill_attention(q_THD, k_KSD, v_KSD, index)

@@ -73,3 +73,17 @@ def test_a_set_flag_stops_the_launch(operation: Callable[..., Any]):
     flag.set()
     with pytest.raises(Cancelled):
         operation(*attention_inputs(torch.bfloat16), cancelled=flag)
+
+
+def test_attention_refuses_tensors_whose_gradient_would_be_lost():
+    q, k, v = attention_inputs(torch.float32)
+    v.requires_grad_()
+    with pytest.raises(ValueError, match="v_KSD requires a gradient"):
+        prefill_attention(q, k, v)
+    with pytest.raises(ValueError, match="v_KSD requires a gradient"):
+        sparse_prefill_attention(q, k, v, index())
+
+
+def test_a_dtype_that_no_kernel_multiplies_is_refused():
+    with pytest.raises(ValueError, match="x_RI has dtype"):
+        chain_linear(*staircase_inputs(torch.float64))

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, arch_of, power_of_two
+from colm_kernels.gpu.device import arch_of, on_its_device
+from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, power_of_two
 from colm_kernels.gpu.table import pointer, to_device, word
 
 GROUP: Final = tl.constexpr(8)
@@ -190,6 +191,7 @@ class _Staircase(torch.autograd.Function):
         return grad_x, None, *grad_weights, *grad_biases
 
 
+@on_its_device
 def _forward(x_RI: Tensor, weights: list[Tensor], biases: list[Tensor], chain_rows: tuple[int, ...]) -> Tensor:
     num_rows = len(x_RI)
     y_RO = x_RI.new_empty(num_rows, sum(len(weight) for weight in weights))
@@ -209,6 +211,7 @@ def _forward(x_RI: Tensor, weights: list[Tensor], biases: list[Tensor], chain_ro
     return y_RO
 
 
+@on_its_device
 def _input_gradient(grad_RO: Tensor, weights: list[Tensor], chain_rows: tuple[int, ...], x_RI: Tensor) -> Tensor:
     num_rows = len(x_RI)
     grad_x_RI = x_RI.new_empty(x_RI.shape)
@@ -225,6 +228,7 @@ def _input_gradient(grad_RO: Tensor, weights: list[Tensor], chain_rows: tuple[in
     return grad_x_RI
 
 
+@on_its_device
 def _weight_gradients(
     grad_RO: Tensor, weights: list[Tensor], chain_rows: tuple[int, ...], x_RI: Tensor, needed: list[int]
 ) -> list[Tensor]:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from colm_kernels.gpu.device import on_its_device
 from colm_kernels.gpu.prefill_attention import block_dim
 from colm_kernels.gpu.softmax import LOG2_E, attend
 from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, power_of_two
@@ -145,6 +146,7 @@ def config(dtype: torch.dtype, block_d: int, rows: int) -> Config:
     return Config(blocks={"BLOCK_X": block_x, "BLOCK_N": block_n}, num_warps=4 if block_x < 64 else 8, num_stages=2)
 
 
+@on_its_device
 def decode_attention(
     q_TKGD: Tensor,
     k_pages_BPKD: Tensor,

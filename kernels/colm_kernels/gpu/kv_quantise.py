@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from colm_kernels.gpu.device import on_its_device
 from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, power_of_two
 
 INFINITY_BITS: Final = tl.constexpr(0x7F800000)
@@ -61,6 +62,7 @@ def quantise_kv(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
     return q_TKD, scale_TK
 
 
+@on_its_device
 def write_quantised_kv(
     x_TKD: Tensor, q_cache_SKD: Tensor, scale_cache_SK: Tensor, slot_mapping_T: Tensor | None = None
 ) -> None:

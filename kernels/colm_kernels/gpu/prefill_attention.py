@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from colm_kernels.gpu.device import arch_of, on_its_device
 from colm_kernels.gpu.softmax import LN_2, LOG2_E, attend
-from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, arch_of, power_of_two
+from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, power_of_two
 
 MAX_HEAD_DIM: Final = 128
 
@@ -107,6 +108,7 @@ def block_dim(head_dim: int) -> int:
     return max(16, power_of_two(head_dim))
 
 
+@on_its_device
 def prefill_attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> tuple[Tensor, Tensor]:
     """`prefill_attention` of checked arguments, in one launch.
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from colm_kernels.gpu.device import on_its_device
 from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, power_of_two
 from colm_kernels.gpu.table import pointer, to_device, word
 
@@ -58,6 +59,7 @@ def add_rms_norm_(x_RD: Tensor, delta_RD: Tensor, gains: Sequence[Tensor], eps: 
     return _launch(x_RD, delta_RD if delta_RD.stride(1) == 1 else delta_RD.contiguous(), gains, eps)
 
 
+@on_its_device
 def _launch(x_RD: Tensor, delta_RD: Tensor | None, gains: Sequence[Tensor], eps: float) -> Tensor:
     y_RD = x_RD.new_empty(x_RD.shape)
     if y_RD.numel() == 0:

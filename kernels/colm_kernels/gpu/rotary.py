@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from colm_kernels.gpu.device import on_its_device
 from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, power_of_two
 
 
@@ -76,6 +77,7 @@ def write_kv(
     _launch(k_TKD, v_TKD, cos_TD, sin_TD, k_cache_SKD, v_cache_SKD, slot_mapping_T)
 
 
+@on_its_device
 def _launch(
     x_TND: Tensor,
     v_TND: Tensor | None,

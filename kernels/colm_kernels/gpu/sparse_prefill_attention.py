@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from colm_kernels.gpu.device import arch_of, on_its_device
 from colm_kernels.gpu.prefill_attention import STRIDES, block_dim
 from colm_kernels.gpu.softmax import LN_2, LOG2_E, attend
-from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, arch_of
+from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen
 from colm_kernels.sparse_index import SparseIndex
 
 
@@ -134,6 +135,7 @@ def config(arch: Arch, dtype: torch.dtype, block_d: int, rows: int) -> Config:
     return Config(blocks={"BLOCK_M": block_m, "BLOCK_N": 32 if full else 64}, num_warps=block_m // 16, num_stages=2)
 
 
+@on_its_device
 def sparse_prefill_attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, index: SparseIndex) -> tuple[Tensor, Tensor]:
     """`sparse_prefill_attention` of checked arguments, in one launch.
 

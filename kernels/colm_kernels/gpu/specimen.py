@@ -4,9 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-import torch
-from torch import Tensor
-
 Arch = Literal[80, 90]
 ARCHS: Final[tuple[Arch, ...]] = (80, 90)
 
@@ -57,8 +54,3 @@ class Specimen:
 def power_of_two(least: int) -> int:
     """The smallest that is no less: what a block's side must be."""
     return 1 << (least - 1).bit_length()
-
-
-def arch_of(tensor: Tensor) -> Arch:
-    """The architecture whose configs suit a tensor's device; sm_80's off CUDA, where kernels are interpreted."""
-    return 90 if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9 else 80

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from colm_kernels.gpu.device import on_its_device
 from colm_kernels.gpu.specimen import ARCHS, Config, Specimen
 
 
@@ -27,6 +28,7 @@ CONFIG: Final = Config(blocks={"BLOCK_N": 1024}, num_warps=4, num_stages=1)
 """8 features a thread: one load of 16 bytes in bf16."""
 
 
+@on_its_device
 def swiglu_(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
     """`swiglu_` of checked arguments, in one launch."""
     if gate_RF.stride(1) != 1:
