@@ -1,5 +1,6 @@
 """Fixtures for every kind of test."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from colm.convert import from_gguf
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+# Triton's kernels are interpreted on CPU tensors. It reads this when it is first imported, so it stands here.
+os.environ["TRITON_INTERPRET"] = "1"
 
 MODEL_FILE = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from colm_kernels.checks import check_dims, check_same_dtype
+from colm_kernels.checks import check_dims, check_dtype, check_one_device, check_same_dtype
 from colm_kernels.few_rows_linear import few_rows_linear, variant_for
 from colm_kernels.many_rows_linear import many_rows_linear, step_of_chain
 
@@ -64,7 +64,14 @@ def chain_linear(
     variant = variant_for(x_RI, weights, biases)
     if variant != "torch":
         return few_rows_linear(x_RI, weights, biases, chain_rows, variant)
-    check_same_dtype(x_RI=x_RI, **_named("weights", weights), **_named("biases", biases or ()))
+    named = _named("weights", weights) | _named("biases", biases or ())
+    check_same_dtype(x_RI=x_RI, **named)
+    if x_RI.is_cuda:
+        from colm_kernels.gpu import chain_linear as on_gpu
+
+        check_dtype("x_RI", x_RI, torch.bfloat16, torch.float16, torch.float32)
+        check_one_device(x_RI=x_RI, **named)
+        return on_gpu.chain_linear(x_RI, weights, biases, chain_rows)
     return many_rows_linear(x_RI, weights, biases, chain_rows)
 
 

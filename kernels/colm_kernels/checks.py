@@ -38,17 +38,6 @@ def check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
 
 
-def check_on_cpu(**tensors: Tensor) -> None:
-    """Refuse tensors on another device.
-
-    Raises:
-        ValueError: names the argument and its device.
-    """
-    for name, tensor in tensors.items():
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name} is on {tensor.device}, expected cpu")
-
-
 def check_slots(slot_mapping_T: Tensor, num_slots: int) -> None:
     """Refuse a slot mapping that points outside a cache of num_slots rows.
 
@@ -60,3 +49,27 @@ def check_slots(slot_mapping_T: Tensor, num_slots: int) -> None:
     lowest, highest = (int(bound) for bound in slot_mapping_T.aminmax())
     if lowest < 0 or highest >= num_slots:
         raise ValueError(f"slot_mapping_T has slots {lowest} to {highest}, outside 0 to {num_slots - 1}")
+
+
+def check_one_device(**tensors: Tensor) -> None:
+    """Refuse tensors that are not all on the CPU or all on one CUDA device.
+
+    Raises:
+        ValueError: names the argument, its device and the one expected.
+    """
+    (_, first), *_ = tensors.items()
+    expected = first.device if first.is_cuda else torch.device("cpu")
+    for name, tensor in tensors.items():
+        if tensor.device != expected:
+            raise ValueError(f"{name} is on {tensor.device}, expected {expected}")
+
+
+def check_no_gradient(**tensors: Tensor) -> None:
+    """Refuse tensors whose gradient would be lost in silence.
+
+    Raises:
+        ValueError: names the argument and the way out.
+    """
+    for name, tensor in tensors.items():
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which there is none of on CUDA; call under torch.no_grad()")

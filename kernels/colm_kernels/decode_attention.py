@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from colm_kernels.checks import check_dims, check_dtype, check_on_cpu, check_same_dtype
+from colm_kernels.checks import check_dims, check_dtype, check_no_gradient, check_one_device, check_same_dtype
 from colm_kernels.native import BadTable, Variant, call, choose_variant, dtype_id, resolve_num_threads
 
 MAX_QUERY_TOKENS: Final = 16
@@ -90,7 +90,8 @@ def decode_attention(
     same bits alone, beside any other queries of the request, in any batch and with any number of threads.
 
     Args:
-        q_TKGD: rotated query tokens, request after request, bf16 or fp32; heads grouped by the kv head they read.
+        q_TKGD: rotated query tokens, request after request, bf16 or fp32, on CUDA fp16 too; heads grouped by the kv
+            head they read.
         k_pages_BPKD: pool of pages of rotated keys in q's dtype or int8, contiguous.
         v_pages_BPKD: pool of pages of values, same layout and dtype.
         block_table_RM: int32 page ids, M >= ceil(context_len / P); entries past the context are ignored.
@@ -99,13 +100,14 @@ def decode_attention(
             MAX_QUERY_TOKENS of them. One each where None.
         k_scales_BPK: bf16, contiguous; a key is k_pages * k_scales. Given exactly when the pages are int8.
         v_scales_BPK: the same of the values.
-        num_threads: PyTorch's own setting where None.
+        num_threads: PyTorch's own setting where None; of no meaning on CUDA.
 
     Returns:
         out_TKGD in q's dtype. Accumulates in fp32; error budget in tolerance.py.
 
     Raises:
-        ValueError: shapes, dtypes, lengths or page ids that do not fit together.
+        ValueError: shapes, dtypes, lengths or page ids that do not fit together. What table and lengths hold is not
+            looked at on CUDA, where that would wait for the device.
 
     Example: P=4, context_len=6, table row [7, 2, -1] reads page 7 rows 0-3 and page 2 rows 0-1. Of two query tokens,
     the first sees five of these rows.
@@ -113,6 +115,20 @@ def decode_attention(
     _check(
         q_TKGD, k_pages_BPKD, v_pages_BPKD, block_table_RM, context_lens_R, cu_seqlens_q_R1, k_scales_BPK, v_scales_BPK
     )
+    if q_TKGD.is_cuda:
+        from colm_kernels.gpu import decode_attention as on_gpu
+
+        check_no_gradient(q_TKGD=q_TKGD, k_pages_BPKD=k_pages_BPKD, v_pages_BPKD=v_pages_BPKD)
+        return on_gpu.decode_attention(
+            q_TKGD,
+            k_pages_BPKD,
+            v_pages_BPKD,
+            block_table_RM,
+            context_lens_R,
+            cu_seqlens_q_R1=cu_seqlens_q_R1,
+            k_scales_BPK=k_scales_BPK,
+            v_scales_BPK=v_scales_BPK,
+        )
     threads = resolve_num_threads(num_threads)
     if cu_seqlens_q_R1 is None:
         cu_seqlens_q_R1 = _one_query_each(q_TKGD)
@@ -151,7 +167,7 @@ def _check(
     check_dims("context_lens_R", context_lens_R, num_queries if cu_seqlens_q_R1 is None else None)
     num_requests = context_lens_R.shape[0]
     check_dims("block_table_RM", block_table_RM, num_requests, None)
-    check_dtype("q_TKGD", q_TKGD, torch.bfloat16, torch.float32)
+    check_dtype("q_TKGD", q_TKGD, torch.bfloat16, torch.float32, *((torch.float16,) if q_TKGD.is_cuda else ()))
     pages = {"k_pages_BPKD": k_pages_BPKD, "v_pages_BPKD": v_pages_BPKD}
     indices = {"block_table_RM": block_table_RM, "context_lens_R": context_lens_R}
     if cu_seqlens_q_R1 is not None:
@@ -172,7 +188,7 @@ def _check(
         check_same_dtype(**pages)
     else:
         check_same_dtype(q_TKGD=q_TKGD, **pages)
-    check_on_cpu(q_TKGD=q_TKGD, **pages, **indices, **scales)
+    check_one_device(q_TKGD=q_TKGD, **pages, **indices, **scales)
     for name, tensor in (pages | scales).items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; pages and their scales must be contiguous")

@@ -48,7 +48,7 @@ def variant_for(x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     for tensor in tensors:
         if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
             return "torch"
-    if torch.is_grad_enabled() and (x_RI.requires_grad or any(tensor.requires_grad for tensor in tensors)):
+    if native.needs_gradient(x_RI, *tensors):
         return "torch"
     return native.forced_variant() or native.default_variant(dtype)
 

@@ -55,8 +55,8 @@ def quantise_kv(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
 
     Example: the row (0, 127, -2.5) has scale 1 and becomes (0, 127, -2).
     """
-    q_TKD = torch.empty(x_TKD.shape, dtype=torch.int8)
-    scale_TK = torch.empty(x_TKD.shape[:2], dtype=torch.bfloat16)
+    q_TKD = torch.empty(x_TKD.shape, dtype=torch.int8, device=x_TKD.device)
+    scale_TK = torch.empty(x_TKD.shape[:2], dtype=torch.bfloat16, device=x_TKD.device)
     write_quantised_kv(x_TKD, q_TKD, scale_TK)
     return q_TKD, scale_TK
 
@@ -76,6 +76,11 @@ def write_quantised_kv(
         ValueError: shapes, dtypes or slots that do not fit together; nothing is written then.
     """
     _check(x_TKD, q_cache_SKD, scale_cache_SK, slot_mapping_T)
+    if x_TKD.is_cuda:
+        from colm_kernels.gpu import kv_quantise as on_gpu
+
+        on_gpu.write_quantised_kv(x_TKD, q_cache_SKD, scale_cache_SK, slot_mapping_T)
+        return
     variant = native.choose_rows_variant(x_TKD)
     if variant == "torch" or q_cache_SKD.stride(2) != 1 or not q_cache_SKD.is_cpu:
         q_TKD, scale_TK = quantise_kv_reference(x_TKD)

@@ -153,7 +153,7 @@ def forced_variant() -> Variant | None:
 
 def choose_variant(head_dim: int, *tensors: Tensor) -> Variant:
     """The variant that an operation on these tensors runs with."""
-    if head_dim not in HEAD_DIMS or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    if head_dim not in HEAD_DIMS or needs_gradient(*tensors):
         return "torch"
     return _forced.get() or default_variant(tensors[0].dtype)
 
@@ -166,9 +166,14 @@ def choose_rows_variant(*tensors: Tensor) -> Variant:
     for tensor in tensors:
         if tensor.stride(-1) != 1 or not tensor.is_cpu:
             return "torch"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if needs_gradient(*tensors):
         return "torch"
     return _forced.get() or default_variant(dtype)
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether an operation on these tensors has to be differentiable."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def dtype_id(dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from colm_kernels.checks import check_dims, check_dtype, check_on_cpu, check_same_dtype
+from colm_kernels.checks import check_dims, check_dtype, check_no_gradient, check_one_device, check_same_dtype
 from colm_kernels.native import (
     CancelFlag,
     Cancelled,
@@ -67,11 +67,11 @@ def prefill_attention(
     The causal mask is aligned at the bottom right: query t sees keys 0 .. S-T+t.
 
     Args:
-        q_THD: rotated queries, bf16 or fp32, any strides; query head h reads kv head h // (H / K).
+        q_THD: rotated queries, bf16 or fp32, on CUDA fp16 too, any strides; query head h reads kv head h // (H / K).
         k_KSD: rotated keys of the whole prefix and of the tile, kv-head major; any strides with D contiguous.
         v_KSD: values, same layout.
-        num_threads: PyTorch's own setting where None.
-        cancelled: stops the call between blocks, from another thread.
+        num_threads: PyTorch's own setting where None; of no meaning on CUDA.
+        cancelled: stops the call between blocks, from another thread; on CUDA only before the launch.
 
     Returns:
         (out_THD in q's dtype, lse_TH in fp32: the log of each row's softmax denominator). Accumulates in fp32;
@@ -84,6 +84,12 @@ def prefill_attention(
     Example: T=2, S=5: query 0 sees keys 0-3, query 1 keys 0-4.
     """
     check_prefill(q_THD, k_KSD, v_KSD)
+    if q_THD.is_cuda:
+        from colm_kernels.gpu import dense
+
+        check_no_gradient(q_THD=q_THD, k_KSD=k_KSD, v_KSD=v_KSD)
+        _stop_if(cancelled)
+        return dense.prefill_attention(q_THD, k_KSD, v_KSD)
     threads = resolve_num_threads(num_threads)
     variant = choose_variant(q_THD.shape[2], q_THD, k_KSD, v_KSD)
     if variant == "torch" or q_THD.numel() == 0:
@@ -103,8 +109,8 @@ def check_prefill(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> None:
     num_kv_heads, num_keys, _ = k_KSD.shape
     check_dims("v_KSD", v_KSD, num_kv_heads, num_keys, head_dim)
     check_same_dtype(q_THD=q_THD, k_KSD=k_KSD, v_KSD=v_KSD)
-    check_dtype("q_THD", q_THD, torch.bfloat16, torch.float32)
-    check_on_cpu(q_THD=q_THD, k_KSD=k_KSD, v_KSD=v_KSD)
+    check_dtype("q_THD", q_THD, torch.bfloat16, torch.float32, *((torch.float16,) if q_THD.is_cuda else ()))
+    check_one_device(q_THD=q_THD, k_KSD=k_KSD, v_KSD=v_KSD)
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"q_THD has {num_heads} heads, not a multiple of the {num_kv_heads} kv heads")
     if num_keys < num_queries:

@@ -56,6 +56,10 @@ def rms_norm(x_RD: Tensor, gains: Sequence[Tensor], eps: float) -> Tensor:
     Example: gains of 9 and 3 features: x[:, :9] is divided by the root mean square of 9 numbers, x[:, 9:] of 3.
     """
     _check(x_RD, gains)
+    if x_RD.is_cuda and not native.needs_gradient(x_RD, *gains):
+        from colm_kernels.gpu import rms_norm as on_gpu
+
+        return on_gpu.rms_norm(x_RD, gains, eps)
     variant = native.choose_rows_variant(x_RD, *gains)
     if variant == "torch":
         return rms_norm_reference(x_RD, gains, eps)
@@ -83,6 +87,10 @@ def add_rms_norm_(x_RD: Tensor, delta_RD: Tensor, gains: Sequence[Tensor], eps: 
             f"delta_RD has shape {tuple(delta_RD.shape)} and dtype {delta_RD.dtype}, "
             f"expected {tuple(x_RD.shape)} and {x_RD.dtype} as x_RD"
         )
+    if x_RD.is_cuda and not native.needs_gradient(x_RD, delta_RD, *gains):
+        from colm_kernels.gpu import rms_norm as on_gpu
+
+        return on_gpu.add_rms_norm_(x_RD, delta_RD, gains, eps)
     variant = native.choose_rows_variant(x_RD, delta_RD, *gains)
     if variant == "torch":
         return rms_norm_reference(x_RD.add_(delta_RD), gains, eps)

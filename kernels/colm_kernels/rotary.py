@@ -51,6 +51,10 @@ def rotate_(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     x2 cos a + x0 sin a, x3 cos b + x1 sin b).
     """
     _check_rotation("x_TND", x_TND, cos_TD, sin_TD)
+    if x_TND.is_cuda and not native.needs_gradient(x_TND):
+        from colm_kernels.gpu import rotary as on_gpu
+
+        return on_gpu.rotate_(x_TND, cos_TD, sin_TD)
     variant = native.choose_rows_variant(x_TND, cos_TD, sin_TD)
     if variant == "torch":
         return x_TND.copy_(rotate_reference(x_TND, cos_TD, sin_TD))
@@ -93,6 +97,11 @@ def write_kv(
     """
     _check_rotation("k_TKD", k_TKD, cos_TD, sin_TD)
     _check_cache(k_TKD, v_TKD, k_cache_SKD, v_cache_SKD, slot_mapping_T)
+    if k_TKD.is_cuda and not native.needs_gradient(k_TKD, v_TKD):
+        from colm_kernels.gpu import rotary as on_gpu
+
+        on_gpu.write_kv(k_TKD, v_TKD, cos_TD, sin_TD, k_cache_SKD, v_cache_SKD, slot_mapping_T)
+        return
     variant = native.choose_rows_variant(k_TKD, v_TKD, k_cache_SKD, v_cache_SKD, cos_TD, sin_TD)
     if variant == "torch":
         rotated_TKD = rotate_reference(k_TKD, cos_TD, sin_TD)

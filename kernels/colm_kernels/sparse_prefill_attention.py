@@ -9,6 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from colm_kernels.checks import check_no_gradient
 from colm_kernels.native import CancelFlag, Cancelled, Variant, call, choose_variant, resolve_num_threads
 from colm_kernels.prefill_attention import PrefillArgs, check_prefill, new_outputs, prefill_args
 from colm_kernels.sparse_index import SparseIndex
@@ -52,12 +53,12 @@ def sparse_prefill_attention(
     """Attend a tile of queries to what an index lists of its prefix and, causally, of itself; all heads in one call.
 
     Args:
-        q_THD: rotated queries, bf16 or fp32, any strides; query head h reads kv head h // (H / K).
+        q_THD: rotated queries, bf16 or fp32, on CUDA fp16 too, any strides; query head h reads kv head h // (H / K).
         k_KSD: rotated keys of the whole prefix and of the tile, kv-head major; any strides with D contiguous.
         v_KSD: values, same layout.
         index: for this T and S; L is K (query heads that share a kv head share its lists) or H.
-        num_threads: PyTorch's own setting where None.
-        cancelled: stops the call between blocks, from another thread.
+        num_threads: PyTorch's own setting where None; of no meaning on CUDA.
+        cancelled: stops the call between blocks, from another thread; on CUDA only before the launch.
 
     Returns:
         (out_THD in q's dtype, lse_TH in fp32: the log of each row's softmax denominator over the keys it attends to,
@@ -70,6 +71,13 @@ def sparse_prefill_attention(
     """
     check_prefill(q_THD, k_KSD, v_KSD)
     _check_index(q_THD, k_KSD, index)
+    if q_THD.is_cuda:
+        from colm_kernels.gpu import sparse_prefill_attention as on_gpu
+
+        check_no_gradient(q_THD=q_THD, k_KSD=k_KSD, v_KSD=v_KSD)
+        if cancelled is not None and cancelled.is_set():
+            raise Cancelled("sparse_prefill_attention")
+        return on_gpu.sparse_prefill_attention(q_THD, k_KSD, v_KSD, index)
     threads = resolve_num_threads(num_threads)
     variant = choose_variant(q_THD.shape[2], q_THD, k_KSD, v_KSD)
     if variant == "torch" or q_THD.numel() == 0:

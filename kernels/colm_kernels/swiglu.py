@@ -47,6 +47,10 @@ def swiglu_(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
             f"up_RF has shape {tuple(up_RF.shape)} and dtype {up_RF.dtype}, "
             f"expected {tuple(gate_RF.shape)} and {gate_RF.dtype} as gate_RF"
         )
+    if gate_RF.is_cuda and not native.needs_gradient(gate_RF, up_RF):
+        from colm_kernels.gpu import swiglu as on_gpu
+
+        return on_gpu.swiglu_(gate_RF, up_RF)
     variant = native.choose_rows_variant(gate_RF, up_RF)
     if variant == "torch":
         return F.silu(gate_RF, inplace=True).mul_(up_RF)

@@ -120,7 +120,20 @@ def test_imports_between_packages_go_one_way(package: str) -> None:
 
 def test_the_kernels_need_nothing_but_torch_and_triton() -> None:
     known = {*sys.stdlib_module_names, "colm_kernels", "torch", "triton"}
-    assert [name for path in sources("colm_kernels") for name in imports(path) if top(name) not in known] == []
+    files = [path for path in sources("colm_kernels") if not path.name.endswith("_adapter.py")]
+    assert [name for path in files for name in imports(path) if top(name) not in known] == []
+
+
+def test_triton_stays_with_the_gpu() -> None:
+    assert offenders(PRODUCT_FILES, {"triton"}, ("kernels/colm_kernels/gpu/",)) == []
+
+
+def test_the_operations_import_without_triton() -> None:
+    code = (
+        "import sys, colm_kernels.prefill_attention, colm_kernels.sparse_prefill_attention, colm_kernels.chain_linear;"
+        "sys.stdout.write(str('triton' in sys.modules))"
+    )
+    assert run_python(code) == "False"
 
 
 def test_ray_stays_in_the_cluster_and_the_replicas() -> None:
