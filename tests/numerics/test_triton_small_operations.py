@@ -3,8 +3,6 @@
 Shapes: R rows, D features or head dim, T tokens, N heads, K kv heads, S rows of the cache, F features.
 """
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from colm_kernels import tolerance
@@ -12,15 +10,16 @@ from colm_kernels.gpu.kv_quantise import quantise_kv, write_quantised_kv
 from colm_kernels.gpu.rms_norm import add_rms_norm_, rms_norm
 from colm_kernels.gpu.rotary import rotate_, write_kv
 from colm_kernels.gpu.swiglu import swiglu_
+from colm_kernels.kv_quantise import quantise_kv_reference
+from colm_kernels.rms_norm import rms_norm_reference
+from colm_kernels.rotary import rotate_reference
+from colm_kernels.swiglu import swiglu_reference
 from torch import Tensor
-from torch.nn import functional as F
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
 
-DTYPES = (
-    torch.float16,
-    torch.float32,
-)  # the interpreter's bf16 arithmetic is wrong in silence, its conversions are not
+# The interpreter's bf16 arithmetic is wrong in silence, its conversions are not.
+DTYPES = (torch.float16, torch.float32)
 EPS = 1e-5
 
 
@@ -28,21 +27,13 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def rms_norm_reference(x_RD: Tensor, gains: Sequence[Tensor]) -> Tensor:
-    outputs = []
-    for x, gain in zip(x_RD.split([len(gain) for gain in gains], dim=1), gains, strict=True):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        outputs.append((wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)).to(x.dtype) * gain)
-    return torch.cat(outputs, dim=1)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", [[1], [97], [128], [129], [576, 192], [17, 5, 1, 33], [64, 64, 32]], ids=str)
 @pytest.mark.parametrize("num_rows", [0, 1, 5])
 def test_every_width_is_normalised_chain_by_chain(num_rows, dims, dtype):
     x_RD, gains = 3 * draw(num_rows, sum(dims), dtype=dtype), [draw(dim, dtype=dtype) for dim in dims]
-    reference = rms_norm_reference(x_RD.double(), [gain.double() for gain in gains])
-    tolerance.assert_within_budget(rms_norm(x_RD, gains, EPS), rms_norm_reference(x_RD, gains), reference)
+    reference = rms_norm_reference(x_RD.double(), [gain.double() for gain in gains], EPS)
+    tolerance.assert_within_budget(rms_norm(x_RD, gains, EPS), rms_norm_reference(x_RD, gains, EPS), reference)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,12 +46,6 @@ def test_a_residual_is_added_in_place_and_the_sum_normalised(dims, dtype):
     result = add_rms_norm_(x_RD, delta_RD, gains, EPS)
     assert torch.equal(x_RD, total_RD)
     assert torch.equal(result, rms_norm(total_RD, gains, EPS))
-
-
-def rotate_reference(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    first, second = x_TND.to(torch.promote_types(x_TND.dtype, torch.float32)).chunk(2, dim=-1)
-    cos, sin = (table[:, None, : first.shape[-1]] for table in (cos_TD, sin_TD))
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_TND.dtype)
 
 
 def angles(num_tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -114,23 +99,14 @@ def test_a_tile_is_written_into_a_cache_that_is_kv_head_major():
 @pytest.mark.parametrize("dim", [1, 1023, 1024, 1025])
 def test_silu_of_gate_times_up_replaces_gate(dim, dtype):
     gate_RF, up_RF = 3 * draw(3, dim, dtype=dtype), draw(3, dim + 2, dtype=dtype)[:, 2:]
-    eager, reference = F.silu(gate_RF) * up_RF, F.silu(gate_RF.double()) * up_RF.double()
+    eager, reference = swiglu_reference(gate_RF, up_RF), swiglu_reference(gate_RF.double(), up_RF.double())
     assert swiglu_(gate_RF, up_RF) is gate_RF
     tolerance.assert_within_budget(gate_RF, eager, reference)
 
 
-def quantise_reference(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
-    wide_TKD = x_TKD.float()
-    amax_TK = wide_TKD.abs().amax(dim=-1)
-    up_TK = ((amax_TK / 127).view(torch.int32) + 0xFFFF >> 16).to(torch.int16).view(torch.bfloat16)
-    scale_TK = torch.where(amax_TK.isfinite(), up_TK, float("nan"))
-    q_TKD = (wide_TKD / scale_TK.float().unsqueeze(-1)).round()
-    return q_TKD.where(scale_TK.unsqueeze(-1) > 0, 0).to(torch.int8), scale_TK
-
-
 def assert_bit_equal(x_TKD: Tensor) -> None:
     q_TKD, scale_TK = quantise_kv(x_TKD)
-    expected_q_TKD, expected_scale_TK = quantise_reference(x_TKD)
+    expected_q_TKD, expected_scale_TK = quantise_kv_reference(x_TKD)
     assert torch.equal(q_TKD, expected_q_TKD)
     assert torch.equal(scale_TK.view(torch.int16), expected_scale_TK.view(torch.int16))  # NaN is not equal to itself
 
