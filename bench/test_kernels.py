@@ -31,7 +31,7 @@ def test_prefill_attention(benchmark: BenchmarkFixture, case: PrefillCase, conte
 def test_decode_attention(benchmark: BenchmarkFixture, case: DecodeCase, contender: str) -> None:
     """Seconds of one call; the contenders are checked as they are made."""
     contenders = decode_contenders(case)
-    chosen = native.default_variant(torch.float32) if contender == "ours" else contender
+    chosen = case.variant if contender == "ours" else contender
     benchmark.group = case.name
     benchmark.extra_info["bytes"] = case.num_bytes
     benchmark.pedantic(contenders[chosen], rounds=ROUNDS, warmup_rounds=1)

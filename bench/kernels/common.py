@@ -39,7 +39,7 @@ def short(dtype: torch.dtype) -> str:
 
 def timed_variants(dtype: torch.dtype) -> list[native.Variant]:
     """The library's variants that differ for inputs of a dtype."""
-    # avx512_bf16 differs from avx512 in bf16 prefill alone.
+    # avx512_bf16 differs from avx512 in attention over bf16 alone.
     left_out = {"torch"} if dtype == torch.bfloat16 else {"torch", "avx512_bf16"}
     return [variant for variant in native.available_variants() if variant not in left_out]
 
@@ -83,9 +83,8 @@ def summarise(work: Mapping[str, float], seconds: Mapping[str, list[float]], uni
     return metrics
 
 
-def with_ratios(metrics: dict[str, Any], dtype: torch.dtype, unit: str, *against: str) -> dict[str, Any]:
-    """Add what the default variant reaches of other contenders' rates."""
-    chosen = native.default_variant(dtype)
+def with_ratios(metrics: dict[str, Any], chosen: native.Variant, unit: str, *against: str) -> dict[str, Any]:
+    """Add what the variant that runs by default reaches of other contenders' rates."""
     if f"{chosen}_{unit}" in metrics:
         ours = metrics[f"{chosen}_{unit}"]["median"]
         metrics |= {f"over_{name}_x": round(ours / metrics[f"{name}_{unit}"]["median"], 2) for name in against}

@@ -48,6 +48,16 @@ class DecodeCase(Case):
         )
 
     @property
+    def score_dtype(self) -> torch.dtype:
+        """What the scores are products of."""
+        return torch.float32 if self.int8_pages else self.dtype
+
+    @property
+    def variant(self) -> native.Variant:
+        """What runs the case by default."""
+        return native.choose_memory_bound_variant(self.head_dim, torch.empty(0, dtype=self.score_dtype))
+
+    @property
     def num_bytes(self) -> int:
         """Keys, values and their scales that one call reads."""
         per_head = self.head_dim + 2 if self.int8_pages else self.head_dim * self.dtype.itemsize
@@ -80,7 +90,7 @@ class DecodeCase(Case):
         work: dict[str, float] = dict.fromkeys(contenders, float(self.num_bytes))
         contenders["read"], work["read"] = read_ceiling()
         metrics = summarise(work, time_interleaved(contenders, num_rounds), "gb_per_s")
-        return with_ratios(metrics, torch.float32, "gb_per_s", "torch", "read")
+        return with_ratios(metrics, self.variant, "gb_per_s", "torch", "read")
 
 
 DECODE_CASES = (
@@ -107,7 +117,7 @@ def decode_contenders(case: DecodeCase) -> Contenders:
 
     eager = run("torch")
     contenders: dict[str, Callable[[], object]] = {"torch": partial(run, "torch")}
-    for variant in timed_variants(torch.float32):
+    for variant in timed_variants(case.score_dtype):
         tolerance.assert_within_budget(run(variant), eager, reference)
         contenders[variant] = partial(run, variant)
     return contenders

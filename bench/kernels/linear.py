@@ -59,7 +59,7 @@ class LinearCase(Case):
         work: dict[str, float] = dict.fromkeys(contenders, float(self.num_bytes))
         contenders["read"], work["read"] = read_ceiling()
         metrics = summarise(work, time_interleaved(contenders, num_rounds), "gb_per_s")
-        return with_ratios(metrics, torch.float32, "gb_per_s", "torch", "read")
+        return with_ratios(metrics, native.default_variant(torch.float32), "gb_per_s", "torch", "read")
 
 
 LINEAR_CASES = tuple(

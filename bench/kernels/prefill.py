@@ -71,7 +71,9 @@ class PrefillCase(Case):
             name = f"gemm_{short(dtype)}"
             contenders[name], work[name] = gemm_ceiling(dtype)
         metrics = summarise(work, time_interleaved(contenders, num_rounds), "gflops_per_s")
-        return with_ratios(metrics, self.dtype, "gflops_per_s", "sdpa", f"gemm_{short(self.dtype)}")
+        return with_ratios(
+            metrics, native.default_variant(self.dtype), "gflops_per_s", "sdpa", f"gemm_{short(self.dtype)}"
+        )
 
 
 PREFILL_CASES = (

@@ -54,7 +54,7 @@ class SmallCase(Case):
         # A thousand times the bytes: in GB a second, calls of a few rows would round to nothing.
         work = {name: 1e3 * count for name, count in num_bytes.items()}
         metrics = summarise(work, time_interleaved(contenders, num_rounds), "mb_per_s")
-        return with_ratios(metrics, torch.float32, "mb_per_s", "torch", "read")
+        return with_ratios(metrics, native.default_variant(torch.float32), "mb_per_s", "torch", "read")
 
     def draw(self, *shape: int) -> Tensor:
         """Normal numbers, the same ones every time."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from colm_kernels.checks import check_dims, check_dtype, check_no_gradient, check_one_device, check_same_dtype
-from colm_kernels.native import BadTable, Variant, call, choose_variant, dtype_id, resolve_num_threads
+from colm_kernels.native import BadTable, Variant, call, choose_memory_bound_variant, dtype_id, resolve_num_threads
 
 MAX_QUERY_TOKENS: Final = 16
 """Query tokens that one request may have in one call."""
@@ -133,7 +133,7 @@ def decode_attention(
     if cu_seqlens_q_R1 is None:
         cu_seqlens_q_R1 = _one_query_each(q_TKGD)
     arguments = (q_TKGD, k_pages_BPKD, v_pages_BPKD, block_table_RM, context_lens_R, cu_seqlens_q_R1)
-    variant = choose_variant(q_TKGD.shape[3], q_TKGD, k_pages_BPKD, v_pages_BPKD)
+    variant = choose_memory_bound_variant(q_TKGD.shape[3], q_TKGD, k_pages_BPKD, v_pages_BPKD)
     if variant == "torch" or q_TKGD.numel() == 0:
         _check_table(q_TKGD, k_pages_BPKD, block_table_RM, context_lens_R, cu_seqlens_q_R1)
         return _in_torch(*arguments, k_scales_BPK, v_scales_BPK)

@@ -158,6 +158,14 @@ def choose_variant(head_dim: int, *tensors: Tensor) -> Variant:
     return _forced.get() or default_variant(tensors[0].dtype)
 
 
+def choose_memory_bound_variant(head_dim: int, *tensors: Tensor) -> Variant:
+    """The variant where reading is the bound: products of bf16 pairs, which need no widening, pay at any rate."""
+    variant = choose_variant(head_dim, *tensors)
+    if variant == "avx512" and tensors[0].dtype == torch.bfloat16 and _forced.get() is None:
+        return available_variants()[-1]
+    return variant
+
+
 def choose_rows_variant(*tensors: Tensor) -> Variant:
     """The variant for an operation that takes rows one by one; "torch" unless every row is contiguous."""
     dtype = tensors[0].dtype

@@ -16,9 +16,9 @@ PrefillKernel prefill(int32_t dtype, int64_t head_dim) {
 
 DecodeKernel decode(int32_t page_dtype, int64_t head_dim) {
     switch (page_dtype) {
-        case kBfloat16: return decode_of_dim<uint16_t>(head_dim);
-        case kInt8: return decode_of_dim<int8_t>(head_dim);
-        default: return decode_of_dim<float>(head_dim);
+        case kBfloat16: return decode_of_dim<FloatWords, uint16_t>(head_dim);
+        case kInt8: return decode_of_dim<FloatWords, int8_t>(head_dim);
+        default: return decode_of_dim<FloatWords, float>(head_dim);
     }
 }
 

@@ -1,6 +1,7 @@
-// AVX-512 with VDPBF16PS: bf16 prefill whose products are of bf16 pairs. The other operations are bounded by memory,
-// not by arithmetic, and fp32 has nothing to gain, so they are left to the plain AVX-512 variant.
+// AVX-512 with VDPBF16PS: bf16 attention whose products are of bf16 pairs. The other operations have nothing to gain
+// from it, so they are left to the plain AVX-512 variant.
 #include "vec_avx512.h"
+#include "decode.h"
 #include "prefill.h"
 
 namespace {
@@ -9,7 +10,9 @@ PrefillKernel prefill(int32_t dtype, int64_t head_dim) {
     return dtype == kBfloat16 ? prefill_of_dim<Bf16Words, uint16_t>(head_dim) : PrefillKernel{nullptr, nullptr, nullptr};
 }
 
-DecodeKernel decode(int32_t, int64_t) { return {nullptr, nullptr}; }
+DecodeKernel decode(int32_t page_dtype, int64_t head_dim) {
+    return page_dtype == kBfloat16 ? decode_of_dim<Bf16Words, uint16_t>(head_dim) : DecodeKernel{nullptr, nullptr};
+}
 
 LinearKernel linear(int32_t) { return {nullptr, nullptr, nullptr}; }
 
