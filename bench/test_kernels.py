@@ -8,6 +8,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.kernels.decode import DECODE_CASES, DecodeCase, decode_contenders
 from bench.kernels.linear import LINEAR_CASES, LinearCase, linear_contenders
 from bench.kernels.prefill import PREFILL_CASES, TILE_CASES, PrefillCase, prefill_contenders
+from bench.kernels.small import SMALL_CASES, SmallCase, small_contenders
 from bench.kernels.sparse import SPARSE_CASES, SparseCase, sparse_contenders
 from bench.kernels.staircase import STAIRCASE_CASES, StaircaseCase, staircase_contenders
 
@@ -67,3 +68,14 @@ def test_staircase(benchmark: BenchmarkFixture, case: StaircaseCase, contender: 
     benchmark.group = case.name
     benchmark.extra_info["gflop"] = case.flops / 1e9
     benchmark.pedantic(contenders[contender], rounds=ROUNDS, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("contender", ["ours", "torch"])
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_small_operations(benchmark: BenchmarkFixture, case: SmallCase, contender: str) -> None:
+    """Seconds of many calls in a row; the contenders are checked as they are made."""
+    contenders = small_contenders(case)
+    chosen = native.default_variant(torch.float32) if contender == "ours" else contender
+    benchmark.group = case.name
+    benchmark.extra_info["bytes"] = case.num_bytes
+    benchmark.pedantic(contenders[chosen], rounds=ROUNDS, warmup_rounds=1)

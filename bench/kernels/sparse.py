@@ -40,7 +40,9 @@ class SparseCase(Case):
         tiling = Tiling(num_queries=self.dense.num_queries, num_keys=num_keys)
         if self.pattern == "blocks":
             shape = (num_lists, tiling.num_row_blocks, tiling.num_key_blocks)
-            return lower(tiling, torch.rand(shape, generator=generator) < self.density)
+            always = lower(tiling, torch.zeros(shape, dtype=torch.bool)).density()
+            chance = (self.density - always) / (1 - always)
+            return lower(tiling, torch.rand(shape, generator=generator) < chance)
         # Columns inside a listed block count once, and a run of 64 distances asks for 256 keys of a row block.
         num_columns = int(num_keys * self.density * 0.6)
         num_runs = int(num_keys * self.density * 0.6 / 256)
