@@ -50,6 +50,10 @@ def _row(name: str, metrics: Mapping[str, Any]) -> str:
     return f"{name}\n    " + "\n    ".join(cells)
 
 
+def _plain(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: short(value) if isinstance(value, torch.dtype) else value for name, value in fields}
+
+
 def main() -> None:
     """Run the cases; the last line of stdout is the record."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
@@ -65,7 +69,7 @@ def main() -> None:
     for group in GROUPS if options.only is None else (options.only,):
         for case in GROUPS[group]:
             metrics = case.measure(options.rounds)
-            shape = asdict(case) | {"dtype": short(case.dtype)}
+            shape = asdict(case, dict_factory=_plain)
             result["cases"].append({"name": case.name, "shape": shape, "metrics": metrics})
             sys.stdout.write(_row(case.name, metrics) + "\n")
             sys.stdout.flush()
