@@ -162,7 +162,7 @@ def _first_inputs(x_RI: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def _check(x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, chain_rows: Sequence[int]) -> None:
-    # Called 210 times a decode step: plain comparisons where all is well.
+    # Called a hundred times a decode step: plain comparisons where all is well.
     if x_RI.dim() != 2:
         check_dims("x_RI", x_RI, None, None)
     num_rows, in_dim = x_RI.shape

@@ -99,8 +99,7 @@ int32_t colm_decode_attention(const DecodeArgs* given, int32_t variant, int32_t 
     const int64_t num_items = static_cast<int64_t>(items.size());
     const std::unique_ptr<float[]> partials(new float[num_floats]);
     for (int64_t i = 0; i < num_items; ++i) items[i].partial = partials.get() + partial_at[i];
-    const int64_t element_bytes = args.page_dtype == kInt8 ? 1 : args.page_dtype == kBfloat16 ? 2 : 4;
-    const int64_t num_bytes = 2 * num_tokens * args.num_kv_heads * args.head_dim * element_bytes;
+    const int64_t num_bytes = 2 * num_tokens * args.num_kv_heads * args.head_dim * element_bytes(args.page_dtype);
     const int64_t threads = std::clamp<int64_t>(num_bytes / kFewestBytesPerThread, 1, std::max(num_threads, 1));
 
     struct Context {

@@ -11,7 +11,7 @@
 
 constexpr int64_t kFewestBytesPerThread = 256 << 10;  // less is read before another thread has woken
 
-inline int64_t element_bytes(int64_t dtype) { return dtype == kBfloat16 ? 2 : 4; }
+inline int64_t element_bytes(int64_t dtype) { return dtype == kInt8 ? 1 : dtype == kBfloat16 ? 2 : 4; }
 
 // Memory of the calling thread, kept between calls: fresh pages for every item would cost more than some items. What
 // it held is lost when more is asked for. Null where there is none.

@@ -13,10 +13,10 @@ constexpr int64_t kFewestLinearItemBytes = 64 << 10, kMostLinearItemBytes = 1 <<
 
 // How the outputs of the blocks of a staircase are divided.
 struct LinearSplit {
-    int64_t item_bytes, element_bytes;
+    int64_t item_bytes, width;
 
     int64_t outputs_per_item(const LinearBlock& block) const {
-        const int64_t fitting = item_bytes / std::max<int64_t>(block.in_dim * element_bytes, 1);
+        const int64_t fitting = item_bytes / std::max<int64_t>(block.in_dim * width, 1);
         return std::max(fitting / kLinearTile, int64_t{1}) * kLinearTile;
     }
 
@@ -33,22 +33,22 @@ int32_t colm_linear(LinearArgs* args, int32_t variant, int32_t num_threads) {
     const auto kernel =
         select<LinearKernel>(variant, [&](const Variant& v) { return v.linear(static_cast<int32_t>(args->dtype)); });
     if (kernel.run == nullptr) return kUnsupported;
-    const int64_t element_bytes = args->dtype == kBfloat16 ? 2 : 4;
+    const int64_t width = element_bytes(args->dtype);
     int64_t num_bytes = 0, column = 0;
     for (int64_t i = 0; i < args->num_blocks; ++i) {
         LinearBlock& block = args->blocks[i];
         block.first_column = column;
         column += block.out_dim;
-        if (block.num_rows > 0) num_bytes += block.in_dim * block.out_dim * element_bytes;
+        if (block.num_rows > 0) num_bytes += block.in_dim * block.out_dim * width;
         for (int64_t row = block.num_rows; row < args->num_rows; ++row) {
-            char* y = static_cast<char*>(args->y) + (row * args->y_stride + block.first_column) * element_bytes;
-            std::memset(y, 0, block.out_dim * element_bytes);
+            char* y = static_cast<char*>(args->y) + (row * args->y_stride + block.first_column) * width;
+            std::memset(y, 0, block.out_dim * width);
         }
     }
     const int64_t threads = std::clamp<int64_t>(num_bytes / kFewestBytesPerThread, 1, std::max(num_threads, 1));
     const LinearSplit split{
         std::clamp(num_bytes / (threads * kLinearItemsPerThread), kFewestLinearItemBytes, kMostLinearItemBytes),
-        element_bytes};
+        width};
     int64_t num_items = 0;
     for (int64_t i = 0; i < args->num_blocks; ++i) num_items += split.num_items(args->blocks[i]);
     // Never asked for again below, so it stays in place until the call ends.

@@ -15,13 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from colm_kernels.decode_attention import MAX_QUERY_TOKENS
 from colm_kernels.gpu.device import on_its_device
 from colm_kernels.gpu.prefill_attention import block_dim
 from colm_kernels.gpu.softmax import LOG2_E, attend
 from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, power_of_two
 
-MAX_QUERY_TOKENS: Final = 16
-"""Of one request."""
 TARGET_PROGRAMS: Final = 4 * 132
 """As many as the registers of an H100 hold at once where rows are few; an A100 has 108 processors."""
 MIN_PART_TOKENS: Final = 512
