@@ -4,11 +4,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from colm_kernels import native
+from colm_kernels import native, tolerance
+from torch import Tensor
 from torch.nn import functional as F
 
 SEED = 0
@@ -81,6 +83,28 @@ def summarise(work: Mapping[str, float], seconds: Mapping[str, list[float]], uni
             "n": len(rates),
         }
     return metrics
+
+
+def checked_contenders(
+    run: Callable[[native.Variant], Tensor], reference: Tensor, dtype: torch.dtype
+) -> dict[str, Callable[[], object]]:
+    """The PyTorch path and every variant that differs for a dtype; refuses to time a wrong kernel."""
+    eager = run("torch")
+    contenders: dict[str, Callable[[], object]] = {"torch": partial(run, "torch")}
+    for variant in timed_variants(dtype):
+        tolerance.assert_within_budget(run(variant), eager, reference)
+        contenders[variant] = partial(run, variant)
+    return contenders
+
+
+def measure_against_reading(
+    contenders: Contenders, num_bytes: float, chosen: native.Variant, num_rounds: int
+) -> dict[str, Any]:
+    """Rates of contenders that each read num_bytes, and of plain reading."""
+    work = dict.fromkeys(contenders, float(num_bytes))
+    read, work["read"] = read_ceiling()
+    metrics = summarise(work, time_interleaved({**contenders, "read": read}, num_rounds), "gb_per_s")
+    return with_ratios(metrics, chosen, "gb_per_s", "torch", "read")
 
 
 def with_ratios(metrics: dict[str, Any], chosen: native.Variant, unit: str, *against: str) -> dict[str, Any]:

@@ -1,27 +1,15 @@
 """Decode attention over pages."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from colm_kernels import native, tolerance
+from colm_kernels import native
 from colm_kernels.decode_attention import decode_attention, decode_attention_reference
 from colm_kernels.native import use_variant
 from torch import Tensor
 
-from bench.kernels.common import (
-    SEED,
-    Case,
-    Contenders,
-    read_ceiling,
-    short,
-    summarise,
-    time_interleaved,
-    timed_variants,
-    with_ratios,
-)
+from bench.kernels.common import SEED, Case, Contenders, checked_contenders, measure_against_reading, short
 
 PAGE_TOKENS = 16
 
@@ -86,11 +74,7 @@ class DecodeCase(Case):
 
     def measure(self, num_rounds: int) -> dict[str, Any]:
         """Rates of every contender and of plain reading."""
-        contenders = dict(decode_contenders(self))
-        work: dict[str, float] = dict.fromkeys(contenders, float(self.num_bytes))
-        contenders["read"], work["read"] = read_ceiling()
-        metrics = summarise(work, time_interleaved(contenders, num_rounds), "gb_per_s")
-        return with_ratios(metrics, self.variant, "gb_per_s", "torch", "read")
+        return measure_against_reading(decode_contenders(self), self.num_bytes, self.variant, num_rounds)
 
 
 DECODE_CASES = (
@@ -115,9 +99,4 @@ def decode_contenders(case: DecodeCase) -> Contenders:
         with use_variant(variant):
             return decode_attention(*arguments, **options)
 
-    eager = run("torch")
-    contenders: dict[str, Callable[[], object]] = {"torch": partial(run, "torch")}
-    for variant in timed_variants(case.score_dtype):
-        tolerance.assert_within_budget(run(variant), eager, reference)
-        contenders[variant] = partial(run, variant)
-    return contenders
+    return checked_contenders(run, reference, case.score_dtype)

@@ -1,28 +1,16 @@
 """Linear (chain) of few rows, as in decode."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from colm_kernels import native, tolerance
+from colm_kernels import native
 from colm_kernels.chain_linear import chain_linear, chain_linear_reference
 from colm_kernels.native import use_variant
 from torch import Tensor
 
-from bench.kernels.common import (
-    SEED,
-    Case,
-    Contenders,
-    read_ceiling,
-    short,
-    summarise,
-    time_interleaved,
-    timed_variants,
-    with_ratios,
-)
+from bench.kernels.common import SEED, Case, Contenders, checked_contenders, measure_against_reading, short
 
 CACHE_BYTES = 512 << 20
 """More than the caches hold, of a server's CPU too."""
@@ -55,11 +43,8 @@ class LinearCase(Case):
 
     def measure(self, num_rounds: int) -> dict[str, Any]:
         """Rates of every contender and of plain reading."""
-        contenders = dict(linear_contenders(self))
-        work: dict[str, float] = dict.fromkeys(contenders, float(self.num_bytes))
-        contenders["read"], work["read"] = read_ceiling()
-        metrics = summarise(work, time_interleaved(contenders, num_rounds), "gb_per_s")
-        return with_ratios(metrics, native.default_variant(torch.float32), "gb_per_s", "torch", "read")
+        variant = native.default_variant(torch.float32)
+        return measure_against_reading(linear_contenders(self), self.num_bytes, variant, num_rounds)
 
 
 LINEAR_CASES = tuple(
@@ -82,9 +67,4 @@ def linear_contenders(case: LinearCase) -> Contenders:
         with use_variant(variant):
             return chain_linear(x, (next(turns),), None, (case.num_rows,))
 
-    eager = run("torch")
-    contenders: dict[str, Callable[[], object]] = {"torch": partial(run, "torch")}
-    for variant in timed_variants(torch.float32):
-        tolerance.assert_within_budget(run(variant), eager, reference)
-        contenders[variant] = partial(run, variant)
-    return contenders
+    return checked_contenders(run, reference, torch.float32)
