@@ -4,8 +4,7 @@ Shapes: R rows, I input features of the active chains, O output features of the 
 """
 
 import threading
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +13,8 @@ from colm_kernels.chain_linear import chain_linear, chain_linear_reference, join
 from colm_kernels.few_rows_linear import MAX_ROWS, variant_for
 from colm_kernels.native import use_variant
 from torch import Tensor
+
+from tests.kernel_inputs import staircase_inputs as inputs
 
 pytestmark = pytest.mark.kernels
 
@@ -32,17 +33,6 @@ def variant(request: pytest.FixtureRequest) -> Iterator[native.Variant]:
 def library(request: pytest.FixtureRequest) -> Iterator[native.Variant]:
     with use_variant(request.param):
         yield request.param
-
-
-def inputs(num_rows: int, in_dims: Sequence[int], out_dims: Sequence[int], dtype: torch.dtype) -> tuple:
-    """x_RI, weights, biases."""
-    generator = torch.Generator().manual_seed(num_rows + sum(in_dims) + sum(out_dims))
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    weights = [draw(out_dim, width) for out_dim, width in zip(out_dims, accumulate(in_dims), strict=True)]
-    return draw(num_rows, sum(in_dims)), weights, [draw(out_dim) for out_dim in out_dims]
 
 
 def assert_matches_definition(x_RI: Tensor, weights: list[Tensor], biases: list[Tensor] | None, chain_rows) -> Tensor:

@@ -12,6 +12,8 @@ from colm_kernels.prefill_attention import prefill_attention, prefill_attention_
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.kernel_inputs import prefill_inputs as inputs
+
 pytestmark = pytest.mark.kernels
 
 ROW_BLOCK, KEY_BLOCK, CHUNK = 48, 256, 512  # prefill.h
@@ -22,14 +24,6 @@ DTYPES = (torch.bfloat16, torch.float32)
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     with use_variant(request.param):
         yield request.param
-
-
-def inputs(num_queries, num_keys, num_heads, num_kv_heads, head_dim, dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(num_queries * 7919 + num_keys)
-    q = torch.randn(num_queries, num_heads, head_dim, generator=generator).to(dtype)
-    k = torch.randn(num_kv_heads, num_keys, head_dim, generator=generator).to(dtype)
-    v = torch.randn(num_kv_heads, num_keys, head_dim, generator=generator).to(dtype)
-    return q, k, v
 
 
 def assert_matches_definition(q: Tensor, k: Tensor, v: Tensor, **options) -> None:

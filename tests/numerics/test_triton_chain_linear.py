@@ -1,8 +1,5 @@
 """Linear (chain) in Triton, interpreted, against the definition, gradients too, within tolerance.py's budget."""
 
-from collections.abc import Sequence
-from itertools import accumulate
-
 import pytest
 import torch
 from colm_kernels import tolerance
@@ -10,19 +7,10 @@ from colm_kernels.chain_linear import chain_linear_reference
 from colm_kernels.gpu.chain_linear import chain_linear
 from torch import Tensor
 
+from tests.kernel_inputs import staircase_inputs as inputs
+
 DTYPES = (torch.float16, torch.float32)  # the interpreter's bf16 is wrong in silence
 BLOCK = 64  # of fp32
-
-
-def inputs(num_rows: int, in_dims: Sequence[int], out_dims: Sequence[int], dtype: torch.dtype) -> tuple:
-    """x_RI, weights, biases."""
-    generator = torch.Generator().manual_seed(num_rows + sum(in_dims) + sum(out_dims))
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    weights = [draw(out_dim, width) for out_dim, width in zip(out_dims, accumulate(in_dims), strict=True)]
-    return draw(num_rows, sum(in_dims)), weights, [draw(out_dim) for out_dim in out_dims]
 
 
 def assert_matches_definition(x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, chain_rows) -> Tensor:

@@ -8,17 +8,11 @@ from colm_kernels.prefill_attention import prefill_attention_reference
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.kernel_inputs import prefill_inputs as inputs
+
 # The interpreter's bf16 is wrong in silence; bf16 differs from fp16 in no line of the kernel.
 DTYPES = (torch.float16, torch.float32)
 BLOCK_M, BLOCK_N = config(80, torch.float32, 16).blocks.values()
-
-
-def inputs(num_queries, num_keys, num_heads, num_kv_heads, head_dim, dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(num_queries * 7919 + num_keys)
-    q = torch.randn(num_queries, num_heads, head_dim, generator=generator).to(dtype)
-    k = torch.randn(num_kv_heads, num_keys, head_dim, generator=generator).to(dtype)
-    v = torch.randn(num_kv_heads, num_keys, head_dim, generator=generator).to(dtype)
-    return q, k, v
 
 
 def assert_matches_definition(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -10,15 +10,9 @@ from colm_kernels.sparse_prefill_attention import sparse_prefill_attention_refer
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.kernel_inputs import prefill_inputs as inputs
+
 DTYPES = (torch.float16, torch.float32)  # the interpreter's bf16 is wrong in silence
-
-
-def inputs(num_queries, num_keys, num_heads, num_kv_heads, head_dim, dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(num_queries * 7919 + num_keys)
-    q = torch.randn(num_queries, num_heads, head_dim, generator=generator).to(dtype)
-    k = torch.randn(num_kv_heads, num_keys, head_dim, generator=generator).to(dtype)
-    v = torch.randn(num_kv_heads, num_keys, head_dim, generator=generator).to(dtype)
-    return q, k, v
 
 
 def index_of(q: Tensor, k: Tensor, num_lists: int, row_block=64, key_block=64, density=0.4, num_columns=80):
