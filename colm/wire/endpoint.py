@@ -1,35 +1,59 @@
 """Servers and channels as every process of the system makes them."""
 
+from dataclasses import dataclass
+
 import grpc
 
 from colm.wire.security import Security, TokenInterceptor
 
 # Tiles and document pieces stay near 1 MiB, where gRPC moves bytes fastest; the limit only stops abuse.
 MAX_MESSAGE_BYTES = 8 << 20
-_KEEPALIVE_MS = 10_000
-_KEEPALIVE_TIMEOUT_MS = 5_000
 
-_COMMON_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A peer whose machine vanished leaves its TCP connection looking alive; pings find out.
-    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
-    ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-]
-_SERVER_OPTIONS = [
-    *_COMMON_OPTIONS,
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
-    # Without this a second server on the same port would silently take half of the calls.
-    ("grpc.so_reuseport", 0),
-]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keepalive:
+    """How soon a peer whose machine vanished or whose process was stopped is given up: its TCP connection looks alive.
+
+    Both ends ping, so each must bear the other's pings through any silence.
+    """
+
+    interval_ms: int = 10_000
+    """Silence after which a ping is sent."""
+    timeout_ms: int = 5_000
+    """Wait for the ping's answer; then the connection is lost."""
+
+
+KEEPALIVE = Keepalive()
+
+
+def _common_options() -> list[tuple[str, object]]:
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", KEEPALIVE.interval_ms),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE.timeout_ms),
+        # Of every ping, whoever asked for it; at its default of a minute the one above would have no say.
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE.timeout_ms),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+def server_options() -> list[tuple[str, object]]:
+    """What every server of the system is created with."""
+    return [
+        *_common_options(),
+        # Pings more often than this are taken for abuse, and the connection is closed: by default five minutes.
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE.interval_ms // 2),
+        # Without this a second server on the same port would silently take half of the calls.
+        ("grpc.so_reuseport", 0),
+    ]
 
 
 def create_server(security: Security) -> grpc.aio.Server:
     """A server that demands the security's token; add services, then `bind` and start it."""
     interceptors = [TokenInterceptor(security.token)] if security.token else []
-    return grpc.aio.server(interceptors=interceptors, options=_SERVER_OPTIONS)
+    return grpc.aio.server(interceptors=interceptors, options=server_options())
 
 
 def bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> int:
@@ -51,8 +75,9 @@ def bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> i
         raise OSError(f"cannot listen on {address}: the port is taken or the host is not this machine's") from err
 
 
-def _channel_options(security: Security) -> list[tuple[str, object]]:
-    options: list[tuple[str, object]] = list(_COMMON_OPTIONS)
+def channel_options(security: Security) -> list[tuple[str, object]]:
+    """What every channel of the system is opened with."""
+    options = _common_options()
     if security.tls is not None and security.tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", security.tls.server_name))
     return options
@@ -62,13 +87,13 @@ def open_channel(address: str, security: Security) -> grpc.aio.Channel:
     """A channel on the running event loop."""
     credentials = security.channel_credentials()
     if credentials is None:
-        return grpc.aio.insecure_channel(address, options=_channel_options(security))
-    return grpc.aio.secure_channel(address, credentials, options=_channel_options(security))
+        return grpc.aio.insecure_channel(address, options=channel_options(security))
+    return grpc.aio.secure_channel(address, credentials, options=channel_options(security))
 
 
 def open_blocking_channel(address: str, security: Security) -> grpc.Channel:
     """A channel for threads: one reader moves three times the bytes a second of an event loop's."""
     credentials = security.channel_credentials()
     if credentials is None:
-        return grpc.insecure_channel(address, options=_channel_options(security))
-    return grpc.secure_channel(address, credentials, options=_channel_options(security))
+        return grpc.insecure_channel(address, options=channel_options(security))
+    return grpc.secure_channel(address, credentials, options=channel_options(security))
