@@ -8,7 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from colm.events import Accepted, Event, Finished, PrefillProgress, Token
+from colm.events import Accepted, Event, Finished, PrefillProgress, Queued, Token
 
 
 class AnswerView:
@@ -52,6 +52,8 @@ class AnswerView:
             case Accepted():
                 self._accepted = event
                 self._bar = self._progress.add_task("prefill", total=max(1, event.num_prompt_tokens - 1), speed="")
+            case Queued():
+                self._wait(event)
             case PrefillProgress():
                 self._advance(event)
             case Token():
@@ -106,11 +108,16 @@ class AnswerView:
             raise AssertionError("a record needs a finished answer")
         return self._accepted, self._finished
 
+    def _wait(self, event: Queued) -> None:
+        if self._bar is not None:
+            place = f"{event.num_ahead} ahead" if event.num_ahead else "next"
+            self._progress.update(self._bar, description=f"waiting for {event.waits_for.value}", speed=place)
+
     def _advance(self, event: PrefillProgress) -> None:
         if self._bar is not None:
             elapsed_s = max(1e-9, time.monotonic() - self._started_s)
             speed = f"{event.num_tokens_done / elapsed_s:.0f} tokens/s"
-            self._progress.update(self._bar, completed=event.num_tokens_done, speed=speed)
+            self._progress.update(self._bar, description="prefill", completed=event.num_tokens_done, speed=speed)
 
     def _write(self, text: str) -> None:
         self._text.append(text)

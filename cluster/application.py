@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from cluster.config import ClusterConfig
 from cluster.gateway import GatewayLimits
@@ -21,8 +22,10 @@ GATEWAY, DECODE, PREFILL = "gateway", "decode", "prefill"
 PREFILL_RESOURCE, DECODE_RESOURCE = "prefill", "decode"
 _HEAD_RESOURCE = "node:__internal_head__"
 
-# One stream is computed, the next waits at the replica instead of a trip away.
-_PREFILL_ONGOING = 2
+# A replica computes one prompt at a time. One that waited there would be bound to it while another becomes free.
+_PREFILL_ONGOING = 1
+# How often Serve looks for a replica that has become free: what a prefill replica idles between two prompts.
+_ROUTING = RequestRouterConfig(initial_backoff_s=0.005, backoff_multiplier=2, max_backoff_s=0.04)
 _HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 30.0}
 _SHUTDOWN = {"graceful_shutdown_timeout_s": 8.0, "graceful_shutdown_wait_loop_s": 0.2}
 
@@ -52,7 +55,6 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         name=PREFILL,
         replicas=config.prefill.replicas,
         max_ongoing=_PREFILL_ONGOING,
-        max_queued=config.prefill.max_queued,
         actor=_actor(PREFILL_RESOURCE, config.prefill.num_gpus),
     ).bind(
         PrefillOptions(
@@ -61,6 +63,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
             page_tokens=page_tokens,
             tile_tokens=config.prefill.tile_tokens,
             num_threads=config.prefill.num_threads,
+            max_queued=config.prefill.max_queued,
         ),
         security.nodes,
         report_to,
@@ -70,7 +73,6 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         name=DECODE,
         replicas=config.decode.replicas,
         max_ongoing=config.decode.max_requests,
-        max_queued=config.gateway.max_requests,
         actor=_actor(DECODE_RESOURCE, config.decode.num_gpus),
     ).bind(
         DecodeOptions(
@@ -84,6 +86,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         ),
         security.nodes,
         prefill,
+        config.prefill.max_queued,
         report_to,
     )
     gateway = config.gateway
@@ -92,7 +95,6 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         name=GATEWAY,
         replicas=1,
         max_ongoing=1000,
-        max_queued=-1,
         actor={"num_cpus": 0, "resources": {_HEAD_RESOURCE: 0.001}},
     ).bind(
         GatewayOptions(
@@ -108,6 +110,8 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
                 default_max_new_tokens=gateway.default_max_new_tokens,
                 max_new_tokens=gateway.max_new_tokens,
                 default_timeout_s=gateway.default_timeout_s,
+                min_prefill_tokens_per_s=gateway.min_prefill_tokens_per_s,
+                min_decode_tokens_per_s=gateway.min_decode_tokens_per_s,
                 max_timeout_s=gateway.max_timeout_s,
             ),
         ),
@@ -117,15 +121,15 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
     )
 
 
-def _deployment(
-    replica: type, *, name: str, replicas: int, max_ongoing: int, max_queued: int, actor: dict[str, Any]
-) -> Any:
+def _deployment(replica: type, *, name: str, replicas: int, max_ongoing: int, actor: dict[str, Any]) -> Any:
     return serve.deployment(
         replica,
         name=name,
         num_replicas=replicas,
         max_ongoing_requests=max_ongoing,
-        max_queued_requests=max_queued,
+        # Whoever asks Serve for a replica waits in a line of its own, which is bounded.
+        max_queued_requests=-1,
+        request_router_config=_ROUTING,
         ray_actor_options=actor,
         # Every lease and report would be a line; what matters is in the project's own lines.
         logging_config={"enable_access_log": False},

@@ -56,7 +56,7 @@ class PrefillSection(_Section):
     num_gpus: NonNegativeInt = 0
     """GPUs that Ray sets aside for a replica."""
     max_queued: PositiveInt = 64
-    """Prompts that may wait for a replica."""
+    """Prompts of a decode replica that may wait for a prefill replica."""
 
 
 class DecodeSection(_Section):
@@ -69,7 +69,7 @@ class DecodeSection(_Section):
     max_batch_size: PositiveInt = 32
     """Answers advanced together."""
     max_requests: PositiveInt = 64
-    """Requests at once on a replica, prefilling ones included."""
+    """Requests at once on a replica, waiting and prefilling ones included."""
     num_threads: PositiveInt | None = None
     """CPU threads of a replica; all cores by default."""
     num_gpus: NonNegativeInt = 0
@@ -92,7 +92,11 @@ class GatewaySection(_Section):
     max_new_tokens: PositiveInt = 16384
     """The most a client may ask for."""
     default_timeout_s: PositiveFloat = 3600.0
-    """Deadline of a request whose client sets none."""
+    """Deadline of a request whose client sets none, before its work is added."""
+    min_prefill_tokens_per_s: PositiveFloat = 15.0
+    """Slowest prefill that such a deadline allows for."""
+    min_decode_tokens_per_s: PositiveFloat = 2.0
+    """Slowest decoding that such a deadline allows for."""
     max_timeout_s: PositiveFloat = 24 * 3600.0
     """The longest deadline a client may set."""
 

@@ -14,20 +14,29 @@ import grpc
 from cluster.node_registry import NodeRegistry
 from colm.clock import Clock, Deadline
 from colm.config import ChainConfig
-from colm.errors import CapacityExceeded, DeadlineExceeded, InvalidRequest, PeerUnavailable, UnknownModel
-from colm.events import Accepted
-from colm.nodes import ClusterStatus, ModelStatus
+from colm.errors import (
+    CapacityExceeded,
+    DeadlineExceeded,
+    InvalidRequest,
+    LeaseExpired,
+    PeerUnavailable,
+    UnknownModel,
+)
+from colm.events import Accepted, Queued, WaitsFor
+from colm.line import Beat
+from colm.nodes import ClusterStatus, ModelStatus, Role
 from colm.sampling import SamplingParams
 from colm.tokenizer import Tokenizer
 from colm.wire.convert import (
-    accepted_response,
     cluster_status_to_pb,
+    gateway_response,
     relay,
     sampling_from_pb,
     sampling_to_pb,
     token_id_pieces,
 )
 from colm.wire.endpoint import open_channel
+from colm.wire.outcome import Outcome
 from colm.wire.prompt_stream import read_open
 from colm.wire.security import Security
 from colm.wire.status import answering, error_of
@@ -41,6 +50,8 @@ from colm.wire.v1.generation_service_pb2_grpc import (
 
 logger = logging.getLogger(__name__)
 
+_MAX_LOST_LEASES = 3
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeLease:
@@ -53,8 +64,8 @@ class DecodeLease:
 class DecodePool(Protocol):
     """Lends decode nodes."""
 
-    def lease(self) -> AbstractAsyncContextManager[DecodeLease]:
-        """Borrow a node for one request.
+    def lease(self, *, beat: Beat) -> AbstractAsyncContextManager[DecodeLease]:
+        """Borrow a node for one request, in order of asking.
 
         Raises:
             PeerUnavailable: none can be had.
@@ -81,7 +92,14 @@ class GatewayLimits:
     default_max_new_tokens: int
     max_new_tokens: int
     default_timeout_s: float
+    min_prefill_tokens_per_s: float
+    min_decode_tokens_per_s: float
     max_timeout_s: float
+
+    def timeout_s(self, *, num_prompt_tokens: int, max_new_tokens: int) -> float:
+        """Deadline of a request whose client set none: it grows with the work."""
+        work_s = num_prompt_tokens / self.min_prefill_tokens_per_s + max_new_tokens / self.min_decode_tokens_per_s
+        return min(self.default_timeout_s + work_s, self.max_timeout_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +111,8 @@ class _Plan:
     num_chains: int
     max_new_tokens: int
     sampling: SamplingParams
-    timeout_s: float
+    timeout_s: float | None
+    """The client's own; None leaves it to the gateway, once the prompt's length is known."""
 
 
 class GenerationService(GenerationServiceServicer):
@@ -127,13 +146,20 @@ class GenerationService(GenerationServiceServicer):
         """One request; see the .proto file."""
         async with answering(context, "generate"), self._admitted():
             plan = self._plan(await read_open(request_iterator), context.time_remaining())
-            deadline = Deadline.after(self._clock, plan.timeout_s)
+            arrived_s = self._clock.now()
+            timeout_s = self._limits.default_timeout_s if plan.timeout_s is None else plan.timeout_s
             try:
-                async with asyncio.timeout(deadline.remaining_s()):
+                async with asyncio.timeout(timeout_s) as running:
                     token_ids = await self._read_prompt(plan, request_iterator)
-                    await self._serve(plan, token_ids, deadline, context)
+                    if plan.timeout_s is None:
+                        timeout_s = self._limits.timeout_s(
+                            num_prompt_tokens=len(token_ids), max_new_tokens=plan.max_new_tokens
+                        )
+                    deadline = Deadline(self._clock, arrived_s + timeout_s)
+                    running.reschedule(asyncio.get_running_loop().time() + deadline.remaining_s())
+                    await self._serve(plan, token_ids, timeout_s, deadline, context)
             except TimeoutError as err:
-                raise DeadlineExceeded(f"timeout_s={plan.timeout_s:g} is over and the answer is not complete") from err
+                raise DeadlineExceeded(f"timeout_s={timeout_s:g} is over and the answer is not complete") from err
 
     async def GetClusterStatus(
         self,
@@ -174,11 +200,14 @@ class GenerationService(GenerationServiceServicer):
         max_new_tokens = opened.max_new_tokens if opened.HasField("max_new_tokens") else limits.default_max_new_tokens
         if not 1 <= max_new_tokens <= limits.max_new_tokens:
             raise InvalidRequest("max_new_tokens", max_new_tokens, f"must be between 1 and {limits.max_new_tokens}")
-        timeout_s = opened.timeout_s if opened.HasField("timeout_s") else limits.default_timeout_s
-        if not (math.isfinite(timeout_s) and timeout_s <= limits.max_timeout_s):
-            raise InvalidRequest("timeout_s", timeout_s, f"must be at most {limits.max_timeout_s:g}")
-        if timeout_s <= 0:
-            raise DeadlineExceeded(f"timeout_s={timeout_s:g}: the deadline is past already; it must be above 0")
+        timeout_s = opened.timeout_s if opened.HasField("timeout_s") else None
+        if timeout_s is not None:
+            if not (math.isfinite(timeout_s) and timeout_s <= limits.max_timeout_s):
+                raise InvalidRequest("timeout_s", timeout_s, f"must be at most {limits.max_timeout_s:g}")
+            if timeout_s <= 0:
+                raise DeadlineExceeded(f"timeout_s={timeout_s:g}: the deadline is past already; it must be above 0")
+        if call_remaining_s is not None:
+            timeout_s = call_remaining_s if timeout_s is None else min(timeout_s, call_remaining_s)
         sampling = sampling_from_pb(opened.sampling)
         if sampling.stop and model.tokenizer is None:
             raise InvalidRequest("stop", sampling.stop, f"model {model.name!r} has no tokenizer; use stop_token_ids")
@@ -188,7 +217,7 @@ class GenerationService(GenerationServiceServicer):
             num_chains=num_chains,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            timeout_s=timeout_s if call_remaining_s is None else min(timeout_s, call_remaining_s),
+            timeout_s=timeout_s,
         )
 
     async def _read_prompt(self, plan: _Plan, requests: AsyncIterator[pb.GenerateRequest]) -> list[int]:
@@ -244,7 +273,12 @@ class GenerationService(GenerationServiceServicer):
             raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {config.vocab_size}")
 
     async def _serve(
-        self, plan: _Plan, token_ids: list[int], deadline: Deadline, context: grpc.aio.ServicerContext
+        self,
+        plan: _Plan,
+        token_ids: list[int],
+        timeout_s: float,
+        deadline: Deadline,
+        context: grpc.aio.ServicerContext,
     ) -> None:
         request_id = secrets.token_hex(8)
         logger.info("request.accepted request=%s prompt_tokens=%d", request_id, len(token_ids))
@@ -254,10 +288,29 @@ class GenerationService(GenerationServiceServicer):
             num_prompt_tokens=len(token_ids),
             num_chains=plan.num_chains,
             max_new_tokens=plan.max_new_tokens,
+            timeout_s=timeout_s,
         )
-        await context.write(accepted_response(accepted))
-        async with self._decode_pool.lease() as lease:
-            await self._relay(plan, request_id, token_ids, deadline, lease, context)
+        await context.write(gateway_response(accepted))
+
+        async def beat(num_ahead: int) -> None:
+            await context.write(gateway_response(Queued(waits_for=WaitsFor.DECODE_NODE, num_ahead=num_ahead)))
+
+        # Each node is asked once for room at once; only then does the request take its place in the line of one.
+        refusals_left = max(1, self._registry.count(Role.DECODE)) - 1
+        lost_leases_left = _MAX_LOST_LEASES
+        while True:
+            try:
+                async with self._decode_pool.lease(beat=beat) as lease:
+                    only_if_room = refusals_left > 0
+                    return await self._relay(plan, request_id, token_ids, deadline, lease, only_if_room, context)
+            except CapacityExceeded:
+                if not refusals_left:
+                    raise
+                refusals_left -= 1
+            except LeaseExpired:
+                if not lost_leases_left:
+                    raise
+                lost_leases_left -= 1
 
     async def _relay(
         self,
@@ -266,6 +319,7 @@ class GenerationService(GenerationServiceServicer):
         token_ids: list[int],
         deadline: Deadline,
         lease: DecodeLease,
+        only_if_room: bool,
         context: grpc.aio.ServicerContext,
     ) -> None:
         opened = decode_pb.OpenDecode(
@@ -275,6 +329,7 @@ class GenerationService(GenerationServiceServicer):
             sampling=sampling_to_pb(plan.sampling),
             num_prompt_tokens=len(token_ids),
             lease_id=lease.lease_id,
+            only_if_room=only_if_room,
         )
 
         async def requests() -> AsyncIterator[decode_pb.DecodeRequest]:
@@ -287,13 +342,14 @@ class GenerationService(GenerationServiceServicer):
             call = DecodeServiceStub(channel).Decode(
                 requests(), metadata=self._node_security.metadata(), timeout=deadline.remaining_s()
             )
+            outcome = Outcome(call)
             try:
                 async for message in call:
                     finished = message.WhichOneof("event") == "finished"
                     if (response := relay(message)) is not None:
                         await context.write(response)
             except grpc.aio.AioRpcError as err:
-                raise error_of(err, f"decode node {lease.address}") from err
+                raise error_of(outcome.error(err), f"decode node {lease.address}") from err
             finally:
                 call.cancel()
         if not finished:

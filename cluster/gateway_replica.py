@@ -18,12 +18,13 @@ from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.dtypes import parse_dtype
 from colm.kv import KvLayout, fingerprint
+from colm.line import Beat
 from colm.nodes import NodeReport, Role, log_beside
 from colm.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
 from colm.wire.v1 import generation_service_pb2
-from decode_node.replica import borrow
+from decode_node.replica import ServeLender
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +48,13 @@ class GatewayOptions:
 class ServeDecodePool:
     """Decode nodes as Ray Serve knows them."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, *, max_waiting: int) -> None:
+        self._lender = ServeLender(handle, Role.DECODE, max_waiting=max_waiting)
 
     @asynccontextmanager
-    async def lease(self) -> AsyncIterator[DecodeLease]:
+    async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:
         """Borrow a node from Serve."""
-        async with borrow(self._handle, Role.DECODE.value) as (address, lease_id):
+        async with self._lender.lease(beat) as (address, lease_id):
             yield DecodeLease(address=address, lease_id=lease_id)
 
 
@@ -75,7 +76,7 @@ class GatewayReplica:
         service = GenerationService(
             model=model,
             limits=options.limits,
-            decode_pool=ServeDecodePool(decode),
+            decode_pool=ServeDecodePool(decode, max_waiting=options.limits.max_requests),
             node_security=node_security,
             registry=self._registry,
             clock=MonotonicClock(),

@@ -1,7 +1,7 @@
 """Which nodes there are: those that reported lately."""
 
 from colm.clock import Clock
-from colm.nodes import REPORT_INTERVAL_S, NodeReport, NodeStatus
+from colm.nodes import REPORT_INTERVAL_S, NodeReport, NodeStatus, Role
 
 _EXPIRES_S = 10 * REPORT_INTERVAL_S
 
@@ -23,3 +23,7 @@ class NodeRegistry:
         self._seen = {key: seen for key, seen in self._seen.items() if now - seen[1] < _EXPIRES_S}
         nodes = [NodeStatus(report=report, age_s=now - at_s) for report, at_s in self._seen.values()]
         return sorted(nodes, key=lambda node: (node.report.role.value != "prefill", node.report.replica_id))
+
+    def count(self, role: Role) -> int:
+        """Nodes of a role, heard of lately."""
+        return sum(node.report.role is role for node in self.nodes())

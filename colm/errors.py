@@ -38,6 +38,14 @@ class PeerUnavailable(ColmError):
     """Another process broke off, could not be reached, or broke the protocol."""
 
 
+class LeaseExpired(PeerUnavailable):
+    """A call came without a lease, or after its lease had ended; a new lease may be asked for."""
+
+
+class PeerFailed(ColmError):
+    """Another process answered that it failed for a reason of its own; a process beside it may do better."""
+
+
 class FingerprintMismatch(ColmError):
     """The two ends of a KV stream do not serve the same chain 1, dtype or layout."""
 

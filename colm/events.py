@@ -1,4 +1,4 @@
-"""What happens to a request, in order: accepted, prefill progress, tokens, finished."""
+"""What happens to a request, in order: accepted, prefill progress, tokens, finished; queued wherever it waits."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -13,6 +13,26 @@ class Accepted:
     num_prompt_tokens: int
     num_chains: int
     max_new_tokens: int
+    timeout_s: float
+    """Until the answer is given up."""
+
+
+class WaitsFor(Enum):
+    """What a request waits for."""
+
+    DECODE_NODE = "a decode node"
+    PAGES = "KV pages"
+    PREFILL_NODE = "a prefill node"
+    BATCH = "a place in the batch"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Queued:
+    """The request waits; repeated while it does, so that silence always means trouble."""
+
+    waits_for: WaitsFor
+    num_ahead: int
+    """Requests that come before it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,9 +92,9 @@ class Timings:
     """Where the time went, seen from the decode node."""
 
     queue_s: float
-    """Waiting for a prefill node."""
+    """Waiting: for pages, for a prefill node, for the prefill node's turn."""
     prefill_s: float
-    """From the open KV stream to its last tile."""
+    """From the start of the computation to the last tile, over the stream that brought the keys and values."""
     first_token_s: float
     """From the request's arrival to the first token."""
     decode_s: float
@@ -92,4 +112,4 @@ class Finished:
     """Text held back until no stop string could follow; goes after the last token's."""
 
 
-Event = Accepted | Reserved | PrefillProgress | Token | Finished
+Event = Accepted | Queued | Reserved | PrefillProgress | Token | Finished

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from colm.errors import InvalidRequest
+from colm.errors import LeaseExpired
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +43,13 @@ class LeaseTable:
         """The lease's stream has come.
 
         Raises:
-            InvalidRequest: never granted, already used, or expired.
+            LeaseExpired: never granted, already used, or expired.
         """
         lease = self._leases.get(lease_id)
         if lease is None or lease.opened.is_set():
-            raise InvalidRequest("lease_id", lease_id, "must be a lease granted by this node and not used before")
+            raise LeaseExpired(
+                f"lease {lease_id!r} was not granted by this node, was used before, or is older than {self._ttl_s:g} s"
+            )
         lease.opened.set()
         return lease
 

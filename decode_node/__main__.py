@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from colm.clock import MonotonicClock
 from colm.dtypes import dtype_name, fastest_dtype
 from colm.node_cli import TlsDir, TokenFile, guarded, read_security, run_node
 from decode_node.node import DecodeNode, DecodeOptions
@@ -37,7 +38,9 @@ def main(
     )
 
     async def run() -> None:
-        await run_node(DecodeNode(options, read_security(token_file, tls_dir), StaticPrefillPool(prefill)))
+        await run_node(
+            DecodeNode(options, read_security(token_file, tls_dir), StaticPrefillPool(prefill, MonotonicClock()))
+        )
 
     guarded(run())
 

@@ -2,12 +2,10 @@
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import grpc
-import numpy as np
-from numpy.typing import NDArray
 
+from colm.clock import Clock
 from colm.errors import PeerUnavailable
 from colm.wire.convert import token_id_pieces
 from colm.wire.endpoint import open_blocking_channel
@@ -15,27 +13,21 @@ from colm.wire.security import Security
 from colm.wire.status import error_of
 from colm.wire.tile_codec import checksum_of, decode_message, pull_kv_stub
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
+from decode_node.kv_fetch import KvTransfer
 from decode_node.kv_store import KvStore
 from decode_node.prefill_pool import PrefillLease
 from decode_node.transfer_ledger import Arrival, TransferLedger
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KvTransfer:
-    """One attempt to fetch a prompt's keys and values."""
-
-    transfer_id: str
-    epoch: int
-    fingerprint: str
-    token_ids: NDArray[np.int64]
-    table_LM: NDArray[np.int32]
-    """Page ids by layer; see `KvStore.page_table`."""
-
-
 class KvReceiver:
-    """Runs one transfer in a thread of its own: a blocking reader moves three times what an event loop can."""
+    """Runs one transfer in a thread of its own: a blocking reader moves three times what an event loop can.
 
-    def __init__(self, transfer: KvTransfer, lease: PrefillLease, store: KvStore, security: Security) -> None:
+    What it has come to may be read from any thread.
+    """
+
+    def __init__(
+        self, transfer: KvTransfer, lease: PrefillLease, store: KvStore, security: Security, clock: Clock
+    ) -> None:
         self._transfer = transfer
         self._lease = lease
         self._store = store
@@ -43,7 +35,12 @@ class KvReceiver:
         self._lock = threading.Lock()
         self._call: grpc.Call | None = None
         self._cancelled = False
-        self.ledger = TransferLedger(
+        self._clock = clock
+        self.num_ahead: int | None = None
+        """Prompts before this one at the prefill node, as it last said."""
+        self.started_s: float | None = None
+        """When the computation began."""
+        self._ledger = TransferLedger(
             transfer_id=transfer.transfer_id,
             epoch=transfer.epoch,
             num_layers=store.layout.num_layers,
@@ -51,6 +48,16 @@ class KvReceiver:
             layer_token_bytes=store.layout.layer_token_bytes,
             page_tokens=store.layout.page_tokens,
         )
+
+    @property
+    def num_tokens_done(self) -> int:
+        """Tokens arrived, averaged over layers."""
+        return self._ledger.num_tokens_done
+
+    @property
+    def payload_bytes(self) -> int:
+        """Keys and values arrived."""
+        return self._ledger.payload_bytes
 
     def run(self) -> None:
         """Receive everything; returns when the last tile lies in its pages.
@@ -84,16 +91,21 @@ class KvReceiver:
     def _receive(self, call: Iterator[bytes]) -> bool:
         for data in call:
             message, payload = decode_message(data)
-            if message.WhichOneof("event") == "complete":
-                complete = message.complete
-                self.ledger.complete(
-                    transfer_id=complete.transfer_id,
-                    epoch=complete.epoch,
-                    num_tiles=complete.num_tiles,
-                    payload_bytes=complete.payload_bytes,
-                )
-                return True
-            self._store_tile(message.tile, payload)
+            match message.WhichOneof("event"):
+                case "queued":
+                    self.num_ahead = message.queued.num_ahead
+                case "started":
+                    self.started_s = self._clock.now()
+                case "tile":
+                    self._store_tile(message.tile, payload)
+                case _:
+                    self._ledger.complete(
+                        transfer_id=message.complete.transfer_id,
+                        epoch=message.complete.epoch,
+                        num_tiles=message.complete.num_tiles,
+                        payload_bytes=message.complete.payload_bytes,
+                    )
+                    return True
         return False
 
     def _store_tile(self, tile: pb.TileHeader, payload: memoryview) -> None:
@@ -103,7 +115,7 @@ class KvReceiver:
             raise PeerUnavailable(
                 f"the tile at layer {tile.layer} token {tile.first_token} was damaged on the way (checksum)"
             )
-        self.ledger.admit(
+        self._ledger.admit(
             Arrival(
                 transfer_id=tile.transfer_id,
                 epoch=tile.epoch,

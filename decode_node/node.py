@@ -19,9 +19,12 @@ from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
 from decode_node.decode_loop import DecodeLoop
 from decode_node.engine import DecodeEngine
+from decode_node.kv_fetch import KvFetcher, KvTransfer, RetryPolicy
+from decode_node.kv_receiver import KvReceiver
 from decode_node.kv_store import KvStore
+from decode_node.page_line import PageLine
 from decode_node.page_pool import PagePool
-from decode_node.prefill_pool import PrefillPool
+from decode_node.prefill_pool import PrefillLease, PrefillPool
 from decode_node.requests import RequestOwner, Stage
 from decode_node.service import DecodeService
 
@@ -45,7 +48,7 @@ class DecodeOptions:
     max_batch_size: int = 32
     """Answers advanced together."""
     max_requests: int = 64
-    """Requests at once, prefilling ones included; the next is refused."""
+    """Requests at once, waiting and prefilling ones included; the next is refused."""
     num_threads: int | None = None
     """CPU threads; None takes every core this process may use."""
     host: str = "127.0.0.1"
@@ -86,14 +89,16 @@ class DecodeNode:
         self.address = ""
         self.fingerprint = ""
         self.owner: RequestOwner
+        self.page_line: PageLine
+        self._fetcher: KvFetcher | None = None
 
     @property
     def load(self) -> DecodeLoad:
         """Requests decoding, requests before that, and pages."""
-        stages, pool = self.owner.stages(), self.owner.pool
+        stages, pool = self.owner.stages(), self.page_line.pool
         return DecodeLoad(
             num_active=stages[Stage.DECODING],
-            num_queued=stages[Stage.RESERVED] + stages[Stage.PREFILLING],
+            num_queued=stages[Stage.WAITING] + stages[Stage.PREFILLING],
             num_pages_total=pool.num_pages,
             num_pages_used=pool.num_used,
         )
@@ -109,15 +114,27 @@ class DecodeNode:
         options, clock = self._options, MonotonicClock()
         checkpoint, layout, tokenizer, store, engine = await asyncio.to_thread(_load, options)
         self.fingerprint = await asyncio.to_thread(fingerprint, checkpoint, layout)
-        loop = DecodeLoop(engine, max_batch_size=options.max_batch_size)
+        self.page_line = PageLine(PagePool(store.num_pages), max_waiting=options.max_requests)
+        loop = DecodeLoop(engine, self.page_line, max_batch_size=options.max_batch_size)
         self._loop_task = asyncio.create_task(loop.run(), name="decode-loop")
-        self.owner = RequestOwner(
-            pool=PagePool(store.num_pages),
-            store=store,
-            loop=loop,
+
+        def receive(transfer: KvTransfer, lease: PrefillLease) -> KvReceiver:
+            return KvReceiver(transfer, lease, store, self._security, clock)
+
+        self._fetcher = KvFetcher(
             prefill_pool=self._prefill_pool,
-            security=self._security,
+            receive=receive,
+            page_line=self.page_line,
             fingerprint=self.fingerprint,
+            max_transfers=options.max_requests,
+            clock=clock,
+            retry=RetryPolicy(),
+        )
+        self.owner = RequestOwner(
+            page_line=self.page_line,
+            store=store,
+            fetcher=self._fetcher,
+            loop=loop,
             tokenizer=tokenizer,
             eos_token_ids=checkpoint.text.eos_token_ids,
             max_requests=options.max_requests,
@@ -140,6 +157,8 @@ class DecodeNode:
         if self._loop_task is not None:
             self._loop_task.cancel()
             await asyncio.wait([self._loop_task])
+        if self._fetcher is not None:
+            await self._fetcher.stop()
 
     async def serve(self) -> None:
         """Wait until stopped."""

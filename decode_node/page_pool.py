@@ -1,14 +1,12 @@
-"""Counting pages: which are free, and who holds the others. No tensors here."""
+"""Counting pages: which are free, and how many hold the others. No tensors here."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from colm.errors import CapacityExceeded
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PageLease:
-    """Pages that belong to one request until it gives them back."""
+    """Pages that belong together until the last of their holders lets go."""
 
     owner: str
     page_ids: tuple[int, ...]
@@ -16,6 +14,9 @@ class PageLease:
 
 class PagePool:
     """A fixed number of pages, reserved and released as a whole.
+
+    Whoever may write into pages holds them: the request, the thread that receives its keys and values, the loop that
+    decodes it. They are free again when the last has let go, so no order of events frees pages under a writer.
 
     Free pages are kept as sorted runs, and a reservation takes whole runs where it can: neighbouring pages lie
     side by side in memory, and reading them is a plain stream.
@@ -26,7 +27,7 @@ class PagePool:
             raise ValueError(f"num_pages={num_pages} must be at least 1")
         self.num_pages = num_pages
         self._free: list[tuple[int, int]] = [(0, num_pages)]  # (first page, count), sorted, never touching
-        self._held: set[PageLease] = set()
+        self._num_holders: dict[PageLease, int] = {}
 
     @property
     def num_free(self) -> int:
@@ -38,42 +39,46 @@ class PagePool:
         """Pages that requests hold."""
         return self.num_pages - self.num_free
 
-    def reserve(self, owner: str, num_pages: int) -> PageLease:
-        """Take pages, all or none.
-
-        Raises:
-            CapacityExceeded: fewer are free now, or the pool never had so many; the message says which.
-        """
-        if num_pages > self.num_pages:
-            raise CapacityExceeded(
-                f"the request needs {num_pages} KV pages and this decode node has {self.num_pages} in all; "
-                "shorten it or raise decode.kv_cache"
-            )
+    def reserve(self, owner: str, num_pages: int) -> PageLease | None:
+        """Take pages, all or none, for one holder; None where fewer are free."""
         if num_pages > self.num_free:
-            raise CapacityExceeded(
-                f"the request needs {num_pages} KV pages and {self.num_free} of {self.num_pages} are free; "
-                "try again later"
-            )
+            return None
         lease = PageLease(owner, tuple(self._take(num_pages)))
-        self._held.add(lease)
+        self._num_holders[lease] = 1
         return lease
 
-    def release(self, lease: PageLease) -> None:
-        """Give pages back; a lease can be released once.
+    def retain(self, lease: PageLease) -> None:
+        """One more holds the pages.
 
         Raises:
-            KeyError: the lease is not held.
+            KeyError: nobody holds them.
         """
-        self._held.remove(lease)
+        self._num_holders[lease] += 1
+
+    def release(self, lease: PageLease) -> bool:
+        """One holder lets go.
+
+        Returns:
+            Whether it was the last, and the pages are free.
+
+        Raises:
+            KeyError: nobody holds them.
+        """
+        self._num_holders[lease] -= 1
+        if self._num_holders[lease]:
+            return False
+        del self._num_holders[lease]
         for start, count in _runs(lease.page_ids):
             self._put(start, count)
+        return True
 
     def check_integrity(self) -> None:
-        """Every page is free or held by exactly one lease; holds after every call."""
+        """Every page is free or in exactly one lease that somebody holds; true after every call."""
         seen = [page for start, count in self._free for page in range(start, start + count)]
         assert seen == sorted(seen), "free runs out of order"
         assert all(a + n < b for (a, n), (b, _) in zip(self._free, self._free[1:], strict=False)), "free runs touch"
-        seen.extend(page for lease in self._held for page in lease.page_ids)
+        seen.extend(page for lease in self._num_holders for page in lease.page_ids)
+        assert all(count > 0 for count in self._num_holders.values()), "a lease without a holder"
         assert sorted(seen) == list(range(self.num_pages)), "a page is lost or held twice"
 
     def _take(self, num_pages: int) -> list[int]:

@@ -1,10 +1,9 @@
-"""The owner of every request on this node, from the reservation of its pages to its last token."""
+"""The owner of every request on this node, from its place in the line for pages to its last token."""
 
 import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,26 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colm.clock import Clock, Deadline
-from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, InvalidRequest, PeerUnavailable
-from colm.events import Event, Finished, PrefillProgress, Reserved, Timings, Usage
+from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, InvalidRequest
+from colm.events import Event, Finished, Queued, Reserved, Timings, Token, Usage, WaitsFor
 from colm.sampling import SamplingParams
 from colm.tokenizer import Tokenizer
-from colm.wire.security import Security
 from decode_node.decode_loop import DecodeLoop
-from decode_node.kv_receiver import KvReceiver, KvTransfer
+from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder
 from decode_node.kv_store import KvStore
-from decode_node.page_pool import PageLease, PagePool
-from decode_node.prefill_pool import PrefillPool
+from decode_node.page_line import PageLine
+from decode_node.page_pool import PageLease
 from decode_node.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
 Emit = Callable[[Event], Awaitable[None]]
-
-_PROGRESS_INTERVAL_S = 0.1
-_MAX_KV_STREAMS = 8
-_FIRST_RETRY_S = 0.25
-_LAST_RETRY_S = 4.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,12 +38,14 @@ class DecodeJob:
     max_new_tokens: int
     sampling: SamplingParams
     deadline: Deadline | None
+    only_if_room: bool = False
+    """Be refused instead of waiting for pages."""
 
 
 class Stage(Enum):
     """Where a request stands; the last three are its only ends."""
 
-    RESERVED = "reserved"
+    WAITING = "waiting for KV pages"
     PREFILLING = "prefilling"
     DECODING = "decoding"
     FINISHED = "finished"
@@ -61,53 +56,44 @@ class Stage(Enum):
 @dataclass(slots=True)
 class _Request:
     job: DecodeJob
-    pages: PageLease
-    table_LM: NDArray[np.int32]
     arrived_s: float
-    stage: Stage = Stage.RESERVED
-    num_kv_streams: int = 0
-    kv_received_bytes: int = 0
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    answer: Sequence | None = field(default=None)
+    stage: Stage = Stage.WAITING
+    pages: PageLease | None = None
+    account: KvAccount = field(default_factory=KvAccount)
 
 
 class RequestOwner:
     """Runs requests and holds what they hold.
 
     Args:
+        page_line: lends pages.
+        fetcher: brings keys and values into pages.
         loop: advances all answers together.
-        fingerprint: what a prefill node must serve to be of use here.
         tokenizer: None for a model that serves token ids.
         eos_token_ids: tokens that end an answer by the model's own convention.
-        max_requests: requests at once; the next is refused.
+        max_requests: requests at once, waiting ones included; the next is refused.
     """
 
     def __init__(
         self,
         *,
-        pool: PagePool,
+        page_line: PageLine,
         store: KvStore,
+        fetcher: KvFetcher,
         loop: DecodeLoop,
-        prefill_pool: PrefillPool,
-        security: Security,
-        fingerprint: str,
         tokenizer: Tokenizer | None,
         eos_token_ids: tuple[int, ...],
         max_requests: int,
         clock: Clock,
     ) -> None:
-        self.pool = pool
+        self._page_line = page_line
         self._store = store
+        self._fetcher = fetcher
         self._loop = loop
-        self._prefill_pool = prefill_pool
-        self._security = security
-        self._fingerprint = fingerprint
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._max_requests = max_requests
         self._clock = clock
-        self._receivers = ThreadPoolExecutor(max_workers=max_requests, thread_name_prefix="kv-receiver")
         self._requests: dict[str, _Request] = {}
 
     def stages(self) -> Counter[Stage]:
@@ -118,10 +104,11 @@ class RequestOwner:
         """Serve one request; returns after its `Finished` was emitted.
 
         Raises:
-            CapacityExceeded: no room; nothing was kept.
-            DeadlineExceeded, PeerUnavailable, FingerprintMismatch: as their names say; nothing was kept.
+            InvalidRequest: it can never be served here; nothing was kept.
+            CapacityExceeded: no room, and no waiting; nothing was kept.
+            DeadlineExceeded, PeerUnavailable, PeerFailed, FingerprintMismatch: as their names say; nothing was kept.
         """
-        request = self._reserve(job)
+        request = self._admit(job)
         outcome = Stage.FAILED
         try:
             async with asyncio.timeout(None if job.deadline is None else job.deadline.remaining_s()):
@@ -135,92 +122,76 @@ class RequestOwner:
         finally:
             self._finish(request, outcome)
 
-    def _reserve(self, job: DecodeJob) -> _Request:
+    def _admit(self, job: DecodeJob) -> _Request:
         if job.request_id in self._requests:
             raise InvalidRequest("request_id", job.request_id, "a request of that id is running on this node")
+        num_pages, pool = self._num_pages(job), self._page_line.pool
+        if num_pages > pool.num_pages:
+            raise InvalidRequest(
+                "max_new_tokens",
+                job.max_new_tokens,
+                f"with {len(job.token_ids)} prompt tokens it needs {num_pages} KV pages and a decode node has "
+                f"{pool.num_pages} in all; shorten either, or raise decode.kv_cache",
+            )
         if len(self._requests) >= self._max_requests:
-            raise CapacityExceeded(f"{self._max_requests} requests run on this decode node already; try again later")
-        num_tokens = len(job.token_ids) + job.max_new_tokens
-        pages = self.pool.reserve(job.request_id, self._store.layout.pages(num_tokens))
-        request = _Request(job, pages, self._store.page_table(pages), self._clock.now())
+            raise CapacityExceeded(f"{self._max_requests} requests are on this decode node already; try again later")
+        request = _Request(job, self._clock.now())
         self._requests[job.request_id] = request
-        logger.info("request.reserved request=%s pages=%d", job.request_id, len(pages.page_ids))
         return request
 
+    def _num_pages(self, job: DecodeJob) -> int:
+        return self._store.layout.pages(len(job.token_ids) + job.max_new_tokens)
+
     def _finish(self, request: _Request, outcome: Stage) -> None:
-        """The one way out: whatever ran for the request has stopped, so its pages are free again."""
-        self.pool.release(request.pages)
+        """The one way out. Nothing is awaited here, so a second cancellation changes nothing.
+
+        A step or a receiving thread that still runs holds the pages for itself.
+        """
+        if request.pages is not None:
+            self._page_line.release(request.pages)
         del self._requests[request.job.request_id]
         logger.info(
             "request.%s request=%s after=%s kv_bytes=%d dur_ms=%.1f",
-            outcome.value,
+            outcome.name.lower(),
             request.job.request_id,
-            request.stage.value,
-            request.kv_received_bytes,
+            request.stage.name.lower(),
+            request.account.kv_received_bytes,
             (self._clock.now() - request.arrived_s) * 1e3,
         )
 
     async def _serve(self, request: _Request, emit: Emit) -> None:
-        await emit(Reserved(num_pages=len(request.pages.page_ids)))
+        job = request.job
+        pages = request.pages = await self._reserve(job, emit)
+        request.account.queue_s = self._clock.now() - request.arrived_s
+        logger.info("request.reserved request=%s pages=%d", job.request_id, len(pages.page_ids))
+        await emit(Reserved(num_pages=len(pages.page_ids)))
+        table_LM = self._store.page_table(pages)
         # The prefill node cannot make the first token: that takes all active chains at the last prompt token.
-        num_prefill_tokens = len(request.job.token_ids) - 1
-        if num_prefill_tokens:
+        prefill_token_ids = job.token_ids[:-1]
+        if len(prefill_token_ids):
             request.stage = Stage.PREFILLING
-            await self._fetch_kv(request, num_prefill_tokens, emit)
+            order = KvOrder(request_id=job.request_id, token_ids=prefill_token_ids, pages=pages, table_LM=table_LM)
+            await self._fetcher.fetch(order, request.account, emit)
         request.stage = Stage.DECODING
-        await self._decode(request, emit)
+        await self._decode(request, pages, table_LM, emit)
 
-    async def _fetch_kv(self, request: _Request, num_tokens: int, emit: Emit) -> None:
-        retry_s = _FIRST_RETRY_S
-        while True:
-            try:
-                return await self._attempt_kv(request, num_tokens, emit)
-            except PeerUnavailable as err:
-                if request.num_kv_streams >= _MAX_KV_STREAMS:
-                    raise PeerUnavailable(
-                        f"gave up after {request.num_kv_streams} KV streams; the last: {err}"
-                    ) from err
-                logger.warning("transfer.retry request=%s in_s=%.2f cause=%s", request.job.request_id, retry_s, err)
-                await asyncio.sleep(retry_s)
-                retry_s = min(2 * retry_s, _LAST_RETRY_S)
+    async def _reserve(self, job: DecodeJob, emit: Emit) -> PageLease:
+        num_pages = self._num_pages(job)
+        if (pages := self._page_line.reserve_now(job.request_id, num_pages)) is not None:
+            return pages
+        if job.only_if_room:
+            pool = self._page_line.pool
+            raise CapacityExceeded(
+                f"the request needs {num_pages} KV pages; {pool.num_free} of {pool.num_pages} are free and "
+                f"{self._page_line.num_waiting} requests wait for some; try again later"
+            )
 
-    async def _attempt_kv(self, request: _Request, num_tokens: int, emit: Emit) -> None:
-        asked_s = self._clock.now()
-        request.num_kv_streams += 1
-        transfer = KvTransfer(
-            transfer_id=request.job.request_id,
-            epoch=request.num_kv_streams,
-            fingerprint=self._fingerprint,
-            token_ids=request.job.token_ids[:num_tokens],
-            table_LM=request.table_LM,
-        )
-        async with self._prefill_pool.lease(num_tokens=num_tokens) as lease:
-            opened_s = self._clock.now()
-            request.queue_s += opened_s - asked_s
-            receiver = KvReceiver(transfer, lease, self._store, self._security)
-            thread = asyncio.get_running_loop().run_in_executor(self._receivers, receiver.run)
-            try:
-                await self._report_progress(thread, receiver, num_tokens, emit)
-                await thread
-            finally:
-                # Only a thread that has ended can no longer write into the pages.
-                receiver.cancel()
-                await asyncio.shield(asyncio.wait([thread]))
-                request.kv_received_bytes += receiver.ledger.payload_bytes
-            request.prefill_s = self._clock.now() - opened_s
-        await emit(PrefillProgress(num_tokens_done=num_tokens, num_tokens_total=num_tokens))
+        async def beat(num_ahead: int) -> None:
+            await emit(Queued(waits_for=WaitsFor.PAGES, num_ahead=num_ahead))
 
-    async def _report_progress(
-        self, thread: "asyncio.Future[None]", receiver: KvReceiver, num_tokens: int, emit: Emit
-    ) -> None:
-        reported = -1
-        while not thread.done():
-            if (done := receiver.ledger.num_tokens_done) != reported and done < num_tokens:
-                await emit(PrefillProgress(num_tokens_done=done, num_tokens_total=num_tokens))
-                reported = done
-            await asyncio.wait([thread], timeout=_PROGRESS_INTERVAL_S)
+        return await self._page_line.reserve(job.request_id, num_pages, beat)
 
-    async def _decode(self, request: _Request, emit: Emit) -> None:
+    async def _decode(self, request: _Request, pages: PageLease, table_LM: NDArray[np.int32], emit: Emit) -> None:
         job = request.job
         eos_token_ids = () if job.sampling.ignore_eos else self._eos_token_ids
         answer = Sequence(
@@ -228,38 +199,38 @@ class RequestOwner:
             position=len(job.token_ids) - 1,
             num_chains=job.num_chains,
             max_new_tokens=job.max_new_tokens,
-            table_LM=request.table_LM,
+            table_LM=table_LM,
             sampling=job.sampling,
             stop_token_ids={*eos_token_ids, *job.sampling.stop_token_ids},
             text_stream=None if self._tokenizer is None else self._tokenizer.stream(),
         )
-        first_token_s = last_token_s = self._clock.now()
-        async with aclosing(self._loop.tokens(answer)) as tokens:
-            async for token in tokens:
-                last_token_s = self._clock.now()
-                if answer.num_new_tokens == 1:
-                    first_token_s = last_token_s
-                await emit(token)
-        await emit(self._finished(request, answer, first_token_s, last_token_s))
-
-    def _finished(self, request: _Request, answer: Sequence, first_token_s: float, last_token_s: float) -> Finished:
-        if answer.finish_reason is None:
+        first_token_s = last_token_s = None
+        async with aclosing(self._loop.events(answer, pages)) as events:
+            async for event in events:
+                if isinstance(event, Token):
+                    last_token_s = self._clock.now()
+                    first_token_s = last_token_s if first_token_s is None else first_token_s
+                await emit(event)
+        if answer.finish_reason is None or first_token_s is None or last_token_s is None:
             raise ColmError("the decode loop let go of an unfinished answer")
-        return Finished(
-            reason=answer.finish_reason,
-            usage=Usage(
-                num_prompt_tokens=len(request.job.token_ids),
-                num_prefill_tokens=len(request.job.token_ids) - 1,
-                num_decode_prompt_tokens=1,
-                num_new_tokens=answer.num_new_tokens,
-                kv_received_bytes=request.kv_received_bytes,
-                num_kv_streams=request.num_kv_streams,
-            ),
-            timings=Timings(
-                queue_s=request.queue_s,
-                prefill_s=request.prefill_s,
-                first_token_s=first_token_s - request.arrived_s,
-                decode_s=last_token_s - first_token_s,
-            ),
-            text=answer.tail,
+        account = request.account
+        await emit(
+            Finished(
+                reason=answer.finish_reason,
+                usage=Usage(
+                    num_prompt_tokens=len(job.token_ids),
+                    num_prefill_tokens=len(job.token_ids) - 1,
+                    num_decode_prompt_tokens=1,
+                    num_new_tokens=answer.num_new_tokens,
+                    kv_received_bytes=account.kv_received_bytes,
+                    num_kv_streams=account.num_kv_streams,
+                ),
+                timings=Timings(
+                    queue_s=account.queue_s,
+                    prefill_s=account.prefill_s,
+                    first_token_s=first_token_s - request.arrived_s,
+                    decode_s=last_token_s - first_token_s,
+                ),
+                text=answer.tail,
+            )
         )

@@ -55,6 +55,7 @@ class DecodeService(DecodeServiceServicer):
                 max_new_tokens=opened.max_new_tokens,
                 sampling=sampling_from_pb(opened.sampling),
                 deadline=None if remaining_s is None else Deadline.after(self._clock, remaining_s),
+                only_if_room=opened.only_if_room,
             )
 
             async def emit(event: Event) -> None:

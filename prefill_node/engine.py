@@ -3,7 +3,7 @@
 Shapes: N prompt tokens, T tokens of a tile, D chain-1 model features, H chain-1 query heads, K kv heads, E head dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -44,11 +44,17 @@ class PrefillEngine:
         self._inverse_frequencies = inverse_frequencies(checkpoint.config)
 
     @torch.inference_mode()
-    def run(self, token_ids: NDArray[np.int64]) -> Iterator[KvTile]:
+    def run(
+        self, token_ids: NDArray[np.int64], *, is_cancelled: Callable[[], bool] = lambda: False
+    ) -> Iterator[KvTile]:
         """Compute the keys and values of every token.
 
         Tiles come layer by layer, in token order. A tile's tensors are views that the next layer overwrites: use
         or copy them before asking for the next tile. Dropping the iterator stops the work.
+
+        Args:
+            token_ids: the prompt.
+            is_cancelled: looked at between a tile's operations; once it says so, no tile follows.
 
         Raises:
             InvalidRequest: no tokens, more than the model's context, or an id outside the vocabulary.
@@ -70,10 +76,17 @@ class PrefillEngine:
                 k_KTE, v_KTE = k_KNE[:, start:stop], v_KNE[:, start:stop]
                 write_kv(k_TKE, v_TKE, cos_TE, sin_TE, k_KTE.transpose(0, 1), v_KTE.transpose(0, 1))
                 yield KvTile(index, start, k_KTE, v_KTE)
+                if is_cancelled():
+                    return
                 # The last layer's output would only feed the head, which is the decode node's work.
                 if not is_last:
                     q_THE = rotate_(layer.attention.queries(normed_TD, (stop - start,)), cos_TE, sin_TE)
-                    _finish_layer(layer, x_TD, q_THE, k_KNE[:, :stop], v_KNE[:, :stop])
+                    out_THE, _ = prefill_attention(q_THE, k_KNE[:, :stop], v_KNE[:, :stop])
+                    if is_cancelled():
+                        return
+                    _finish_layer(layer, x_TD, out_THE)
+                    if is_cancelled():
+                        return
 
     def check(self, token_ids: NDArray[np.int64]) -> None:
         """Refuse a prompt that this model cannot read."""
@@ -83,9 +96,8 @@ class PrefillEngine:
             raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {self.config.vocab_size}")
 
 
-def _finish_layer(layer: ChainBlock, x_TD: Tensor, q_THE: Tensor, k_KSE: Tensor, v_KSE: Tensor) -> None:
-    """Attention and feed-forward of a tile, added to its hidden states in place."""
+def _finish_layer(layer: ChainBlock, x_TD: Tensor, out_THE: Tensor) -> None:
+    """What follows a tile's attention, added to its hidden states in place."""
     rows = (x_TD.shape[0],)
-    out_THE, _ = prefill_attention(q_THE, k_KSE, v_KSE)
     normed_TD = layer.ffn_norm.add_(x_TD, layer.attention.wo(out_THE.flatten(1), rows), 1)
     x_TD += layer.ffn(normed_TD, rows)

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Executor, Future
 
 _POLL_S = 0.05
 
@@ -25,6 +26,7 @@ class Handoff:
         self._items: deque[bytes] = deque()
         self._ready = asyncio.Event()
         self._ended = False
+        self._error: BaseException | None = None
 
     def put(self, item: bytes) -> None:
         """Called by the thread; blocks while the queue is full.
@@ -49,21 +51,23 @@ class Handoff:
         return self._closed.is_set()
 
     async def items(self) -> AsyncIterator[bytes]:
-        """Read until the writer has ended."""
+        """Read until the writer has ended; raises what it failed with, after its items."""
         while True:
             while self._items:
                 yield self._items.popleft()
                 self._room.release()
             if self._ended:
+                if self._error is not None:
+                    raise self._error
                 return
             self._ready.clear()
             await self._ready.wait()
 
-    def start(self, produce: Callable[[], Iterable[bytes]]) -> "asyncio.Future[None]":
-        """Run `produce` in a thread and put what it yields.
+    def start(self, produce: Callable[[], Iterable[bytes]], executor: Executor) -> "Future[None]":
+        """Run `produce` in a thread of the executor and put what it yields.
 
         Returns:
-            A future that ends with the thread, with its error where it failed; being closed is no error.
+            A future that ends with the thread and not before, whatever becomes of the reader.
         """
 
         def work() -> None:
@@ -73,14 +77,16 @@ class Handoff:
             except HandoffClosed:
                 pass
 
-        future = self._loop.run_in_executor(None, work)
-        future.add_done_callback(lambda _: self._end())
-        return future
+        thread = executor.submit(work)
+        thread.add_done_callback(
+            lambda _: self._loop.call_soon_threadsafe(self._end, None if thread.cancelled() else thread.exception())
+        )
+        return thread
 
     def _arrived(self, item: bytes) -> None:
         self._items.append(item)
         self._ready.set()
 
-    def _end(self) -> None:
-        self._ended = True
+    def _end(self, error: BaseException | None) -> None:
+        self._ended, self._error = True, error
         self._ready.set()

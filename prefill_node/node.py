@@ -15,6 +15,7 @@ from colm.leases import LeaseTable
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
 from prefill_node.engine import PrefillEngine
+from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.service import PrefillService
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class PrefillNode:
         self._security = security
         self._leases = leases
         self._server: grpc.aio.Server = create_server(security)
+        self._loop: PrefillLoop | None = None
         self.address = ""
         self.fingerprint = ""
         self.service: PrefillService
@@ -68,9 +70,8 @@ class PrefillNode:
         """
         options = self._options
         engine, self.fingerprint = await asyncio.to_thread(_load, options)
-        self.service = PrefillService(
-            engine, fingerprint=self.fingerprint, leases=self._leases, max_queued=options.max_queued
-        )
+        self._loop = PrefillLoop(max_queued=options.max_queued)
+        self.service = PrefillService(engine, self._loop, fingerprint=self.fingerprint, leases=self._leases)
         self.service.add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()
@@ -80,6 +81,8 @@ class PrefillNode:
     async def stop(self) -> None:
         """Let running streams end within a grace period, then break them off."""
         await self._server.stop(_STOP_GRACE_S)
+        if self._loop is not None:
+            await self._loop.stop()
 
     async def serve(self) -> None:
         """Wait until stopped."""

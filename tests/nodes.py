@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import grpc
 
+from colm.clock import MonotonicClock
+from colm.leases import LeaseTable
 from colm.sampling import SamplingParams
 from colm.wire.convert import sampling_to_pb, token_id_pieces
 from colm.wire.endpoint import bind, create_server, open_channel
+from colm.wire.outcome import Outcome
 from colm.wire.security import Security
 from colm.wire.tile_codec import METHOD, SERVICE, pull_kv_handlers
 from colm.wire.v1 import common_pb2, decode_service_pb2
@@ -32,19 +35,36 @@ class Answer:
     """What a decode call brought."""
 
     token_ids: tuple[int, ...]
-    finished: decode_service_pb2.DecodeResponse
+    logprobs: tuple[float, ...]
+    responses: tuple[decode_service_pb2.DecodeResponse, ...]
 
     @property
     def usage(self) -> common_pb2.Usage:
-        return self.finished.finished.usage
+        return self.responses[-1].finished.usage
+
+    @property
+    def timings(self) -> common_pb2.Timings:
+        return self.responses[-1].finished.timings
+
+    @property
+    def waits(self) -> list[tuple[int, int]]:
+        """(what it waited for, how many were ahead), as it was told."""
+        queued = [response.queued for response in self.responses if response.WhichOneof("event") == "queued"]
+        return [(event.waits_for, event.num_ahead) for event in queued]
 
 
 @asynccontextmanager
-async def prefill_node(model_path: str, security: Security | None = None) -> AsyncIterator[PrefillNode]:
-    options = PrefillOptions(
-        model_path=model_path, dtype="float32", page_tokens=PAGE_TOKENS, tile_tokens=TILE_TOKENS, num_threads=1
+async def prefill_node(
+    model_path: str, security: Security | None = None, leases: LeaseTable | None = None, **options: int
+) -> AsyncIterator[PrefillNode]:
+    chosen = PrefillOptions(
+        model_path=model_path,
+        dtype="float32",
+        page_tokens=PAGE_TOKENS,
+        num_threads=1,
+        **{"tile_tokens": TILE_TOKENS, **options},
     )
-    node = PrefillNode(options, security or Security())
+    node = PrefillNode(chosen, security or Security(), leases)
     await node.start()
     try:
         yield node
@@ -54,7 +74,11 @@ async def prefill_node(model_path: str, security: Security | None = None) -> Asy
 
 @asynccontextmanager
 async def decode_node(
-    model_path: str, prefill_addresses: Sequence[str], security: Security | None = None, **options: int
+    model_path: str,
+    prefill_addresses: Sequence[str],
+    security: Security | None = None,
+    leases: LeaseTable | None = None,
+    **options: int,
 ) -> AsyncIterator[DecodeNode]:
     """A decode node; on the way out it must hold nothing."""
     chosen = DecodeOptions(
@@ -64,7 +88,7 @@ async def decode_node(
         num_threads=1,
         **{"kv_cache_bytes": 16 << 20, **options},
     )
-    node = DecodeNode(chosen, security or Security(), StaticPrefillPool(prefill_addresses))
+    node = DecodeNode(chosen, security or Security(), StaticPrefillPool(prefill_addresses, MonotonicClock()), leases)
     await node.start()
     try:
         yield node
@@ -74,8 +98,9 @@ async def decode_node(
 
 
 def assert_nothing_held(node: DecodeNode) -> None:
-    node.owner.pool.check_integrity()
-    assert node.owner.pool.num_used == 0
+    node.page_line.pool.check_integrity()
+    assert node.page_line.pool.num_used == 0
+    assert not node.page_line.num_waiting
     assert not node.owner.stages()
 
 
@@ -98,6 +123,8 @@ def decode_requests(
     num_chains: int = 1,
     max_new_tokens: int = 8,
     sampling: SamplingParams | None = None,
+    only_if_room: bool = False,
+    lease_id: str = "",
 ) -> list[decode_service_pb2.DecodeRequest]:
     opened = decode_service_pb2.OpenDecode(
         request_id=request_id,
@@ -105,6 +132,8 @@ def decode_requests(
         max_new_tokens=max_new_tokens,
         sampling=sampling_to_pb(sampling or SamplingParams(ignore_eos=True)),
         num_prompt_tokens=len(token_ids),
+        only_if_room=only_if_room,
+        lease_id=lease_id,
     )
     pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(token_ids)]
     return [decode_service_pb2.DecodeRequest(open=opened), *pieces]
@@ -116,13 +145,17 @@ async def decode(
     """Call a decode node and read its answer to the end."""
     async with open_channel(address, Security()) as channel:
         call = DecodeServiceStub(channel).Decode(iter(decode_requests(token_ids, **request)), timeout=timeout_s)  # type: ignore[arg-type]
-        responses = [response async for response in call]
-    token_ids = tuple(r.token.token_id for r in responses if r.WhichOneof("event") == "token")
+        outcome = Outcome(call)
+        try:
+            responses = [response async for response in call]
+        except grpc.aio.AioRpcError as err:
+            raise outcome.error(err) from None
+    tokens = [r.token for r in responses if r.WhichOneof("event") == "token"]
     kinds = [r.WhichOneof("event") for r in responses]
     assert kinds.count("finished") == 1
     assert kinds[-1] == "finished"
     assert responses[-1].finished.reason == common_pb2.FINISH_REASON_LENGTH
-    return Answer(token_ids, responses[-1])
+    return Answer(tuple(token.token_id for token in tokens), tuple(token.logprob for token in tokens), tuple(responses))
 
 
 @asynccontextmanager

@@ -14,10 +14,12 @@ from colm.events import (
     Finished,
     FinishReason,
     PrefillProgress,
+    Queued,
     Reserved,
     Timings,
     Token,
     Usage,
+    WaitsFor,
 )
 from colm.nodes import ClusterStatus, ModelStatus, NodeReport, NodeStatus, ProcessFacts, Role
 from colm.sampling import SamplingParams
@@ -37,6 +39,12 @@ _ROLES = {Role.PREFILL: generation_pb.ROLE_PREFILL, Role.DECODE: generation_pb.R
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+_WAITS_FOR = {
+    WaitsFor.DECODE_NODE: pb.WAITS_FOR_DECODE_NODE,
+    WaitsFor.PAGES: pb.WAITS_FOR_PAGES,
+    WaitsFor.PREFILL_NODE: pb.WAITS_FOR_PREFILL_NODE,
+    WaitsFor.BATCH: pb.WAITS_FOR_BATCH,
 }
 
 
@@ -90,6 +98,11 @@ def _from_pb(record_type: type[_Record], message: Message) -> _Record:
     return record_type(**{field.name: getattr(message, field.name) for field in fields(record_type)})
 
 
+def queued_to_pb(event: Queued) -> pb.Queued:
+    """Domain to wire."""
+    return pb.Queued(waits_for=_WAITS_FOR[event.waits_for], num_ahead=event.num_ahead)
+
+
 def token_to_pb(event: Token) -> pb.Token:
     """Domain to wire."""
     return pb.Token(
@@ -114,6 +127,8 @@ def finished_to_pb(event: Finished) -> pb.Finished:
 def decode_response(event: Event) -> decode_pb.DecodeResponse:
     """An event of a decode node as its service sends it."""
     match event:
+        case Queued():
+            return decode_pb.DecodeResponse(queued=queued_to_pb(event))
         case Reserved():
             return decode_pb.DecodeResponse(reserved=_to_pb(decode_pb.Reserved, event))
         case PrefillProgress():
@@ -126,14 +141,20 @@ def decode_response(event: Event) -> decode_pb.DecodeResponse:
             raise AssertionError("a decode node accepts nothing; the gateway does")
 
 
-def accepted_response(event: Accepted) -> generation_pb.GenerateResponse:
-    """The gateway's first word to the client."""
-    return generation_pb.GenerateResponse(accepted=_to_pb(generation_pb.Accepted, event))
+def gateway_response(event: Accepted | Queued) -> generation_pb.GenerateResponse:
+    """The gateway's own words to the client."""
+    match event:
+        case Accepted():
+            return generation_pb.GenerateResponse(accepted=_to_pb(generation_pb.Accepted, event))
+        case Queued():
+            return generation_pb.GenerateResponse(queued=queued_to_pb(event))
 
 
 def relay(message: decode_pb.DecodeResponse) -> generation_pb.GenerateResponse | None:
     """A decode node's event as the client sees it; None where it is not the client's business."""
     match message.WhichOneof("event"):
+        case "queued":
+            return generation_pb.GenerateResponse(queued=message.queued)
         case "prefill_progress":
             return generation_pb.GenerateResponse(prefill_progress=message.prefill_progress)
         case "token":
@@ -189,6 +210,8 @@ def event_from_pb(message: generation_pb.GenerateResponse) -> Event:
     match message.WhichOneof("event"):
         case "accepted":
             return _from_pb(Accepted, message.accepted)
+        case "queued":
+            return _queued(message.queued)
         case "prefill_progress":
             return _from_pb(PrefillProgress, message.prefill_progress)
         case "token":
@@ -197,6 +220,13 @@ def event_from_pb(message: generation_pb.GenerateResponse) -> Event:
             return _finished(message.finished)
         case kind:
             raise ValueError(f"the server sent an event of unknown kind {kind!r}")
+
+
+def _queued(queued: pb.Queued) -> Queued:
+    waits_for = {value: key for key, value in _WAITS_FOR.items()}
+    if queued.waits_for not in waits_for:
+        raise ValueError(f"the server queued the request for an unknown thing {queued.waits_for}")
+    return Queued(waits_for=waits_for[queued.waits_for], num_ahead=queued.num_ahead)
 
 
 def _token(token: pb.Token) -> Token:

@@ -1,13 +1,17 @@
 """A prompt as it arrives between nodes: one `open`, then token ids in pieces, then the half-close."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from colm.errors import InvalidRequest
+from colm.errors import DeadlineExceeded, InvalidRequest
 from colm.wire.v1 import common_pb2 as pb
+
+OPEN_TIMEOUT_S = 10.0
+"""How long a call may stay silent before its `open`; it holds a place of the server's meanwhile."""
 
 _Open = TypeVar("_Open", covariant=True)
 
@@ -32,12 +36,18 @@ async def read_open(requests: AsyncIterator[PromptPart[_Open]]) -> _Open:
 
     Raises:
         InvalidRequest: the call ended before it, or begins with something else.
+        DeadlineExceeded: it did not come within `OPEN_TIMEOUT_S`.
     """
-    async for request in requests:
-        if (part := request.WhichOneof("part")) != "open":
-            raise InvalidRequest("part", part, "the first message of a call must be `open`")
-        return request.open
-    raise InvalidRequest("part", None, "the call ended before its `open`")
+    try:
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            request = await anext(aiter(requests))
+    except StopAsyncIteration as err:
+        raise InvalidRequest("part", None, "the call ended before its `open`") from err
+    except TimeoutError as err:
+        raise DeadlineExceeded(f"the call's `open` did not come within {OPEN_TIMEOUT_S:g} s") from err
+    if (part := request.WhichOneof("part")) != "open":
+        raise InvalidRequest("part", part, "the first message of a call must be `open`")
+    return request.open
 
 
 async def read_token_ids(requests: AsyncIterator[PromptPart[object]], num_tokens: int) -> NDArray[np.int64]:

@@ -14,6 +14,8 @@ from colm.errors import (
     DeadlineExceeded,
     FingerprintMismatch,
     InvalidRequest,
+    LeaseExpired,
+    PeerFailed,
     PeerUnavailable,
     Unauthenticated,
     UnknownModel,
@@ -31,6 +33,7 @@ _BY_ERROR: list[tuple[type[ColmError], grpc.StatusCode, "pb.ErrorDetail.Kind"]] 
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT, _Kind.KIND_INVALID_REQUEST),
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED, _Kind.KIND_UNAUTHENTICATED),
     (CapacityExceeded, grpc.StatusCode.RESOURCE_EXHAUSTED, _Kind.KIND_CAPACITY_EXCEEDED),
+    (LeaseExpired, grpc.StatusCode.UNAVAILABLE, _Kind.KIND_LEASE_EXPIRED),
     (PeerUnavailable, grpc.StatusCode.UNAVAILABLE, _Kind.KIND_PEER_UNAVAILABLE),
     (FingerprintMismatch, grpc.StatusCode.FAILED_PRECONDITION, _Kind.KIND_FINGERPRINT_MISMATCH),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, _Kind.KIND_DEADLINE_EXCEEDED),
@@ -38,14 +41,17 @@ _BY_ERROR: list[tuple[type[ColmError], grpc.StatusCode, "pb.ErrorDetail.Kind"]] 
 
 
 async def abort(context: grpc.aio.ServicerContext, error: ColmError) -> NoReturn:
-    """End a call with the status of a typed error."""
+    """End a call with the status of a typed error; where the caller has gone already, nobody is told."""
     internal = (ColmError, grpc.StatusCode.INTERNAL, _Kind.KIND_INTERNAL)
     _, code, detail_kind = next((row for row in _BY_ERROR if isinstance(error, row[0])), internal)
     detail = pb.ErrorDetail(kind=detail_kind)
     if isinstance(error, InvalidRequest):
         detail.field, detail.value, detail.limit = error.field, error.value, error.limit
     metadata = ((DETAIL_KEY, detail.SerializeToString()),)
-    await context.abort(code, str(error), metadata)
+    try:
+        await context.abort(code, str(error), metadata)
+    except grpc.aio.InternalError as gone:
+        raise asyncio.CancelledError from gone
     raise AssertionError("abort returned")
 
 
@@ -88,7 +94,7 @@ def error_of(error: grpc.RpcError, peer: str) -> ColmError:
         return Unauthenticated(message)
     if code == grpc.StatusCode.CANCELLED:
         return PeerUnavailable(f"{peer} cancelled the call: {message}")
-    return ColmError(f"{peer}: {code.name}: {message}")
+    return PeerFailed(f"{peer}: {code.name}: {message}")
 
 
 def _rebuild(kind: type[ColmError], detail: pb.ErrorDetail, message: str) -> ColmError:

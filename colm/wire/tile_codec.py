@@ -24,8 +24,7 @@ if sys.byteorder != "little":
 SERVICE = "colm.wire.v1.KvTransferService"
 METHOD = "PullKv"
 _PAYLOAD_TAG = 15 << 3 | 2
-_TILE_TAG = 1 << 3 | 2
-_COMPLETE_TAG = 2 << 3 | 2
+_EVENT_TAGS = {field.number << 3 | 2 for field in pb.PullKvResponse.DESCRIPTOR.oneofs_by_name["event"].fields}
 
 
 def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int) -> bytes:
@@ -65,7 +64,7 @@ def decode_message(data: bytes) -> tuple[pb.PullKvResponse, memoryview]:
     view = memoryview(data)
     try:
         tag, start = _read_varint(view, 0)
-        if tag not in (_TILE_TAG, _COMPLETE_TAG):
+        if tag not in _EVENT_TAGS:
             raise ValueError(f"unexpected field tag {tag}")
         length, start = _read_varint(view, start)
         end = start + length

@@ -21,6 +21,8 @@ from colm.errors import (
     DeadlineExceeded,
     FingerprintMismatch,
     InvalidRequest,
+    LeaseExpired,
+    PeerFailed,
     PeerUnavailable,
     Unauthenticated,
     UnknownModel,
@@ -32,10 +34,12 @@ from colm.events import (
     Finished,
     FinishReason,
     PrefillProgress,
+    Queued,
     Reserved,
     Timings,
     Token,
     Usage,
+    WaitsFor,
 )
 from colm.sampling import (
     MAX_STOP_CHARS,
@@ -47,9 +51,9 @@ from colm.sampling import (
 )
 from colm.wire.convert import (
     IDS_PER_MESSAGE,
-    accepted_response,
     decode_response,
     event_from_pb,
+    gateway_response,
     relay,
     sampling_from_pb,
     sampling_to_pb,
@@ -82,7 +86,10 @@ USAGES = st.builds(
     num_kv_streams=U32,
 )
 TIMINGS = st.builds(Timings, queue_s=SECONDS, prefill_s=SECONDS, first_token_s=SECONDS, decode_s=SECONDS)
-ACCEPTED = st.builds(Accepted, request_id=TEXT, model=TEXT, num_prompt_tokens=U32, num_chains=U32, max_new_tokens=U32)
+ACCEPTED = st.builds(
+    Accepted, request_id=TEXT, model=TEXT, num_prompt_tokens=U32, num_chains=U32, max_new_tokens=U32, timeout_s=SECONDS
+)
+QUEUED = st.builds(Queued, waits_for=st.sampled_from(WaitsFor), num_ahead=U32)
 PROGRESS = st.builds(PrefillProgress, num_tokens_done=U32, num_tokens_total=U32)
 TOKENS = st.builds(
     Token,
@@ -114,12 +121,12 @@ def sent(message: M) -> M:
     return type(message).FromString(message.SerializeToString())
 
 
-@given(ACCEPTED)
-def test_accepted_reaches_the_client(event: Accepted) -> None:
-    assert event_from_pb(sent(accepted_response(event))) == event
+@given(ACCEPTED | QUEUED)
+def test_a_gateways_own_word_reaches_the_client(event: Accepted | Queued) -> None:
+    assert event_from_pb(sent(gateway_response(event))) == event
 
 
-@given(PROGRESS | TOKENS | FINISHED)
+@given(QUEUED | PROGRESS | TOKENS | FINISHED)
 def test_an_event_of_a_decode_node_reaches_the_client(event: Event) -> None:
     relayed = relay(sent(decode_response(event)))
     assert relayed is not None
@@ -220,6 +227,7 @@ async def aio_failure(address: str, timeout_s: float = LIMIT_S) -> ColmError:
 CLIENTS = pytest.mark.parametrize("failure", [threaded_failure, aio_failure], ids=["blocking", "aio"])
 
 TYPED: list[ColmError] = [
+    LeaseExpired("lease gone"),
     InvalidRequest("top_p", 1.5, "must be above 0 and at most 1"),
     InvalidRequest("stop", "ü\n" * 100, "each string must have 1 to 256 characters"),
     UnknownModel("model", "gpt-7", "this cluster serves smollm2"),
@@ -266,7 +274,7 @@ async def test_an_error_without_a_kind_of_its_own_arrives_with_its_message(
 ) -> None:
     async with serving(failing(error)) as address:
         received = await failure(address)
-    assert type(received) is ColmError
+    assert type(received) is PeerFailed
     assert str(received) == f"{PEER}: INTERNAL: {error}"
 
 
@@ -285,7 +293,7 @@ async def test_a_defect_of_ours_is_internal_and_keeps_its_text_at_home(
 ) -> None:
     async with serving(failing(error)) as address:
         received = await failure(address)
-    assert type(received) is ColmError
+    assert type(received) is PeerFailed
     assert "INTERNAL: internal error in pull_kv" in str(received)
     assert "secret" not in str(received)
 

@@ -130,7 +130,7 @@ def test_garbage_is_refused_or_is_a_message(data: bytes) -> None:
     except PeerUnavailable as err:
         assert "broke its format" in str(err)  # noqa: PT017 - either outcome is right, no other exception is
     else:
-        assert header.WhichOneof("event") in ("tile", "complete")
+        assert header.WhichOneof("event") in ("tile", "complete", "queued", "started")
 
 
 @given(st.integers(0, len(ENCODED) - 1), st.integers(1, 255))

@@ -36,7 +36,9 @@ class Silent(DecodeServiceServicer):
     """Thinks before it answers."""
 
     async def Decode(
-        self, request_iterator: AsyncIterator[pb.DecodeRequest], context: grpc.aio.ServicerContext
+        self,
+        request_iterator: AsyncIterator[pb.DecodeRequest],  # noqa: ARG002
+        context: grpc.aio.ServicerContext,
     ) -> None:
         await asyncio.sleep(SILENCE_S)
         await context.write(pb.DecodeResponse(reserved=pb.Reserved(num_pages=7)))

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 
 import pytest
@@ -34,7 +35,20 @@ class Producer:
 
 
 @pytest.fixture
-async def make_handoff() -> AsyncIterator[Callable[[int], Handoff]]:
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as threads:
+        yield threads
+
+
+async def ended(thread: "Future[None]") -> None:
+    """Wait for a writer's thread."""
+    await asyncio.wait_for(asyncio.wrap_future(thread), LIMIT_S)
+
+
+@pytest.fixture
+async def make_handoff(
+    threads: ThreadPoolExecutor,  # noqa: ARG001 - ends after the handoffs are closed
+) -> AsyncIterator[Callable[[int], Handoff]]:
     """Makes handoffs that are closed in the end: a writer that still waited would keep the process alive."""
     made: list[Handoff] = []
 
@@ -55,74 +69,92 @@ async def until_stable(producer: Producer, at_least: int) -> None:
     await asyncio.sleep(0.02)
 
 
-async def test_everything_arrives_in_order_and_then_the_stream_ends(make_handoff: Callable[[int], Handoff]) -> None:
+async def test_everything_arrives_in_order_and_then_the_stream_ends(
+    make_handoff: Callable[[int], Handoff], threads: ThreadPoolExecutor
+) -> None:
     handoff = make_handoff(MAX_ITEMS)
-    thread = handoff.start(Producer(100))
+    thread = handoff.start(Producer(100), threads)
     assert [int(item) async for item in handoff.items()] == list(range(100))
-    await asyncio.wait_for(thread, LIMIT_S)
+    await ended(thread)
 
 
-async def test_a_producer_of_nothing_ends_the_stream(make_handoff: Callable[[int], Handoff]) -> None:
+async def test_a_producer_of_nothing_ends_the_stream(
+    make_handoff: Callable[[int], Handoff], threads: ThreadPoolExecutor
+) -> None:
     handoff = make_handoff(MAX_ITEMS)
-    thread = handoff.start(Producer(0))
+    thread = handoff.start(Producer(0), threads)
     assert [item async for item in handoff.items()] == []
-    await asyncio.wait_for(thread, LIMIT_S)
+    await ended(thread)
 
 
-async def test_a_reader_that_does_not_read_stops_the_writer(make_handoff: Callable[[int], Handoff]) -> None:
+async def test_a_reader_that_does_not_read_stops_the_writer(
+    make_handoff: Callable[[int], Handoff], threads: ThreadPoolExecutor
+) -> None:
     handoff, producer = make_handoff(MAX_ITEMS), Producer(100)
-    thread = handoff.start(producer)
+    thread = handoff.start(producer, threads)
     await until_stable(producer, MAX_ITEMS + 1)
     assert producer.num_produced == MAX_ITEMS + 1
     handoff.close()
-    await asyncio.wait_for(thread, LIMIT_S)
+    await ended(thread)
 
 
-async def test_a_slow_reader_keeps_the_writer_at_its_pace(make_handoff: Callable[[int], Handoff]) -> None:
+async def test_a_slow_reader_keeps_the_writer_at_its_pace(
+    make_handoff: Callable[[int], Handoff], threads: ThreadPoolExecutor
+) -> None:
     handoff, producer = make_handoff(MAX_ITEMS), Producer(30)
-    thread = handoff.start(producer)
+    thread = handoff.start(producer, threads)
     num_read = 0
     async for _ in handoff.items():
         num_read += 1
         await asyncio.sleep(0.002)
         assert producer.num_produced <= num_read + MAX_ITEMS + 1
     assert num_read == 30
-    await asyncio.wait_for(thread, LIMIT_S)
+    await ended(thread)
 
 
-async def test_closing_ends_a_writer_that_waits_for_room(make_handoff: Callable[[int], Handoff]) -> None:
+async def test_closing_ends_a_writer_that_waits_for_room(
+    make_handoff: Callable[[int], Handoff], threads: ThreadPoolExecutor
+) -> None:
     handoff, producer = make_handoff(1), Producer(100)
-    thread = handoff.start(producer)
+    thread = handoff.start(producer, threads)
     await until_stable(producer, 2)
     handoff.close()
-    await asyncio.wait_for(thread, LIMIT_S)
+    await ended(thread)
     assert producer.num_produced == 2
     assert producer.ended.is_set()
 
 
-async def test_closing_ends_a_writer_that_has_room(make_handoff: Callable[[int], Handoff]) -> None:
+async def test_closing_ends_a_writer_that_has_room(
+    make_handoff: Callable[[int], Handoff], threads: ThreadPoolExecutor
+) -> None:
     handoff, producer = make_handoff(1000), Producer(1)
     handoff.close()
     assert handoff.closed
-    await asyncio.wait_for(handoff.start(producer), LIMIT_S)
+    await ended(handoff.start(producer, threads))
     assert [item async for item in handoff.items()] == []
 
 
-async def test_a_reader_that_leaves_half_way_and_closes_ends_the_writer(make_handoff: Callable[[int], Handoff]) -> None:
+async def test_a_reader_that_leaves_half_way_and_closes_ends_the_writer(
+    make_handoff: Callable[[int], Handoff], threads: ThreadPoolExecutor
+) -> None:
     handoff, producer = make_handoff(MAX_ITEMS), Producer(1000)
-    thread = handoff.start(producer)
+    thread = handoff.start(producer, threads)
     async with aclosing(handoff.items()) as items:
         async for item in items:
             if item == b"5":
                 break
     handoff.close()
-    await asyncio.wait_for(thread, LIMIT_S)
+    await ended(thread)
     assert producer.num_produced < 1000
 
 
-async def test_a_writers_error_reaches_the_reader_after_its_items(make_handoff: Callable[[int], Handoff]) -> None:
+async def test_a_writers_error_reaches_the_reader_after_its_items(
+    make_handoff: Callable[[int], Handoff], threads: ThreadPoolExecutor
+) -> None:
     handoff = make_handoff(MAX_ITEMS)
-    thread = handoff.start(Producer(7, error=ValueError("no weights")))
-    assert [int(item) async for item in handoff.items()] == list(range(7))
-    with pytest.raises(ValueError, match="no weights"):
-        await asyncio.wait_for(thread, LIMIT_S)
+    handoff.start(Producer(7, error=ValueError("no weights")), threads)
+    read: list[int] = []
+    with pytest.raises(ValueError, match="no weights"):  # noqa: PT012 - raised by the iteration
+        async for item in handoff.items():
+            read.append(int(item))  # noqa: PERF401 - what was read before the error counts
+    assert read == list(range(7))

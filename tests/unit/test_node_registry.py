@@ -4,16 +4,7 @@ from dataclasses import replace
 
 from cluster.node_registry import NodeRegistry
 from colm.nodes import REPORT_INTERVAL_S, NodeReport, ProcessFacts, Role
-
-
-class FakeClock:
-    """A clock that a test moves."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def now(self) -> float:
-        return self.now_s
+from tests.clock import FakeClock
 
 
 def report(replica_id: str, role: Role = Role.DECODE, num_active_requests: int = 0) -> NodeReport:
@@ -80,3 +71,10 @@ def test_prefill_nodes_come_first_and_the_order_is_stable() -> None:
     for replica_id, role in (("d", Role.DECODE), ("b", Role.PREFILL), ("c", Role.DECODE), ("a", Role.PREFILL)):
         registry.report(replace(report(replica_id), role=role))
     assert [node.report.replica_id for node in registry.nodes()] == ["a", "b", "c", "d"]
+
+
+def test_nodes_are_counted_by_role() -> None:
+    registry = NodeRegistry(FakeClock())
+    for name, role in (("a", Role.DECODE), ("b", Role.DECODE), ("c", Role.PREFILL)):
+        registry.report(report(name, role))
+    assert (registry.count(Role.DECODE), registry.count(Role.PREFILL)) == (2, 1)

@@ -7,11 +7,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class WaitsFor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    WAITS_FOR_UNSPECIFIED: _ClassVar[WaitsFor]
+    WAITS_FOR_DECODE_NODE: _ClassVar[WaitsFor]
+    WAITS_FOR_PAGES: _ClassVar[WaitsFor]
+    WAITS_FOR_PREFILL_NODE: _ClassVar[WaitsFor]
+    WAITS_FOR_BATCH: _ClassVar[WaitsFor]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+WAITS_FOR_UNSPECIFIED: WaitsFor
+WAITS_FOR_DECODE_NODE: WaitsFor
+WAITS_FOR_PAGES: WaitsFor
+WAITS_FOR_PREFILL_NODE: WaitsFor
+WAITS_FOR_BATCH: WaitsFor
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -63,6 +76,14 @@ class Token(_message.Message):
     top_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
     num_chains: int
     def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., num_chains: _Optional[int] = ...) -> None: ...
+
+class Queued(_message.Message):
+    __slots__ = ("waits_for", "num_ahead")
+    WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
+    NUM_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    waits_for: WaitsFor
+    num_ahead: int
+    def __init__(self, waits_for: _Optional[_Union[WaitsFor, str]] = ..., num_ahead: _Optional[int] = ...) -> None: ...
 
 class PrefillProgress(_message.Message):
     __slots__ = ("num_tokens_done", "num_tokens_total")
@@ -125,6 +146,7 @@ class ErrorDetail(_message.Message):
         KIND_FINGERPRINT_MISMATCH: _ClassVar[ErrorDetail.Kind]
         KIND_DEADLINE_EXCEEDED: _ClassVar[ErrorDetail.Kind]
         KIND_INTERNAL: _ClassVar[ErrorDetail.Kind]
+        KIND_LEASE_EXPIRED: _ClassVar[ErrorDetail.Kind]
     KIND_UNSPECIFIED: ErrorDetail.Kind
     KIND_INVALID_REQUEST: ErrorDetail.Kind
     KIND_UNKNOWN_MODEL: ErrorDetail.Kind
@@ -134,6 +156,7 @@ class ErrorDetail(_message.Message):
     KIND_FINGERPRINT_MISMATCH: ErrorDetail.Kind
     KIND_DEADLINE_EXCEEDED: ErrorDetail.Kind
     KIND_INTERNAL: ErrorDetail.Kind
+    KIND_LEASE_EXPIRED: ErrorDetail.Kind
     KIND_FIELD_NUMBER: _ClassVar[int]
     FIELD_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]

@@ -1,0 +1,203 @@
+"""A prompt's keys and values, from whichever prefill node brings them whole."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colm.clock import Clock
+from colm.errors import PeerFailed, PeerUnavailable
+from colm.events import PrefillProgress, Queued, WaitsFor
+from colm.line import BEAT_INTERVAL_S, wait_at_most
+from decode_node.page_line import PageLine
+from decode_node.page_pool import PageLease
+from decode_node.prefill_pool import PrefillLease, PrefillPool
+
+logger = logging.getLogger(__name__)
+
+_LOOK_INTERVAL_S = 0.1
+
+Emit = Callable[[PrefillProgress | Queued], Awaitable[None]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvTransfer:
+    """One attempt to fetch a prompt's keys and values."""
+
+    transfer_id: str
+    epoch: int
+    fingerprint: str
+    token_ids: NDArray[np.int64]
+    table_LM: NDArray[np.int32]
+    """Page ids by layer; see `KvStore.page_table`."""
+
+
+class Receiver(Protocol):
+    """Runs a transfer: `KvReceiver`, or what stands for it in a test."""
+
+    num_ahead: int | None
+    started_s: float | None
+
+    @property
+    def num_tokens_done(self) -> int:
+        """Tokens arrived, averaged over layers."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Keys and values arrived."""
+
+    def run(self) -> None:
+        """Receive everything, in a thread; nothing is written once it has returned."""
+
+    def cancel(self) -> None:
+        """Make `run` return soon; from any thread, at any time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvOrder:
+    """What a request needs fetched."""
+
+    request_id: str
+    token_ids: NDArray[np.int64]
+    pages: PageLease
+    table_LM: NDArray[np.int32]
+
+
+@dataclass(kw_only=True, slots=True)
+class KvAccount:
+    """What the fetching has come to."""
+
+    num_kv_streams: int = 0
+    kv_received_bytes: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryPolicy:
+    """When a prefill node fails, another is asked, after a pause that doubles."""
+
+    max_attempts: int = 8
+    first_pause_s: float = 0.25
+    last_pause_s: float = 4.0
+
+
+class KvFetcher:
+    """Fetches for many requests at once.
+
+    Args:
+        prefill_pool: lends a prefill node for each attempt.
+        receive: makes the receiver of an attempt.
+        page_line: where the receiving thread holds the pages it writes.
+        fingerprint: what a prefill node must serve to be of use here.
+        max_transfers: threads that may receive at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        prefill_pool: PrefillPool,
+        receive: Callable[[KvTransfer, PrefillLease], Receiver],
+        page_line: PageLine,
+        fingerprint: str,
+        max_transfers: int,
+        clock: Clock,
+        retry: RetryPolicy,
+    ) -> None:
+        self._prefill_pool = prefill_pool
+        self._receive = receive
+        self._page_line = page_line
+        self._fingerprint = fingerprint
+        self._clock = clock
+        self._retry = retry
+        self._threads = ThreadPoolExecutor(max_workers=max_transfers, thread_name_prefix="kv-receiver")
+
+    async def stop(self) -> None:
+        """Wait until no thread receives any more; every fetch must have ended."""
+        await asyncio.to_thread(self._threads.shutdown)
+
+    async def fetch(self, order: KvOrder, account: KvAccount, emit: Emit) -> None:
+        """Bring every token's keys and values into the order's pages.
+
+        Raises:
+            PeerUnavailable, PeerFailed: the last attempt's failure, after all that the policy allows.
+            FingerprintMismatch: the prefill nodes serve something else.
+        """
+        pause_s = self._retry.first_pause_s
+        for attempts_left in reversed(range(self._retry.max_attempts)):
+            try:
+                return await self._attempt(order, account, emit)
+            except (PeerUnavailable, PeerFailed) as err:
+                if not attempts_left:
+                    kind = PeerFailed if isinstance(err, PeerFailed) else PeerUnavailable
+                    raise kind(
+                        f"gave up after {self._retry.max_attempts} attempts to prefill; the last: {err}"
+                    ) from err
+                logger.warning("transfer.retry request=%s in_s=%.2f cause=%s", order.request_id, pause_s, err)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, self._retry.last_pause_s)
+        raise AssertionError("max_attempts is at least 1")
+
+    async def _attempt(self, order: KvOrder, account: KvAccount, emit: Emit) -> None:
+        num_tokens = len(order.token_ids)
+        asked_s = self._clock.now()
+
+        async def beat(num_ahead: int) -> None:
+            await emit(Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=num_ahead))
+
+        async with self._prefill_pool.lease(num_tokens=num_tokens, beat=beat) as lease:
+            account.num_kv_streams += 1
+            transfer = KvTransfer(
+                transfer_id=order.request_id,
+                epoch=account.num_kv_streams,
+                fingerprint=self._fingerprint,
+                token_ids=order.token_ids,
+                table_LM=order.table_LM,
+            )
+            receiver = self._receive(transfer, lease)
+            thread = self._start(receiver, order.pages)
+            try:
+                await self._follow(thread, receiver, num_tokens, emit)
+            finally:
+                receiver.cancel()
+                ended_s = self._clock.now()
+                started_s = ended_s if receiver.started_s is None else receiver.started_s
+                account.queue_s += started_s - asked_s
+                account.prefill_s = ended_s - started_s
+                account.kv_received_bytes += receiver.payload_bytes
+        await emit(PrefillProgress(num_tokens_done=num_tokens, num_tokens_total=num_tokens))
+
+    def _start(self, receiver: Receiver, pages: PageLease) -> "Future[None]":
+        """Run the receiver in a thread that holds the pages until it has ended, whatever becomes of the request."""
+        loop = asyncio.get_running_loop()
+        self._page_line.retain(pages)
+        thread = self._threads.submit(receiver.run)
+        thread.add_done_callback(lambda _: loop.call_soon_threadsafe(self._page_line.release, pages))
+        return thread
+
+    async def _follow(self, thread: "Future[None]", receiver: Receiver, num_tokens: int, emit: Emit) -> None:
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        thread.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
+        reported: PrefillProgress | Queued | None = None
+        next_beat_s = 0.0
+        while not ended.is_set():
+            news = _news(receiver, num_tokens)
+            if news is not None and (news != reported or self._clock.now() >= next_beat_s):
+                await emit(news)
+                reported, next_beat_s = news, self._clock.now() + BEAT_INTERVAL_S
+            await wait_at_most(ended, _LOOK_INTERVAL_S)
+        thread.result()
+
+
+def _news(receiver: Receiver, num_tokens: int) -> PrefillProgress | Queued | None:
+    if receiver.started_s is not None:
+        return PrefillProgress(num_tokens_done=receiver.num_tokens_done, num_tokens_total=num_tokens)
+    if receiver.num_ahead is not None:
+        return Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=receiver.num_ahead)
+    return None

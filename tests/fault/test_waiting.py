@@ -1,0 +1,235 @@
+"""Requests that must wait: in order, told where they stand, refused only where waiting is useless."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+
+import grpc
+import pytest
+import torch
+
+from colm.checkpoint import Checkpoint
+from colm.errors import ColmError, DeadlineExceeded, LeaseExpired
+from colm.leases import LeaseTable
+from colm.wire import prompt_stream
+from colm.wire.endpoint import open_channel
+from colm.wire.security import Security
+from colm.wire.status import error_of
+from colm.wire.tile_codec import pull_kv_stub
+from colm.wire.v1 import common_pb2 as pb
+from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
+from decode_node.engine import DecodeEngine
+from decode_node.node import DecodeNode
+from prefill_node.engine import PrefillEngine
+from tests.gates import LIMIT_S, gate_before
+from tests.nodes import PAGE_TOKENS, decode, decode_node, prefill_node
+from tests.tiny import tiny_checkpoint
+
+PROMPT = torch.randint(0, 320, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+PAGES_OF_ONE = 2 * 5  # layers, and pages of 60 prompt tokens and 8 new ones
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+async def small(checkpoint: Checkpoint) -> AsyncIterator[DecodeNode]:
+    """A decode node with pages for one request."""
+    path, page_bytes = str(checkpoint.path), PAGE_TOKENS * 2 * checkpoint.config.kv_dim * 4
+    async with (
+        prefill_node(path) as prefill,
+        decode_node(path, [prefill.address], kv_cache_bytes=PAGES_OF_ONE * page_bytes) as node,
+    ):
+        yield node
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def failure(address: str, token_ids: list[int] = PROMPT, **request: object) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await decode(address, token_ids, **request)  # type: ignore[arg-type]
+    return caught.value
+
+
+async def test_requests_beyond_the_pages_wait_in_order_and_are_all_answered(small: DecodeNode) -> None:
+    """Of 16 clients with room for 4, 12 were refused within 0.1 s."""
+    with gate_before(DecodeEngine, "step") as gate:
+        first = asyncio.create_task(decode(small.address, PROMPT, request_id="0"))
+        await gate.until_reached()
+        waiting = []
+        for number in range(1, 5):
+            waiting.append(asyncio.create_task(decode(small.address, PROMPT, request_id=str(number))))
+            await until(lambda: small.page_line.num_waiting == len(waiting))
+        gate.open()
+        answers = [await first, *[await task for task in waiting]]
+    assert len({answer.token_ids for answer in answers}) == 1
+    assert answers[0].waits == []
+    for number, answer in enumerate(answers[1:]):
+        places = [num_ahead for waits_for, num_ahead in answer.waits if waits_for == pb.WAITS_FOR_PAGES]
+        assert places[0] == number
+        assert places == sorted(places, reverse=True)
+        assert answer.timings.queue_s > 0
+
+
+async def test_a_request_that_can_never_fit_is_not_told_to_try_later(small: DecodeNode) -> None:
+    error = await failure(small.address, max_new_tokens=64)
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "16 KV pages and a decode node has 10 in all" in error.details()
+    assert "decode.kv_cache" in error.details()
+
+
+async def test_a_caller_that_will_not_wait_is_refused_at_once(small: DecodeNode) -> None:
+    with gate_before(DecodeEngine, "step") as gate:
+        first = asyncio.create_task(decode(small.address, PROMPT, request_id="first"))
+        await gate.until_reached()
+        error = await failure(small.address, request_id="second", only_if_room=True)
+        gate.open()
+        await first
+    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "needs 10 KV pages; 0 of 10 are free" in error.details()
+
+
+async def test_a_deadline_that_passes_in_the_line_says_so_and_makes_room(small: DecodeNode) -> None:
+    with gate_before(DecodeEngine, "step") as gate:
+        first = asyncio.create_task(decode(small.address, PROMPT, request_id="first"))
+        await gate.until_reached()
+        error = await failure(small.address, request_id="late", timeout_s=0.3)
+        assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        await until(lambda: not small.page_line.num_waiting)
+        gate.open()
+        await first
+
+
+async def test_the_requests_on_a_node_are_bounded(checkpoint: Checkpoint) -> None:
+    path = str(checkpoint.path)
+    async with prefill_node(path) as prefill, decode_node(path, [prefill.address], max_requests=2) as node:
+        with gate_before(DecodeEngine, "step") as gate:
+            running = [asyncio.create_task(decode(node.address, PROMPT, request_id=str(i))) for i in range(2)]
+            await until(lambda: sum(node.owner.stages().values()) == 2)
+            error = await failure(node.address, request_id="third")
+            gate.open()
+            await asyncio.gather(*running)
+    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "2 requests are on this decode node already" in error.details()
+
+
+async def test_an_id_that_is_running_is_refused(small: DecodeNode) -> None:
+    with gate_before(DecodeEngine, "step") as gate:
+        first = asyncio.create_task(decode(small.address, PROMPT))
+        await gate.until_reached()
+        error = await failure(small.address)
+        gate.open()
+        await first
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "request_id='r'" in error.details()
+
+
+BAD = {
+    "vocabulary": ({"token_ids": [1, 320]}, "token_ids=320: must be below the vocabulary size 320"),
+    "context": ({"token_ids": [1] * 500, "max_new_tokens": 13}, "must fit the model's context of 512"),
+    "scale": ({"num_chains": 4}, "num_chains=4: must be between 1 and 3"),
+    "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+async def test_a_decode_node_checks_what_its_caller_should_have_checked(small: DecodeNode, case: str) -> None:
+    request, message = BAD[case]
+    error = await failure(small.address, **request)  # type: ignore[arg-type]
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert message in error.details()
+
+
+async def test_waiting_for_a_busy_prefill_node_is_told_and_is_no_prefill(checkpoint: Checkpoint) -> None:
+    """Two decode nodes share a prefill node, so the second prompt waits there, behind the first."""
+    path = str(checkpoint.path)
+    async with prefill_node(path) as prefill, AsyncExitStack() as stack:
+        nodes = [await stack.enter_async_context(decode_node(path, [prefill.address])) for _ in range(2)]
+        with gate_before(PrefillEngine, "run") as gate:
+            first = asyncio.create_task(decode(nodes[0].address, PROMPT))
+            await gate.until_reached()
+            second = asyncio.create_task(decode(nodes[1].address, PROMPT))
+            await until(lambda: prefill.service.load.num_queued)
+            assert (prefill.service.load.num_active, prefill.service.load.num_queued) == (1, 1)
+            await asyncio.sleep(1.0)  # what must be booked as waiting
+            gate.open()
+            answer = await second
+            await first
+    assert (pb.WAITS_FOR_PREFILL_NODE, 0) in answer.waits
+    assert answer.timings.queue_s >= 1.0
+    assert answer.timings.prefill_s < answer.timings.queue_s
+    assert answer.timings.first_token_s >= answer.timings.queue_s + answer.timings.prefill_s
+
+
+async def test_prompts_of_one_node_wait_where_any_free_prefill_node_can_take_them(checkpoint: Checkpoint) -> None:
+    """A short prompt was bound to the replica that computed a long one, while the other had nothing to do."""
+    path = str(checkpoint.path)
+    async with (
+        prefill_node(path) as one,
+        prefill_node(path) as other,
+        decode_node(path, [one.address, other.address]) as node,
+    ):
+        long = PROMPT * 4
+        with gate_before(PrefillEngine, "run", lambda _, ids, **__: len(ids) == len(long) - 1) as gate:
+            held = asyncio.create_task(decode(node.address, long, request_id="long"))
+            await gate.until_reached()
+            short = [asyncio.create_task(decode(node.address, PROMPT, request_id=str(i))) for i in range(4)]
+            await asyncio.gather(*short)
+            assert not held.done()
+            gate.open()
+            await held
+
+
+async def test_a_full_batch_is_waited_for_with_a_word(checkpoint: Checkpoint) -> None:
+    path = str(checkpoint.path)
+    async with prefill_node(path) as prefill, decode_node(path, [prefill.address], max_batch_size=1) as node:
+        with gate_before(DecodeEngine, "step") as gate:
+            first = asyncio.create_task(decode(node.address, PROMPT, request_id="first"))
+            await gate.until_reached()
+            second = asyncio.create_task(decode(node.address, PROMPT, request_id="second"))
+            await until(lambda: node.load.num_active == 2)
+            gate.open()
+            await first
+            answer = await second
+    assert (pb.WAITS_FOR_BATCH, 0) in answer.waits
+
+
+async def test_a_call_that_never_says_what_it_wants_does_not_stay(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 calls without `open` locked everybody out: the deadline only began with it."""
+    monkeypatch.setattr(prompt_stream, "OPEN_TIMEOUT_S", 0.05)
+    path = str(checkpoint.path)
+    may_speak = asyncio.Event()
+
+    async def nothing() -> AsyncIterator[object]:
+        await may_speak.wait()
+        yield None
+
+    async with prefill_node(path) as prefill, decode_node(path, [prefill.address]) as node:
+        for address, stub in ((node.address, lambda c: DecodeServiceStub(c).Decode), (prefill.address, pull_kv_stub)):
+            async with open_channel(address, Security()) as channel:
+                call = stub(channel)(nothing())
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    async for _ in call:
+                        pass
+                error = error_of(caught.value, "node")
+                assert isinstance(error, DeadlineExceeded)
+                assert "`open` did not come" in str(error)
+        may_speak.set()
+
+
+async def test_a_call_without_a_lease_is_told_to_get_a_new_one(checkpoint: Checkpoint) -> None:
+    path, leases = str(checkpoint.path), LeaseTable(30.0)
+    async with prefill_node(path) as prefill, decode_node(path, [prefill.address], leases=leases) as node:
+        error: ColmError = error_of(await failure(node.address, lease_id="gone"), "decode node")
+        assert isinstance(error, LeaseExpired)
+        lease = leases.grant()
+        assert len((await decode(node.address, PROMPT, lease_id=lease.lease_id)).token_ids) == 8
+        assert len(leases) == 0

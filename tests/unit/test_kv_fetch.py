@@ -1,0 +1,239 @@
+"""Fetching a prompt's keys and values: which failures are tried again, how often, and what is accounted."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from colm.errors import CapacityExceeded, ColmError, FingerprintMismatch, LeaseExpired, PeerFailed, PeerUnavailable
+from colm.events import PrefillProgress, Queued, WaitsFor
+from colm.line import Beat
+from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder, KvTransfer, RetryPolicy
+from decode_node.page_line import PageLine
+from decode_node.page_pool import PagePool
+from decode_node.prefill_pool import PrefillLease
+from tests.clock import FakeClock
+
+NUM_TOKENS = 100
+BYTES = 4096
+AT_ONCE = RetryPolicy(max_attempts=8, first_pause_s=0.0, last_pause_s=0.0)
+LIMIT_S = 30.0
+
+
+class ScriptedReceiver:
+    """Waits, starts and ends as its test wants, moving the clock as it goes."""
+
+    def __init__(self, clock: FakeClock, error: Exception | None, starts: bool = True) -> None:
+        self._clock = clock
+        self._error = error
+        self._starts = starts
+        self.num_ahead: int | None = None
+        self.started_s: float | None = None
+        self.num_tokens_done = 0
+        self.payload_bytes = 0
+        self.was_cancelled = threading.Event()
+
+    def run(self) -> None:
+        self._clock.now_s += 3.0
+        if self._starts:
+            self.started_s = self._clock.now()
+        self._clock.now_s += 2.0
+        self.payload_bytes = BYTES
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        self.was_cancelled.set()
+
+
+class BlockedReceiver(ScriptedReceiver):
+    """Ends only when the test lets it, whoever cancels it."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__(clock, None)
+        self.may_end = threading.Event()
+
+    def run(self) -> None:
+        assert self.may_end.wait(LIMIT_S)
+
+
+class Bench:
+    """A fetcher over receivers that a test has made, and a pool that may refuse."""
+
+    def __init__(self, receivers: Sequence[ScriptedReceiver | Exception], clock: FakeClock) -> None:
+        self.clock = clock
+        self.transfers: list[KvTransfer] = []
+        self.events: list[PrefillProgress | Queued] = []
+        self.account = KvAccount()
+        self.page_line = PageLine(PagePool(4), max_waiting=4)
+        self.pages = self.page_line.reserve_now("r", 4)
+        self._script = list(receivers)
+        self._next: ScriptedReceiver | None = None
+        self.fetcher = KvFetcher(
+            prefill_pool=self,
+            receive=self._receive,
+            page_line=self.page_line,
+            fingerprint="f",
+            max_transfers=2,
+            clock=clock,
+            retry=AT_ONCE,
+        )
+
+    @asynccontextmanager
+    async def lease(self, *, num_tokens: int, beat: Beat) -> AsyncIterator[PrefillLease]:
+        assert num_tokens == NUM_TOKENS
+        await beat(4)
+        self.clock.now_s += 1.0
+        step = self._script.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        self._next = step
+        yield PrefillLease(address="a", lease_id="l")
+
+    def _receive(self, transfer: KvTransfer, _: PrefillLease) -> ScriptedReceiver:
+        self.transfers.append(transfer)
+        assert self._next is not None
+        return self._next
+
+    async def fetch(self) -> None:
+        assert self.pages is not None
+        order = KvOrder(
+            request_id="r",
+            token_ids=np.arange(NUM_TOKENS),
+            pages=self.pages,
+            table_LM=np.zeros((1, 4), dtype=np.int32),
+        )
+
+        async def emit(event: PrefillProgress | Queued) -> None:
+            self.events.append(event)
+
+        await self.fetcher.fetch(order, self.account, emit)
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[Callable[..., Bench]]:
+    """Makes benches; in the end no thread receives and no page is held but by the request."""
+    made: list[Bench] = []
+
+    def bench(*errors: Exception | None, refusals: Sequence[Exception] = ()) -> Bench:
+        clock = FakeClock()
+        made.append(Bench([*refusals, *(ScriptedReceiver(clock, error) for error in errors)], clock))
+        return made[-1]
+
+    yield bench
+    for each in made:
+        await each.fetcher.stop()
+        await asyncio.sleep(0.01)
+        assert each.pages is not None
+        each.page_line.release(each.pages)
+        assert each.page_line.pool.num_used == 0
+
+
+async def test_one_attempt_is_enough_when_nothing_fails(make: Callable[..., Bench]) -> None:
+    bench = make(None)
+    await bench.fetch()
+    (transfer,) = bench.transfers
+    assert (transfer.transfer_id, transfer.epoch, transfer.fingerprint) == ("r", 1, "f")
+    assert bench.account.num_kv_streams == 1
+    assert bench.events[-1] == PrefillProgress(num_tokens_done=NUM_TOKENS, num_tokens_total=NUM_TOKENS)
+
+
+@pytest.mark.parametrize("kind", [PeerUnavailable, PeerFailed])
+async def test_a_node_that_fails_is_replaced_under_a_new_epoch(
+    make: Callable[..., Bench], kind: type[ColmError]
+) -> None:
+    """A MemoryError on one of two prefill nodes was the client's INTERNAL."""
+    bench = make(kind("x"), kind("y"), None)
+    await bench.fetch()
+    assert [transfer.epoch for transfer in bench.transfers] == [1, 2, 3]
+    assert bench.account.num_kv_streams == 3
+    assert bench.account.kv_received_bytes == 3 * BYTES
+
+
+@pytest.mark.parametrize("kind", [PeerUnavailable, PeerFailed])
+async def test_the_last_failure_is_told_after_eight_attempts(make: Callable[..., Bench], kind: type[ColmError]) -> None:
+    bench = make(*(kind(f"failure {number}") for number in range(1, 20)))
+    with pytest.raises(kind, match="gave up after 8 attempts to prefill; the last: failure 8"):
+        await bench.fetch()
+    assert len(bench.transfers) == 8
+
+
+@pytest.mark.parametrize("error", [FingerprintMismatch("other model"), ValueError("ours"), CapacityExceeded("full")])
+async def test_what_another_node_would_not_mend_is_not_tried_again(
+    make: Callable[..., Bench], error: Exception
+) -> None:
+    bench = make(error, None)
+    with pytest.raises(type(error)):
+        await bench.fetch()
+    assert len(bench.transfers) == 1
+
+
+async def test_a_prefill_nodes_lost_lease_is_not_told_as_one_of_this_node(make: Callable[..., Bench]) -> None:
+    bench = make(*(LeaseExpired("gone") for _ in range(8)))
+    with pytest.raises(PeerUnavailable) as caught:
+        await bench.fetch()
+    assert type(caught.value) is PeerUnavailable
+
+
+async def test_a_lease_that_cannot_be_had_is_asked_for_again_and_is_no_stream(make: Callable[..., Bench]) -> None:
+    bench = make(None, refusals=[PeerUnavailable("died"), PeerUnavailable("died")])
+    await bench.fetch()
+    assert bench.account.num_kv_streams == 1
+    assert [transfer.epoch for transfer in bench.transfers] == [1]
+
+
+async def test_waiting_is_not_booked_as_prefill(make: Callable[..., Bench]) -> None:
+    """queue_s was 0.000 and prefill_s 5.2 for a prompt of 0.01 s behind another one."""
+    bench = make(None)
+    await bench.fetch()
+    assert bench.account.queue_s == pytest.approx(1.0 + 3.0)
+    assert bench.account.prefill_s == pytest.approx(2.0)
+
+
+async def test_a_stream_that_never_started_was_waiting_all_along(make: Callable[..., Bench]) -> None:
+    bench = make(None)
+    bench._script = [ScriptedReceiver(bench.clock, PeerUnavailable("x"), starts=False), *bench._script]
+    await bench.fetch()
+    assert bench.account.queue_s == pytest.approx(1.0 + 5.0 + 1.0 + 3.0)
+    assert bench.account.prefill_s == pytest.approx(2.0)
+
+
+async def test_the_place_in_both_lines_is_passed_on(make: Callable[..., Bench]) -> None:
+    bench = make()
+    receiver = BlockedReceiver(bench.clock)
+    receiver.num_ahead = 2
+    bench._script = [receiver]
+    fetching = asyncio.create_task(bench.fetch())
+    async with asyncio.timeout(LIMIT_S):
+        while len(bench.events) < 2:
+            await asyncio.sleep(0.01)
+    receiver.may_end.set()
+    await fetching
+    assert bench.events[:2] == [Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=ahead) for ahead in (4, 2)]
+
+
+async def test_a_thread_holds_the_pages_until_it_has_ended_however_often_its_request_is_cancelled(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make()
+    receiver = BlockedReceiver(bench.clock)
+    bench._script = [receiver]
+    fetching = asyncio.create_task(bench.fetch())
+    async with asyncio.timeout(LIMIT_S):
+        while not bench.transfers:
+            await asyncio.sleep(0.01)
+    while not fetching.done():
+        fetching.cancel()
+        await asyncio.sleep(0)
+    assert receiver.was_cancelled.is_set()
+    assert bench.pages is not None
+    bench.page_line.release(bench.pages)
+    assert bench.page_line.pool.num_used == 4
+    receiver.may_end.set()
+    async with asyncio.timeout(LIMIT_S):
+        while bench.page_line.pool.num_used:
+            await asyncio.sleep(0.01)
+    bench.pages = bench.page_line.reserve_now("again", 1)

@@ -1,0 +1,69 @@
+"""Pages in order of asking; free when the last holder lets go, and then the next one's."""
+
+import asyncio
+
+import pytest
+
+from colm.errors import CapacityExceeded
+from decode_node.page_line import PageLine
+from decode_node.page_pool import PageLease, PagePool
+from tests.unit.test_line import settle
+
+
+def pages(line: PageLine, owner: str, num_pages: int) -> "asyncio.Task[PageLease]":
+    async def beat(_: int) -> None:
+        pass
+
+    return asyncio.create_task(line.reserve(owner, num_pages, beat))
+
+
+@pytest.fixture
+def line() -> PageLine:
+    return PageLine(PagePool(8), max_waiting=3)
+
+
+async def test_pages_are_waited_for_in_order_of_asking(line: PageLine) -> None:
+    first = await pages(line, "first", 6)
+    large, small = pages(line, "large", 8), pages(line, "small", 1)
+    await settle()
+    assert line.num_waiting == 2
+    line.release(first)
+    assert len((await large).page_ids) == 8
+    await settle()
+    assert not small.done()
+    line.release(await large)
+    line.release(await small)
+    assert line.pool.num_used == 0
+
+
+async def test_the_last_holders_word_frees_pages_for_the_next(line: PageLine) -> None:
+    lease = await pages(line, "first", 8)
+    line.retain(lease)
+    waiting = pages(line, "next", 1)
+    line.release(lease)
+    await settle()
+    assert not waiting.done()
+    line.release(lease)
+    await waiting
+
+
+async def test_who_will_not_wait_gets_pages_only_if_nobody_waits(line: PageLine) -> None:
+    first = line.reserve_now("first", 7)
+    assert first is not None
+    assert line.reserve_now("second", 2) is None
+    waiting = pages(line, "waiting", 2)
+    await settle()
+    assert line.reserve_now("third", 1) is None
+    line.release(first)
+    await waiting
+    assert line.reserve_now("third", 1) is not None
+
+
+async def test_a_line_that_is_full_refuses(line: PageLine) -> None:
+    await pages(line, "first", 8)
+    waiting = [pages(line, str(number), 1) for number in range(3)]
+    await settle()
+    with pytest.raises(CapacityExceeded, match="3 requests wait for KV pages"):
+        await pages(line, "fourth", 1)
+    for task in waiting:
+        task.cancel()

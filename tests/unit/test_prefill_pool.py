@@ -1,0 +1,113 @@
+"""Prefill nodes at fixed addresses: one stream each, a failed one last, a free one at once."""
+
+import asyncio
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+
+import pytest
+
+from colm.errors import CapacityExceeded, PeerFailed, PeerUnavailable
+from decode_node.prefill_pool import PrefillLease, StaticPrefillPool
+from tests.clock import FakeClock
+from tests.unit.test_line import settle
+
+
+async def no_beat(_: int) -> None:
+    pass
+
+
+def borrow(pool: StaticPrefillPool) -> AbstractAsyncContextManager[PrefillLease]:
+    return pool.lease(num_tokens=1, beat=no_beat)
+
+
+async def lend(pool: StaticPrefillPool, error: Exception | None = None) -> str:
+    """Borrow a node and give it back, with an error where one is given; its address."""
+    address = ""
+    try:
+        async with borrow(pool) as lease:
+            address = lease.address
+            if error is not None:
+                raise error
+    except (PeerUnavailable, PeerFailed):
+        pass
+    return address
+
+
+async def test_equal_nodes_take_turns() -> None:
+    pool = StaticPrefillPool(["a", "b", "c"], FakeClock())
+    assert [await lend(pool) for _ in range(6)] == ["a", "b", "c", "a", "b", "c"]
+
+
+@pytest.mark.parametrize("error", [PeerUnavailable("dead"), PeerFailed("out of memory")])
+async def test_a_node_that_failed_is_asked_again_only_after_a_rest(error: Exception) -> None:
+    """The dead node always had the fewest streams, and was asked for ever beside a healthy one."""
+    clock = FakeClock()
+    pool = StaticPrefillPool(["dead", "healthy"], clock)
+    assert await lend(pool, error) == "dead"
+    assert [await lend(pool) for _ in range(5)] == ["healthy"] * 5
+    clock.now_s += 60
+    assert {await lend(pool), await lend(pool)} == {"dead", "healthy"}
+
+
+async def test_a_dead_node_is_passed_over_although_the_healthy_one_was_busy_all_along() -> None:
+    pool = StaticPrefillPool(["dead", "healthy"], FakeClock())
+    await lend(pool, PeerUnavailable("dead"))
+    async with AsyncExitStack() as stack:
+        assert (await stack.enter_async_context(borrow(pool))).address == "healthy"
+        # Nothing else is free: better a node that may be dead than none.
+        assert (await stack.enter_async_context(borrow(pool))).address == "dead"
+
+
+async def test_each_failure_in_a_row_doubles_the_rest_and_a_success_ends_it() -> None:
+    clock = FakeClock()
+    pool = StaticPrefillPool(["bad", "good"], clock)
+    assert await lend(pool, PeerUnavailable("")) == "bad"
+    clock.now_s += 1.01
+    await lend(pool)
+    assert await lend(pool, PeerUnavailable("")) == "bad"
+    clock.now_s += 1.01
+    assert [await lend(pool), await lend(pool)] == ["good", "good"]
+    clock.now_s += 1.01
+    assert "bad" in [await lend(pool), await lend(pool)]
+    assert {await lend(pool), await lend(pool)} == {"bad", "good"}
+
+
+async def test_a_cancelled_stream_says_nothing_about_its_node() -> None:
+    pool = StaticPrefillPool(["a", "b"], FakeClock())
+
+    async def hold() -> None:
+        async with borrow(pool):
+            await asyncio.sleep(60)
+
+    holder = asyncio.create_task(hold())
+    await settle()
+    holder.cancel()
+    await settle()
+    assert [await lend(pool) for _ in range(4)] == ["b", "a", "b", "a"]
+
+
+async def test_a_prompt_is_not_sent_to_a_node_that_computes_another_one() -> None:
+    """It was bound to the busy node and stayed there while the other one had nothing to do."""
+    pool = StaticPrefillPool(["a", "b"], FakeClock())
+    async with AsyncExitStack() as long, AsyncExitStack() as short:
+        assert (await long.enter_async_context(borrow(pool))).address == "a"
+        assert (await short.enter_async_context(borrow(pool))).address == "b"
+        third = asyncio.create_task(lend(pool))
+        await settle()
+        assert not third.done()
+        await short.aclose()
+        assert await third == "b"
+
+
+async def test_the_places_before_the_nodes_are_bounded() -> None:
+    pool = StaticPrefillPool(["a"], FakeClock(), max_waiting=1)
+    async with borrow(pool):
+        waiting = asyncio.create_task(lend(pool))
+        await settle()
+        with pytest.raises(CapacityExceeded):
+            await lend(pool)
+    assert await waiting == "a"
+
+
+def test_a_pool_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one prefill node"):
+        StaticPrefillPool([], FakeClock())
