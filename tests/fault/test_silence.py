@@ -1,17 +1,27 @@
 """Calls in which nothing is said for long, and peers that will never speak again."""
 
 import asyncio
+import signal
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
 
+from colm.checkpoint import Checkpoint
 from colm.wire import endpoint
-from colm.wire.endpoint import Keepalive, bind, create_server
+from colm.wire.endpoint import Keepalive, bind, create_server, open_channel
 from colm.wire.security import Security
 from colm.wire.v1 import decode_service_pb2 as pb
-from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
+from colm.wire.v1.decode_service_pb2_grpc import (
+    DecodeServiceServicer,
+    DecodeServiceStub,
+    add_DecodeServiceServicer_to_server,
+)
+from tests.nodes import PAGE_TOKENS, TILE_TOKENS, decode_node, decode_requests
+from tests.tiny import tiny_checkpoint, tiny_config
 
 # A twentieth of the real times: twelve pings, as 120 s of silence bring.
 SCALED = Keepalive(interval_ms=500, timeout_ms=5_000)
@@ -61,3 +71,56 @@ async def test_a_call_outlives_any_silence(monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         await server.stop(None)
     assert stdout.decode().strip() == "7", stderr.decode()
+
+
+# A node by hand, whose keepalive is scaled as this process's is.
+PREFILL_NODE = """
+import sys
+import typer
+from colm.wire import endpoint
+from prefill_node.__main__ import main
+
+endpoint.KEEPALIVE = endpoint.Keepalive(interval_ms=int(sys.argv.pop(1)))
+typer.run(main)
+"""
+
+
+@asynccontextmanager
+async def prefill_process(checkpoint: Checkpoint) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
+    words = ("--model", str(checkpoint.path), "--dtype", "float32", "--page-tokens", str(PAGE_TOKENS))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", PREFILL_NODE, str(SCALED.interval_ms), *words, "--tile-tokens", str(TILE_TOKENS)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        assert process.stdout is not None
+        address = (await process.stdout.readline()).decode().strip()
+        assert address
+        yield address, process
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def test_a_stopped_prefill_node_is_replaced_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was stopped keeps its connections open: it was waited for until the request's deadline."""
+    monkeypatch.setattr(endpoint, "KEEPALIVE", SCALED)
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", tiny_config(num_layers=12, max_context=8192))
+    prompt = [number % 320 for number in range(6000)]
+    async with (
+        prefill_process(checkpoint) as (address, process),
+        prefill_process(checkpoint) as (other, _),
+        decode_node(str(checkpoint.path), [address, other], kv_cache_bytes=64 << 20) as node,
+        open_channel(node.address, Security()) as channel,
+    ):
+        call = DecodeServiceStub(channel).Decode(iter(decode_requests(prompt)), timeout=45)
+        is_stopped = False
+        responses = []
+        async for response in call:
+            responses.append(response)
+            if response.WhichOneof("event") == "prefill_progress" and not is_stopped:
+                process.send_signal(signal.SIGSTOP)
+                is_stopped = True
+    assert is_stopped
+    assert responses[-1].finished.usage.num_kv_streams == 2

@@ -1,0 +1,78 @@
+"""A gateway in this process, over real decode nodes at known addresses."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from cluster.gateway import DecodeLease, GatewayLimits, GenerationService, ServedModel
+from cluster.node_registry import NodeRegistry
+from colm.checkpoint import Checkpoint
+from colm.clock import MonotonicClock
+from colm.line import Beat
+from colm.nodes import NodeReport, ProcessFacts, Role
+from colm.tokenizer import Tokenizer
+from colm.wire.endpoint import bind, create_server
+from colm.wire.security import Security
+
+LIMITS = GatewayLimits(
+    max_document_bytes=1 << 20,
+    max_requests=64,
+    default_max_new_tokens=8,
+    max_new_tokens=400,
+    default_timeout_s=100.0,
+    min_prefill_tokens_per_s=10.0,
+    min_decode_tokens_per_s=2.0,
+    max_timeout_s=1000.0,
+)
+
+
+class TakingTurns:
+    """Decode nodes at fixed addresses, one after the other."""
+
+    def __init__(self, addresses: Sequence[str], lease_id: str = "") -> None:
+        self.lent: list[str] = []
+        self._addresses = addresses
+        self._lease_id = lease_id
+
+    @asynccontextmanager
+    async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:  # noqa: ARG002 - the pool's contract
+        self.lent.append(self._addresses[len(self.lent) % len(self._addresses)])
+        yield DecodeLease(address=self.lent[-1], lease_id=self._lease_id)
+
+
+@asynccontextmanager
+async def gateway(
+    checkpoint: Checkpoint, pool: TakingTurns, num_decode_nodes: int = 1, **limits: Any
+) -> AsyncIterator[str]:
+    """Its address. The registry knows of so many decode nodes."""
+    registry = NodeRegistry(MonotonicClock())
+    for number in range(num_decode_nodes):
+        registry.report(
+            NodeReport(
+                role=Role.DECODE,
+                replica_id=str(number),
+                ray_node_id="here",
+                address="",
+                num_active_requests=0,
+                num_queued_requests=0,
+                num_leases=0,
+                process=ProcessFacts.now(),
+            )
+        )
+    server = create_server(Security())
+    service = GenerationService(
+        model=ServedModel(name="tiny", config=checkpoint.config, tokenizer=Tokenizer.load(checkpoint), fingerprint="f"),
+        limits=replace(LIMITS, **limits),
+        decode_pool=pool,
+        node_security=Security(),
+        registry=registry,
+        clock=MonotonicClock(),
+    )
+    service.add_to(server)
+    port = bind(server, "127.0.0.1", 0, Security())
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
