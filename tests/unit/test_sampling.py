@@ -43,6 +43,22 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("stop_token_ids", (1,) * (MAX_STOP_TOKEN_IDS + 1)),
     ("top_logprobs", -1),
     ("top_logprobs", MAX_TOP_LOGPROBS + 1),
+    ("temperature", "1"),
+    ("temperature", True),
+    ("temperature", 10**400),
+    ("top_p", None),
+    ("top_k", 1.0),
+    ("top_k", True),
+    ("seed", 1.5),
+    ("stop", "abc"),
+    ("stop", 5),
+    ("stop", (5,)),
+    ("stop", ("ab\ud800",)),
+    ("stop_token_ids", (1.0,)),
+    ("stop_token_ids", (True,)),
+    ("stop_token_ids", {1}),
+    ("top_logprobs", 2.0),
+    ("ignore_eos", 1),
 ]
 
 LIMITS: list[tuple[str, Any]] = [
