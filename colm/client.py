@@ -1,21 +1,27 @@
 """The client: a document goes in, events come out."""
 
+import asyncio
 import io
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self, TypedDict, Unpack
 
 import grpc
+import numpy as np
 
-from colm.errors import InvalidRequest
+from colm import checks
+from colm.errors import InvalidRequest, PeerUnavailable
 from colm.events import Event, Finished, Token
 from colm.nodes import ClusterStatus
-from colm.sampling import SamplingParams
+from colm.sampling import TOKEN_IDS, SamplingParams
 from colm.wire.convert import cluster_status_from_pb, event_from_pb, sampling_to_pb, token_id_pieces
 from colm.wire.endpoint import open_blocking_channel, open_channel
+from colm.wire.outcome import Outcome
 from colm.wire.security import Security
 from colm.wire.status import error_of
 from colm.wire.v1 import generation_service_pb2 as pb
@@ -28,6 +34,8 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 _PIECE_BYTES = 256 << 10
 # The server answers its own deadline with a message that says where the time went; the call waits for that.
 _DEADLINE_SLACK_S = 5.0
+# gRPC counts nanoseconds in 64 bits; a deadline that overflows them is over at once.
+_LONGEST_CALL_S = 1e9
 _STATUS_TIMEOUT_S = 10.0
 
 
@@ -56,38 +64,49 @@ def collect(events: Iterable[Event]) -> Answer:
     raise AssertionError("a stream of events ends with Finished or raises")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Upload:
     """One request on its way out. An error of the document is kept: gRPC would only say that there was one."""
 
     opened: pb.OpenGenerate
-    document: Document
+    pieces: Iterator[bytes]
     token_ids: Sequence[int]
-    failures: list[Exception] = field(default_factory=list)
+    failure: InvalidRequest | None = None
 
     def __iter__(self) -> Iterator[pb.GenerateRequest]:
         yield pb.GenerateRequest(open=self.opened)
         try:
-            for piece in _pieces(self.document):
+            for piece in self.pieces:
                 yield pb.GenerateRequest(document=piece)
-        except OSError as err:
-            self.failures.append(err)
+        except InvalidRequest as err:
+            self.failure = err
             raise
         for ids in token_id_pieces(self.token_ids):
             yield pb.GenerateRequest(token_ids=ids)
 
     async def requests(self) -> AsyncIterator[pb.GenerateRequest]:
-        for request in self:
+        """The same, read in a thread: a file may keep its reader waiting."""
+        requests = iter(self)
+        while (request := await asyncio.to_thread(next, requests, None)) is not None:
             yield request
 
-    @contextmanager
-    def errors(self, address: str) -> Iterator[None]:
-        try:
-            yield
-        except grpc.RpcError as err:
-            if self.failures:
-                raise self.failures[0] from err
-            raise error_of(err, f"gateway {address}") from err
+
+@contextmanager
+def _typed_errors(gateway: str, upload: _Upload | None = None, outcome: Outcome | None = None) -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as err:
+        if upload is not None and upload.failure is not None:
+            raise upload.failure  # noqa: B904 - its cause is the file's own error
+        raise error_of(err if outcome is None else outcome.error(err), f"gateway {gateway}") from err
+    except asyncio.CancelledError as err:
+        # gRPC ends a call of its own with it too, which is no wish of the task's: a TaskGroup would swallow it.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        if upload is not None and upload.failure is not None:
+            raise upload.failure  # noqa: B904 - as above
+        raise PeerUnavailable(f"the call to gateway {gateway} was cancelled: its client was closed") from err
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -109,36 +128,72 @@ class GenerateOptions(TypedDict, total=False):
 
 
 def _upload(document: Document, prompt: str, options: GenerateOptions) -> _Upload:
+    """Check a request whole, down to the document's first piece, so that a bad one opens no call.
+
+    Raises:
+        InvalidRequest: names the field at fault. How much a cluster grants is its own to say.
+    """
+    known = GenerateOptions.__annotations__
+    for name, value in options.items():
+        if name not in known:
+            raise InvalidRequest(name, value, f"is no option of generate; there are {', '.join(known)}")
+    sampling = options.get("sampling", SamplingParams())
+    if not isinstance(sampling, SamplingParams):
+        raise InvalidRequest("sampling", sampling, "must be a SamplingParams")
     opened = pb.OpenGenerate(
-        model=options.get("model", ""),
-        prompt=prompt,
-        sampling=sampling_to_pb(options.get("sampling", SamplingParams())),
+        model=checks.utf8("model", options.get("model", "")).decode(),
+        prompt=checks.utf8("prompt", prompt).decode(),
+        sampling=sampling_to_pb(sampling),
     )
-    for name in ("chat", "num_chains", "max_new_tokens", "timeout_s"):
-        value = options.get(name)
-        if value is not None:
-            try:
-                setattr(opened, name, value)
-            except (TypeError, ValueError) as err:
-                raise InvalidRequest(name, value, str(err)) from err
-    return _Upload(opened=opened, document=document, token_ids=options.get("token_ids", ()))
+    if (chat := options.get("chat")) is not None:
+        opened.chat = checks.flag("chat", chat)
+    if (num_chains := options.get("num_chains")) is not None:
+        limit = "must be an integer from 1 to the model's number of chains"
+        opened.num_chains = checks.integer("num_chains", num_chains, range(1 << 32), limit)
+    if (max_new_tokens := options.get("max_new_tokens")) is not None:
+        limit = "must be an integer from 1 to the cluster's limit"
+        opened.max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, range(-1 << 63, 1 << 63), limit)
+    if (timeout_s := options.get("timeout_s")) is not None:
+        opened.timeout_s = checks.number("timeout_s", timeout_s, "must be a finite number of seconds")
+    token_ids = _token_ids(options.get("token_ids", ()))
+    pieces = _pieces(document)
+    first = [*islice(pieces, 1)]
+    return _Upload(opened=opened, pieces=chain(first, pieces), token_ids=token_ids)
+
+
+def _token_ids(values: object) -> list[int]:
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise InvalidRequest("token_ids", values, "must be a sequence of integers")
+    limit = "each must be an integer from 0 to 2^32 - 1"
+    return [checks.integer("token_ids", value, TOKEN_IDS, limit) for value in values]
 
 
 def _pieces(document: Document) -> Iterator[bytes]:
-    if isinstance(document, Path):
-        with document.open("rb") as opened:
-            yield from _pieces(opened)
-        return
     if isinstance(document, str):
-        document = document.encode()
-    file: BinaryIO = io.BytesIO(document) if isinstance(document, bytes) else document
-    while piece := file.read(_PIECE_BYTES):
-        yield piece
+        document = checks.utf8("document", document)
+    if isinstance(document, bytes):
+        document = io.BytesIO(document)
+    if not isinstance(document, Path) and not hasattr(document, "read"):
+        raise InvalidRequest("document", document, "must be text, its UTF-8 bytes, a Path or an open binary file")
+    try:
+        with document.open("rb") if isinstance(document, Path) else nullcontext(document) as file:
+            for piece in iter(partial(file.read, _PIECE_BYTES), b""):
+                if not isinstance(piece, bytes):
+                    raise InvalidRequest("document", piece, "must be read as bytes; open the file in binary mode")
+                yield piece
+    except InvalidRequest:
+        raise
+    except Exception as err:  # a caller's file may fail in any way
+        shown = str(document) if isinstance(document, Path) else document
+        reason = err.strerror if isinstance(err, OSError) and err.strerror else str(err) or repr(err)
+        raise InvalidRequest("document", shown, f"cannot be read: {reason}") from err
 
 
 def _call_timeout_s(opened: pb.OpenGenerate) -> float | None:
     if opened.HasField("timeout_s") and opened.timeout_s > 0:
-        return opened.timeout_s + _DEADLINE_SLACK_S
+        return min(opened.timeout_s + _DEADLINE_SLACK_S, _LONGEST_CALL_S)
     return None
 
 
@@ -169,7 +224,7 @@ class Client:
         """Submit a document with an instruction and yield what happens.
 
         Args:
-            document: uploaded in pieces; a path is read as it is sent.
+            document: uploaded in pieces; a file is read as it is sent, its first piece before the call is opened.
             prompt: the instruction that follows the document.
             options: see `GenerateOptions`.
 
@@ -184,7 +239,7 @@ class Client:
             iter(upload), metadata=self._security.metadata(), timeout=_call_timeout_s(upload.opened)
         )
         try:
-            with upload.errors(self.address):
+            with _typed_errors(self.address, upload):
                 for message in call:
                     yield event_from_pb(message)
         finally:
@@ -192,12 +247,10 @@ class Client:
 
     def cluster_status(self) -> ClusterStatus:
         """Models, nodes and load, as the gateway knows them."""
-        try:
+        with _typed_errors(self.address):
             message = self._stub.GetClusterStatus(
                 pb.GetClusterStatusRequest(), metadata=self._security.metadata(), timeout=_STATUS_TIMEOUT_S
             )
-        except grpc.RpcError as err:
-            raise error_of(err, f"gateway {self.address}") from err
         return cluster_status_from_pb(message)
 
 
@@ -226,12 +279,13 @@ class AsyncClient:
         self, document: Document = "", prompt: str = "", **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Event]:
         """As `Client.generate`; close it with `contextlib.aclosing` to cancel."""
-        upload = _upload(document, prompt, options)
+        upload = await asyncio.to_thread(_upload, document, prompt, options)
         call = self._stub.Generate(
             upload.requests(), metadata=self._security.metadata(), timeout=_call_timeout_s(upload.opened)
         )
+        outcome = Outcome(call)
         try:
-            with upload.errors(self.address):
+            with _typed_errors(self.address, upload, outcome):
                 async for message in call:
                     yield event_from_pb(message)
         finally:
@@ -239,10 +293,8 @@ class AsyncClient:
 
     async def cluster_status(self) -> ClusterStatus:
         """Models, nodes and load, as the gateway knows them."""
-        try:
+        with _typed_errors(self.address):
             message = await self._stub.GetClusterStatus(
                 pb.GetClusterStatusRequest(), metadata=self._security.metadata(), timeout=_STATUS_TIMEOUT_S
             )
-        except grpc.RpcError as err:
-            raise error_of(err, f"gateway {self.address}") from err
         return cluster_status_from_pb(message)

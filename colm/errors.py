@@ -15,7 +15,8 @@ class InvalidRequest(ColmError):
     """
 
     def __init__(self, field: str, value: object, limit: str) -> None:
-        shown = repr(value)
+        # Python refuses to print an integer of thousands of digits in base 10, never in base 16.
+        shown = hex(value) if isinstance(value, int) and value.bit_length() > 256 else repr(value)
         self.field = field
         self.value = shown if len(shown) <= 80 else shown[:77] + "..."
         self.limit = limit

@@ -1,10 +1,16 @@
 """How the next token is chosen, checked where it is made."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from colm import checks
 from colm.errors import InvalidRequest
 
+_Item = TypeVar("_Item")
+
+TOKEN_IDS = range(1 << 32)
+"""What a message can carry; the model's vocabulary is the server's to check."""
 MAX_TEMPERATURE = 10.0
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
@@ -38,23 +44,29 @@ class SamplingParams:
     """Go on past the model's own end-of-answer tokens."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= MAX_TEMPERATURE):
-            raise InvalidRequest("temperature", self.temperature, f"must be between 0 and {MAX_TEMPERATURE}")
-        if not (math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0):
-            raise InvalidRequest("top_p", self.top_p, "must be above 0 and at most 1")
-        if not 0 <= self.top_k < 1 << 32:
-            raise InvalidRequest("top_k", self.top_k, "must be 0 (all) or a positive count")
-        if self.seed is not None and not 0 <= self.seed < 1 << 64:
-            raise InvalidRequest("seed", self.seed, "must be between 0 and 2^64 - 1")
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest("stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
-        for text in self.stop:
+        limit = f"must be a number from 0 to {MAX_TEMPERATURE}"
+        if not 0.0 <= checks.number("temperature", self.temperature, limit) <= MAX_TEMPERATURE:
+            raise InvalidRequest("temperature", self.temperature, limit)
+        limit = "must be a number above 0 and at most 1"
+        if not 0.0 < checks.number("top_p", self.top_p, limit) <= 1.0:
+            raise InvalidRequest("top_p", self.top_p, limit)
+        checks.integer("top_k", self.top_k, range(1 << 32), "must be 0 (all) or a positive integer below 2^32")
+        if self.seed is not None:
+            checks.integer("seed", self.seed, range(1 << 64), "must be an integer from 0 to 2^64 - 1")
+        for text in _items("stop", self.stop, MAX_STOP_STRINGS):
+            checks.utf8("stop", text)
             if not 1 <= len(text) <= MAX_STOP_CHARS:
                 raise InvalidRequest("stop", text, f"each string must have 1 to {MAX_STOP_CHARS} characters")
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequest("stop_token_ids", len(self.stop_token_ids), f"at most {MAX_STOP_TOKEN_IDS} ids")
-        for token_id in self.stop_token_ids:
-            if not 0 <= token_id < 1 << 32:
-                raise InvalidRequest("stop_token_ids", token_id, "must be token ids, 0 or above")
-        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
-            raise InvalidRequest("top_logprobs", self.top_logprobs, f"must be between 0 and {MAX_TOP_LOGPROBS}")
+        for token_id in _items("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS):
+            checks.integer("stop_token_ids", token_id, TOKEN_IDS, "each must be an integer from 0 to 2^32 - 1")
+        limit = f"must be an integer from 0 to {MAX_TOP_LOGPROBS}"
+        checks.integer("top_logprobs", self.top_logprobs, range(MAX_TOP_LOGPROBS + 1), limit)
+        checks.flag("ignore_eos", self.ignore_eos)
+
+
+def _items(field: str, values: Sequence[_Item], max_items: int) -> Sequence[_Item]:
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise InvalidRequest(field, values, f"must be a tuple of at most {max_items}")
+    if len(values) > max_items:
+        raise InvalidRequest(field, f"{len(values)} of them", f"at most {max_items}")
+    return values

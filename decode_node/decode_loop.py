@@ -6,13 +6,13 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from colm.errors import PeerUnavailable
+from colm.errors import ColmError, PeerUnavailable
 from colm.events import Queued, Token, WaitsFor
 from colm.line import BEAT_INTERVAL_S
 from decode_node.engine import DecodeEngine
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease
-from decode_node.sampler import Choice
+from decode_node.sampler import Choice, choose
 from decode_node.sequence import Sequence as Answer
 
 logger = logging.getLogger(__name__)
@@ -139,15 +139,9 @@ class DecodeLoop:
         if member.answer.finish_reason is not None:
             self._dismiss(member, None)
 
-    def _compute(self, answers: Sequence[Answer]) -> list[Choice | Exception]:
+    def _compute(self, answers: Sequence[Answer]) -> list[Choice | ColmError]:
         logits_RV = self._engine.step([answer.step_input() for answer in answers])
-        choices: list[Choice | Exception] = []
-        for answer, logits_V in zip(answers, logits_RV, strict=True):
-            try:
-                choices.append(answer.sampler.choose(logits_V))
-            except Exception as err:  # noqa: BLE001 - one request's failure is not its neighbours'
-                choices.append(err)
-        return choices
+        return choose([answer.sampler for answer in answers], logits_RV)
 
     def _dismiss(self, member: _Member, error: Exception | None) -> None:
         """No step includes the member from here on."""

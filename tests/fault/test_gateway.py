@@ -233,3 +233,14 @@ async def test_a_call_that_never_says_what_it_wants_does_not_keep_its_place(
             may_speak.set()
         with pytest.raises(PeerUnavailable):
             await ask(address)
+
+
+async def test_a_refusal_in_the_middle_of_an_upload_is_the_async_clients_error_too(checkpoint: Checkpoint) -> None:
+    """gRPC's asyncio client put "Internal error from Core" over every second one of them."""
+    async with (
+        gateway(checkpoint, TakingTurns(["127.0.0.1:1"]), max_document_bytes=1 << 18) as address,
+        AsyncClient(address) as client,
+    ):
+        for _ in range(10):
+            with pytest.raises(InvalidRequest, match="at most 262144 bytes"):
+                await anext(client.generate(b"x" * (4 << 20), "?"))

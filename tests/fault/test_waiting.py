@@ -20,6 +20,7 @@ from colm.wire.v1 import common_pb2 as pb
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
 from decode_node.engine import DecodeEngine
 from decode_node.node import DecodeNode
+from decode_node.requests import DecodeJob, Emit, RequestOwner
 from prefill_node.engine import PrefillEngine
 from tests.gates import LIMIT_S, gate_before
 from tests.nodes import PAGE_TOKENS, decode, decode_node, prefill_node
@@ -233,3 +234,20 @@ async def test_a_call_without_a_lease_is_told_to_get_a_new_one(checkpoint: Check
         lease = leases.grant()
         assert len((await decode(node.address, PROMPT, lease_id=lease.lease_id)).token_ids) == 8
         assert len(leases) == 0
+
+
+async def test_a_calls_deadline_is_its_requests(small: DecodeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[DecodeJob] = []
+    run = RequestOwner.run
+
+    async def noted(owner: RequestOwner, job: DecodeJob, emit: Emit) -> None:
+        jobs.append(job)
+        await run(owner, job, emit)
+
+    monkeypatch.setattr(RequestOwner, "run", noted)
+    await decode(small.address, PROMPT, timeout_s=1000.0)
+    await decode(small.address, PROMPT, timeout_s=None)
+    with_deadline, without = jobs
+    assert with_deadline.deadline is not None
+    assert 900 < with_deadline.deadline.remaining_s() < 1000
+    assert without.deadline is None

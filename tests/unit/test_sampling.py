@@ -1,14 +1,15 @@
 """What may be asked of the sampler, and what it then chooses.
 
-Shapes: V vocabulary.
+Shapes: R requests, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, currently_in_test_context, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from colm.sampling import (
     MAX_TOP_LOGPROBS,
     SamplingParams,
 )
-from decode_node.sampler import Sampler
+from decode_node.sampler import Choice, Sampler, _likeliest, _nucleus, choose
 
 BAD_VALUES: list[tuple[str, Any]] = [
     ("temperature", -0.1),
@@ -43,6 +44,22 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("stop_token_ids", (1,) * (MAX_STOP_TOKEN_IDS + 1)),
     ("top_logprobs", -1),
     ("top_logprobs", MAX_TOP_LOGPROBS + 1),
+    ("temperature", "1"),
+    ("temperature", True),
+    ("temperature", 10**400),
+    ("top_p", None),
+    ("top_k", 1.0),
+    ("top_k", True),
+    ("seed", 1.5),
+    ("stop", "abc"),
+    ("stop", 5),
+    ("stop", (5,)),
+    ("stop", ("ab\ud800",)),
+    ("stop_token_ids", (1.0,)),
+    ("stop_token_ids", (True,)),
+    ("stop_token_ids", {1}),
+    ("top_logprobs", 2.0),
+    ("ignore_eos", 1),
 ]
 
 LIMITS: list[tuple[str, Any]] = [
@@ -62,9 +79,31 @@ def random_logits(seed: int = 0, vocab_size: int = 50) -> Tensor:
     return 2 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed))
 
 
+def choice(sampler: Sampler, logits_V: Tensor) -> Choice:
+    """What a request alone in its step gets."""
+    (outcome,) = choose([sampler], logits_V[None])
+    if isinstance(outcome, ColmError):
+        raise outcome
+    return outcome
+
+
 def draws(params: SamplingParams, logits_V: Tensor, count: int) -> list[int]:
     sampler = Sampler(params)
-    return [sampler.choose(logits_V).token_id for _ in range(count)]
+    return [choice(sampler, logits_V).token_id for _ in range(count)]
+
+
+def kept(params: SamplingParams, logits_V: Tensor) -> dict[int, float]:
+    """Reference: every token that may be drawn with its probability, likeliest first, by one sort of everything."""
+    ordered, ids = logits_V.double().sort(descending=True, stable=True)
+    ordered, ids = ordered[: params.top_k or None], ids[: params.top_k or None]
+    probabilities = ((ordered - ordered[0]) / params.temperature).softmax(dim=0)
+    before = probabilities.cumsum(dim=0) - probabilities
+    if params.top_p < 1:
+        if currently_in_test_context():
+            assume(float((before - params.top_p).abs().min()) > 1e-9)  # or else rounding decides
+        probabilities = probabilities[before < params.top_p]
+    probabilities = probabilities / probabilities.sum()
+    return dict(zip(ids.tolist(), probabilities.tolist(), strict=False))
 
 
 @pytest.mark.parametrize(("field", "value"), BAD_VALUES)
@@ -82,7 +121,7 @@ def test_the_limit_itself_is_accepted(field: str, value: Any) -> None:
 
 @given(UNIT_LOGITS)
 def test_greedy_takes_the_likeliest(logits_V: Tensor) -> None:
-    token_id = Sampler(SamplingParams()).choose(logits_V).token_id
+    token_id = choice(Sampler(SamplingParams()), logits_V).token_id
     assert logits_V[token_id] == logits_V.max()
 
 
@@ -112,8 +151,8 @@ def test_every_64_bit_seed_is_usable() -> None:
 @pytest.mark.parametrize("top_k", [1, 2, 7])
 def test_top_k_draws_all_of_the_k_likeliest_and_no_other(top_k: int) -> None:
     logits_V = random_logits(vocab_size=20) / 4
-    kept = set(logits_V.topk(top_k).indices.tolist())
-    assert set(draws(SamplingParams(temperature=1.0, top_k=top_k, seed=1), logits_V, 400)) == kept
+    likeliest = set(logits_V.topk(top_k).indices.tolist())
+    assert set(draws(SamplingParams(temperature=1.0, top_k=top_k, seed=1), logits_V, 400)) == likeliest
 
 
 def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
@@ -122,11 +161,11 @@ def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_p", "kept"), [(0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}), (0.81, {2, 0, 3}), (1.0, {0, 1, 2, 3})]
+    ("top_p", "smallest"), [(0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}), (0.81, {2, 0, 3}), (1.0, {0, 1, 2, 3})]
 )
-def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[int]) -> None:
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, smallest: set[int]) -> None:
     logits_V = torch.tensor([0.3, 0.05, 0.5, 0.15]).log()
-    assert set(draws(SamplingParams(temperature=1.0, top_p=top_p, seed=1), logits_V, 300)) == kept
+    assert set(draws(SamplingParams(temperature=1.0, top_p=top_p, seed=1), logits_V, 300)) == smallest
 
 
 @given(UNIT_LOGITS, st.floats(1e-6, 1.0, exclude_max=True))
@@ -169,20 +208,20 @@ def test_temperature_divides_the_logits() -> None:
 def test_logprobs_are_the_models_before_temperature_and_cuts(temperature: float) -> None:
     logits_V = random_logits().bfloat16()
     params = SamplingParams(temperature=temperature, top_k=5, top_p=0.9, seed=3, top_logprobs=4)
-    choice = Sampler(params).choose(logits_V)
+    chosen = choice(Sampler(params), logits_V)
     logprobs_V = logits_V.float().log_softmax(dim=0)
-    assert choice.logprob == float(logprobs_V[choice.token_id])
-    assert all(logprob == float(logprobs_V[token_id]) for token_id, logprob in choice.top_logprobs)
+    assert chosen.logprob == float(logprobs_V[chosen.token_id])
+    assert all(logprob == float(logprobs_V[token_id]) for token_id, logprob in chosen.top_logprobs)
 
 
 def test_top_logprobs_are_the_likeliest_in_order() -> None:
     logits_V = random_logits()
-    choice = Sampler(SamplingParams(top_logprobs=6)).choose(logits_V)
-    assert [token_id for token_id, _ in choice.top_logprobs] == logits_V.argsort(descending=True)[:6].tolist()
+    chosen = choice(Sampler(SamplingParams(top_logprobs=6)), logits_V)
+    assert [token_id for token_id, _ in chosen.top_logprobs] == logits_V.argsort(descending=True)[:6].tolist()
 
 
 def test_top_logprobs_stop_at_the_vocabulary() -> None:
-    assert len(Sampler(SamplingParams(top_logprobs=9)).choose(torch.zeros(3)).top_logprobs) == 3
+    assert len(choice(Sampler(SamplingParams(top_logprobs=9)), torch.zeros(3)).top_logprobs) == 3
 
 
 def test_a_token_that_is_ruled_out_is_never_drawn() -> None:
@@ -203,4 +242,138 @@ def with_value(value: float) -> Callable[[], Tensor]:
 def test_logits_that_are_not_finite_are_refused(logits: Callable[[], Tensor], temperature: float) -> None:
     """Bug: with a temperature, torch's own RuntimeError came out, which nobody can act on."""
     with pytest.raises(ColmError, match="logits are not finite"):
-        Sampler(SamplingParams(temperature=temperature, seed=1)).choose(logits())
+        choice(Sampler(SamplingParams(temperature=temperature, seed=1)), logits())
+
+
+# Whole numbers and bf16 have many equals.
+TIED_LOGITS = st.lists(st.integers(-6, 6), min_size=1, max_size=300).map(lambda values: torch.tensor(values).float())
+LOGITS = UNIT_LOGITS | TIED_LOGITS
+CUTS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.3, 1.0, 4.0]),
+    top_k=st.sampled_from([0, 1, 2, 5, 100, 1000]),
+    top_p=st.sampled_from([1e-12, 0.1, 0.5, 0.9, 0.99, 1.0]),
+    seed=st.integers(0, 99),
+)
+
+
+@given(LOGITS, st.integers(0, 40))
+def test_the_likeliest_are_those_of_a_stable_sort(logits_V: Tensor, count: int) -> None:
+    ordered = logits_V.argsort(descending=True, stable=True)
+    assert _likeliest(logits_V.numpy(), count).tolist() == ordered[:count].tolist()
+
+
+@pytest.mark.parametrize("count", [1, 20, 63, 64, 65, 4096, 8191, 8192, 9000])
+@pytest.mark.parametrize("vocab_size", [8192, 8191, 8193 + 127])
+def test_the_likeliest_of_a_large_vocabulary_with_equals(vocab_size: int, count: int) -> None:
+    logits_V = random_logits(vocab_size=vocab_size).bfloat16().float()
+    ordered = logits_V.argsort(descending=True, stable=True)
+    assert _likeliest(logits_V.numpy(), count).tolist() == ordered[:count].tolist()
+
+
+@given(LOGITS, st.floats(1e-12, 1.0, exclude_max=True))
+def test_the_nucleus_is_that_of_a_sort(logits_V: Tensor, top_p: float) -> None:
+    expected = kept(SamplingParams(temperature=1.0, top_p=top_p), logits_V)
+    weights = (logits_V - logits_V.max()).double().exp()
+    assert set(_nucleus(logits_V.numpy(), weights.numpy(), top_p).tolist()) == set(expected)
+
+
+@pytest.mark.parametrize("steepness", [0.0, 0.01, 0.5, 1.1, 1.5, 4.0, 40.0])
+@pytest.mark.parametrize("top_p", [0.001, 0.5003, 0.95, 0.999])
+def test_the_nucleus_of_a_large_vocabulary(steepness: float, top_p: float) -> None:
+    """From all alike to one token that has it all."""
+    shuffled = torch.randperm(50_021, generator=torch.Generator().manual_seed(1))
+    logits_V = (-steepness * torch.arange(1.0, 50_022).log())[shuffled].bfloat16().float()
+    expected = kept(SamplingParams(temperature=1.0, top_p=top_p), logits_V)
+    weights = (logits_V - logits_V.max()).double().exp()
+    assert set(_nucleus(logits_V.numpy(), weights.numpy(), top_p).tolist()) == set(expected)
+
+
+@given(LOGITS, CUTS)
+def test_what_is_drawn_may_be_drawn(logits_V: Tensor, params: SamplingParams) -> None:
+    assert set(draws(params, logits_V, 5)) <= set(kept(params, logits_V))
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [{}, {"top_k": 6}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.9}, {"temperature": 3.0, "top_p": 0.95}],
+    ids=["plain", "top_k", "top_p", "both", "hot"],
+)
+def test_tokens_are_drawn_as_often_as_they_are_likely(cuts: dict[str, Any]) -> None:
+    """6,000 draws of one seed, within 5 standard deviations for each token."""
+    params = SamplingParams(**{"temperature": 1.0, "seed": 5} | cuts)
+    logits_V = random_logits(seed=3, vocab_size=40)
+    counts = np.bincount(draws(params, logits_V, 6_000), minlength=40)
+    expected = kept(params, logits_V)
+    for token_id, count in enumerate(counts.tolist()):
+        mean = 6_000 * expected.get(token_id, 0.0)
+        assert abs(count - mean) <= 5 * mean**0.5
+
+
+MIXED = (
+    SamplingParams(seed=7),
+    SamplingParams(seed=8, top_logprobs=3),
+    SamplingParams(seed=9, top_logprobs=20),
+    SamplingParams(temperature=1.0, seed=1),
+    SamplingParams(temperature=0.7, seed=2, top_k=1),
+    SamplingParams(temperature=1.0, seed=3, top_k=50, top_logprobs=2),
+    SamplingParams(temperature=1.5, seed=4, top_p=0.95),
+    SamplingParams(temperature=1.0, seed=5, top_k=7, top_p=0.5),
+    SamplingParams(temperature=2.0, seed=6, top_k=900),
+)
+
+
+def run(requests: Sequence[int], vocab_size: int, num_steps: int = 4) -> dict[int, tuple[list[Any], list[int]]]:
+    """Each request's outcomes over some steps taken together, and its generator's state after them."""
+    samplers = [Sampler(MIXED[request]) for request in requests]
+    outcomes: list[list[Any]] = [[] for _ in requests]
+    for step in range(num_steps):
+        rows = [random_logits(100 * request + step, vocab_size) for request in requests]
+        for outcome, chosen in zip(outcomes, choose(samplers, torch.stack(rows).bfloat16()), strict=True):
+            outcome.append(chosen)
+    states = [sampler._generator.get_state().tolist() for sampler in samplers]
+    return dict(zip(requests, zip(outcomes, states, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 4099, 49_152])
+def test_neighbours_change_nothing_to_the_bit(vocab_size: int) -> None:
+    alone: dict[int, Any] = {}
+    for request in range(len(MIXED)):
+        alone |= run([request], vocab_size)
+    assert run(range(len(MIXED)), vocab_size) == alone
+    for batch in ([8, 0, 3], [5, 2], [7, 6, 5, 4, 3, 2, 1]):
+        assert run(batch, vocab_size) == {request: alone[request] for request in batch}
+
+
+@given(st.permutations(range(len(MIXED))), st.integers(1, len(MIXED)))
+def test_neighbours_change_nothing_whoever_they_are(order: list[int], count: int) -> None:
+    together = run(order[:count], 300, num_steps=2)
+    assert all(run([request], 300, num_steps=2)[request] == together[request] for request in order[:count])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_fails_alone(value: float) -> None:
+    logits_RV = torch.stack([random_logits(row) for row in range(3)])
+    params = SamplingParams(temperature=1.0, seed=1, top_k=5, top_logprobs=2)
+    healthy = [choice(Sampler(params), logits_V) for logits_V in logits_RV]
+    logits_RV[1, 7] = value
+    first, failed, last = choose([Sampler(params) for _ in range(3)], logits_RV)
+    assert (first, last) == (healthy[0], healthy[2])
+    assert isinstance(failed, ColmError)
+
+
+@pytest.mark.parametrize("params", [{"top_k": 2}, {"top_p": 0.39}], ids=["top_k", "top_p"])
+def test_of_equals_the_lower_ids_are_kept(params: dict[str, Any]) -> None:
+    logits_V = torch.tensor([0.0, 3.0, 3.0, 3.0, 3.0, 3.0])
+    assert set(draws(SamplingParams(temperature=1.0, seed=1, **params), logits_V, 100)) == {1, 2}
+
+
+def test_one_random_number_is_used_for_a_token_drawn_and_none_for_a_greedy_one() -> None:
+    logits_V = random_logits()
+    for temperature, num_used in ((0.0, 0), (1.0, 3)):
+        drawing, counting = (Sampler(SamplingParams(temperature=temperature, seed=1)) for _ in range(2))
+        for _ in range(3):
+            choice(drawing, logits_V)
+        for _ in range(num_used):
+            counting.uniform()
+        assert drawing.uniform() == counting.uniform()
