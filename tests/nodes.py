@@ -22,6 +22,7 @@ from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import StaticPrefillPool
 from prefill_node.node import PrefillNode, PrefillOptions
+from tests.gates import LIMIT_S
 
 PAGE_TOKENS = 16
 TILE_TOKENS = 32
@@ -104,9 +105,9 @@ def assert_nothing_held(node: DecodeNode) -> None:
     assert not node.owner.stages()
 
 
-async def until_idle(node: DecodeNode, within_s: float = 2.0) -> None:
+async def until_idle(node: DecodeNode) -> None:
     """The node lets go of everything soon after a call has ended."""
-    give_up_s = time.monotonic() + within_s
+    give_up_s = time.monotonic() + LIMIT_S
     while True:
         try:
             return assert_nothing_held(node)

@@ -67,7 +67,7 @@ from colm.wire.v1 import common_pb2, generation_service_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 
 M = TypeVar("M", bound=Message)
-LIMIT_S = 10.0
+LIMIT_S = 60.0
 PEER = "the peer"
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)

@@ -1,52 +1,105 @@
-"""On a Ray cluster of two nodes, each role's replicas go where its resource is."""
+"""On a Ray cluster of several nodes: each role's replicas go where its resource is, and prompts to whoever is free."""
 
 import os
+import threading
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 
 from cluster.state import ClusterState
-from colm.client import Client, collect
-from tests.e2e.conftest import last_json, run_colm
+from colm.checkpoint import Checkpoint
+from colm.client import Answer, Client, collect
+from colm.events import Token
+from colm.nodes import Role
+from tests.e2e.conftest import RunningCluster, last_json, run_colm, until
 from tests.oracle import assert_greedy
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_checkpoint, tiny_config
 
 PROMPT = list(range(3, 150))
 
 
-@pytest.fixture
-def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, str]]]:
-    """(address, Ray node id by role) of a head, a prefill node and a decode node."""
-    monkeypatch.setitem(os.environ, "RAY_AUTH_MODE", "disabled")
-    from ray.cluster_utils import Cluster
+@dataclass(frozen=True)
+class TwoNodes:
+    """A head, a node for two prefill replicas and one for a decode replica, with a cluster on them."""
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        ids = {role: nodes.add_node(num_cpus=1, resources={role: 1}).node_id for role in ("prefill", "decode")}
-        yield nodes.address, ids
-    finally:
-        nodes.shutdown()
+    checkpoint: Checkpoint
+    node_ids: dict[str, str]
+    """Ray's name of the node, by role."""
+    too_many: str
+    """What `colm up` said when it was asked for a third prefill replica."""
+    running: RunningCluster
 
 
-def test_replicas_go_to_the_node_that_carries_their_role(
-    ray_cluster: tuple[str, dict[str, str]], tmp_path: Path
-) -> None:
-    address, node_ids = ray_cluster
-    checkpoint = tiny_checkpoint(tmp_path / "tiny")
-    config = tmp_path / "colm.toml"
-    config.write_text('[model]\ndtype = "float32"\n[gateway]\nport = 0\n[decode]\nkv_cache = "64MiB"\n')
-    state_dir = tmp_path / "state"
-    words = ("--config", str(config), "--model", str(checkpoint.path), "--ray-address", address)
-    too_many = run_colm(state_dir, "up", *words, "--prefill", "2", check=False)
-    assert too_many.returncode == 1
-    assert "resource 'prefill'" in too_many.stderr
-    run_colm(state_dir, "up", *words)
-    status = last_json(run_colm(state_dir, "status", "--json").stdout)
-    assert {node["role"]: node["ray_node_id"] for node in status["nodes"]} == node_ids
-    state = ClusterState.require(state_dir)
-    with Client(state.gateway_address, state.security) as client:
-        answer = collect(client.generate(token_ids=PROMPT, num_chains=3, max_new_tokens=8))
-    assert_greedy(checkpoint.load(), PROMPT, [token.token_id for token in answer.tokens], 3)
-    run_colm(state_dir, "down")
-    assert ClusterState.read(state_dir) is None
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
+    folder = tmp_path_factory.mktemp("two-nodes")
+    checkpoint = tiny_checkpoint(folder / "tiny", tiny_config(max_context=32768, num_layers=4))
+    config = folder / "colm.toml"
+    config.write_text('[model]\ndtype = "float32"\n[gateway]\nport = 0\n[decode]\nkv_cache = "256MiB"\n')
+    state_dir = folder / "state"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "RAY_AUTH_MODE", "disabled")
+        from ray.cluster_utils import Cluster
+
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        try:
+            carried = {"prefill": 2, "decode": 1}
+            ids = {role: nodes.add_node(num_cpus=1, resources={role: count}).node_id for role, count in carried.items()}
+            words = ("--config", str(config), "--model", str(checkpoint.path), "--ray-address", nodes.address)
+            too_many = run_colm(state_dir, "up", *words, "--prefill", "3", check=False)
+            assert too_many.returncode == 1
+            run_colm(state_dir, "up", *words, "--prefill", "2")
+            try:
+                running = RunningCluster(state_dir, ClusterState.require(state_dir))
+                yield TwoNodes(checkpoint, ids, too_many.stderr, running)
+            finally:
+                run_colm(state_dir, "down")
+            assert ClusterState.read(state_dir) is None
+        finally:
+            nodes.shutdown()
+
+
+def ask(client: Client, token_ids: list[int]) -> Answer:
+    return collect(client.generate(token_ids=token_ids, num_chains=3, max_new_tokens=8))
+
+
+def test_replicas_go_to_the_node_that_carries_their_role(two_nodes: TwoNodes) -> None:
+    assert "resource 'prefill'" in two_nodes.too_many
+    status = last_json(two_nodes.running.colm("status", "--json").stdout)
+    assert sorted(node["role"] for node in status["nodes"]) == ["decode", "prefill", "prefill"]
+    assert {node["role"]: node["ray_node_id"] for node in status["nodes"]} == two_nodes.node_ids
+    with two_nodes.running.client() as client:
+        answer = ask(client, PROMPT)
+    assert_greedy(two_nodes.checkpoint.load(), PROMPT, [token.token_id for token in answer.tokens], 3)
+
+
+def test_short_prompts_do_not_wait_behind_a_long_one_while_another_replica_is_free(two_nodes: TwoNodes) -> None:
+    """One of them was bound to the replica that computed the long one, and stayed there when the other was idle."""
+    has_token = threading.Event()
+    may_end = threading.Event()
+
+    def hold(client: Client) -> None:
+        events = client.generate(token_ids=[number % 320 for number in range(20_000)], max_new_tokens=8)
+        for event in events:
+            if isinstance(event, Token):
+                has_token.set()
+            if may_end.is_set():
+                events.close()
+
+    def num_prefilling() -> int:
+        return sum(node.num_active_requests for node in two_nodes.running.nodes(Role.PREFILL))
+
+    with two_nodes.running.client() as client, ThreadPoolExecutor() as threads:
+        held = threads.submit(hold, client)
+        until(lambda: num_prefilling() == 1, 60)
+        medium = threads.submit(ask, client, [number % 320 for number in range(2000)])
+        until(lambda: num_prefilling() == 2 or medium.done(), 60)
+        shorts = [threads.submit(ask, client, PROMPT) for _ in range(4)]
+        answers = [short.result() for short in shorts]
+        assert not has_token.is_set(), "the long prompt was answered before a short one"
+        may_end.set()
+        held.result()
+    assert len({tuple(token.token_id for token in answer.tokens) for answer in answers}) == 1
+    two_nodes.running.assert_idle()

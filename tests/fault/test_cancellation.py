@@ -1,17 +1,23 @@
 """A caller that goes away, at every stage: both nodes stop and nothing stays held."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from colm.checkpoint import Checkpoint
+from colm.kv import KvTile
 from colm.wire.endpoint import open_channel
 from colm.wire.security import Security
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
 from decode_node.node import DecodeNode
+from prefill_node.engine import PrefillEngine
 from prefill_node.node import PrefillNode
+from tests.gates import LIMIT_S, gate_before
 from tests.nodes import decode, decode_node, decode_requests, prefill_node, until_idle
 from tests.tiny import tiny_checkpoint, tiny_config
 
@@ -40,7 +46,7 @@ async def cancel_at(node: DecodeNode, event: str, **request: object) -> None:
 
 
 async def until_prefill_idle(prefill: PrefillNode) -> None:
-    async with asyncio.timeout(2.0):
+    async with asyncio.timeout(LIMIT_S):
         while prefill.service.load.num_active or prefill.service.load.num_queued:
             await asyncio.sleep(0.02)
 
@@ -70,13 +76,26 @@ async def test_cancelling_one_request_leaves_its_neighbours_alone(nodes: tuple[P
     assert (await neighbour).token_ids == alone.token_ids
 
 
-async def test_a_waiting_stream_is_given_up_without_ever_reaching_the_engine(
-    nodes: tuple[PrefillNode, DecodeNode],
+async def test_a_waiting_prompt_is_given_up_without_ever_reaching_the_engine(
+    nodes: tuple[PrefillNode, DecodeNode], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefill, node = nodes
-    first = asyncio.create_task(decode(node.address, PROMPT, request_id="first"))
-    while not prefill.service.load.num_active:
-        await asyncio.sleep(0.01)
-    await asyncio.gather(*[cancel_at(node, "reserved", request_id=str(i)) for i in range(3)])
-    assert len((await first).token_ids) == 8
+    lengths: list[int] = []
+    run = PrefillEngine.run
+
+    def noted(engine: PrefillEngine, token_ids: NDArray[np.int64], **options: Any) -> Iterator[KvTile]:
+        lengths.append(len(token_ids))
+        return run(engine, token_ids, **options)
+
+    monkeypatch.setattr(PrefillEngine, "run", noted)
+    with gate_before(PrefillEngine, "run") as gate:
+        first = asyncio.create_task(decode(node.address, PROMPT, request_id="first"))
+        await gate.until_reached()
+        await asyncio.gather(*[cancel_at(node, "reserved", request_id=str(i)) for i in range(3)])
+        async with asyncio.timeout(LIMIT_S):
+            while sum(node.owner.stages().values()) > 1:
+                await asyncio.sleep(0.01)
+        gate.open()
+        assert len((await first).token_ids) == 8
     await until_prefill_idle(prefill)
+    assert lengths == [len(PROMPT) - 1]

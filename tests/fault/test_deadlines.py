@@ -77,7 +77,7 @@ async def test_pages_stay_held_while_something_writes_into_them(
         await cancelled_twice_at(gate, node)
         assert node.page_line.pool.num_used > 0
         gate.open()
-        await until_idle(node, within_s=LIMIT_S)
+        await until_idle(node)
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -161,7 +161,7 @@ async def test_random_deadlines_never_change_an_answer_that_completes(
                     return err
 
         answers = await asyncio.gather(*map(ask, range(400)))
-        await until_idle(node, within_s=LIMIT_S)
+        await until_idle(node)
     for number, answer in enumerate(answers):
         if isinstance(answer, grpc.aio.AioRpcError):
             assert number % 2

@@ -8,7 +8,7 @@ from colm import line as line_module
 from colm.errors import CapacityExceeded
 from colm.line import Line
 
-LIMIT_S = 10.0
+LIMIT_S = 60.0
 
 
 class Seats:

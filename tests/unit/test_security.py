@@ -23,7 +23,7 @@ from colm.wire.v1.kv_transfer_service_pb2_grpc import KvTransferServiceStub
 
 TLS = new_tls()
 TOKEN = new_token()
-LIMIT_S = 10.0
+LIMIT_S = 60.0
 
 
 class OpenDoor(GenerationServiceServicer):
