@@ -1,14 +1,15 @@
 """On a Ray cluster of two nodes, each role's replicas go where its resource is."""
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster.state import ClusterState
+from cluster.state import ClusterState, read_joined
 from colm.client import Client, collect
-from tests.e2e.conftest import last_json, run_colm
+from tests.e2e.conftest import colm_command, colm_env, last_json, run_colm, until
 from tests.oracle import assert_greedy
 from tests.tiny import tiny_checkpoint
 
@@ -29,6 +30,17 @@ def ray_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str
         nodes.shutdown()
 
 
+def assert_a_killed_up_is_known_to_down(state_dir: Path, words: tuple[str, ...]) -> None:
+    """Bug: what it had placed on a Ray that it joined stayed there, and `down` knew of nothing."""
+    up = subprocess.Popen(colm_command("up", *words), env=colm_env(state_dir), stderr=subprocess.DEVNULL)
+    until(lambda: read_joined(state_dir) is not None, 60)
+    up.kill()
+    up.wait()
+    refused = run_colm(state_dir, "up", *words, check=False)
+    assert (refused.returncode, "run `colm down` first" in refused.stderr) == (1, True)
+    run_colm(state_dir, "down")
+
+
 def test_replicas_go_to_the_node_that_carries_their_role(
     ray_cluster: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
@@ -41,6 +53,7 @@ def test_replicas_go_to_the_node_that_carries_their_role(
     too_many = run_colm(state_dir, "up", *words, "--prefill", "2", check=False)
     assert too_many.returncode == 1
     assert "resource 'prefill'" in too_many.stderr
+    assert_a_killed_up_is_known_to_down(state_dir, words)
     run_colm(state_dir, "up", *words)
     status = last_json(run_colm(state_dir, "status", "--json").stdout)
     assert {node["role"]: node["ray_node_id"] for node in status["nodes"]} == node_ids
