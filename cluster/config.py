@@ -97,6 +97,10 @@ class GatewaySection(_Section):
     """The longest deadline a client may set."""
 
 
+# What a request gets whose client asks for nothing, and the most that a client may ask for.
+_LIMITED_DEFAULTS = {"default_max_new_tokens": "max_new_tokens", "default_timeout_s": "max_timeout_s"}
+
+
 class SecuritySection(_Section):
     """Section [security]."""
 
@@ -160,6 +164,12 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
             f"prefill.tile_tokens={config.prefill.tile_tokens} must be a multiple of "
             f"model.page_tokens={config.model.page_tokens}"
         )
+    for name, limit in _LIMITED_DEFAULTS.items():
+        default, highest = getattr(config.gateway, name), getattr(config.gateway, limit)
+        if default > highest:
+            raise ConfigError(
+                f"gateway.{name}={default} is above gateway.{limit}={highest}; lower the one or raise the other"
+            )
     return config
 
 

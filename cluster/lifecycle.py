@@ -9,7 +9,10 @@ from cluster.interrupts import Interrupts
 from cluster.local_ray import free_port, is_left, is_port_free, is_running, show_token, start_ray, stop_ray
 from cluster.state import ClusterState, alone, note_joined, read_joined
 from colm.checkpoint import Checkpoint
+from colm.dtypes import parse_dtype
 from colm.errors import ClusterError, ConfigError
+from colm.kv import KvLayout
+from colm.wire.tile_codec import check_page
 
 _RAY_TOKEN = "ray_token"
 
@@ -31,6 +34,7 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
     if config.model.path is None:
         raise ConfigError("model.path is not set; give --model DIR or [model] path in the config file")
     checkpoint = Checkpoint.open(config.model.path)
+    _check_kv(config, checkpoint)
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with alone(state_dir), Interrupts() as interrupts:
         if ClusterState.read(state_dir) is not None:
@@ -90,6 +94,14 @@ def _remove(ray_address: str, say: Say) -> None:
         deployment.remove(ray_address)
     except ClusterError as err:
         say(str(err))
+
+
+def _check_kv(config: ClusterConfig, checkpoint: Checkpoint) -> None:
+    """What the replicas would refuse later: their own checks, before anything starts."""
+    dtype = parse_dtype(config.model.resolved_dtype)
+    layout = KvLayout.of(checkpoint.config, dtype=dtype, page_tokens=config.model.page_tokens)
+    check_page(layout)
+    layout.pages_within(config.decode.kv_cache)
 
 
 def _with_port(config: ClusterConfig) -> ClusterConfig:

@@ -11,12 +11,12 @@ from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.cpus import num_usable_cpus
 from colm.dtypes import parse_dtype
-from colm.errors import ConfigError
 from colm.kv import KvLayout, fingerprint
 from colm.leases import LeaseTable
 from colm.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
+from colm.wire.tile_codec import check_page
 from decode_node.decode_loop import DecodeLoop
 from decode_node.engine import DecodeEngine
 from decode_node.kv_store import KvStore
@@ -103,7 +103,7 @@ class DecodeNode:
 
         Raises:
             CheckpointError: the checkpoint cannot be served.
-            ConfigError: the KV cache is smaller than one page of each layer.
+            ConfigError: the KV cache is smaller than one page of each layer, or a page larger than a message.
             OSError: the port is taken.
         """
         options, clock = self._options, MonotonicClock()
@@ -150,11 +150,6 @@ def _load(options: DecodeOptions) -> tuple[Checkpoint, KvLayout, Tokenizer | Non
     torch.set_num_threads(options.num_threads or num_usable_cpus())
     checkpoint = Checkpoint.open(options.model_path)
     layout = KvLayout.of(checkpoint.config, dtype=parse_dtype(options.dtype), page_tokens=options.page_tokens)
-    num_pages = options.kv_cache_bytes // layout.page_bytes
-    if num_pages < layout.num_layers:
-        raise ConfigError(
-            f"decode.kv_cache={options.kv_cache_bytes} bytes holds {num_pages} pages of {layout.page_bytes} bytes; "
-            f"the least is a page for each of {layout.num_layers} layers, {layout.num_layers * layout.page_bytes} bytes"
-        )
-    store = KvStore(layout, num_pages)
+    check_page(layout)
+    store = KvStore(layout, layout.pages_within(options.kv_cache_bytes))
     return checkpoint, layout, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store)

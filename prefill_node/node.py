@@ -14,6 +14,7 @@ from colm.kv import KvLayout, fingerprint
 from colm.leases import LeaseTable
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
+from colm.wire.tile_codec import check_page
 from prefill_node.engine import PrefillEngine
 from prefill_node.service import PrefillService
 
@@ -64,6 +65,7 @@ class PrefillNode:
 
         Raises:
             CheckpointError: the checkpoint cannot be served.
+            ConfigError: a page is larger than a message.
             OSError: the port is taken.
         """
         options = self._options
@@ -90,4 +92,5 @@ def _load(options: PrefillOptions) -> tuple[PrefillEngine, str]:
     torch.set_num_threads(options.num_threads or num_usable_cpus())
     checkpoint = Checkpoint.open(options.model_path)
     layout = KvLayout.of(checkpoint.config, dtype=parse_dtype(options.dtype), page_tokens=options.page_tokens)
+    check_page(layout)
     return PrefillEngine(checkpoint, layout, tile_tokens=options.tile_tokens), fingerprint(checkpoint, layout)
