@@ -80,7 +80,7 @@ class GatewaySection(_Section):
     """Section [gateway]."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; "0.0.0.0" lets other machines in."""
+    """Address to listen on; "0.0.0.0" lets other machines in, and "::" those of both IP versions."""
     port: NonNegativeInt = Field(default=50051, le=65535)
     """0 picks a free port."""
     max_document: ByteSize = ByteSize(64 << 20)

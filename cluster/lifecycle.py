@@ -6,12 +6,13 @@ from pathlib import Path
 
 from cluster.config import ClusterConfig
 from cluster.interrupts import Interrupts
-from cluster.local_ray import free_port, is_left, is_port_free, is_running, show_token, start_ray, stop_ray
+from cluster.local_ray import free_port, is_left, is_running, show_token, start_ray, stop_ray
 from cluster.state import ClusterState, alone, note_joined, read_joined
 from colm.checkpoint import Checkpoint
 from colm.dtypes import parse_dtype
 from colm.errors import ClusterError, ConfigError
 from colm.kv import KvLayout
+from colm.wire.endpoint import why_not
 from colm.wire.tile_codec import check_page
 
 _RAY_TOKEN = "ray_token"
@@ -108,14 +109,13 @@ def _with_port(config: ClusterConfig) -> ClusterConfig:
     """Turn port 0 into a number, so that a gateway that is restarted comes back where its clients look for it.
 
     Raises:
-        ClusterError: the port is taken.
+        ClusterError: the port is taken, or the host is not this machine's.
     """
     gateway = config.gateway
-    if gateway.port and not is_port_free(gateway.host, gateway.port):
-        raise ClusterError(
-            f"gateway.port={gateway.port} is taken on {gateway.host}; choose another with --port, 0 picks a free one"
-        )
-    return config.model_copy(update={"gateway": gateway.model_copy(update={"port": gateway.port or free_port()})})
+    port = gateway.port or free_port()
+    if (reason := why_not(gateway.host, port)) is not None:
+        raise ClusterError(f"gateway.host={gateway.host!r} and gateway.port={gateway.port}: {reason}")
+    return config.model_copy(update={"gateway": gateway.model_copy(update={"port": port})})
 
 
 def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, say: Say) -> ClusterState:
@@ -137,8 +137,7 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
     deployed = deployment.deploy(config, checkpoint, ray_address, note_address)
     tls = deployed.security.tls
     return ClusterState(
-        # A client on this machine reaches a gateway that listens everywhere through the loopback.
-        gateway_address=deployed.gateway_address.replace("0.0.0.0", "127.0.0.1"),
+        gateway_address=deployed.gateway_address,
         ray_address=deployed.ray_address,
         ray_pid=ray_pid,
         client_token=deployed.security.token,

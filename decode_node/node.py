@@ -14,7 +14,7 @@ from colm.dtypes import parse_dtype
 from colm.kv import KvLayout, fingerprint
 from colm.leases import LeaseTable
 from colm.tokenizer import Tokenizer
-from colm.wire.endpoint import bind, create_server
+from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from colm.wire.tile_codec import check_page
 from decode_node.decode_loop import DecodeLoop
@@ -104,7 +104,7 @@ class DecodeNode:
         Raises:
             CheckpointError: the checkpoint cannot be served.
             ConfigError: the KV cache is smaller than one page of each layer, or a page larger than a message.
-            OSError: the port is taken.
+            OSError: the port is taken, or the host is not this machine's.
         """
         options, clock = self._options, MonotonicClock()
         checkpoint, layout, tokenizer, store, engine = await asyncio.to_thread(_load, options)
@@ -126,7 +126,7 @@ class DecodeNode:
         DecodeService(self.owner, checkpoint.config, clock, self._leases).add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()
-        self.address = f"{options.host}:{port}"
+        self.address = dial_address(options.host, port)
         logger.info("decode.ready address=%s fingerprint=%s", self.address, self.fingerprint[:16])
 
     @property

@@ -12,7 +12,7 @@ from colm.cpus import num_usable_cpus
 from colm.dtypes import parse_dtype
 from colm.kv import KvLayout, fingerprint
 from colm.leases import LeaseTable
-from colm.wire.endpoint import bind, create_server
+from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from colm.wire.tile_codec import check_page
 from prefill_node.engine import PrefillEngine
@@ -66,7 +66,7 @@ class PrefillNode:
         Raises:
             CheckpointError: the checkpoint cannot be served.
             ConfigError: a page is larger than a message.
-            OSError: the port is taken.
+            OSError: the port is taken, or the host is not this machine's.
         """
         options = self._options
         engine, self.fingerprint = await asyncio.to_thread(_load, options)
@@ -76,7 +76,7 @@ class PrefillNode:
         self.service.add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()
-        self.address = f"{options.host}:{port}"
+        self.address = dial_address(options.host, port)
         logger.info("prefill.ready address=%s fingerprint=%s", self.address, self.fingerprint[:16])
 
     async def stop(self) -> None:

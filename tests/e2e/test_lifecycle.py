@@ -10,7 +10,9 @@ import psutil
 import pytest
 
 from cluster.state import ClusterState
+from colm.wire.endpoint import dial_address
 from tests.e2e.conftest import colm_command, colm_env, last_json, run_colm, until
+from tests.nodes import EVERYWHERE
 from tests.tiny import tiny_checkpoint
 
 STARTING, LOADING = "starting Ray", "loading"
@@ -24,7 +26,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "colm.toml"
     path.write_text(
         f'[model]\ndtype = "float32"\npath = "{tiny_checkpoint(folder / "tiny").path}"\n'
-        '[gateway]\nport = 0\n[decode]\nkv_cache = "64MiB"\n'
+        f'[gateway]\nport = 0\nhost = "{EVERYWHERE}"\n[decode]\nkv_cache = "64MiB"\n'
     )
     return path
 
@@ -119,7 +121,9 @@ def test_up_replaces_what_a_killed_up_left_and_down_survives_a_ray_that_died(sta
     assert not [process for process in left if is_alive(process)]
     again = run_colm(state_dir, *words, check=False)
     assert (again.returncode, "run `colm down` first" in again.stderr) == (1, True)
-    assert len(last_json(run_colm(state_dir, "status", "--json").stdout)["nodes"]) == 2
+    status = last_json(run_colm(state_dir, "status", "--json").stdout)
+    assert sorted(node["role"] for node in status["nodes"]) == ["decode", "prefill"]
+    assert status["gateway_address"].startswith(dial_address(EVERYWHERE, 0)[:-1])
     seen = processes_of(state_dir)
     ray_pid = ClusterState.require(state_dir).ray_pid
     assert ray_pid is not None
