@@ -100,8 +100,11 @@ def _connect(ray_address: str) -> None:
         ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as err:
         raise ClusterError(f"cannot join Ray at {ray_address}: {err}") from err
+    except SystemExit as err:  # what Ray's own handler makes of a SIGTERM
+        raise KeyboardInterrupt from err
     finally:
-        signal.signal(signal.SIGTERM, before)  # Ray puts its own in place, which ends the process there and then
+        signal.signal(signal.SIGTERM, before)
+        signal.alarm(0)  # once Ray has seen a SIGTERM, it aborts the process three seconds later
 
 
 def _check_resources(config: ClusterConfig) -> None:
