@@ -80,7 +80,7 @@ class GatewaySection(_Section):
     """Section [gateway]."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; "0.0.0.0" lets other machines in."""
+    """Address to listen on; "0.0.0.0" lets other machines in, and "::" those of both IP versions."""
     port: NonNegativeInt = Field(default=50051, le=65535)
     """0 picks a free port."""
     max_document: ByteSize = ByteSize(64 << 20)
@@ -99,6 +99,10 @@ class GatewaySection(_Section):
     """Slowest decoding that such a deadline allows for."""
     max_timeout_s: PositiveFloat = 24 * 3600.0
     """The longest deadline a client may set."""
+
+
+# What a request gets whose client asks for nothing, and the most that a client may ask for.
+_LIMITED_DEFAULTS = {"default_max_new_tokens": "max_new_tokens", "default_timeout_s": "max_timeout_s"}
 
 
 class SecuritySection(_Section):
@@ -164,6 +168,12 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
             f"prefill.tile_tokens={config.prefill.tile_tokens} must be a multiple of "
             f"model.page_tokens={config.model.page_tokens}"
         )
+    for name, limit in _LIMITED_DEFAULTS.items():
+        default, highest = getattr(config.gateway, name), getattr(config.gateway, limit)
+        if default > highest:
+            raise ConfigError(
+                f"gateway.{name}={default} is above gateway.{limit}={highest}; lower the one or raise the other"
+            )
     return config
 
 

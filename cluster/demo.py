@@ -9,6 +9,7 @@ import typer
 from cluster.answer_view import AnswerView
 from cluster.cli.output import note
 from cluster.config import load_config
+from cluster.interrupts import Interrupts
 from cluster.lifecycle import down, up
 from colm.checkpoint import Checkpoint
 from colm.client import Client
@@ -50,7 +51,7 @@ def run_demo(model: Path, max_new_tokens: int) -> dict[str, object]:
     if tokenizer is None:
         raise ConfigError(f"--model={model} has no tokenizer; the demo needs a model that reads text")
     document = manual_chapter(tokenizer)
-    with tempfile.TemporaryDirectory(prefix="colm-demo-") as folder:
+    with tempfile.TemporaryDirectory(prefix="colm-demo-") as folder, Interrupts() as interrupts:
         state_dir = Path(folder)
         config = load_config(None, {"model.path": model, "gateway.port": 0})
         state = up(config, state_dir, note)
@@ -64,5 +65,6 @@ def run_demo(model: Path, max_new_tokens: int) -> dict[str, object]:
             typer.echo()
             view.print_summary()
         finally:
+            interrupts.deaf = True
             down(state_dir, note)
     return {"chains": list(checkpoint.config.chains), **view.record()}

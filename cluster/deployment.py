@@ -1,7 +1,9 @@
 """Onto a running Ray and off it again. Importing this file imports Ray."""
 
 import logging
+import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,15 +31,23 @@ class Deployed:
     """What clients must show."""
 
 
-def deploy(config: ClusterConfig, checkpoint: Checkpoint, ray_address: str) -> Deployed:
-    """Run the application on a Ray cluster and wait until every replica serves; on failure it is taken off again.
+def deploy(
+    config: ClusterConfig, checkpoint: Checkpoint, ray_address: str, before_placing: Callable[[str], None]
+) -> Deployed:
+    """Run the application on a Ray cluster and wait until every replica serves.
+
+    Args:
+        config: what to run.
+        checkpoint: the model.
+        ray_address: the cluster to join.
+        before_placing: told Ray's own address; from then on there is something to `remove`, even after a failure.
 
     Raises:
         ClusterError: Ray cannot be joined, lacks a role's resource, or a replica did not start.
     """
-    _connect(ray_address)
     try:
-        return _deploy(config, checkpoint, ray_address)
+        _connect(ray_address)
+        return _deploy(config, checkpoint, ray_address, before_placing)
     finally:
         # A driver that is still connected when its Ray stops is killed by it.
         ray.shutdown()
@@ -49,50 +59,52 @@ def remove(ray_address: str) -> None:
     Raises:
         ClusterError: Ray cannot be reached.
     """
-    _connect(ray_address)
     try:
-        _remove_application()
-    except ray.exceptions.RayError as err:
-        raise ClusterError(f"Ray at {ray_address} was lost on the way: {err}") from err
+        _connect(ray_address)
+        if APPLICATION in serve.status().applications:
+            serve.delete(APPLICATION)
+        if not serve.status().applications:
+            serve.shutdown()
+    except (ray.exceptions.RayError, TimeoutError) as err:
+        raise ClusterError(f"the application could not be taken off Ray at {ray_address}: {err}") from err
     finally:
         ray.shutdown()
 
 
-def _deploy(config: ClusterConfig, checkpoint: Checkpoint, ray_address: str) -> Deployed:
+def _deploy(
+    config: ClusterConfig, checkpoint: Checkpoint, ray_address: str, before_placing: Callable[[str], None]
+) -> Deployed:
     _check_resources(config)
     security = make_security(config)
     serve.start(proxy_location="Disabled")
     if APPLICATION in serve.status().applications:
         raise ClusterError(f"Ray at {ray_address} runs a {APPLICATION!r} application already; run `colm down` there")
-    try:
-        application = build(config, checkpoint.path.absolute(), security)
-        target = serve.RunTarget(target=application, name=APPLICATION, route_prefix=None)
-        # Serve's own waiting has no end and hides the reason; ours ends with what went wrong.
-        handle: Any
-        (handle,) = serve.run_many([target], wait_for_applications_running=False)
-        _wait_until_running(config.ray.ready_timeout_s)
-        address = handle.address.remote().result(timeout_s=_CALL_TIMEOUT_S)
-    except BaseException:
-        _remove_application()
-        raise
-    return Deployed(address, ray.get_runtime_context().gcs_address, security.clients)
-
-
-def _remove_application() -> None:
-    if APPLICATION in serve.status().applications:
-        serve.delete(APPLICATION)
-    if not serve.status().applications:
-        serve.shutdown()
+    application = build(config, checkpoint.path.absolute(), security)
+    gcs_address = ray.get_runtime_context().gcs_address
+    before_placing(gcs_address)
+    # Serve's own waiting has no end and hides the reason; ours ends with what went wrong.
+    target = serve.RunTarget(target=application, name=APPLICATION, route_prefix=None)
+    handle: Any
+    (handle,) = serve.run_many([target], wait_for_applications_running=False)
+    _wait_until_running(config.ray.ready_timeout_s)
+    address = handle.address.remote().result(timeout_s=_CALL_TIMEOUT_S)
+    return Deployed(address, gcs_address, security.clients)
 
 
 def _connect(ray_address: str) -> None:
     if ray.is_initialized():
         return
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # its replicas keep their own logs
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as err:
         raise ClusterError(f"cannot join Ray at {ray_address}: {err}") from err
+    except SystemExit as err:  # what Ray's own handler makes of a SIGTERM
+        raise KeyboardInterrupt from err
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.alarm(0)  # once Ray has seen a SIGTERM, it aborts the process three seconds later
 
 
 def _check_resources(config: ClusterConfig) -> None:

@@ -21,7 +21,7 @@ from colm.kv import KvLayout, fingerprint
 from colm.line import Beat
 from colm.nodes import NodeReport, Role, log_beside
 from colm.tokenizer import Tokenizer
-from colm.wire.endpoint import bind, create_server
+from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from colm.wire.v1 import generation_service_pb2
 from decode_node.replica import ServeLender
@@ -95,11 +95,11 @@ class GatewayReplica:
         reflection.enable_server_reflection(names, self._server)
         port = bind(self._server, options.host, options.port, client_security)
         await self._server.start()
-        self._address = f"{options.host}:{port}"
+        self._address = dial_address(options.host, port)
         logger.info("gateway.ready address=%s model=%s", self._address, model.name)
 
     async def address(self) -> str:
-        """host:port where clients are served."""
+        """host:port where clients on this machine are served."""
         return self._address
 
     async def report(self, report: NodeReport) -> None:

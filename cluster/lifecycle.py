@@ -5,10 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.config import ClusterConfig
-from cluster.local_ray import free_port, is_port_free, is_running, show_token, start_ray, stop_ray
-from cluster.state import ClusterState
+from cluster.interrupts import Interrupts
+from cluster.local_ray import free_port, is_left, is_running, show_token, start_ray, stop_ray
+from cluster.state import ClusterState, alone, note_joined, read_joined
 from colm.checkpoint import Checkpoint
+from colm.dtypes import parse_dtype
 from colm.errors import ClusterError, ConfigError
+from colm.kv import KvLayout
+from colm.wire.endpoint import why_not
+from colm.wire.tile_codec import check_page
 
 _RAY_TOKEN = "ray_token"
 
@@ -16,7 +21,7 @@ Say = Callable[[str], None]
 
 
 def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
-    """Bring a cluster up; on any failure nothing of it is left.
+    """Bring a cluster up; on any failure or interruption nothing of it is left.
 
     Args:
         config: what to run.
@@ -25,47 +30,62 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
 
     Raises:
         ClusterError, CheckpointError, ConfigError: what is wrong and what to do.
+        KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came.
     """
-    if ClusterState.read(state_dir) is not None:
-        raise ClusterError(f"a cluster is up already (state in {state_dir}); run `colm down` first")
     if config.model.path is None:
         raise ConfigError("model.path is not set; give --model DIR or [model] path in the config file")
     checkpoint = Checkpoint.open(config.model.path)
+    _check_kv(config, checkpoint)
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    ray_address, ray_pid = config.ray.address, None
-    try:
-        if ray_address is None:
-            config = _with_port(config)
-            say("starting Ray on this machine")
-            roles = {"prefill": config.prefill.replicas, "decode": config.decode.replicas}
-            ray_address, ray_pid = start_ray(roles, state_dir / _RAY_TOKEN, state_dir / "ray.log")
-        state = _deploy(config, checkpoint, ray_address, ray_pid, say)
-        state.write(state_dir)
-    except BaseException:
-        if ray_pid is not None:
-            stop_ray(ray_pid)
-        raise
+    with alone(state_dir), Interrupts() as interrupts:
+        if ClusterState.read(state_dir) is not None:
+            raise ClusterError(f"a cluster is up already (state in {state_dir}); run `colm down` first")
+        if (joined := read_joined(state_dir)) is not None:
+            raise ClusterError(
+                f"a `colm up` on Ray at {joined} was killed and left its replicas; run `colm down` first"
+            )
+        try:
+            if is_left(state_dir / _RAY_TOKEN):
+                say("stopping the Ray of a `colm up` that was killed")
+                stop_ray(state_dir / _RAY_TOKEN)
+            state = _bring_up(config, checkpoint, state_dir, say)
+            interrupts.finish()
+            state.write(state_dir)
+        except BaseException:
+            interrupts.deaf = True
+            _clear(state_dir, say)
+            raise
     return state
 
 
 def down(state_dir: Path, say: Say) -> bool:
-    """Stop the cluster and leave nothing running.
+    """Stop the cluster, or what is left of one that never came up, and leave nothing running.
 
     Returns:
         False if there was none.
     """
-    state = ClusterState.read(state_dir)
-    if state is None:
+    if not state_dir.is_dir():
         return False
-    if state.ray_pid is None or is_running(state.ray_pid):
-        say("stopping the replicas")
-        if state.ray_pid is not None:
+    with alone(state_dir):
+        state = ClusterState.read(state_dir)
+        may_run = read_joined(state_dir) is not None or is_left(state_dir / _RAY_TOKEN)
+        if may_run:
+            say("stopping the replicas")
+        if state is not None and is_running(state_dir / _RAY_TOKEN):
             show_token(state_dir / _RAY_TOKEN)
-        _remove(state.ray_address, say)
-    if state.ray_pid is not None:
-        stop_ray(state.ray_pid)
+            _remove(state.ray_address, say)  # in order; without it their Ray just ends them
+        _clear(state_dir, say)
+    return may_run or state is not None
+
+
+def _clear(state_dir: Path, say: Say) -> None:
+    """End what runs of a cluster, on a Ray of its own or on one that it joined, and forget it."""
+    joined = read_joined(state_dir)
+    if joined is not None:
+        _remove(joined, say)
+    stop_ray(state_dir / _RAY_TOKEN)
+    (state_dir / _RAY_TOKEN).unlink(missing_ok=True)
     ClusterState.forget(state_dir)
-    return True
 
 
 def _remove(ray_address: str, say: Say) -> None:
@@ -77,33 +97,47 @@ def _remove(ray_address: str, say: Say) -> None:
         say(str(err))
 
 
+def _check_kv(config: ClusterConfig, checkpoint: Checkpoint) -> None:
+    """What the replicas would refuse later: their own checks, before anything starts."""
+    dtype = parse_dtype(config.model.resolved_dtype)
+    layout = KvLayout.of(checkpoint.config, dtype=dtype, page_tokens=config.model.page_tokens)
+    check_page(layout)
+    layout.pages_within(config.decode.kv_cache)
+
+
 def _with_port(config: ClusterConfig) -> ClusterConfig:
     """Turn port 0 into a number, so that a gateway that is restarted comes back where its clients look for it.
 
     Raises:
-        ClusterError: the port is taken.
+        ClusterError: the port is taken, or the host is not this machine's.
     """
     gateway = config.gateway
-    if gateway.port and not is_port_free(gateway.host, gateway.port):
-        raise ClusterError(
-            f"gateway.port={gateway.port} is taken on {gateway.host}; choose another with --port, 0 picks a free one"
-        )
-    return config.model_copy(update={"gateway": gateway.model_copy(update={"port": gateway.port or free_port()})})
+    port = gateway.port or free_port()
+    if (reason := why_not(gateway.host, port)) is not None:
+        raise ClusterError(f"gateway.host={gateway.host!r} and gateway.port={gateway.port}: {reason}")
+    return config.model_copy(update={"gateway": gateway.model_copy(update={"port": port})})
 
 
-def _deploy(
-    config: ClusterConfig, checkpoint: Checkpoint, ray_address: str, ray_pid: int | None, say: Say
-) -> ClusterState:
+def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, say: Say) -> ClusterState:
+    ray_address, ray_pid = config.ray.address, None
+    if ray_address is None:
+        config = _with_port(config)
+        say("starting Ray on this machine")
+        roles = {"prefill": config.prefill.replicas, "decode": config.decode.replicas}
+        ray_address, ray_pid = start_ray(roles, state_dir / _RAY_TOKEN, state_dir / "ray.log")
     # Ray reads these as it is imported; a user's own setting wins.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from cluster import deployment
 
+    def note_address(address: str) -> None:
+        if ray_pid is None:
+            note_joined(state_dir, address)
+
     say(f"loading {checkpoint.path.name}: {config.prefill.replicas} prefill, {config.decode.replicas} decode")
-    deployed = deployment.deploy(config, checkpoint, ray_address)
+    deployed = deployment.deploy(config, checkpoint, ray_address, note_address)
     tls = deployed.security.tls
     return ClusterState(
-        # A client on this machine reaches a gateway that listens everywhere through the loopback.
-        gateway_address=deployed.gateway_address.replace("0.0.0.0", "127.0.0.1"),
+        gateway_address=deployed.gateway_address,
         ray_address=deployed.ray_address,
         ray_pid=ray_pid,
         client_token=deployed.security.token,

@@ -1,4 +1,4 @@
-"""A Ray head node of our own on this machine, started and stopped as one process group."""
+"""A Ray head node of our own on this machine, started, found and stopped with all it starts."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,8 +18,12 @@ from colm.errors import ClusterError
 from colm.wire.security import new_token
 
 _START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 30.0
+# A bare head node ends in two seconds. One with replicas takes its time, and nobody waits for their work any more.
+_STOP_GRACE_S = 5.0
+_KILL_TIMEOUT_S = 30.0
 _POLL_S = 0.1
+# In the environment of a head node, and so of all it starts: the path of its token, one for each state directory.
+_MARK = "COLM_RAY_TOKEN"
 
 
 def show_token(token_path: Path) -> None:
@@ -36,7 +40,7 @@ def show_token(token_path: Path) -> None:
 
 
 def start_ray(resources: Mapping[str, float], token_path: Path, log_path: Path) -> tuple[str, int]:
-    """Start a head node that outlives this process.
+    """Start a head node that outlives this process; whatever comes of it, `stop_ray` finds it by its token's path.
 
     Args:
         resources: custom resources of the node, e.g. {"prefill": 1}.
@@ -44,7 +48,7 @@ def start_ray(resources: Mapping[str, float], token_path: Path, log_path: Path) 
         log_path: where Ray's own words go.
 
     Returns:
-        (address to join, pid to stop).
+        (address to join, pid of the head node).
 
     Raises:
         ClusterError: Ray did not come up; the message ends with its last words.
@@ -60,63 +64,96 @@ def start_ray(resources: Mapping[str, float], token_path: Path, log_path: Path) 
     ]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            # SPT_NOENV: processes of Ray's that give themselves a title would write it over the mark.
+            env=os.environ | {_MARK: str(token_path.resolve()), "SPT_NOENV": "1"},
         )
     give_up_s = time.monotonic() + _START_TIMEOUT_S
     while "Ray runtime started" not in (words := log_path.read_text(errors="replace")):
         if process.poll() is not None or time.monotonic() > give_up_s:
-            stop_ray(process.pid)
             raise ClusterError(f"Ray did not start; {log_path} ends with: {words[-600:].strip()}")
         time.sleep(_POLL_S)
     address = re.search(rf"--address='([^']+:{port})'", words)
     if address is None:
-        stop_ray(process.pid)
         raise ClusterError(f"Ray started but did not say where; see {log_path}")
     return address[1], process.pid
 
 
-def is_running(pid: int) -> bool:
-    """Whether the head node of that pid still lives; a pid that has passed on to a stranger does not count."""
-    try:
-        head = psutil.Process(pid)
-        return head.status() != psutil.STATUS_ZOMBIE and "ray" in " ".join(head.cmdline())
-    except psutil.NoSuchProcess:
-        return False
+def is_running(token_path: Path) -> bool:
+    """Whether the head node of the token at that path lives."""
+    return bool(_heads(_sessions(token_path)))
 
 
-def stop_ray(pid: int) -> None:
-    """Stop a head node and everything it started; returns when nothing is left. Harmless if it is gone already."""
-    if not is_running(pid):
+def is_left(token_path: Path) -> bool:
+    """Whether anything lives of what a head node started, itself included."""
+    return bool(_sessions(token_path))
+
+
+def stop_ray(token_path: Path) -> None:
+    """Stop the head node of that token and everything it started. Harmless if it is gone already.
+
+    Raises:
+        ClusterError: a process outlives even SIGKILL.
+    """
+    heads = _heads(_sessions(token_path))
+    _send(signal.SIGTERM, heads)  # a head node takes down in order what it started
+    if heads and _ends(token_path, _STOP_GRACE_S):
         return
-    head = psutil.Process(pid)
-    family = [head, *head.children(recursive=True)]
-    head.send_signal(signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=_STOP_TIMEOUT_S)
-    for process in left:
-        process.kill()
-    psutil.wait_procs(left, timeout=_STOP_TIMEOUT_S)
-    if os.getpid() != pid:
-        _reap(pid)
+    give_up_s = time.monotonic() + _KILL_TIMEOUT_S
+    # Round after round: what is killed may have just started another.
+    while left := [process for members in _sessions(token_path).values() for process in members]:
+        if time.monotonic() > give_up_s:
+            raise ClusterError(f"processes {sorted(process.pid for process in left)} of Ray outlive SIGKILL")
+        _send(signal.SIGKILL, left)
+        time.sleep(_POLL_S)
 
 
-def _reap(pid: int) -> None:
-    with suppress(ChildProcessError):  # another `colm up` was its parent
-        os.waitpid(pid, os.WNOHANG)
+def _sessions(token_path: Path) -> dict[int, list[psutil.Process]]:
+    """What lives of a head node: the sessions in which a process carries its mark, each with all its processes.
+
+    A mark is there from the first moment, needs nobody to write it down, tells a stranger with a recycled pid apart,
+    and stays with processes that lost their parent.
+    """
+    mark = str(token_path.resolve())
+    sessions: dict[int, list[psutil.Process]] = {}
+    marked: set[int] = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            session = os.getsid(process.pid)
+            sessions.setdefault(session, []).append(process)
+            if process.environ().get(_MARK) == mark:
+                marked.add(session)
+    return {session: sessions[session] for session in marked}
 
 
-def is_port_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
+def _heads(sessions: Mapping[int, list[psutil.Process]]) -> list[psutil.Process]:
+    return [process for session, members in sessions.items() for process in members if process.pid == session]
+
+
+def _send(number: signal.Signals, processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def _ends(token_path: Path, within_s: float) -> bool:
+    give_up_s = time.monotonic() + within_s
+    while is_left(token_path):
+        if time.monotonic() > give_up_s:
             return False
-        return True
+        time.sleep(_POLL_S)
+    return True
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
+    """A port that nobody listens on just now, at whatever address of this machine."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as probe:
         return int(probe.getsockname()[1])

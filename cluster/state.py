@@ -1,7 +1,10 @@
 """What `colm up` leaves for `colm submit`, `status` and `down`: where the cluster is and how to be let in."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,8 @@ from colm.errors import ClusterError
 from colm.wire.security import Security, Tls
 
 _FILE = "cluster.json"
+_JOINED_FILE = "joined"
+_LOCK_FILE = "lock"
 
 
 def write_private(path: Path, text: str) -> None:
@@ -20,6 +25,32 @@ def write_private(path: Path, text: str) -> None:
         os.fchmod(descriptor, 0o600)  # a leftover keeps its own mode when it is opened
         file.write(text)
     partial.replace(path)
+
+
+@contextmanager
+def alone(state_dir: Path) -> Iterator[None]:
+    """Keep every other `colm up` and `colm down` off a directory; the system lets go when this process ends, however.
+
+    Raises:
+        ClusterError: another is at work.
+    """
+    with (state_dir / _LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise ClusterError(f"another `colm up` or `colm down` is at work on {state_dir}; let it end first") from err
+        yield
+
+
+def note_joined(state_dir: Path, ray_address: str) -> None:
+    """From here on there may be something of ours on a Ray that is not."""
+    write_private(state_dir / _JOINED_FILE, ray_address)
+
+
+def read_joined(state_dir: Path) -> str | None:
+    """Address of the Ray where there may be something of ours; None if there is none."""
+    path = state_dir / _JOINED_FILE
+    return path.read_text() if path.exists() else None
 
 
 def default_state_dir() -> Path:
@@ -78,4 +109,5 @@ class ClusterState:
     @staticmethod
     def forget(state_dir: Path) -> None:
         """The cluster is down."""
-        (state_dir / _FILE).unlink(missing_ok=True)
+        for name in (_FILE, _JOINED_FILE):
+            (state_dir / name).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from colm.checkpoint import Checkpoint, backbone_digest
 from colm.config import ChainConfig
 from colm.dtypes import dtype_name
-from colm.errors import UnsupportedModel
+from colm.errors import ConfigError, UnsupportedModel
 
 
 def require_shared_kv(config: ChainConfig) -> None:
@@ -67,6 +67,20 @@ class KvLayout:
     def page_bytes(self) -> int:
         """One page of keys and values."""
         return self.page_tokens * self.layer_token_bytes
+
+    def pages_within(self, kv_cache_bytes: int) -> int:
+        """Pages that a cache of that size holds.
+
+        Raises:
+            ConfigError: there is not one for each layer.
+        """
+        num_pages = kv_cache_bytes // self.page_bytes
+        if num_pages < self.num_layers:
+            raise ConfigError(
+                f"decode.kv_cache={kv_cache_bytes} bytes holds {num_pages} pages of {self.page_bytes} bytes; "
+                f"the least is a page for each of {self.num_layers} layers, {self.num_layers * self.page_bytes} bytes"
+            )
+        return num_pages
 
     def pages_per_layer(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens of one layer."""

@@ -11,12 +11,12 @@ from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.cpus import num_usable_cpus
 from colm.dtypes import parse_dtype
-from colm.errors import ConfigError
 from colm.kv import KvLayout, fingerprint
 from colm.leases import LeaseTable
 from colm.tokenizer import Tokenizer
-from colm.wire.endpoint import bind, create_server
+from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
+from colm.wire.tile_codec import check_page
 from decode_node.decode_loop import DecodeLoop
 from decode_node.engine import DecodeEngine
 from decode_node.kv_fetch import KvFetcher, KvTransfer, RetryPolicy
@@ -108,8 +108,8 @@ class DecodeNode:
 
         Raises:
             CheckpointError: the checkpoint cannot be served.
-            ConfigError: the KV cache is smaller than one page of each layer.
-            OSError: the port is taken.
+            ConfigError: the KV cache is smaller than one page of each layer, or a page larger than a message.
+            OSError: the port is taken, or the host is not this machine's.
         """
         options, clock = self._options, MonotonicClock()
         checkpoint, layout, tokenizer, store, engine = await asyncio.to_thread(_load, options)
@@ -143,7 +143,7 @@ class DecodeNode:
         DecodeService(self.owner, checkpoint.config, clock, self._leases).add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()
-        self.address = f"{options.host}:{port}"
+        self.address = dial_address(options.host, port)
         logger.info("decode.ready address=%s fingerprint=%s", self.address, self.fingerprint[:16])
 
     @property
@@ -169,11 +169,6 @@ def _load(options: DecodeOptions) -> tuple[Checkpoint, KvLayout, Tokenizer | Non
     torch.set_num_threads(options.num_threads or num_usable_cpus())
     checkpoint = Checkpoint.open(options.model_path)
     layout = KvLayout.of(checkpoint.config, dtype=parse_dtype(options.dtype), page_tokens=options.page_tokens)
-    num_pages = options.kv_cache_bytes // layout.page_bytes
-    if num_pages < layout.num_layers:
-        raise ConfigError(
-            f"decode.kv_cache={options.kv_cache_bytes} bytes holds {num_pages} pages of {layout.page_bytes} bytes; "
-            f"the least is a page for each of {layout.num_layers} layers, {layout.num_layers * layout.page_bytes} bytes"
-        )
-    store = KvStore(layout, num_pages)
+    check_page(layout)
+    store = KvStore(layout, layout.pages_within(options.kv_cache_bytes))
     return checkpoint, layout, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store)

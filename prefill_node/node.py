@@ -12,8 +12,9 @@ from colm.cpus import num_usable_cpus
 from colm.dtypes import parse_dtype
 from colm.kv import KvLayout, fingerprint
 from colm.leases import LeaseTable
-from colm.wire.endpoint import bind, create_server
+from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
+from colm.wire.tile_codec import check_page
 from prefill_node.engine import PrefillEngine
 from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.service import PrefillService
@@ -66,7 +67,8 @@ class PrefillNode:
 
         Raises:
             CheckpointError: the checkpoint cannot be served.
-            OSError: the port is taken.
+            ConfigError: a page is larger than a message.
+            OSError: the port is taken, or the host is not this machine's.
         """
         options = self._options
         engine, self.fingerprint = await asyncio.to_thread(_load, options)
@@ -75,7 +77,7 @@ class PrefillNode:
         self.service.add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()
-        self.address = f"{options.host}:{port}"
+        self.address = dial_address(options.host, port)
         logger.info("prefill.ready address=%s fingerprint=%s", self.address, self.fingerprint[:16])
 
     async def stop(self) -> None:
@@ -93,4 +95,5 @@ def _load(options: PrefillOptions) -> tuple[PrefillEngine, str]:
     torch.set_num_threads(options.num_threads or num_usable_cpus())
     checkpoint = Checkpoint.open(options.model_path)
     layout = KvLayout.of(checkpoint.config, dtype=parse_dtype(options.dtype), page_tokens=options.page_tokens)
+    check_page(layout)
     return PrefillEngine(checkpoint, layout, tile_tokens=options.tile_tokens), fingerprint(checkpoint, layout)

@@ -1,6 +1,7 @@
 """Nodes in this process, over real sockets, and a prefill node whose stream can be spoilt."""
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -26,6 +27,19 @@ from tests.gates import LIMIT_S
 
 PAGE_TOKENS = 16
 TILE_TOKENS = 32
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+# On a machine without IPv6 the same ways are walked over IPv4; how addresses are written is tested without a network.
+LOOPBACK, EVERYWHERE = ("::1", "::") if _has_ipv6() else ("127.0.0.1", "0.0.0.0")
 
 Spoil = Callable[[int, int, bytes], list[bytes] | None]
 """(attempt, message number, message) -> what to send instead; None breaks the stream off there."""

@@ -8,11 +8,13 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, human_bytes, note, print_json
+from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, human_bytes, interruptible, note, print_json
 from cluster.config import default_toml, load_config
 from cluster.state import ClusterState
 from colm.client import Client
 from colm.nodes import NodeStatus
+
+_NOTHING_LEFT = "interrupted; nothing is left running"
 
 
 def register(app: typer.Typer) -> None:
@@ -37,8 +39,6 @@ def up(
     json: JsonFlag = False,
 ) -> None:
     """Start or join Ray and bring up the prefill pool, the decode pool and the gateway."""
-    from cluster.lifecycle import up as bring_up
-
     overrides = {
         "model.path": model,
         "prefill.replicas": prefill,
@@ -46,7 +46,10 @@ def up(
         "gateway.port": port,
         "ray.address": ray_address,
     }
-    state = bring_up(load_config(config_file, overrides), state_dir, note)
+    with interruptible(_NOTHING_LEFT):
+        from cluster.lifecycle import up as bring_up
+
+        state = bring_up(load_config(config_file, overrides), state_dir, note)
     note(f"up: gateway at {state.gateway_address}")
     note("next: colm submit FILE --prompt TEXT")
     if json:
@@ -110,9 +113,11 @@ def _flat(node: NodeStatus) -> dict[str, object]:
 
 def down(state_dir: StateDir = DEFAULT_STATE_DIR) -> None:
     """Stop the cluster; nothing is left running."""
-    from cluster.lifecycle import down as bring_down
+    with interruptible("interrupted; run `colm down` once more"):
+        from cluster.lifecycle import down as bring_down
 
-    note("down" if bring_down(state_dir, note) else f"no cluster is up (looked in {state_dir})")
+        was_up = bring_down(state_dir, note)
+    note("down" if was_up else f"no cluster is up (looked in {state_dir})")
 
 
 def demo(
@@ -123,6 +128,8 @@ def demo(
 
     The last line of stdout is one JSON object with what was measured.
     """
-    from cluster.demo import run_demo
+    with interruptible(_NOTHING_LEFT):
+        from cluster.demo import run_demo
 
-    print_json(run_demo(model, max_new_tokens))
+        record = run_demo(model, max_new_tokens)
+    print_json(record)

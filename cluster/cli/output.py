@@ -1,6 +1,8 @@
 """How commands speak: prose for people, one JSON object for programs."""
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,8 @@ StateDir = Annotated[
 ]
 DEFAULT_STATE_DIR = default_state_dir()
 
+INTERRUPTED = 130
+"""What a shell expects of a command that Ctrl-C ended."""
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -37,6 +41,17 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def interruptible(word: str) -> Iterator[None]:
+    """KeyboardInterrupt within ends the process with that line and the status that a shell expects of Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(word)
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)  # an orderly exit would wait for threads of Ray's that were cut short, and may crash
 
 
 def human_bytes(num_bytes: float) -> str:

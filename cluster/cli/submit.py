@@ -8,14 +8,12 @@ from typing import Annotated
 import typer
 
 from cluster.answer_view import AnswerView
-from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, note, print_json
+from cluster.cli.output import DEFAULT_STATE_DIR, INTERRUPTED, JsonFlag, StateDir, note, print_json
 from cluster.state import ClusterState
 from colm.client import Client, Document
 from colm.errors import ClusterError
 from colm.sampling import SamplingParams
 from colm.wire.security import Security, Tls
-
-_INTERRUPTED = 130  # what a shell expects of a command that Ctrl-C ended
 
 
 def register(app: typer.Typer) -> None:
@@ -62,7 +60,7 @@ def submit(
                     view.see(event)
     except KeyboardInterrupt:
         note("cancelled")
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     if json:
         print_json(view.record())
     else:

@@ -1,6 +1,9 @@
 """Servers and channels as every process of the system makes them."""
 
+import errno
+import socket
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -50,10 +53,49 @@ def server_options() -> list[tuple[str, object]]:
     ]
 
 
+# Where a server listens everywhere, and where a client beside it reaches it.
+_LOOPBACKS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
 def create_server(security: Security) -> grpc.aio.Server:
     """A server that demands the security's token; add services, then `bind` and start it."""
     interceptors = [TokenInterceptor(security.token)] if security.token else []
     return grpc.aio.server(interceptors=interceptors, options=server_options())
+
+
+def join_address(host: str, port: int) -> str:
+    """host:port, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def dial_address(host: str, port: int) -> str:
+    """What a client on the machine of a server that listens on `host` dials: the loopback, where that is everywhere."""
+    return join_address(_LOOPBACKS.get(host, host), port)
+
+
+def why_not(host: str, port: int) -> str | None:
+    """Why a server of this machine could not listen on host:port now, and what to do; None if it could."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError):
+        return f"{host!r} is no address and no name that resolves"
+    refusals = [_refusal(family, address) for family, _, _, _, address in found]
+    if errno.EADDRINUSE in refusals:
+        return f"port {port} is taken; choose another, 0 picks a free one"
+    if errno.EACCES in refusals:
+        return f"port {port} is kept for the system; choose one above 1023"
+    # A name may stand for addresses of both families on a machine that has one of them.
+    return None if None in refusals else f"{host!r} is not an address of this machine"
+
+
+def _refusal(family: socket.AddressFamily, address: Any) -> int | None:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as err:
+        return err.errno
+    return None
 
 
 def bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> int:
@@ -63,16 +105,18 @@ def bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> i
         The port.
 
     Raises:
-        OSError: the port is taken or the host is not ours.
+        OSError: the port is taken or the host is not ours; the message says which.
     """
-    address = f"{host}:{port}"
+    address = join_address(host, port)
+    if (reason := why_not(host, port)) is not None:
+        raise OSError(f"cannot listen on {address}: {reason}")
     credentials = security.server_credentials()
     try:
         if credentials is None:
             return int(server.add_insecure_port(address))
         return int(server.add_secure_port(address, credentials))
     except RuntimeError as err:
-        raise OSError(f"cannot listen on {address}: the port is taken or the host is not this machine's") from err
+        raise OSError(f"cannot listen on {address}") from err
 
 
 def channel_options(security: Security) -> list[tuple[str, object]]:

@@ -93,7 +93,7 @@ def new_tls() -> Tls:
         .sign(ca_key, hashes.SHA256())
     )
     names: list[x509.GeneralName] = [x509.DNSName(CLUSTER_NAME), x509.DNSName("localhost")]
-    names.append(x509.IPAddress(ipaddress.IPv4Address("127.0.0.1")))
+    names += [x509.IPAddress(ipaddress.ip_address(loopback)) for loopback in ("127.0.0.1", "::1")]
     cert = (
         certificate(name, key.public_key())
         .add_extension(x509.SubjectAlternativeName(names), critical=False)

@@ -14,8 +14,9 @@ import xxhash
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from colm.errors import PeerUnavailable
+from colm.errors import ConfigError, PeerUnavailable
 from colm.kv import KvLayout, KvTile
+from colm.wire.endpoint import MAX_MESSAGE_BYTES
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 
 if sys.byteorder != "little":
@@ -25,6 +26,9 @@ SERVICE = "colm.wire.v1.KvTransferService"
 METHOD = "PullKv"
 _PAYLOAD_TAG = 15 << 3 | 2
 _EVENT_TAGS = {field.number << 3 | 2 for field in pb.PullKvResponse.DESCRIPTOR.oneofs_by_name["event"].fields}
+
+# More than all fields around a tile's payload take.
+_HEADER_BYTES = 4 << 10
 
 
 def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int) -> bytes:
@@ -83,6 +87,20 @@ def decode_message(data: bytes) -> tuple[pb.PullKvResponse, memoryview]:
 def checksum_of(payload: memoryview) -> int:
     """XXH3-64 of a payload."""
     return int(xxhash.xxh3_64_intdigest(payload))
+
+
+def check_page(layout: KvLayout) -> None:
+    """Refuse pages that no message can carry: the stream sends whole ones.
+
+    Raises:
+        ConfigError: names the option, the limit and the largest page that fits.
+    """
+    limit = MAX_MESSAGE_BYTES - _HEADER_BYTES
+    if layout.page_bytes > limit:
+        raise ConfigError(
+            f"model.page_tokens={layout.page_tokens} makes pages of {layout.page_bytes} bytes, and a message carries "
+            f"{limit}; for this model and dtype choose at most {limit // layout.layer_token_bytes}"
+        )
 
 
 def max_tile_tokens(layout: KvLayout, message_bytes: int) -> int:

@@ -260,7 +260,7 @@ def test_up_on_a_taken_port_says_so_in_one_line_and_leaves_nothing(
     refused = run_colm(tmp_path / "other", *words, check=False)
     assert refused.returncode == 1
     (error,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
-    assert f"gateway.port={taken} is taken" in error
+    assert f"gateway.port={taken}: port {taken} is taken" in error
     assert "Traceback" not in refused.stderr
     assert ClusterState.read(tmp_path / "other") is None
 

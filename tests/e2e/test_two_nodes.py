@@ -1,19 +1,21 @@
 """On a Ray cluster of several nodes: each role's replicas go where its resource is, and prompts to whoever is free."""
 
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from cluster.state import ClusterState
+from cluster.state import ClusterState, read_joined
 from colm.checkpoint import Checkpoint
 from colm.client import Answer, Client, collect
 from colm.events import Token
 from colm.nodes import Role
-from tests.e2e.conftest import RunningCluster, last_json, run_colm, until
+from tests.e2e.conftest import RunningCluster, colm_command, colm_env, last_json, run_colm, until
 from tests.oracle import assert_greedy
 from tests.tiny import tiny_checkpoint, tiny_config
 
@@ -30,6 +32,17 @@ class TwoNodes:
     too_many: str
     """What `colm up` said when it was asked for a third prefill replica."""
     running: RunningCluster
+
+
+def assert_a_killed_up_is_known_to_down(state_dir: Path, words: tuple[str, ...]) -> None:
+    """What it had placed on a Ray that it joined stayed there, and `down` knew of nothing."""
+    up = subprocess.Popen(colm_command("up", *words), env=colm_env(state_dir), stderr=subprocess.DEVNULL)
+    until(lambda: read_joined(state_dir) is not None, 60)
+    up.kill()
+    up.wait()
+    refused = run_colm(state_dir, "up", *words, check=False)
+    assert (refused.returncode, "run `colm down` first" in refused.stderr) == (1, True)
+    run_colm(state_dir, "down")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +63,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
             words = ("--config", str(config), "--model", str(checkpoint.path), "--ray-address", nodes.address)
             too_many = run_colm(state_dir, "up", *words, "--prefill", "3", check=False)
             assert too_many.returncode == 1
+            assert_a_killed_up_is_known_to_down(state_dir, words)
             run_colm(state_dir, "up", *words, "--prefill", "2")
             try:
                 running = RunningCluster(state_dir, ClusterState.require(state_dir))

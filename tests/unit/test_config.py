@@ -179,6 +179,14 @@ BAD_FILES = {
         "[prefill]\ntile_tokens = 100\n[model]\npage_tokens = 64",
         "prefill.tile_tokens=100 must be a multiple of model.page_tokens=64",
     ),
+    "a default deadline that no client may ask for": (
+        "[gateway]\nmax_timeout_s = 60",
+        "gateway.default_timeout_s=3600.0 is above gateway.max_timeout_s=60.0; lower the one or raise the other",
+    ),
+    "a default length that no client may ask for": (
+        "[gateway]\ndefault_max_new_tokens = 300\nmax_new_tokens = 299",
+        "gateway.default_max_new_tokens=300 is above gateway.max_new_tokens=299; lower the one or raise the other",
+    ),
 }
 
 
@@ -240,6 +248,11 @@ def test_an_override_into_something_that_is_no_section_is_refused(tmp_path: Path
 def test_sizes_are_read_with_their_unit(tmp_path: Path, written_size: str, num_bytes: int) -> None:
     config = load_config(written(tmp_path, f"[decode]\nkv_cache = {written_size}"), {})
     assert config.decode.kv_cache == num_bytes
+
+
+def test_a_default_at_its_limit_is_accepted(tmp_path: Path) -> None:
+    options = "default_timeout_s = 60\nmax_timeout_s = 60\ndefault_max_new_tokens = 7\nmax_new_tokens = 7"
+    assert load_config(written(tmp_path, f"[gateway]\n{options}"), {}).gateway.max_new_tokens == 7
 
 
 def test_a_tile_of_whole_pages_is_accepted(tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""Hosts of every kind: how they are written, listened on and dialled, and why one cannot be listened on."""
+
+import asyncio
+import socket
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.config import ClusterConfig, load_config
+from cluster.gateway import GatewayLimits
+from cluster.lifecycle import up
+from colm.checkpoint import Checkpoint
+from colm.errors import ClusterError
+from colm.wire.endpoint import bind, create_server, dial_address, join_address, open_channel, why_not
+from colm.wire.security import Security, new_tls
+from decode_node.node import DecodeNode, DecodeOptions
+from decode_node.prefill_pool import StaticPrefillPool
+from prefill_node.node import PrefillNode, PrefillOptions
+from tests.nodes import EVERYWHERE, LOOPBACK, PAGE_TOKENS, decode
+from tests.tiny import tiny_checkpoint
+
+ELSEWHERE = "192.0.2.200"  # of a block that is kept for documents
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tiny_checkpoint(tmp_path_factory.mktemp("address") / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("host", "listened", "dialled"),
+    [
+        ("127.0.0.1", "127.0.0.1:5", "127.0.0.1:5"),
+        ("0.0.0.0", "0.0.0.0:5", "127.0.0.1:5"),
+        ("::1", "[::1]:5", "[::1]:5"),
+        ("::", "[::]:5", "[::1]:5"),
+        ("2001:db8::7", "[2001:db8::7]:5", "[2001:db8::7]:5"),
+        ("localhost", "localhost:5", "localhost:5"),
+    ],
+)
+def test_an_address_is_written_so_that_it_can_be_dialled(host: str, listened: str, dialled: str) -> None:
+    assert (join_address(host, 5), dial_address(host, 5)) == (listened, dialled)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", LOOPBACK, EVERYWHERE])
+async def test_a_server_listens_where_it_is_told_and_is_reached_there(host: str) -> None:
+    """Bug: "::1" was bound as "::1:50051"."""
+    security = Security(token="t", tls=new_tls())
+    server = create_server(security)
+    port = bind(server, host, 0, security)
+    await server.start()
+    try:
+        assert why_not(host, port) == f"port {port} is taken; choose another, 0 picks a free one"
+        async with open_channel(dial_address(host, port), security) as channel:
+            await asyncio.wait_for(channel.channel_ready(), 30)
+    finally:
+        await server.stop(0)
+    assert why_not(host, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        (ELSEWHERE, f"'{ELSEWHERE}' is not an address of this machine"),
+        ("2001:db8::7", "'2001:db8::7' is not an address of this machine"),
+        ("no-such-host.invalid", "'no-such-host.invalid' is no address and no name that resolves"),
+    ],
+)
+async def test_a_host_that_is_not_ours_is_told_from_a_taken_port(host: str, reason: str) -> None:
+    """Bug: whatever was wrong with the host, the port was said to be taken."""
+    with pytest.raises(OSError, match=reason):
+        bind(create_server(Security()), host, 0, Security())
+    assert "taken" not in str(why_not(host, 50051))
+
+
+def test_up_tells_a_host_that_is_not_ours_from_a_taken_port(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def bring_up(host: str, port: int) -> str:
+        config = load_config(None, {"model.path": checkpoint.path, "gateway.host": host, "gateway.port": port})
+        with pytest.raises(ClusterError) as refusal:
+            up(config, tmp_path, lambda _: pytest.fail("went on to start something"))
+        return str(refusal.value)
+
+    with socket.create_server((LOOPBACK, 0), family=socket.getaddrinfo(LOOPBACK, 0)[0][0]) as held:
+        port = held.getsockname()[1]
+        assert f"gateway.port={port}" in (refusal := bring_up(LOOPBACK, port))
+        assert "is taken" in refusal
+    assert f"gateway.host='{ELSEWHERE}'" in (refusal := bring_up(ELSEWHERE, 0))
+    assert "not an address of this machine" in refusal
+
+
+async def test_nodes_serve_each_other_over_ipv6(checkpoint: Checkpoint) -> None:
+    path = str(checkpoint.path)
+    prefill = PrefillNode(
+        PrefillOptions(
+            model_path=path, dtype="float32", page_tokens=PAGE_TOKENS, tile_tokens=PAGE_TOKENS, host=LOOPBACK
+        ),
+        Security(),
+    )
+    await prefill.start()
+    pool = StaticPrefillPool([prefill.address])
+    node = DecodeNode(
+        DecodeOptions(model_path=path, dtype="float32", page_tokens=PAGE_TOKENS, host=LOOPBACK), Security(), pool
+    )
+    await node.start()
+    try:
+        assert node.address == dial_address(LOOPBACK, int(node.address.rpartition(":")[2]))
+        assert len((await decode(node.address, range(3, 60), max_new_tokens=2)).token_ids) == 2
+    finally:
+        await node.stop()
+        await prefill.stop()
+
+
+async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoint: Checkpoint) -> None:
+    from cluster.gateway_replica import GatewayOptions, GatewayReplica  # imports Ray Serve
+
+    limits = ClusterConfig().gateway
+    options = GatewayOptions(
+        model_path=str(checkpoint.path),
+        model_name="tiny",
+        dtype="float32",
+        page_tokens=PAGE_TOKENS,
+        host=EVERYWHERE,
+        port=0,
+        limits=GatewayLimits(
+            max_document_bytes=limits.max_document,
+            max_requests=limits.max_requests,
+            default_max_new_tokens=limits.default_max_new_tokens,
+            max_new_tokens=limits.max_new_tokens,
+            default_timeout_s=limits.default_timeout_s,
+            max_timeout_s=limits.max_timeout_s,
+        ),
+    )
+    security = Security(token="secret", tls=new_tls())
+
+    class Gateway(GatewayReplica):
+        def __del__(self) -> None:
+            """Serve awaits it in place of the interpreter, and so does this test, by its name."""
+
+    gateway = Gateway.__new__(Gateway)
+    await gateway.__init__(options, security, Security(), None)  # type: ignore[misc]
+    address = await gateway.address()
+    assert address == dial_address(EVERYWHERE, int(address.rpartition(":")[2]))
+    stranger = Security(tls=security.tls)  # whoever watches over a gateway has no token
+    async with open_channel(address, stranger) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "colm.wire.v1.GenerationService"):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=30)
+            assert answer.status == SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await health.Check(health_pb2.HealthCheckRequest(service="other"), timeout=30)
+        assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=60)
+        assert (await watch.read()).status == SERVING
+        stopping = asyncio.create_task(GatewayReplica.__del__(gateway))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watch.cancel()
+        await stopping
