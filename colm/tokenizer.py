@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Self
 
 import jinja2
@@ -17,6 +18,7 @@ from colm.checkpoint import Checkpoint, TextConfig
 from colm.detokenizer import Detokenizer, TextStream
 from colm.errors import CheckpointError, InvalidRequest
 from colm.text_pieces import PieceEncoder
+from colm.token_bound import TokenBound
 
 # Stands for the content while the template is rendered. Private-use characters: no template writes them.
 MARKER = "\ue000content\ue001"
@@ -76,6 +78,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Tokens known here; the model's table may have more rows."""
         return int(self._first.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def bound(self) -> TokenBound | None:
+        """How much of a prompt one token can stand for; None for any amount."""
+        return TokenBound.of(self._first)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain content: no bos, and a special token's name in the text is just text."""
