@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +12,7 @@ from typing import Protocol
 import grpc
 
 from cluster.node_registry import NodeRegistry
+from cluster.tokenising import TextExtent, TokenisingThreads
 from colm.clock import Clock, Deadline
 from colm.config import ChainConfig
 from colm.errors import (
@@ -135,6 +136,8 @@ class GenerationService(GenerationServiceServicer):
         self._registry = registry
         self._clock = clock
         self._num_active = 0
+        self._tokenising = TokenisingThreads()
+        self._token_bound = None if model.tokenizer is None else model.tokenizer.bound
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server."""
@@ -221,7 +224,7 @@ class GenerationService(GenerationServiceServicer):
         )
 
     async def _read_prompt(self, plan: _Plan, requests: AsyncIterator[pb.GenerateRequest]) -> list[int]:
-        document = bytearray()
+        document, extent = bytearray(), TextExtent(self._token_bound)
         token_ids: list[int] = []
         async for request in requests:
             match request.WhichOneof("part"):
@@ -229,6 +232,8 @@ class GenerationService(GenerationServiceServicer):
                     document += request.document
                     if len(document) > (limit := self._limits.max_document_bytes):
                         raise InvalidRequest("document", f"over {limit} bytes", f"at most {limit} bytes")
+                    extent.add(request.document)
+                    self._check_extent(extent, plan)
                 case "token_ids":
                     token_ids.extend(request.token_ids.ids)
                     if len(token_ids) > (context := self._model.config.max_context):
@@ -239,11 +244,21 @@ class GenerationService(GenerationServiceServicer):
             if document or plan.prompt:
                 raise InvalidRequest("token_ids", f"{len(token_ids)} ids", "give either token ids or text, not both")
         else:
-            token_ids = await asyncio.to_thread(self._tokenise, plan, document)
+            token_ids = await self._tokenising.run(lambda check: self._tokenise(plan, document, check))
         self._check_prompt(token_ids, plan)
         return token_ids
 
-    def _tokenise(self, plan: _Plan, document: bytearray) -> list[int]:
+    def _check_extent(self, extent: TextExtent, plan: _Plan) -> None:
+        """Refuse a document that cannot fit whatever it says, before the rest of it arrives."""
+        if self._token_bound is None:
+            return
+        limit = self._max_prompt_tokens(plan) * self._token_bound.max_token_bytes
+        if extent.num_bytes > limit:
+            longest = f"no token stands for more than {self._token_bound.max_token_bytes} bytes"
+            fit = f"at most {limit} bytes: {self._must_fit(plan)}, and {longest}"
+            raise InvalidRequest("document", f"over {limit} bytes", fit)
+
+    def _tokenise(self, plan: _Plan, document: bytearray, check_wanted: Callable[[], None]) -> list[int]:
         tokenizer = self._model.tokenizer
         if not document and not plan.prompt:
             raise InvalidRequest("prompt", "", "document and prompt must not both be empty")
@@ -257,20 +272,30 @@ class GenerationService(GenerationServiceServicer):
                 "document", shown, f"must be UTF-8; byte {err.start} breaks it ({err.reason})"
             ) from err
         chat = tokenizer.has_chat_template if plan.chat is None else plan.chat
-        return tokenizer.encode_prompt(document=text, prompt=plan.prompt, chat=chat)
+
+        def progress(num_tokens: int) -> None:
+            check_wanted()
+            self._check_length(num_tokens, plan)
+
+        return tokenizer.encode_prompt(document=text, prompt=plan.prompt, chat=chat, progress=progress)
 
     def _check_prompt(self, token_ids: list[int], plan: _Plan) -> None:
-        config = self._model.config
         if not token_ids:
             raise InvalidRequest("prompt", "", "the prompt has no tokens")
-        if len(token_ids) + plan.max_new_tokens > config.max_context:
-            raise InvalidRequest(
-                "document",
-                f"{len(token_ids)} prompt tokens",
-                f"prompt and max_new_tokens={plan.max_new_tokens} must fit the model's context of {config.max_context}",
-            )
-        if (worst := max(token_ids)) >= config.vocab_size:
-            raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {config.vocab_size}")
+        self._check_length(len(token_ids), plan)
+        if (worst := max(token_ids)) >= (size := self._model.config.vocab_size):
+            raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {size}")
+
+    def _check_length(self, num_tokens: int, plan: _Plan) -> None:
+        if num_tokens > (limit := self._max_prompt_tokens(plan)):
+            raise InvalidRequest("document", f"over {limit} prompt tokens", self._must_fit(plan))
+
+    def _max_prompt_tokens(self, plan: _Plan) -> int:
+        return max(0, self._model.config.max_context - plan.max_new_tokens)
+
+    def _must_fit(self, plan: _Plan) -> str:
+        context = self._model.config.max_context
+        return f"prompt and max_new_tokens={plan.max_new_tokens} must fit the model's context of {context}"
 
     async def _serve(
         self,

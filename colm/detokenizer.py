@@ -66,10 +66,7 @@ class Detokenizer:
         if token is None:
             return b""
         if self._byte_level:
-            table = _byte_of_character()
-            if all(character in table for character in token):
-                return bytes(table[character] for character in token)
-            return str(token).encode()
+            return byte_level_bytes(token)
         if match := BYTE_TOKEN.fullmatch(token):
             return bytes([int(match[1], 16)])
         return str(token).replace(SENTENCEPIECE_SPACE, " ").encode()
@@ -108,8 +105,16 @@ def _steps(decoder: Any) -> list[dict[str, Any]]:
     return list(decoder["decoders"]) if decoder["type"] == "Sequence" else [decoder]
 
 
+def byte_level_bytes(token: str) -> bytes:
+    """What a token of a byte-level vocabulary stands for; one that is not made of GPT-2's stand-ins is text."""
+    table = byte_of_character()
+    if all(character in table for character in token):
+        return bytes(table[character] for character in token)
+    return token.encode()
+
+
 @cache
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's printable stand-ins: bytes that print are themselves, the others count up from 256."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]

@@ -2,18 +2,23 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Self
 
 import jinja2
+import numpy as np
 import tokenizers
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
 
 from colm.checkpoint import Checkpoint, TextConfig
 from colm.detokenizer import Detokenizer, TextStream
 from colm.errors import CheckpointError, InvalidRequest
+from colm.text_pieces import PieceEncoder
+from colm.token_bound import TokenBound
 
 # Stands for the content while the template is rendered. Private-use characters: no template writes them.
 MARKER = "\ue000content\ue001"
@@ -22,6 +27,9 @@ PADDING = "\u2003"
 SEPARATOR = "\n\n"
 """Between document and prompt, in a chat."""
 
+Progress = Callable[[int], None]
+"""Told how many ids there are so far, after each piece of a text; what it raises ends the encoding."""
+
 
 class Tokenizer:
     """Encodes prompts and decodes answers. Reads only; one instance serves any number of threads."""
@@ -29,7 +37,8 @@ class Tokenizer:
     def __init__(self, tokenizer_json: str, text: TextConfig, now: Callable[[], datetime]) -> None:
         self._text = text
         self._first = _content_encoder(tokenizer_json)
-        self._inner = _content_encoder(_without_first_space(tokenizer_json))
+        self._first_pieces = PieceEncoder(self._first)
+        self._inner_pieces = PieceEncoder(_content_encoder(_without_first_space(tokenizer_json)))
         self._detokenizer = Detokenizer(self._first)
         self._template = None if text.chat_template is None else _compile(text.chat_template, now)
         added = self._first.get_added_tokens_decoder()
@@ -70,11 +79,18 @@ class Tokenizer:
         """Tokens known here; the model's table may have more rows."""
         return int(self._first.get_vocab_size(with_added_tokens=True))
 
+    @cached_property
+    def bound(self) -> TokenBound | None:
+        """How much of a prompt one token can stand for; None for any amount."""
+        return TokenBound.of(self._first)
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain content: no bos, and a special token's name in the text is just text."""
-        return _ids(self._first, text)
+        return _collect(self._first_pieces.pieces(text), lambda _: None)
 
-    def encode_prompt(self, *, document: str, prompt: str, chat: bool) -> list[int]:
+    def encode_prompt(
+        self, *, document: str, prompt: str, chat: bool, progress: Progress = lambda _: None
+    ) -> list[int]:
         """Ids of a whole request.
 
         Ordinary text is encoded exactly as transformers' `apply_chat_template` does it (or, without chat, its
@@ -85,16 +101,23 @@ class Tokenizer:
             prompt: the instruction or the beginning of the completion; may be empty.
             chat: render as one user message, `document`, a blank line and `prompt`; else a raw completion of
                 `document` and `prompt` end to end, after bos where the model wants one.
+            progress: may stop at a length, or when nobody waits any more.
 
         Raises:
-            InvalidRequest: `chat` of a model without a chat template, or whose template refuses the message.
+            InvalidRequest: `chat` of a model without a chat template, or whose template refuses the message; or
+                the tokenizer cannot read the text.
         """
+        return _collect(self._prompt_pieces(document, prompt, chat=chat), progress)
+
+    def _prompt_pieces(self, document: str, prompt: str, *, chat: bool) -> Iterator[NDArray[np.uint32]]:
         if not chat:
             bos = self._text.bos_token_id
-            begin = [bos] if self._text.add_bos and bos is not None else []
-            return begin + self.encode(document + prompt)
+            if self._text.add_bos and bos is not None:
+                yield _one(bos)
+            yield from self._first_pieces.pieces(document + prompt)
+            return
         content = SEPARATOR.join(part for part in (document, prompt) if part)
-        return self._encode_around(self._render(), content)
+        yield from self._encode_around(self._render(), content)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids; see `Detokenizer` for invalid bytes."""
@@ -124,7 +147,7 @@ class Tokenizer:
     def _token(self, token_id: int | None) -> str:
         return "" if token_id is None else self._first.id_to_token(token_id) or ""
 
-    def _encode_around(self, rendered: str, content: str) -> list[int]:
+    def _encode_around(self, rendered: str, content: str) -> Iterator[NDArray[np.uint32]]:
         """Ids of the rendered template with the content in its place.
 
         Special tokens are looked for in the template's own text alone. What lies between two of them, content
@@ -150,25 +173,28 @@ class Tokenizer:
             end = match.end()
         runs[-1] += text[end:]
 
-    def _join(self, runs: list[str], specials: list[str]) -> list[int]:
-        ids: list[int] = []
+    def _join(self, runs: list[str], specials: list[str]) -> Iterator[NDArray[np.uint32]]:
         for index, run in enumerate(runs):
             if index > 0:
                 special = self._special[specials[index - 1]]
-                ids.append(self._first.token_to_id(special.content))
+                yield _one(self._first.token_to_id(special.content))
                 run = run.lstrip() if special.rstrip else run
             if index < len(specials) and self._special[specials[index]].lstrip:
                 run = run.rstrip()
             if run:
-                ids += _ids(self._first if index == 0 else self._inner, run)
-        return ids
+                yield from (self._first_pieces if index == 0 else self._inner_pieces).pieces(run)
 
 
-def _ids(encoder: Any, text: str) -> list[int]:
-    # The batch call leaves out the offsets, which nobody here reads.
-    (encoding,) = encoder.encode_batch_fast([text], add_special_tokens=False)
-    ids: list[int] = encoding.ids
+def _collect(pieces: Iterable[NDArray[np.uint32]], progress: Progress) -> list[int]:
+    ids: list[int] = []
+    for piece in pieces:
+        ids += piece.tolist()
+        progress(len(ids))
     return ids
+
+
+def _one(token_id: int) -> NDArray[np.uint32]:
+    return np.array([token_id], dtype=np.uint32)
 
 
 def _content_encoder(tokenizer_json: str) -> Any:

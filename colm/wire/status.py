@@ -63,9 +63,9 @@ async def answering(context: grpc.aio.ServicerContext, call: str) -> AsyncIterat
     except ColmError as error:
         logger.info("%s.failed error=%s message=%s", call, type(error).__name__, error)
         await abort(context, error)
-    except (asyncio.CancelledError, grpc.aio.AbortError):
+    except (asyncio.CancelledError, grpc.aio.AbortError, GeneratorExit, KeyboardInterrupt, SystemExit):
         raise
-    except Exception:
+    except BaseException:  # a panic in Rust is no Exception; gRPC answers for neither
         logger.exception("%s.failed by a defect of ours", call)
         await abort(context, ColmError(f"internal error in {call}; the node's log has the trace"))
 

@@ -246,7 +246,7 @@ UNTYPED: list[ColmError] = [
 ]
 
 
-def name_of(error: Exception) -> str:
+def name_of(error: BaseException) -> str:
     return type(error).__name__
 
 
@@ -286,11 +286,14 @@ async def test_an_error_after_some_answers_arrives_too(failure: Callable[..., ob
 
 @CLIENTS
 @pytest.mark.parametrize(
-    "error", [ValueError("secret of /root"), KeyError("secret"), AssertionError("secret")], ids=name_of
+    "error",
+    [ValueError("secret of /root"), KeyError("secret"), AssertionError("secret"), BaseException("secret panic")],
+    ids=name_of,
 )
 async def test_a_defect_of_ours_is_internal_and_keeps_its_text_at_home(
-    error: Exception, failure: Callable[..., object]
+    error: BaseException, failure: Callable[..., object]
 ) -> None:
+    """An error that is no `Exception`, such as a panic in Rust, was never answered for."""
     async with serving(failing(error)) as address:
         received = await failure(address)
     assert type(received) is PeerFailed

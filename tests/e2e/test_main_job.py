@@ -192,8 +192,16 @@ def test_an_answer_that_outlives_its_deadline_ends_with_one_error(client: Client
 
 
 def test_a_document_larger_than_a_grpc_message_is_uploaded_in_pieces(client: Client) -> None:
-    """The refusal is about tokens, so all five MiB have passed gRPC's own limit of four."""
-    with pytest.raises(InvalidRequest, match="prompt tokens"):
+    """The refusal is about tokens, so all five MiB have passed gRPC's own limit of four.
+
+    Of spaces, since a template might trim them: other text of that length is refused before it has arrived.
+    """
+    with pytest.raises(InvalidRequest, match=r"over [0-9]+ prompt tokens"):
+        collect(client.generate(" " * (5 << 20), "?"))
+
+
+def test_a_document_beyond_the_context_is_refused_by_its_bytes(client: Client) -> None:
+    with pytest.raises(InvalidRequest, match=r"document='over [0-9]+ bytes'.*must fit the model's context"):
         collect(client.generate("a b c d " * (5 << 17), "?"))
 
 

@@ -166,6 +166,20 @@ def test_large_document_is_encoded_whole():
     assert tokenizer.decode(ids, skip_special=False).count(document) == 1
 
 
+def test_encoding_ends_after_the_piece_at_which_it_is_stopped():
+    """A document was tokenised whole before anybody looked at its length, or at who still waits for it."""
+    counts: list[int] = []
+
+    def stop_at(num_ids: int) -> None:
+        counts.append(num_ids)
+        if num_ids > 1000:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        make().encode_prompt(document="x" * 5_000_000, prompt="and?", chat=True, progress=stop_at)
+    assert counts[-2] < 1000 < counts[-1] < 100_000
+
+
 def test_template_sees_bos_eos_and_the_injected_date():
     tokenizer = make(template="{{ bos_token }}{{ eos_token }}{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}")
     ids = tokenizer.encode_prompt(document="a", prompt="", chat=True)
