@@ -40,7 +40,7 @@ from colm.wire.endpoint import open_channel
 from colm.wire.outcome import Outcome
 from colm.wire.prompt_stream import read_open
 from colm.wire.security import Security
-from colm.wire.status import answering, error_of
+from colm.wire.status import answering
 from colm.wire.v1 import decode_service_pb2 as decode_pb
 from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
@@ -367,14 +367,12 @@ class GenerationService(GenerationServiceServicer):
             call = DecodeServiceStub(channel).Decode(
                 requests(), metadata=self._node_security.metadata(), timeout=deadline.remaining_s()
             )
-            outcome = Outcome(call)
             try:
-                async for message in call:
-                    finished = message.WhichOneof("event") == "finished"
-                    if (response := relay(message)) is not None:
-                        await context.write(response)
-            except grpc.aio.AioRpcError as err:
-                raise error_of(outcome.error(err), f"decode node {lease.address}") from err
+                with Outcome(call).errors(f"decode node {lease.address}"):
+                    async for message in call:
+                        finished = message.WhichOneof("event") == "finished"
+                        if (response := relay(message)) is not None:
+                            await context.write(response)
             finally:
                 call.cancel()
         if not finished:

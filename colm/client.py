@@ -11,11 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self, TypedDict, Unpack
 
-import grpc
 import numpy as np
 
 from colm import checks
-from colm.errors import InvalidRequest, PeerUnavailable
+from colm.errors import ColmError, InvalidRequest
 from colm.events import Event, Finished, Token
 from colm.nodes import ClusterStatus
 from colm.sampling import TOKEN_IDS, SamplingParams
@@ -23,7 +22,7 @@ from colm.wire.convert import cluster_status_from_pb, event_from_pb, sampling_to
 from colm.wire.endpoint import open_blocking_channel, open_channel
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
-from colm.wire.status import error_of
+from colm.wire.status import rpc_errors
 from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1.generation_service_pb2_grpc import GenerationServiceStub
 
@@ -84,29 +83,21 @@ class _Upload:
         for ids in token_id_pieces(self.token_ids):
             yield pb.GenerateRequest(token_ids=ids)
 
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """The document's own error, where there was one, instead of what the call made of it."""
+        try:
+            yield
+        except ColmError:
+            if self.failure is not None:
+                raise self.failure  # noqa: B904 - its cause is the file's own error
+            raise
+
     async def requests(self) -> AsyncIterator[pb.GenerateRequest]:
         """The same, read in a thread: a file may keep its reader waiting."""
         requests = iter(self)
         while (request := await asyncio.to_thread(next, requests, None)) is not None:
             yield request
-
-
-@contextmanager
-def _typed_errors(gateway: str, upload: _Upload | None = None, outcome: Outcome | None = None) -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as err:
-        if upload is not None and upload.failure is not None:
-            raise upload.failure  # noqa: B904 - its cause is the file's own error
-        raise error_of(err if outcome is None else outcome.error(err), f"gateway {gateway}") from err
-    except asyncio.CancelledError as err:
-        # gRPC ends a call of its own with it too, which is no wish of the task's: a TaskGroup would swallow it.
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        if upload is not None and upload.failure is not None:
-            raise upload.failure  # noqa: B904 - as above
-        raise PeerUnavailable(f"the call to gateway {gateway} was cancelled: its client was closed") from err
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -202,6 +193,7 @@ class Client:
 
     def __init__(self, address: str = DEFAULT_ADDRESS, security: Security | None = None) -> None:
         self.address = address
+        self._peer = f"gateway {address}"
         self._security = security or Security()
         self._channel = open_blocking_channel(address, self._security)
         self._stub = GenerationServiceStub(self._channel)
@@ -239,7 +231,7 @@ class Client:
             iter(upload), metadata=self._security.metadata(), timeout=_call_timeout_s(upload.opened)
         )
         try:
-            with _typed_errors(self.address, upload):
+            with upload.errors(), rpc_errors(self._peer):
                 for message in call:
                     yield event_from_pb(message)
         finally:
@@ -247,7 +239,7 @@ class Client:
 
     def cluster_status(self) -> ClusterStatus:
         """Models, nodes and load, as the gateway knows them."""
-        with _typed_errors(self.address):
+        with rpc_errors(self._peer):
             message = self._stub.GetClusterStatus(
                 pb.GetClusterStatusRequest(), metadata=self._security.metadata(), timeout=_STATUS_TIMEOUT_S
             )
@@ -259,6 +251,7 @@ class AsyncClient:
 
     def __init__(self, address: str = DEFAULT_ADDRESS, security: Security | None = None) -> None:
         self.address = address
+        self._peer = f"gateway {address}"
         self._security = security or Security()
         self._channel = open_channel(address, self._security)
         self._stub = GenerationServiceStub(self._channel)
@@ -285,7 +278,7 @@ class AsyncClient:
         )
         outcome = Outcome(call)
         try:
-            with _typed_errors(self.address, upload, outcome):
+            with upload.errors(), outcome.errors(self._peer):
                 async for message in call:
                     yield event_from_pb(message)
         finally:
@@ -293,8 +286,9 @@ class AsyncClient:
 
     async def cluster_status(self) -> ClusterStatus:
         """Models, nodes and load, as the gateway knows them."""
-        with _typed_errors(self.address):
-            message = await self._stub.GetClusterStatus(
-                pb.GetClusterStatusRequest(), metadata=self._security.metadata(), timeout=_STATUS_TIMEOUT_S
-            )
+        call = self._stub.GetClusterStatus(
+            pb.GetClusterStatusRequest(), metadata=self._security.metadata(), timeout=_STATUS_TIMEOUT_S
+        )
+        with Outcome(call).errors(self._peer):
+            message = await call
         return cluster_status_from_pb(message)

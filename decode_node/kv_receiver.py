@@ -10,7 +10,7 @@ from colm.errors import PeerUnavailable
 from colm.wire.convert import token_id_pieces
 from colm.wire.endpoint import open_blocking_channel
 from colm.wire.security import Security
-from colm.wire.status import error_of
+from colm.wire.status import rpc_errors
 from colm.wire.tile_codec import checksum_of, decode_message, pull_kv_stub
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_fetch import KvTransfer
@@ -74,10 +74,9 @@ class KvReceiver:
                 if self._cancelled:
                     call.cancel()
             try:
-                if not self._receive(call):
-                    raise PeerUnavailable(f"{peer} ended the KV stream before it was complete")
-            except grpc.RpcError as err:
-                raise error_of(err, peer) from err
+                with rpc_errors(peer):
+                    if not self._receive(call):
+                        raise PeerUnavailable(f"{peer} ended the KV stream before it was complete")
             finally:
                 call.cancel()
 

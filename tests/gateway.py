@@ -5,10 +5,10 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from cluster.gateway import DecodeLease, GatewayLimits, GenerationService, ServedModel
+from cluster.gateway import DecodeLease, DecodePool, GatewayLimits, GenerationService, ServedModel
 from cluster.node_registry import NodeRegistry
-from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
+from colm.config import ChainConfig
 from colm.line import Beat
 from colm.nodes import NodeReport, ProcessFacts, Role
 from colm.tokenizer import Tokenizer
@@ -43,7 +43,11 @@ class TakingTurns:
 
 @asynccontextmanager
 async def gateway(
-    checkpoint: Checkpoint, pool: TakingTurns, num_decode_nodes: int = 1, **limits: Any
+    config: ChainConfig,
+    pool: DecodePool,
+    tokenizer: Tokenizer | None = None,
+    num_decode_nodes: int = 1,
+    **limits: Any,
 ) -> AsyncIterator[str]:
     """Its address. The registry knows of so many decode nodes."""
     registry = NodeRegistry(MonotonicClock())
@@ -62,7 +66,7 @@ async def gateway(
         )
     server = create_server(Security())
     service = GenerationService(
-        model=ServedModel(name="tiny", config=checkpoint.config, tokenizer=Tokenizer.load(checkpoint), fingerprint="f"),
+        model=ServedModel(name="tiny", config=config, tokenizer=tokenizer, fingerprint="f"),
         limits=replace(LIMITS, **limits),
         decode_pool=pool,
         node_security=Security(),

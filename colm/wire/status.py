@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import NoReturn
 
 import grpc
@@ -68,6 +68,15 @@ async def answering(context: grpc.aio.ServicerContext, call: str) -> AsyncIterat
     except BaseException:  # a panic in Rust is no Exception; gRPC answers for neither
         logger.exception("%s.failed by a defect of ours", call)
         await abort(context, ColmError(f"internal error in {call}; the node's log has the trace"))
+
+
+@contextmanager
+def rpc_errors(peer: str) -> Iterator[None]:
+    """Whatever a blocking call fails with becomes the one typed error; see `Outcome.errors` for the asyncio API."""
+    try:
+        yield
+    except grpc.RpcError as err:
+        raise error_of(err, peer) from err
 
 
 def error_of(error: grpc.RpcError, peer: str) -> ColmError:

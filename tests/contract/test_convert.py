@@ -60,6 +60,7 @@ from colm.wire.convert import (
     token_id_pieces,
 )
 from colm.wire.endpoint import bind, create_server, open_blocking_channel, open_channel
+from colm.wire.outcome import Outcome
 from colm.wire.security import Security
 from colm.wire.status import answering, error_of
 from colm.wire.tile_codec import pull_kv_handlers, pull_kv_stub
@@ -216,11 +217,13 @@ async def threaded_failure(address: str, timeout_s: float = LIMIT_S) -> ColmErro
 
 async def aio_failure(address: str, timeout_s: float = LIMIT_S) -> ColmError:
     async with open_channel(address, Security()) as channel:
+        call = pull_kv_stub(channel)(iter(()), timeout=timeout_s)
         try:
-            async for _ in pull_kv_stub(channel)(iter(()), timeout=timeout_s):
-                pass
-        except grpc.RpcError as err:
-            return error_of(err, PEER)
+            with Outcome(call).errors(PEER):
+                async for _ in call:
+                    pass
+        except ColmError as err:
+            return err
     raise AssertionError("the call succeeded")
 
 

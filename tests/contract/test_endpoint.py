@@ -7,11 +7,11 @@ import grpc
 import pytest
 from grpc._cython import cygrpc
 
-from colm.errors import LeaseExpired
+from colm.errors import ColmError, LeaseExpired
 from colm.wire.endpoint import KEEPALIVE, bind, channel_options, create_server, open_channel, server_options
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security, Tls
-from colm.wire.status import abort, error_of
+from colm.wire.status import abort
 from colm.wire.v1 import decode_service_pb2 as pb
 from colm.wire.v1.decode_service_pb2_grpc import (
     DecodeServiceServicer,
@@ -59,10 +59,9 @@ async def test_a_refusal_in_the_middle_of_an_upload_arrives_as_itself() -> None:
         for number in range(40):
             async with open_channel(f"127.0.0.1:{port}", Security()) as channel:
                 call = DecodeServiceStub(channel).Decode(iter([pb.DecodeRequest()] * (1 + number % 8)))
-                outcome = Outcome(call)
-                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                with pytest.raises(ColmError) as caught, Outcome(call).errors("server"):
                     await call.read()
-                errors.append(error_of(outcome.error(caught.value), "server"))
+                errors.append(caught.value)
     finally:
         await server.stop(None)
     assert {(type(error), str(error)) for error in errors} == {(LeaseExpired, "come again")}

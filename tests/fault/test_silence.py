@@ -11,9 +11,12 @@ import grpc
 import pytest
 
 from colm.checkpoint import Checkpoint
+from colm.errors import PeerUnavailable
 from colm.wire import endpoint
 from colm.wire.endpoint import Keepalive, bind, create_server, open_channel
+from colm.wire.outcome import Outcome
 from colm.wire.security import Security
+from colm.wire.tile_codec import pull_kv_stub
 from colm.wire.v1 import decode_service_pb2 as pb
 from colm.wire.v1.decode_service_pb2_grpc import (
     DecodeServiceServicer,
@@ -124,3 +127,25 @@ async def test_a_stopped_prefill_node_is_replaced_by_another(tmp_path: Path, mon
                 is_stopped = True
     assert is_stopped
     assert responses[-1].finished.usage.num_kv_streams == 2
+
+
+async def test_a_stopped_peer_is_noticed_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nothing is sent either way, only a ping can tell: nothing else would ever be missing."""
+    monkeypatch.setattr(endpoint, "KEEPALIVE", SCALED)
+    may_speak = asyncio.Event()
+
+    async def nothing() -> AsyncIterator[object]:
+        await may_speak.wait()
+        yield None
+
+    async with (
+        prefill_process(tiny_checkpoint(tmp_path / "tiny")) as (address, process),
+        open_channel(address, Security()) as channel,
+    ):
+        await channel.channel_ready()
+        call = pull_kv_stub(channel)(nothing(), timeout=45)
+        await call.wait_for_connection()
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(PeerUnavailable), Outcome(call).errors("prefill node"):
+            await call.read()
+        may_speak.set()

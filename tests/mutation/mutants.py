@@ -373,7 +373,7 @@ MUTANTS = (
         "colm/wire/endpoint.py",
         '        ("grpc.keepalive_time_ms", KEEPALIVE.interval_ms),\n',
         "",
-        "tests/fault/test_silence.py::test_a_stopped_prefill_node_is_replaced_by_another",
+        "tests/fault/test_silence.py::test_a_stopped_peer_is_noticed_in_silence",
     ),
     Mutant(
         "an option that gRPC does not know",
@@ -385,8 +385,8 @@ MUTANTS = (
     Mutant(
         "a refusal in mid-upload is an internal error",
         "colm/wire/outcome.py",
-        "return raised if self._sent is None else self._sent",
-        "return raised",
+        "raise error_of(err if self.sent is None else self.sent, peer) from err",
+        "raise error_of(err, peer) from err",
         "tests/contract/test_endpoint.py::test_a_refusal_in_the_middle_of_an_upload_arrives_as_itself",
     ),
 )

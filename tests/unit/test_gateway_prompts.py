@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,21 +12,21 @@ import pytest
 import tokenizers
 from tokenizers import normalizers
 
-from cluster.gateway import DecodeLease, GatewayLimits, GenerationService, ServedModel
-from cluster.node_registry import NodeRegistry
+from cluster.gateway import DecodeLease
 from cluster.tokenising import NUM_THREADS
 from colm.checkpoint import TextConfig
 from colm.client import AsyncClient
-from colm.clock import MonotonicClock
 from colm.errors import ColmError, DeadlineExceeded, InvalidRequest, PeerUnavailable
+from colm.line import Beat
 from colm.token_bound import TokenBound
 from colm.tokenizer import Tokenizer
-from colm.wire.endpoint import bind, create_server, open_channel
+from colm.wire.endpoint import open_channel
 from colm.wire.security import Security
 from colm.wire.status import error_of
 from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1.generation_service_pb2_grpc import GenerationServiceStub
 from tests.encoders import BACKTRACKING, with_words
+from tests.gateway import gateway as serving
 from tests.tiny import CHAT_TEMPLATE, tiny_config, tiny_tokenizer
 
 NOW = datetime(2026, 3, 5, tzinfo=UTC)
@@ -40,7 +40,8 @@ class NoDecodeNodes:
     """A prompt that is accepted ends here."""
 
     @asynccontextmanager
-    async def lease(self) -> AsyncIterator[DecodeLease]:
+    async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:
+        await beat(0)
         raise PeerUnavailable("the prompt was accepted")
         yield
 
@@ -51,33 +52,17 @@ def text_of(
     return kind(encoder.to_str(), TextConfig(chat_template=template), lambda: NOW)
 
 
-@asynccontextmanager
-async def gateway(tokenizer: Tokenizer) -> AsyncIterator[str]:
-    service = GenerationService(
-        model=ServedModel(
-            name="tiny", config=tiny_config(max_context=CONTEXT), tokenizer=tokenizer, fingerprint="none"
-        ),
-        limits=GatewayLimits(
-            max_document_bytes=MAX_DOCUMENT_BYTES,
-            max_requests=64,
-            default_max_new_tokens=MAX_NEW_TOKENS,
-            max_new_tokens=CONTEXT,
-            default_timeout_s=LIMIT_S,
-            max_timeout_s=LIMIT_S,
-        ),
-        decode_pool=NoDecodeNodes(),
-        node_security=Security(),
-        registry=NodeRegistry(MonotonicClock()),
-        clock=MonotonicClock(),
+def gateway(tokenizer: Tokenizer) -> AbstractAsyncContextManager[str]:
+    return serving(
+        tiny_config(max_context=CONTEXT),
+        NoDecodeNodes(),
+        tokenizer,
+        max_document_bytes=MAX_DOCUMENT_BYTES,
+        default_max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=CONTEXT,
+        default_timeout_s=LIMIT_S,
+        max_timeout_s=LIMIT_S,
     )
-    server = create_server(Security())
-    service.add_to(server)
-    port = bind(server, "127.0.0.1", 0, Security())
-    await server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        await server.stop(0)
 
 
 async def failure(address: str, document: str | bytes, **options: Any) -> ColmError:
