@@ -31,6 +31,7 @@ class AnswerView:
         )
         self._bar: TaskID | None = None
         self._started_s = time.monotonic()
+        self._prefill_began_s: float | None = None
         self._first_token_s: float | None = None
         self._accepted: Accepted | None = None
         self._finished: Finished | None = None
@@ -115,7 +116,9 @@ class AnswerView:
 
     def _advance(self, event: PrefillProgress) -> None:
         if self._bar is not None:
-            elapsed_s = max(1e-9, time.monotonic() - self._started_s)
+            if self._prefill_began_s is None:
+                self._prefill_began_s = time.monotonic()
+            elapsed_s = max(1e-9, time.monotonic() - self._prefill_began_s)
             speed = f"{event.num_tokens_done / elapsed_s:.0f} tokens/s"
             self._progress.update(self._bar, description="prefill", completed=event.num_tokens_done, speed=speed)
 
