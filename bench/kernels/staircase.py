@@ -130,8 +130,7 @@ def staircase_contenders(case: StaircaseCase) -> Contenders:
     expected = [tolerance.linear(x, weights, None, rows)]
     if case.backward:
         expected += tolerance.linear_gradients(x, weights, None, rows, grad)
-    for result, of_result in zip(contenders["ours"](), expected, strict=True):
-        of_result.check(result)
+    tolerance.check_all(expected, contenders["ours"]())
     return contenders
 
 

@@ -9,7 +9,7 @@ happens to achieve, so a budget is the same on every machine and in whatever ord
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +111,12 @@ class Expected:
         best = int(self.exact.argmax())
         lead, allowed = float(self.exact[best] - self.exact[index]), float(self.allowed[best] + self.allowed[index])
         assert lead <= allowed, f"{index} was chosen, but {best} leads by {lead:.3e}, over {allowed:.3e}"
+
+
+def check_all(expected: Iterable[Expected], results: Iterable[Tensor]) -> None:
+    """Hold several results, one each; raises as `Expected.check` does."""
+    for of_result, result in zip(expected, results, strict=True):
+        of_result.check(result)
 
 
 def _rounded(exact: Tensor, error: Tensor | float, dtype: torch.dtype, roundings: float = 1) -> Expected:
@@ -250,8 +256,9 @@ def _attention_errors(
     of_sums = 2 * sum_error(num_keys) * (p_HTS @ v_HSD)
     error_HTD = (p_HTS * ((1 - 2 * p_HTS) * e_HTS + mean_HT1)) @ v_HSD + of_sums
     if weights_dtype != torch.float32:
-        at_random = SIGMAS * (p_HTS.square() @ v_HSD.square()).sqrt()
-        error_HTD += unit_roundoff(weights_dtype) * at_random.minimum(p_HTS @ v_HSD)
+        # The weights, and what SDPA gathers from a prefix and from a tile before they are joined.
+        at_random, at_most = SIGMAS * (p_HTS.square() @ v_HSD.square()).sqrt(), 2 * (p_HTS @ v_HSD)
+        error_HTD += unit_roundoff(weights_dtype) * at_random.minimum(at_most)
     lse_error_HT = mean_HT1.squeeze(-1) + sum_error(num_keys)
     return error_HTD.transpose(0, 1), lse_error_HT.T
 
