@@ -58,11 +58,11 @@ def without_one(weight_OI: Tensor) -> Tensor:
     return weight_OI.where(weight_OI.abs() < weight_OI.abs().max(), 0)
 
 
-def accumulated_in_bf16(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
-    """A product whose sums are rounded to bf16 term by term."""
-    y_RO = torch.zeros(len(x_RI), len(weight_OI), dtype=torch.bfloat16)
+def accumulated(x_RI: Tensor, weight_OI: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A product whose terms are added one by one and rounded to a dtype each time."""
+    y_RO = torch.zeros(len(x_RI), len(weight_OI), dtype=dtype)
     for i in range(x_RI.shape[1]):
-        y_RO += (x_RI[:, i, None].float() * weight_OI[:, i].float()).bfloat16()
+        y_RO += (x_RI[:, i, None].float() * weight_OI[:, i].float()).to(dtype)
     return y_RO.to(x_RI.dtype)
 
 
@@ -95,6 +95,18 @@ def test_a_plain_linear_is_inside_with_its_gradients(dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("of", [lambda tensor: tensor, torch.abs], ids=["both signs", "one sign"])
+def test_the_worst_order_of_sums_is_inside(of, dtype):
+    """One term after the other, as no library sums: the shapes at which another processor's order went too far."""
+    x_RI, (weight_OI,), _ = staircase_inputs(257, [12], [1027], dtype)
+    x_RI, weight_OI, grad_RO = of(x_RI), of(weight_OI), of(draw(257, 1027, seed=1).to(dtype))
+    tolerance.linear(grad_RO, [weight_OI.T], None, (257,)).check(accumulated(grad_RO, weight_OI.T, torch.float32))
+    of_x, of_weight = tolerance.linear_gradients(x_RI, [weight_OI], None, (257,), grad_RO)
+    of_x.check(accumulated(grad_RO, weight_OI.T, torch.float32))
+    of_weight.check(accumulated(grad_RO.T, x_RI.T, torch.float32))
+
+
+@DTYPES
 @mutations(
     dropped_input=lambda x, w, b, rows: (without(x, 1), w, b, rows),
     dropped_row=lambda x, w, b, rows: (without(x, 0), w, b, rows),
@@ -114,7 +126,7 @@ def test_a_wrong_linear_is_outside(mutate, dtype):
 @DTYPES
 def test_a_linear_accumulated_in_bf16_is_outside(dtype):
     x_RI, weights, _, _ = linear_case(dtype)
-    rejects(tolerance.linear(x_RI, weights[1:], None, (ROWS,)), accumulated_in_bf16(x_RI, weights[1]))
+    rejects(tolerance.linear(x_RI, weights[1:], None, (ROWS,)), accumulated(x_RI, weights[1]))
 
 
 @DTYPES
@@ -137,8 +149,8 @@ def test_gradients_accumulated_in_bf16_are_outside(dtype):
     x_RI, weights, _, _ = linear_case(dtype)
     weight_OI, grad_RO = weights[1], draw(ROWS, 384, seed=1).to(dtype)
     of_x, of_weight = tolerance.linear_gradients(x_RI, [weight_OI], None, (ROWS,), grad_RO)
-    rejects(of_x, accumulated_in_bf16(grad_RO, weight_OI.T))
-    rejects(of_weight, accumulated_in_bf16(grad_RO.T, x_RI.T))
+    rejects(of_x, accumulated(grad_RO, weight_OI.T))
+    rejects(of_weight, accumulated(grad_RO.T, x_RI.T))
 
 
 # Attention: a tile of 64 queries behind 960 keys.
@@ -200,9 +212,7 @@ def bf16_attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> tuple[Tensor]
     group = q_THD.shape[1] // len(k_KSD)
     scores = torch.einsum("thd,hsd->hts", q_THD.float(), k_KSD.float().repeat_interleave(group, dim=0)) / 8
     scores.masked_fill_(torch.ones(64, 1024, dtype=torch.bool).triu(961), -torch.inf)
-    heads = [
-        accumulated_in_bf16(weights, v_KSD[head // group].T) for head, weights in enumerate(scores.softmax(dim=-1))
-    ]
+    heads = [accumulated(weights, v_KSD[head // group].T) for head, weights in enumerate(scores.softmax(dim=-1))]
     return (torch.stack(heads, dim=1).to(q_THD.dtype),)
 
 
@@ -324,7 +334,7 @@ def test_a_wrong_norm_is_outside(mutate, dtype):
 @DTYPES
 def test_squares_summed_in_bf16_are_outside(dtype):
     x_RD, gain = 3 * draw(8, 576).to(dtype), draw(576, seed=1).to(dtype)
-    mean = torch.stack([accumulated_in_bf16(x[None].float(), x[None].float())[0] for x in x_RD]) / 576
+    mean = torch.stack([accumulated(x[None].float(), x[None].float())[0] for x in x_RD]) / 576
     result = (x_RD.float() * torch.rsqrt(mean + EPS)).to(dtype) * gain
     rejects(tolerance.rms_norm(x_RD, [gain], EPS), result)
 
