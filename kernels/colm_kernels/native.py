@@ -123,8 +123,9 @@ def available_variants() -> tuple[Variant, ...]:
         ValueError: COLM_KERNELS_VARIANT is none of them.
     """
     library = _library()
-    of_library = () if library is None else tuple(n for n, i in _VARIANT_IDS.items() if library.colm_cpu_supports(i))
-    variants: tuple[Variant, ...] = ("torch", *of_library)
+    variants: tuple[Variant, ...] = ("torch",)
+    if library is not None:
+        variants += tuple(name for name, number in _VARIANT_IDS.items() if library.colm_cpu_supports(number))
     if FORCED_VARIANT is None:
         return variants
     if FORCED_VARIANT not in variants:

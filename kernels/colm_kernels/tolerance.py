@@ -26,15 +26,16 @@ from colm_kernels.sparse_prefill_attention import sparse_prefill_attention_refer
 from colm_kernels.swiglu import swiglu_reference
 
 SUM_STEPS = 2.0
-"""Rounding steps a sum of n terms may be off, over sqrt(n + 1) of them.
+"""A sum of n terms may be off by SUM_STEPS * sqrt(n + 1) * u of the sum of their magnitudes.
 
-Summed one after the other, n terms of one sign err by n^1.5 / 3 steps (one standard deviation: each of n roundings is
-uniform, and the partial sums grow like 1 .. n) of a term, so by sqrt(n) / 3 of their sum: the constant is six standard
-deviations of the worst order and signs there are. Up to n = 3 it is no less than the n + 1 steps that hold for sure.
+The worst order adds one term after the other, the worst signs are all the same. Each rounding is then uniform within u
+of a partial sum, these grow like 1 .. n, and one standard deviation of the whole is sqrt(n) / 3 * u of the sum. The
+constant is six of them. Up to n = 3 it is no less than the (n + 1) * u that holds for sure.
 """
 
 SCORE_STEPS = 4.0
-"""Of the row's largest score: scale and log2(e) rounded together and into it, it rounded, the difference rounded."""
+"""Roundings of an exponent, each relative to the row's largest score: of the factor (scale times log2(e)), of its
+products with score and maximum, and of their difference."""
 
 EXP_ERROR, CUBIC_EXP_ERROR = 2.6e-6, 2e-4
 """Relative errors of exponentials.
@@ -120,7 +121,7 @@ def check_all(expected: Iterable[Expected], results: Iterable[Tensor]) -> None:
 
 
 def _rounded(exact: Tensor, error: Tensor | float, dtype: torch.dtype, roundings: float = 1) -> Expected:
-    """An error before the result is rounded to its dtype, where what is below the normal numbers may become zero."""
+    """An error, and the rounding of the result, in which a number below the normal ones may become zero."""
     info = torch.finfo(dtype)
     smallest = info.tiny * (info.eps if dtype == torch.float16 else 1)
     return Expected(exact, roundings * unit_roundoff(dtype) * exact.abs() + error + smallest, dtype)
@@ -275,11 +276,9 @@ def rms_norm(x_RD: Tensor, gains: Tensors, eps: float) -> Expected:
 def rotary(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Expected:
     """Of `rotate_`: sums of two products."""
     exact = rotate_reference(x_TND.double(), cos_TD.double(), sin_TD.double())
-    # Of one sign in the second half of the features, in the first where the second half turns its own.
-    x, cos, sin = x_TND.double().abs(), cos_TD.double().abs(), sin_TD.double().abs()
-    terms = rotate_reference(x, cos, sin)
-    half = x.shape[-1] // 2
-    terms = torch.cat((rotate_reference(x, cos, -sin)[..., :half], terms[..., half:]), dim=-1)
+    first, second = x_TND.double().abs().chunk(2, dim=-1)
+    cos, sin = (table.double().abs()[:, None, : first.shape[-1]] for table in (cos_TD, sin_TD))
+    terms = torch.cat((first * cos + second * sin, second * cos + first * sin), dim=-1)
     return _rounded(exact, sum_error(2) * terms, x_TND.dtype)
 
 
