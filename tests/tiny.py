@@ -90,6 +90,17 @@ def tiny_checkpoint(
     return save(path, config, random_tensors(config, seed), text=text, tokenizer_json=tokenizer_json)
 
 
+def in_memory(checkpoint: Checkpoint, num_chains: int | None = None) -> ChainTransformer:
+    """The model with its weights copied out of the file, where they lie at any multiple of their own size.
+
+    At another alignment PyTorch's products may sum in another order: only so are equal bits to be asked of two files.
+    """
+    model = checkpoint.load(num_chains)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 def tiny_tokenizer() -> Tokenizer:
     """Byte-level BPE of 270 tokens: ids 0-2 special, then the 256 bytes, then a few English merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

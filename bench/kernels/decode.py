@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from colm_kernels import native
-from colm_kernels.decode_attention import decode_attention, decode_attention_reference
+from colm_kernels import native, tolerance
+from colm_kernels.decode_attention import decode_attention
 from colm_kernels.native import use_variant
 from torch import Tensor
 
@@ -90,13 +90,9 @@ DECODE_CASES = (
 def decode_contenders(case: DecodeCase) -> Contenders:
     """Every variant of this machine and the PyTorch path; refuses to time a wrong kernel."""
     arguments, options = case.inputs()
-    q, k_pages, v_pages, *table = arguments
-    if not case.int8_pages:
-        k_pages, v_pages = k_pages.double(), v_pages.double()
-    reference = decode_attention_reference(q.double(), k_pages, v_pages, *table, **options)
 
     def run(variant: native.Variant) -> Tensor:
         with use_variant(variant):
             return decode_attention(*arguments, **options)
 
-    return checked_contenders(run, reference, case.score_dtype)
+    return checked_contenders(run, tolerance.decode_attention(*arguments, **options), case.score_dtype)

@@ -25,6 +25,10 @@ SANITIZED: Final = os.environ.get("COLM_KERNELS_SANITIZED") == "1"
 """Build and load the library with AddressSanitizer and UndefinedBehaviorSanitizer, whose runtime must be preloaded; see
 `make test-sanitize`. The one place where this variable is read."""
 
+FORCED_VARIANT: Final = os.environ.get("COLM_KERNELS_VARIANT") or None
+"""The one variant that this process has, beside "torch", where COLM_KERNELS_VARIANT is set: what a lesser machine runs.
+The one place where this variable is read; `available_variants` holds it against what this machine can run."""
+
 LIBRARY_PATH: Final = Path(__file__).with_name("_cpu_sanitized.so" if SANITIZED else "_cpu.so")
 SOURCE_DIR: Final = Path(__file__).with_name("cpp")
 HEAD_DIMS: Final = (16, 64, 80, 96, 128)
@@ -113,11 +117,20 @@ def _library() -> ctypes.CDLL | None:
 
 @cache
 def available_variants() -> tuple[Variant, ...]:
-    """What can run here, slowest to most demanding; "torch" is always there."""
+    """What can run here, slowest to most demanding; "torch" is always there.
+
+    Raises:
+        ValueError: COLM_KERNELS_VARIANT is none of them.
+    """
     library = _library()
-    if library is None:
-        return ("torch",)
-    return ("torch", *(name for name, number in _VARIANT_IDS.items() if library.colm_cpu_supports(number)))
+    variants: tuple[Variant, ...] = ("torch",)
+    if library is not None:
+        variants += tuple(name for name, number in _VARIANT_IDS.items() if library.colm_cpu_supports(number))
+    if FORCED_VARIANT is None:
+        return variants
+    if FORCED_VARIANT not in variants:
+        raise ValueError(f"COLM_KERNELS_VARIANT={FORCED_VARIANT!r} is not one of {variants}, which can run here")
+    return tuple(name for name in variants if name in ("torch", FORCED_VARIANT))
 
 
 @cache
@@ -125,7 +138,8 @@ def default_variant(dtype: torch.dtype) -> Variant:
     """The fastest variant here for tensors of a dtype."""
     usable = list(available_variants())
     library = _library()
-    if "avx512_bf16" in usable and library is not None and not library.colm_bf16_dot_pays():
+    is_free = FORCED_VARIANT is None
+    if is_free and "avx512_bf16" in usable and library is not None and not library.colm_bf16_dot_pays():
         usable.remove("avx512_bf16")
     return usable[-1] if dtype.is_floating_point and dtype in _DTYPE_IDS else "torch"
 

@@ -1,93 +1,325 @@
 """How far arithmetic may be off: the one place for such numbers.
 
-The rule: max|ours - reference| <= 2 * max|eager - reference| + floor(dtype), where `reference` is computed in
-a wider dtype and `eager` is plain PyTorch (or another trusted implementation) in our dtype. Twice, because
-ours sums in another order; the floor, because eager may hit the reference exactly where little is summed.
+Every element of a result is held against the exact one, computed in float64 from the same rounded inputs:
+
+    |result - exact| <= roundings * u(result's dtype) * |exact|  +  steps(n) * u(fp32) * sum|terms|
+
+u is the unit roundoff, n the number of terms that a sum runs over. Nothing depends on what another implementation
+happens to achieve, so a budget is the same on every machine and in whatever order a library sums.
 """
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-EAGER_FACTOR = 2.0
-FLOOR_ULPS = 2.0
-"""Rounding steps of the largest reference value that are allowed even where eager is exact."""
+from colm_kernels.chain_linear import chain_linear_reference
+from colm_kernels.decode_attention import decode_attention_reference
+from colm_kernels.kv_quantise import LARGEST
+from colm_kernels.prefill_attention import prefill_attention_reference
+from colm_kernels.rms_norm import rms_norm_reference
+from colm_kernels.rotary import rotate_reference
+from colm_kernels.sparse_index import SparseIndex
+from colm_kernels.sparse_prefill_attention import sparse_prefill_attention_reference
+from colm_kernels.swiglu import swiglu_reference
+
+SUM_STEPS = 2.0
+"""A sum of n terms may be off by SUM_STEPS * sqrt(n + 1) * u of the sum of their magnitudes.
+
+The worst order adds one term after the other, the worst signs are all the same. Each rounding is then uniform within u
+of a partial sum, these grow like 1 .. n, and one standard deviation of the whole is sqrt(n) / 3 * u of the sum. The
+constant is six of them. Up to n = 3 it is no less than the (n + 1) * u that holds for sure.
+"""
+
+SCORE_STEPS = 4.0
+"""Roundings of an exponent, each relative to the row's largest score: of the factor (scale times log2(e)), of its
+products with score and maximum, and of their difference."""
+
+EXP_ERROR, CUBIC_EXP_ERROR = 2.6e-6, 2e-4
+"""Relative errors of exponentials.
+
+The library's is 7.5e-8, and 2.6e-6 beside 16 bits (vec_*.h). PyTorch's has 20 ulp, 2.4e-6; in SDPA of 16 bits it is a
+cubic.
+"""
+
+SIGMAS = 6.0
+"""Of n independent roundings, u * sqrt(sum terms^2) each: more add up once in 10^7 at most (Hoeffding's bound)."""
+
+NORM_STEPS = 4.0
+"""Quotient, square root, reciprocal and product behind the sum of squares, whose own error the root halves."""
+
+GATE_STEPS = 4.0
+"""Sum, quotient and two products around the exponential of SwiGLU."""
+
+LAYER_ROUNDINGS, LAYER_SUMS = 14.0, 3.0
+"""What a layer adds, in roundings of its dtype and in sums over its width, relative to the largest element.
+
+Fourteen results are rounded one after the other, each off by u / sqrt(3) of the RMS, and five products err by
+0.4 sqrt(n) u of it where they sum one term after the other: six standard deviations of both.
+"""
 
 
-def floor(dtype: torch.dtype, reference: Tensor) -> float:
-    """Rounding steps of `dtype` at the reference's largest magnitude."""
-    largest = reference.abs().max().item() if reference.numel() else 0.0
-    return FLOOR_ULPS * torch.finfo(dtype).eps * largest
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """The most that one rounding to nearest is off, relative to what is rounded."""
+    return torch.finfo(dtype).eps / 2
 
 
-def max_error(result: Tensor, reference: Tensor) -> float:
-    """Largest absolute difference, taken in float64; NaN where either holds one, which no budget admits."""
-    return (result.double() - reference.double()).abs().max().item() if reference.numel() else 0.0
+def sum_error(num_terms: int) -> float:
+    """The error of a sum in fp32, in any order, relative to the sum of its terms' magnitudes."""
+    return SUM_STEPS * math.sqrt(num_terms + 1) * unit_roundoff(torch.float32)
 
 
-def budget(eager: Tensor, reference: Tensor) -> float:
-    """The error that a result in eager's dtype may have; see the rule above."""
-    return EAGER_FACTOR * max_error(eager, reference) + floor(eager.dtype, reference)
-
-
-def assert_within_budget(result: Tensor, eager: Tensor, reference: Tensor) -> None:
-    """Hold a result against the rule.
-
-    Args:
-        result: what is tested, in the dtype under test.
-        eager: the same by a trusted implementation in the same dtype.
-        reference: the same in a wider dtype, with the same inputs.
-
-    Raises:
-        AssertionError: shapes or dtypes differ, or the error is over the budget; with both figures.
-    """
-    assert result.shape == eager.shape == reference.shape, (result.shape, eager.shape, reference.shape)
-    assert result.dtype == eager.dtype, (result.dtype, eager.dtype)
-    error, allowed = max_error(result, reference), budget(eager, reference)
-    assert error <= allowed, f"max error {error:.3e} is over the budget {allowed:.3e} of {result.dtype}"
-
-
-ATTENTION_TERM_ULPS = 4.0
-"""Roundings that each weighted value goes through before it is summed: score, exponential, weight, product."""
-
-
-def assert_attention_within_budget(result: Tensor, eager: Tensor, reference: Tensor, magnitude: Tensor) -> None:
-    """Hold an attention's output against the rule, with a floor of the size of what is summed.
-
-    Values of both signs cancel, the more the longer the context, and leave their rounding behind: it is relative to
-    the terms, not to what is left of them.
-
-    Args:
-        result: what is tested, in the dtype under test.
-        eager: the same by a trusted implementation in the same dtype.
-        reference: the same in a wider dtype.
-        magnitude: the reference with the values' absolute values.
-
-    Raises:
-        AssertionError: shapes or dtypes differ, or the error is over the budget; with both figures.
-    """
-    assert result.shape == eager.shape == reference.shape, (result.shape, eager.shape, reference.shape)
-    assert result.dtype == eager.dtype, (result.dtype, eager.dtype)
-    terms = ATTENTION_TERM_ULPS * torch.finfo(torch.float32).eps * magnitude.abs().max().item()
-    error, allowed = max_error(result, reference), budget(eager, reference) + terms
-    assert error <= allowed, f"max error {error:.3e} is over the budget {allowed:.3e} of {result.dtype}"
-
-
-EXP_ERROR = {torch.float32: 7.5e-8, torch.float16: 7.5e-8, torch.bfloat16: 2.6e-6}
-"""Relative error of the attention kernels' exponential, by dtype of their inputs: what it adds to a log-sum-exp."""
-
-
-def assert_lse_within_budget(dtype: torch.dtype, lse: Tensor, eager: Tensor, reference: Tensor) -> None:
-    """Hold a log-sum-exp in fp32 against the rule, the exponential's error being the absolute floor.
+@dataclass(frozen=True)
+class Expected:
+    """What a result should be.
 
     Args:
-        dtype: of the queries and keys it was computed from.
-        lse: what is tested.
-        eager: the same in fp32 by a trusted implementation.
-        reference: the same in float64.
-
-    Raises:
-        AssertionError: shapes differ, or the error is over the budget; with both figures.
+        exact: in float64.
+        allowed: how far each element may be off.
+        dtype: what the result must have.
     """
-    assert lse.shape == eager.shape == reference.shape, (lse.shape, eager.shape, reference.shape)
-    error, allowed = max_error(lse, reference), budget(eager, reference) + EXP_ERROR[dtype]
-    assert error <= allowed, f"max error {error:.3e} is over the budget {allowed:.3e} of a log-sum-exp"
+
+    exact: Tensor
+    allowed: Tensor
+    dtype: torch.dtype
+
+    def check(self, result: Tensor) -> None:
+        """Hold a result against it.
+
+        Raises:
+            AssertionError: another shape or dtype, an element off by more than its budget, or NaN.
+        """
+        assert result.dtype == self.dtype, f"{result.dtype}, expected {self.dtype}"
+        assert result.shape == self.exact.shape, f"{tuple(result.shape)}, expected {tuple(self.exact.shape)}"
+        error = (result.detach().double() - self.exact).abs()
+        over = ~(error <= self.allowed)  # NaN is over any budget
+        if over.any():
+            worst = (error / self.allowed).nan_to_num(torch.inf).where(over, 0).argmax()
+            at = tuple(int(i) for i in torch.unravel_index(worst, error.shape))
+            raise AssertionError(
+                f"{int(over.sum())} of {over.numel()} elements are over their budget, the worst at {at}: "
+                f"{float(result[at])!r}, expected {float(self.exact[at])!r} within {float(self.allowed[at]):.3e}"
+            )
+
+    def check_largest(self, index: int) -> None:
+        """Hold the place of a result's largest element, of one dimension, against it.
+
+        Raises:
+            AssertionError: another element is larger by more than the two together may be off.
+        """
+        best = int(self.exact.argmax())
+        lead, allowed = float(self.exact[best] - self.exact[index]), float(self.allowed[best] + self.allowed[index])
+        assert lead <= allowed, f"{index} was chosen, but {best} leads by {lead:.3e}, over {allowed:.3e}"
+
+
+def check_all(expected: Iterable[Expected], results: Iterable[Tensor]) -> None:
+    """Hold several results, one each; raises as `Expected.check` does."""
+    for of_result, result in zip(expected, results, strict=True):
+        of_result.check(result)
+
+
+def _rounded(exact: Tensor, error: Tensor | float, dtype: torch.dtype, roundings: float = 1) -> Expected:
+    """An error, and the rounding of the result, in which a number below the normal ones may become zero."""
+    info = torch.finfo(dtype)
+    smallest = info.tiny * (info.eps if dtype == torch.float16 else 1)
+    return Expected(exact, roundings * unit_roundoff(dtype) * exact.abs() + error + smallest, dtype)
+
+
+Tensors = Sequence[Tensor]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def linear(x_RI: Tensor, weights: Tensors, biases: Tensors | None, chain_rows: Sequence[int]) -> Expected:
+    """Of `chain_linear`: sums in fp32, rounded once."""
+
+    def run(of: Callable[[Tensor], Tensor]) -> Tensor:
+        x, ws, bs = _wide(of, x_RI, weights, biases)
+        return chain_linear_reference(x, ws, bs, chain_rows)
+
+    return _rounded(run(_same), sum_error(x_RI.shape[1]) * run(torch.abs), x_RI.dtype)
+
+
+def linear_gradients(
+    x_RI: Tensor, weights: Tensors, biases: Tensors | None, chain_rows: Sequence[int], grad_RO: Tensor
+) -> list[Expected]:
+    """Of x, of every weight and of every bias, in this order.
+
+    All are rounded once, but that of x with every chain that it gathers from.
+    """
+    dtype, (num_rows, num_outputs) = x_RI.dtype, grad_RO.shape
+
+    def run(of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        x, ws, bs = _wide(of, x_RI, weights, biases)
+        leaves = [leaf.requires_grad_() for leaf in (x, *ws, *(bs or ()))]
+        with torch.enable_grad():
+            y = chain_linear_reference(x, ws, bs, chain_rows)
+        return list(torch.autograd.grad(y, leaves, of(grad_RO.double())))
+
+    exact, terms = run(_same), run(torch.abs)
+    gathered_RI = torch.zeros_like(exact[0])
+    steps = grad_RO.double().split([len(weight) for weight in weights], dim=1)
+    for step_RO, weight, rows in zip(steps, weights, chain_rows, strict=True):
+        gathered_RI[:rows, : weight.shape[1]] += (step_RO[:rows] @ weight.detach().double()).abs()
+    rounded_RI = len(weights) * unit_roundoff(dtype) * gathered_RI
+    of_x = _rounded(exact[0], sum_error(num_outputs) * terms[0] + rounded_RI, dtype, roundings=0)
+    return [of_x, *(_rounded(e, sum_error(num_rows) * t, dtype) for e, t in zip(exact[1:], terms[1:], strict=True))]
+
+
+def _wide(
+    of: Callable[[Tensor], Tensor], x: Tensor, weights: Tensors, biases: Tensors | None
+) -> tuple[Tensor, list[Tensor], list[Tensor] | None]:
+    def widen(tensor: Tensor) -> Tensor:
+        return of(tensor.detach().double())
+
+    return widen(x), [widen(weight) for weight in weights], None if biases is None else [widen(b) for b in biases]
+
+
+def prefill_attention(
+    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, index: SparseIndex | None = None
+) -> tuple[Expected, Expected]:
+    """Of output and log-sum-exp, dense or over what an index lists; weights may be rounded to the inputs' dtype."""
+    num_queries, num_heads, _ = q_THD.shape
+    num_keys = k_KSD.shape[1]
+    wide = (q_THD.double(), k_KSD.double(), v_KSD.double())
+    if index is None:
+        exact, exact_lse = prefill_attention_reference(*wide)
+        seen = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    else:
+        exact, exact_lse = sparse_prefill_attention_reference(*wide, index)
+        seen = index.mask().repeat_interleave(num_heads // index.num_lists, dim=0)
+    dtype = q_THD.dtype
+    exp_error = EXP_ERROR if dtype == torch.float32 else CUBIC_EXP_ERROR
+    error, lse_error = _attention_errors(*wide, seen, exp_error, weights_dtype=dtype)
+    lse_error = lse_error + unit_roundoff(torch.float32) * exact_lse.abs()  # of the logarithm
+    return _rounded(exact, error, dtype), _rounded(exact_lse, lse_error, torch.float32)
+
+
+def decode_attention(
+    q_TKGD: Tensor,
+    k_pages_BPKD: Tensor,
+    v_pages_BPKD: Tensor,
+    block_table_RM: Tensor,
+    context_lens_R: Tensor,
+    *,
+    cu_seqlens_q_R1: Tensor | None = None,
+    k_scales_BPK: Tensor | None = None,
+    v_scales_BPK: Tensor | None = None,
+    weights_dtype: torch.dtype = torch.float32,
+) -> Expected:
+    """Of `decode_attention`, whose arguments these are, and `weights_dtype`, to which a GPU rounds the weights."""
+
+    def widen(pages: Tensor, scales: Tensor | None) -> Tensor:
+        return pages.double() if scales is None else pages.double() * scales.double().unsqueeze(-1)
+
+    q, dtype, page_tokens = q_TKGD.double(), q_TKGD.dtype, k_pages_BPKD.shape[1]
+    k_pages, v_pages = widen(k_pages_BPKD, k_scales_BPK), widen(v_pages_BPKD, v_scales_BPK)
+    bounds = range(len(q) + 1) if cu_seqlens_q_R1 is None else cu_seqlens_q_R1.tolist()
+    table = (block_table_RM, context_lens_R)
+    exact = decode_attention_reference(q, k_pages, v_pages, *table, cu_seqlens_q_R1=cu_seqlens_q_R1)
+    error = torch.zeros_like(exact)
+    for request, context_len in enumerate(context_lens_R.tolist()):
+        page_ids = block_table_RM[request, : -(-context_len // page_tokens)].long()
+        k_KSD, v_KSD = (pages[page_ids].flatten(0, 1).transpose(0, 1) for pages in (k_pages, v_pages))
+        for query in range(*bounds[request : request + 2]):
+            past = slice(context_len - (bounds[request + 1] - 1 - query))
+            heads, seen = q[query].flatten(0, 1)[None], torch.tensor(True)
+            of_heads, _ = _attention_errors(heads, k_KSD[:, past], v_KSD[:, past], seen, EXP_ERROR, weights_dtype)
+            error[query] = of_heads[0].view_as(error[query])
+    return _rounded(exact, error, dtype)
+
+
+def _attention_errors(
+    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, seen_TS: Tensor, exp_error: float, weights_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Of the output before it is rounded, and of the log-sum-exp.
+
+    A weight p_j errs, relative to itself, by e_j: its score's error, once that is the error of an exponent, and the
+    exponential's. Normalised, the sum of p_j v_j errs by sum p_j (e_j - sum_i p_i e_i) v_j: nothing where one key has
+    all the weight.
+    """
+    num_heads, head_dim = q_THD.shape[1:]
+    num_keys = k_KSD.shape[1]
+    k_HSD, v_HSD = (tensor.repeat_interleave(num_heads // len(tensor), dim=0) for tensor in (k_KSD, v_KSD))
+    q_HTD = q_THD.transpose(0, 1) * head_dim**-0.5
+    p_HTS = (q_HTD @ k_HSD.mT).masked_fill(~seen_TS, -torch.inf).softmax(dim=-1)
+    size_HTS = (q_HTD.abs() @ k_HSD.abs().mT).where(p_HTS > 0, 0)
+    largest_HT1 = size_HTS.amax(dim=-1, keepdim=True)
+    u = unit_roundoff(torch.float32)
+    e_HTS = sum_error(head_dim) * size_HTS + SCORE_STEPS * u * largest_HT1 + exp_error
+    mean_HT1 = (p_HTS * e_HTS).sum(dim=-1, keepdim=True)
+    v_HSD = v_HSD.abs()
+    # Of numerator and denominator.
+    of_sums = 2 * sum_error(num_keys) * (p_HTS @ v_HSD)
+    error_HTD = (p_HTS * ((1 - 2 * p_HTS) * e_HTS + mean_HT1)) @ v_HSD + of_sums
+    if weights_dtype != torch.float32:
+        # The weights, and what SDPA gathers from a prefix and from a tile before they are joined.
+        at_random, at_most = SIGMAS * (p_HTS.square() @ v_HSD.square()).sqrt(), 2 * (p_HTS @ v_HSD)
+        error_HTD += unit_roundoff(weights_dtype) * at_random.minimum(at_most)
+    lse_error_HT = mean_HT1.squeeze(-1) + sum_error(num_keys)
+    return error_HTD.transpose(0, 1), lse_error_HT.T
+
+
+def rms_norm(x_RD: Tensor, gains: Tensors, eps: float) -> Expected:
+    """Of `rms_norm`, which rounds before the gain and behind it."""
+    exact = rms_norm_reference(x_RD.double(), [gain.double() for gain in gains], eps)
+    widths = [len(gain) for gain in gains]
+    relative = [sum_error(width) / 2 + NORM_STEPS * unit_roundoff(torch.float32) for width in widths]
+    error_D = torch.tensor(relative, dtype=torch.float64).repeat_interleave(torch.tensor(widths))
+    return _rounded(exact, error_D * exact.abs(), x_RD.dtype, roundings=2)
+
+
+def rotary(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Expected:
+    """Of `rotate_`: sums of two products."""
+    exact = rotate_reference(x_TND.double(), cos_TD.double(), sin_TD.double())
+    first, second = x_TND.double().abs().chunk(2, dim=-1)
+    cos, sin = (table.double().abs()[:, None, : first.shape[-1]] for table in (cos_TD, sin_TD))
+    terms = torch.cat((first * cos + second * sin, second * cos + first * sin), dim=-1)
+    return _rounded(exact, sum_error(2) * terms, x_TND.dtype)
+
+
+def swiglu(gate_RF: Tensor, up_RF: Tensor) -> Expected:
+    """Of `swiglu_`; PyTorch's own rounds the gate's part and the product.
+
+    The exponent -gate is rounded twice. What an error of exp(-gate) does to silu(gate), both relative, is
+    sigmoid(-gate). An exponential below the normal numbers may be zero.
+    """
+    gate, up = gate_RF.double(), up_RF.double()
+    exact, u = swiglu_reference(gate, up), unit_roundoff(torch.float32)
+    relative = (2 * u * gate.abs() + EXP_ERROR) * torch.sigmoid(-gate) + GATE_STEPS * u
+    vanished = torch.finfo(torch.float32).tiny * gate.abs() * up.abs()
+    return _rounded(exact, relative * exact.abs() + vanished, gate_RF.dtype, roundings=2)
+
+
+def layers(exact: Tensor, dtype: torch.dtype, *, num_layers: int, width: int) -> Expected:
+    """Of a model's logits, keys or values, or of one layer or less: relative to the largest of the last dimension.
+
+    A bound through every operation would multiply their worst cases and admit anything. Layers add to one residual
+    stream, and their errors to one another like independent ones: with the root of their number.
+
+    Args:
+        exact: in float64.
+        dtype: of weights and activations.
+        num_layers: before the result.
+        width: the model's.
+    """
+    relative = LAYER_ROUNDINGS * unit_roundoff(dtype) + LAYER_SUMS * sum_error(width)
+    largest = exact.abs().amax(dim=-1, keepdim=True)
+    return Expected(exact, (math.sqrt(num_layers + 1) * relative * largest).expand_as(exact), dtype)
+
+
+def reordered(exact: Tensor) -> Expected:
+    """Of a float64 computation whose sums only run in another order: no step of fp32, taken at the largest, is that."""
+    return Expected(exact, (unit_roundoff(torch.float32) * exact.abs().max()).expand_as(exact), torch.float64)
+
+
+def quantised(x_TKD: Tensor) -> Expected:
+    """Of `quantise_kv`, given back in fp32: half a scale, which is the largest magnitude / 127, rounded up to bf16."""
+    exact = x_TKD.double()
+    scale_TK1 = exact.abs().amax(dim=-1, keepdim=True) / LARGEST * (1 + torch.finfo(torch.bfloat16).eps)
+    quotient = LARGEST * unit_roundoff(torch.float32)
+    return _rounded(exact, (scale_TK1 * (0.5 + quotient)).expand_as(exact), torch.float32)

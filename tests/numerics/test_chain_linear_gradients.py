@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from colm_kernels import many_rows_linear, native
-from colm_kernels.chain_linear import chain_linear, chain_linear_by_chain, chain_linear_reference
+from colm_kernels import many_rows_linear, native, tolerance
+from colm_kernels.chain_linear import chain_linear, chain_linear_by_chain
 from colm_kernels.many_rows_linear import WIDEN_COLUMNS, WIDEN_MIN_ROWS, widening_pays
 from colm_kernels.native import use_variant
-from colm_kernels.tolerance import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -61,23 +60,17 @@ def widens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     return request.param
 
 
-def values_and_gradients(apply: Staircase, dtype, x_RI, weights, biases, chain_rows, grad_RO) -> list[Tensor]:
-    """y_RO and the gradients of x, weights and biases, all computed in a dtype."""
-    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (x_RI, *weights, *(biases or ()))]
+def assert_matches_definition(apply: Staircase, x_RI, weights, biases, chain_rows, grad_RO=None) -> None:
+    """y_RO and the gradients of x, weights and biases."""
+    if grad_RO is None:
+        shape, generator = (len(x_RI), sum(map(len, weights))), torch.Generator().manual_seed(1)
+        grad_RO = torch.randn(shape, generator=generator).to(x_RI.dtype)
+    leaves = [tensor.detach().requires_grad_() for tensor in (x_RI, *weights, *(biases or ()))]
     end = 1 + len(weights)
     y_RO = apply(leaves[0], leaves[1:end], leaves[end:] if biases else None, chain_rows)
-    return [y_RO.detach(), *torch.autograd.grad(y_RO, leaves, grad_RO.to(dtype))]
-
-
-def assert_matches_definition(apply: Staircase, dtype, x_RI, weights, biases, chain_rows) -> None:
-    generator = torch.Generator().manual_seed(1)
-    grad_RO = torch.randn(len(x_RI), sum(map(len, weights)), generator=generator).to(dtype)
-    arguments = (x_RI, weights, biases, chain_rows, grad_RO)
-    results = values_and_gradients(apply, dtype, *arguments)
-    eager = values_and_gradients(chain_linear_reference, dtype, *arguments)
-    reference = values_and_gradients(chain_linear_reference, torch.float64, *arguments)
-    for one, other, exact in zip(results, eager, reference, strict=True):
-        assert_within_budget(one, other, exact)
+    tolerance.linear(x_RI, weights, biases, chain_rows).check(y_RO)
+    gradients = torch.autograd.grad(y_RO, leaves, grad_RO)
+    tolerance.check_all(tolerance.linear_gradients(x_RI, weights, biases, chain_rows, grad_RO), gradients)
 
 
 SHAPES = {
@@ -99,7 +92,7 @@ SHAPES = {
 @pytest.mark.parametrize("widths", SHAPES.values(), ids=SHAPES)
 def test_values_and_gradients_are_those_of_the_masked_product(widths, num_rows, bias, dtype, apply):
     xs, weights, biases = operands(widths, bias, dtype, num_rows)
-    assert_matches_definition(apply, dtype, torch.cat(xs, dim=1), weights, biases, (num_rows,) * len(widths))
+    assert_matches_definition(apply, torch.cat(xs, dim=1), weights, biases, (num_rows,) * len(widths))
 
 
 @pytest.mark.usefixtures("widens")
@@ -107,7 +100,7 @@ def test_values_and_gradients_are_those_of_the_masked_product(widths, num_rows, 
 @pytest.mark.parametrize("chain_rows", [(300, 300, 300), (300, 257, 3), (300, 1, 0), (300, 0, 0), (299, 299, 7)])
 def test_rows_that_do_not_compute_a_chain_give_and_get_nothing(chain_rows, dtype):
     xs, weights, biases = operands(SHAPES["primes"], True, dtype, 300)
-    assert_matches_definition(side_by_side, dtype, torch.cat(xs, dim=1), weights, biases, chain_rows)
+    assert_matches_definition(side_by_side, torch.cat(xs, dim=1), weights, biases, chain_rows)
 
 
 @pytest.mark.usefixtures("widens")
@@ -124,16 +117,11 @@ def test_a_chain_has_the_same_bits_whatever_follows(num_rows, dtype):
 @pytest.mark.usefixtures("widens")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_rows", [1, NUM_ROWS, WIDEN_MIN_ROWS])
-def test_strided_operands_give_what_their_copies_give(num_rows, dtype):
+def test_strided_operands_match(num_rows, dtype):
     xs, weights, _ = operands([(9, 11), (6, 4)], False, dtype, num_rows)
-    x_RI, rows = torch.cat(xs, dim=1), (num_rows, num_rows)
-    turned = [tensor.t().contiguous().t() for tensor in (x_RI, *weights)]
+    x_RI, *weights = (tensor.t().contiguous().t() for tensor in (torch.cat(xs, dim=1), *weights))
     grad_RO = torch.ones(1, 1, dtype=dtype).expand(num_rows, 15)
-    ours = values_and_gradients(side_by_side, dtype, turned[0], turned[1:], None, rows, grad_RO)
-    eager = values_and_gradients(chain_linear_reference, dtype, x_RI, weights, None, rows, grad_RO)
-    reference = values_and_gradients(chain_linear_reference, torch.float64, x_RI, weights, None, rows, grad_RO)
-    for one, other, exact in zip(ours, eager, reference, strict=True):
-        assert_within_budget(one, other, exact)
+    assert_matches_definition(side_by_side, x_RI, weights, None, (num_rows, num_rows), grad_RO)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +153,7 @@ def test_freezing_chains_leaves_the_other_gradients_as_they_are(num_frozen):
     for tensor in (*xs[:num_frozen], *weights[:num_frozen]):
         tensor.requires_grad_()
     for ours, whole in zip(frozen, gradients(xs, weights), strict=True):
-        assert_within_budget(ours, whole, whole)
+        tolerance.reordered(whole).check(ours)
 
 
 @settings(max_examples=25, deadline=None)

@@ -9,7 +9,6 @@ from colm_kernels import native, tolerance
 from colm_kernels.decode_attention import decode_attention, decode_attention_reference
 from colm_kernels.native import use_variant
 from torch import Tensor
-from torch.nn import functional as F
 
 pytestmark = pytest.mark.kernels
 
@@ -77,37 +76,9 @@ def case(context_lens, num_queries, num_kv_heads, group, head_dim, q_dtype, page
     return arguments, options
 
 
-def eager(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_lens: Tensor, **options: Tensor
-) -> Tensor:
-    """SDPA in the queries' own dtype."""
-    page_tokens = k_pages.shape[1]
-    bounds = options.get("cu_seqlens_q_R1", torch.arange(q.shape[0] + 1)).tolist()
-    out = torch.empty_like(q)
-    for request, length in enumerate(context_lens.tolist()):
-        ids = block_table[request, : -(-length // page_tokens)].long()
-        k, v = k_pages[ids], v_pages[ids]
-        if "k_scales_BPK" in options:
-            k, v = (
-                (x.float() * options[name][ids].float().unsqueeze(-1)).to(q.dtype)
-                for x, name in ((k, "k_scales_BPK"), (v, "v_scales_BPK"))
-            )
-        k, v = (x.flatten(0, 1)[:length].transpose(0, 1) for x in (k, v))
-        begin, end = bounds[request : request + 2]
-        for query in range(begin, end):
-            visible = length - (end - 1 - query)
-            out[query] = F.scaled_dot_product_attention(q[query][None], k[None, :, :visible], v[None, :, :visible])[0]
-    return out
-
-
 def assert_matches_definition(arguments: Arguments, options: Options | None = None, **more) -> None:
     options = options or {}
-    out = decode_attention(*arguments, **options, **more)
-    q, k_pages, v_pages, *table = arguments
-    wide_k, wide_v = (pages if pages.dtype == torch.int8 else pages.double() for pages in (k_pages, v_pages))
-    reference = decode_attention_reference(q.double(), wide_k, wide_v, *table, **options)
-    magnitude = decode_attention_reference(q.double(), wide_k, wide_v.abs(), *table, **options)
-    tolerance.assert_attention_within_budget(out, eager(*arguments, **options), reference, magnitude)
+    tolerance.decode_attention(*arguments, **options).check(decode_attention(*arguments, **options, **more))
 
 
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, TOKEN_BLOCK - 1, TOKEN_BLOCK, TOKEN_BLOCK + 1, 61, 257, 1009)
@@ -250,14 +221,11 @@ def test_no_requests_give_an_empty_result():
 @pytest.mark.usefixtures("variant")
 def test_non_contiguous_queries_and_tables_are_handled():
     q, k_pages, v_pages, block_table, context_lens = inputs([40, 70], 2, 2, 16, torch.float32)
-    expected = decode_attention(q, k_pages, v_pages, block_table, context_lens)
     wide_table = torch.full((2, 40), -1, dtype=torch.int32)
     wide_table[:, : block_table.shape[1]] = block_table
     strided_q = q.transpose(1, 2).contiguous().transpose(1, 2)
-    out = decode_attention(
-        strided_q, k_pages, v_pages, wide_table[:, : block_table.shape[1]], context_lens.repeat(2).view(2, 2)[0]
-    )
-    torch.testing.assert_close(out, expected)
+    strided_table, lens = wide_table[:, : block_table.shape[1]], context_lens.repeat(2).view(2, 2)[0]
+    assert_matches_definition((strided_q, k_pages, v_pages, strided_table, lens))
 
 
 @pytest.mark.usefixtures("variant")
@@ -292,7 +260,7 @@ def test_pages_past_two_to_the_31_elements_are_read():
 
 def test_python_threads_may_call_at_once(variant):
     cases = [inputs([3000 + i, 50], 2, 2, 64, torch.float32) for i in range(3)]
-    expected = [decode_attention(*case) for case in cases]
+    expected = [tolerance.decode_attention(*case) for case in cases]
     results: dict[int, list[Tensor]] = {}
 
     def work(i: int) -> None:
@@ -306,7 +274,7 @@ def test_python_threads_may_call_at_once(variant):
         thread.join(60)
     for i, outs in results.items():
         for out in outs:
-            torch.testing.assert_close(out, expected[i], rtol=1e-5, atol=1e-6)
+            expected[i].check(out)
     assert len(results) == 3
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from colm_kernels.tolerance import assert_within_budget
+from colm_kernels import native, tolerance
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -100,16 +100,15 @@ def prompt(num_tokens: int, seed: int = 5) -> NDArray[np.int64]:
 
 
 @torch.inference_mode()
-def oracle(checkpoint: Checkpoint, token_ids: NDArray[np.int64], num_chains: int, dtype: torch.dtype) -> Tensor:
+def oracle(checkpoint: Checkpoint, token_ids: NDArray[np.int64], num_chains: int) -> tolerance.Expected:
     """The plain model's logits after the last token."""
-    model = checkpoint.load(dtype=dtype)
+    model, config = checkpoint.load(dtype=torch.float64), checkpoint.config
     logits_BTV: Tensor = model(torch.from_numpy(token_ids).unsqueeze(0), num_chains)
-    return logits_BTV[0, -1]
+    return tolerance.layers(logits_BTV[0, -1], torch.float32, num_layers=config.num_layers, width=config.dim)
 
 
 def assert_oracles(result_V: Tensor, checkpoint: Checkpoint, token_ids: NDArray[np.int64], num_chains: int) -> None:
-    eager, reference = (oracle(checkpoint, token_ids, num_chains, dtype) for dtype in (torch.float32, torch.float64))
-    assert_within_budget(result_V, eager, reference)
+    oracle(checkpoint, token_ids, num_chains).check(result_V)
 
 
 @pytest.mark.parametrize("num_chains", SCALES)
@@ -139,10 +138,13 @@ def test_a_batch_of_mixed_scales_gives_each_request_what_it_gets_alone(tiny: Che
     for logits_V, (token_ids, scale) in zip(logits_RV, requests, strict=True):
         machine = Machine(tiny)
         (alone_V,) = machine.decode.step([machine.first_step(token_ids, scale)])
-        assert_within_budget(logits_V, alone_V, oracle(tiny, token_ids, scale, torch.float64))
+        assert_oracles(logits_V, tiny, token_ids, scale)
+        if native.default_variant(torch.float32) != "torch":  # whose products depend on the number of rows
+            assert torch.equal(logits_V, alone_V)
 
 
 def test_keys_and_values_that_are_written_do_not_depend_on_the_scale(checkpoint: Checkpoint) -> None:
+    """To the bit, but where PyTorch's products, which may depend on how wide a row is, run."""
     token_ids, kept = prompt(11), []
     for num_chains in SCALES:
         machine = Machine(checkpoint)
@@ -150,8 +152,14 @@ def test_keys_and_values_that_are_written_do_not_depend_on_the_scale(checkpoint:
         machine.decode.step([step])
         kept.append(machine.kept(step.table_LM, len(token_ids)))
     for keys, values in kept[1:]:
-        assert torch.equal(keys, kept[0][0])
-        assert torch.equal(values, kept[0][1])
+        for ours, of_chain1 in zip((keys, values), kept[0], strict=True):
+            if native.default_variant(torch.float32) != "torch":
+                assert torch.equal(ours, of_chain1)
+            else:
+                config = checkpoint.config
+                tolerance.layers(
+                    of_chain1.double(), torch.float32, num_layers=config.num_layers, width=config.dim
+                ).check(ours)
 
 
 def test_a_step_writes_its_own_token_and_nothing_else(tiny: Checkpoint) -> None:
@@ -174,7 +182,7 @@ def test_greedy_tokens_are_the_oracles(checkpoint: Checkpoint, num_tokens: int, 
     text = token_ids
     for _ in range(7):
         (logits_V,) = machine.decode.step([StepInput(int(text[-1]), len(text) - 1, num_chains, table_LM)])
-        assert int(logits_V.argmax()) == int(oracle(checkpoint, text, num_chains, torch.float64).argmax())
+        oracle(checkpoint, text, num_chains).check_largest(int(logits_V.argmax()))
         text = np.append(text, int(logits_V.argmax()))
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from colm_kernels import native, tolerance
 from colm_kernels.native import CancelFlag, Cancelled, use_variant
-from colm_kernels.prefill_attention import prefill_attention, prefill_attention_reference
+from colm_kernels.prefill_attention import prefill_attention
 from torch import Tensor
-from torch.nn import functional as F
 
 from tests.kernel_inputs import prefill_inputs as inputs
 
@@ -27,18 +26,7 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def assert_matches_definition(q: Tensor, k: Tensor, v: Tensor, **options) -> None:
-    out, lse = prefill_attention(q, k, v, **options)
-    reference, reference_lse = prefill_attention_reference(q.double(), k.double(), v.double())
-    num_queries, num_keys = q.shape[0], k.shape[1]
-    past = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
-    eager = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=past, enable_gqa=True)[
-        0
-    ].transpose(0, 1)
-    with use_variant("torch"):
-        _, eager_lse = prefill_attention(q, k, v)
-    assert lse.dtype == torch.float32
-    tolerance.assert_within_budget(out, eager, reference)
-    tolerance.assert_lse_within_budget(q.dtype, lse, eager_lse, reference_lse)
+    tolerance.check_all(tolerance.prefill_attention(q, k, v), prefill_attention(q, k, v, **options))
 
 
 LENGTHS = (1, 2, ROW_BLOCK - 1, ROW_BLOCK, ROW_BLOCK + 1, 61, KEY_BLOCK - 1, KEY_BLOCK, KEY_BLOCK + 1)
@@ -97,11 +85,10 @@ def test_slices_of_longer_buffers_are_read_in_place(variant):
     wide_q[:, 2:6] = q
     k_view, v_view = (storage[i, :300].transpose(0, 1) for i in (0, 1))
     out, lse = prefill_attention(wide_q[:, 2:6], k_view, v_view)
-    if variant == "torch":  # SDPA may sum in another order for other strides
-        torch.testing.assert_close(out, expected[0])
-    else:
-        assert torch.equal(out, expected[0])
-        assert torch.equal(lse, expected[1])
+    for result, of_copy, budget in zip((out, lse), expected, tolerance.prefill_attention(q, k, v), strict=True):
+        budget.check(result)
+        if variant != "torch":  # SDPA may sum in another order for other strides
+            assert torch.equal(result, of_copy)
 
 
 @pytest.mark.usefixtures("variant")
@@ -119,26 +106,17 @@ def test_future_keys_are_never_seen():
 @pytest.mark.usefixtures("variant")
 def test_lse_merges_two_halves_of_the_keys():
     q, k, v = inputs(1, 300, 2, 2, 64, torch.float32)
-    whole, whole_lse = prefill_attention(q, k, v)
     parts = [prefill_attention(q, k[:, part], v[:, part]) for part in (slice(0, 100), slice(100, 300))]
     lse = torch.logaddexp(parts[0][1], parts[1][1])
     merged = sum(out * (part_lse - lse).exp().unsqueeze(-1) for out, part_lse in parts)
-    torch.testing.assert_close(merged, whole, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(lse, whole_lse)
+    tolerance.check_all(tolerance.prefill_attention(q, k, v), (merged, lse))
 
 
 @pytest.mark.usefixtures("variant")
 def test_scores_far_apart_neither_overflow_nor_vanish():
     q, k, v = inputs(40, 600, 1, 1, 64, torch.float32)
     q, k = q * 40, k * 40
-    out, lse = prefill_attention(q, k, v)
-    with use_variant("torch"):
-        _, eager_lse = prefill_attention(q, k, v)
-    # The weights of such scores are their rounding errors, so only the log-sum-exp has a budget.
-    tolerance.assert_lse_within_budget(
-        q.dtype, lse, eager_lse, prefill_attention_reference(q.double(), k.double(), v.double())[1]
-    )
-    assert out.isfinite().all()
+    assert_matches_definition(q, k, v)
 
 
 @pytest.mark.usefixtures("variant")
@@ -163,7 +141,7 @@ def test_no_queries_give_empty_results():
 
 def test_python_threads_may_call_at_once(variant):
     cases = [inputs(200, 500 + i, 4, 2, 16, torch.float32) for i in range(4)]
-    expected = [prefill_attention(*case)[0] for case in cases]
+    expected = [tolerance.prefill_attention(*case)[0] for case in cases]
     results: dict[int, list[Tensor]] = {}
 
     def work(i: int) -> None:
@@ -177,7 +155,7 @@ def test_python_threads_may_call_at_once(variant):
         thread.join(60)
     for i, outs in results.items():
         for out in outs:
-            torch.testing.assert_close(out, expected[i], rtol=1e-5, atol=1e-6)
+            expected[i].check(out)
     assert len(results) == 4
 
 
@@ -195,7 +173,7 @@ def test_a_set_flag_stops_the_call():
 @pytest.mark.parametrize("name", [name for name in native.available_variants() if name != "torch"])
 def test_a_flag_set_by_another_thread_stops_a_long_call_between_blocks(name):
     flag = CancelFlag()
-    q, k, v = inputs(16384, 16384, 4, 1, 16, torch.float32)
+    q, k, v = inputs(65536, 65536, 4, 1, 16, torch.float32)  # seconds, however busy or fast the machine is
     timer = threading.Timer(0.02, flag.set)
     timer.start()
     with use_variant(name), pytest.raises(Cancelled):
@@ -242,4 +220,4 @@ def test_an_unknown_variant_is_refused():
 
 def test_where_there_is_a_compiler_the_library_is_there():
     """Without this, a library that failed to build would only make the suite shorter."""
-    assert shutil.which("g++") is None or len(native.available_variants()) > 1
+    assert shutil.which("g++") is None or native.built_hash(native.LIBRARY_PATH) == native.source_hash()

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from colm_kernels import tolerance
 from colm_kernels.rotary import rotate_reference
-from colm_kernels.tolerance import assert_within_budget
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -89,13 +89,11 @@ def oracles(model: ChainTransformer, token_ids: NDArray[np.int64]) -> list[tuple
 
 
 def assert_equals_oracle(engine: PrefillEngine, checkpoint: Checkpoint, token_ids: NDArray[np.int64]) -> None:
-    dtype = engine.layout.dtype
-    wide = torch.float64 if dtype == torch.float32 else torch.float32
-    rounded = checkpoint.load(1, dtype=dtype)
-    eager, reference = oracles(rounded, token_ids), oracles(rounded.to(wide), token_ids)
-    for ours, plain, exact in zip(computed(engine, token_ids), eager, reference, strict=True):
-        for result, expected, wanted in zip(ours, plain, exact, strict=True):
-            assert_within_budget(result, expected, wanted)
+    dtype, width = engine.layout.dtype, checkpoint.config.dim
+    reference = oracles(checkpoint.load(1, dtype=dtype).double(), token_ids)
+    for layer, (ours, exact) in enumerate(zip(computed(engine, token_ids), reference, strict=True)):
+        for result, wanted in zip(ours, exact, strict=True):
+            tolerance.layers(wanted, dtype, num_layers=layer + 1, width=width).check(result)
 
 
 @pytest.mark.parametrize("num_tokens", LENGTHS)

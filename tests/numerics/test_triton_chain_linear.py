@@ -3,7 +3,6 @@
 import pytest
 import torch
 from colm_kernels import tolerance
-from colm_kernels.chain_linear import chain_linear_reference
 from colm_kernels.gpu.chain_linear import chain_linear
 from torch import Tensor
 
@@ -15,29 +14,17 @@ BLOCK = 64  # of fp32
 
 def assert_matches_definition(x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, chain_rows) -> Tensor:
     result = chain_linear(x, weights, biases, chain_rows)
-    eager = chain_linear_reference(x, weights, biases, chain_rows)
-    wide = [None if tensors is None else [tensor.double() for tensor in tensors] for tensors in (weights, biases)]
-    reference = chain_linear_reference(x.double(), wide[0], wide[1], chain_rows)
-    tolerance.assert_within_budget(result, eager, reference)
+    tolerance.linear(x, weights, biases, chain_rows).check(result)
     return result
-
-
-def gradients(run, x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, chain_rows, grad: Tensor):
-    leaves = [tensor.detach().requires_grad_() for tensor in (x, *weights, *(biases or ()))]
-    x, weights, biases = leaves[0], leaves[1 : 1 + len(weights)], leaves[1 + len(weights) :] or None
-    return torch.autograd.grad(run(x, weights, biases, chain_rows), leaves, grad.to(x.dtype))
 
 
 def assert_gradients_match(x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, chain_rows) -> None:
     grad = torch.randn(len(x), sum(map(len, weights)), generator=torch.Generator().manual_seed(0)).to(x.dtype)
-    wide = (x.double(), [weight.double() for weight in weights], biases and [bias.double() for bias in biases])
-    tested, eager, reference = (
-        gradients(chain_linear, x, weights, biases, chain_rows, grad),
-        gradients(chain_linear_reference, x, weights, biases, chain_rows, grad),
-        gradients(chain_linear_reference, *wide, chain_rows, grad),
-    )
-    for triple in zip(tested, eager, reference, strict=True):
-        tolerance.assert_within_budget(*triple)
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, *weights, *(biases or ()))]
+    end = 1 + len(weights)
+    y = chain_linear(leaves[0], leaves[1:end], leaves[end:] or None, chain_rows)
+    expected = tolerance.linear_gradients(x, weights, biases, chain_rows, grad)
+    tolerance.check_all(expected, torch.autograd.grad(y, leaves, grad))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,12 +102,12 @@ def test_what_needs_no_gradient_gets_none(frozen):
     for at, leaf in enumerate(leaves):
         leaf.requires_grad_(at != frozen)
     chain_linear(x, weights, None, (5, 3)).sum().backward()
-    expected = gradients(chain_linear_reference, x, weights, None, (5, 3), torch.ones(5, 44))
+    expected = tolerance.linear_gradients(x, weights, None, (5, 3), torch.ones(5, 44))
     for at, leaf in enumerate(leaves):
         if at == frozen:
             assert leaf.grad is None
         else:
-            torch.testing.assert_close(leaf.grad, expected[at])
+            expected[at].check(leaf.grad)
 
 
 def test_nothing_in_nothing_out():

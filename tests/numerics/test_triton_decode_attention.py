@@ -6,10 +6,8 @@ from itertools import accumulate
 import pytest
 import torch
 from colm_kernels import tolerance
-from colm_kernels.decode_attention import decode_attention_reference
 from colm_kernels.gpu import decode_attention as on_gpu
 from torch import Tensor
-from torch.nn import functional as F
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
 
@@ -27,30 +25,17 @@ class Case:
     context_lens_R: Tensor
     query_lens: list[int]
 
-    def run(self) -> Tensor:
+    def arguments(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         options = {}
         if any(length != 1 for length in self.query_lens):
             options["cu_seqlens_q_R1"] = torch.tensor([0, *accumulate(self.query_lens)], dtype=torch.int32)
         if self.scales is not None:
             options["k_scales_BPK"], options["v_scales_BPK"] = self.scales
-        return on_gpu.decode_attention(self.q_TKGD, *self.pages, self.block_table_RM, self.context_lens_R, **options)
+        return (self.q_TKGD, *self.pages, self.block_table_RM, self.context_lens_R), options
 
-    def dequantised(self, dtype: torch.dtype) -> list[Tensor]:
-        if self.scales is None:
-            return [pages.to(dtype) for pages in self.pages]
-        return [
-            (pages.double() * scales.double()[..., None]).to(dtype)
-            for pages, scales in zip(self.pages, self.scales, strict=True)
-        ]
-
-    def each_query_a_request(self) -> tuple[Tensor, Tensor]:
-        """Table and context lengths of requests of one query token, which is all that the definition needs."""
-        counts = torch.tensor(self.query_lens)
-        from_end = torch.cat([torch.arange(length).flip(0) for length in self.query_lens])
-        return (
-            self.block_table_RM.repeat_interleave(counts, dim=0),
-            (self.context_lens_R.repeat_interleave(counts) - from_end).int(),
-        )
+    def run(self) -> Tensor:
+        arguments, options = self.arguments()
+        return on_gpu.decode_attention(*arguments, **options)
 
 
 def case(
@@ -90,24 +75,9 @@ def case(
     )
 
 
-def eager(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, context_lens: Tensor) -> Tensor:
-    """SDPA in the inputs' own dtype."""
-    page_tokens = k_pages.shape[1]
-    out = torch.empty_like(q)
-    for request, length in enumerate(context_lens.tolist()):
-        ids = block_table[request, : -(-length // page_tokens)].long()
-        k, v = (pages[ids].flatten(0, 1)[:length].transpose(0, 1) for pages in (k_pages, v_pages))
-        out[request] = F.scaled_dot_product_attention(q[request][None], k[None], v[None])[0]
-    return out
-
-
 def assert_matches_definition(tested: Case) -> None:
-    q, table = tested.q_TKGD, tested.each_query_a_request()
-    k_pages, v_pages = tested.dequantised(torch.float64)
-    reference = decode_attention_reference(q.double(), k_pages, v_pages, *table)
-    magnitude = decode_attention_reference(q.double(), k_pages, v_pages.abs(), *table)
-    trusted = eager(q, *tested.dequantised(q.dtype), *table)
-    tolerance.assert_attention_within_budget(tested.run(), trusted, reference, magnitude)
+    arguments, options = tested.arguments()
+    tolerance.decode_attention(*arguments, **options, weights_dtype=tested.q_TKGD.dtype).check(tested.run())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,12 +3,9 @@
 import pytest
 import torch
 from colm_kernels import tolerance
-from colm_kernels.gpu import prefill_attention as dense
 from colm_kernels.gpu.sparse_prefill_attention import sparse_prefill_attention
 from colm_kernels.sparse_index import SparseIndex, Tiling, lower
-from colm_kernels.sparse_prefill_attention import sparse_prefill_attention_reference
 from torch import Tensor
-from torch.nn import functional as F
 
 from tests.kernel_inputs import prefill_inputs as inputs
 
@@ -25,15 +22,7 @@ def index_of(q: Tensor, k: Tensor, num_lists: int, row_block=64, key_block=64, d
 
 
 def assert_matches_definition(q: Tensor, k: Tensor, v: Tensor, index: SparseIndex) -> None:
-    out, lse = sparse_prefill_attention(q, k, v, index)
-    reference, reference_lse = sparse_prefill_attention_reference(q.double(), k.double(), v.double(), index)
-    _, eager_lse = sparse_prefill_attention_reference(q, k, v, index)
-    mask = index.mask().repeat_interleave(q.shape[1] // index.num_lists, dim=0)
-    eager = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, enable_gqa=True)[
-        0
-    ].transpose(0, 1)
-    tolerance.assert_within_budget(out, eager, reference)
-    tolerance.assert_lse_within_budget(q.dtype, lse, eager_lse, reference_lse)
+    tolerance.check_all(tolerance.prefill_attention(q, k, v, index), sparse_prefill_attention(q, k, v, index))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,8 +67,7 @@ def test_an_index_of_everything_is_dense_attention():
     q, k, v = inputs(70, 200, 2, 1, 16, torch.float32)
     index = index_of(q, k, 1, density=2.0)
     assert index.density() == 1
-    for sparse, whole in zip(sparse_prefill_attention(q, k, v, index), dense.prefill_attention(q, k, v), strict=True):
-        torch.testing.assert_close(sparse, whole)
+    tolerance.check_all(tolerance.prefill_attention(q, k, v), sparse_prefill_attention(q, k, v, index))
 
 
 def test_keys_that_are_not_listed_are_never_read():

@@ -1,6 +1,7 @@
 """What makes the first chains of a model a model: nothing of a scale depends on anything beyond it."""
 
 import torch
+from colm_kernels import tolerance
 from colm_kernels.rotary import rotate_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -162,7 +163,8 @@ def test_the_nodes_way_keeps_the_rule(config: ChainConfig, dtype: torch.dtype, d
 
 @few
 @given(config=chain_configs(), dtype=DTYPES)
-def test_one_chain_is_the_plain_layer_bit_for_bit(config: ChainConfig, dtype: torch.dtype):
+def test_one_chain_is_the_plain_layer(config: ChainConfig, dtype: torch.dtype):
+    """Norm and feed-forward to the bit, over products that are the plain ones but for the order of their sums."""
     llama = slice_config(config, 1)
     x_RD = torch.randn(NUM_TOKENS, llama.dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     norm = filled(layer_of("norm", llama), 1).to(dtype)
@@ -170,30 +172,26 @@ def test_one_chain_is_the_plain_layer_bit_for_bit(config: ChainConfig, dtype: to
     with torch.inference_mode():
         scale = torch.rsqrt(x_RD.float().square().mean(dim=-1, keepdim=True) + llama.norm_eps)
         assert torch.equal(norm.by_chain([x_RD])[0], (x_RD.float() * scale).to(dtype) * norm.chain1)
-        bias = linear.chain1_bias if llama.bias else None
-        assert torch.equal(linear.by_chain([x_RD])[0], F.linear(x_RD, linear.chain1, bias))
+        exact = tolerance.linear(x_RD, linear.weights(1), linear.biases(1), (NUM_TOKENS,))
+        exact.check(linear.by_chain([x_RD])[0])
         assert torch.equal(ffn.by_chain([x_RD])[0], plain_ffn(ffn, x_RD))
 
 
 def plain_ffn(ffn: ChainFFN, x_RD: Tensor) -> Tensor:
-    def plain(linear: ChainLinear, x: Tensor) -> Tensor:
-        return F.linear(x, linear.chain1, linear.chain1_bias if linear.has_bias else None)
-
-    hidden = F.silu(plain(ffn.gate, x_RD)) * plain(ffn.up, x_RD) if ffn.is_gated else F.gelu(plain(ffn.up, x_RD))
-    return plain(ffn.down, hidden)
+    up = ffn.up.by_chain([x_RD])[0]
+    return ffn.down.by_chain([F.silu(ffn.gate.by_chain([x_RD])[0]) * up if ffn.is_gated else F.gelu(up)])[0]
 
 
 @few
 @given(config=chain_configs(), dtype=DTYPES)
-def test_plain_attention_of_one_chain_bit_for_bit(config: ChainConfig, dtype: torch.dtype):
+def test_attention_of_one_chain_is_plain_attention_over_its_projections(config: ChainConfig, dtype: torch.dtype):
     llama = slice_config(config, 1)
     attention = filled(layer_of("attention", llama), 4).to(dtype)
     x_TD = torch.randn(NUM_TOKENS, llama.dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     cos, sin = rotation(inverse_frequencies(llama), torch.arange(NUM_TOKENS))
 
     def heads(linear: ChainLinear) -> Tensor:
-        y = F.linear(x_TD, linear.chain1, linear.chain1_bias if linear.has_bias else None)
-        return y.view(NUM_TOKENS, -1, llama.head_dim)
+        return linear.by_chain([x_TD])[0].view(NUM_TOKENS, -1, llama.head_dim)
 
     with torch.inference_mode():
         q, k, v = (
@@ -203,6 +201,5 @@ def test_plain_attention_of_one_chain_bit_for_bit(config: ChainConfig, dtype: to
         )
         q, k, v = (x[None].transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        flat = out.transpose(1, 2).reshape(NUM_TOKENS, -1)
-        expected = F.linear(flat, attention.wo.chain1, attention.wo.chain1_bias if llama.bias else None)
+        (expected,) = attention.wo.by_chain([out.transpose(1, 2).reshape(NUM_TOKENS, -1)])
         assert torch.equal(attention.by_chain([x_TD], cos, sin, 1)[0], expected)

@@ -17,7 +17,7 @@ from colm.convert.expand import _expanded_config
 from colm.errors import UnsupportedModel
 from colm.model.transformer import slice_config
 from tests.shapes import chain_configs
-from tests.tiny import tiny_checkpoint, tiny_config
+from tests.tiny import in_memory, tiny_checkpoint, tiny_config
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
@@ -29,7 +29,7 @@ def source(tmp_path, request) -> Checkpoint:
 def logits(checkpoint: Checkpoint, num_chains: int | None = None) -> torch.Tensor:
     tokens_BT = torch.randint(320, (2, 19), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        return checkpoint.load(num_chains)(tokens_BT)
+        return in_memory(checkpoint, num_chains)(tokens_BT)
 
 
 def test_expanded_logits_equal_the_source_at_every_scale(source, tmp_path):
@@ -64,7 +64,7 @@ def test_any_model_expanded_by_any_chains_answers_as_before_at_every_scale(sourc
             assert larger.config.kv_sharing is shares
             tokens_BT = torch.randint(before.vocab_size, (2, 5), generator=torch.Generator().manual_seed(1))
             with torch.inference_mode():
-                old, new = checkpoint.load(), larger.load()
+                old, new = in_memory(checkpoint), in_memory(larger)
                 for scale in range(1, before.num_chains + 1):
                     assert torch.equal(new(tokens_BT, scale), old(tokens_BT, scale))
                 assert torch.equal(new(tokens_BT), old(tokens_BT))

@@ -6,7 +6,7 @@ import torch
 from colm.checkpoint import Checkpoint
 from colm.convert import slice_scale
 from colm.errors import CheckpointError
-from tests.tiny import tiny_checkpoint, tiny_config
+from tests.tiny import in_memory, tiny_checkpoint, tiny_config
 
 SHAPES = {
     "CoLM-Air": {},
@@ -28,7 +28,7 @@ def test_a_slice_answers_as_the_whole_at_that_scale(source, tmp_path, num_chains
     sliced = slice_scale(source.path, tmp_path / "slice", num_chains)
     assert sliced.config.num_parameters() == source.config.num_parameters(num_chains)
     for scale in range(1, num_chains + 1):
-        assert torch.equal(sliced.load(scale)(TOKENS_BT), source.load()(TOKENS_BT, scale))
+        assert torch.equal(in_memory(sliced, scale)(TOKENS_BT), in_memory(source)(TOKENS_BT, scale))
 
 
 @torch.inference_mode()
@@ -48,8 +48,8 @@ def test_text_conventions_dtype_and_tying_are_carried_over(source, tmp_path):
 
 def test_slicing_in_place_replaces_the_source(source):
     with torch.inference_mode():
-        before = source.load()(TOKENS_BT, 1)
-        assert torch.equal(slice_scale(source.path, source.path, 1).load()(TOKENS_BT), before)
+        before = in_memory(source)(TOKENS_BT, 1)
+        assert torch.equal(in_memory(slice_scale(source.path, source.path, 1))(TOKENS_BT), before)
 
 
 def test_progress_counts_every_tensor(source, tmp_path):
