@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "tests": {"colm_kernels", "colm", "prefill_node", "decode_node", "cluster", "bench"},
 }
 
-RAY = ("cluster/", "prefill_node/replica.py", "decode_node/replica.py")
+RAY = ("cluster/",)
 GRPC = (
     "colm/wire/",
     "colm/client.py",
@@ -42,7 +42,7 @@ GRPC = (
     "decode_node/node.py",
     "decode_node/kv_receiver.py",
     "cluster/gateway.py",
-    "cluster/gateway_replica.py",
+    "cluster/replicas/gateway.py",
 )
 
 # Bookkeeping that property tests hammer: no tensors, no network, no cluster, not even through what they import.

@@ -8,9 +8,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.config import ClusterConfig, load_config
 from cluster.gateway import GatewayLimits
 from cluster.lifecycle import up
+from cluster.options import ClusterConfig, load_config
 from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError
 from colm.wire.endpoint import bind, create_server, dial_address, join_address, open_channel, why_not
@@ -114,7 +114,7 @@ async def test_nodes_serve_each_other_over_ipv6(checkpoint: Checkpoint) -> None:
 
 
 async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoint: Checkpoint) -> None:
-    from cluster.gateway_replica import GatewayOptions, GatewayReplica  # imports Ray Serve
+    from cluster.replicas.gateway import GatewayOptions, GatewayReplica  # imports Ray Serve
 
     limits = ClusterConfig().gateway
     options = GatewayOptions(
@@ -125,7 +125,7 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
         host=EVERYWHERE,
         port=0,
         limits=GatewayLimits(
-            max_document_bytes=limits.max_document,
+            max_document_bytes=limits.max_document_bytes,
             max_requests=limits.max_requests,
             default_max_new_tokens=limits.default_max_new_tokens,
             max_new_tokens=limits.max_new_tokens,
