@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -70,7 +71,7 @@ class Answer:
 
 @asynccontextmanager
 async def prefill_node(
-    model_path: str, security: Security | None = None, leases: LeaseTable | None = None, **options: int
+    model_path: str, security: Security | None = None, leases: LeaseTable | None = None, **options: Any
 ) -> AsyncIterator[PrefillNode]:
     chosen = PrefillOptions(
         model_path=model_path,
@@ -93,7 +94,7 @@ async def decode_node(
     prefill_addresses: Sequence[str],
     security: Security | None = None,
     leases: LeaseTable | None = None,
-    **options: int,
+    **options: Any,
 ) -> AsyncIterator[DecodeNode]:
     """A decode node; on the way out it must hold nothing."""
     chosen = DecodeOptions(

@@ -8,17 +8,14 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.gateway import GatewayLimits
 from cluster.lifecycle import up
-from cluster.options import ClusterConfig, load_config
+from cluster.options import load_config
 from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError
 from colm.wire.endpoint import bind, create_server, dial_address, join_address, open_channel, why_not
 from colm.wire.security import Security, new_tls
-from decode_node.node import DecodeNode, DecodeOptions
-from decode_node.prefill_pool import StaticPrefillPool
-from prefill_node.node import PrefillNode, PrefillOptions
-from tests.nodes import EVERYWHERE, LOOPBACK, PAGE_TOKENS, decode
+from tests.gateway import LIMITS
+from tests.nodes import EVERYWHERE, LOOPBACK, PAGE_TOKENS, decode, decode_node, prefill_node
 from tests.tiny import tiny_checkpoint
 
 ELSEWHERE = "192.0.2.200"  # of a block that is kept for documents
@@ -93,30 +90,17 @@ def test_up_tells_a_host_that_is_not_ours_from_a_taken_port(checkpoint: Checkpoi
 
 async def test_nodes_serve_each_other_over_ipv6(checkpoint: Checkpoint) -> None:
     path = str(checkpoint.path)
-    prefill = PrefillNode(
-        PrefillOptions(
-            model_path=path, dtype="float32", page_tokens=PAGE_TOKENS, tile_tokens=PAGE_TOKENS, host=LOOPBACK
-        ),
-        Security(),
-    )
-    await prefill.start()
-    pool = StaticPrefillPool([prefill.address])
-    node = DecodeNode(
-        DecodeOptions(model_path=path, dtype="float32", page_tokens=PAGE_TOKENS, host=LOOPBACK), Security(), pool
-    )
-    await node.start()
-    try:
+    async with (
+        prefill_node(path, host=LOOPBACK) as prefill,
+        decode_node(path, [prefill.address], host=LOOPBACK) as node,
+    ):
         assert node.address == dial_address(LOOPBACK, int(node.address.rpartition(":")[2]))
         assert len((await decode(node.address, range(3, 60), max_new_tokens=2)).token_ids) == 2
-    finally:
-        await node.stop()
-        await prefill.stop()
 
 
 async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoint: Checkpoint) -> None:
     from cluster.replicas.gateway import GatewayOptions, GatewayReplica  # imports Ray Serve
 
-    limits = ClusterConfig().gateway
     options = GatewayOptions(
         model_path=str(checkpoint.path),
         model_name="tiny",
@@ -124,14 +108,7 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
         page_tokens=PAGE_TOKENS,
         host=EVERYWHERE,
         port=0,
-        limits=GatewayLimits(
-            max_document_bytes=limits.max_document_bytes,
-            max_requests=limits.max_requests,
-            default_max_new_tokens=limits.default_max_new_tokens,
-            max_new_tokens=limits.max_new_tokens,
-            default_timeout_s=limits.default_timeout_s,
-            max_timeout_s=limits.max_timeout_s,
-        ),
+        limits=LIMITS,
     )
     security = Security(token="secret", tls=new_tls())
 

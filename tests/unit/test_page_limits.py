@@ -10,6 +10,7 @@ import torch
 from cluster.lifecycle import up
 from cluster.options import load_config
 from colm.checkpoint import Checkpoint
+from colm.clock import MonotonicClock
 from colm.errors import ConfigError
 from colm.kv import KvLayout
 from colm.wire.endpoint import MAX_MESSAGE_BYTES
@@ -45,7 +46,7 @@ def prefill_node(checkpoint: Checkpoint, page_tokens: int) -> PrefillNode:
 
 def decode_node(checkpoint: Checkpoint, page_tokens: int, prefill: str = "127.0.0.1:1") -> DecodeNode:
     options = DecodeOptions(model_path=str(checkpoint.path), dtype="float32", page_tokens=page_tokens)
-    return DecodeNode(options, Security(), StaticPrefillPool([prefill]))
+    return DecodeNode(options, Security(), StaticPrefillPool([prefill], MonotonicClock()))
 
 
 def test_up_refuses_a_page_above_a_message(checkpoint: Checkpoint, tmp_path: Path) -> None:
