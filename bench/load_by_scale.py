@@ -21,8 +21,9 @@ import torch
 
 from bench.record import environment
 from colm.checkpoint import Checkpoint, load, save
-from colm.config import ChainConfig
 from colm.model import parameter_shapes
+from colm.model.config import ChainConfig
+from colm.model.presets import preset
 
 PRESET = "llama-3.2-1b-8-8-8-8-air"
 SEED = 0
@@ -83,7 +84,7 @@ def in_a_fresh_process(path: Path, num_chains: int) -> dict[str, float]:
 def main() -> None:
     """Write, check, measure, print; with --json the record as the last line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default=PRESET, help="a name of ChainConfig.presets()")
+    parser.add_argument("--preset", default=PRESET, help="a name of colm.model.presets.PRESETS")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", help="where the checkpoint is written for the time of the run")
     parser.add_argument("--json", action="store_true", help="print the record as the last line")
@@ -93,7 +94,7 @@ def main() -> None:
     if options.observe is not None:
         sys.stdout.write(json.dumps(observe(options.observe, options.scale)) + "\n")
         return
-    config = ChainConfig.preset(options.preset)
+    config = preset(options.preset)
     scales = range(1, config.num_chains + 1)
     runs: dict[int, list[dict[str, float]]] = {scale: [] for scale in scales}
     with tempfile.TemporaryDirectory(dir=options.dir) as directory:

@@ -7,14 +7,14 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from cluster.config import ClusterConfig
 from cluster.gateway import GatewayLimits
-from cluster.gateway_replica import GatewayOptions, GatewayReplica
+from cluster.options import ClusterConfig
+from cluster.replicas.decode import DecodeReplica
+from cluster.replicas.gateway import GatewayOptions, GatewayReplica
+from cluster.replicas.prefill import PrefillReplica
 from colm.wire.security import Security, new_tls, new_token
 from decode_node.node import DecodeOptions
-from decode_node.replica import DecodeReplica
 from prefill_node.node import PrefillOptions
-from prefill_node.replica import PrefillReplica
 
 APPLICATION = "colm"
 GATEWAY, DECODE, PREFILL = "gateway", "decode", "prefill"
@@ -79,7 +79,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
             model_path=model,
             dtype=dtype,
             page_tokens=page_tokens,
-            kv_cache_bytes=config.decode.kv_cache,
+            kv_cache_bytes=config.decode.kv_cache_bytes,
             max_batch_size=config.decode.max_batch_size,
             max_requests=config.decode.max_requests,
             num_threads=config.decode.num_threads,
@@ -105,7 +105,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
             host=gateway.host,
             port=gateway.port,
             limits=GatewayLimits(
-                max_document_bytes=gateway.max_document,
+                max_document_bytes=gateway.max_document_bytes,
                 max_requests=gateway.max_requests,
                 default_max_new_tokens=gateway.default_max_new_tokens,
                 max_new_tokens=gateway.max_new_tokens,

@@ -8,13 +8,13 @@ import typer
 
 from cluster.answer_view import AnswerView
 from cluster.cli.output import note
-from cluster.config import load_config
 from cluster.interrupts import Interrupts
 from cluster.lifecycle import down, up
+from cluster.options import load_config
 from colm.checkpoint import Checkpoint
 from colm.client import Client
 from colm.errors import ConfigError
-from colm.tokenizer import Tokenizer
+from colm.text.tokenizer import Tokenizer
 
 QUESTION = "In a few sentences, explain what the with statement of Python does and why it is useful."
 # A small model looks best at what it read last, so the topic asked about ends the document.

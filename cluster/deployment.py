@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from cluster.application import APPLICATION, DECODE_RESOURCE, PREFILL_RESOURCE, build, make_security
-from cluster.config import ClusterConfig
+from cluster.options import ClusterConfig
 from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError
 from colm.wire.security import Security

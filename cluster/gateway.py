@@ -14,7 +14,6 @@ import grpc
 from cluster.node_registry import NodeRegistry
 from cluster.tokenising import TextExtent, TokenisingThreads
 from colm.clock import Clock, Deadline
-from colm.config import ChainConfig
 from colm.errors import (
     CapacityExceeded,
     DeadlineExceeded,
@@ -25,10 +24,12 @@ from colm.errors import (
 )
 from colm.events import Accepted, Queued, WaitsFor
 from colm.line import Beat
+from colm.model.config import ChainConfig
 from colm.nodes import ClusterStatus, ModelStatus, Role
 from colm.sampling import SamplingParams
-from colm.tokenizer import Tokenizer
-from colm.wire.convert import (
+from colm.text.tokenizer import Tokenizer
+from colm.wire.endpoint import open_channel
+from colm.wire.messages import (
     cluster_status_to_pb,
     gateway_response,
     relay,
@@ -36,7 +37,6 @@ from colm.wire.convert import (
     sampling_to_pb,
     token_id_pieces,
 )
-from colm.wire.endpoint import open_channel
 from colm.wire.outcome import Outcome
 from colm.wire.prompt_stream import read_open
 from colm.wire.security import Security

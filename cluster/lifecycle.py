@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.config import ClusterConfig
 from cluster.interrupts import Interrupts
 from cluster.local_ray import free_port, is_left, is_running, show_token, start_ray, stop_ray
+from cluster.options import ClusterConfig
 from cluster.state import ClusterState, alone, note_joined, read_joined
 from colm.checkpoint import Checkpoint
 from colm.dtypes import parse_dtype
@@ -102,7 +102,7 @@ def _check_kv(config: ClusterConfig, checkpoint: Checkpoint) -> None:
     dtype = parse_dtype(config.model.resolved_dtype)
     layout = KvLayout.of(checkpoint.config, dtype=dtype, page_tokens=config.model.page_tokens)
     check_page(layout)
-    layout.pages_within(config.decode.kv_cache)
+    layout.pages_within(config.decode.kv_cache_bytes)
 
 
 def _with_port(config: ClusterConfig) -> ClusterConfig:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from colm.token_bound import TokenBound
+from colm.text.bound import TokenBound
 
 NUM_THREADS = 2
 """More would keep more windows of text in memory, and take cores from the event loop that relays tokens."""

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from colm.config import ChainConfig
 from colm.errors import CheckpointError
 from colm.model import ChainTransformer, parameter_shapes
+from colm.model.config import ChainConfig
 from colm.staging import staged
 
 CONFIG_FILE = "config.json"

@@ -18,8 +18,8 @@ from colm.errors import ColmError, InvalidRequest
 from colm.events import Event, Finished, Token
 from colm.nodes import ClusterStatus
 from colm.sampling import TOKEN_IDS, SamplingParams
-from colm.wire.convert import cluster_status_from_pb, event_from_pb, sampling_to_pb, token_id_pieces
 from colm.wire.endpoint import open_blocking_channel, open_channel
+from colm.wire.messages import cluster_status_from_pb, event_from_pb, sampling_to_pb, token_id_pieces
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint, backbone_digest
-from colm.config import ChainConfig
 from colm.dtypes import dtype_name
 from colm.errors import ConfigError, UnsupportedModel
+from colm.model.config import ChainConfig
 
 
 def require_shared_kv(config: ChainConfig) -> None:
@@ -77,7 +77,7 @@ class KvLayout:
         num_pages = kv_cache_bytes // self.page_bytes
         if num_pages < self.num_layers:
             raise ConfigError(
-                f"decode.kv_cache={kv_cache_bytes} bytes holds {num_pages} pages of {self.page_bytes} bytes; "
+                f"decode.kv_cache_bytes={kv_cache_bytes} bytes holds {num_pages} pages of {self.page_bytes} bytes; "
                 f"the least is a page for each of {self.num_layers} layers, {self.num_layers * self.page_bytes} bytes"
             )
         return num_pages

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from colm import defaults
 from colm.clock import MonotonicClock
 from colm.dtypes import dtype_name, fastest_dtype
 from colm.node_cli import TlsDir, TokenFile, guarded, read_security, run_node
@@ -20,8 +21,8 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16; must equal the prefill nodes'.")] = dtype_name(
         fastest_dtype()
     ),
-    page_tokens: Annotated[int, typer.Option(help="Must equal the prefill nodes'.")] = 64,
-    kv_cache_mib: Annotated[int, typer.Option(help="Memory for keys and values.")] = 4096,
+    page_tokens: Annotated[int, typer.Option(help="Must equal the prefill nodes'.")] = defaults.PAGE_TOKENS,
+    kv_cache_mib: Annotated[int, typer.Option(help="Memory for keys and values.")] = defaults.KV_CACHE_BYTES >> 20,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     token_file: TokenFile = None,
     tls_dir: TlsDir = None,

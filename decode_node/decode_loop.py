@@ -12,8 +12,8 @@ from colm.line import BEAT_INTERVAL_S
 from decode_node.engine import DecodeEngine
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease
+from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice, choose
-from decode_node.sequence import Sequence as Answer
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class _Member:
     """An answer in the loop. Its queue holds at most `max_new_tokens` tokens, so a slow reader needs no bound."""
 
-    def __init__(self, answer: Answer, pages: PageLease) -> None:
+    def __init__(self, answer: RunningAnswer, pages: PageLease) -> None:
         self.answer = answer
         self.pages = pages
         self.outcome: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
@@ -50,7 +50,7 @@ class DecodeLoop:
         self._has_stopped = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
-    async def events(self, answer: Answer, pages: PageLease) -> AsyncGenerator[Token | Queued]:
+    async def events(self, answer: RunningAnswer, pages: PageLease) -> AsyncGenerator[Token | Queued]:
         """Join the batch and yield the answer's tokens; where the batch is full, first that it waits.
 
         Closing the generator, with `contextlib.aclosing`, ends the answer after the step that may be running.
@@ -139,7 +139,7 @@ class DecodeLoop:
         if member.answer.finish_reason is not None:
             self._dismiss(member, None)
 
-    def _compute(self, answers: Sequence[Answer]) -> list[Choice | ColmError]:
+    def _compute(self, answers: Sequence[RunningAnswer]) -> list[Choice | ColmError]:
         logits_RV = self._engine.step([answer.step_input() for answer in answers])
         return choose([answer.sampler for answer in answers], logits_RV)
 

@@ -7,8 +7,8 @@ import grpc
 
 from colm.clock import Clock
 from colm.errors import PeerUnavailable
-from colm.wire.convert import token_id_pieces
 from colm.wire.endpoint import open_blocking_channel
+from colm.wire.messages import token_id_pieces
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors
 from colm.wire.tile_codec import checksum_of, decode_message, pull_kv_stub

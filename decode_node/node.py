@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import grpc
 import torch
 
+from colm import defaults
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.cpus import num_usable_cpus
 from colm.dtypes import parse_dtype
 from colm.kv import KvLayout, fingerprint
 from colm.leases import LeaseTable
-from colm.tokenizer import Tokenizer
+from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from colm.wire.tile_codec import check_page
@@ -30,8 +31,6 @@ from decode_node.service import DecodeService
 
 logger = logging.getLogger(__name__)
 
-_STOP_GRACE_S = 5.0
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeOptions:
@@ -43,11 +42,11 @@ class DecodeOptions:
     """Of the computation and of the keys and values."""
     page_tokens: int
     """Must equal the prefill nodes'."""
-    kv_cache_bytes: int = 4 << 30
+    kv_cache_bytes: int = defaults.KV_CACHE_BYTES
     """Memory for keys and values; backed by the system as it is first used."""
-    max_batch_size: int = 32
+    max_batch_size: int = defaults.MAX_BATCH_SIZE
     """Answers advanced together."""
-    max_requests: int = 64
+    max_requests: int = defaults.MAX_REQUESTS
     """Requests at once, waiting and prefilling ones included; the next is refused."""
     num_threads: int | None = None
     """CPU threads; None takes every core this process may use."""
@@ -153,7 +152,7 @@ class DecodeNode:
 
     async def stop(self) -> None:
         """Let running requests end within a grace period, then break them off."""
-        await self._server.stop(_STOP_GRACE_S)
+        await self._server.stop(defaults.STOP_GRACE_S)
         if self._loop_task is not None:
             self._loop_task.cancel()
             await asyncio.wait([self._loop_task])

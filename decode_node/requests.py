@@ -15,13 +15,13 @@ from colm.clock import Clock, Deadline
 from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, InvalidRequest
 from colm.events import Event, Finished, Queued, Reserved, Timings, Token, Usage, WaitsFor
 from colm.sampling import SamplingParams
-from colm.tokenizer import Tokenizer
+from colm.text.tokenizer import Tokenizer
 from decode_node.decode_loop import DecodeLoop
 from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder
 from decode_node.kv_store import KvStore
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease
-from decode_node.sequence import Sequence
+from decode_node.running_answer import RunningAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class RequestOwner:
                 "max_new_tokens",
                 job.max_new_tokens,
                 f"with {len(job.token_ids)} prompt tokens it needs {num_pages} KV pages and a decode node has "
-                f"{pool.num_pages} in all; shorten either, or raise decode.kv_cache",
+                f"{pool.num_pages} in all; shorten either, or raise decode.kv_cache_bytes",
             )
         if len(self._requests) >= self._max_requests:
             raise CapacityExceeded(f"{self._max_requests} requests are on this decode node already; try again later")
@@ -194,7 +194,7 @@ class RequestOwner:
     async def _decode(self, request: _Request, pages: PageLease, table_LM: NDArray[np.int32], emit: Emit) -> None:
         job = request.job
         eos_token_ids = () if job.sampling.ignore_eos else self._eos_token_ids
-        answer = Sequence(
+        answer = RunningAnswer(
             next_token_id=int(job.token_ids[-1]),
             position=len(job.token_ids) - 1,
             num_chains=job.num_chains,

@@ -6,11 +6,11 @@ from contextlib import AsyncExitStack
 import grpc
 
 from colm.clock import Clock, Deadline
-from colm.config import ChainConfig
 from colm.errors import InvalidRequest
 from colm.events import Event
 from colm.leases import LeaseTable
-from colm.wire.convert import decode_response, sampling_from_pb
+from colm.model.config import ChainConfig
+from colm.wire.messages import decode_response, sampling_from_pb
 from colm.wire.prompt_stream import read_open, read_token_ids
 from colm.wire.status import answering
 from colm.wire.v1 import decode_service_pb2 as pb

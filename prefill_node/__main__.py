@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from colm import defaults
 from colm.dtypes import dtype_name, fastest_dtype
 from colm.node_cli import TlsDir, TokenFile, guarded, read_security, run_node
 from prefill_node.node import PrefillNode, PrefillOptions
@@ -17,8 +18,8 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16; must equal the decode nodes'.")] = dtype_name(
         fastest_dtype()
     ),
-    page_tokens: Annotated[int, typer.Option(help="Must equal the decode nodes'.")] = 64,
-    tile_tokens: Annotated[int, typer.Option(help="Tokens computed and sent at a time.")] = 512,
+    page_tokens: Annotated[int, typer.Option(help="Must equal the decode nodes'.")] = defaults.PAGE_TOKENS,
+    tile_tokens: Annotated[int, typer.Option(help="Tokens computed and sent at a time.")] = defaults.TILE_TOKENS,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     token_file: TokenFile = None,
     tls_dir: TlsDir = None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import grpc
 import torch
 
+from colm import defaults
 from colm.checkpoint import Checkpoint
 from colm.cpus import num_usable_cpus
 from colm.dtypes import parse_dtype
@@ -21,8 +22,6 @@ from prefill_node.service import PrefillService
 
 logger = logging.getLogger(__name__)
 
-_STOP_GRACE_S = 5.0
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefillOptions:
@@ -34,11 +33,11 @@ class PrefillOptions:
     """Of the computation and of the keys and values."""
     page_tokens: int
     """Must equal the decode nodes'."""
-    tile_tokens: int = 512
+    tile_tokens: int = defaults.TILE_TOKENS
     """Tokens computed and sent at a time."""
     num_threads: int | None = None
     """CPU threads; None takes every core this process may use."""
-    max_queued: int = 64
+    max_queued: int = defaults.MAX_QUEUED
     """Streams that may wait; the next is refused."""
     host: str = "127.0.0.1"
     port: int = 0
@@ -82,7 +81,7 @@ class PrefillNode:
 
     async def stop(self) -> None:
         """Let running streams end within a grace period, then break them off."""
-        await self._server.stop(_STOP_GRACE_S)
+        await self._server.stop(defaults.STOP_GRACE_S)
         if self._loop is not None:
             await self._loop.stop()
 

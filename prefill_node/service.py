@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from colm.errors import FingerprintMismatch, InvalidRequest
 from colm.events import Queued, WaitsFor
 from colm.leases import LeaseTable
-from colm.wire.convert import queued_to_pb
+from colm.wire.messages import queued_to_pb
 from colm.wire.prompt_stream import read_open, read_token_ids
 from colm.wire.status import answering
 from colm.wire.tile_codec import encode_tile, max_tile_tokens, pull_kv_handlers, split_tile

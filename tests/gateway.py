@@ -8,10 +8,10 @@ from typing import Any
 from cluster.gateway import DecodeLease, DecodePool, GatewayLimits, GenerationService, ServedModel
 from cluster.node_registry import NodeRegistry
 from colm.clock import MonotonicClock
-from colm.config import ChainConfig
 from colm.line import Beat
+from colm.model.config import ChainConfig
 from colm.nodes import NodeReport, ProcessFacts, Role
-from colm.tokenizer import Tokenizer
+from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
 

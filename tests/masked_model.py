@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from colm.config import ChainConfig
+from colm.model.config import ChainConfig
 
 
 def owners(width: int, chains: tuple[int, ...]) -> Tensor:

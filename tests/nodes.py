@@ -13,8 +13,8 @@ import grpc
 from colm.clock import MonotonicClock
 from colm.leases import LeaseTable
 from colm.sampling import SamplingParams
-from colm.wire.convert import sampling_to_pb, token_id_pieces
 from colm.wire.endpoint import bind, create_server, open_channel
+from colm.wire.messages import sampling_to_pb, token_id_pieces
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
 from colm.wire.tile_codec import METHOD, SERVICE, pull_kv_handlers

@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from colm.config import ChainConfig
+from colm.model.config import ChainConfig
 
 
 @st.composite

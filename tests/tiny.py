@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint, TextConfig, assign, save
-from colm.config import ChainConfig
 from colm.model import ChainTransformer, parameter_shapes
+from colm.model.config import ChainConfig
 
 HEAD_DIM = 16
 HIDDEN_PER_HEAD = 24

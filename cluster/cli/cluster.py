@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, human_bytes, interruptible, note, print_json
-from cluster.config import default_toml, load_config
+from cluster.options import default_toml, load_config
 from cluster.state import ClusterState
 from colm.client import Client
 from colm.nodes import NodeStatus

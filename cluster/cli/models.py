@@ -33,6 +33,7 @@ def import_model(
     """Turn a GGUF file or a Hugging Face LLaMA directory into a checkpoint."""
     from colm.convert import from_any
     from colm.dtypes import dtype_name, parse_dtype
+    from colm.model import num_parameters
 
     wanted = None
     if dtype != "auto":
@@ -42,7 +43,7 @@ def import_model(
             raise ConfigError(f"--{err}") from err
     with progress_bar("importing") as report:
         checkpoint = from_any(src, dest, dtype=wanted, progress=report)
-    note(f"wrote {dest}: {checkpoint.config.num_parameters():,} parameters, {dtype_name(checkpoint.dtype())}")
+    note(f"wrote {dest}: {num_parameters(checkpoint.config):,} parameters, {dtype_name(checkpoint.dtype())}")
 
 
 def expand_model(
@@ -57,6 +58,7 @@ def expand_model(
 ) -> None:
     """Add chains to a model; it answers exactly as before until they are trained."""
     from colm.convert import expand
+    from colm.model import num_parameters
 
     try:
         counts = [int(part) for part in chains.split(",")]
@@ -64,7 +66,7 @@ def expand_model(
         raise ConfigError(f"--chains={chains!r} must be numbers separated by commas, e.g. 9,3") from err
     with progress_bar("expanding") as report:
         checkpoint = expand(src, dest, counts, kv_sharing=kv_sharing, seed=seed, progress=report)
-    note(f"wrote {dest}: chains {list(checkpoint.config.chains)}, {checkpoint.config.num_parameters():,} parameters")
+    note(f"wrote {dest}: chains {list(checkpoint.config.chains)}, {num_parameters(checkpoint.config):,} parameters")
 
 
 def slice_model(
@@ -74,13 +76,14 @@ def slice_model(
 ) -> None:
     """Write one scale of a model as a model of its own."""
     from colm.convert import slice_scale
+    from colm.model import num_parameters
 
     try:
         with progress_bar("slicing") as report:
             checkpoint = slice_scale(src, dest, chains, progress=report)
     except ValueError as err:
         raise ConfigError(f"--chains={chains}: {err}") from err
-    note(f"wrote {dest}: chains {list(checkpoint.config.chains)}, {checkpoint.config.num_parameters():,} parameters")
+    note(f"wrote {dest}: chains {list(checkpoint.config.chains)}, {num_parameters(checkpoint.config):,} parameters")
 
 
 def export_model(
@@ -99,11 +102,12 @@ def inspect_model(path: CheckpointSource, json: JsonFlag = False) -> None:
     from colm.checkpoint import Checkpoint
     from colm.dtypes import dtype_name
     from colm.kv import KvLayout
+    from colm.model import num_parameters
 
     checkpoint = Checkpoint.open(path)
     config, dtype = checkpoint.config, checkpoint.dtype()
     layout = KvLayout.of(config, dtype=dtype, page_tokens=1)
-    scales = {str(scale): config.num_parameters(scale) for scale in range(1, config.num_chains + 1)}
+    scales = {str(scale): num_parameters(config, scale) for scale in range(1, config.num_chains + 1)}
     if json:
         print_json(
             {

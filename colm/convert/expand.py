@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint, save
-from colm.config import ChainConfig
 from colm.convert.llama import Progress
 from colm.errors import UnsupportedModel
 from colm.model import parameter_shapes
+from colm.model.config import ChainConfig
 
 INIT_STD = 0.02
 """Standard deviation of fresh weights, the usual one for LLaMA."""

@@ -9,11 +9,11 @@ import tokenizers
 from safetensors.torch import save_file
 
 from colm.checkpoint import Checkpoint
-from colm.config import ChainConfig, RopeScaling
 from colm.convert.huggingface import ARCHITECTURE, layout_of
 from colm.convert.llama import Progress, source_names
 from colm.dtypes import dtype_name
 from colm.errors import CheckpointError, UnsupportedModel
+from colm.model.config import ChainConfig, RopeScaling
 from colm.model.transformer import slice_config
 from colm.staging import staged
 

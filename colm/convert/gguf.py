@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint, save
-from colm.config import ChainConfig, RopeScaling
 from colm.convert.gguf_file import GgufFile
 from colm.convert.gguf_tokenizer import text_from_gguf
 from colm.convert.llama import Progress, carry_over, chain_config, check_dtype, refuse_unknown, source_names
 from colm.errors import CheckpointError, UnsupportedModel
+from colm.model.config import ChainConfig, RopeScaling
 from colm.model.rope import inverse_frequencies
 
 EMBEDDING = "token_embd.weight"

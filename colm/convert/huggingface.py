@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint, TextConfig, save
-from colm.config import ChainConfig, RopeScaling
 from colm.convert.llama import (
     Progress,
     carry_over,
@@ -26,6 +25,7 @@ from colm.convert.llama import (
 )
 from colm.dtypes import DTYPES
 from colm.errors import CheckpointError, UnsupportedModel
+from colm.model.config import ChainConfig, RopeScaling
 
 ARCHITECTURE = "LlamaForCausalLM"
 HEAD = "lm_head.weight"

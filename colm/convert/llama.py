@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from colm.config import ChainConfig
 from colm.dtypes import DTYPES, dtype_name
 from colm.errors import CheckpointError, UnsupportedModel
 from colm.model import parameter_shapes
+from colm.model.config import ChainConfig
 
 Progress = Callable[[int, int], None]
 """Called after each tensor with (tensors done, tensors in all)."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint, save
-from colm.config import ChainConfig
+from colm.model.config import ChainConfig
 
 
 def from_tiled(src: str | os.PathLike[str], dest: str | os.PathLike[str]) -> Checkpoint:

@@ -1,5 +1,5 @@
 """The plain PyTorch model: the oracle that every node and kernel is held against."""
 
-from colm.model.transformer import ChainTransformer, parameter_shapes
+from colm.model.transformer import ChainTransformer, num_parameters, parameter_shapes
 
-__all__ = ["ChainTransformer", "parameter_shapes"]
+__all__ = ["ChainTransformer", "num_parameters", "parameter_shapes"]

@@ -13,7 +13,7 @@ from colm_kernels.rotary import rotate_reference
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from colm.config import ChainConfig
+from colm.model.config import ChainConfig
 from colm.model.linear import ChainLinear
 
 

@@ -10,7 +10,7 @@ from colm_kernels.swiglu import swiglu_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from colm.config import ChainConfig
+from colm.model.config import ChainConfig
 from colm.model.linear import ChainLinear
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from colm.config import ChainConfig, RopeScaling
+from colm.model.config import ChainConfig, RopeScaling
 
 
 def inverse_frequencies(config: ChainConfig) -> Tensor:

@@ -10,8 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from colm.config import ChainConfig
 from colm.model.attention import ChainAttention
+from colm.model.config import ChainConfig
 from colm.model.embedding import ChainTable, nested_logits
 from colm.model.ffn import ChainFFN
 from colm.model.norm import ChainRMSNorm
@@ -85,7 +85,7 @@ class ChainTransformer(nn.Module):
     def hidden_states(self, tokens_BT: Tensor, num_chains: int | None = None) -> list[Tensor]:
         """What the head reads: x_RD after the final norm, one tensor for each active chain.
 
-        Those of frozen chains carry no graph: see `colm.training`.
+        Those of frozen chains carry no graph: see `colm.training.stages`.
         """
         active = self.num_chains if num_chains is None else num_chains
         if not 1 <= active <= self.num_chains:
@@ -118,3 +118,8 @@ def parameter_shapes(config: ChainConfig, num_chains: int | None = None) -> dict
     with torch.device("meta"):
         model = ChainTransformer(config, num_chains)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def num_parameters(config: ChainConfig, num_chains: int | None = None) -> int:
+    """Weights of the model of the first `num_chains` chains; a tied head is counted once."""
+    return sum(shape.numel() for shape in parameter_shapes(config, num_chains).values())

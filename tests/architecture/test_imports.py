@@ -1,6 +1,7 @@
 """What may import what, read from the source itself; design.md says why."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "tests": {"colm_kernels", "colm", "prefill_node", "decode_node", "cluster", "bench"},
 }
 
-RAY = ("cluster/", "prefill_node/replica.py", "decode_node/replica.py")
+RAY = ("cluster/",)
 GRPC = (
     "colm/wire/",
     "colm/client.py",
@@ -42,7 +43,7 @@ GRPC = (
     "decode_node/node.py",
     "decode_node/kv_receiver.py",
     "cluster/gateway.py",
-    "cluster/gateway_replica.py",
+    "cluster/replicas/gateway.py",
 )
 
 # Bookkeeping that property tests hammer: no tensors, no network, no cluster, not even through what they import.
@@ -236,3 +237,28 @@ def test_everything_public_has_a_docstring() -> None:
 def test_every_file_says_what_it_is_for() -> None:
     files = [path for path in PRODUCT_FILES if path.read_text(encoding="utf-8").strip()]
     assert [place(path) for path in files if ast.get_docstring(tree(path)) is None] == []
+
+
+NAMED_FILE = re.compile(r"`([\w/]+\.py|[\w/]+/)[:`]")
+FOLLOWS = re.compile(r"`([\w/]+/)\w+\.py[^`]*`, `(\w+\.py)[:`]")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "kernels/README.md", "proto/README.md"])
+def test_the_files_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    beside = {name: folder for folder, name in FOLLOWS.findall(text)}
+    places = (ROOT, (ROOT / page).parent, ROOT / "kernels" / "colm_kernels")
+    named = [f"{beside.get(name, '')}{name}" for name in NAMED_FILE.findall(text)]
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+
+
+def test_the_adrs_name_files_that_exist() -> None:
+    pages = sorted((ROOT / "docs" / "adr").glob("*.md"))
+    assert pages
+    missing = [
+        f"{page.name}: {name}"
+        for page in pages
+        for name in NAMED_FILE.findall(page.read_text(encoding="utf-8"))
+        if "/" in name and not (ROOT / name).exists()
+    ]
+    assert missing == []

@@ -111,7 +111,8 @@ def cluster(expanded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     folder = tmp_path_factory.mktemp("cluster")
     config = folder / "colm.toml"
     config.write_text(
-        '[model]\ndtype = "float32"\n[gateway]\nport = 0\nmax_document = "6MiB"\n[decode]\nkv_cache = "2GiB"\n'
+        '[model]\ndtype = "float32"\n[gateway]\nport = 0\nmax_document_bytes = "6MiB"\n'
+        '[decode]\nkv_cache_bytes = "2GiB"\n'
     )
     state_dir = folder / "state"
     run_colm(state_dir, "up", "--config", str(config), "--model", str(expanded_model))

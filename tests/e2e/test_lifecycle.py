@@ -26,7 +26,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "colm.toml"
     path.write_text(
         f'[model]\ndtype = "float32"\npath = "{tiny_checkpoint(folder / "tiny").path}"\n'
-        f'[gateway]\nport = 0\nhost = "{EVERYWHERE}"\n[decode]\nkv_cache = "64MiB"\n'
+        f'[gateway]\nport = 0\nhost = "{EVERYWHERE}"\n[decode]\nkv_cache_bytes = "64MiB"\n'
     )
     return path
 

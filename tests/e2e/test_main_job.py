@@ -18,7 +18,7 @@ from colm.events import Accepted, Finished, FinishReason, PrefillProgress, Token
 from colm.kv import KvLayout
 from colm.model import ChainTransformer
 from colm.sampling import SamplingParams
-from colm.tokenizer import Tokenizer
+from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import open_blocking_channel
 from colm.wire.security import Security
 from tests.e2e.conftest import RunningCluster, last_json, run_colm

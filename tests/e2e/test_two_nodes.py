@@ -50,7 +50,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     folder = tmp_path_factory.mktemp("two-nodes")
     checkpoint = tiny_checkpoint(folder / "tiny", tiny_config(max_context=32768, num_layers=4))
     config = folder / "colm.toml"
-    config.write_text('[model]\ndtype = "float32"\n[gateway]\nport = 0\n[decode]\nkv_cache = "256MiB"\n')
+    config.write_text('[model]\ndtype = "float32"\n[gateway]\nport = 0\n[decode]\nkv_cache_bytes = "256MiB"\n')
     state_dir = folder / "state"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "RAY_AUTH_MODE", "disabled")

@@ -12,7 +12,7 @@ from torch import Tensor
 from colm.checkpoint import Checkpoint
 from decode_node.engine import DecodeEngine, StepInput
 from decode_node.node import DecodeNode
-from decode_node.sequence import Sequence as Answer
+from decode_node.running_answer import RunningAnswer
 from tests.gates import gate_before
 from tests.nodes import decode, decode_node, prefill_node, until_idle
 from tests.tiny import tiny_checkpoint
@@ -46,14 +46,14 @@ def ask(node: DecodeNode, request_id: str, **request: Any) -> "asyncio.Task[Any]
 async def test_an_answer_that_cannot_be_advanced_ends_alone(node: DecodeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its caller hung, its pages were held for ever, and so were its neighbours'."""
     undisturbed = await ask(node, "before")
-    advance = Answer.advance
+    advance = RunningAnswer.advance
 
-    def fail_one(answer: Answer, choice: Any) -> Any:
+    def fail_one(answer: RunningAnswer, choice: Any) -> Any:
         if answer.num_new_tokens == 2 and answer._num_chains == 2:
             raise ValueError("a character that is none")
         return advance(answer, choice)
 
-    monkeypatch.setattr(Answer, "advance", fail_one)
+    monkeypatch.setattr(RunningAnswer, "advance", fail_one)
     neighbour, failing = ask(node, "neighbour"), ask(node, "failing", num_chains=2)
     assert await code_of(failing) == grpc.StatusCode.INTERNAL
     assert (await neighbour).token_ids == undisturbed.token_ids

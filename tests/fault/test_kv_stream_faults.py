@@ -18,8 +18,8 @@ from colm.checkpoint import Checkpoint, save
 from colm.errors import LeaseExpired
 from colm.kv import KvTile
 from colm.leases import LeaseTable
-from colm.wire.convert import token_id_pieces
 from colm.wire.endpoint import open_blocking_channel
+from colm.wire.messages import token_id_pieces
 from colm.wire.security import Security
 from colm.wire.status import error_of
 from colm.wire.tile_codec import decode_message, pull_kv_stub

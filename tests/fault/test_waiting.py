@@ -82,7 +82,7 @@ async def test_a_request_that_can_never_fit_is_not_told_to_try_later(small: Deco
     error = await failure(small.address, max_new_tokens=64)
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "16 KV pages and a decode node has 10 in all" in error.details()
-    assert "decode.kv_cache" in error.details()
+    assert "decode.kv_cache_bytes" in error.details()
 
 
 async def test_a_caller_that_will_not_wait_is_refused_at_once(small: DecodeNode) -> None:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint
-from colm.config import RopeScaling
 from colm.kv import KvLayout
+from colm.model.config import RopeScaling
 from colm.wire.tile_codec import decode_message, encode_tile
 from decode_node.engine import DecodeEngine, StepInput
 from decode_node.kv_store import KvStore

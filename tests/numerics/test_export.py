@@ -8,10 +8,10 @@ import torch
 from colm_kernels import tolerance
 
 from colm.checkpoint import Checkpoint, save
-from colm.config import RopeScaling
 from colm.convert import expand, from_huggingface, to_huggingface
 from colm.errors import CheckpointError, UnsupportedModel
-from colm.tokenizer import Tokenizer
+from colm.model.config import RopeScaling
+from colm.text.tokenizer import Tokenizer
 from tests.tiny import random_tensors, tiny_checkpoint, tiny_config, tiny_llama
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ import torch
 from colm_kernels import tolerance
 
 from colm.checkpoint import assign
-from colm.config import ChainConfig
 from colm.model import ChainTransformer
+from colm.model.config import ChainConfig
 from tests.masked_model import MaskedModel
 from tests.tiny import random_tensors
 

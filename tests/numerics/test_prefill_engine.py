@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint, prefill_tensor_names
-from colm.config import RopeScaling
 from colm.errors import InvalidRequest
 from colm.kv import KvLayout
 from colm.model import ChainTransformer
+from colm.model.config import RopeScaling
 from colm.model.rope import inverse_frequencies, rotation
 from prefill_node.engine import PrefillEngine
 from tests.tiny import tiny_checkpoint, tiny_config

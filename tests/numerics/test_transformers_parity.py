@@ -10,7 +10,7 @@ from colm_kernels import tolerance
 
 from colm.checkpoint import Checkpoint
 from colm.convert import from_huggingface
-from colm.tokenizer import Tokenizer
+from colm.text.tokenizer import Tokenizer
 from tests.tiny import edit_json, tiny_llama
 
 LLAMA3 = {

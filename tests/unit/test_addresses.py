@@ -8,8 +8,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.config import load_config
 from cluster.lifecycle import up
+from cluster.options import load_config
 from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError
 from colm.wire.endpoint import bind, create_server, dial_address, join_address, open_channel, why_not
@@ -99,7 +99,7 @@ async def test_nodes_serve_each_other_over_ipv6(checkpoint: Checkpoint) -> None:
 
 
 async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoint: Checkpoint) -> None:
-    from cluster.gateway_replica import GatewayOptions, GatewayReplica  # imports Ray Serve
+    from cluster.replicas.gateway import GatewayOptions, GatewayReplica  # imports Ray Serve
 
     options = GatewayOptions(
         model_path=str(checkpoint.path),

@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colm.checkpoint import assign
-from colm.config import ChainConfig
 from colm.model import ChainTransformer, parameter_shapes
 from colm.model.attention import ChainAttention
+from colm.model.config import ChainConfig
 from colm.model.ffn import ChainFFN
 from colm.model.linear import ChainLinear
 from colm.model.norm import ChainRMSNorm
 from colm.model.rope import inverse_frequencies, rotation
 from colm.model.transformer import slice_config
-from colm.training import chain_of
+from colm.training.stages import chain_of
 from tests.shapes import chain_configs
 from tests.tiny import random_tensors
 

@@ -26,10 +26,10 @@ from colm.checkpoint import (
     prefill_tensor_names,
     save,
 )
-from colm.config import ChainConfig, RopeScaling
 from colm.errors import CheckpointError
 from colm.kv import KvLayout, fingerprint
 from colm.model import parameter_shapes
+from colm.model.config import ChainConfig, RopeScaling
 from prefill_node.engine import PrefillEngine
 from tests.tiny import edit_json, random_tensors, tiny_checkpoint, tiny_config, tiny_tokenizer
 

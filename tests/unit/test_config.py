@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from cluster.config import ClusterConfig, load_config
-from colm.config import ChainConfig, RopeScaling
+from cluster.options import ClusterConfig, load_config
 from colm.errors import ConfigError
-from colm.model import parameter_shapes
+from colm.model import num_parameters, parameter_shapes
+from colm.model.config import ChainConfig, RopeScaling
 from colm.model.transformer import slice_config
 from tests.tiny import tiny_config
 
@@ -123,20 +123,20 @@ def test_parameters_by_scale_are_those_of_the_staircase(num_chains: int, tied: b
         ffn = 2 * hidden_dim * dims + dim * hidden_dims
         expected += config.num_layers * (attention + ffn + 2 * dim)
         expected += dim + config.vocab_size * dim * (1 if tied else 2)
-    assert config.num_parameters(num_chains) == expected
+    assert num_parameters(config, num_chains) == expected
 
 
 @pytest.mark.parametrize(
-    ("shape", "num_parameters"),
+    ("shape", "expected"),
     [
         ({"dim": 4096, "hidden_dim": 11008, "num_layers": 32, "num_kv_heads": 32}, 6_738_415_616),
         ({"dim": 2048, "hidden_dim": 5632, "num_layers": 22, "num_kv_heads": 4}, 1_100_048_384),
     ],
     ids=["LLaMA-7B", "TinyLlama-1.1B"],
 )
-def test_parameters_of_published_models(shape: dict[str, int], num_parameters: int) -> None:
+def test_parameters_of_published_models(shape: dict[str, int], expected: int) -> None:
     config = ChainConfig(**shape, num_heads=32, chains=(32,), vocab_size=32000)
-    assert config.num_parameters() == num_parameters
+    assert num_parameters(config) == expected
 
 
 @pytest.mark.parametrize("num_chains", [1, 2, 3])
@@ -171,8 +171,8 @@ BAD_FILES = {
     "below the range": ("[prefill]\nreplicas = 0", "prefill.replicas=0"),
     "above the range": ("[gateway]\nport = 65536", "gateway.port=65536"),
     "not one of the words": ("[model]\ndtype = 'int4'", "model.dtype='int4'"),
-    "not a size": ("[decode]\nkv_cache = 'lots'", "decode.kv_cache='lots'"),
-    "a negative size": ("[gateway]\nmax_document = -1", "gateway.max_document=-1"),
+    "not a size": ("[decode]\nkv_cache_bytes = 'lots'", "decode.kv_cache_bytes='lots'"),
+    "a negative size": ("[gateway]\nmax_document_bytes = -1", "gateway.max_document_bytes=-1"),
     "no time": ("[gateway]\ndefault_timeout_s = 0", "gateway.default_timeout_s=0"),
     "a value for a section": ("model = 'here'", "model='here'"),
     "a tile that cuts a page": (
@@ -246,8 +246,8 @@ def test_an_override_into_something_that_is_no_section_is_refused(tmp_path: Path
     [("'4GiB'", 4 << 30), ("'64MiB'", 64 << 20), ("'1.5 KiB'", 1536), ("'2GB'", 2_000_000_000), ("4096", 4096)],
 )
 def test_sizes_are_read_with_their_unit(tmp_path: Path, written_size: str, num_bytes: int) -> None:
-    config = load_config(written(tmp_path, f"[decode]\nkv_cache = {written_size}"), {})
-    assert config.decode.kv_cache == num_bytes
+    config = load_config(written(tmp_path, f"[decode]\nkv_cache_bytes = {written_size}"), {})
+    assert config.decode.kv_cache_bytes == num_bytes
 
 
 def test_a_default_at_its_limit_is_accepted(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from colm.config import ChainConfig, RopeScaling
 from colm.convert import from_any, from_gguf
 from colm.errors import CheckpointError, UnsupportedModel
+from colm.model.config import ChainConfig, RopeScaling
 from colm.model.rope import inverse_frequencies
 from tests.tiny import CHAT_TEMPLATE, MERGES, random_tensors, tiny_config, tiny_tokenizer
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
 from colm.checkpoint import Checkpoint
-from colm.config import RopeScaling
 from colm.convert import from_any, from_huggingface
 from colm.errors import CheckpointError, UnsupportedModel
+from colm.model.config import RopeScaling
 from tests.tiny import CHAT_TEMPLATE, edit_json, tiny_llama, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*serves token ids only")

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colm.checkpoint import Checkpoint
-from colm.config import ChainConfig
 from colm.convert import expand
 from colm.convert.expand import _expanded_config
 from colm.errors import UnsupportedModel
+from colm.model.presets import preset
 from colm.model.transformer import slice_config
 from tests.shapes import chain_configs
 from tests.tiny import in_memory, tiny_checkpoint, tiny_config
@@ -95,9 +95,9 @@ def test_kv_heads_that_would_not_be_whole_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["expansion-llama3.2-1b", "expansion-tinyllama"])
 @pytest.mark.parametrize("kv_sharing", [True, False])
 def test_the_papers_expansions_have_the_shape_that_expansion_gives(name, kv_sharing):
-    preset = ChainConfig.preset(name + "-air" * kv_sharing)
-    llama = slice_config(preset, 1)
-    assert _expanded_config(replace(llama, kv_sharing=True), (32, 8), kv_sharing) == preset
+    whole = preset(name + "-air" * kv_sharing)
+    llama = slice_config(whole, 1)
+    assert _expanded_config(replace(llama, kv_sharing=True), (32, 8), kv_sharing) == whole
 
 
 def test_existing_blocks_are_copied_and_the_tied_head_is_untied(source, tmp_path):

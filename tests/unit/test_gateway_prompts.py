@@ -18,8 +18,8 @@ from colm.checkpoint import TextConfig
 from colm.client import AsyncClient
 from colm.errors import ColmError, DeadlineExceeded, InvalidRequest, PeerUnavailable
 from colm.line import Beat
-from colm.token_bound import TokenBound
-from colm.tokenizer import Tokenizer
+from colm.text.bound import TokenBound
+from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import open_channel
 from colm.wire.security import Security
 from colm.wire.status import error_of

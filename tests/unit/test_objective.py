@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from colm.model import ChainTransformer
-from colm.objective import scale_losses
-from colm.training import train_chains, train_head
+from colm.training.objective import scale_losses
+from colm.training.stages import train_chains, train_head
 from tests.shapes import chain_configs
 from tests.tiny import tiny_config, tiny_model
 

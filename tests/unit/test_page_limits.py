@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.config import load_config
 from cluster.lifecycle import up
+from cluster.options import load_config
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.errors import ConfigError
@@ -58,8 +58,8 @@ def test_up_refuses_a_page_above_a_message(checkpoint: Checkpoint, tmp_path: Pat
 def test_up_refuses_a_cache_below_a_page_of_each_layer(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Bug: only a replica found out, minutes later."""
     least = 2 * 64 * TOKEN_BYTES
-    with pytest.raises(ConfigError, match=rf"decode\.kv_cache={least - 1} bytes .* 2 layers, {least} bytes"):
-        bring_up(checkpoint, tmp_path, **{"decode.kv_cache": least - 1})
+    with pytest.raises(ConfigError, match=rf"decode\.kv_cache_bytes={least - 1} bytes .* 2 layers, {least} bytes"):
+        bring_up(checkpoint, tmp_path, **{"decode.kv_cache_bytes": least - 1})
 
 
 @pytest.mark.parametrize("node", [prefill_node, decode_node])

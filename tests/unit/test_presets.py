@@ -2,7 +2,8 @@
 
 import pytest
 
-from colm.config import ChainConfig
+from colm.model import num_parameters
+from colm.model.presets import PRESETS, preset
 
 # Table 9: printed size in units of 10M parameters, dim, hidden dim, layers, heads, kv heads, chains.
 TABLE_9 = {
@@ -40,18 +41,18 @@ TABLES_10_TO_13 = {
 
 @pytest.mark.parametrize(("name", "row"), TABLE_9.items(), ids=TABLE_9.keys())
 def test_table_9_comes_out_to_the_printed_digits(name, row):
-    config = ChainConfig.preset(name)
+    config = preset(name)
     printed, *shape, chains = row
     # The paper rounds some rows and cuts digits off others.
-    assert printed in (round(config.num_parameters() / 1e7), config.num_parameters() // 10**7)
-    assert round(config.num_parameters() / 1e9, 4) == EXACT[list(TABLE_9).index(name)]
+    assert printed in (round(num_parameters(config) / 1e7), num_parameters(config) // 10**7)
+    assert round(num_parameters(config) / 1e9, 4) == EXACT[list(TABLE_9).index(name)]
     assert [config.dim, config.hidden_dim, config.num_layers, config.num_heads, config.num_kv_heads] == shape
     assert (config.chains, config.kv_sharing) == (chains, False)
 
 
 @pytest.mark.parametrize(("name", "row"), TABLES_10_TO_13.items(), ids=TABLES_10_TO_13.keys())
 def test_tables_10_to_13_have_their_depth_and_widths(name, row):
-    config = ChainConfig.preset(name)
+    config = preset(name)
     assert (config.num_layers, config.dim, config.chain_dims[0]) == row
     assert config.kv_sharing
     assert config.max_context >= 1_000_000
@@ -59,14 +60,14 @@ def test_tables_10_to_13_have_their_depth_and_widths(name, row):
 
 @pytest.mark.parametrize("name", [name for name in TABLES_10_TO_13 if name.endswith("same-params")])
 def test_models_of_about_the_same_parameters_are_within_3_percent_of_their_baseline(name):
-    baseline = ChainConfig.preset("-".join(name.split("-")[:3]))
-    assert ChainConfig.preset(name).num_parameters() == pytest.approx(baseline.num_parameters(), rel=0.03)
+    baseline = preset("-".join(name.split("-")[:3]))
+    assert num_parameters(preset(name)) == pytest.approx(num_parameters(baseline), rel=0.03)
 
 
 @pytest.mark.parametrize("name", [name for name in TABLE_9 if name != "llama"])
 def test_every_chained_row_of_table_9_also_exists_with_kv_sharing(name):
-    colm = ChainConfig.preset(name)
-    air = ChainConfig.preset(name.replace("-same-params", "") + "-air" + "-same-params" * ("-same-params" in name))
+    colm = preset(name)
+    air = preset(name.replace("-same-params", "") + "-air" + "-same-params" * ("-same-params" in name))
     assert air.kv_sharing
     assert (air.dim, air.hidden_dim, air.num_layers, air.chains) == (
         colm.dim,
@@ -78,15 +79,15 @@ def test_every_chained_row_of_table_9_also_exists_with_kv_sharing(name):
 
 
 def test_every_preset_is_of_a_table():
-    air = {name for name in ChainConfig.presets() if "-air" in name and not name.startswith("llama")}
-    assert set(ChainConfig.presets()) == set(TABLE_9) | set(TABLES_10_TO_13) | air
+    air = {name for name in PRESETS if "-air" in name and not name.startswith("llama")}
+    assert set(PRESETS) == set(TABLE_9) | set(TABLES_10_TO_13) | air
     assert len(air) == len(TABLE_9) - 1
 
 
 def test_published_shapes_have_their_published_parameters():
-    assert ChainConfig.preset("llama-3.1-8b").num_parameters() == 8_030_261_248
+    assert num_parameters(preset("llama-3.1-8b")) == 8_030_261_248
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match=r"preset='colm-16-61' is unknown; nearest are colm-16-16"):
-        ChainConfig.preset("colm-16-61")
+        preset("colm-16-61")

@@ -8,7 +8,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from cluster.config import ClusterConfig
+from cluster.options import ClusterConfig
 from colm.wire.endpoint import bind, create_server, open_blocking_channel, open_channel
 from colm.wire.security import AUTHORIZATION, Security, Tls, new_tls, new_token
 from colm.wire.tile_codec import pull_kv_handlers

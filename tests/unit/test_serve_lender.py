@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from ray.exceptions import RayError
 
+from cluster.replicas import lender as lender_module
+from cluster.replicas.lender import ServeLender
 from colm.errors import CapacityExceeded, PeerUnavailable
 from colm.nodes import Role
-from decode_node import replica
-from decode_node.replica import ServeLender
 from tests.unit.test_line import settle
 
 Grant = tuple[str, str]
@@ -118,12 +118,12 @@ async def test_no_answer_is_asked_for_again(
     handle: ScriptedHandle, come: Callable[[], Borrower], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call that Serve had handed to a stopped replica was waited for until the request's deadline."""
-    monkeypatch.setattr(replica, "BEAT_INTERVAL_S", 0.001)
+    monkeypatch.setattr(lender_module, "BEAT_INTERVAL_S", 0.001)
     borrower = come()
     async with asyncio.timeout(60):
         while len(handle.calls) < 3:
             await asyncio.sleep(0.001)
-    monkeypatch.setattr(replica, "BEAT_INTERVAL_S", 60.0)
+    monkeypatch.setattr(lender_module, "BEAT_INTERVAL_S", 60.0)
     async with asyncio.timeout(60):
         while not handle.calls[-1].answer.done():
             await asyncio.sleep(0.001)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from colm_kernels import tolerance
 
-from colm.config import ChainConfig
 from colm.convert import from_tiled
+from colm.model.config import ChainConfig
 from tests.masked_model import MaskedModel
 from tests.tiny import random_tensors, tiny_checkpoint, tiny_config
 

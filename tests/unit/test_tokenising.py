@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.tokenising import TextExtent, TokenisingThreads
-from colm.token_bound import TokenBound
+from colm.text.bound import TokenBound
 
 LIMIT_S = 30.0
 

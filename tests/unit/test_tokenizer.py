@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from colm.checkpoint import Checkpoint, TextConfig
 from colm.convert.gguf_tokenizer import text_from_gguf
-from colm.detokenizer import Detokenizer, TextStream
 from colm.errors import CheckpointError, InvalidRequest, UnsupportedModel
-from colm.tokenizer import Tokenizer
+from colm.text.detokenizer import Detokenizer, TextStream
+from colm.text.tokenizer import Tokenizer
 from tests.tiny import CHAT_TEMPLATE, tiny_checkpoint, tiny_tokenizer
 
 TRIMMING_TEMPLATE = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")

@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from colm.checkpoint import load, save
-from colm.config import ChainConfig
 from colm.convert import expand
 from colm.model import ChainTransformer
-from colm.objective import scale_losses
-from colm.training import chain_of, train_chains, train_head, train_step
+from colm.model.config import ChainConfig
+from colm.training.objective import scale_losses
+from colm.training.stages import chain_of, train_chains, train_head, train_step
 from tests.tiny import in_memory, random_tensors, tiny_checkpoint, tiny_config, tiny_model
 
 SHARING = pytest.mark.parametrize("kv_sharing", [True, False], ids=["CoLM-Air", "CoLM"])

@@ -5,11 +5,11 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import pytest
 
-from colm.detokenizer import Detokenizer, TextStream
 from colm.events import FinishReason, Token
 from colm.sampling import SamplingParams
+from colm.text.detokenizer import Detokenizer, TextStream
+from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice
-from decode_node.sequence import Sequence as Answer
 from tests.tiny import tiny_tokenizer
 
 EOS = 2
@@ -34,8 +34,8 @@ def answer(
     stop: tuple[str, ...] = (),
     stop_token_ids: Collection[int] = (EOS,),
     reads_text: bool = True,
-) -> Answer:
-    return Answer(
+) -> RunningAnswer:
+    return RunningAnswer(
         next_token_id=17,
         position=9,
         num_chains=2,
@@ -47,7 +47,7 @@ def answer(
     )
 
 
-def advance(sequence: Answer, token_ids: Sequence[int]) -> list[Token]:
+def advance(sequence: RunningAnswer, token_ids: Sequence[int]) -> list[Token]:
     """Take tokens until the answer ends; it must not end before the last of them."""
     tokens = []
     for token_id in token_ids:
@@ -56,7 +56,7 @@ def advance(sequence: Answer, token_ids: Sequence[int]) -> list[Token]:
     return tokens
 
 
-def shown(sequence: Answer, tokens: Sequence[Token]) -> str:
+def shown(sequence: RunningAnswer, tokens: Sequence[Token]) -> str:
     return "".join(token.text for token in tokens) + sequence.tail
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from colm.detokenizer import byte_level_bytes, byte_of_character
+from colm.text.detokenizer import byte_level_bytes, byte_of_character
 
 _MAX_CHARACTER_BYTES = 4
 """Of UTF-8."""

@@ -38,7 +38,7 @@ def scale_losses(
     """Losses of whole sequences at several scales, all from one pass through the layers.
 
     The paper's first stage is the largest scale alone, its second all scales with nothing but the head trained:
-    see `colm.training`.
+    see `colm.training.stages`.
 
     Args:
         model: gradients go to its parameters that require them.

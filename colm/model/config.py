@@ -139,30 +139,6 @@ class ChainConfig:
             raise ValueError(f"num_chains={num_chains} must be between 1 and {self.num_chains}")
         return num_chains
 
-    @classmethod
-    def preset(cls, name: str) -> "ChainConfig":
-        """A model of the paper by its name; `colm/presets.py` says how they are named.
-
-        Raises:
-            ValueError: unknown name; the message lists the nearest.
-        """
-        from colm.presets import preset  # it is written in terms of this class
-
-        return preset(name)
-
-    @classmethod
-    def presets(cls) -> tuple[str, ...]:
-        """Every name that `preset` knows."""
-        from colm.presets import PRESETS
-
-        return tuple(PRESETS)
-
-    def num_parameters(self, num_chains: int | None = None) -> int:
-        """Weights of the model of the first `num_chains` chains; a tied head is counted once."""
-        from colm.model import parameter_shapes  # the model knows its own tensors; it imports this file
-
-        return sum(shape.numel() for shape in parameter_shapes(self, num_chains).values())
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready form; `from_dict` reads it back."""
         return asdict(self) | {"chains": list(self.chains)}

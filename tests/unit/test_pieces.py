@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from colm.checkpoint import Checkpoint
 from colm.errors import InvalidRequest
-from colm.text_pieces import MAX_WINDOW_CHARS, PieceEncoder
+from colm.text.pieces import MAX_WINDOW_CHARS, PieceEncoder
 from tests.encoders import BACKTRACKING, FAMILIES, llama3, metaspace, with_words
 from tests.unit.test_tokenizer import TEXTS
 
@@ -125,7 +125,7 @@ def test_spaces_that_make_llama_3_panic_are_read_in_pieces() -> None:
 def test_a_long_text_costs_the_memory_of_a_window() -> None:
     """Two million digits took 291 MiB at once."""
     code = (
-        "import resource;from colm.text_pieces import PieceEncoder;from tests.tiny import tiny_tokenizer\n"
+        "import resource;from colm.text.pieces import PieceEncoder;from tests.tiny import tiny_tokenizer\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\n"
         "encoder, digits = PieceEncoder(tiny_tokenizer()), '0123456789' * 200_000\n"
         "next(encoder.pieces(digits)); before = peak()\n"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from colm.model import ChainTransformer
-from colm.objective import ScaleLosses, scale_losses
+from colm.training.objective import ScaleLosses, scale_losses
 
 _CHAIN = re.compile(r"\.chain(\d+)(?:_bias)?$")
 

@@ -15,10 +15,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from colm.checkpoint import Checkpoint, TextConfig
-from colm.detokenizer import Detokenizer, TextStream
 from colm.errors import CheckpointError, InvalidRequest
-from colm.text_pieces import PieceEncoder
-from colm.token_bound import TokenBound
+from colm.text.bound import TokenBound
+from colm.text.detokenizer import Detokenizer, TextStream
+from colm.text.pieces import PieceEncoder
 
 # Stands for the content while the template is rendered. Private-use characters: no template writes them.
 MARKER = "\ue000content\ue001"

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from colm.checkpoint import Checkpoint
-from colm.detokenizer import SENTENCEPIECE_SPACE
-from colm.token_bound import TokenBound
-from colm.tokenizer import Tokenizer
+from colm.text.bound import TokenBound
+from colm.text.detokenizer import SENTENCEPIECE_SPACE
+from colm.text.tokenizer import Tokenizer
 from tests.encoders import FAMILIES, llama3, metaspace, sentencepiece
 from tests.tiny import SPECIAL_TOKENS, tiny_checkpoint, tiny_tokenizer
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from difflib import get_close_matches
 
-from colm.config import ChainConfig, RopeScaling
+from colm.model.config import ChainConfig, RopeScaling
 
 _LLAMA3_ROPE = RopeScaling(kind="llama3", factor=32.0, original_max_context=8192)
 
@@ -104,5 +104,5 @@ def preset(name: str) -> ChainConfig:
     """
     if name not in PRESETS:
         nearest = get_close_matches(name, PRESETS, n=3, cutoff=0.0)
-        raise ValueError(f"preset={name!r} is unknown; nearest are {', '.join(nearest)}; see ChainConfig.presets()")
+        raise ValueError(f"preset={name!r} is unknown; nearest are {', '.join(nearest)}; PRESETS has them all")
     return PRESETS[name]

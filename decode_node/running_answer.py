@@ -5,15 +5,15 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
-from colm.detokenizer import TextStream
 from colm.events import FinishReason, Token
 from colm.sampling import SamplingParams
+from colm.text.detokenizer import TextStream
 from decode_node.engine import StepInput
 from decode_node.sampler import Choice, Sampler
 from decode_node.stop_matcher import StopMatcher
 
 
-class Sequence:
+class RunningAnswer:
     """One request's decode state.
 
     Args:

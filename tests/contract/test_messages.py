@@ -49,7 +49,8 @@ from colm.sampling import (
     MAX_TOP_LOGPROBS,
     SamplingParams,
 )
-from colm.wire.convert import (
+from colm.wire.endpoint import bind, create_server, open_blocking_channel, open_channel
+from colm.wire.messages import (
     IDS_PER_MESSAGE,
     decode_response,
     event_from_pb,
@@ -59,7 +60,6 @@ from colm.wire.convert import (
     sampling_to_pb,
     token_id_pieces,
 )
-from colm.wire.endpoint import bind, create_server, open_blocking_channel, open_channel
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
 from colm.wire.status import answering, error_of

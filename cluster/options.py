@@ -15,6 +15,7 @@ from pydantic import (
     ValidationError,
 )
 
+from colm import defaults
 from colm.errors import ConfigError
 
 
@@ -31,7 +32,7 @@ class ModelSection(_Section):
     """What clients call it; the directory's name by default."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights, computation and KV cache; auto is bfloat16 where the machine is fast at it."""
-    page_tokens: PositiveInt = 64
+    page_tokens: PositiveInt = defaults.PAGE_TOKENS
     """Tokens of one layer in a KV page."""
 
     @property
@@ -49,13 +50,13 @@ class PrefillSection(_Section):
 
     replicas: PositiveInt = 1
     """Each takes one of Ray's resource "prefill"."""
-    tile_tokens: PositiveInt = 512
+    tile_tokens: PositiveInt = defaults.TILE_TOKENS
     """Tokens computed and sent at a time; a multiple of model.page_tokens."""
     num_threads: PositiveInt | None = None
     """CPU threads of a replica; all cores by default."""
     num_gpus: NonNegativeInt = 0
     """GPUs that Ray sets aside for a replica."""
-    max_queued: PositiveInt = 64
+    max_queued: PositiveInt = defaults.MAX_QUEUED
     """Prompts of a decode replica that may wait for a prefill replica."""
 
 
@@ -64,11 +65,11 @@ class DecodeSection(_Section):
 
     replicas: PositiveInt = 1
     """Each takes one of Ray's resource "decode"."""
-    kv_cache: ByteSize = ByteSize(4 << 30)
+    kv_cache_bytes: ByteSize = ByteSize(defaults.KV_CACHE_BYTES)
     """Memory of a replica for keys and values, e.g. "4GiB"."""
-    max_batch_size: PositiveInt = 32
+    max_batch_size: PositiveInt = defaults.MAX_BATCH_SIZE
     """Answers advanced together."""
-    max_requests: PositiveInt = 64
+    max_requests: PositiveInt = defaults.MAX_REQUESTS
     """Requests at once on a replica, waiting and prefilling ones included."""
     num_threads: PositiveInt | None = None
     """CPU threads of a replica; all cores by default."""
@@ -83,9 +84,9 @@ class GatewaySection(_Section):
     """Address to listen on; "0.0.0.0" lets other machines in, and "::" those of both IP versions."""
     port: NonNegativeInt = Field(default=50051, le=65535)
     """0 picks a free port."""
-    max_document: ByteSize = ByteSize(64 << 20)
+    max_document_bytes: ByteSize = ByteSize(64 << 20)
     """Longest document, e.g. "64MiB"."""
-    max_requests: PositiveInt = 64
+    max_requests: PositiveInt = defaults.MAX_REQUESTS
     """Requests inside the gateway at once."""
     default_max_new_tokens: PositiveInt = 256
     """Length of an answer for which the client asks none."""

@@ -8,12 +8,12 @@ from typing import Any
 import ray
 from ray import serve
 
+from cluster.replicas.lender import LEASE_TTL_S
+from cluster.replicas.reporting import keep_reporting, log_beside
 from colm.leases import LeaseTable
-from colm.nodes import NodeReport, ProcessFacts, Role, keep_reporting, log_beside
+from colm.nodes import NodeReport, ProcessFacts, Role
 from colm.wire.security import Security
 from prefill_node.node import PrefillNode, PrefillOptions
-
-LEASE_TTL_S = 30.0
 
 
 class PrefillReplica:

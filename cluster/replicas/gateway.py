@@ -14,21 +14,22 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.gateway import DecodeLease, GatewayLimits, GenerationService, ServedModel
 from cluster.node_registry import NodeRegistry
+from cluster.replicas.lender import ServeLender
+from cluster.replicas.reporting import log_beside
+from colm import defaults
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.dtypes import parse_dtype
 from colm.kv import KvLayout, fingerprint
 from colm.line import Beat
-from colm.nodes import NodeReport, Role, log_beside
-from colm.tokenizer import Tokenizer
+from colm.nodes import NodeReport, Role
+from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from colm.wire.v1 import generation_service_pb2
-from decode_node.replica import ServeLender
 
 logger = logging.getLogger(__name__)
 
-_STOP_GRACE_S = 5.0
 _SERVICE = generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 
@@ -109,7 +110,7 @@ class GatewayReplica:
     async def __del__(self) -> None:
         if hasattr(self, "_address"):
             await self._health.enter_graceful_shutdown()
-            await self._server.stop(_STOP_GRACE_S)
+            await self._server.stop(defaults.STOP_GRACE_S)
 
 
 def _load(options: GatewayOptions) -> ServedModel:

@@ -1,0 +1,1 @@
+"""The nodes and the gateway as Ray Serve runs them."""

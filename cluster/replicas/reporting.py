@@ -1,0 +1,31 @@
+"""What every replica does besides its work: it says how it is, and writes its log where Serve's lines go."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from colm.nodes import REPORT_INTERVAL_S, NodeReport
+
+logger = logging.getLogger(__name__)
+
+_SEND_TIMEOUT_S = 10.0
+
+
+def log_beside(other: str) -> None:
+    """Send the project's own log lines where another logger's go, e.g. into a Ray Serve replica's file."""
+    for package in ("colm", "prefill_node", "decode_node", "cluster"):
+        ours = logging.getLogger(package)
+        ours.handlers = logging.getLogger(other).handlers
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+
+
+async def keep_reporting(send: Callable[[NodeReport], Awaitable[object]], look: Callable[[], NodeReport]) -> None:
+    """Report now and every `REPORT_INTERVAL_S`, for ever. A report that fails is dropped: the next one replaces it."""
+    while True:
+        try:
+            async with asyncio.timeout(_SEND_TIMEOUT_S):
+                await send(look())
+        except Exception as err:  # noqa: BLE001 - whatever hinders a report must not stop the node
+            logger.info("report.dropped error=%r", err)
+        await asyncio.sleep(REPORT_INTERVAL_S)

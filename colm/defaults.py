@@ -1,0 +1,16 @@
+"""Defaults that more than one place offers: the cluster's options, the nodes' own commands, and both in Python."""
+
+PAGE_TOKENS = 64
+"""Tokens of one layer in a KV page."""
+TILE_TOKENS = 512
+"""Tokens that a prefill node computes and sends at a time."""
+KV_CACHE_BYTES = 4 << 30
+"""Memory of a decode node for keys and values."""
+MAX_BATCH_SIZE = 32
+"""Answers that a decode node advances together."""
+MAX_REQUESTS = 64
+"""Requests at once, on a decode node and inside a gateway."""
+MAX_QUEUED = 64
+"""Prompts that may wait for a prefill node."""
+STOP_GRACE_S = 5.0
+"""How long a server that stops lets running calls go on."""

@@ -1,0 +1,1 @@
+"""What trains, for which loss."""
