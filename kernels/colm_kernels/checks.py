@@ -72,4 +72,6 @@ def check_no_gradient(**tensors: Tensor) -> None:
     """
     for name, tensor in tensors.items():
         if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"{name} requires a gradient, which there is none of on CUDA; call under torch.no_grad()")
+            raise ValueError(
+                f"{name} requires a gradient, which this operation does not have on CUDA; call it under torch.no_grad()"
+            )

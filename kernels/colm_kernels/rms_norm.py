@@ -48,7 +48,7 @@ def rms_norm(x_RD: Tensor, gains: Sequence[Tensor], eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        y_RD, contiguous. A row and chain gets the same bits in any company; error budget in tolerance.py.
+        y_RD, contiguous. A chain of a row gets the same bits whatever rows are beside it; error budget in tolerance.py.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
