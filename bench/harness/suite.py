@@ -104,12 +104,6 @@ def _entry(case: Case, result: Result) -> dict[str, Any]:
 
 
 def _table(case: Case, result: Result, num_rounds: int) -> Table:
-    def cell(metric: str, spread: Spread | None) -> str:
-        if spread is None:
-            return ""
-        low, high = show(metric, spread.min), show(metric, spread.max)
-        return f"{show(metric, spread.median)} ({low} .. {high})"
-
     metrics = list(dict.fromkeys(metric for each in result.seen.values() for metric in each))
     facts = [f"{name} {show(name, value)}" for name, value in result.facts.items()]
     table = Table(
@@ -125,9 +119,22 @@ def _table(case: Case, result: Result, num_rounds: int) -> Table:
     if result.ratios:
         table.add_column(f"{result.ours} over it", justify="right")
     for name, each in result.seen.items():
-        ratio = [cell("x", result.ratios.get(name))] if result.ratios else []
-        table.add_row(name, *(cell(metric, each.get(metric)) for metric in metrics), *ratio)
+        ratio = [_cell("x", result.ratios.get(name))] if result.ratios else []
+        table.add_row(name, *(_cell(metric, each.get(metric)) for metric in metrics), *ratio)
     return table
+
+
+def _cell(metric: str, spread: Spread | None) -> str:
+    """E.g. `1.05 s (1.04 .. 1.31)`; the unit once where all three have the same."""
+    if spread is None:
+        return ""
+    middle, low, high = (show(metric, value) for value in (spread.median, spread.min, spread.max))
+    if low == high:
+        return middle
+    _, space, unit = middle.rpartition(" ")
+    if space and low.endswith(space + unit) and high.endswith(space + unit):
+        low, high = low.removesuffix(space + unit), high.removesuffix(space + unit)
+    return f"{middle} ({low} .. {high})"
 
 
 def _write(record: dict[str, Any], path: Path) -> None:

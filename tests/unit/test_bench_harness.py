@@ -152,7 +152,8 @@ def test_the_record_is_the_last_line_and_says_what_a_reader_needs(capsys: pytest
     }
     text = "\n".join(table)
     assert "scripted_t2048: measured sampled, median (min .. max) of 3" in text
-    assert "2.00 s (1.00 s .. 4.00 s)" in text
+    assert "2.00 s (1.00 .. 4.00)" in text
+    assert "4.00 s  " in text
     assert "2.00x (1.00x .. 4.00x)" in text
     assert "num_tokens 2K, density 0.250" in text
 
