@@ -7,12 +7,14 @@ import pytest
 from bench.harness.contest import Case
 from bench.harness.suite import Options, arguments, run
 from bench.harness.units import unit_of
+from bench.kv_stream import StreamCase
 from bench.load_by_scale import LoadCase
 from bench.sampler import CHOICES, SamplerCase
 from tests.tiny import tiny_config
 
 CASES: list[Case] = [
     *(SamplerCase(choice=choice, logits="falling", num_rows=2, vocab_size=50) for choice in CHOICES),
+    StreamCase(message_bytes=128 << 10, num_messages=3),
     LoadCase(model="tiny", config=tiny_config()),
 ]
 
