@@ -26,7 +26,7 @@ class Contest:
     """
 
     check: Callable[[], None]
-    """Holds every contender's result against the definition; AssertionError where one is wrong."""
+    """Holds what contenders of ours compute against the definition; AssertionError where it is wrong."""
     contenders: Mapping[str, Run]
     """In the order of their turns."""
     ours: str | None = None

@@ -66,7 +66,7 @@ def run(cases: Sequence[Case], options: Options, **extra: object) -> None:
     for place, case in enumerate(cases, start=1):
         result = _measure(case, options, f"{place}/{len(cases)} {case.name}")
         measured.append(_entry(case, result))
-        out.print(_table(case, result, options.rounds))
+        _print(out, case, result, options.rounds)
     record = environment_and_options | extra | {"peak_memory_bytes": peak_memory_bytes(), "cases": measured}
     if options.output is not None:
         _write(record, options.output)
@@ -103,17 +103,10 @@ def _entry(case: Case, result: Result) -> dict[str, Any]:
     return what | ({"ours": result.ours} if result.ours else {}) | {"metrics": result.metrics()}
 
 
-def _table(case: Case, result: Result, num_rounds: int) -> Table:
+def _print(out: Console, case: Case, result: Result, num_rounds: int) -> None:
     metrics = list(dict.fromkeys(metric for each in result.seen.values() for metric in each))
     facts = [f"{name} {show(name, value)}" for name, value in result.facts.items()]
-    table = Table(
-        title=f"{case.name}: measured {case.measured}, median (min .. max) of {num_rounds}",
-        caption=", ".join([show_shape("", case.shape), *facts]),
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-    )
-    table.add_column("")
+    table = Table("", box=SIMPLE_HEAD)
     for metric in metrics:
         table.add_column(metric, justify="right")
     if result.ratios:
@@ -121,7 +114,9 @@ def _table(case: Case, result: Result, num_rounds: int) -> Table:
     for name, each in result.seen.items():
         ratio = [_cell("x", result.ratios.get(name))] if result.ratios else []
         table.add_row(name, *(_cell(metric, each.get(metric)) for metric in metrics), *ratio)
-    return table
+    out.print(f"{case.name}: measured {case.measured}, median (min .. max) of {num_rounds}", markup=False)
+    out.print("; ".join([show_shape("", case.shape), *facts]), markup=False)
+    out.print(table)
 
 
 def _cell(metric: str, spread: Spread | None) -> str:

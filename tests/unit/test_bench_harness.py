@@ -155,7 +155,7 @@ def test_the_record_is_the_last_line_and_says_what_a_reader_needs(capsys: pytest
     assert "2.00 s (1.00 .. 4.00)" in text
     assert "4.00 s  " in text
     assert "2.00x (1.00x .. 4.00x)" in text
-    assert "num_tokens 2K, density 0.250" in text
+    assert "num_tokens 2K; density 0.250" in text
 
 
 def test_a_record_is_written_where_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
