@@ -21,7 +21,7 @@ import xxhash
 
 from bench.harness.contest import Case, Contest
 from bench.harness.environment import peak_memory_bytes
-from bench.harness.suite import Options, arguments, run
+from bench.harness.suite import Options, arguments, positive, run
 from colm.kv import KvLayout, KvTile
 from colm.wire.endpoint import bind, create_server, open_blocking_channel
 from colm.wire.security import Security, new_tls
@@ -187,11 +187,12 @@ class StreamOptions(Options):
 def main() -> None:
     """Every size of a message."""
     parser = arguments("bench.kv_stream", __doc__)
-    parser.add_argument("--mib", type=int, default=512, help="MiB sent in each turn; 512")
-    parser.add_argument("--message-kib", type=int, nargs="+", default=[256, 1024, 4096], metavar="KIB")
+    parser.add_argument("--mib", type=positive, default=512, help="MiB sent in each turn; 512")
+    parser.add_argument("--message-kib", type=positive, nargs="+", default=[256, 1024, 4096], metavar="KIB")
     options = parser.parse_args(namespace=StreamOptions())
     cases = [
-        StreamCase(message_bytes=kib << 10, num_messages=(options.mib << 10) // kib) for kib in options.message_kib
+        StreamCase(message_bytes=kib << 10, num_messages=max(1, (options.mib << 10) // kib))
+        for kib in options.message_kib
     ]
     run(cases, options)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.harness.contest import Case, Contest, timed
-from bench.harness.suite import Options, arguments, run
+from bench.harness.suite import Options, arguments, positive, run
 from colm.sampling import SamplingParams
 from decode_node.sampler import Sampler, choose
 
@@ -109,8 +109,8 @@ class SamplerOptions(Options):
 def main() -> None:
     """Every choice, kind of logits and number of rows."""
     parser = arguments("bench.sampler", __doc__, rounds=7)
-    parser.add_argument("--vocab-size", type=int, default=128_000)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--vocab-size", type=positive, default=128_000)
+    parser.add_argument("--rows", type=positive, nargs="+", default=[1, 8, 32])
     options = parser.parse_args(namespace=SamplerOptions())
     cases = [
         SamplerCase(choice=choice, logits=logits, num_rows=num_rows, vocab_size=options.vocab_size)

@@ -22,7 +22,7 @@ class Contest:
     """A case made ready.
 
     Raises:
-        ValueError: one is compared that does not run.
+        ValueError: one is compared that does not run, or a fact's unit is unknown.
     """
 
     check: Callable[[], None]
@@ -42,6 +42,8 @@ class Contest:
         unknown = {*self.against, *filter(None, [self.ours])} - set(self.contenders)
         if unknown:
             raise ValueError(f"{sorted(unknown)} are compared but do not run; contenders: {list(self.contenders)}")
+        for metric in self.facts:
+            unit_of(metric)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,19 +135,19 @@ def measure(contest: Contest, num_rounds: int, after_turn: Callable[[], None] = 
 
     Raises:
         AssertionError: a contender's result is wrong; nothing has been timed.
-        ValueError: a metric's unit is unknown.
+        ValueError: a metric's unit is unknown, seen in the first turn.
     """
     contest.check()
     turns: dict[str, list[Mapping[str, float]]] = {name: [] for name in contest.contenders}
     for _ in range(1 + num_rounds):
         for name, run in contest.contenders.items():
-            turns[name].append(run())
+            turns[name].append(seen := run())
+            for metric in seen:
+                unit_of(metric)
             after_turn()
     samples = {
-        name: {metric: [turn[metric] for turn in seen[1:]] for metric in seen[0]} for name, seen in turns.items()
+        name: {metric: [turn[metric] for turn in each[1:]] for metric in each[0]} for name, each in turns.items()
     }
-    for metric in [*(metric for each in samples.values() for metric in each), *contest.facts]:
-        unit_of(metric)
     ratios = {}
     if contest.ours is not None:
         mine = samples[contest.ours][contest.compared_by]

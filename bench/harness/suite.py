@@ -36,9 +36,9 @@ def arguments(module: str, doc: str | None, *, rounds: int = 5) -> argparse.Argu
     """The common options of `python -m module`, to which it may add its own."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc)
     parser.set_defaults(module=module)
-    parser.add_argument("--rounds", type=_positive, default=rounds, help=f"timed rounds of each case; {rounds}")
+    parser.add_argument("--rounds", type=positive, default=rounds, help=f"timed rounds of each case; {rounds}")
     parser.add_argument("--seed", type=int, default=0, help="of every random input; 0")
-    parser.add_argument("--threads", type=_positive, help="of PyTorch and of the kernels; PyTorch's own setting")
+    parser.add_argument("--threads", type=positive, help="of PyTorch and of the kernels; PyTorch's own setting")
     parser.add_argument("--json", action="store_true", help="end with one JSON record")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the record there; to .jsonl, add a line")
     return parser
@@ -141,7 +141,8 @@ def _write(record: dict[str, Any], path: Path) -> None:
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option's count, at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")

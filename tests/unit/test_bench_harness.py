@@ -190,8 +190,17 @@ def test_counts_below_one_are_refused(words: list[str], capsys: pytest.CaptureFi
 def test_one_spelling_for_each_unit(metric: str) -> None:
     with pytest.raises(ValueError, match="ends in no known unit; use one of s, bytes, gflops_per_s"):
         unit_of(metric)
+    turns: list[int] = []
+
+    def turn() -> Mapping[str, float]:
+        turns.append(1)
+        return {metric: 1.0}
+
     with pytest.raises(ValueError, match="ends in no known unit"):
-        measure(Contest(check=lambda: None, contenders={"ours": lambda: {metric: 1.0}}), 1)
+        measure(Contest(check=lambda: None, contenders={"ours": turn}), 5)
+    assert turns == [1], "the mistake is known after the first turn, not after the last"
+    with pytest.raises(ValueError, match="ends in no known unit"):
+        Contest(check=lambda: None, contenders={}, facts={metric: 1.0})
 
 
 @pytest.mark.parametrize(
