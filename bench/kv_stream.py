@@ -4,49 +4,88 @@ A server process sends the same tile again and again; this process reads, verifi
 Contenders run in turn: our codec without and with TLS, and protobuf's generated classes for the same messages.
 """
 
-import argparse
 import asyncio
-import json
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from statistics import median
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import grpc
 import numpy as np
 import torch
 import xxhash
 
-from bench.record import environment
+from bench.harness.contest import Case, Contest
+from bench.harness.environment import peak_memory_bytes
+from bench.harness.suite import Options, arguments, positive, run
 from colm.kv import KvLayout, KvTile
-from colm.node_cli import read_security
 from colm.wire.endpoint import bind, create_server, open_blocking_channel
-from colm.wire.security import Security, Tls, new_tls
+from colm.wire.security import Security, new_tls
 from colm.wire.tile_codec import METHOD, SERVICE, checksum_of, decode_message, encode_tile
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_store import KvStore
 
-SEED = 0
-MESSAGE_KIB = (256, 1024, 4096)
-CODECS = ("ours", "ours_tls", "protobuf")
 LAYOUT = KvLayout(num_layers=1, num_kv_heads=8, head_dim=64, dtype=torch.bfloat16, page_tokens=64)
+START_TIMEOUT_S = 60
 
 
-def tile_of(message_kib: int) -> KvTile:
+class Codec(NamedTuple):
+    """Both ends of a message."""
+
+    encode: Callable[[KvTile], bytes]
+    decode: Callable[[bytes], tuple[pb.PullKvResponse, memoryview]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamCase(Case):
+    """Messages of one size."""
+
+    message_bytes: int
+    num_messages: int
+
+    @property
+    def name(self) -> str:
+        """Its size and their number."""
+        return f"kv_stream_{self.message_bytes >> 10}KiB_m{self.num_messages}"
+
+    @contextmanager
+    def contest(self, seed: int) -> Iterator[Contest]:
+        """Our codec, the same with TLS, and the generated classes."""
+        tile, tls = tile_of(self.message_bytes, seed), new_tls()
+        server, client = Security(tls=tls), Security(tls=tls.for_clients())
+        stream = partial(_stream, self, seed)
+        yield Contest(
+            check=partial(check, tile),
+            contenders={
+                "ours": partial(stream, "ours", Security(), Security()),
+                "ours_tls": partial(stream, "ours", server, client),
+                "protobuf": partial(stream, "protobuf", Security(), Security()),
+            },
+            ours="ours",
+            against=("protobuf", "ours_tls"),
+            compared_by="gb_per_s",
+        )
+
+
+def tile_of(message_bytes: int, seed: int) -> KvTile:
     """Random keys and values of about that size."""
-    num_tokens = (message_kib << 10) // LAYOUT.layer_token_bytes
-    shape = (LAYOUT.num_kv_heads, num_tokens, LAYOUT.head_dim)
-    generator = torch.Generator().manual_seed(SEED)
+    shape = (LAYOUT.num_kv_heads, message_bytes // LAYOUT.layer_token_bytes, LAYOUT.head_dim)
+    generator = torch.Generator().manual_seed(seed)
     return KvTile(0, 0, *(torch.randn(shape, generator=generator).to(LAYOUT.dtype) for _ in range(2)))
+
+
+def payload_of(tile: KvTile) -> bytes:
+    """The tile's keys and values as the wire has them."""
+    return b"".join(part.contiguous().view(torch.uint8).numpy().tobytes() for part in (tile.k_KTD, tile.v_KTD))
 
 
 def encode_generated(tile: KvTile) -> bytes:
     """The same message through the generated class, with the copies that it makes."""
-    payload = b"".join(part.contiguous().view(torch.uint8).numpy().tobytes() for part in (tile.k_KTD, tile.v_KTD))
+    payload = payload_of(tile)
     header = pb.TileHeader(num_tokens=tile.num_tokens, codec=pb.CODEC_RAW, checksum=xxhash.xxh3_64_intdigest(payload))
     return pb.PullKvResponse(tile=header, payload=payload).SerializeToString()
 
@@ -57,109 +96,105 @@ def decode_generated(data: bytes) -> tuple[pb.PullKvResponse, memoryview]:
     return message, memoryview(message.payload)
 
 
-async def serve(codec: str, message_kib: int, num_messages: int, tls_dir: Path | None) -> None:
-    """The sender's process: prints its port and answers until it is ended."""
-    security = read_security(None, tls_dir)
-    tile = tile_of(message_kib)
-    encode: Callable[[], bytes] = (
-        (lambda: encode_generated(tile))
-        if codec == "protobuf"
-        else (lambda: encode_tile(tile, transfer_id="bench", epoch=1))
-    )
+CODECS = {
+    "ours": Codec(partial(encode_tile, transfer_id="bench", epoch=1), decode_message),
+    "protobuf": Codec(encode_generated, decode_generated),
+}
+
+
+def check(tile: KvTile) -> None:
+    """What each codec carries is the tile, bit by bit.
+
+    Raises:
+        AssertionError: it is not.
+    """
+    for name, codec in CODECS.items():
+        message, payload = codec.decode(codec.encode(tile))
+        assert payload == payload_of(tile), f"{name} carries other bytes than the tile's"
+        assert checksum_of(payload) == message.tile.checksum, f"{name} carries another checksum"
+
+
+def send(case: StreamCase, seed: int, codec: str, security: Security, port: Connection) -> None:
+    """The sender's process: says its port and answers until it is ended."""
+    asyncio.run(_serve(case, seed, codec, security, port))
+
+
+async def _serve(case: StreamCase, seed: int, codec: str, security: Security, port: Connection) -> None:
+    tile, encode = tile_of(case.message_bytes, seed), CODECS[codec].encode
 
     async def pull(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        for _index in range(num_messages):
-            await context.write(encode())
+        for _index in range(case.num_messages):
+            await context.write(encode(tile))
 
     server = create_server(security)
     handler = grpc.stream_stream_rpc_method_handler(pull, None, None)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
-    sys.stdout.write(f"{bind(server, '127.0.0.1', 0, security)}\n")
-    sys.stdout.flush()
+    bound = bind(server, "127.0.0.1", 0, security)
     await server.start()
+    port.send(bound)
     await server.wait_for_termination()
 
 
-@contextmanager
-def sender(codec: str, message_kib: int, num_messages: int, tls_dir: Path) -> Iterator[str]:
-    """A sender in a process of its own; yields its address."""
-    words = ["--serve", codec, "--kib", str(message_kib), "--messages", str(num_messages), "--tls-dir", str(tls_dir)]
-    process = subprocess.Popen([sys.executable, "-m", "bench.kv_stream", *words], stdout=subprocess.PIPE, text=True)
+def _stream(case: StreamCase, seed: int, codec: str, server: Security, client: Security) -> dict[str, float]:
+    """One turn: a sender in a process of its own, and its whole stream."""
+    spawn = get_context("spawn")
+    mine, theirs = spawn.Pipe(duplex=False)
+    sender = spawn.Process(target=send, args=(case, seed, codec, server, theirs), daemon=True)
+    sender.start()
+    theirs.close()  # the pipe ends with the sender
     try:
-        assert process.stdout is not None
-        yield f"127.0.0.1:{process.stdout.readline().strip()}"
+        if not mine.poll(START_TIMEOUT_S):
+            raise TimeoutError(f"the sender said no port within {START_TIMEOUT_S} s")
+        address = f"127.0.0.1:{mine.recv()}"
+        seconds = receive(case, address, CODECS[codec].decode, client)
+        assert sender.pid is not None
+        return {
+            "gb_per_s": case.num_messages * case.message_bytes / seconds / 1e9,
+            "sender_peak_bytes": peak_memory_bytes(sender.pid),
+        }
     finally:
-        process.terminate()
-        process.wait()
+        sender.terminate()
+        sender.join()
 
 
-def receive(address: str, codec: str, security: Security, num_messages: int) -> float:
+def receive(
+    case: StreamCase, address: str, decode: Callable[[bytes], tuple[pb.PullKvResponse, memoryview]], security: Security
+) -> float:
     """Read, verify and store the whole stream; seconds."""
-    decode = decode_generated if codec == "protobuf" else decode_message
-    num_pages = LAYOUT.pages_per_layer((max(MESSAGE_KIB) << 10) // LAYOUT.layer_token_bytes)
+    num_pages = LAYOUT.pages_per_layer(case.message_bytes // LAYOUT.layer_token_bytes)
     store, pages = KvStore(LAYOUT, num_pages), np.arange(num_pages, dtype=np.int32)
     with open_blocking_channel(address, security) as channel:
-        grpc.channel_ready_future(channel).result(timeout=30)
-        started_s = time.monotonic()
+        grpc.channel_ready_future(channel).result(timeout=START_TIMEOUT_S)
+        start = time.perf_counter()
         count = 0
         for data in channel.stream_stream(f"/{SERVICE}/{METHOD}", None, None)(iter(())):
             message, payload = decode(data)
-            if checksum_of(payload) != message.tile.checksum:
-                raise AssertionError("a tile was damaged")
+            assert checksum_of(payload) == message.tile.checksum, "a tile was damaged"
             store.write_tile(pages, 0, message.tile.num_tokens, payload)
             count += 1
-        elapsed_s = time.monotonic() - started_s
-    if count != num_messages:
-        raise AssertionError(f"{count} of {num_messages} messages came")
+        elapsed_s = time.perf_counter() - start
+    assert count == case.num_messages, f"{count} of {case.num_messages} messages came"
     return elapsed_s
 
 
-def measure(message_kib: int, num_bytes: int, num_rounds: int, tls_dir: Path, tls: Tls) -> dict[str, object]:
-    """All codecs in turn, round after round: GB/s by codec."""
-    num_messages = num_bytes // (message_kib << 10)
-    rates: dict[str, list[float]] = {codec: [] for codec in CODECS}
-    for _ in range(num_rounds):
-        for codec in CODECS:
-            secure = codec == "ours_tls"
-            with sender(codec, message_kib, num_messages, tls_dir if secure else Path()) as address:
-                security = Security(tls=tls.for_clients() if secure else None)
-                seconds = receive(address, codec, security, num_messages)
-            rates[codec].append(num_messages * (message_kib << 10) / seconds / 1e9)
-    metrics: dict[str, object] = {
-        f"{codec}_gb_per_s": {"median": median(values), "min": min(values), "max": max(values), "n": num_rounds}
-        for codec, values in rates.items()
-    }
-    return metrics | {"ours_over_protobuf_x": median(rates["ours"]) / median(rates["protobuf"])}
+class StreamOptions(Options):
+    """Of this benchmark."""
+
+    mib: int
+    message_kib: list[int]
 
 
 def main() -> None:
-    """Measure; the last line of stdout is the record."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kv_stream", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="end with one JSON record")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each size")
-    parser.add_argument("--mib", type=int, default=512, help="MiB sent in each round")
-    parser.add_argument("--serve", choices=CODECS, help=argparse.SUPPRESS)
-    parser.add_argument("--kib", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--messages", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--tls-dir", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.serve:
-        tls_dir = options.tls_dir if options.serve == "ours_tls" else None
-        asyncio.run(serve(options.serve, options.kib, options.messages, tls_dir))
-        return
-    record = environment(" ".join(["python", "-m", "bench.kv_stream", *sys.argv[1:]]), SEED) | {"cases": []}
-    tls = new_tls()
-    with TemporaryDirectory() as folder:
-        for name in ("ca", "cert", "key"):
-            (Path(folder) / f"{name}.pem").write_bytes(getattr(tls, f"{name}_pem"))
-        for message_kib in MESSAGE_KIB:
-            metrics = measure(message_kib, options.mib << 20, options.rounds, Path(folder), tls)
-            record["cases"].append({"message_kib": message_kib, "metrics": metrics})
-            cells = (f"{k}={v['median'] if isinstance(v, dict) else v:.2f}" for k, v in metrics.items())
-            sys.stdout.write(f"{message_kib:>5} KiB  {'  '.join(cells)}\n")
-            sys.stdout.flush()
-    if options.json:
-        sys.stdout.write(json.dumps(record) + "\n")
+    """Every size of a message."""
+    parser = arguments("bench.kv_stream", __doc__)
+    parser.add_argument("--mib", type=positive, default=512, help="MiB sent in each turn; 512")
+    parser.add_argument("--message-kib", type=positive, nargs="+", default=[256, 1024, 4096], metavar="KIB")
+    options = parser.parse_args(namespace=StreamOptions())
+    cases = [
+        StreamCase(message_bytes=kib << 10, num_messages=max(1, (options.mib << 10) // kib))
+        for kib in options.message_kib
+    ]
+    run(cases, options)
 
 
 if __name__ == "__main__":

@@ -5,37 +5,68 @@ normal, with tens of thousands of tokens in the nucleus of top_p, or those of pr
 with hundreds, as a language model's do. First, what is drawn must be among the tokens that sorting keeps.
 """
 
-import argparse
-import json
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from bench.record import environment
+from bench.harness.contest import Case, Contest, timed
+from bench.harness.suite import Options, arguments, positive, run
 from colm.sampling import SamplingParams
 from decode_node.sampler import Sampler, choose
 
-SEED = 0
-CASES = {
-    "greedy": SamplingParams(seed=SEED),
-    "top_k=50": SamplingParams(seed=SEED, temperature=1.0, top_k=50),
-    "top_p=0.95": SamplingParams(seed=SEED, temperature=1.0, top_p=0.95),
-    "temperature": SamplingParams(seed=SEED, temperature=1.0),
+CHECKED_ROWS = 2
+"""Rows of which the tokens are held against sorting."""
+CHOICES = {
+    "greedy": SamplingParams(),
+    "top_k=50": SamplingParams(temperature=1.0, top_k=50),
+    "top_p=0.95": SamplingParams(temperature=1.0, top_p=0.95),
+    "temperature": SamplingParams(temperature=1.0),
 }
+Logits = Literal["normal", "falling"]
 
 
-def logits(kind: str, num_rows: int, vocab_size: int) -> Tensor:
-    """logits_RV of normal numbers, or of probabilities that fall like rank^-1.5, in random order."""
-    generator = torch.Generator().manual_seed(SEED)
-    if kind == "normal":
-        return 2 * torch.randn(num_rows, vocab_size, generator=generator)
-    falling = -1.5 * torch.arange(1, vocab_size + 1).log()
-    return torch.stack([falling[torch.randperm(vocab_size, generator=generator)] for _ in range(num_rows)])
+@dataclass(frozen=True, kw_only=True)
+class SamplerCase(Case):
+    """One step's tokens."""
+
+    choice: str
+    """A name of CHOICES."""
+    logits: Logits
+    num_rows: int
+    vocab_size: int
+
+    @property
+    def name(self) -> str:
+        """Its fields."""
+        return f"{self.choice}_{self.logits}_r{self.num_rows}_v{self.vocab_size}"
+
+    @contextmanager
+    def contest(self, seed: int) -> Iterator[Contest]:
+        """Sorting and `choose` on the same logits."""
+        generator = torch.Generator().manual_seed(seed)
+        params = replace(CHOICES[self.choice], seed=seed)
+        logits_RV = self._draw(generator)
+        samplers = [Sampler(params) for _ in range(self.num_rows)]
+        yield Contest(
+            check=partial(check, params, logits_RV[:CHECKED_ROWS]),
+            contenders={
+                "sorting": timed(partial(sort_rows, params, logits_RV, generator)),
+                "choose": timed(partial(choose, samplers, logits_RV)),
+            },
+            ours="choose",
+            against=("sorting",),
+        )
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        if self.logits == "normal":
+            return 2 * torch.randn(self.num_rows, self.vocab_size, generator=generator)
+        falling = -1.5 * torch.arange(1, self.vocab_size + 1).log()
+        return torch.stack([falling[torch.randperm(len(falling), generator=generator)] for _ in range(self.num_rows)])
 
 
 def by_sorting(params: SamplingParams, logits_V: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -68,44 +99,26 @@ def check(params: SamplingParams, logits_RV: Tensor) -> None:
         assert choice.token_id in kept, f"{params} drew a token that sorting does not keep"  # type: ignore[union-attr]
 
 
-def elapsed_ms(step: Callable[[], object]) -> float:
-    """One call's time."""
-    start = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - start)
+class SamplerOptions(Options):
+    """Of this benchmark."""
+
+    vocab_size: int
+    rows: list[int]
 
 
 def main() -> None:
-    """Check, measure in turn, print; with --json the record as the last line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vocab-size", type=int, default=128_000)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="print the record as the last line")
-    options = parser.parse_args()
-    metrics = {}
-    for kind in ("normal", "falling"):
-        for name, params in CASES.items():
-            for num_rows in options.rows:
-                logits_RV = logits(kind, num_rows, options.vocab_size)
-                check(params, logits_RV[:2])
-                samplers = [Sampler(params) for _ in range(num_rows)]
-                generator = torch.Generator().manual_seed(SEED)
-                contenders: dict[str, Callable[[], object]] = {
-                    "sorting_ms": partial(sort_rows, params, logits_RV, generator),
-                    "choose_ms": partial(choose, samplers, logits_RV),
-                }
-                runs = [{key: elapsed_ms(step) for key, step in contenders.items()} for _ in range(options.rounds + 1)]
-                seen = {key: sorted(run[key] for run in runs[1:]) for key in contenders}  # the first run warms up
-                spread = {key: {"median": median(ms), "min": ms[0], "max": ms[-1]} for key, ms in seen.items()}
-                metrics[f"{name}, {kind} logits, {num_rows} rows"] = spread
-                cells = (f"{key} {ms['median']:8.2f} [{ms['min']:.2f}..{ms['max']:.2f}]" for key, ms in spread.items())
-                sys.stdout.write(f"{name:12s} {kind:8s} {num_rows:3d} rows  {'  '.join(cells)}\n")
-    if options.json:
-        command = " ".join(["python", "-m", "bench.sampler", *sys.argv[1:]])
-        shape = {"vocab_size": options.vocab_size, "dtype": "float32", "rounds": options.rounds}
-        record = environment(command, SEED) | {"shape": shape, "metrics": metrics}
-        sys.stdout.write(json.dumps(record) + "\n")
+    """Every choice, kind of logits and number of rows."""
+    parser = arguments("bench.sampler", __doc__, rounds=7)
+    parser.add_argument("--vocab-size", type=positive, default=128_000)
+    parser.add_argument("--rows", type=positive, nargs="+", default=[1, 8, 32])
+    options = parser.parse_args(namespace=SamplerOptions())
+    cases = [
+        SamplerCase(choice=choice, logits=logits, num_rows=num_rows, vocab_size=options.vocab_size)
+        for logits in get_args(Logits)
+        for choice in CHOICES
+        for num_rows in options.rows
+    ]
+    run(cases, options)
 
 
 if __name__ == "__main__":

@@ -1,115 +1,94 @@
-"""What every operation's benchmark shares: contenders that run in turn, ceilings of the machine, rates and ratios."""
+"""What every operation's benchmark shares: cases of a dtype, the variants of a machine, ceilings of the machine."""
 
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from abc import ABC
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
 from colm_kernels import native
-from colm_kernels.tolerance import Expected
-from torch import Tensor
 from torch.nn import functional as F
 
-SEED = 0
-
-Contenders = Mapping[str, Callable[[], object]]
+from bench.harness.contest import Case, Contest, Run, timed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case(ABC):
+class KernelCase(Case, ABC):
     """One shape of one operation."""
 
     dtype: torch.dtype = torch.bfloat16
 
     @property
-    @abstractmethod
-    def name(self) -> str:
-        """Shape as a metric's prefix."""
+    def shape(self) -> dict[str, Any]:
+        """The fields, dtypes in short."""
+        return asdict(self, dict_factory=_plain)
 
-    @abstractmethod
-    def measure(self, num_rounds: int) -> dict[str, Any]:
-        """Check every contender, then time them in turn."""
+
+def _plain(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: short(value) if isinstance(value, torch.dtype) else value for name, value in fields}
 
 
 def short(dtype: torch.dtype) -> str:
-    """A dtype as metrics spell it."""
+    """A dtype as records spell it."""
     return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+
+
+def timed_as(variant: native.Variant, dtype: torch.dtype) -> native.Variant:
+    """The variant that stands for it: avx512_bf16 differs from avx512 in attention over bf16 alone."""
+    return "avx512" if variant == "avx512_bf16" and dtype != torch.bfloat16 else variant
 
 
 def timed_variants(dtype: torch.dtype) -> list[native.Variant]:
     """The library's variants that differ for inputs of a dtype."""
-    # avx512_bf16 differs from avx512 in attention over bf16 alone.
-    left_out = {"torch"} if dtype == torch.bfloat16 else {"torch", "avx512_bf16"}
-    return [variant for variant in native.available_variants() if variant not in left_out]
+    return [each for each in native.available_variants() if each != "torch" and timed_as(each, dtype) == each]
 
 
-def gemm_ceiling(dtype: torch.dtype) -> tuple[Callable[[], object], float]:
-    """A matrix product that PyTorch runs at its best, and its floating point operations."""
+def gemm_ceiling(dtype: torch.dtype) -> Run:
+    """A matrix product that PyTorch runs at its best."""
     rows, inner, columns = 2048, 1024, 2048
     x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
-    return lambda: F.linear(x, weight), 2.0 * rows * inner * columns
+    return timed(lambda: F.linear(x, weight), gflops=2.0 * rows * inner * columns / 1e9)
 
 
-def read_ceiling() -> tuple[Callable[[], object], int]:
-    """A sum over memory far larger than the caches, and its bytes."""
+def read_ceiling() -> Run:
+    """A sum over memory far larger than the caches."""
     numbers = torch.ones(256 << 18)
-    return numbers.sum, numbers.nbytes
+    return timed(numbers.sum, gb=numbers.nbytes / 1e9)
 
 
-def time_interleaved(contenders: Contenders, num_rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, after one round of warming up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for timed in [False] + [True] * num_rounds:
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if timed:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def against_reading(
+    run: Callable[[native.Variant], object],
+    check: Callable[[native.Variant], None],
+    *,
+    dtype: torch.dtype,
+    ours: native.Variant,
+    num_bytes: int,
+    num_calls: int = 1,
+) -> Contest:
+    """The PyTorch path, every variant that differs for a dtype, and plain reading.
 
+    Args:
+        run: what a variant is timed at.
+        check: holds a variant's result against the definition.
+        dtype: what variants may differ for.
+        ours: the variant that runs by default.
+        num_bytes: what one call reads and writes.
+        num_calls: how many of them `run` makes.
+    """
+    variants: list[native.Variant] = ["torch", *timed_variants(dtype)]
 
-def summarise(work: Mapping[str, float], seconds: Mapping[str, list[float]], unit: str) -> dict[str, Any]:
-    """Median, extremes and count of the rates (10^9 units of work a second)."""
-    metrics: dict[str, Any] = {}
-    for name, times in seconds.items():
-        rates = sorted(work[name] / s / 1e9 for s in times)
-        metrics[f"{name}_{unit}"] = {
-            "median": round(median(rates), 1),
-            "min": round(rates[0], 1),
-            "max": round(rates[-1], 1),
-            "n": len(rates),
-        }
-    return metrics
+    def check_variants() -> None:
+        for variant in variants:
+            check(variant)
 
+    def turn(variant: native.Variant) -> Run:
+        return timed(partial(run, variant), num_calls=num_calls, gb=num_bytes / 1e9)
 
-def checked_contenders(
-    run: Callable[[native.Variant], Tensor], expected: Expected, dtype: torch.dtype
-) -> dict[str, Callable[[], object]]:
-    """The PyTorch path and every variant that differs for a dtype; refuses to time a wrong kernel."""
-    contenders: dict[str, Callable[[], object]] = {}
-    for variant in ("torch", *timed_variants(dtype)):
-        expected.check(run(variant))
-        contenders[variant] = partial(run, variant)
-    return contenders
-
-
-def measure_against_reading(
-    contenders: Contenders, num_bytes: float, chosen: native.Variant, num_rounds: int
-) -> dict[str, Any]:
-    """Rates of contenders that each read num_bytes, and of plain reading."""
-    work = dict.fromkeys(contenders, float(num_bytes))
-    read, work["read"] = read_ceiling()
-    metrics = summarise(work, time_interleaved({**contenders, "read": read}, num_rounds), "gb_per_s")
-    return with_ratios(metrics, chosen, "gb_per_s", "torch", "read")
-
-
-def with_ratios(metrics: dict[str, Any], chosen: native.Variant, unit: str, *against: str) -> dict[str, Any]:
-    """Add what the variant that runs by default reaches of other contenders' rates."""
-    if f"{chosen}_{unit}" in metrics:
-        ours = metrics[f"{chosen}_{unit}"]["median"]
-        metrics |= {f"over_{name}_x": round(ours / metrics[f"{name}_{unit}"]["median"], 2) for name in against}
-    return metrics
+    return Contest(
+        check=check_variants,
+        contenders={**{str(variant): turn(variant) for variant in variants}, "read": read_ceiling()},
+        ours=timed_as(ours, dtype),
+        against=("torch", "read"),
+        compared_by="gb_per_s",
+    )

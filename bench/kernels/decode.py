@@ -1,5 +1,7 @@
 """Decode attention over pages."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +11,14 @@ from colm_kernels.decode_attention import decode_attention
 from colm_kernels.native import use_variant
 from torch import Tensor
 
-from bench.kernels.common import SEED, Case, Contenders, checked_contenders, measure_against_reading, short
+from bench.harness.contest import Contest
+from bench.kernels.common import KernelCase, against_reading, short
 
 PAGE_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeCase(Case):
+class DecodeCase(KernelCase):
     """The last `num_queries` tokens of each request against its `context_len` cached ones."""
 
     batch: int
@@ -28,7 +31,7 @@ class DecodeCase(Case):
 
     @property
     def name(self) -> str:
-        """Shape as a metric's prefix."""
+        """The shape in one word."""
         pages = "_int8" if self.int8_pages else ""
         return (
             f"decode_{short(self.dtype)}{pages}_b{self.batch}_q{self.num_queries}_k{self.context_len}"
@@ -51,9 +54,9 @@ class DecodeCase(Case):
         per_head = self.head_dim + 2 if self.int8_pages else self.head_dim * self.dtype.itemsize
         return 2 * self.batch * self.context_len * self.num_kv_heads * per_head
 
-    def inputs(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], dict[str, Any]]:
+    def inputs(self, seed: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], dict[str, Any]]:
         """Arguments of `decode_attention`, the block table in random order, and its options."""
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(seed)
         num_pages = self.batch * self.context_len // PAGE_TOKENS
         shape = (num_pages, PAGE_TOKENS, self.num_kv_heads, self.head_dim)
         options: dict[str, Any] = {
@@ -72,9 +75,23 @@ class DecodeCase(Case):
         context_lens = torch.full((self.batch,), self.context_len, dtype=torch.int32)
         return (q.to(self.dtype), k_pages, v_pages, block_table, context_lens), options
 
-    def measure(self, num_rounds: int) -> dict[str, Any]:
-        """Rates of every contender and of plain reading."""
-        return measure_against_reading(decode_contenders(self), self.num_bytes, self.variant, num_rounds)
+    @contextmanager
+    def contest(self, seed: int) -> Iterator[Contest]:
+        """Every variant of this machine, the PyTorch path and plain reading."""
+        arguments, options = self.inputs(seed)
+        expected = tolerance.decode_attention(*arguments, **options)
+
+        def run(variant: native.Variant) -> Tensor:
+            with use_variant(variant):
+                return decode_attention(*arguments, **options)
+
+        yield against_reading(
+            run,
+            lambda variant: expected.check(run(variant)),
+            dtype=self.score_dtype,
+            ours=self.variant,
+            num_bytes=self.num_bytes,
+        )
 
 
 DECODE_CASES = (
@@ -85,14 +102,3 @@ DECODE_CASES = (
     DecodeCase(batch=8, context_len=65536, num_kv_heads=2, group=4, head_dim=64, int8_pages=True),
     DecodeCase(batch=1, context_len=65536, num_kv_heads=8, group=4, head_dim=64, num_queries=4),
 )
-
-
-def decode_contenders(case: DecodeCase) -> Contenders:
-    """Every variant of this machine and the PyTorch path; refuses to time a wrong kernel."""
-    arguments, options = case.inputs()
-
-    def run(variant: native.Variant) -> Tensor:
-        with use_variant(variant):
-            return decode_attention(*arguments, **options)
-
-    return checked_contenders(run, tolerance.decode_attention(*arguments, **options), case.score_dtype)

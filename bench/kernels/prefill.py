@@ -1,9 +1,9 @@
 """Dense prefill attention."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from colm_kernels import native, tolerance
@@ -12,24 +12,15 @@ from colm_kernels.prefill_attention import prefill_attention
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.kernels.common import (
-    SEED,
-    Case,
-    Contenders,
-    gemm_ceiling,
-    short,
-    summarise,
-    time_interleaved,
-    timed_variants,
-    with_ratios,
-)
+from bench.harness.contest import Contest, timed
+from bench.kernels.common import KernelCase, gemm_ceiling, short, timed_as, timed_variants
 
 CHECKED_ROWS = 32
 """Last query rows of a case that are held against the definition."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillCase(Case):
+class PrefillCase(KernelCase):
     """A tile of the last `num_queries` tokens against `num_keys` keys."""
 
     num_queries: int
@@ -40,7 +31,7 @@ class PrefillCase(Case):
 
     @property
     def name(self) -> str:
-        """Shape as a metric's prefix."""
+        """The shape in one word."""
         return (
             f"prefill_{short(self.dtype)}_q{self.num_queries}_k{self.num_keys}"
             f"_h{self.num_heads}_kv{self.num_kv_heads}_d{self.head_dim}"
@@ -53,9 +44,9 @@ class PrefillCase(Case):
         pairs = self.num_queries * prefix + self.num_queries * (self.num_queries + 1) / 2
         return 4.0 * self.num_heads * self.head_dim * pairs
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """q_THD, k_KSD, v_KSD."""
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(seed)
         shapes = (
             (self.num_queries, self.num_heads, self.head_dim),
             *2 * ((self.num_kv_heads, self.num_keys, self.head_dim),),
@@ -63,16 +54,37 @@ class PrefillCase(Case):
         q, k, v = (torch.randn(shape, generator=generator).to(self.dtype) for shape in shapes)
         return q, k, v
 
-    def measure(self, num_rounds: int) -> dict[str, Any]:
-        """Rates of every contender and of the GEMM, and the ratios the project's bars are set in."""
-        contenders = dict(prefill_contenders(self))
-        work = dict.fromkeys(contenders, self.flops)
-        for dtype in {self.dtype, torch.float32}:
-            name = f"gemm_{short(dtype)}"
-            contenders[name], work[name] = gemm_ceiling(dtype)
-        metrics = summarise(work, time_interleaved(contenders, num_rounds), "gflops_per_s")
-        return with_ratios(
-            metrics, native.default_variant(self.dtype), "gflops_per_s", "sdpa", f"gemm_{short(self.dtype)}"
+    @contextmanager
+    def contest(self, seed: int) -> Iterator[Contest]:
+        """Every variant of this machine, SDPA on the same inputs, and the GEMM that the project's bars are set in."""
+        q, k, v = self.inputs(seed)
+        variants = timed_variants(self.dtype)
+
+        def run(variant: native.Variant) -> tuple[Tensor, Tensor]:
+            with use_variant(variant):
+                return prefill_attention(q, k, v)
+
+        def sdpa() -> object:
+            if self.num_queries < self.num_keys:
+                return run("torch")  # SDPA of prefix and tile, merged
+            q_BHTD, k_BKSD, v_BKSD = q.transpose(0, 1)[None], k[None], v[None]
+            return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, is_causal=True, enable_gqa=True)
+
+        def check() -> None:
+            # Rows are independent of one another, so the last ones of the whole result are those of a small tile.
+            expected = tolerance.prefill_attention(q[-CHECKED_ROWS:], k, v)
+            for variant in variants:
+                tolerance.check_all(expected, (part[-CHECKED_ROWS:] for part in run(variant)))
+
+        calls = {"sdpa": sdpa} | {variant: partial(run, variant) for variant in variants}
+        ours = timed_as(native.default_variant(self.dtype), self.dtype)
+        yield Contest(
+            check=check,
+            contenders={name: timed(call, gflops=self.flops / 1e9) for name, call in calls.items()}
+            | {f"gemm_{short(dtype)}": gemm_ceiling(dtype) for dtype in dict.fromkeys((self.dtype, torch.float32))},
+            ours=ours if ours in calls else None,
+            against=("sdpa", f"gemm_{short(self.dtype)}"),
+            compared_by="gflops_per_s",
         )
 
 
@@ -90,33 +102,3 @@ TILE_CASES = tuple(
     for num_keys in (1024, 4096, 16384, 32768)
 )
 """What the prefill engine calls: a tile against a growing prefix."""
-
-
-def prefill_contenders(case: PrefillCase) -> Contenders:
-    """Every variant of this machine and SDPA, on the same inputs; refuses to time a wrong kernel."""
-    q, k, v = case.inputs()
-    _check_prefill(q, k, v)
-
-    def run(variant: native.Variant) -> object:
-        with use_variant(variant):
-            return prefill_attention(q, k, v)
-
-    def sdpa() -> object:
-        if case.num_queries < case.num_keys:
-            return run("torch")  # SDPA of prefix and tile, merged
-        q_BHTD, k_BKSD, v_BKSD = q.transpose(0, 1)[None], k[None], v[None]
-        return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, is_causal=True, enable_gqa=True)
-
-    contenders: dict[str, Callable[[], object]] = {"sdpa": sdpa}
-    for variant in timed_variants(case.dtype):
-        contenders[variant] = partial(run, variant)
-    return contenders
-
-
-def _check_prefill(q: Tensor, k: Tensor, v: Tensor) -> None:
-    # Rows are independent of one another, so the last ones of the whole result are those of a small tile.
-    expected = tolerance.prefill_attention(q[-CHECKED_ROWS:], k, v)
-    for variant in timed_variants(q.dtype):
-        with use_variant(variant):
-            out, lse = prefill_attention(q, k, v)
-        tolerance.check_all(expected, (out[-CHECKED_ROWS:], lse[-CHECKED_ROWS:]))

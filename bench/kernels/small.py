@@ -1,10 +1,9 @@
 """The small operations between the products: RMSNorm, rotary and cache write, SwiGLU, int8 KV."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from colm_kernels import native, tolerance
@@ -15,24 +14,15 @@ from colm_kernels.rotary import write_kv
 from colm_kernels.swiglu import swiglu_
 from torch import Tensor
 
-from bench.kernels.common import (
-    SEED,
-    Case,
-    Contenders,
-    read_ceiling,
-    short,
-    summarise,
-    time_interleaved,
-    timed_variants,
-    with_ratios,
-)
+from bench.harness.contest import Contest
+from bench.kernels.common import KernelCase, against_reading, short
 
 CALLS = 20
-"""Of one timed round: a single call of one row is over before the clock has moved far."""
+"""Of one turn: a single call of one row is over before the clock has moved far."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallCase(Case):
+class SmallCase(KernelCase):
     """One operation on the rows of a decode step or of a prefill tile."""
 
     num_rows: int
@@ -43,22 +33,36 @@ class SmallCase(Case):
         """What one call reads and writes."""
 
     @abstractmethod
-    def prepare(self) -> tuple[Callable[[], object], Callable[[], None]]:
+    def prepare(self, seed: int) -> tuple[Callable[[], object], Callable[[], None]]:
         """The call, repeatable with the same inputs, and its check against the definition."""
 
-    def measure(self, num_rounds: int) -> dict[str, Any]:
-        """Rates of every contender and of plain reading."""
-        contenders = dict(small_contenders(self))
-        num_bytes = dict.fromkeys(contenders, self.num_bytes * CALLS)
-        contenders["read"], num_bytes["read"] = read_ceiling()
-        # A thousand times the bytes: in GB a second, calls of a few rows would round to nothing.
-        work = {name: 1e3 * count for name, count in num_bytes.items()}
-        metrics = summarise(work, time_interleaved(contenders, num_rounds), "mb_per_s")
-        return with_ratios(metrics, native.default_variant(torch.float32), "mb_per_s", "torch", "read")
+    @contextmanager
+    def contest(self, seed: int) -> Iterator[Contest]:
+        """Every variant of this machine, the PyTorch path and plain reading."""
+        call, check = self.prepare(seed)
 
-    def draw(self, *shape: int) -> Tensor:
+        @torch.inference_mode()
+        def run(variant: native.Variant) -> None:
+            with use_variant(variant):
+                for _ in range(CALLS):
+                    call()
+
+        def check_variant(variant: native.Variant) -> None:
+            with use_variant(variant):
+                check()
+
+        yield against_reading(
+            run,
+            check_variant,
+            dtype=torch.float32,
+            ours=native.default_variant(torch.float32),
+            num_bytes=self.num_bytes,
+            num_calls=CALLS,
+        )
+
+    def draw(self, seed: int, *shape: int) -> Tensor:
         """Normal numbers, the same ones every time."""
-        return torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).to(self.dtype)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ class NormCase(SmallCase):
 
     @property
     def name(self) -> str:
-        """Shape as a metric's prefix."""
+        """The shape in one word."""
         return f"add_rms_norm_{short(self.dtype)}_r{self.num_rows}_d{'_'.join(map(str, self.dims))}"
 
     @property
@@ -77,9 +81,9 @@ class NormCase(SmallCase):
         """The residual stream twice, delta and y."""
         return 4 * self.num_rows * sum(self.dims) * self.dtype.itemsize
 
-    def prepare(self) -> tuple[Callable[[], object], Callable[[], None]]:
+    def prepare(self, seed: int) -> tuple[Callable[[], object], Callable[[], None]]:
         """Zeros are added, so x stays what it is."""
-        x, gains = self.draw(self.num_rows, sum(self.dims)), [self.draw(dim) for dim in self.dims]
+        x, gains = self.draw(seed, self.num_rows, sum(self.dims)), [self.draw(seed, dim) for dim in self.dims]
         delta = torch.zeros_like(x)
 
         def check() -> None:
@@ -97,7 +101,7 @@ class RotaryCase(SmallCase):
 
     @property
     def name(self) -> str:
-        """Shape as a metric's prefix."""
+        """The shape in one word."""
         return f"write_kv_{short(self.dtype)}_t{self.num_rows}_kv{self.num_heads}_d{self.head_dim}"
 
     @property
@@ -106,9 +110,9 @@ class RotaryCase(SmallCase):
         kv_bytes = 4 * self.num_rows * self.num_heads * self.head_dim * self.dtype.itemsize
         return kv_bytes + 4 * self.num_rows * self.head_dim
 
-    def prepare(self) -> tuple[Callable[[], object], Callable[[], None]]:
+    def prepare(self, seed: int) -> tuple[Callable[[], object], Callable[[], None]]:
         """Into the middle of a longer cache."""
-        k, v = self.draw(2, self.num_rows, self.num_heads, self.head_dim)
+        k, v = self.draw(seed, 2, self.num_rows, self.num_heads, self.head_dim)
         angles = torch.linspace(0, 1000, self.num_rows * self.head_dim).view(self.num_rows, self.head_dim)
         cos, sin = angles.cos(), angles.sin()
         caches = torch.zeros(2, self.num_heads, 3 * self.num_rows, self.head_dim, dtype=self.dtype)
@@ -130,7 +134,7 @@ class SwigluCase(SmallCase):
 
     @property
     def name(self) -> str:
-        """Shape as a metric's prefix."""
+        """The shape in one word."""
         return f"swiglu_{short(self.dtype)}_r{self.num_rows}_f{self.dim}"
 
     @property
@@ -138,9 +142,9 @@ class SwigluCase(SmallCase):
         """Gate twice, up."""
         return 3 * self.num_rows * self.dim * self.dtype.itemsize
 
-    def prepare(self) -> tuple[Callable[[], object], Callable[[], None]]:
+    def prepare(self, seed: int) -> tuple[Callable[[], object], Callable[[], None]]:
         """silu(gate) * (1 + exp(-gate)) is gate again, and stays there where gate is negative, clear of subnormals."""
-        gate = -self.draw(self.num_rows, self.dim).abs()
+        gate = -self.draw(seed, self.num_rows, self.dim).abs()
         up = 1 + (-gate).exp()
 
         def check() -> None:
@@ -158,7 +162,7 @@ class QuantiseCase(SmallCase):
 
     @property
     def name(self) -> str:
-        """Shape as a metric's prefix."""
+        """The shape in one word."""
         return f"quantise_kv_{short(self.dtype)}_t{self.num_rows}_kv{self.num_heads}_d{self.head_dim}"
 
     @property
@@ -166,9 +170,9 @@ class QuantiseCase(SmallCase):
         """In, out, and a scale a row."""
         return self.num_rows * self.num_heads * (self.head_dim * (self.dtype.itemsize + 1) + 2)
 
-    def prepare(self) -> tuple[Callable[[], object], Callable[[], None]]:
+    def prepare(self, seed: int) -> tuple[Callable[[], object], Callable[[], None]]:
         """Into new tensors."""
-        x = self.draw(self.num_rows, self.num_heads, self.head_dim)
+        x = self.draw(seed, self.num_rows, self.num_heads, self.head_dim)
 
         def check() -> None:
             for result, expected in zip(quantise_kv(x), quantise_kv_reference(x), strict=True):
@@ -189,21 +193,3 @@ SMALL_CASES: Sequence[SmallCase] = tuple(
     )
 )
 """Decode steps of one and eight requests, and a prefill tile, of a model of 135M parameters."""
-
-
-def small_contenders(case: SmallCase) -> Contenders:
-    """Every variant of this machine and the PyTorch path; refuses to time a wrong kernel."""
-    call, check = case.prepare()
-
-    @torch.inference_mode()
-    def run(variant: native.Variant) -> None:
-        with use_variant(variant):
-            for _ in range(CALLS):
-                call()
-
-    contenders: dict[str, Callable[[], object]] = {"torch": partial(run, "torch")}
-    for variant in timed_variants(torch.float32):
-        with use_variant(variant):
-            check()
-        contenders[variant] = partial(run, variant)
-    return contenders

@@ -1,21 +1,24 @@
 """Sparse prefill attention against our own dense."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from colm_kernels import native, tolerance
+from colm_kernels import tolerance
 from colm_kernels.prefill_attention import prefill_attention
 from colm_kernels.sparse_index import SparseIndex, Tiling, lower
 from colm_kernels.sparse_patterns import vertical_slash
 from colm_kernels.sparse_prefill_attention import sparse_prefill_attention
 
-from bench.kernels.common import SEED, Case, Contenders, summarise, time_interleaved
+from bench.harness.contest import Contest, timed
+from bench.kernels.common import KernelCase
 from bench.kernels.prefill import PrefillCase
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseCase(Case):
+class SparseCase(KernelCase):
     """A tile whose queries attend to a share of the keys."""
 
     dense: PrefillCase
@@ -25,16 +28,16 @@ class SparseCase(Case):
 
     @property
     def name(self) -> str:
-        """Shape as a metric's prefix."""
+        """The shape in one word."""
         return f"sparse_{self.pattern}_{self.density:g}_of_{self.dense.name}"
 
-    def index(self) -> SparseIndex:
+    def index(self, seed: int) -> SparseIndex:
         """A random selection, one list a kv head.
 
         Blocks: key blocks, each by chance. Vertical-slash: half of the keys as scattered columns, half as diagonals in
         runs of 64, as a head with many of both has.
         """
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(seed)
         num_keys, num_lists = self.dense.num_keys, self.dense.num_kv_heads
         tiling = Tiling(num_queries=self.dense.num_queries, num_keys=num_keys)
         if self.pattern == "blocks":
@@ -50,15 +53,29 @@ class SparseCase(Case):
         slashes = (torch.stack(starts).unsqueeze(2) + torch.arange(64)).flatten(1)
         return vertical_slash(tiling, verticals_LV=torch.stack(columns), slashes_LW=slashes)
 
-    def measure(self, num_rounds: int) -> dict[str, Any]:
-        """Seconds of both, and how many times faster sparse is, beside the most that its density allows."""
-        index = self.index()
-        seconds = time_interleaved(sparse_contenders(self, index), num_rounds)
-        work = {"dense": self.dense.flops, "sparse": self.dense.flops * index.density()}
-        metrics = summarise(work, seconds, "gflops_per_s")
-        rates = {name: metrics[f"{name}_gflops_per_s"]["median"] for name in work}
-        faster = rates["sparse"] / rates["dense"] / index.density()
-        return metrics | {"density": round(index.density(), 4), "over_dense_x": round(faster, 2)}
+    @contextmanager
+    def contest(self, seed: int) -> Iterator[Contest]:
+        """Dense and sparse on the same inputs, by time: dense does what sparse leaves out."""
+        index, (q, k, v) = self.index(seed), self.dense.inputs(seed)
+
+        def check() -> None:
+            out, lse = sparse_prefill_attention(q, k, v, index)
+            # Row blocks are independent of one another: the last one alone, as a tile of its own, is small enough.
+            last = last_row_block(index)
+            tile = q[-last.tiling.num_queries :]
+            tolerance.check_all(tolerance.prefill_attention(tile, k, v, last), (out[-len(tile) :], lse[-len(tile) :]))
+
+        gflops, density = self.dense.flops / 1e9, index.density()
+        yield Contest(
+            check=check,
+            contenders={
+                "dense": timed(lambda: prefill_attention(q, k, v), gflops=gflops),
+                "sparse": timed(lambda: sparse_prefill_attention(q, k, v, index), gflops=gflops * density),
+            },
+            ours="sparse",
+            against=("dense",),
+            facts={"density": round(density, 4)},
+        )
 
 
 _SHAPES: tuple[tuple[int, int, Literal["blocks", "vertical_slash"], float], ...] = (
@@ -74,21 +91,6 @@ SPARSE_CASES = tuple(
     )
     for num_keys, heads, pattern, density in _SHAPES
 )
-
-
-def sparse_contenders(case: SparseCase, index: SparseIndex) -> Contenders:
-    """Dense and sparse on the same inputs; refuses to time a wrong kernel."""
-    q, k, v = case.dense.inputs()
-    out, lse = sparse_prefill_attention(q, k, v, index)
-    # Row blocks are independent of one another: the last one alone, as a tile of its own, is small enough to check.
-    last = last_row_block(index)
-    tile = q[-last.tiling.num_queries :]
-    tolerance.check_all(tolerance.prefill_attention(tile, k, v, last), (out[-len(tile) :], lse[-len(tile) :]))
-    assert native.default_variant(q.dtype) != "torch", "the library is not built; run `python kernels/build.py`"
-    return {
-        "dense": lambda: prefill_attention(q, k, v),
-        "sparse": lambda: sparse_prefill_attention(q, k, v, index),
-    }
 
 
 def last_row_block(index: SparseIndex) -> SparseIndex:

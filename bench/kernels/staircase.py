@@ -3,7 +3,8 @@
 Shapes: R rows, D features of all chains.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -15,13 +16,14 @@ from colm_kernels.chain_linear import chain_linear, chain_linear_by_chain
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.kernels.common import SEED, Case, Contenders, short, summarise, time_interleaved
+from bench.harness.contest import Contest, timed
+from bench.kernels.common import KernelCase, short
 
 Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StaircaseCase(Case):
+class StaircaseCase(KernelCase):
     """Many rows through the staircase of a square layer."""
 
     num_rows: int
@@ -32,7 +34,7 @@ class StaircaseCase(Case):
 
     @property
     def name(self) -> str:
-        """Shape as a metric's prefix."""
+        """The shape in one word."""
         chains = "-".join(map(str, self.chains))
         return f"staircase_{short(self.dtype)}_r{self.num_rows}_d{self.dim}_c{chains}" + "_backward" * self.backward
 
@@ -47,9 +49,9 @@ class StaircaseCase(Case):
         weights = sum(width * reach for width, reach in zip(self.widths, accumulate(self.widths), strict=True))
         return 2.0 * self.num_rows * weights * (3 if self.backward else 1)
 
-    def inputs(self) -> tuple[Tensor, list[Tensor], Tensor]:
+    def inputs(self, seed: int) -> tuple[Tensor, list[Tensor], Tensor]:
         """x_RD, one weight a chain, and the gradient of the output."""
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(self.dtype)
@@ -57,16 +59,64 @@ class StaircaseCase(Case):
         weights = [draw(width, reach) for width, reach in zip(self.widths, accumulate(self.widths), strict=True)]
         return draw(self.num_rows, self.dim), weights, draw(self.num_rows, self.dim)
 
-    def measure(self, num_rounds: int) -> dict[str, Any]:
-        """Rates of every contender, operations with zeros not counted."""
-        contenders = staircase_contenders(self)
-        seconds = time_interleaved(contenders, num_rounds)
-        metrics = summarise(dict.fromkeys(contenders, self.flops), seconds, "gflop_per_s")
-        ours = metrics["ours_gflop_per_s"]["median"]
-        against = [name for name in contenders if name != "ours"]
-        return metrics | {
-            f"over_{name}_x": round(ours / metrics[f"{name}_gflop_per_s"]["median"], 2) for name in against
+    @contextmanager
+    def contest(self, seed: int) -> Iterator[Contest]:
+        """The zero-padded Linear, a Linear a chain, joined, and ours; operations with zeros are not counted.
+
+        With gradients also ours over one tensor a chain, as the model trains.
+        """
+        x, weights, grad = self.inputs(seed)
+        full = _zero_padded(weights)
+        rows = (self.num_rows,) * len(weights)
+        for tensor in (x, full, *weights):
+            tensor.requires_grad_(self.backward)
+
+        def ours(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+            return chain_linear(x, weights, None, rows)
+
+        def linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+            return F.linear(x, weights[0])
+
+        def separate(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+            return torch.cat([F.linear(x[:, : weight.shape[1]], weight) for weight in weights], dim=1)
+
+        def by_chain(xs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensors:
+            ys = chain_linear_by_chain(xs, weights, None)
+            return torch.autograd.grad(ys, [*xs, *weights], grads)
+
+        def run(apply: Any, weights: Sequence[Tensor]) -> Tensors:
+            if not self.backward:
+                with torch.inference_mode():
+                    return (apply(x, weights),)
+            y = apply(x, weights)
+            return y.detach(), *torch.autograd.grad(y, [x, *weights], grad)
+
+        calls = {
+            "full": partial(run, linear, [full]),
+            "separate": partial(run, separate, weights),
+            "ours": partial(run, ours, weights),
         }
+        if self.backward:
+            xs, grads = ([part.contiguous() for part in tensor.split(self.widths, dim=1)] for tensor in (x, grad))
+            calls["by_chain"] = partial(by_chain, [part.detach().requires_grad_() for part in xs], grads)
+
+        def check() -> None:
+            expected = [tolerance.linear(x, weights, None, rows)]
+            if self.backward:
+                expected += tolerance.linear_gradients(x, weights, None, rows, grad)
+            tolerance.check_all(expected, calls["ours"]())
+            if self.backward:
+                gradients = calls["by_chain"]()
+                of_xs, of_weights = gradients[: len(weights)], gradients[len(weights) :]
+                tolerance.check_all(expected[1:], (torch.cat(of_xs, dim=1), *of_weights))
+
+        yield Contest(
+            check=check,
+            contenders={name: timed(call, gflops=self.flops / 1e9) for name, call in calls.items()},
+            ours="ours",
+            against=[name for name in calls if name != "ours"],
+            compared_by="gflops_per_s",
+        )
 
 
 STAIRCASE_CASES = tuple(
@@ -86,52 +136,6 @@ STAIRCASE_CASES = tuple(
     )
 )
 """Layers of the paper's models, a prefill tile or a training batch at a time."""
-
-
-def staircase_contenders(case: StaircaseCase) -> Contenders:
-    """The zero-padded Linear, a Linear a chain, joined, and ours; refuses to time a wrong result.
-
-    With gradients also ours over one tensor a chain, as the model trains.
-    """
-    x, weights, grad = case.inputs()
-    full = _zero_padded(weights)
-    rows = (case.num_rows,) * len(weights)
-    for tensor in (x, full, *weights):
-        tensor.requires_grad_(case.backward)
-
-    def ours(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        return chain_linear(x, weights, None, rows)
-
-    def linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        return F.linear(x, weights[0])
-
-    def separate(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        return torch.cat([F.linear(x[:, : weight.shape[1]], weight) for weight in weights], dim=1)
-
-    def by_chain(xs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensors:
-        ys = chain_linear_by_chain(xs, weights, None)
-        return torch.autograd.grad(ys, [*xs, *weights], grads)
-
-    def run(apply: Any, weights: Sequence[Tensor]) -> Tensors:
-        if not case.backward:
-            with torch.inference_mode():
-                return (apply(x, weights),)
-        y = apply(x, weights)
-        return y.detach(), *torch.autograd.grad(y, [x, *weights], grad)
-
-    contenders = {
-        "full": partial(run, linear, [full]),
-        "separate": partial(run, separate, weights),
-        "ours": partial(run, ours, weights),
-    }
-    if case.backward:
-        xs, grads = ([part.contiguous() for part in tensor.split(case.widths, dim=1)] for tensor in (x, grad))
-        contenders["by_chain"] = partial(by_chain, [part.detach().requires_grad_() for part in xs], grads)
-    expected = [tolerance.linear(x, weights, None, rows)]
-    if case.backward:
-        expected += tolerance.linear_gradients(x, weights, None, rows, grad)
-    tolerance.check_all(expected, contenders["ours"]())
-    return contenders
 
 
 def _zero_padded(weights: Sequence[Tensor]) -> Tensor:

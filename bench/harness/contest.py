@@ -1,0 +1,163 @@
+"""What a benchmark writes down: cases, each with contenders that take turns once they are known to be right."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, Literal, Self
+
+from bench.harness.units import more_is_better, unit_of
+
+Run = Callable[[], Mapping[str, float]]
+"""A contender's turn: does the work once and says what it saw, each metric named by its unit, e.g. `{"s": 0.5}`."""
+
+Measured = Literal["whole", "sampled", "modelled"]
+"""All of what the name says was run, a part that stands for it, or a formula."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """A case made ready.
+
+    Raises:
+        ValueError: one is compared that does not run, or a fact's unit is unknown.
+    """
+
+    check: Callable[[], None]
+    """Holds what contenders of ours compute against the definition; AssertionError where it is wrong."""
+    contenders: Mapping[str, Run]
+    """In the order of their turns."""
+    ours: str | None = None
+    """The contender that ratios are of; None for none."""
+    against: Sequence[str] = ()
+    """The contenders that `ours` is compared with."""
+    compared_by: str = "s"
+    """The metric that ratios compare."""
+    facts: Mapping[str, float] = field(default_factory=dict)
+    """Metrics that need no clock."""
+
+    def __post_init__(self) -> None:
+        unknown = {*self.against, *filter(None, [self.ours])} - set(self.contenders)
+        if unknown:
+            raise ValueError(f"{sorted(unknown)} are compared but do not run; contenders: {list(self.contenders)}")
+        for metric in self.facts:
+            unit_of(metric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(ABC):
+    """One shape of what a benchmark measures; its fields are the shape in the record."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Says which case it is, in the record and in the table."""
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        return asdict(self)
+
+    @property
+    def measured(self) -> Measured:
+        """What the figures stand on."""
+        return "whole"
+
+    @abstractmethod
+    def contest(self, seed: int) -> AbstractContextManager[Contest]:
+        """Make the contenders and what they run on, for as long as the context lasts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Of one metric over all rounds."""
+
+    median: float
+    min: float
+    max: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Of one value a round."""
+        return cls(median=median(values), min=min(values), max=max(values), n=len(values))
+
+    def as_json(self) -> dict[str, float]:
+        """Five significant digits of what a clock gave; counts whole."""
+        return {key: value if isinstance(value, int) else float(f"{value:.5g}") for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a contest came to."""
+
+    seen: Mapping[str, Mapping[str, Spread]]
+    """By contender and metric."""
+    ours: str | None
+    ratios: Mapping[str, Spread]
+    """How many times better `ours` is than each it is compared with, both of the same round."""
+    facts: Mapping[str, float]
+
+    def metrics(self) -> dict[str, dict[str, float] | float]:
+        """Flat, as records have it: `avx2_gflops_per_s`, `over_sdpa_x`, `density`."""
+        seen = {f"{name}_{metric}": spread for name, each in self.seen.items() for metric, spread in each.items()}
+        ratios = {f"over_{name}_x": spread for name, spread in self.ratios.items()}
+        return {name: spread.as_json() for name, spread in (seen | ratios).items()} | dict(self.facts)
+
+
+def timed(
+    call: Callable[[], object], *, num_calls: int = 1, clock: Callable[[], float] = time.perf_counter, **work: float
+) -> Run:
+    """A turn that takes the time of one call.
+
+    Args:
+        call: does the work.
+        num_calls: how often it does it in one turn.
+        clock: in seconds.
+        work: amounts in one piece of work; `gb=2` adds `gb_per_s`.
+    """
+
+    def run() -> dict[str, float]:
+        start = clock()
+        call()
+        seconds = (clock() - start) / num_calls
+        return {"s": seconds} | {f"{what}_per_s": amount / seconds for what, amount in work.items()}
+
+    return run
+
+
+def measure(contest: Contest, num_rounds: int, after_turn: Callable[[], None] = lambda: None) -> Result:
+    """Check, let everyone warm up in one round that does not count, then take turns.
+
+    Turns, so that a ratio never compares two moments of a busy machine.
+
+    Raises:
+        AssertionError: a contender's result is wrong; nothing has been timed.
+        ValueError: a metric's unit is unknown, seen in the first turn.
+    """
+    contest.check()
+    turns: dict[str, list[Mapping[str, float]]] = {name: [] for name in contest.contenders}
+    for _ in range(1 + num_rounds):
+        for name, run in contest.contenders.items():
+            turns[name].append(seen := run())
+            for metric in seen:
+                unit_of(metric)
+            after_turn()
+    samples = {
+        name: {metric: [turn[metric] for turn in each[1:]] for metric in each[0]} for name, each in turns.items()
+    }
+    ratios = {}
+    if contest.ours is not None:
+        mine = samples[contest.ours][contest.compared_by]
+        for name in contest.against:
+            pairs = zip(mine, samples[name][contest.compared_by], strict=True)
+            more = more_is_better(contest.compared_by)
+            ratios[name] = Spread.of([ours / theirs if more else theirs / ours for ours, theirs in pairs])
+    return Result(
+        seen={name: {metric: Spread.of(values) for metric, values in each.items()} for name, each in samples.items()},
+        ours=contest.ours,
+        ratios=ratios,
+        facts=contest.facts,
+    )
