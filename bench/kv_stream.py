@@ -96,7 +96,7 @@ def sender(codec: str, message_kib: int, num_messages: int, tls_dir: Path) -> It
 def receive(address: str, codec: str, security: Security, num_messages: int) -> float:
     """Read, verify and store the whole stream; seconds."""
     decode = decode_generated if codec == "protobuf" else decode_message
-    num_pages = LAYOUT.pages_per_layer((max(MESSAGE_KIB) << 10) // LAYOUT.layer_token_bytes)
+    num_pages = LAYOUT.pages((max(MESSAGE_KIB) << 10) // LAYOUT.layer_token_bytes)
     store, pages = KvStore(LAYOUT, num_pages), np.arange(num_pages, dtype=np.int32)
     with open_blocking_channel(address, security) as channel:
         grpc.channel_ready_future(channel).result(timeout=30)
@@ -106,7 +106,7 @@ def receive(address: str, codec: str, security: Security, num_messages: int) -> 
             message, payload = decode(data)
             if checksum_of(payload) != message.tile.checksum:
                 raise AssertionError("a tile was damaged")
-            store.write_tile(pages, 0, message.tile.num_tokens, payload)
+            store.write_tile(pages, 0, 0, message.tile.num_tokens, payload)
             count += 1
         elapsed_s = time.monotonic() - started_s
     if count != num_messages:

@@ -33,7 +33,7 @@ class ModelSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights, computation and KV cache; auto is bfloat16 where the machine is fast at it."""
     page_tokens: PositiveInt = defaults.PAGE_TOKENS
-    """Tokens of one layer in a KV page."""
+    """Tokens in a KV page."""
 
     @property
     def resolved_dtype(self) -> str:

@@ -38,7 +38,7 @@ class KvLayout:
     head_dim: int
     dtype: torch.dtype
     page_tokens: int
-    """Tokens of one layer in one page."""
+    """Tokens in one page, all layers of them."""
 
     @classmethod
     def of(cls, config: ChainConfig, *, dtype: torch.dtype, page_tokens: int) -> "KvLayout":
@@ -65,30 +65,26 @@ class KvLayout:
 
     @property
     def page_bytes(self) -> int:
-        """One page of keys and values."""
-        return self.page_tokens * self.layer_token_bytes
+        """Keys and values of one page, all layers."""
+        return self.page_tokens * self.token_bytes
 
     def pages_within(self, kv_cache_bytes: int) -> int:
         """Pages that a cache of that size holds.
 
         Raises:
-            ConfigError: there is not one for each layer.
+            ConfigError: it holds none.
         """
         num_pages = kv_cache_bytes // self.page_bytes
-        if num_pages < self.num_layers:
+        if num_pages < 1:
             raise ConfigError(
-                f"decode.kv_cache_bytes={kv_cache_bytes} bytes holds {num_pages} pages of {self.page_bytes} bytes; "
-                f"the least is a page for each of {self.num_layers} layers, {self.num_layers * self.page_bytes} bytes"
+                f"decode.kv_cache_bytes={kv_cache_bytes} bytes holds no page; the least is one page of "
+                f"{self.page_tokens} tokens in all {self.num_layers} layers, {self.page_bytes} bytes"
             )
         return num_pages
 
-    def pages_per_layer(self, num_tokens: int) -> int:
-        """Pages that hold `num_tokens` tokens of one layer."""
-        return -(-num_tokens // self.page_tokens)
-
     def pages(self, num_tokens: int) -> int:
-        """Pages that hold `num_tokens` tokens of all layers."""
-        return self.num_layers * self.pages_per_layer(num_tokens)
+        """Pages that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.page_tokens)
 
 
 @dataclass(frozen=True, slots=True)

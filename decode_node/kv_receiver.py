@@ -124,7 +124,7 @@ class KvReceiver:
                 payload_bytes=len(payload),
             )
         )
-        self._store.write_tile(self._transfer.table_LM[tile.layer], tile.first_token, tile.num_tokens, payload)
+        self._store.write_tile(self._transfer.table_M, tile.layer, tile.first_token, tile.num_tokens, payload)
 
     def _requests(self) -> Iterator[pb.PullKvRequest]:
         transfer = self._transfer

@@ -107,7 +107,7 @@ class DecodeNode:
 
         Raises:
             CheckpointError: the checkpoint cannot be served.
-            ConfigError: the KV cache is smaller than one page of each layer, or a page larger than a message.
+            ConfigError: the KV cache is smaller than a page, or a page larger than a message.
             OSError: the port is taken, or the host is not this machine's.
         """
         options, clock = self._options, MonotonicClock()

@@ -90,15 +90,16 @@ def checksum_of(payload: memoryview) -> int:
 
 
 def check_page(layout: KvLayout) -> None:
-    """Refuse pages that no message can carry: the stream sends whole ones.
+    """Refuse pages of which no message can carry one layer: the stream cuts none.
 
     Raises:
         ConfigError: names the option, the limit and the largest page that fits.
     """
     limit = MAX_MESSAGE_BYTES - _HEADER_BYTES
-    if layout.page_bytes > limit:
+    page_bytes = layout.page_tokens * layout.layer_token_bytes
+    if page_bytes > limit:
         raise ConfigError(
-            f"model.page_tokens={layout.page_tokens} makes pages of {layout.page_bytes} bytes, and a message carries "
+            f"model.page_tokens={layout.page_tokens} makes pages of {page_bytes} bytes a layer, and a message carries "
             f"{limit}; for this model and dtype choose at most {limit // layout.layer_token_bytes}"
         )
 

@@ -85,8 +85,8 @@ async def test_a_neighbour_gets_the_pages_of_a_late_request_only_after_the_last_
     checkpoint: Checkpoint, writer: str
 ) -> None:
     """The neighbour's keys and values were overwritten by the late one's: wrong logprobs, and no error."""
-    path, num_pages = str(checkpoint.path), 2 * 10
-    page_bytes = PAGE_TOKENS * 2 * checkpoint.config.kv_dim * 4
+    path, config, num_pages = str(checkpoint.path), checkpoint.config, 10
+    page_bytes = PAGE_TOKENS * config.num_layers * 2 * config.kv_dim * 4
     async with (
         prefill_node(path) as prefill,
         decode_node(path, [prefill.address], kv_cache_bytes=num_pages * page_bytes) as node,

@@ -82,6 +82,13 @@ MUTANTS = (
         _LOOP + "test_answers_share_steps_and_never_more_than_the_batch_holds",
     ),
     Mutant(
+        "a row keeps the pages of the request before",
+        "decode_node/engine.py",
+        "if len(tables) != len(self._tables) or any(map(is_not, tables, self._tables)):",
+        "if len(tables) != len(self._tables):",
+        "tests/numerics/test_decode_engine.py::test_the_batchs_table_is_made_anew_only_for_other_requests",
+    ),
+    Mutant(
         "the batch is always one",
         "decode_node/decode_loop.py",
         "await self._step(list(self._active))",

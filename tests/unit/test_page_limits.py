@@ -1,4 +1,4 @@
-"""A page that no message carries, and a cache without a page of each layer, are refused before anything starts."""
+"""A page that no message carries, and a cache without one page, are refused before anything starts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests.tiny import tiny_checkpoint, tiny_config
 
 TOKEN_BYTES = 2 * 2 * 16 * 4  # keys and values, kv heads, head dim, float32: of one layer
 TOO_MANY = MAX_MESSAGE_BYTES // TOKEN_BYTES
-REFUSAL = rf"model\.page_tokens={TOO_MANY} makes pages of {MAX_MESSAGE_BYTES} bytes.* at most (\d+)"
+REFUSAL = rf"model\.page_tokens={TOO_MANY} makes pages of {MAX_MESSAGE_BYTES} bytes a layer.* at most (\d+)"
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,10 @@ def test_up_refuses_a_page_above_a_message(checkpoint: Checkpoint, tmp_path: Pat
         bring_up(checkpoint, tmp_path, **{"model.page_tokens": TOO_MANY, "prefill.tile_tokens": TOO_MANY})
 
 
-def test_up_refuses_a_cache_below_a_page_of_each_layer(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_up_refuses_a_cache_below_one_page_of_all_layers(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Bug: only a replica found out, minutes later."""
     least = 2 * 64 * TOKEN_BYTES
-    with pytest.raises(ConfigError, match=rf"decode\.kv_cache_bytes={least - 1} bytes .* 2 layers, {least} bytes"):
+    with pytest.raises(ConfigError, match=rf"decode\.kv_cache_bytes={least - 1} bytes .* all 2 layers, {least} bytes"):
         bring_up(checkpoint, tmp_path, **{"decode.kv_cache_bytes": least - 1})
 
 
@@ -75,7 +75,7 @@ async def test_the_largest_page_that_is_offered_is_served(checkpoint: Checkpoint
         await prefill_node(checkpoint, TOO_MANY).start()
     page_tokens = int(str(refusal.value).rpartition(" ")[2])
     layout = KvLayout.of(checkpoint.config, dtype=torch.float32, page_tokens=page_tokens)
-    assert MAX_MESSAGE_BYTES - (8 << 10) < layout.page_bytes < MAX_MESSAGE_BYTES
+    assert MAX_MESSAGE_BYTES - (8 << 10) < page_tokens * layout.layer_token_bytes < MAX_MESSAGE_BYTES
     prompt = np.random.default_rng(0).integers(3, 300, page_tokens + 1).tolist()
     prefill = prefill_node(checkpoint, page_tokens)
     await prefill.start()
