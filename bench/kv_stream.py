@@ -22,26 +22,28 @@ import torch
 import xxhash
 
 from bench.record import environment
-from colm.kv import KvLayout, KvTile
+from colm.kv import KvFormat, KvTile
 from colm.node_cli import read_security
 from colm.wire.endpoint import bind, create_server, open_blocking_channel
 from colm.wire.security import Security, Tls, new_tls
-from colm.wire.tile_codec import METHOD, SERVICE, checksum_of, decode_message, encode_tile
+from colm.wire.tile_codec import METHOD, SERVICE, decode_message, decode_tile, encode_tile
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
+from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 
 SEED = 0
 MESSAGE_KIB = (256, 1024, 4096)
 CODECS = ("ours", "ours_tls", "protobuf")
-LAYOUT = KvLayout(num_layers=1, num_kv_heads=8, head_dim=64, dtype=torch.bfloat16, page_tokens=64)
+FORMAT = KvFormat(num_layers=1, num_kv_heads=8, head_dim=64, dtype=torch.bfloat16)
+LAYOUT = KvLayout(FORMAT, page_tokens=64)
 
 
 def tile_of(message_kib: int) -> KvTile:
     """Random keys and values of about that size."""
-    num_tokens = (message_kib << 10) // LAYOUT.layer_token_bytes
-    shape = (LAYOUT.num_kv_heads, num_tokens, LAYOUT.head_dim)
+    num_tokens = (message_kib << 10) // FORMAT.layer_token_bytes
+    shape = (FORMAT.num_kv_heads, num_tokens, FORMAT.head_dim)
     generator = torch.Generator().manual_seed(SEED)
-    return KvTile(0, 0, *(torch.randn(shape, generator=generator).to(LAYOUT.dtype) for _ in range(2)))
+    return KvTile(0, 0, *(torch.randn(shape, generator=generator).to(FORMAT.dtype) for _ in range(2)))
 
 
 def encode_generated(tile: KvTile) -> bytes:
@@ -96,7 +98,7 @@ def sender(codec: str, message_kib: int, num_messages: int, tls_dir: Path) -> It
 def receive(address: str, codec: str, security: Security, num_messages: int) -> float:
     """Read, verify and store the whole stream; seconds."""
     decode = decode_generated if codec == "protobuf" else decode_message
-    num_pages = LAYOUT.pages((max(MESSAGE_KIB) << 10) // LAYOUT.layer_token_bytes)
+    num_pages = LAYOUT.pages((max(MESSAGE_KIB) << 10) // FORMAT.layer_token_bytes)
     store, pages = KvStore(LAYOUT, num_pages), np.arange(num_pages, dtype=np.int32)
     with open_blocking_channel(address, security) as channel:
         grpc.channel_ready_future(channel).result(timeout=30)
@@ -104,9 +106,7 @@ def receive(address: str, codec: str, security: Security, num_messages: int) -> 
         count = 0
         for data in channel.stream_stream(f"/{SERVICE}/{METHOD}", None, None)(iter(())):
             message, payload = decode(data)
-            if checksum_of(payload) != message.tile.checksum:
-                raise AssertionError("a tile was damaged")
-            store.write_tile(pages, 0, 0, message.tile.num_tokens, payload)
+            store.write(pages, decode_tile(message.tile, payload, FORMAT))
             count += 1
         elapsed_s = time.monotonic() - started_s
     if count != num_messages:

@@ -41,7 +41,7 @@ class DecodeEngine:
         self.config = checkpoint.config
         self._store = store
         self._table = _BatchTable()
-        self._model = checkpoint.load(dtype=store.layout.dtype)
+        self._model = checkpoint.load(dtype=store.layout.kv_format.dtype)
         self._inverse_frequencies = inverse_frequencies(checkpoint.config)
 
     @torch.inference_mode()

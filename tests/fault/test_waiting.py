@@ -23,7 +23,7 @@ from decode_node.node import DecodeNode
 from decode_node.requests import DecodeJob, Emit, RequestOwner
 from prefill_node.engine import PrefillEngine
 from tests.gates import LIMIT_S, gate_before
-from tests.nodes import PAGE_TOKENS, decode, decode_node, prefill_node
+from tests.nodes import decode, decode_node, pages_bytes, prefill_node
 from tests.tiny import tiny_checkpoint
 
 PROMPT = torch.randint(0, 320, (60,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -38,11 +38,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture
 async def small(checkpoint: Checkpoint) -> AsyncIterator[DecodeNode]:
     """A decode node with pages for one request."""
-    path, config = str(checkpoint.path), checkpoint.config
-    page_bytes = PAGE_TOKENS * config.num_layers * 2 * config.kv_dim * 4
+    path, kv_cache_bytes = str(checkpoint.path), pages_bytes(checkpoint.config, PAGES_OF_ONE)
     async with (
         prefill_node(path) as prefill,
-        decode_node(path, [prefill.address], kv_cache_bytes=PAGES_OF_ONE * page_bytes) as node,
+        decode_node(path, [prefill.address], kv_cache_bytes=kv_cache_bytes) as node,
     ):
         yield node
 

@@ -253,10 +253,24 @@ MUTANTS = (
     ),
     Mutant(
         "a damaged payload is stored",
-        "decode_node/kv_receiver.py",
-        "        if checksum_of(payload) != tile.checksum:\n",
-        "        if False:\n",
+        "colm/wire/tile_codec.py",
+        "    if xxhash.xxh3_64_intdigest(payload) != header.checksum:\n",
+        "    if False:\n",
         _STREAM + "test_a_spoilt_stream_is_fetched_again_and_the_answer_is_the_oracles",
+    ),
+    Mutant(
+        "a codec that nobody reads is asked for again",
+        "colm/wire/tile_codec.py",
+        'raise FingerprintMismatch(f"{place} came in codec',
+        'raise PeerUnavailable(f"{place} came in codec',
+        _STREAM + "test_a_tile_in_another_format_is_final",
+    ),
+    Mutant(
+        "every tile begins with a page",
+        "decode_node/kv_store.py",
+        "int(ids[start]) * page_tokens + begin % page_tokens",
+        "int(ids[start]) * page_tokens",
+        "tests/unit/test_kv_store.py::test_a_tile_lands_bit_for_bit_and_touches_nothing_else",
     ),
     Mutant(
         "a tile of an older epoch is stored",

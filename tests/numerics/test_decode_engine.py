@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint
-from colm.kv import KvLayout
+from colm.kv import KvFormat
 from colm.model.config import RopeScaling
-from colm.wire.tile_codec import decode_message, encode_tile
+from colm.wire.tile_codec import decode_message, decode_tile, encode_tile
 from decode_node import engine as engine_module
 from decode_node.engine import DecodeEngine, StepInput
+from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.page_pool import PagePool
 from prefill_node.engine import PrefillEngine
@@ -55,12 +56,12 @@ class Machine:
     """A prefill engine, a store and a decode engine of one model, without a wire between them."""
 
     def __init__(self, checkpoint: Checkpoint, num_pages: int = 128) -> None:
-        layout = KvLayout.of(checkpoint.config, dtype=torch.float32, page_tokens=PAGE_TOKENS)
-        self.store = KvStore(layout, num_pages)
+        kv_format = KvFormat.of(checkpoint.config, torch.float32)
+        self.store = KvStore(KvLayout(kv_format, PAGE_TOKENS), num_pages)
         for pages in (self.store.k_pages_LBPKD, self.store.v_pages_LBPKD):
             pages.fill_(float("nan"))
         self.pool = PagePool(num_pages)
-        self.prefill = PrefillEngine(checkpoint, layout, tile_tokens=2 * PAGE_TOKENS)
+        self.prefill = PrefillEngine(checkpoint, kv_format, tile_tokens=2 * PAGE_TOKENS + 1)
         self.decode = DecodeEngine(checkpoint, self.store)
         # Holes, so that requests get pages that lie apart.
         leases = [self.pool.reserve("hole", 3) for _ in range(num_pages // 3)]
@@ -75,7 +76,7 @@ class Machine:
         if len(token_ids) > 1:
             for tile in self.prefill.run(token_ids[:-1]):
                 header, payload = decode_message(encode_tile(tile, transfer_id="t", epoch=1))
-                self.store.write_tile(table_M, tile.layer, header.tile.first_token, header.tile.num_tokens, payload)
+                self.store.write(table_M, decode_tile(header.tile, payload, layout.kv_format))
         return table_M
 
     def first_step(self, token_ids: NDArray[np.int64], num_chains: int) -> StepInput:

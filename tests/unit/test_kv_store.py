@@ -9,14 +9,20 @@ import torch
 from colm_kernels.rotary import rotate_
 from torch import Tensor
 
-from colm.kv import KvLayout
+from colm.kv import KvFormat, KvTile
+from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.page_pool import PageLease
 
 NUM_LAYERS, NUM_KV_HEADS, PAGE_TOKENS, HEAD_DIM = 2, 3, 4, 8
 NUM_PAGES = 12
 LENGTHS = [1, PAGE_TOKENS - 1, PAGE_TOKENS, PAGE_TOKENS + 1, 3 * PAGE_TOKENS, 13]
-PLACES = {"contiguous": [3, 4, 5, 6, 7, 8], "backwards": [8, 7, 6, 5, 4, 3], "scattered": [9, 2, 11, 0, 7, 4]}
+PLACES = {
+    "contiguous": [3, 4, 5, 6, 7, 8],
+    "backwards": [8, 7, 6, 5, 4, 3],
+    "scattered": [9, 2, 11, 0, 7, 4],
+    "two runs": [8, 9, 10, 1, 2, 3],
+}
 WIDTHS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -33,53 +39,35 @@ def random_bits(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
 
 def store_of(dtype: torch.dtype) -> KvStore:
     """Every page filled with known bits, so that a stray write shows."""
-    layout = KvLayout(
-        num_layers=NUM_LAYERS,
-        num_kv_heads=NUM_KV_HEADS,
-        head_dim=HEAD_DIM,
-        dtype=dtype,
-        page_tokens=PAGE_TOKENS,
-    )
-    store = KvStore(layout, NUM_PAGES)
+    kv_format = KvFormat(num_layers=NUM_LAYERS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, dtype=dtype)
+    store = KvStore(KvLayout(kv_format, PAGE_TOKENS), NUM_PAGES)
     store.k_pages_LBPKD.copy_(random_bits(dtype, *store.k_pages_LBPKD.shape, seed=1))
     store.v_pages_LBPKD.copy_(random_bits(dtype, *store.v_pages_LBPKD.shape, seed=2))
     return store
 
 
-def payload_of(k_KTD: Tensor, v_KTD: Tensor) -> memoryview:
-    """Keys, then values, as a stream carries them: read-only and at any offset."""
-    data = b"x" + b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in (k_KTD, v_KTD))
-    return memoryview(data)[1:]
-
-
 @pytest.mark.parametrize("dtype", WIDTHS.keys(), ids=str)
 @pytest.mark.parametrize("place", PLACES.keys())
-@pytest.mark.parametrize("first_page", [0, 2])
+@pytest.mark.parametrize("first_token", [0, 3, 2 * PAGE_TOKENS, 2 * PAGE_TOKENS + 1])
 @pytest.mark.parametrize("layer", range(NUM_LAYERS))
 @pytest.mark.parametrize("num_tokens", LENGTHS)
 def test_a_tile_lands_bit_for_bit_and_touches_nothing_else(
-    num_tokens: int, layer: int, first_page: int, place: str, dtype: torch.dtype
+    num_tokens: int, layer: int, first_token: int, place: str, dtype: torch.dtype
 ) -> None:
     store = store_of(dtype)
     table_M = torch.tensor(PLACES[place], dtype=torch.int32).numpy()
     k_KTD, v_KTD = (random_bits(dtype, NUM_KV_HEADS, num_tokens, HEAD_DIM, seed=seed) for seed in (3, 4))
     expected_k, expected_v = bits(store.k_pages_LBPKD).clone(), bits(store.v_pages_LBPKD).clone()
     for token in range(num_tokens):
-        page, slot = PLACES[place][first_page + token // PAGE_TOKENS], token % PAGE_TOKENS
+        column, slot = divmod(first_token + token, PAGE_TOKENS)
+        page = PLACES[place][column]
         expected_k[layer, page, slot] = bits(k_KTD[:, token])
         expected_v[layer, page, slot] = bits(v_KTD[:, token])
 
-    store.write_tile(table_M, layer, first_page * PAGE_TOKENS, num_tokens, payload_of(k_KTD, v_KTD))
+    store.write(table_M, KvTile(layer, first_token, k_KTD, v_KTD))
 
     assert torch.equal(bits(store.k_pages_LBPKD), expected_k)
     assert torch.equal(bits(store.v_pages_LBPKD), expected_v)
-
-
-def test_a_payload_of_another_length_is_refused() -> None:
-    store = store_of(torch.float32)
-    short = payload_of(torch.zeros(NUM_KV_HEADS, 3, HEAD_DIM), torch.zeros(NUM_KV_HEADS, 3, HEAD_DIM))
-    with pytest.raises(ValueError, match="cannot reshape"):
-        store.write_tile(torch.arange(4, dtype=torch.int32).numpy(), 0, 0, 4, short)
 
 
 @pytest.mark.parametrize("layer", range(NUM_LAYERS))
