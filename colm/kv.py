@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colm.checkpoint import Checkpoint, backbone_digest
+from colm.checkpoint import Checkpoint, backbone_digest, prefill_tensor_names
 from colm.dtypes import dtype_name
 from colm.errors import UnsupportedModel
 from colm.model.config import ChainConfig
@@ -81,6 +81,8 @@ def fingerprint(checkpoint: Checkpoint, kv_format: KvFormat) -> str:
     scaling = config.rope_scaling
     facts = {
         "backbone": backbone_digest(checkpoint),
+        # A stored digest does not see a config that was edited since: another one may read other tensors of the file.
+        "tensors": sorted(prefill_tensor_names(config)),
         "rope_theta": config.rope_theta,
         "rope_scaling": None if scaling is None else repr(scaling),
         "norm_eps": config.norm_eps,

@@ -97,14 +97,20 @@ def export_model(
     note(f"wrote {dest}")
 
 
-def inspect_model(path: CheckpointSource, json: JsonFlag = False) -> None:
+def inspect_model(
+    path: CheckpointSource,
+    verify: Annotated[bool, typer.Option("--verify", help="Read chain 1's weights and check their digest.")] = False,
+    json: JsonFlag = False,
+) -> None:
     """Show a checkpoint's config, its parameters by scale and its KV bytes per token."""
-    from colm.checkpoint import Checkpoint
+    from colm.checkpoint import Checkpoint, verify_backbone
     from colm.dtypes import dtype_name
     from colm.kv import KvFormat
     from colm.model import num_parameters
 
     checkpoint = Checkpoint.open(path)
+    if verify:
+        verify_backbone(checkpoint)
     config, dtype = checkpoint.config, checkpoint.dtype()
     token_bytes = KvFormat.of(config, dtype).token_bytes
     scales = {str(scale): num_parameters(config, scale) for scale in range(1, config.num_chains + 1)}
@@ -138,6 +144,8 @@ def inspect_model(path: CheckpointSource, json: JsonFlag = False) -> None:
         ("text", chat if checkpoint.tokenizer_path else "token ids only, no tokenizer"),
         ("KV cache", f"{human_bytes(token_bytes)} per token, {kv_scope}"),
     ]
+    if verify:
+        rows.append(("digest", "chain 1's weights match it"))
     rows += [(f"scale {scale}", f"{count:,} parameters") for scale, count in scales.items()]
     for name, value in rows:
         typer.echo(f"{name:<13} {value}")

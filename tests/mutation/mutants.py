@@ -279,6 +279,13 @@ MUTANTS = (
         "self._expect(True,",
         _STREAM + "test_a_real_tile_of_a_broken_stream_is_void_in_the_next_one",
     ),
+    Mutant(
+        "weights are taken for what their digest says",
+        "colm/checkpoint.py",
+        "    if stored != _computed_digest(checkpoint):\n",
+        "    if False:\n",
+        "tests/unit/test_checkpoint.py::test_a_stored_digest_is_read_without_the_weights_and_verified_with_them",
+    ),
     # The prefill node.
     Mutant(
         "the prompts that wait for the engine are not bounded",

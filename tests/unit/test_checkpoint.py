@@ -25,13 +25,22 @@ from colm.checkpoint import (
     load,
     prefill_tensor_names,
     save,
+    verify_backbone,
 )
 from colm.errors import CheckpointError
 from colm.kv import KvFormat, fingerprint
 from colm.model import parameter_shapes
 from colm.model.config import ChainConfig, RopeScaling
 from prefill_node.engine import PrefillEngine
-from tests.tiny import edit_json, random_tensors, tiny_checkpoint, tiny_config, tiny_tokenizer
+from tests.tiny import (
+    edit_json,
+    flip_last_byte,
+    random_tensors,
+    tiny_checkpoint,
+    tiny_config,
+    tiny_tokenizer,
+    without_digest,
+)
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -111,6 +120,7 @@ def without(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tens
 
 BAD_SAVES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = {
     "missing": (lambda tensors: without(tensors, "layers.1.ffn.up.chain2"), "layers.1.ffn.up.chain2"),
+    "missing of the backbone": (lambda tensors: without(tensors, "embedding.chain1"), "embedding.chain1"),
     "misshapen": (
         lambda tensors: tensors | {"layers.0.attention.wk.chain1": torch.zeros(2, 3)},
         "layers.0.attention.wk.chain1",
@@ -244,6 +254,41 @@ def test_the_backbone_digest_ignores_whatever_a_prefill_does_not_read(tmp_path: 
 def test_the_backbone_digest_sees_the_last_bit_of(tmp_path: Path, name: str) -> None:
     config = tiny_config()
     assert backbone_digest(changed(tmp_path / "b", config, {name})) != backbone_digest(tiny_checkpoint(tmp_path / "a"))
+
+
+def test_the_digest_stored_is_the_one_that_the_weights_have(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    stored = checkpoint.stored_digest()
+    older = without_digest(checkpoint)
+    assert older.stored_digest() is None
+    assert backbone_digest(older) == stored
+
+
+def test_a_stored_digest_is_read_without_the_weights_and_verified_with_them(tmp_path: Path) -> None:
+    """Every node read all of chain 1 before it started."""
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    verify_backbone(checkpoint)
+    stored = backbone_digest(checkpoint)
+    flip_last_byte(checkpoint, "embedding.chain1")
+    assert backbone_digest(checkpoint) == stored
+    with pytest.raises(CheckpointError, match="do not match the digest"):
+        verify_backbone(checkpoint)
+
+
+def test_other_weights_below_an_old_config_take_the_digest_with_them(tmp_path: Path) -> None:
+    checkpoint, other = tiny_checkpoint(tmp_path / "a"), tiny_checkpoint(tmp_path / "b", seed=9)
+    checkpoint.weights_path.write_bytes(other.weights_path.read_bytes())
+    assert backbone_digest(checkpoint) == backbone_digest(other)
+    rewrite(checkpoint, random_tensors(tiny_config(), seed=7))
+    assert backbone_digest(checkpoint) == backbone_digest(tiny_checkpoint(tmp_path / "c", seed=7))
+
+
+def test_the_fingerprint_changes_where_the_config_is_edited_to_read_fewer_of_the_same_tensors(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    edit_model(checkpoint, activation="gelu")
+    edited = Checkpoint.open(checkpoint.path)
+    assert edited.stored_digest() == checkpoint.stored_digest()
+    assert fingerprint_of(edited) != fingerprint_of(checkpoint)
 
 
 def test_a_prefill_needs_chain_1_without_head_and_the_last_layer_only_up_to_its_keys_and_values() -> None:
