@@ -47,7 +47,7 @@ def make_security(config: ClusterConfig) -> ClusterSecurity:
 
 def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) -> serve.Application:
     """Bind the three deployments together."""
-    dtype, page_tokens = config.model.resolved_dtype, config.model.page_tokens
+    dtype = config.model.resolved_dtype
     model = str(model_path)
     report_to = (GATEWAY, APPLICATION)
     prefill = _deployment(
@@ -60,7 +60,6 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         PrefillOptions(
             model_path=model,
             dtype=dtype,
-            page_tokens=page_tokens,
             tile_tokens=config.prefill.tile_tokens,
             num_threads=config.prefill.num_threads,
             max_queued=config.prefill.max_queued,
@@ -78,7 +77,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         DecodeOptions(
             model_path=model,
             dtype=dtype,
-            page_tokens=page_tokens,
+            page_tokens=config.model.page_tokens,
             kv_cache_bytes=config.decode.kv_cache_bytes,
             max_batch_size=config.decode.max_batch_size,
             max_requests=config.decode.max_requests,
@@ -101,7 +100,6 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
             model_path=model,
             model_name=config.model.name or model_path.name,
             dtype=dtype,
-            page_tokens=page_tokens,
             host=gateway.host,
             port=gateway.port,
             limits=GatewayLimits(

@@ -11,9 +11,9 @@ from cluster.state import ClusterState, alone, note_joined, read_joined
 from colm.checkpoint import Checkpoint
 from colm.dtypes import parse_dtype
 from colm.errors import ClusterError, ConfigError
-from colm.kv import KvLayout
+from colm.kv import KvFormat
 from colm.wire.endpoint import why_not
-from colm.wire.tile_codec import check_page
+from decode_node.kv_layout import KvLayout
 
 _RAY_TOKEN = "ray_token"
 
@@ -98,11 +98,9 @@ def _remove(ray_address: str, say: Say) -> None:
 
 
 def _check_kv(config: ClusterConfig, checkpoint: Checkpoint) -> None:
-    """What the replicas would refuse later: their own checks, before anything starts."""
-    dtype = parse_dtype(config.model.resolved_dtype)
-    layout = KvLayout.of(checkpoint.config, dtype=dtype, page_tokens=config.model.page_tokens)
-    check_page(layout)
-    layout.pages_within(config.decode.kv_cache_bytes)
+    """What the replicas would refuse later: their own check, before anything starts."""
+    kv_format = KvFormat.of(checkpoint.config, parse_dtype(config.model.resolved_dtype))
+    KvLayout(kv_format, config.model.page_tokens).pages_within(config.decode.kv_cache_bytes)
 
 
 def _with_port(config: ClusterConfig) -> ClusterConfig:

@@ -33,7 +33,7 @@ class ModelSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights, computation and KV cache; auto is bfloat16 where the machine is fast at it."""
     page_tokens: PositiveInt = defaults.PAGE_TOKENS
-    """Tokens of one layer in a KV page."""
+    """Tokens in a KV page."""
 
     @property
     def resolved_dtype(self) -> str:
@@ -51,7 +51,7 @@ class PrefillSection(_Section):
     replicas: PositiveInt = 1
     """Each takes one of Ray's resource "prefill"."""
     tile_tokens: PositiveInt = defaults.TILE_TOKENS
-    """Tokens computed and sent at a time; a multiple of model.page_tokens."""
+    """Tokens computed and sent at a time."""
     num_threads: PositiveInt | None = None
     """CPU threads of a replica; all cores by default."""
     num_gpus: NonNegativeInt = 0
@@ -164,11 +164,6 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
         config = ClusterConfig.model_validate(values)
     except ValidationError as err:
         raise ConfigError("; ".join(_explain(dict(error)) for error in err.errors())) from err
-    if config.prefill.tile_tokens % config.model.page_tokens:
-        raise ConfigError(
-            f"prefill.tile_tokens={config.prefill.tile_tokens} must be a multiple of "
-            f"model.page_tokens={config.model.page_tokens}"
-        )
     for name, limit in _LIMITED_DEFAULTS.items():
         default, highest = getattr(config.gateway, name), getattr(config.gateway, limit)
         if default > highest:

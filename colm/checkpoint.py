@@ -6,7 +6,7 @@ Each chain's block of a weight is a tensor of its own, so opening scale i touche
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +26,7 @@ WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT = "colm-checkpoint"
 FORMAT_VERSION = 1
+_DIGEST_KEY = "backbone_sha256"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +91,12 @@ class Checkpoint:
         """
         with self._reader() as reader:
             return {name: reader.get_tensor(name) for name in names}
+
+    def stored_digest(self) -> str | None:
+        """The backbone's digest as `save` wrote it beside the weights; None in files of older builds."""
+        with self._reader() as reader:
+            metadata: dict[str, str] = reader.metadata() or {}
+        return metadata.get(_DIGEST_KEY)
 
     def load(self, num_chains: int | None = None, dtype: torch.dtype | None = None) -> ChainTransformer:
         """Build the model of the first `num_chains` chains and nothing else.
@@ -165,10 +172,18 @@ def save(
     target = Path(path).absolute()
     if target.exists() and not _may_replace(target):
         raise CheckpointError(f"{target} exists and is not a checkpoint; choose another path or remove it")
-    if unknown := sorted(set(tensors) - set(parameter_shapes(config))):
+    expected = parameter_shapes(config)
+    if unknown := sorted(set(tensors) - set(expected)):
         raise CheckpointError(f"tensors {unknown[:3]} do not belong to this model")
+    if missing := sorted(set(expected) - set(tensors)):
+        raise CheckpointError(f"tensors {missing[:3]} of this model are missing")
     with staged(target) as whole:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, whole / WEIGHTS_FILE)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            whole / WEIGHTS_FILE,
+            # In the file itself: whoever replaces the weights takes it away with them.
+            metadata={_DIGEST_KEY: _digest(config, tensors.__getitem__)},
+        )
         body = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -186,14 +201,40 @@ def backbone_digest(checkpoint: Checkpoint) -> str:
     """SHA-256 over everything of chain 1 that keys and values depend on.
 
     The final norm and the head are left out: retraining them, or any later chain, leaves every cached key and
-    value valid.
+    value valid. Read where `save` wrote it, so that a node need not read all of chain 1 before it starts; computed for
+    a file of an older build.
     """
-    names = sorted(prefill_tensor_names(checkpoint.config))
+    return checkpoint.stored_digest() or _computed_digest(checkpoint)
+
+
+def verify_backbone(checkpoint: Checkpoint) -> None:
+    """Hold chain 1's weights against the digest that was written with them.
+
+    Raises:
+        CheckpointError: they do not match, or there is none.
+    """
+    stored, path = checkpoint.stored_digest(), checkpoint.weights_path
+    if stored is None:
+        raise CheckpointError(
+            f"{path} has no digest to verify: an older build wrote it; "
+            f"`colm slice {checkpoint.path} DEST --chains {checkpoint.config.num_chains}` writes the model with one"
+        )
+    if stored != _computed_digest(checkpoint):
+        raise CheckpointError(
+            f"{path}: chain 1's weights do not match the digest written with them; restore the file or make it again"
+        )
+
+
+def _computed_digest(checkpoint: Checkpoint) -> str:
+    return _digest(checkpoint.config, lambda name: checkpoint.tensors([name])[name])
+
+
+def _digest(config: ChainConfig, tensor_of: Callable[[str], Tensor]) -> str:
     digest = hashlib.sha256()
-    for name in names:
-        tensor = checkpoint.tensors([name])[name]
+    for name in sorted(prefill_tensor_names(config)):
+        tensor = tensor_of(name).detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Defaults that more than one place offers: the cluster's options, the nodes' own commands, and both in Python."""
 
 PAGE_TOKENS = 64
-"""Tokens of one layer in a KV page."""
+"""Tokens in a KV page."""
 TILE_TOKENS = 512
 """Tokens that a prefill node computes and sends at a time."""
 KV_CACHE_BYTES = 4 << 30

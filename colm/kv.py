@@ -1,4 +1,4 @@
-"""Keys and values as they travel and rest: dtype, shape, bytes, and the fingerprint both ends must agree on.
+"""Keys and values as they travel and rest: the format and the fingerprint both ends must agree on.
 
 Shapes: K kv heads, T tokens of a tile, D head dim.
 """
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colm.checkpoint import Checkpoint, backbone_digest
+from colm.checkpoint import Checkpoint, backbone_digest, prefill_tensor_names
 from colm.dtypes import dtype_name
-from colm.errors import ConfigError, UnsupportedModel
+from colm.errors import UnsupportedModel
 from colm.model.config import ChainConfig
 
 
@@ -30,27 +30,19 @@ def require_shared_kv(config: ChainConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KvLayout:
-    """What one cached token is made of."""
+class KvFormat:
+    """What one token's keys and values are made of; both ends of a stream have the same."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    page_tokens: int
-    """Tokens of one layer in one page."""
 
     @classmethod
-    def of(cls, config: ChainConfig, *, dtype: torch.dtype, page_tokens: int) -> "KvLayout":
-        """The layout of a model's cache."""
-        if page_tokens < 1:
-            raise ValueError(f"page_tokens={page_tokens} must be at least 1")
+    def of(cls, config: ChainConfig, dtype: torch.dtype) -> "KvFormat":
+        """The format of a model's keys and values."""
         return cls(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            dtype=dtype,
-            page_tokens=page_tokens,
+            num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=dtype
         )
 
     @property
@@ -62,33 +54,6 @@ class KvLayout:
     def token_bytes(self) -> int:
         """Keys and values of one token in all layers."""
         return self.num_layers * self.layer_token_bytes
-
-    @property
-    def page_bytes(self) -> int:
-        """One page of keys and values."""
-        return self.page_tokens * self.layer_token_bytes
-
-    def pages_within(self, kv_cache_bytes: int) -> int:
-        """Pages that a cache of that size holds.
-
-        Raises:
-            ConfigError: there is not one for each layer.
-        """
-        num_pages = kv_cache_bytes // self.page_bytes
-        if num_pages < self.num_layers:
-            raise ConfigError(
-                f"decode.kv_cache_bytes={kv_cache_bytes} bytes holds {num_pages} pages of {self.page_bytes} bytes; "
-                f"the least is a page for each of {self.num_layers} layers, {self.num_layers * self.page_bytes} bytes"
-            )
-        return num_pages
-
-    def pages_per_layer(self, num_tokens: int) -> int:
-        """Pages that hold `num_tokens` tokens of one layer."""
-        return -(-num_tokens // self.page_tokens)
-
-    def pages(self, num_tokens: int) -> int:
-        """Pages that hold `num_tokens` tokens of all layers."""
-        return self.num_layers * self.pages_per_layer(num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +71,8 @@ class KvTile:
         return self.k_KTD.shape[1]
 
 
-def fingerprint(checkpoint: Checkpoint, layout: KvLayout) -> str:
-    """SHA-256 over chain 1's backbone, rope, head layout, KV dtype and page size, in hex.
+def fingerprint(checkpoint: Checkpoint, kv_format: KvFormat) -> str:
+    """SHA-256 over chain 1's backbone, rope, head layout and KV dtype, in hex.
 
     Equal fingerprints mean that either end may read the other's keys and values. Later chains, the final norm
     and the head do not enter: one prefill pool serves every model that shares chain 1.
@@ -116,14 +81,15 @@ def fingerprint(checkpoint: Checkpoint, layout: KvLayout) -> str:
     scaling = config.rope_scaling
     facts = {
         "backbone": backbone_digest(checkpoint),
+        # A stored digest does not see a config that was edited since: another one may read other tensors of the file.
+        "tensors": sorted(prefill_tensor_names(config)),
         "rope_theta": config.rope_theta,
         "rope_scaling": None if scaling is None else repr(scaling),
         "norm_eps": config.norm_eps,
-        "num_layers": layout.num_layers,
-        "num_kv_heads": layout.num_kv_heads,
-        "head_dim": layout.head_dim,
+        "num_layers": kv_format.num_layers,
+        "num_kv_heads": kv_format.num_kv_heads,
+        "head_dim": kv_format.head_dim,
         "chain1_heads": config.chains[0],
-        "dtype": dtype_name(layout.dtype),
-        "page_tokens": layout.page_tokens,
+        "dtype": dtype_name(kv_format.dtype),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16; must equal the prefill nodes'.")] = dtype_name(
         fastest_dtype()
     ),
-    page_tokens: Annotated[int, typer.Option(help="Must equal the prefill nodes'.")] = defaults.PAGE_TOKENS,
+    page_tokens: Annotated[int, typer.Option(help="Tokens in a KV page.")] = defaults.PAGE_TOKENS,
     kv_cache_mib: Annotated[int, typer.Option(help="Memory for keys and values.")] = defaults.KV_CACHE_BYTES >> 20,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     token_file: TokenFile = None,

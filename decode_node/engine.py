@@ -5,6 +5,7 @@ Shapes: R requests, L layers, M page table columns, D active model features, V v
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_not
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 from colm.checkpoint import Checkpoint
 from colm.kv import require_shared_kv
 from colm.model.rope import inverse_frequencies, rotation
-from colm.model.transformer import ChainBlock
 from decode_node.kv_store import KvStore
 
 
@@ -29,7 +29,8 @@ class StepInput:
     position: int
     """Tokens before it in the cache."""
     num_chains: int
-    table_LM: NDArray[np.int32]
+    table_M: NDArray[np.int32]
+    """The request's page ids; the same array at every step."""
 
 
 class DecodeEngine:
@@ -39,7 +40,8 @@ class DecodeEngine:
         require_shared_kv(checkpoint.config)
         self.config = checkpoint.config
         self._store = store
-        self._model = checkpoint.load(dtype=store.layout.dtype)
+        self._table = _BatchTable()
+        self._model = checkpoint.load(dtype=store.layout.kv_format.dtype)
         self._inverse_frequencies = inverse_frequencies(checkpoint.config)
 
     @torch.inference_mode()
@@ -58,8 +60,8 @@ class DecodeEngine:
         chain_rows = [sum(row.num_chains > chain for row in rows) for chain in range(num_chains)]
         positions_R = torch.tensor([row.position for row in rows])
         cos, sin = rotation(self._inverse_frequencies, positions_R)
-        tables_LRM = _stack_tables(rows)
-        slot_mapping_LR = self._slot_mapping(tables_LRM, positions_R)
+        table_RM = self._table.of(rows)
+        slot_mapping_R = self._slot_mapping(table_RM, positions_R)
         context_lens_R = (positions_R + 1).to(torch.int32)
 
         x_RD = self._model.embedding.embed(torch.tensor([row.token_id for row in rows]), num_chains)
@@ -68,9 +70,16 @@ class DecodeEngine:
         normed_RD = blocks[0].attention_norm(x_RD, num_chains)
         for index, (layer, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
             q_RHD, k_RKD, v_RKD = layer.attention.queries_keys_values(normed_RD, chain_rows)
-            self._store.write_tokens(slot_mapping_LR[index], k_RKD, v_RKD, cos, sin)
+            self._store.write_tokens(index, slot_mapping_R, k_RKD, v_RKD, cos, sin)
             rotate_(q_RHD, cos, sin)
-            attended = self._attend(layer, q_RHD, num_chains, tables_LRM[index], context_lens_R)
+            out_RKGD = decode_attention(
+                layer.attention.group_by_kv_head(q_RHD, num_chains),
+                self._store.k_pages_LBPKD[index],
+                self._store.v_pages_LBPKD[index],
+                table_RM,
+                context_lens_R,
+            )
+            attended = layer.attention.ungroup(out_RKGD, num_chains)
             normed_RD = layer.ffn_norm.add_(x_RD, layer.attention.wo(attended, chain_rows), num_chains)
             normed_RD = next_norm.add_(x_RD, layer.ffn(normed_RD, chain_rows), num_chains)
         logits_RV = self._model.output_table.logits(normed_RD, chain_rows)
@@ -78,26 +87,29 @@ class DecodeEngine:
         in_order_RV[order] = logits_RV
         return in_order_RV
 
-    def _attend(
-        self, layer: ChainBlock, q_RHD: Tensor, num_chains: int, table_RM: Tensor, context_lens_R: Tensor
-    ) -> Tensor:
-        q_RKGD = layer.attention.group_by_kv_head(q_RHD, num_chains)
-        store = self._store
-        out_RKGD = decode_attention(q_RKGD, store.k_pages_BPKD, store.v_pages_BPKD, table_RM, context_lens_R)
-        return layer.attention.ungroup(out_RKGD, num_chains)
-
-    def _slot_mapping(self, tables_LRM: Tensor, positions_R: Tensor) -> Tensor:
-        """Where the step's tokens are written: slot_mapping_LR, page * P + slot."""
+    def _slot_mapping(self, table_RM: Tensor, positions_R: Tensor) -> Tensor:
+        """Where the step's tokens are written, in every layer: slot_mapping_R, page * P + slot."""
         page_tokens = self._store.layout.page_tokens
-        columns_R = positions_R // page_tokens
-        rows_R = torch.arange(len(positions_R))
-        return tables_LRM[:, rows_R, columns_R].long() * page_tokens + positions_R % page_tokens
+        pages_R = table_RM.gather(1, (positions_R // page_tokens).unsqueeze(1)).squeeze(1)
+        return pages_R.long() * page_tokens + positions_R % page_tokens
 
 
-def _stack_tables(rows: Sequence[StepInput]) -> Tensor:
-    """Page tables of all requests, int32, ragged ends padded with page 0, which nobody reads there."""
-    width = max(row.table_LM.shape[1] for row in rows)
-    tables = np.zeros((rows[0].table_LM.shape[0], len(rows), width), dtype=np.int32)
-    for index, row in enumerate(rows):
-        tables[:, index, : row.table_LM.shape[1]] = row.table_LM
-    return torch.from_numpy(tables)
+class _BatchTable:
+    """The page tables of a batch, row by row; made anew only where another request is in a row.
+
+    With a million tokens a row, and steps of milliseconds, a copy at each step would show.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[NDArray[np.int32]] = []
+        self._table_RM = torch.empty(0, 0, dtype=torch.int32)
+
+    def of(self, rows: Sequence[StepInput]) -> Tensor:
+        """table_RM, int32, ragged ends padded with page 0, which nobody reads there."""
+        tables = [row.table_M for row in rows]
+        if len(tables) != len(self._tables) or any(map(is_not, tables, self._tables)):
+            self._table_RM = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
+            for row_M, table_M in zip(self._table_RM.numpy(), tables, strict=True):
+                row_M[: len(table_M)] = table_M
+            self._tables = tables
+        return self._table_RM

@@ -33,8 +33,8 @@ class KvTransfer:
     epoch: int
     fingerprint: str
     token_ids: NDArray[np.int64]
-    table_LM: NDArray[np.int32]
-    """Page ids by layer; see `KvStore.page_table`."""
+    table_M: NDArray[np.int32]
+    """Page ids; see `KvStore.page_table`."""
 
 
 class Receiver(Protocol):
@@ -65,7 +65,7 @@ class KvOrder:
     request_id: str
     token_ids: NDArray[np.int64]
     pages: PageLease
-    table_LM: NDArray[np.int32]
+    table_M: NDArray[np.int32]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -157,7 +157,7 @@ class KvFetcher:
                 epoch=account.num_kv_streams,
                 fingerprint=self._fingerprint,
                 token_ids=order.token_ids,
-                table_LM=order.table_LM,
+                table_M=order.table_M,
             )
             receiver = self._receive(transfer, lease)
             thread = self._start(receiver, order.pages)

@@ -11,7 +11,7 @@ from colm.wire.endpoint import open_blocking_channel
 from colm.wire.messages import token_id_pieces
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors
-from colm.wire.tile_codec import checksum_of, decode_message, pull_kv_stub
+from colm.wire.tile_codec import decode_message, decode_tile, pull_kv_stub
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_fetch import KvTransfer
 from decode_node.kv_store import KvStore
@@ -43,10 +43,8 @@ class KvReceiver:
         self._ledger = TransferLedger(
             transfer_id=transfer.transfer_id,
             epoch=transfer.epoch,
-            num_layers=store.layout.num_layers,
+            num_layers=store.layout.kv_format.num_layers,
             num_tokens=len(transfer.token_ids),
-            layer_token_bytes=store.layout.layer_token_bytes,
-            page_tokens=store.layout.page_tokens,
         )
 
     @property
@@ -64,7 +62,7 @@ class KvReceiver:
 
         Raises:
             PeerUnavailable: the node broke off, is not reachable, or broke the protocol.
-            FingerprintMismatch: the node serves something else.
+            FingerprintMismatch: the node serves something else, or writes it in another format.
         """
         peer = f"prefill node {self._lease.address}"
         with open_blocking_channel(self._lease.address, self._security) as channel:
@@ -107,24 +105,19 @@ class KvReceiver:
                     return True
         return False
 
-    def _store_tile(self, tile: pb.TileHeader, payload: memoryview) -> None:
-        if tile.codec != pb.CODEC_RAW:
-            raise PeerUnavailable(f"the prefill node sent a tile in codec {tile.codec}, which this node cannot read")
-        if checksum_of(payload) != tile.checksum:
-            raise PeerUnavailable(
-                f"the tile at layer {tile.layer} token {tile.first_token} was damaged on the way (checksum)"
-            )
+    def _store_tile(self, header: pb.TileHeader, payload: memoryview) -> None:
+        tile = decode_tile(header, payload, self._store.layout.kv_format)
         self._ledger.admit(
             Arrival(
-                transfer_id=tile.transfer_id,
-                epoch=tile.epoch,
+                transfer_id=header.transfer_id,
+                epoch=header.epoch,
                 layer=tile.layer,
                 first_token=tile.first_token,
                 num_tokens=tile.num_tokens,
                 payload_bytes=len(payload),
             )
         )
-        self._store.write_tile(self._transfer.table_LM[tile.layer], tile.first_token, tile.num_tokens, payload)
+        self._store.write(self._transfer.table_M, tile)
 
     def _requests(self) -> Iterator[pb.PullKvRequest]:
         transfer = self._transfer

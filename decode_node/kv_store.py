@@ -1,10 +1,11 @@
 """The memory behind the pages.
 
-Shapes: B pages of the pool, P tokens of a page, K kv heads, D head dim, L layers, M pages of one layer of a request,
-T tokens of a tile, R requests of a batch, S = B * P rows.
+Shapes: L layers, B pages of the pool, P tokens of a page, K kv heads, D head dim, M pages of a request, T tokens of a
+tile, R requests of a batch, S = B * P rows.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,71 +13,69 @@ from colm_kernels.rotary import write_kv
 from numpy.typing import NDArray
 from torch import Tensor
 
-from colm.kv import KvLayout
+from colm.kv import KvTile
+from decode_node.kv_layout import KvLayout
 from decode_node.page_pool import PageLease
 
 
 class KvStore:
-    """Keys and values of all requests, page by page."""
+    """Keys and values of all requests, page by page. A page is P tokens of every layer, at one index in each."""
 
     def __init__(self, layout: KvLayout, num_pages: int) -> None:
         self.layout = layout
         self.num_pages = num_pages
-        shape = (num_pages, layout.page_tokens, layout.num_kv_heads, layout.head_dim)
+        kv_format = layout.kv_format
+        shape = (kv_format.num_layers, num_pages, layout.page_tokens, kv_format.num_kv_heads, kv_format.head_dim)
         # Untouched pages cost no memory: the system backs them when they are first written.
-        self.k_pages_BPKD = torch.empty(shape, dtype=layout.dtype)
-        self.v_pages_BPKD = torch.empty(shape, dtype=layout.dtype)
-        self._k_cache_SKD, self._v_cache_SKD = self.k_pages_BPKD.flatten(0, 1), self.v_pages_BPKD.flatten(0, 1)
+        self.k_pages_LBPKD = torch.empty(shape, dtype=kv_format.dtype)
+        self.v_pages_LBPKD = torch.empty(shape, dtype=kv_format.dtype)
+        self._k_cache_LSKD, self._v_cache_LSKD = self.k_pages_LBPKD.flatten(1, 2), self.v_pages_LBPKD.flatten(1, 2)
         # numpy has no bfloat16; moving bytes needs only the width.
-        width = {2: torch.int16, 4: torch.int32}[layout.dtype.itemsize]
-        self._numpy_dtype: np.dtype[Any] = np.dtype(f"i{layout.dtype.itemsize}")
-        self._pages = [pages.view(width).numpy() for pages in (self.k_pages_BPKD, self.v_pages_BPKD)]
+        self._width = {2: torch.int16, 4: torch.int32}[kv_format.dtype.itemsize]
+        self._caches = [cache.view(self._width).numpy() for cache in (self._k_cache_LSKD, self._v_cache_LSKD)]
 
     def page_table(self, lease: PageLease) -> NDArray[np.int32]:
-        """Divide a lease among the layers: table_LM."""
-        return np.array(lease.page_ids, dtype=np.int32).reshape(self.layout.num_layers, -1)
+        """The lease's page ids in the order of the tokens that they hold: table_M."""
+        return np.concatenate([np.arange(start, start + count, dtype=np.int32) for start, count in lease.runs])
 
-    def write_tile(self, pages_M: NDArray[np.int32], first_token: int, num_tokens: int, payload: memoryview) -> None:
-        """Copy a tile's payload (keys, then values, both (K, T, D)) into its pages.
+    def write(self, table_M: NDArray[np.int32], tile: KvTile) -> None:
+        """Copy a tile into its pages. It may begin and end anywhere inside them.
 
         Args:
-            pages_M: the layer's row of the page table.
-            first_token: a multiple of the page.
-            num_tokens: T; anything up to the end of the table.
-            payload: as it came off the wire; its length must fit.
+            table_M: of `page_table`.
+            tile: in the store's format.
         """
-        layout = self.layout
-        shape = (2, layout.num_kv_heads, num_tokens, layout.head_dim)
-        tile = np.frombuffer(payload, dtype=self._numpy_dtype).reshape(shape).transpose(0, 2, 1, 3)
-        first_page = first_token // layout.page_tokens
-        num_whole = num_tokens // layout.page_tokens
-        whole = num_whole * layout.page_tokens
-        for pages, tokens_TKD in zip(self._pages, tile, strict=True):
-            if num_whole:
-                ids = pages_M[first_page : first_page + num_whole]
-                body = tokens_TKD[:whole].reshape(num_whole, layout.page_tokens, *tokens_TKD.shape[1:])
-                pages[_contiguous(ids)] = body
-            if num_tokens > whole:
-                pages[pages_M[first_page + num_whole], : num_tokens - whole] = tokens_TKD[whole:]
+        runs = list(self._runs(table_M, tile.first_token, tile.num_tokens))
+        for cache_LSKD, tokens_KTD in zip(self._caches, (tile.k_KTD, tile.v_KTD), strict=True):
+            cache_SKD = cache_LSKD[tile.layer]
+            tokens_TKD = tokens_KTD.view(self._width).numpy().transpose(1, 0, 2)
+            for first, count, slot in runs:
+                cache_SKD[slot : slot + count] = tokens_TKD[first : first + count]
+
+    def _runs(self, table_M: NDArray[np.int32], first_token: int, num_tokens: int) -> Iterator[tuple[int, int, int]]:
+        """Divide a tile where its pages are not neighbours: (token of the tile, count, row of the cache)."""
+        page_tokens, end_token = self.layout.page_tokens, first_token + num_tokens
+        first_page = first_token // page_tokens
+        ids = table_M[first_page : self.layout.pages(end_token)]
+        breaks = np.flatnonzero(np.diff(ids) != 1) + 1
+        for start, stop in pairwise([0, *breaks.tolist(), len(ids)]):
+            # [begin, end) lies in pages ids[start] .. ids[stop - 1], which follow each other.
+            begin = max((first_page + start) * page_tokens, first_token)
+            end = min((first_page + stop) * page_tokens, end_token)
+            yield begin - first_token, end - begin, int(ids[start]) * page_tokens + begin % page_tokens
 
     def write_tokens(
-        self, slot_mapping_R: Tensor, k_RKD: Tensor, v_RKD: Tensor, cos_RD: Tensor, sin_RD: Tensor
+        self, layer: int, slot_mapping_R: Tensor, k_RKD: Tensor, v_RKD: Tensor, cos_RD: Tensor, sin_RD: Tensor
     ) -> None:
         """Store one token's keys, rotated on the way, and values of one layer for each request.
 
         Args:
+            layer: which one.
             slot_mapping_R: int64, page * P + slot.
             k_RKD: unrotated.
             v_RKD: stored as they are.
             cos_RD: of `colm.model.rope.rotation`.
             sin_RD: likewise.
         """
-        write_kv(k_RKD, v_RKD, cos_RD, sin_RD, self._k_cache_SKD, self._v_cache_SKD, slot_mapping_R)
-
-
-def _contiguous(ids: NDArray[np.int32]) -> slice | NDArray[np.int32]:
-    """A slice where pages are neighbours: numpy then copies without an index per page."""
-    first, last = int(ids[0]), int(ids[-1])
-    if last - first == len(ids) - 1 and bool((np.diff(ids) == 1).all()):
-        return slice(first, last + 1)
-    return ids
+        k_cache_SKD, v_cache_SKD = self._k_cache_LSKD[layer], self._v_cache_LSKD[layer]
+        write_kv(k_RKD, v_RKD, cos_RD, sin_RD, k_cache_SKD, v_cache_SKD, slot_mapping_R)

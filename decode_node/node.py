@@ -12,15 +12,15 @@ from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.cpus import num_usable_cpus
 from colm.dtypes import parse_dtype
-from colm.kv import KvLayout, fingerprint
+from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
-from colm.wire.tile_codec import check_page
 from decode_node.decode_loop import DecodeLoop
 from decode_node.engine import DecodeEngine
 from decode_node.kv_fetch import KvFetcher, KvTransfer, RetryPolicy
+from decode_node.kv_layout import KvLayout
 from decode_node.kv_receiver import KvReceiver
 from decode_node.kv_store import KvStore
 from decode_node.page_line import PageLine
@@ -41,7 +41,7 @@ class DecodeOptions:
     dtype: str
     """Of the computation and of the keys and values."""
     page_tokens: int
-    """Must equal the prefill nodes'."""
+    """Tokens in a KV page."""
     kv_cache_bytes: int = defaults.KV_CACHE_BYTES
     """Memory for keys and values; backed by the system as it is first used."""
     max_batch_size: int = defaults.MAX_BATCH_SIZE
@@ -107,12 +107,12 @@ class DecodeNode:
 
         Raises:
             CheckpointError: the checkpoint cannot be served.
-            ConfigError: the KV cache is smaller than one page of each layer, or a page larger than a message.
+            ConfigError: the KV cache is smaller than a page.
             OSError: the port is taken, or the host is not this machine's.
         """
         options, clock = self._options, MonotonicClock()
-        checkpoint, layout, tokenizer, store, engine = await asyncio.to_thread(_load, options)
-        self.fingerprint = await asyncio.to_thread(fingerprint, checkpoint, layout)
+        checkpoint, tokenizer, store, engine = await asyncio.to_thread(_load, options)
+        self.fingerprint = await asyncio.to_thread(fingerprint, checkpoint, store.layout.kv_format)
         self.page_line = PageLine(PagePool(store.num_pages), max_waiting=options.max_requests)
         loop = DecodeLoop(engine, self.page_line, max_batch_size=options.max_batch_size)
         self._loop_task = asyncio.create_task(loop.run(), name="decode-loop")
@@ -164,10 +164,9 @@ class DecodeNode:
         await self._server.wait_for_termination()
 
 
-def _load(options: DecodeOptions) -> tuple[Checkpoint, KvLayout, Tokenizer | None, KvStore, DecodeEngine]:
+def _load(options: DecodeOptions) -> tuple[Checkpoint, Tokenizer | None, KvStore, DecodeEngine]:
     torch.set_num_threads(options.num_threads or num_usable_cpus())
     checkpoint = Checkpoint.open(options.model_path)
-    layout = KvLayout.of(checkpoint.config, dtype=parse_dtype(options.dtype), page_tokens=options.page_tokens)
-    check_page(layout)
+    layout = KvLayout(KvFormat.of(checkpoint.config, parse_dtype(options.dtype)), options.page_tokens)
     store = KvStore(layout, layout.pages_within(options.kv_cache_bytes))
-    return checkpoint, layout, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store)
+    return checkpoint, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store)

@@ -9,7 +9,13 @@ class PageLease:
     """Pages that belong together until the last of their holders lets go."""
 
     owner: str
-    page_ids: tuple[int, ...]
+    runs: tuple[tuple[int, int], ...]
+    """(first page, count) of neighbours, in the order of the tokens that they hold."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of all runs."""
+        return sum(count for _, count in self.runs)
 
 
 class PagePool:
@@ -68,30 +74,34 @@ class PagePool:
         if self._num_holders[lease]:
             return False
         del self._num_holders[lease]
-        for start, count in _runs(lease.page_ids):
+        for start, count in lease.runs:
             self._put(start, count)
         return True
 
     def check_integrity(self) -> None:
         """Every page is free or in exactly one lease that somebody holds; true after every call."""
-        seen = [page for start, count in self._free for page in range(start, start + count)]
-        assert seen == sorted(seen), "free runs out of order"
+        assert self._free == sorted(self._free), "free runs out of order"
         assert all(a + n < b for (a, n), (b, _) in zip(self._free, self._free[1:], strict=False)), "free runs touch"
-        seen.extend(page for lease in self._num_holders for page in lease.page_ids)
         assert all(count > 0 for count in self._num_holders.values()), "a lease without a holder"
-        assert sorted(seen) == list(range(self.num_pages)), "a page is lost or held twice"
+        next_page = 0
+        for start, count in sorted([*self._free, *(run for lease in self._num_holders for run in lease.runs)]):
+            assert start == next_page, "a page is lost or held twice"
+            assert count > 0, "a run of no pages"
+            next_page = start + count
+        assert next_page == self.num_pages, "a page is lost"
 
-    def _take(self, num_pages: int) -> list[int]:
-        taken: list[int] = []
-        while len(taken) < num_pages:
-            wanted = num_pages - len(taken)
+    def _take(self, num_pages: int) -> list[tuple[int, int]]:
+        taken: list[tuple[int, int]] = []
+        wanted = num_pages
+        while wanted:
             # The first run that holds the rest; where none does, the longest, so that pieces stay few.
             index = next((i for i, (_, count) in enumerate(self._free) if count >= wanted), None)
             if index is None:
                 index = max(range(len(self._free)), key=lambda i: self._free[i][1])
             start, count = self._free[index]
             used = min(count, wanted)
-            taken.extend(range(start, start + used))
+            taken.append((start, used))
+            wanted -= used
             if used == count:
                 del self._free[index]
             else:
@@ -107,13 +117,3 @@ class PagePool:
             self._free[index - 1] = (previous_start, previous_count + count)
         else:
             self._free.insert(index, (start, count))
-
-
-def _runs(page_ids: tuple[int, ...]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for page in page_ids:
-        if runs and sum(runs[-1]) == page:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((page, 1))
-    return runs

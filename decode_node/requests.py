@@ -163,17 +163,17 @@ class RequestOwner:
         job = request.job
         pages = request.pages = await self._reserve(job, emit)
         request.account.queue_s = self._clock.now() - request.arrived_s
-        logger.info("request.reserved request=%s pages=%d", job.request_id, len(pages.page_ids))
-        await emit(Reserved(num_pages=len(pages.page_ids)))
-        table_LM = self._store.page_table(pages)
+        logger.info("request.reserved request=%s pages=%d", job.request_id, pages.num_pages)
+        await emit(Reserved(num_pages=pages.num_pages))
+        table_M = self._store.page_table(pages)
         # The prefill node cannot make the first token: that takes all active chains at the last prompt token.
         prefill_token_ids = job.token_ids[:-1]
         if len(prefill_token_ids):
             request.stage = Stage.PREFILLING
-            order = KvOrder(request_id=job.request_id, token_ids=prefill_token_ids, pages=pages, table_LM=table_LM)
+            order = KvOrder(request_id=job.request_id, token_ids=prefill_token_ids, pages=pages, table_M=table_M)
             await self._fetcher.fetch(order, request.account, emit)
         request.stage = Stage.DECODING
-        await self._decode(request, pages, table_LM, emit)
+        await self._decode(request, pages, table_M, emit)
 
     async def _reserve(self, job: DecodeJob, emit: Emit) -> PageLease:
         num_pages = self._num_pages(job)
@@ -191,7 +191,7 @@ class RequestOwner:
 
         return await self._page_line.reserve(job.request_id, num_pages, beat)
 
-    async def _decode(self, request: _Request, pages: PageLease, table_LM: NDArray[np.int32], emit: Emit) -> None:
+    async def _decode(self, request: _Request, pages: PageLease, table_M: NDArray[np.int32], emit: Emit) -> None:
         job = request.job
         eos_token_ids = () if job.sampling.ignore_eos else self._eos_token_ids
         answer = RunningAnswer(
@@ -199,7 +199,7 @@ class RequestOwner:
             position=len(job.token_ids) - 1,
             num_chains=job.num_chains,
             max_new_tokens=job.max_new_tokens,
-            table_LM=table_LM,
+            table_M=table_M,
             sampling=job.sampling,
             stop_token_ids={*eos_token_ids, *job.sampling.stop_token_ids},
             text_stream=None if self._tokenizer is None else self._tokenizer.stream(),

@@ -30,7 +30,7 @@ class RunningAnswer:
         position: int,
         num_chains: int,
         max_new_tokens: int,
-        table_LM: NDArray[np.int32],
+        table_M: NDArray[np.int32],
         sampling: SamplingParams,
         stop_token_ids: Collection[int],
         text_stream: TextStream | None,
@@ -39,7 +39,7 @@ class RunningAnswer:
         self._position = position
         self._num_chains = num_chains
         self._max_new_tokens = max_new_tokens
-        self._table_LM = table_LM
+        self._table_M = table_M
         self._stop_token_ids = frozenset(stop_token_ids)
         self._text_stream = text_stream
         self._stop_matcher = StopMatcher(sampling.stop)
@@ -51,7 +51,7 @@ class RunningAnswer:
 
     def step_input(self) -> StepInput:
         """What the next step reads."""
-        return StepInput(self._next_token_id, self._position, self._num_chains, self._table_LM)
+        return StepInput(self._next_token_id, self._position, self._num_chains, self._table_M)
 
     def advance(self, choice: Choice) -> Token:
         """Take the step's outcome; sets `finish_reason` when it was the last."""

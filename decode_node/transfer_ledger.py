@@ -35,15 +35,11 @@ class TransferLedger:
         epoch: int,
         num_layers: int,
         num_tokens: int,
-        layer_token_bytes: int,
-        page_tokens: int,
     ) -> None:
         self._transfer_id = transfer_id
         self._epoch = epoch
         self._num_layers = num_layers
         self._num_tokens = num_tokens
-        self._layer_token_bytes = layer_token_bytes
-        self._page_tokens = page_tokens
         self._layer = 0
         self._token = 0
         self.num_tiles = 0
@@ -74,12 +70,6 @@ class TransferLedger:
         )
         left = self._num_tokens - self._token
         self._expect(1 <= arrival.num_tokens <= left, f"tile of {arrival.num_tokens} tokens where {left} are left")
-        self._expect(
-            arrival.num_tokens == left or arrival.num_tokens % self._page_tokens == 0,
-            f"tile of {arrival.num_tokens} tokens ends inside a page of {self._page_tokens}",
-        )
-        wanted = arrival.num_tokens * self._layer_token_bytes
-        self._expect(arrival.payload_bytes == wanted, f"payload of {arrival.payload_bytes} bytes, expected {wanted}")
         self._token += arrival.num_tokens
         if self._token == self._num_tokens:
             self._layer, self._token = self._layer + 1, 0

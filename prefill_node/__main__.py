@@ -18,7 +18,6 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16; must equal the decode nodes'.")] = dtype_name(
         fastest_dtype()
     ),
-    page_tokens: Annotated[int, typer.Option(help="Must equal the decode nodes'.")] = defaults.PAGE_TOKENS,
     tile_tokens: Annotated[int, typer.Option(help="Tokens computed and sent at a time.")] = defaults.TILE_TOKENS,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     token_file: TokenFile = None,
@@ -28,7 +27,6 @@ def main(
     options = PrefillOptions(
         model_path=str(model),
         dtype=dtype,
-        page_tokens=page_tokens,
         tile_tokens=tile_tokens,
         num_threads=num_threads,
         host=host,

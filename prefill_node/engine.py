@@ -14,7 +14,7 @@ from torch import Tensor
 
 from colm.checkpoint import Checkpoint, assign, prefill_tensor_names
 from colm.errors import InvalidRequest
-from colm.kv import KvLayout, KvTile, require_shared_kv
+from colm.kv import KvFormat, KvTile, require_shared_kv
 from colm.model import ChainTransformer
 from colm.model.rope import inverse_frequencies, rotation
 from colm.model.transformer import ChainBlock
@@ -25,22 +25,20 @@ class PrefillEngine:
 
     Args:
         checkpoint: only the tensors that a prefill needs are read from it.
-        layout: what the keys and values shall be; its dtype is also that of the computation.
-        tile_tokens: tokens computed and sent at a time; a multiple of the page.
+        kv_format: what the keys and values shall be; its dtype is also that of the computation.
+        tile_tokens: tokens computed and sent at a time.
     """
 
-    def __init__(self, checkpoint: Checkpoint, layout: KvLayout, *, tile_tokens: int) -> None:
-        if tile_tokens < 1 or tile_tokens % layout.page_tokens:
-            raise ValueError(
-                f"tile_tokens={tile_tokens} must be a positive multiple of page_tokens={layout.page_tokens}"
-            )
+    def __init__(self, checkpoint: Checkpoint, kv_format: KvFormat, *, tile_tokens: int) -> None:
+        if tile_tokens < 1:
+            raise ValueError(f"tile_tokens={tile_tokens} must be at least 1")
         require_shared_kv(checkpoint.config)
         self.config = checkpoint.config
-        self.layout = layout
+        self.kv_format = kv_format
         self.tile_tokens = tile_tokens
         with torch.device("meta"):
             self._model = ChainTransformer(checkpoint.config, 1)
-        assign(self._model, checkpoint.tensors(prefill_tensor_names(checkpoint.config)), layout.dtype)
+        assign(self._model, checkpoint.tensors(prefill_tensor_names(checkpoint.config)), kv_format.dtype)
         self._inverse_frequencies = inverse_frequencies(checkpoint.config)
 
     @torch.inference_mode()
@@ -61,12 +59,12 @@ class PrefillEngine:
         """
         self.check(token_ids)
         num_tokens = len(token_ids)
-        layout = self.layout
+        kv_format = self.kv_format
         hidden_ND = self._model.embedding.embed(torch.from_numpy(token_ids), 1)
-        k_KNE = torch.empty(layout.num_kv_heads, num_tokens, layout.head_dim, dtype=layout.dtype)
+        k_KNE = torch.empty(kv_format.num_kv_heads, num_tokens, kv_format.head_dim, dtype=kv_format.dtype)
         v_KNE = torch.empty_like(k_KNE)
         for index, layer in enumerate(self._model.blocks):
-            is_last = index == layout.num_layers - 1
+            is_last = index == kv_format.num_layers - 1
             for start in range(0, num_tokens, self.tile_tokens):
                 stop = min(start + self.tile_tokens, num_tokens)
                 x_TD = hidden_ND[start:stop]

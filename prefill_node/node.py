@@ -11,11 +11,10 @@ from colm import defaults
 from colm.checkpoint import Checkpoint
 from colm.cpus import num_usable_cpus
 from colm.dtypes import parse_dtype
-from colm.kv import KvLayout, fingerprint
+from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
-from colm.wire.tile_codec import check_page
 from prefill_node.engine import PrefillEngine
 from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.service import PrefillService
@@ -31,8 +30,6 @@ class PrefillOptions:
     """Checkpoint directory; only chain 1 is read."""
     dtype: str
     """Of the computation and of the keys and values."""
-    page_tokens: int
-    """Must equal the decode nodes'."""
     tile_tokens: int = defaults.TILE_TOKENS
     """Tokens computed and sent at a time."""
     num_threads: int | None = None
@@ -66,7 +63,6 @@ class PrefillNode:
 
         Raises:
             CheckpointError: the checkpoint cannot be served.
-            ConfigError: a page is larger than a message.
             OSError: the port is taken, or the host is not this machine's.
         """
         options = self._options
@@ -93,6 +89,5 @@ class PrefillNode:
 def _load(options: PrefillOptions) -> tuple[PrefillEngine, str]:
     torch.set_num_threads(options.num_threads or num_usable_cpus())
     checkpoint = Checkpoint.open(options.model_path)
-    layout = KvLayout.of(checkpoint.config, dtype=parse_dtype(options.dtype), page_tokens=options.page_tokens)
-    check_page(layout)
-    return PrefillEngine(checkpoint, layout, tile_tokens=options.tile_tokens), fingerprint(checkpoint, layout)
+    kv_format = KvFormat.of(checkpoint.config, parse_dtype(options.dtype))
+    return PrefillEngine(checkpoint, kv_format, tile_tokens=options.tile_tokens), fingerprint(checkpoint, kv_format)

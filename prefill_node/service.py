@@ -60,7 +60,7 @@ class PrefillService:
             if opened.fingerprint != self._fingerprint:
                 raise FingerprintMismatch(
                     f"this prefill node serves {self._fingerprint[:16]}, the caller wants {opened.fingerprint[:16]}: "
-                    "different chain 1, dtype or page size"
+                    "different chain 1 or dtype"
                 )
             if self._leases is not None:
                 stack.callback(self._leases.release, self._leases.open(opened.lease_id))
@@ -97,14 +97,14 @@ class PrefillService:
             )
 
     def _messages(self, opened: pb.OpenKvTransfer, token_ids: NDArray[np.int64], handoff: Handoff) -> Iterator[bytes]:
-        max_tokens = max_tile_tokens(self._engine.layout, _MESSAGE_BYTES)
+        max_tokens = max_tile_tokens(self._engine.kv_format, _MESSAGE_BYTES)
         num_tiles = payload_bytes = 0
         yield pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString()
         for computed in self._engine.run(token_ids, is_cancelled=lambda: handoff.closed):
             for tile in split_tile(computed, max_tokens):
                 yield encode_tile(tile, transfer_id=opened.transfer_id, epoch=opened.epoch)
                 num_tiles += 1
-                payload_bytes += tile.num_tokens * self._engine.layout.layer_token_bytes
+                payload_bytes += tile.num_tokens * self._engine.kv_format.layer_token_bytes
         if handoff.closed:
             return
         complete = pb.TransferComplete(

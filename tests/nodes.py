@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import torch
 
 from colm.clock import MonotonicClock
+from colm.kv import KvFormat
 from colm.leases import LeaseTable
+from colm.model.config import ChainConfig
 from colm.sampling import SamplingParams
 from colm.wire.endpoint import bind, create_server, open_channel
 from colm.wire.messages import sampling_to_pb, token_id_pieces
@@ -21,13 +24,14 @@ from colm.wire.tile_codec import METHOD, SERVICE, pull_kv_handlers
 from colm.wire.v1 import common_pb2, decode_service_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
+from decode_node.kv_layout import KvLayout
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import StaticPrefillPool
 from prefill_node.node import PrefillNode, PrefillOptions
 from tests.gates import LIMIT_S
 
 PAGE_TOKENS = 16
-TILE_TOKENS = 32
+TILE_TOKENS = 31  # so that tiles begin and end inside pages
 
 
 def _has_ipv6() -> bool:
@@ -76,7 +80,6 @@ async def prefill_node(
     chosen = PrefillOptions(
         model_path=model_path,
         dtype="float32",
-        page_tokens=PAGE_TOKENS,
         num_threads=1,
         **{"tile_tokens": TILE_TOKENS, **options},
     )
@@ -100,9 +103,8 @@ async def decode_node(
     chosen = DecodeOptions(
         model_path=model_path,
         dtype="float32",
-        page_tokens=PAGE_TOKENS,
         num_threads=1,
-        **{"kv_cache_bytes": 16 << 20, **options},
+        **{"page_tokens": PAGE_TOKENS, "kv_cache_bytes": 16 << 20, **options},
     )
     node = DecodeNode(chosen, security or Security(), StaticPrefillPool(prefill_addresses, MonotonicClock()), leases)
     await node.start()
@@ -111,6 +113,11 @@ async def decode_node(
         await until_idle(node)
     finally:
         await node.stop()
+
+
+def pages_bytes(config: ChainConfig, num_pages: int) -> int:
+    """Size of a cache of that many pages, on the nodes here."""
+    return num_pages * KvLayout(KvFormat.of(config, torch.float32), PAGE_TOKENS).page_bytes
 
 
 def assert_nothing_held(node: DecodeNode) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -88,6 +89,21 @@ def tiny_checkpoint(
     text = TextConfig(bos_token_id=1, eos_token_ids=(2,), chat_template=CHAT_TEMPLATE) if tokenizer else None
     tokenizer_json = tiny_tokenizer().to_str() if tokenizer else None
     return save(path, config, random_tensors(config, seed), text=text, tokenizer_json=tokenizer_json)
+
+
+def flip_last_byte(checkpoint: Checkpoint, name: str) -> None:
+    """Damage a stored tensor in place, as a bad disk or a careless tool does."""
+    data = bytearray(checkpoint.weights_path.read_bytes())
+    header_bytes = int.from_bytes(data[:8], "little")
+    data[8 + header_bytes + json.loads(data[8 : 8 + header_bytes])[name]["data_offsets"][1] - 1] ^= 1
+    checkpoint.weights_path.write_bytes(data)
+
+
+def without_digest(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint as a build wrote it that did not store a digest."""
+    tensors = checkpoint.tensors(parameter_shapes(checkpoint.config))
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, checkpoint.weights_path)
+    return Checkpoint.open(checkpoint.path)
 
 
 def in_memory(checkpoint: Checkpoint, num_chains: int | None = None) -> ChainTransformer:

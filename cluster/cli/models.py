@@ -97,16 +97,22 @@ def export_model(
     note(f"wrote {dest}")
 
 
-def inspect_model(path: CheckpointSource, json: JsonFlag = False) -> None:
+def inspect_model(
+    path: CheckpointSource,
+    verify: Annotated[bool, typer.Option("--verify", help="Read chain 1's weights and check their digest.")] = False,
+    json: JsonFlag = False,
+) -> None:
     """Show a checkpoint's config, its parameters by scale and its KV bytes per token."""
-    from colm.checkpoint import Checkpoint
+    from colm.checkpoint import Checkpoint, verify_backbone
     from colm.dtypes import dtype_name
-    from colm.kv import KvLayout
+    from colm.kv import KvFormat
     from colm.model import num_parameters
 
     checkpoint = Checkpoint.open(path)
+    if verify:
+        verify_backbone(checkpoint)
     config, dtype = checkpoint.config, checkpoint.dtype()
-    layout = KvLayout.of(config, dtype=dtype, page_tokens=1)
+    token_bytes = KvFormat.of(config, dtype).token_bytes
     scales = {str(scale): num_parameters(config, scale) for scale in range(1, config.num_chains + 1)}
     if json:
         print_json(
@@ -115,7 +121,7 @@ def inspect_model(path: CheckpointSource, json: JsonFlag = False) -> None:
                 "config": config.to_dict(),
                 "dtype": dtype_name(dtype),
                 "parameters_by_scale": scales,
-                "kv_bytes_per_token": layout.token_bytes,
+                "kv_bytes_per_token": token_bytes,
                 "reads_text": checkpoint.tokenizer_path is not None,
                 "has_chat_template": checkpoint.text.chat_template is not None,
             }
@@ -136,8 +142,10 @@ def inspect_model(path: CheckpointSource, json: JsonFlag = False) -> None:
         ("rope scaling", "none" if config.rope_scaling is None else str(config.rope_scaling)),
         ("dtype", dtype_name(dtype)),
         ("text", chat if checkpoint.tokenizer_path else "token ids only, no tokenizer"),
-        ("KV cache", f"{human_bytes(layout.token_bytes)} per token, {kv_scope}"),
+        ("KV cache", f"{human_bytes(token_bytes)} per token, {kv_scope}"),
     ]
+    if verify:
+        rows.append(("digest", "chain 1's weights match it"))
     rows += [(f"scale {scale}", f"{count:,} parameters") for scale, count in scales.items()]
     for name, value in rows:
         typer.echo(f"{name:<13} {value}")

@@ -20,7 +20,7 @@ from colm import defaults
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.dtypes import parse_dtype
-from colm.kv import KvLayout, fingerprint
+from colm.kv import KvFormat, fingerprint
 from colm.line import Beat
 from colm.nodes import NodeReport, Role
 from colm.text.tokenizer import Tokenizer
@@ -40,7 +40,6 @@ class GatewayOptions:
     model_path: str
     model_name: str
     dtype: str
-    page_tokens: int
     host: str
     port: int
     limits: GatewayLimits
@@ -115,10 +114,9 @@ class GatewayReplica:
 
 def _load(options: GatewayOptions) -> ServedModel:
     checkpoint = Checkpoint.open(options.model_path)
-    layout = KvLayout.of(checkpoint.config, dtype=parse_dtype(options.dtype), page_tokens=options.page_tokens)
     return ServedModel(
         name=options.model_name,
         config=checkpoint.config,
         tokenizer=Tokenizer.load(checkpoint),
-        fingerprint=fingerprint(checkpoint, layout),
+        fingerprint=fingerprint(checkpoint, KvFormat.of(checkpoint.config, parse_dtype(options.dtype))),
     )

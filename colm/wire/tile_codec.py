@@ -1,4 +1,4 @@
-"""The KV stream's messages without protobuf's copies.
+"""Tiles to messages of the KV stream and back, without protobuf's copies.
 
 A `PullKvResponse` ends with its payload. Writing the small header through protobuf and the payload behind it, and
 taking the payload out as a view, keeps the bytes on the wire exactly those of the .proto file and moves them
@@ -6,6 +6,7 @@ twice as fast as the generated classes do (docs/adr/0003).
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -14,9 +15,8 @@ import xxhash
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from colm.errors import ConfigError, PeerUnavailable
-from colm.kv import KvLayout, KvTile
-from colm.wire.endpoint import MAX_MESSAGE_BYTES
+from colm.errors import FingerprintMismatch, PeerUnavailable
+from colm.kv import KvFormat, KvTile
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 
 if sys.byteorder != "little":
@@ -27,12 +27,15 @@ METHOD = "PullKv"
 _PAYLOAD_TAG = 15 << 3 | 2
 _EVENT_TAGS = {field.number << 3 | 2 for field in pb.PullKvResponse.DESCRIPTOR.oneofs_by_name["event"].fields}
 
-# More than all fields around a tile's payload take.
-_HEADER_BYTES = 4 << 10
+# A received message cannot be written, of which PyTorch warns once a process: here, where nobody hears it. The views
+# into messages are only read.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
 def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int) -> bytes:
-    """One message of the stream; the only copy of the tile on this side."""
+    """One message of the stream; the only copy of the tile on this side. `decode_tile` undoes it."""
     parts = [_raw(tile.k_KTD), _raw(tile.v_KTD)]
     checksum = xxhash.xxh3_64()
     for part in parts:
@@ -84,29 +87,33 @@ def decode_message(data: bytes) -> tuple[pb.PullKvResponse, memoryview]:
     return header, view[start:]
 
 
-def checksum_of(payload: memoryview) -> int:
-    """XXH3-64 of a payload."""
-    return int(xxhash.xxh3_64_intdigest(payload))
-
-
-def check_page(layout: KvLayout) -> None:
-    """Refuse pages that no message can carry: the stream sends whole ones.
+def decode_tile(header: pb.TileHeader, payload: memoryview, kv_format: KvFormat) -> KvTile:
+    """The tile of a message that `decode_message` has taken apart, as views into it.
 
     Raises:
-        ConfigError: names the option, the limit and the largest page that fits.
+        PeerUnavailable: the payload was damaged on the way.
+        FingerprintMismatch: it came whole, in a codec or format that this end does not read; nor will it next time.
     """
-    limit = MAX_MESSAGE_BYTES - _HEADER_BYTES
-    if layout.page_bytes > limit:
-        raise ConfigError(
-            f"model.page_tokens={layout.page_tokens} makes pages of {layout.page_bytes} bytes, and a message carries "
-            f"{limit}; for this model and dtype choose at most {limit // layout.layer_token_bytes}"
+    place = f"the tile at layer {header.layer} token {header.first_token}"
+    if xxhash.xxh3_64_intdigest(payload) != header.checksum:
+        raise PeerUnavailable(f"{place} was damaged on the way (checksum)")
+    if not header.num_tokens:
+        raise PeerUnavailable(f"{place} is empty")
+    if header.codec != pb.CODEC_RAW:
+        raise FingerprintMismatch(f"{place} came in codec {header.codec}, which this node cannot read")
+    if len(payload) != header.num_tokens * kv_format.layer_token_bytes:
+        raise FingerprintMismatch(
+            f"{place} came as {len(payload)} bytes for {header.num_tokens} tokens; "
+            f"in this node's format they are {header.num_tokens * kv_format.layer_token_bytes}"
         )
+    shape = (2, kv_format.num_kv_heads, header.num_tokens, kv_format.head_dim)
+    k_KTD, v_KTD = torch.frombuffer(payload, dtype=kv_format.dtype).view(shape)
+    return KvTile(header.layer, header.first_token, k_KTD, v_KTD)
 
 
-def max_tile_tokens(layout: KvLayout, message_bytes: int) -> int:
-    """The longest run of tokens of one layer whose keys and values fit a message: whole pages, at least one."""
-    tokens = message_bytes // layout.layer_token_bytes
-    return max(1, tokens // layout.page_tokens) * layout.page_tokens
+def max_tile_tokens(kv_format: KvFormat, message_bytes: int) -> int:
+    """The longest run of tokens of one layer whose keys and values fit a message; at least one token."""
+    return max(1, message_bytes // kv_format.layer_token_bytes)
 
 
 def pull_kv_handlers(behaviour: Callable[..., object]) -> grpc.GenericRpcHandler:

@@ -15,7 +15,7 @@ from colm.checkpoint import Checkpoint
 from colm.client import Answer, AsyncClient, Client, collect
 from colm.errors import ColmError, InvalidRequest, PeerUnavailable, Unauthenticated
 from colm.events import Accepted, Finished, FinishReason, PrefillProgress, Token
-from colm.kv import KvLayout
+from colm.kv import KvFormat
 from colm.model import ChainTransformer
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
@@ -73,11 +73,11 @@ def test_events_and_usage_account_for_every_token_and_byte(
     progress = [event for event in events if isinstance(event, PrefillProgress)]
     assert progress[-1].num_tokens_done == progress[-1].num_tokens_total == len(prompt) - 1
     assert [p.num_tokens_done for p in progress] == sorted(p.num_tokens_done for p in progress)
-    layout = KvLayout.of(expanded_checkpoint.config, dtype=torch.float32, page_tokens=64)
+    kv_format = KvFormat.of(expanded_checkpoint.config, torch.float32)
     usage = finished.usage
     assert usage.num_prefill_tokens == len(prompt) - 1
     assert usage.num_decode_prompt_tokens == 1
-    assert usage.kv_received_bytes == (len(prompt) - 1) * layout.token_bytes
+    assert usage.kv_received_bytes == (len(prompt) - 1) * kv_format.token_bytes
     assert usage.num_new_tokens == len([event for event in events if isinstance(event, Token)]) == 8
     assert finished.reason is FinishReason.LENGTH
 

@@ -22,7 +22,7 @@ from decode_node.requests import DecodeJob
 from prefill_node.engine import PrefillEngine
 from prefill_node.node import PrefillNode
 from tests.gates import LIMIT_S, Gate, gate_before
-from tests.nodes import PAGE_TOKENS, Answer, decode, decode_node, prefill_node, until_idle
+from tests.nodes import Answer, decode, decode_node, pages_bytes, prefill_node, until_idle
 from tests.tiny import tiny_checkpoint
 
 PROMPT = torch.randint(0, 320, (150,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -40,7 +40,7 @@ async def nodes(checkpoint: Checkpoint) -> AsyncIterator[tuple[PrefillNode, Deco
         yield prefill, node
 
 
-WRITERS = {"a decode step": (DecodeEngine, "step"), "a receiving thread": (KvStore, "write_tile")}
+WRITERS = {"a decode step": (DecodeEngine, "step"), "a receiving thread": (KvStore, "write")}
 
 
 async def cancelled_twice_at(gate: Gate, node: DecodeNode) -> None:
@@ -85,11 +85,10 @@ async def test_a_neighbour_gets_the_pages_of_a_late_request_only_after_the_last_
     checkpoint: Checkpoint, writer: str
 ) -> None:
     """The neighbour's keys and values were overwritten by the late one's: wrong logprobs, and no error."""
-    path, num_pages = str(checkpoint.path), 2 * 10
-    page_bytes = PAGE_TOKENS * 2 * checkpoint.config.kv_dim * 4
+    path, kv_cache_bytes = str(checkpoint.path), pages_bytes(checkpoint.config, 10)
     async with (
         prefill_node(path) as prefill,
-        decode_node(path, [prefill.address], kv_cache_bytes=num_pages * page_bytes) as node,
+        decode_node(path, [prefill.address], kv_cache_bytes=kv_cache_bytes) as node,
     ):
         undisturbed = await decode(node.address, PROMPT, num_chains=3)
         with gate_before(*WRITERS[writer]) as gate:
@@ -135,15 +134,15 @@ async def test_random_deadlines_never_change_an_answer_that_completes(
     draw = random.Random(0)
     path = str(checkpoint.path)
     prompts = [PROMPT[start : start + draw.randint(2, 90)] for start in range(8)]
-    page_bytes = PAGE_TOKENS * 2 * checkpoint.config.kv_dim * 4
+    kv_cache_bytes = pages_bytes(checkpoint.config, 6 * 7)
     async with (
         prefill_node(path) as prefill,
-        decode_node(path, [prefill.address], kv_cache_bytes=6 * 2 * 7 * page_bytes, max_batch_size=4) as node,
+        decode_node(path, [prefill.address], kv_cache_bytes=kv_cache_bytes, max_batch_size=4) as node,
     ):
         undisturbed = [await decode(node.address, prompt, num_chains=3) for prompt in prompts]
-        step, write = DecodeEngine.step, KvStore.write_tile
+        step, write = DecodeEngine.step, KvStore.write
         monkeypatch.setattr(DecodeEngine, "step", lambda *args: slowly(step, 0.01, *args))
-        monkeypatch.setattr(KvStore, "write_tile", lambda *args: slowly(write, 0.01, *args))
+        monkeypatch.setattr(KvStore, "write", lambda *args: slowly(write, 0.01, *args))
         started_s = time.monotonic()
         await asyncio.gather(*(decode(node.address, prompts[0], request_id=f"warm {i}") for i in range(8)))
         duration_s = time.monotonic() - started_s

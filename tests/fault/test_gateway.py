@@ -23,11 +23,11 @@ from prefill_node.engine import PrefillEngine
 from prefill_node.node import PrefillNode
 from tests.gates import LIMIT_S, gate_before
 from tests.gateway import TakingTurns, gateway
-from tests.nodes import PAGE_TOKENS, decode, decode_node, prefill_node
+from tests.nodes import decode, decode_node, pages_bytes, prefill_node
 from tests.tiny import tiny_checkpoint
 
 PROMPT = list(range(5, 65))
-PAGES_OF_ONE = 2 * 5
+PAGES_OF_ONE = 5
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ async def prefill(checkpoint: Checkpoint) -> AsyncIterator[PrefillNode]:
 @pytest.fixture
 async def small_nodes(checkpoint: Checkpoint, prefill: PrefillNode) -> AsyncIterator[list[DecodeNode]]:
     """Two decode nodes, each with pages for one request."""
-    kv_cache_bytes = PAGES_OF_ONE * PAGE_TOKENS * 2 * checkpoint.config.kv_dim * 4
+    kv_cache_bytes = pages_bytes(checkpoint.config, PAGES_OF_ONE)
     async with AsyncExitStack() as stack:
         yield [
             await stack.enter_async_context(

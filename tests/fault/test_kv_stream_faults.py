@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from colm.checkpoint import Checkpoint, save
 from colm.errors import LeaseExpired
@@ -29,13 +30,11 @@ from decode_node.kv_fetch import RetryPolicy
 from prefill_node import service as service_module
 from prefill_node.engine import PrefillEngine
 from tests.gates import LIMIT_S, gate_before
-from tests.nodes import PAGE_TOKENS, TILE_TOKENS, Spoil, decode, decode_node, prefill_node, spoilt_prefill, until_idle
+from tests.nodes import TILE_TOKENS, Spoil, decode, decode_node, prefill_node, spoilt_prefill, until_idle
 from tests.oracle import assert_greedy
-from tests.tiny import tiny_checkpoint, tiny_config
+from tests.tiny import tiny_checkpoint
 
 PROMPT = torch.randint(0, 320, (150,), generator=torch.Generator().manual_seed(1)).tolist()
-
-PAGE_BYTES = PAGE_TOKENS * 2 * tiny_config().kv_dim * 4
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,6 @@ FAULTS = {
     "tile of another transfer": first_attempt(2, rewrite_header(transfer_id="somebody else's")),
     "tile of another layer": first_attempt(2, rewrite_header(layer=1)),
     "tile at another place": first_attempt(2, rewrite_header(first_token=PROMPT[0] + 1000)),
-    "unknown codec": first_attempt(2, rewrite_header(codec=7)),
     "garbage": first_attempt(2, lambda *_: [b"\xff" * 100]),
     "completion before the end": first_attempt(3, end_early),
 }
@@ -98,6 +96,42 @@ async def test_a_spoilt_stream_is_fetched_again_and_the_answer_is_the_oracles(
     assert answer.usage.num_kv_streams == 2
     assert answer.usage.num_decode_prompt_tokens == 1
     assert_greedy(checkpoint.load(), PROMPT, answer.token_ids, 3)
+
+
+def drop_half_the_heads(_: int, __: int, data: bytes) -> list[bytes]:
+    """A tile that came whole, of a model with half the kv heads."""
+    header, payload = decode_message(data)
+    header.payload = bytes(payload[: len(payload) // 2])
+    header.tile.checksum = xxhash.xxh3_64_intdigest(header.payload)
+    return [header.SerializeToString()]
+
+
+FORMATS = {
+    "unknown codec": (rewrite_header(codec=7), "codec 7, which this node cannot read"),
+    "other heads": (drop_half_the_heads, "in this node's format they are"),
+}
+
+
+@pytest.mark.parametrize("fault", FORMATS)
+async def test_a_tile_in_another_format_is_final(checkpoint: Checkpoint, fault: str) -> None:
+    """It was fetched eight times over, and would have come the same way each time."""
+    change, problem = FORMATS[fault]
+    path, attempts = str(checkpoint.path), set[int]()
+
+    def spoil(attempt: int, number: int, data: bytes) -> list[bytes] | None:
+        attempts.add(attempt)
+        return change(attempt, number, data) if number == 2 else [data]
+
+    async with (
+        prefill_node(path) as prefill,
+        spoilt_prefill(prefill.address, spoil) as address,
+        decode_node(path, [address]) as node,
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await decode(node.address, PROMPT)
+        assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert problem in caught.value.details()
+    assert attempts == {1}
 
 
 async def test_a_clean_stream_is_fetched_once(checkpoint: Checkpoint) -> None:

@@ -23,7 +23,7 @@ from colm.wire.v1.decode_service_pb2_grpc import (
     DecodeServiceStub,
     add_DecodeServiceServicer_to_server,
 )
-from tests.nodes import PAGE_TOKENS, TILE_TOKENS, decode_node, decode_requests
+from tests.nodes import TILE_TOKENS, decode_node, decode_requests
 from tests.tiny import tiny_checkpoint, tiny_config
 
 # A twentieth of the real times: twelve pings, as 120 s of silence bring.
@@ -90,7 +90,7 @@ typer.run(main)
 
 @asynccontextmanager
 async def prefill_process(checkpoint: Checkpoint) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
-    words = ("--model", str(checkpoint.path), "--dtype", "float32", "--page-tokens", str(PAGE_TOKENS))
+    words = ("--model", str(checkpoint.path), "--dtype", "float32")
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", PREFILL_NODE, str(SCALED.interval_ms), *words, "--tile-tokens", str(TILE_TOKENS)),
         stdout=asyncio.subprocess.PIPE,

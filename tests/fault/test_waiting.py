@@ -23,11 +23,11 @@ from decode_node.node import DecodeNode
 from decode_node.requests import DecodeJob, Emit, RequestOwner
 from prefill_node.engine import PrefillEngine
 from tests.gates import LIMIT_S, gate_before
-from tests.nodes import PAGE_TOKENS, decode, decode_node, prefill_node
+from tests.nodes import decode, decode_node, pages_bytes, prefill_node
 from tests.tiny import tiny_checkpoint
 
 PROMPT = torch.randint(0, 320, (60,), generator=torch.Generator().manual_seed(3)).tolist()
-PAGES_OF_ONE = 2 * 5  # layers, and pages of 60 prompt tokens and 8 new ones
+PAGES_OF_ONE = 5  # 60 prompt tokens and 8 new ones
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture
 async def small(checkpoint: Checkpoint) -> AsyncIterator[DecodeNode]:
     """A decode node with pages for one request."""
-    path, page_bytes = str(checkpoint.path), PAGE_TOKENS * 2 * checkpoint.config.kv_dim * 4
+    path, kv_cache_bytes = str(checkpoint.path), pages_bytes(checkpoint.config, PAGES_OF_ONE)
     async with (
         prefill_node(path) as prefill,
-        decode_node(path, [prefill.address], kv_cache_bytes=PAGES_OF_ONE * page_bytes) as node,
+        decode_node(path, [prefill.address], kv_cache_bytes=kv_cache_bytes) as node,
     ):
         yield node
 
@@ -81,7 +81,7 @@ async def test_requests_beyond_the_pages_wait_in_order_and_are_all_answered(smal
 async def test_a_request_that_can_never_fit_is_not_told_to_try_later(small: DecodeNode) -> None:
     error = await failure(small.address, max_new_tokens=64)
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "16 KV pages and a decode node has 10 in all" in error.details()
+    assert "8 KV pages and a decode node has 5 in all" in error.details()
     assert "decode.kv_cache_bytes" in error.details()
 
 
@@ -93,7 +93,7 @@ async def test_a_caller_that_will_not_wait_is_refused_at_once(small: DecodeNode)
         gate.open()
         await first
     assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "needs 10 KV pages; 0 of 10 are free" in error.details()
+    assert "needs 5 KV pages; 0 of 5 are free" in error.details()
 
 
 async def test_a_deadline_that_passes_in_the_line_says_so_and_makes_room(small: DecodeNode) -> None:

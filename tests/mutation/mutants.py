@@ -82,6 +82,13 @@ MUTANTS = (
         _LOOP + "test_answers_share_steps_and_never_more_than_the_batch_holds",
     ),
     Mutant(
+        "a row keeps the pages of the request before",
+        "decode_node/engine.py",
+        "if len(tables) != len(self._tables) or any(map(is_not, tables, self._tables)):",
+        "if len(tables) != len(self._tables):",
+        "tests/numerics/test_decode_engine.py::test_the_batchs_table_is_made_anew_only_for_other_requests",
+    ),
+    Mutant(
         "the batch is always one",
         "decode_node/decode_loop.py",
         "await self._step(list(self._active))",
@@ -246,10 +253,24 @@ MUTANTS = (
     ),
     Mutant(
         "a damaged payload is stored",
-        "decode_node/kv_receiver.py",
-        "        if checksum_of(payload) != tile.checksum:\n",
-        "        if False:\n",
+        "colm/wire/tile_codec.py",
+        "    if xxhash.xxh3_64_intdigest(payload) != header.checksum:\n",
+        "    if False:\n",
         _STREAM + "test_a_spoilt_stream_is_fetched_again_and_the_answer_is_the_oracles",
+    ),
+    Mutant(
+        "a codec that nobody reads is asked for again",
+        "colm/wire/tile_codec.py",
+        'raise FingerprintMismatch(f"{place} came in codec',
+        'raise PeerUnavailable(f"{place} came in codec',
+        _STREAM + "test_a_tile_in_another_format_is_final",
+    ),
+    Mutant(
+        "every tile begins with a page",
+        "decode_node/kv_store.py",
+        "int(ids[start]) * page_tokens + begin % page_tokens",
+        "int(ids[start]) * page_tokens",
+        "tests/unit/test_kv_store.py::test_a_tile_lands_bit_for_bit_and_touches_nothing_else",
     ),
     Mutant(
         "a tile of an older epoch is stored",
@@ -257,6 +278,13 @@ MUTANTS = (
         "self._expect(epoch == self._epoch,",
         "self._expect(True,",
         _STREAM + "test_a_real_tile_of_a_broken_stream_is_void_in_the_next_one",
+    ),
+    Mutant(
+        "weights are taken for what their digest says",
+        "colm/checkpoint.py",
+        "    if stored != _computed_digest(checkpoint):\n",
+        "    if False:\n",
+        "tests/unit/test_checkpoint.py::test_a_stored_digest_is_read_without_the_weights_and_verified_with_them",
     ),
     # The prefill node.
     Mutant(

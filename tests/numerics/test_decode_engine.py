@@ -1,9 +1,10 @@
 """The decode engine, over pages that the prefill engine filled, against the oracle.
 
-Shapes: R requests, V vocabulary, L layers, M pages of one layer of a request.
+Shapes: R requests, V vocabulary, L layers, B pages, P tokens of a page, K kv heads, D head dim, M pages of a request.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 from colm_kernels import native, tolerance
+from colm_kernels.decode_attention import decode_attention
 from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint
-from colm.kv import KvLayout
+from colm.kv import KvFormat
 from colm.model.config import RopeScaling
-from colm.wire.tile_codec import decode_message, encode_tile
+from colm.wire.tile_codec import decode_message, decode_tile, encode_tile
+from decode_node import engine as engine_module
 from decode_node.engine import DecodeEngine, StepInput
+from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.page_pool import PagePool
 from prefill_node.engine import PrefillEngine
@@ -52,12 +56,12 @@ class Machine:
     """A prefill engine, a store and a decode engine of one model, without a wire between them."""
 
     def __init__(self, checkpoint: Checkpoint, num_pages: int = 128) -> None:
-        layout = KvLayout.of(checkpoint.config, dtype=torch.float32, page_tokens=PAGE_TOKENS)
-        self.store = KvStore(layout, num_pages)
-        for pages in (self.store.k_pages_BPKD, self.store.v_pages_BPKD):
+        kv_format = KvFormat.of(checkpoint.config, torch.float32)
+        self.store = KvStore(KvLayout(kv_format, PAGE_TOKENS), num_pages)
+        for pages in (self.store.k_pages_LBPKD, self.store.v_pages_LBPKD):
             pages.fill_(float("nan"))
         self.pool = PagePool(num_pages)
-        self.prefill = PrefillEngine(checkpoint, layout, tile_tokens=2 * PAGE_TOKENS)
+        self.prefill = PrefillEngine(checkpoint, kv_format, tile_tokens=2 * PAGE_TOKENS + 1)
         self.decode = DecodeEngine(checkpoint, self.store)
         # Holes, so that requests get pages that lie apart.
         leases = [self.pool.reserve("hole", 3) for _ in range(num_pages // 3)]
@@ -68,20 +72,20 @@ class Machine:
         """Bring the keys and values of all but the last token into pages, as a stream would."""
         layout = self.store.layout
         lease = self.pool.reserve("request", layout.pages(len(token_ids) + num_new_tokens - 1))
-        table_LM = self.store.page_table(lease)
+        table_M = self.store.page_table(lease)
         if len(token_ids) > 1:
             for tile in self.prefill.run(token_ids[:-1]):
                 header, payload = decode_message(encode_tile(tile, transfer_id="t", epoch=1))
-                self.store.write_tile(table_LM[tile.layer], header.tile.first_token, header.tile.num_tokens, payload)
-        return table_LM
+                self.store.write(table_M, decode_tile(header.tile, payload, layout.kv_format))
+        return table_M
 
     def first_step(self, token_ids: NDArray[np.int64], num_chains: int) -> StepInput:
         return StepInput(int(token_ids[-1]), len(token_ids) - 1, num_chains, self.admit(token_ids))
 
-    def kept(self, table_LM: NDArray[np.int32], num_tokens: int) -> tuple[Tensor, Tensor]:
+    def kept(self, table_M: NDArray[np.int32], num_tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a request's tokens, all layers."""
-        pages = torch.from_numpy(table_LM).long()
-        keys, values = self.store.k_pages_BPKD[pages], self.store.v_pages_BPKD[pages]
+        pages = torch.from_numpy(table_M).long()
+        keys, values = self.store.k_pages_LBPKD[:, pages], self.store.v_pages_LBPKD[:, pages]
         return keys.flatten(1, 2)[:, :num_tokens], values.flatten(1, 2)[:, :num_tokens]
 
 
@@ -150,7 +154,7 @@ def test_keys_and_values_that_are_written_do_not_depend_on_the_scale(checkpoint:
         machine = Machine(checkpoint)
         step = machine.first_step(token_ids, num_chains)
         machine.decode.step([step])
-        kept.append(machine.kept(step.table_LM, len(token_ids)))
+        kept.append(machine.kept(step.table_M, len(token_ids)))
     for keys, values in kept[1:]:
         for ours, of_chain1 in zip((keys, values), kept[0], strict=True):
             if native.default_variant(torch.float32) != "torch":
@@ -165,12 +169,15 @@ def test_keys_and_values_that_are_written_do_not_depend_on_the_scale(checkpoint:
 def test_a_step_writes_its_own_token_and_nothing_else(tiny: Checkpoint) -> None:
     machine, token_ids = Machine(tiny), prompt(11)
     step = machine.first_step(token_ids, 3)
-    before = [pages.clone() for pages in (machine.store.k_pages_BPKD, machine.store.v_pages_BPKD)]
+    before = [pages.clone() for pages in (machine.store.k_pages_LBPKD, machine.store.v_pages_LBPKD)]
     machine.decode.step([step])
     page, slot = step.position // PAGE_TOKENS, step.position % PAGE_TOKENS
-    for pages, old in zip((machine.store.k_pages_BPKD, machine.store.v_pages_BPKD), before, strict=True):
-        changed = (pages.view(torch.int32) != old.view(torch.int32)).flatten(2).any(dim=2).nonzero()
-        assert {tuple(place) for place in changed.tolist()} == {(int(ids[page]), slot) for ids in step.table_LM}
+    for pages, old in zip((machine.store.k_pages_LBPKD, machine.store.v_pages_LBPKD), before, strict=True):
+        changed = (pages.view(torch.int32) != old.view(torch.int32)).flatten(3).any(dim=3).nonzero()
+        layers = range(tiny.config.num_layers)
+        assert {tuple(place) for place in changed.tolist()} == {
+            (layer, int(step.table_M[page]), slot) for layer in layers
+        }
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 8])
@@ -178,10 +185,10 @@ def test_a_step_writes_its_own_token_and_nothing_else(tiny: Checkpoint) -> None:
 def test_greedy_tokens_are_the_oracles(checkpoint: Checkpoint, num_tokens: int, num_chains: int) -> None:
     """Seven steps, over at least one page's end."""
     machine, token_ids = Machine(checkpoint), prompt(num_tokens)
-    table_LM = machine.admit(token_ids, num_new_tokens=7)
+    table_M = machine.admit(token_ids, num_new_tokens=7)
     text = token_ids
     for _ in range(7):
-        (logits_V,) = machine.decode.step([StepInput(int(text[-1]), len(text) - 1, num_chains, table_LM)])
+        (logits_V,) = machine.decode.step([StepInput(int(text[-1]), len(text) - 1, num_chains, table_M)])
         oracle(checkpoint, text, num_chains).check_largest(int(logits_V.argmax()))
         text = np.append(text, int(logits_V.argmax()))
 
@@ -189,9 +196,9 @@ def test_greedy_tokens_are_the_oracles(checkpoint: Checkpoint, num_tokens: int, 
 def test_an_answer_may_change_its_scale_between_tokens(tiny: Checkpoint) -> None:
     """Every scale reads the same keys and values, so those of earlier steps serve whatever comes next."""
     machine, text = Machine(tiny), prompt(6)
-    table_LM = machine.admit(text, num_new_tokens=6)
+    table_M = machine.admit(text, num_new_tokens=6)
     for num_chains in (3, 1, 2, 3, 1, 2):
-        (logits_V,) = machine.decode.step([StepInput(int(text[-1]), len(text) - 1, num_chains, table_LM)])
+        (logits_V,) = machine.decode.step([StepInput(int(text[-1]), len(text) - 1, num_chains, table_M)])
         assert_oracles(logits_V, tiny, text, num_chains)
         text = np.append(text, int(logits_V.argmax()))
 
@@ -205,3 +212,25 @@ def test_requests_that_come_and_go_leave_the_others_alone(tiny: Checkpoint) -> N
     for batch in ([first], [first, second], [second, first]):
         logits_RV = machine.decode.step(batch)
         assert_oracles(logits_RV[batch.index(first)], tiny, long, 2)
+
+
+def test_the_batchs_table_is_made_anew_only_for_other_requests(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was copied together at every step: 1 MB for each request of a million tokens."""
+    machine = Machine(tiny, num_pages=256)
+    long, short = machine.first_step(prompt(31), 2), machine.first_step(prompt(6), 3)
+    seen: list[Tensor] = []
+
+    def attend(q_RKGD: Tensor, k_pages: Tensor, v_pages: Tensor, table_RM: Tensor, context_lens_R: Tensor) -> Tensor:
+        seen.append(table_RM)
+        return decode_attention(q_RKGD, k_pages, v_pages, table_RM, context_lens_R)
+
+    monkeypatch.setattr(engine_module, "decode_attention", attend)
+    for batch in ([long, short], [replace(short, position=6), long], [long], [short]):
+        machine.decode.step(batch)
+    first, again, alone, other = (seen[index : index + 2] for index in range(0, 8, 2))
+    assert all(table_RM is first[0] for table_RM in (*first, *again))
+    assert first[0].tolist() == [[*short.table_M.tolist(), *[0] * 6], long.table_M.tolist()]
+    assert alone[0].tolist() == [long.table_M.tolist()]
+    assert other[0].tolist() == [short.table_M.tolist()]

@@ -15,7 +15,7 @@ from colm.errors import ClusterError
 from colm.wire.endpoint import bind, create_server, dial_address, join_address, open_channel, why_not
 from colm.wire.security import Security, new_tls
 from tests.gateway import LIMITS
-from tests.nodes import EVERYWHERE, LOOPBACK, PAGE_TOKENS, decode, decode_node, prefill_node
+from tests.nodes import EVERYWHERE, LOOPBACK, decode, decode_node, prefill_node
 from tests.tiny import tiny_checkpoint
 
 ELSEWHERE = "192.0.2.200"  # of a block that is kept for documents
@@ -105,7 +105,6 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
         model_path=str(checkpoint.path),
         model_name="tiny",
         dtype="float32",
-        page_tokens=PAGE_TOKENS,
         host=EVERYWHERE,
         port=0,
         limits=LIMITS,

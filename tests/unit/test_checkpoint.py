@@ -25,13 +25,22 @@ from colm.checkpoint import (
     load,
     prefill_tensor_names,
     save,
+    verify_backbone,
 )
 from colm.errors import CheckpointError
-from colm.kv import KvLayout, fingerprint
+from colm.kv import KvFormat, fingerprint
 from colm.model import parameter_shapes
 from colm.model.config import ChainConfig, RopeScaling
 from prefill_node.engine import PrefillEngine
-from tests.tiny import edit_json, random_tensors, tiny_checkpoint, tiny_config, tiny_tokenizer
+from tests.tiny import (
+    edit_json,
+    flip_last_byte,
+    random_tensors,
+    tiny_checkpoint,
+    tiny_config,
+    tiny_tokenizer,
+    without_digest,
+)
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -111,6 +120,7 @@ def without(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tens
 
 BAD_SAVES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = {
     "missing": (lambda tensors: without(tensors, "layers.1.ffn.up.chain2"), "layers.1.ffn.up.chain2"),
+    "missing of the backbone": (lambda tensors: without(tensors, "embedding.chain1"), "embedding.chain1"),
     "misshapen": (
         lambda tensors: tensors | {"layers.0.attention.wk.chain1": torch.zeros(2, 3)},
         "layers.0.attention.wk.chain1",
@@ -246,6 +256,41 @@ def test_the_backbone_digest_sees_the_last_bit_of(tmp_path: Path, name: str) -> 
     assert backbone_digest(changed(tmp_path / "b", config, {name})) != backbone_digest(tiny_checkpoint(tmp_path / "a"))
 
 
+def test_the_digest_stored_is_the_one_that_the_weights_have(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    stored = checkpoint.stored_digest()
+    older = without_digest(checkpoint)
+    assert older.stored_digest() is None
+    assert backbone_digest(older) == stored
+
+
+def test_a_stored_digest_is_read_without_the_weights_and_verified_with_them(tmp_path: Path) -> None:
+    """Every node read all of chain 1 before it started."""
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    verify_backbone(checkpoint)
+    stored = backbone_digest(checkpoint)
+    flip_last_byte(checkpoint, "embedding.chain1")
+    assert backbone_digest(checkpoint) == stored
+    with pytest.raises(CheckpointError, match="do not match the digest"):
+        verify_backbone(checkpoint)
+
+
+def test_other_weights_below_an_old_config_take_the_digest_with_them(tmp_path: Path) -> None:
+    checkpoint, other = tiny_checkpoint(tmp_path / "a"), tiny_checkpoint(tmp_path / "b", seed=9)
+    checkpoint.weights_path.write_bytes(other.weights_path.read_bytes())
+    assert backbone_digest(checkpoint) == backbone_digest(other)
+    rewrite(checkpoint, random_tensors(tiny_config(), seed=7))
+    assert backbone_digest(checkpoint) == backbone_digest(tiny_checkpoint(tmp_path / "c", seed=7))
+
+
+def test_the_fingerprint_changes_where_the_config_is_edited_to_read_fewer_of_the_same_tensors(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    edit_model(checkpoint, activation="gelu")
+    edited = Checkpoint.open(checkpoint.path)
+    assert edited.stored_digest() == checkpoint.stored_digest()
+    assert fingerprint_of(edited) != fingerprint_of(checkpoint)
+
+
 def test_a_prefill_needs_chain_1_without_head_and_the_last_layer_only_up_to_its_keys_and_values() -> None:
     config = tiny_config()
     names = prefill_tensor_names(config)
@@ -259,15 +304,15 @@ def test_a_prefill_needs_chain_1_without_head_and_the_last_layer_only_up_to_its_
     assert names - {name for name in names if name.startswith("layers.1.")} == first_layer | {"embedding.chain1"}
 
 
-def layout_of(config: ChainConfig, dtype: torch.dtype = torch.float32, page_tokens: int = 16) -> KvLayout:
-    return KvLayout.of(config, dtype=dtype, page_tokens=page_tokens)
+def fingerprint_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> str:
+    return fingerprint(checkpoint, KvFormat.of(checkpoint.config, dtype))
 
 
 def test_the_fingerprint_ignores_later_chains_final_norm_and_head(tmp_path: Path) -> None:
     config = tiny_config()
     wider = tiny_config(chains=(4, 2, 2, 4))
     narrow, wide = tiny_checkpoint(tmp_path / "a"), save(tmp_path / "b", wider, grown(config, wider))
-    assert fingerprint(narrow, layout_of(config)) == fingerprint(wide, layout_of(wider))
+    assert fingerprint_of(narrow) == fingerprint_of(wide)
 
 
 def grown(config: ChainConfig, wider: ChainConfig) -> dict[str, torch.Tensor]:
@@ -286,25 +331,18 @@ FACTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("change", FACTS.values(), ids=FACTS.keys())
 def test_the_fingerprint_changes_with(tmp_path: Path, change: dict[str, Any]) -> None:
     original, other = tiny_checkpoint(tmp_path / "a"), tiny_checkpoint(tmp_path / "b", tiny_config(**change))
-    layout = layout_of(original.config)
-    assert fingerprint(original, layout) != fingerprint(other, layout)
+    assert fingerprint_of(original) != fingerprint_of(other)
 
 
 def test_the_fingerprint_changes_with_the_last_bit_of_a_chain_1_weight(tmp_path: Path) -> None:
     original = tiny_checkpoint(tmp_path / "a")
     other = changed(tmp_path / "b", original.config, {"layers.0.ffn.down.chain1"})
-    layout = layout_of(original.config)
-    assert fingerprint(original, layout) != fingerprint(other, layout)
+    assert fingerprint_of(original) != fingerprint_of(other)
 
 
-def test_the_fingerprint_changes_with_dtype_and_page(tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_the_dtype(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
-    layouts = [
-        layout_of(checkpoint.config),
-        layout_of(checkpoint.config, dtype=torch.bfloat16),
-        layout_of(checkpoint.config, page_tokens=32),
-    ]
-    assert len({fingerprint(checkpoint, layout) for layout in layouts}) == 3
+    assert fingerprint_of(checkpoint) != fingerprint_of(checkpoint, torch.bfloat16)
 
 
 def test_a_prefill_engine_never_touches_a_later_chains_bytes(tmp_path: Path) -> None:
@@ -356,14 +394,14 @@ def observe_prefill() -> None:
     """The body of the process above: prefill one prompt and print, as JSON, what of the weights is in memory."""
     torch.set_num_threads(1)
     checkpoint = Checkpoint.open(sys.argv[1])
-    layout = KvLayout.of(checkpoint.config, dtype=torch.float32, page_tokens=16)
+    kv_format = KvFormat.of(checkpoint.config, torch.float32)
     token_ids = np.arange(64, dtype=np.int64)
     warm_up(checkpoint.path.parent / "warm")
     drop_from_page_cache(checkpoint.weights_path)
     cached_before_bytes = int(cached_pages(checkpoint.weights_path).sum()) * mmap.PAGESIZE
     resident_before = psutil.Process().memory_info().rss
 
-    engine = PrefillEngine(checkpoint, layout, tile_tokens=32)
+    engine = PrefillEngine(checkpoint, kv_format, tile_tokens=32)
     num_tiles = sum(1 for _ in engine.run(token_ids))
     assert num_tiles == 2 * checkpoint.config.num_layers
 
@@ -379,8 +417,8 @@ def observe_prefill() -> None:
 def warm_up(directory: Path) -> None:
     """Let libraries allocate what they allocate once."""
     small = tiny_checkpoint(directory)
-    layout = KvLayout.of(small.config, dtype=torch.float32, page_tokens=16)
-    list(PrefillEngine(small, layout, tile_tokens=32).run(np.arange(40, dtype=np.int64)))
+    kv_format = KvFormat.of(small.config, torch.float32)
+    list(PrefillEngine(small, kv_format, tile_tokens=32).run(np.arange(40, dtype=np.int64)))
 
 
 def drop_from_page_cache(path: Path) -> None:

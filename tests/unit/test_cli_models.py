@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from cluster.cli import app
 from colm.checkpoint import Checkpoint
-from colm.errors import ConfigError
-from tests.tiny import tiny_checkpoint, tiny_config
+from colm.errors import CheckpointError, ConfigError
+from tests.tiny import flip_last_byte, tiny_checkpoint, tiny_config, without_digest
 
 runner = CliRunner()
 
@@ -58,3 +58,19 @@ def test_inspect_describes_every_kind(tmp_path, shape, kind):
     assert f"{kind}, chains" in run("inspect", path)
     record = json.loads(run("inspect", path, "--json").splitlines()[-1])
     assert record["config"] == Checkpoint.open(path).config.to_dict()
+
+
+def test_inspect_verifies_the_weights_that_keys_and_values_depend_on(source):
+    assert "digest        chain 1's weights match it" in run("inspect", source, "--verify")
+    flip_last_byte(Checkpoint.open(source), "layers.0.attention.wk.chain1")
+    assert "digest" not in run("inspect", source)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: chain 1's weights do not match the digest"):
+        run("inspect", source, "--verify")
+
+
+def test_weights_of_an_older_build_have_nothing_to_verify_until_they_are_written_again(source, tmp_path):
+    without_digest(Checkpoint.open(source))
+    with pytest.raises(CheckpointError, match=rf"no digest to verify.*`colm slice {source} DEST --chains 2`"):
+        run("inspect", source, "--verify")
+    run("slice", source, str(tmp_path / "again"), "--chains", "2")
+    run("inspect", str(tmp_path / "again"), "--verify")

@@ -104,7 +104,7 @@ class Bench:
             request_id="r",
             token_ids=np.arange(NUM_TOKENS),
             pages=self.pages,
-            table_LM=np.zeros((1, 4), dtype=np.int32),
+            table_M=np.zeros(4, dtype=np.int32),
         )
 
         async def emit(event: PrefillProgress | Queued) -> None:

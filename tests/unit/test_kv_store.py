@@ -1,21 +1,28 @@
 """Tiles land in their pages, every bit at its place, and nowhere else.
 
-Shapes: B pages, P tokens of a page, K kv heads, T tokens, D head dim, R requests.
+Shapes: L layers, B pages, P tokens of a page, K kv heads, T tokens, D head dim, R requests.
 """
 
+import numpy as np
 import pytest
 import torch
 from colm_kernels.rotary import rotate_
 from torch import Tensor
 
-from colm.kv import KvLayout
+from colm.kv import KvFormat, KvTile
+from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
-from decode_node.page_pool import PagePool
+from decode_node.page_pool import PageLease
 
 NUM_LAYERS, NUM_KV_HEADS, PAGE_TOKENS, HEAD_DIM = 2, 3, 4, 8
 NUM_PAGES = 12
 LENGTHS = [1, PAGE_TOKENS - 1, PAGE_TOKENS, PAGE_TOKENS + 1, 3 * PAGE_TOKENS, 13]
-PLACES = {"contiguous": [3, 4, 5, 6, 7, 8], "backwards": [8, 7, 6, 5, 4, 3], "scattered": [9, 2, 11, 0, 7, 4]}
+PLACES = {
+    "contiguous": [3, 4, 5, 6, 7, 8],
+    "backwards": [8, 7, 6, 5, 4, 3],
+    "scattered": [9, 2, 11, 0, 7, 4],
+    "two runs": [8, 9, 10, 1, 2, 3],
+}
 WIDTHS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -32,85 +39,65 @@ def random_bits(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
 
 def store_of(dtype: torch.dtype) -> KvStore:
     """Every page filled with known bits, so that a stray write shows."""
-    layout = KvLayout(
-        num_layers=NUM_LAYERS,
-        num_kv_heads=NUM_KV_HEADS,
-        head_dim=HEAD_DIM,
-        dtype=dtype,
-        page_tokens=PAGE_TOKENS,
-    )
-    store = KvStore(layout, NUM_PAGES)
-    store.k_pages_BPKD.copy_(random_bits(dtype, *store.k_pages_BPKD.shape, seed=1))
-    store.v_pages_BPKD.copy_(random_bits(dtype, *store.v_pages_BPKD.shape, seed=2))
+    kv_format = KvFormat(num_layers=NUM_LAYERS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, dtype=dtype)
+    store = KvStore(KvLayout(kv_format, PAGE_TOKENS), NUM_PAGES)
+    store.k_pages_LBPKD.copy_(random_bits(dtype, *store.k_pages_LBPKD.shape, seed=1))
+    store.v_pages_LBPKD.copy_(random_bits(dtype, *store.v_pages_LBPKD.shape, seed=2))
     return store
-
-
-def payload_of(k_KTD: Tensor, v_KTD: Tensor) -> memoryview:
-    """Keys, then values, as a stream carries them: read-only and at any offset."""
-    data = b"x" + b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in (k_KTD, v_KTD))
-    return memoryview(data)[1:]
 
 
 @pytest.mark.parametrize("dtype", WIDTHS.keys(), ids=str)
 @pytest.mark.parametrize("place", PLACES.keys())
-@pytest.mark.parametrize("first_page", [0, 2])
+@pytest.mark.parametrize("first_token", [0, 3, 2 * PAGE_TOKENS, 2 * PAGE_TOKENS + 1])
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
 @pytest.mark.parametrize("num_tokens", LENGTHS)
 def test_a_tile_lands_bit_for_bit_and_touches_nothing_else(
-    num_tokens: int, first_page: int, place: str, dtype: torch.dtype
+    num_tokens: int, layer: int, first_token: int, place: str, dtype: torch.dtype
 ) -> None:
     store = store_of(dtype)
-    pages_M = torch.tensor(PLACES[place], dtype=torch.int32).numpy()
+    table_M = torch.tensor(PLACES[place], dtype=torch.int32).numpy()
     k_KTD, v_KTD = (random_bits(dtype, NUM_KV_HEADS, num_tokens, HEAD_DIM, seed=seed) for seed in (3, 4))
-    expected_k, expected_v = bits(store.k_pages_BPKD).clone(), bits(store.v_pages_BPKD).clone()
+    expected_k, expected_v = bits(store.k_pages_LBPKD).clone(), bits(store.v_pages_LBPKD).clone()
     for token in range(num_tokens):
-        page, slot = PLACES[place][first_page + token // PAGE_TOKENS], token % PAGE_TOKENS
-        expected_k[page, slot] = bits(k_KTD[:, token])
-        expected_v[page, slot] = bits(v_KTD[:, token])
+        column, slot = divmod(first_token + token, PAGE_TOKENS)
+        page = PLACES[place][column]
+        expected_k[layer, page, slot] = bits(k_KTD[:, token])
+        expected_v[layer, page, slot] = bits(v_KTD[:, token])
 
-    store.write_tile(pages_M, first_page * PAGE_TOKENS, num_tokens, payload_of(k_KTD, v_KTD))
+    store.write(table_M, KvTile(layer, first_token, k_KTD, v_KTD))
 
-    assert torch.equal(bits(store.k_pages_BPKD), expected_k)
-    assert torch.equal(bits(store.v_pages_BPKD), expected_v)
-
-
-def test_a_payload_of_another_length_is_refused() -> None:
-    store = store_of(torch.float32)
-    short = payload_of(torch.zeros(NUM_KV_HEADS, 3, HEAD_DIM), torch.zeros(NUM_KV_HEADS, 3, HEAD_DIM))
-    with pytest.raises(ValueError, match="cannot reshape"):
-        store.write_tile(torch.arange(4, dtype=torch.int32).numpy(), 0, 4, short)
+    assert torch.equal(bits(store.k_pages_LBPKD), expected_k)
+    assert torch.equal(bits(store.v_pages_LBPKD), expected_v)
 
 
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
 @pytest.mark.parametrize("dtype", WIDTHS.keys(), ids=str)
-def test_tokens_land_at_each_requests_page_and_slot_and_touch_nothing_else(dtype: torch.dtype) -> None:
+def test_tokens_land_at_each_requests_page_and_slot_and_touch_nothing_else(dtype: torch.dtype, layer: int) -> None:
     store = store_of(dtype)
     pages_R, slots_R = torch.tensor([5, 0, 11]), torch.tensor([3, 0, 2])
     k_RKD, v_RKD = torch.randn(3, NUM_KV_HEADS, HEAD_DIM).to(dtype), random_bits(dtype, 3, NUM_KV_HEADS, HEAD_DIM)
     cos_RD, sin_RD = (torch.rand(3, HEAD_DIM // 2).repeat(1, 2) for _ in range(2))
-    expected_k, expected_v = bits(store.k_pages_BPKD).clone(), bits(store.v_pages_BPKD).clone()
-    expected_k[pages_R, slots_R] = bits(rotate_(k_RKD.clone(), cos_RD, sin_RD))
-    expected_v[pages_R, slots_R] = bits(v_RKD)
+    expected_k, expected_v = bits(store.k_pages_LBPKD).clone(), bits(store.v_pages_LBPKD).clone()
+    expected_k[layer, pages_R, slots_R] = bits(rotate_(k_RKD.clone(), cos_RD, sin_RD))
+    expected_v[layer, pages_R, slots_R] = bits(v_RKD)
 
-    store.write_tokens(pages_R * PAGE_TOKENS + slots_R, k_RKD, v_RKD, cos_RD, sin_RD)
+    store.write_tokens(layer, pages_R * PAGE_TOKENS + slots_R, k_RKD, v_RKD, cos_RD, sin_RD)
 
-    assert torch.equal(bits(store.k_pages_BPKD), expected_k)
-    assert torch.equal(bits(store.v_pages_BPKD), expected_v)
+    assert torch.equal(bits(store.k_pages_LBPKD), expected_k)
+    assert torch.equal(bits(store.v_pages_LBPKD), expected_v)
 
 
-def test_a_page_table_gives_every_layer_pages_of_its_own() -> None:
-    store = store_of(torch.float32)
-    lease = PagePool(NUM_PAGES).reserve("request", store.layout.pages(9))
-    table_LM = store.page_table(lease)
-    assert table_LM.shape == (NUM_LAYERS, 3)
-    assert sorted(table_LM.flatten().tolist()) == sorted(lease.page_ids)
+def test_a_page_table_lists_the_pages_of_every_run_in_order() -> None:
+    table_M = store_of(torch.float32).page_table(PageLease("request", ((7, 3), (0, 1), (4, 2))))
+    assert table_M.dtype == np.int32
+    assert table_M.tolist() == [7, 8, 9, 0, 4, 5]
 
 
 @pytest.mark.parametrize(("num_tokens", "num_pages"), [(1, 1), (PAGE_TOKENS, 1), (PAGE_TOKENS + 1, 2), (13, 4)])
 def test_pages_are_counted_up_to_the_last_begun(num_tokens: int, num_pages: int) -> None:
-    layout = store_of(torch.float32).layout
-    assert layout.pages_per_layer(num_tokens) == num_pages
-    assert layout.pages(num_tokens) == NUM_LAYERS * num_pages
+    assert store_of(torch.float32).layout.pages(num_tokens) == num_pages
 
 
-def test_a_page_holds_the_bytes_of_its_keys_and_values() -> None:
+def test_a_page_holds_the_bytes_of_its_keys_and_values_in_all_layers() -> None:
     store = store_of(torch.bfloat16)
-    assert store.layout.page_bytes == store.k_pages_BPKD[0].nbytes + store.v_pages_BPKD[0].nbytes
+    assert store.layout.page_bytes == store.k_pages_LBPKD[:, 0].nbytes + store.v_pages_LBPKD[:, 0].nbytes

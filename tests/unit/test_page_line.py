@@ -33,7 +33,7 @@ async def test_pages_are_waited_for_in_order_of_asking(line: PageLine) -> None:
     await settle()
     assert line.num_waiting == 2
     line.release(first)
-    assert len((await large).page_ids) == 8
+    assert (await large).num_pages == 8
     await settle()
     assert not small.done()
     line.release(await large)

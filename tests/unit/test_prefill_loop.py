@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from colm.errors import CapacityExceeded
-from colm.kv import KvLayout
+from colm.kv import KvFormat
 from prefill_node import engine as engine_module
 from prefill_node.engine import PrefillEngine
 from prefill_node.handoff import Handoff
@@ -116,8 +116,8 @@ def test_a_cancelled_engine_ends_between_two_operations_of_its_tile(
 ) -> None:
     """It went on to the end of the tile: seconds, at long contexts."""
     checkpoint = tiny_checkpoint(tmp_path / "tiny")
-    layout = KvLayout.of(checkpoint.config, dtype=torch.float32, page_tokens=16)
-    engine = PrefillEngine(checkpoint, layout, tile_tokens=32)
+    kv_format = KvFormat.of(checkpoint.config, torch.float32)
+    engine = PrefillEngine(checkpoint, kv_format, tile_tokens=32)
     done: list[str] = []
 
     def noting(name: str) -> None:

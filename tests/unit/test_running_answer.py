@@ -14,7 +14,7 @@ from tests.tiny import tiny_tokenizer
 
 EOS = 2
 TOKENIZER = tiny_tokenizer()
-TABLE_LM = np.zeros((2, 3), dtype=np.int32)
+TABLE_M = np.zeros(3, dtype=np.int32)
 
 
 def ids_of(text: str) -> list[int]:
@@ -40,7 +40,7 @@ def answer(
         position=9,
         num_chains=2,
         max_new_tokens=max_new_tokens,
-        table_LM=TABLE_LM,
+        table_M=TABLE_M,
         sampling=SamplingParams(stop=stop),
         stop_token_ids=stop_token_ids,
         text_stream=TextStream(Detokenizer(TOKENIZER)) if reads_text else None,
@@ -63,7 +63,7 @@ def shown(sequence: RunningAnswer, tokens: Sequence[Token]) -> str:
 def test_the_first_step_reads_the_last_prompt_token() -> None:
     step = answer().step_input()
     assert (step.token_id, step.position, step.num_chains) == (17, 9, 2)
-    assert step.table_LM is TABLE_LM
+    assert step.table_M is TABLE_M
 
 
 def test_each_step_reads_the_token_before_it_at_the_next_position() -> None:

@@ -1,0 +1,42 @@
+"""How a decode node keeps keys and values: in pages, which nobody else knows of."""
+
+from dataclasses import dataclass
+
+from colm.errors import ConfigError
+from colm.kv import KvFormat
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Tokens of a format, in pages of one size."""
+
+    kv_format: KvFormat
+    page_tokens: int
+    """Tokens in one page, all layers of them."""
+
+    def __post_init__(self) -> None:
+        if self.page_tokens < 1:
+            raise ValueError(f"page_tokens={self.page_tokens} must be at least 1")
+
+    @property
+    def page_bytes(self) -> int:
+        """Keys and values of one page, all layers."""
+        return self.page_tokens * self.kv_format.token_bytes
+
+    def pages(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.page_tokens)
+
+    def pages_within(self, kv_cache_bytes: int) -> int:
+        """Pages that a cache of that size holds.
+
+        Raises:
+            ConfigError: it holds none.
+        """
+        num_pages = kv_cache_bytes // self.page_bytes
+        if num_pages < 1:
+            raise ConfigError(
+                f"decode.kv_cache_bytes={kv_cache_bytes} bytes holds no page; the least is one page of "
+                f"{self.page_tokens} tokens in all {self.kv_format.num_layers} layers, {self.page_bytes} bytes"
+            )
+        return num_pages
