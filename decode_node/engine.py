@@ -80,8 +80,7 @@ class DecodeEngine:
                 context_lens_R,
             )
             attended = layer.attention.ungroup(out_RKGD, num_chains)
-            normed_RD = layer.ffn_norm.add_(x_RD, layer.attention.wo(attended, chain_rows), num_chains)
-            normed_RD = next_norm.add_(x_RD, layer.ffn(normed_RD, chain_rows), num_chains)
+            normed_RD = next_norm.add_(x_RD, layer.after_attention(x_RD, attended, chain_rows), num_chains)
         logits_RV = self._model.output_table.logits(normed_RD, chain_rows)
         in_order_RV = torch.empty_like(logits_RV)
         in_order_RV[order] = logits_RV

@@ -10,14 +10,12 @@ import torch
 from colm_kernels.prefill_attention import prefill_attention
 from colm_kernels.rotary import rotate_, write_kv
 from numpy.typing import NDArray
-from torch import Tensor
 
 from colm.checkpoint import Checkpoint, assign, prefill_tensor_names
 from colm.errors import InvalidRequest
 from colm.kv import KvFormat, KvTile, require_shared_kv
 from colm.model import ChainTransformer
 from colm.model.rope import inverse_frequencies, rotation
-from colm.model.transformer import ChainBlock
 
 
 class PrefillEngine:
@@ -67,7 +65,9 @@ class PrefillEngine:
             is_last = index == kv_format.num_layers - 1
             for start in range(0, num_tokens, self.tile_tokens):
                 stop = min(start + self.tile_tokens, num_tokens)
-                x_TD = hidden_ND[start:stop]
+                x_TD, rows = hidden_ND[start:stop], (stop - start,)
+                # Made anew for each tile and layer: kept for a million tokens, the tables would be as large as a
+                # layer's keys, and they are a small part of the work.
                 cos_TE, sin_TE = rotation(self._inverse_frequencies, torch.arange(start, stop))
                 normed_TD = layer.attention_norm(x_TD, 1)
                 k_TKE, v_TKE = layer.attention.keys_values(normed_TD)
@@ -78,11 +78,11 @@ class PrefillEngine:
                     return
                 # The last layer's output would only feed the head, which is the decode node's work.
                 if not is_last:
-                    q_THE = rotate_(layer.attention.queries(normed_TD, (stop - start,)), cos_TE, sin_TE)
+                    q_THE = rotate_(layer.attention.queries(normed_TD, rows), cos_TE, sin_TE)
                     out_THE, _ = prefill_attention(q_THE, k_KNE[:, :stop], v_KNE[:, :stop])
                     if is_cancelled():
                         return
-                    _finish_layer(layer, x_TD, out_THE)
+                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)
                     if is_cancelled():
                         return
 
@@ -92,10 +92,3 @@ class PrefillEngine:
             raise InvalidRequest("num_tokens", len(token_ids), f"must be between 1 and {self.config.max_context}")
         if (worst := int(token_ids.max())) >= self.config.vocab_size or (worst := int(token_ids.min())) < 0:
             raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {self.config.vocab_size}")
-
-
-def _finish_layer(layer: ChainBlock, x_TD: Tensor, out_THE: Tensor) -> None:
-    """What follows a tile's attention, added to its hidden states in place."""
-    rows = (x_TD.shape[0],)
-    normed_TD = layer.ffn_norm.add_(x_TD, layer.attention.wo(out_THE.flatten(1), rows), 1)
-    x_TD += layer.ffn(normed_TD, rows)

@@ -305,8 +305,8 @@ MUTANTS = (
         "a cancelled engine computes its tile to the end",
         "prefill_node/engine.py",
         "                    if is_cancelled():\n                        return\n"
-        "                    _finish_layer(layer, x_TD, out_THE)\n",
-        "                    _finish_layer(layer, x_TD, out_THE)\n",
+        "                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)\n",
+        "                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)\n",
         "tests/unit/test_prefill_loop.py::test_a_cancelled_engine_ends_between_two_operations_of_its_tile",
     ),
     # Waiting in line.

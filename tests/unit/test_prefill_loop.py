@@ -12,6 +12,7 @@ import torch
 
 from colm.errors import CapacityExceeded
 from colm.kv import KvFormat
+from colm.model.transformer import ChainBlock
 from prefill_node import engine as engine_module
 from prefill_node.engine import PrefillEngine
 from prefill_node.handoff import Handoff
@@ -120,17 +121,17 @@ def test_a_cancelled_engine_ends_between_two_operations_of_its_tile(
     engine = PrefillEngine(checkpoint, kv_format, tile_tokens=32)
     done: list[str] = []
 
-    def noting(name: str) -> None:
-        original = getattr(engine_module, name)
+    def noting(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
 
         def noted(*args: Any) -> Any:
             done.append(name)
             return original(*args)
 
-        monkeypatch.setattr(engine_module, name, noted)
+        monkeypatch.setattr(owner, name, noted)
 
-    noting("prefill_attention")
-    noting("_finish_layer")
+    noting(engine_module, "prefill_attention")
+    noting(ChainBlock, "after_attention")
     looks = 0
 
     def is_cancelled() -> bool:
@@ -140,4 +141,4 @@ def test_a_cancelled_engine_ends_between_two_operations_of_its_tile(
 
     tiles = list(engine.run(np.arange(100), is_cancelled=is_cancelled))
     assert len(tiles) == 1
-    assert done == ["prefill_attention", "_finish_layer"][:looks_left]
+    assert done == ["prefill_attention", "after_attention"][:looks_left]
