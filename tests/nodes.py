@@ -172,7 +172,7 @@ async def decode(
         try:
             responses = [response async for response in call]
         except grpc.aio.AioRpcError as err:
-            raise outcome.sent or err from None
+            raise outcome.status(err) from None
     tokens = [r.token for r in responses if r.WhichOneof("event") == "token"]
     kinds = [r.WhichOneof("event") for r in responses]
     assert kinds.count("finished") == 1

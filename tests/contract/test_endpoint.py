@@ -1,13 +1,13 @@
 """What channels, servers and calls do, held against the gRPC that is installed."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc._cython import cygrpc
 
-from colm.errors import ColmError, LeaseExpired
+from colm.errors import ColmError, DeadlineExceeded, LeaseExpired, PeerUnavailable
 from colm.wire.endpoint import KEEPALIVE, bind, channel_options, create_server, open_channel, server_options
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security, Tls
@@ -65,3 +65,38 @@ async def test_a_refusal_in_the_middle_of_an_upload_arrives_as_itself() -> None:
     finally:
         await server.stop(None)
     assert {(type(error), str(error)) for error in errors} == {(LeaseExpired, "come again")}
+
+
+LOCAL = grpc.aio.AioRpcError(
+    grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), "Internal error from Core"
+)
+
+
+class EndedCall:
+    """A call on which a message failed: what gRPC says of it then, before any word of the server's."""
+
+    def __init__(self, remaining_s: float | None) -> None:
+        self._remaining_s = remaining_s
+
+    def add_done_callback(self, callback: Callable[["EndedCall"], None]) -> None:
+        callback(self)
+
+    def time_remaining(self) -> float | None:
+        return self._remaining_s
+
+    async def code(self) -> grpc.StatusCode:
+        return LOCAL.code()
+
+    async def details(self) -> str | None:
+        return LOCAL.details()
+
+
+@pytest.mark.parametrize(
+    ("remaining_s", "expected"), [(0.0, DeadlineExceeded), (5.0, PeerUnavailable), (None, PeerUnavailable)]
+)
+def test_a_message_that_fails_before_the_servers_word_is_no_internal_error(
+    remaining_s: float | None, expected: type[ColmError]
+) -> None:
+    """A deadline in mid-upload was "INTERNAL: Internal error from Core", once in some hundred calls."""
+    with pytest.raises(expected), Outcome(EndedCall(remaining_s)).errors("server"):  # type: ignore[arg-type]
+        raise LOCAL
