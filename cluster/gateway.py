@@ -28,7 +28,7 @@ from colm.model.config import ChainConfig
 from colm.nodes import ClusterStatus, ModelStatus, Role
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
-from colm.wire.endpoint import open_channel
+from colm.wire.channels import Channels
 from colm.wire.messages import (
     cluster_status_to_pb,
     gateway_response,
@@ -133,6 +133,7 @@ class GenerationService(GenerationServiceServicer):
         self._limits = limits
         self._decode_pool = decode_pool
         self._node_security = node_security
+        self._to_decode_nodes = Channels(node_security)
         self._registry = registry
         self._clock = clock
         self._num_active = 0
@@ -142,6 +143,10 @@ class GenerationService(GenerationServiceServicer):
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server."""
         add_GenerationServiceServicer_to_server(self, server)
+
+    async def close(self) -> None:
+        """Close the channels to decode nodes, once the server has stopped."""
+        await self._to_decode_nodes.close()
 
     async def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext
@@ -363,7 +368,7 @@ class GenerationService(GenerationServiceServicer):
                 yield decode_pb.DecodeRequest(token_ids=piece)
 
         finished = False
-        async with open_channel(lease.address, self._node_security) as channel:
+        async with self._to_decode_nodes.use(lease.address) as channel:
             call = DecodeServiceStub(channel).Decode(
                 requests(), metadata=self._node_security.metadata(), timeout=deadline.remaining_s()
             )

@@ -80,3 +80,4 @@ async def gateway(
         yield f"127.0.0.1:{port}"
     finally:
         await server.stop(0)
+        await service.close()

@@ -74,7 +74,7 @@ class GatewayReplica:
         log_beside("ray.serve")
         model = await asyncio.to_thread(_load, options)
         self._registry = NodeRegistry(MonotonicClock())
-        service = GenerationService(
+        self._service = GenerationService(
             model=model,
             limits=options.limits,
             decode_pool=ServeDecodePool(decode, max_waiting=options.limits.max_requests),
@@ -83,7 +83,7 @@ class GatewayReplica:
             clock=MonotonicClock(),
         )
         self._server: grpc.aio.Server = create_server(client_security)
-        service.add_to(self._server)
+        self._service.add_to(self._server)
         self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for name in ("", _SERVICE):
@@ -111,6 +111,7 @@ class GatewayReplica:
         if hasattr(self, "_address"):
             await self._health.enter_graceful_shutdown()
             await self._server.stop(defaults.STOP_GRACE_S)
+            await self._service.close()
 
 
 def _load(options: GatewayOptions) -> ServedModel:

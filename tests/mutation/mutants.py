@@ -27,6 +27,7 @@ _LOOP = "tests/fault/test_decode_loop.py::"
 _WAITING = "tests/fault/test_waiting.py::"
 _GATEWAY = "tests/fault/test_gateway.py::"
 _STREAM = "tests/fault/test_kv_stream_faults.py::"
+_CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
 
 MUTANTS = (
@@ -361,6 +362,27 @@ MUTANTS = (
         _GATEWAY + "test_a_deadline_that_nobody_set_grows_with_the_work",
     ),
     # The wire.
+    Mutant(
+        "a channel is kept although its peer was lost",
+        "colm/wire/channels.py",
+        "            if is_kept and not is_lost:\n",
+        "            if is_kept:\n",
+        _CHANNELS + "test_a_peer_that_was_gone_is_called_again_without_delay",
+    ),
+    Mutant(
+        "a lost channel is closed under its other users",
+        "colm/wire/channels.py",
+        "            elif not shared.num_users:\n",
+        "            else:\n",
+        _CHANNELS + "test_a_lost_channel_is_not_closed_under_its_other_users",
+    ),
+    Mutant(
+        "a new channel waits as long as the lost one",
+        "colm/wire/endpoint.py",
+        '        ("grpc.use_local_subchannel_pool", 1),\n',
+        "",
+        _CHANNELS + "test_a_channel_does_not_wait_as_its_lost_predecessor_does",
+    ),
     Mutant(
         "the server takes keepalives for abuse",
         "colm/wire/endpoint.py",
