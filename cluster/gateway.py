@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
+import numpy as np
+from numpy.typing import NDArray
 
 from cluster.node_registry import NodeRegistry
 from cluster.tokenising import TextExtent, TokenisingThreads
@@ -36,6 +38,7 @@ from colm.wire.messages import (
     sampling_from_pb,
     sampling_to_pb,
     token_id_pieces,
+    token_ids_from_pb,
 )
 from colm.wire.outcome import Outcome
 from colm.wire.prompt_stream import read_open
@@ -228,9 +231,9 @@ class GenerationService(GenerationServiceServicer):
             timeout_s=timeout_s,
         )
 
-    async def _read_prompt(self, plan: _Plan, requests: AsyncIterator[pb.GenerateRequest]) -> list[int]:
+    async def _read_prompt(self, plan: _Plan, requests: AsyncIterator[pb.GenerateRequest]) -> NDArray[np.int64]:
         document, extent = bytearray(), TextExtent(self._token_bound)
-        token_ids: list[int] = []
+        pieces, num_ids = [np.empty(0, dtype=np.int64)], 0
         async for request in requests:
             match request.WhichOneof("part"):
                 case "document":
@@ -240,14 +243,16 @@ class GenerationService(GenerationServiceServicer):
                     extent.add(request.document)
                     self._check_extent(extent, plan)
                 case "token_ids":
-                    token_ids.extend(request.token_ids.ids)
-                    if len(token_ids) > (context := self._model.config.max_context):
+                    pieces.append(token_ids_from_pb(request.token_ids))
+                    num_ids += len(pieces[-1])
+                    if num_ids > (context := self._model.config.max_context):
                         raise InvalidRequest("token_ids", f"over {context} ids", f"at most {context}, the context")
                 case part:
                     raise InvalidRequest("part", part, "only `document` or `token_ids` may follow `open`")
-        if token_ids:
+        if num_ids:
             if document or plan.prompt:
-                raise InvalidRequest("token_ids", f"{len(token_ids)} ids", "give either token ids or text, not both")
+                raise InvalidRequest("token_ids", f"{num_ids} ids", "give either token ids or text, not both")
+            token_ids = np.concatenate(pieces)
         else:
             token_ids = await self._tokenising.run(lambda check: self._tokenise(plan, document, check))
         self._check_prompt(token_ids, plan)
@@ -263,7 +268,7 @@ class GenerationService(GenerationServiceServicer):
             fit = f"at most {limit} bytes: {self._must_fit(plan)}, and {longest}"
             raise InvalidRequest("document", f"over {limit} bytes", fit)
 
-    def _tokenise(self, plan: _Plan, document: bytearray, check_wanted: Callable[[], None]) -> list[int]:
+    def _tokenise(self, plan: _Plan, document: bytearray, check_wanted: Callable[[], None]) -> NDArray[np.int64]:
         tokenizer = self._model.tokenizer
         if not document and not plan.prompt:
             raise InvalidRequest("prompt", "", "document and prompt must not both be empty")
@@ -284,11 +289,11 @@ class GenerationService(GenerationServiceServicer):
 
         return tokenizer.encode_prompt(document=text, prompt=plan.prompt, chat=chat, progress=progress)
 
-    def _check_prompt(self, token_ids: list[int], plan: _Plan) -> None:
-        if not token_ids:
+    def _check_prompt(self, token_ids: NDArray[np.int64], plan: _Plan) -> None:
+        if not len(token_ids):
             raise InvalidRequest("prompt", "", "the prompt has no tokens")
         self._check_length(len(token_ids), plan)
-        if (worst := max(token_ids)) >= (size := self._model.config.vocab_size):
+        if (worst := int(token_ids.max())) >= (size := self._model.config.vocab_size):
             raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {size}")
 
     def _check_length(self, num_tokens: int, plan: _Plan) -> None:
@@ -305,7 +310,7 @@ class GenerationService(GenerationServiceServicer):
     async def _serve(
         self,
         plan: _Plan,
-        token_ids: list[int],
+        token_ids: NDArray[np.int64],
         timeout_s: float,
         deadline: Deadline,
         context: grpc.aio.ServicerContext,
@@ -346,7 +351,7 @@ class GenerationService(GenerationServiceServicer):
         self,
         plan: _Plan,
         request_id: str,
-        token_ids: list[int],
+        token_ids: NDArray[np.int64],
         deadline: Deadline,
         lease: DecodeLease,
         only_if_room: bool,

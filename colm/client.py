@@ -9,9 +9,10 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self, TypedDict, Unpack
+from typing import Any, BinaryIO, Self, TypedDict, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from colm import checks
 from colm.errors import ColmError, InvalidRequest
@@ -69,7 +70,7 @@ class _Upload:
 
     opened: pb.OpenGenerate
     pieces: Iterator[bytes]
-    token_ids: Sequence[int]
+    token_ids: NDArray[np.int64]
     failure: InvalidRequest | None = None
 
     def __iter__(self) -> Iterator[pb.GenerateRequest]:
@@ -103,7 +104,7 @@ class _Upload:
 class GenerateOptions(TypedDict, total=False):
     """Options of `generate`; what is left out takes the cluster's default."""
 
-    token_ids: Sequence[int]
+    token_ids: Sequence[int] | NDArray[np.integer[Any]]
     """The whole prompt as ids, instead of document and prompt."""
     model: str
     """Default: the model the cluster serves."""
@@ -152,13 +153,14 @@ def _upload(document: Document, prompt: str, options: GenerateOptions) -> _Uploa
     return _Upload(opened=opened, pieces=chain(first, pieces), token_ids=token_ids)
 
 
-def _token_ids(values: object) -> list[int]:
+def _token_ids(values: object) -> NDArray[np.int64]:
     if isinstance(values, np.ndarray):
         values = values.tolist()
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         raise InvalidRequest("token_ids", values, "must be a sequence of integers")
     limit = "each must be an integer from 0 to 2^32 - 1"
-    return [checks.integer("token_ids", value, TOKEN_IDS, limit) for value in values]
+    checked = (checks.integer("token_ids", value, TOKEN_IDS, limit) for value in values)
+    return np.fromiter(checked, dtype=np.int64, count=len(values))
 
 
 def _pieces(document: Document) -> Iterator[bytes]:

@@ -1,6 +1,6 @@
 """Between domain objects and messages. Nothing beyond the edges of a process sees a pb2 class."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, TypeVar
 
@@ -48,11 +48,15 @@ _WAITS_FOR = {
 }
 
 
-def token_id_pieces(token_ids: Sequence[int] | NDArray[np.int64]) -> Iterator[pb.TokenIds]:
+def token_id_pieces(token_ids: NDArray[np.int64]) -> Iterator[pb.TokenIds]:
     """Cut a prompt into messages far below gRPC's limit."""
     for start in range(0, len(token_ids), IDS_PER_MESSAGE):
-        piece = token_ids[start : start + IDS_PER_MESSAGE]
-        yield pb.TokenIds(ids=piece.tolist() if isinstance(piece, np.ndarray) else piece)
+        yield pb.TokenIds(ids=token_ids[start : start + IDS_PER_MESSAGE].tolist())
+
+
+def token_ids_from_pb(message: pb.TokenIds) -> NDArray[np.int64]:
+    """Wire to domain."""
+    return np.array(message.ids, dtype=np.int64)
 
 
 def sampling_to_pb(params: SamplingParams) -> pb.Sampling:

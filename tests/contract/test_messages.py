@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf.message import Message
 from hypothesis import given
@@ -59,6 +60,7 @@ from colm.wire.messages import (
     sampling_from_pb,
     sampling_to_pb,
     token_id_pieces,
+    token_ids_from_pb,
 )
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
@@ -172,8 +174,8 @@ def test_sampling_from_a_caller_is_checked(message: common_pb2.Sampling, field: 
 
 @pytest.mark.parametrize("num_ids", [0, 1, IDS_PER_MESSAGE, IDS_PER_MESSAGE + 1])
 def test_token_ids_are_cut_into_messages_without_loss(num_ids: int) -> None:
-    pieces = [list(sent(piece).ids) for piece in token_id_pieces(range(num_ids))]
-    assert [token_id for piece in pieces for token_id in piece] == list(range(num_ids))
+    pieces = [token_ids_from_pb(sent(piece)) for piece in token_id_pieces(np.arange(num_ids))]
+    assert [token_id for piece in pieces for token_id in piece.tolist()] == list(range(num_ids))
     assert all(1 <= len(piece) <= IDS_PER_MESSAGE for piece in pieces)
 
 
