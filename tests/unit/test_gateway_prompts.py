@@ -14,8 +14,8 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import normalizers
 
-from cluster.gateway import DecodeLease
-from cluster.tokenising import NUM_THREADS
+from cluster.front_door.placement import DecodeLease
+from cluster.front_door.tokenising import NUM_THREADS
 from colm.checkpoint import TextConfig
 from colm.client import AsyncClient
 from colm.errors import ColmError, DeadlineExceeded, InvalidRequest, PeerUnavailable
