@@ -7,7 +7,7 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from cluster.gateway import GatewayLimits
+from cluster.front_door.plan import GatewayLimits
 from cluster.options import ClusterConfig
 from cluster.replicas.decode import DecodeReplica
 from cluster.replicas.gateway import GatewayOptions, GatewayReplica

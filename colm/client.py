@@ -9,17 +9,19 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self, TypedDict, Unpack
+from typing import Any, BinaryIO, Self, TypedDict, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from colm import checks
 from colm.errors import ColmError, InvalidRequest
 from colm.events import Event, Finished, Token
 from colm.nodes import ClusterStatus
+from colm.request import GenerateRequest
 from colm.sampling import TOKEN_IDS, SamplingParams
 from colm.wire.endpoint import open_blocking_channel, open_channel
-from colm.wire.messages import cluster_status_from_pb, event_from_pb, sampling_to_pb, token_id_pieces
+from colm.wire.messages import cluster_status_from_pb, event_from_pb, generate_request_to_pb, token_id_pieces
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors
@@ -69,7 +71,7 @@ class _Upload:
 
     opened: pb.OpenGenerate
     pieces: Iterator[bytes]
-    token_ids: Sequence[int]
+    token_ids: NDArray[np.int64]
     failure: InvalidRequest | None = None
 
     def __iter__(self) -> Iterator[pb.GenerateRequest]:
@@ -103,7 +105,7 @@ class _Upload:
 class GenerateOptions(TypedDict, total=False):
     """Options of `generate`; what is left out takes the cluster's default."""
 
-    token_ids: Sequence[int]
+    token_ids: Sequence[int] | NDArray[np.integer[Any]]
     """The whole prompt as ids, instead of document and prompt."""
     model: str
     """Default: the model the cluster serves."""
@@ -124,41 +126,25 @@ def _upload(document: Document, prompt: str, options: GenerateOptions) -> _Uploa
     Raises:
         InvalidRequest: names the field at fault. How much a cluster grants is its own to say.
     """
-    known = GenerateOptions.__annotations__
-    for name, value in options.items():
+    known, given = GenerateOptions.__annotations__, dict[str, Any](options)
+    for name, value in given.items():
         if name not in known:
             raise InvalidRequest(name, value, f"is no option of generate; there are {', '.join(known)}")
-    sampling = options.get("sampling", SamplingParams())
-    if not isinstance(sampling, SamplingParams):
-        raise InvalidRequest("sampling", sampling, "must be a SamplingParams")
-    opened = pb.OpenGenerate(
-        model=checks.utf8("model", options.get("model", "")).decode(),
-        prompt=checks.utf8("prompt", prompt).decode(),
-        sampling=sampling_to_pb(sampling),
-    )
-    if (chat := options.get("chat")) is not None:
-        opened.chat = checks.flag("chat", chat)
-    if (num_chains := options.get("num_chains")) is not None:
-        limit = "must be an integer from 1 to the model's number of chains"
-        opened.num_chains = checks.integer("num_chains", num_chains, range(1 << 32), limit)
-    if (max_new_tokens := options.get("max_new_tokens")) is not None:
-        limit = "must be an integer from 1 to the cluster's limit"
-        opened.max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, range(-1 << 63, 1 << 63), limit)
-    if (timeout_s := options.get("timeout_s")) is not None:
-        opened.timeout_s = checks.number("timeout_s", timeout_s, "must be a finite number of seconds")
-    token_ids = _token_ids(options.get("token_ids", ()))
+    token_ids = _token_ids(given.pop("token_ids", ()))
+    request = GenerateRequest(prompt=prompt, **given)
     pieces = _pieces(document)
     first = [*islice(pieces, 1)]
-    return _Upload(opened=opened, pieces=chain(first, pieces), token_ids=token_ids)
+    return _Upload(opened=generate_request_to_pb(request), pieces=chain(first, pieces), token_ids=token_ids)
 
 
-def _token_ids(values: object) -> list[int]:
+def _token_ids(values: object) -> NDArray[np.int64]:
     if isinstance(values, np.ndarray):
         values = values.tolist()
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         raise InvalidRequest("token_ids", values, "must be a sequence of integers")
     limit = "each must be an integer from 0 to 2^32 - 1"
-    return [checks.integer("token_ids", value, TOKEN_IDS, limit) for value in values]
+    checked = (checks.integer("token_ids", value, TOKEN_IDS, limit) for value in values)
+    return np.fromiter(checked, dtype=np.int64, count=len(values))
 
 
 def _pieces(document: Document) -> Iterator[bytes]:

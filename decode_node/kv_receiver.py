@@ -7,7 +7,7 @@ import grpc
 
 from colm.clock import Clock
 from colm.errors import PeerUnavailable
-from colm.wire.endpoint import open_blocking_channel
+from colm.wire.channels import BlockingChannels
 from colm.wire.messages import token_id_pieces
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors
@@ -26,11 +26,18 @@ class KvReceiver:
     """
 
     def __init__(
-        self, transfer: KvTransfer, lease: PrefillLease, store: KvStore, security: Security, clock: Clock
+        self,
+        transfer: KvTransfer,
+        lease: PrefillLease,
+        store: KvStore,
+        channels: BlockingChannels,
+        security: Security,
+        clock: Clock,
     ) -> None:
         self._transfer = transfer
         self._lease = lease
         self._store = store
+        self._channels = channels
         self._security = security
         self._lock = threading.Lock()
         self._call: grpc.Call | None = None
@@ -65,7 +72,7 @@ class KvReceiver:
             FingerprintMismatch: the node serves something else, or writes it in another format.
         """
         peer = f"prefill node {self._lease.address}"
-        with open_blocking_channel(self._lease.address, self._security) as channel:
+        with self._channels.use(self._lease.address) as channel:
             call = pull_kv_stub(channel)(self._requests(), metadata=self._security.metadata())
             with self._lock:
                 self._call = call

@@ -15,6 +15,7 @@ from colm.dtypes import parse_dtype
 from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
 from colm.text.tokenizer import Tokenizer
+from colm.wire.channels import BlockingChannels
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from decode_node.decode_loop import DecodeLoop
@@ -83,6 +84,7 @@ class DecodeNode:
         self._leases = leases
         self._security = security
         self._prefill_pool = prefill_pool
+        self._to_prefill_nodes = BlockingChannels(security)
         self._server: grpc.aio.Server = create_server(security)
         self._loop_task: asyncio.Task[None] | None = None
         self.address = ""
@@ -118,7 +120,7 @@ class DecodeNode:
         self._loop_task = asyncio.create_task(loop.run(), name="decode-loop")
 
         def receive(transfer: KvTransfer, lease: PrefillLease) -> KvReceiver:
-            return KvReceiver(transfer, lease, store, self._security, clock)
+            return KvReceiver(transfer, lease, store, self._to_prefill_nodes, self._security, clock)
 
         self._fetcher = KvFetcher(
             prefill_pool=self._prefill_pool,
@@ -158,6 +160,7 @@ class DecodeNode:
             await asyncio.wait([self._loop_task])
         if self._fetcher is not None:
             await self._fetcher.stop()
+        self._to_prefill_nodes.close()
 
     async def serve(self) -> None:
         """Wait until stopped."""

@@ -5,7 +5,11 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from cluster.gateway import DecodeLease, DecodePool, GatewayLimits, GenerationService, ServedModel
+from cluster.decode_calls import GrpcDecodeCalls
+from cluster.front_door.front_door import FrontDoor
+from cluster.front_door.placement import DecodeLease, DecodePool
+from cluster.front_door.plan import GatewayLimits, ServedModel
+from cluster.generation_service import GenerationService
 from cluster.node_registry import NodeRegistry
 from colm.clock import MonotonicClock
 from colm.line import Beat
@@ -41,17 +45,10 @@ class TakingTurns:
         yield DecodeLease(address=self.lent[-1], lease_id=self._lease_id)
 
 
-@asynccontextmanager
-async def gateway(
-    config: ChainConfig,
-    pool: DecodePool,
-    tokenizer: Tokenizer | None = None,
-    num_decode_nodes: int = 1,
-    **limits: Any,
-) -> AsyncIterator[str]:
-    """Its address. The registry knows of so many decode nodes."""
+def decode_nodes(num_nodes: int) -> NodeRegistry:
+    """Knows of so many decode nodes."""
     registry = NodeRegistry(MonotonicClock())
-    for number in range(num_decode_nodes):
+    for number in range(num_nodes):
         registry.report(
             NodeReport(
                 role=Role.DECODE,
@@ -64,19 +61,32 @@ async def gateway(
                 process=ProcessFacts.now(),
             )
         )
-    server = create_server(Security())
-    service = GenerationService(
+    return registry
+
+
+@asynccontextmanager
+async def gateway(
+    config: ChainConfig,
+    pool: DecodePool,
+    tokenizer: Tokenizer | None = None,
+    num_decode_nodes: int = 1,
+    **limits: Any,
+) -> AsyncIterator[str]:
+    """Its address. The registry knows of so many decode nodes."""
+    server, calls = create_server(Security()), GrpcDecodeCalls(Security())
+    front_door = FrontDoor(
         model=ServedModel(name="tiny", config=config, tokenizer=tokenizer, fingerprint="f"),
         limits=replace(LIMITS, **limits),
         decode_pool=pool,
-        node_security=Security(),
-        registry=registry,
+        calls=calls,
+        registry=decode_nodes(num_decode_nodes),
         clock=MonotonicClock(),
     )
-    service.add_to(server)
+    GenerationService(front_door).add_to(server)
     port = bind(server, "127.0.0.1", 0, Security())
     await server.start()
     try:
         yield f"127.0.0.1:{port}"
     finally:
         await server.stop(0)
+        await calls.close()

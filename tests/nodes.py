@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import numpy as np
 import torch
 
 from colm.clock import MonotonicClock
@@ -158,7 +159,7 @@ def decode_requests(
         only_if_room=only_if_room,
         lease_id=lease_id,
     )
-    pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(token_ids)]
+    pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(np.array(token_ids))]
     return [decode_service_pb2.DecodeRequest(open=opened), *pieces]
 
 

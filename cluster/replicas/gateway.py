@@ -12,7 +12,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from cluster.gateway import DecodeLease, GatewayLimits, GenerationService, ServedModel
+from cluster.decode_calls import GrpcDecodeCalls
+from cluster.front_door.front_door import FrontDoor
+from cluster.front_door.placement import DecodeLease
+from cluster.front_door.plan import GatewayLimits, ServedModel
+from cluster.generation_service import GenerationService
 from cluster.node_registry import NodeRegistry
 from cluster.replicas.lender import ServeLender
 from cluster.replicas.reporting import log_beside
@@ -59,7 +63,7 @@ class ServeDecodePool:
 
 
 class GatewayReplica:
-    """Shell around `GenerationService`, the health service and reflection.
+    """Shell around the front door, its gRPC service, the health service and reflection.
 
     Args:
         client_security: what clients must show.
@@ -73,16 +77,17 @@ class GatewayReplica:
         log_beside("ray.serve")
         model = await asyncio.to_thread(_load, options)
         self._registry = NodeRegistry(MonotonicClock())
-        service = GenerationService(
+        self._decode_calls = GrpcDecodeCalls(node_security)
+        front_door = FrontDoor(
             model=model,
             limits=options.limits,
             decode_pool=ServeDecodePool(decode, max_waiting=options.limits.max_requests),
-            node_security=node_security,
+            calls=self._decode_calls,
             registry=self._registry,
             clock=MonotonicClock(),
         )
         self._server: grpc.aio.Server = create_server(client_security)
-        service.add_to(self._server)
+        GenerationService(front_door).add_to(self._server)
         self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for name in ("", _SERVICE):
@@ -110,6 +115,7 @@ class GatewayReplica:
         if hasattr(self, "_address"):
             await self._health.enter_graceful_shutdown()
             await self._server.stop(defaults.STOP_GRACE_S)
+            await self._decode_calls.close()
 
 
 def _load(options: GatewayOptions) -> ServedModel:

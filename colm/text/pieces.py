@@ -27,7 +27,7 @@ class _Window:
 
     begin: int
     end: int
-    ids: NDArray[np.uint32]
+    ids: NDArray[np.int64]
     spans_N2: NDArray[np.int64]
     """Characters of the whole text that each token covers."""
     starts_word_N: NDArray[np.bool_]
@@ -56,7 +56,7 @@ class PieceEncoder:
         self._window_chars = window_chars
         self._overlap_chars = max(overlap_chars, 16 * longest)
 
-    def pieces(self, text: str) -> Iterator[NDArray[np.uint32]]:
+    def pieces(self, text: str) -> Iterator[NDArray[np.int64]]:
         """Ids of the text; all pieces end to end are what the encoder says of the whole.
 
         Raises:
@@ -100,7 +100,7 @@ class PieceEncoder:
         return _Window(
             begin=begin,
             end=end,
-            ids=np.array(encoding.ids, dtype=np.uint32),
+            ids=np.array(encoding.ids, dtype=np.int64),
             spans_N2=np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) + begin,
             starts_word_N=np.diff(words, prepend=-1) != 0,
         )

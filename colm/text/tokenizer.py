@@ -84,13 +84,13 @@ class Tokenizer:
         """How much of a prompt one token can stand for; None for any amount."""
         return TokenBound.of(self._first)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> NDArray[np.int64]:
         """Ids of plain content: no bos, and a special token's name in the text is just text."""
         return _collect(self._first_pieces.pieces(text), lambda _: None)
 
     def encode_prompt(
         self, *, document: str, prompt: str, chat: bool, progress: Progress = lambda _: None
-    ) -> list[int]:
+    ) -> NDArray[np.int64]:
         """Ids of a whole request.
 
         Ordinary text is encoded exactly as transformers' `apply_chat_template` does it (or, without chat, its
@@ -109,7 +109,7 @@ class Tokenizer:
         """
         return _collect(self._prompt_pieces(document, prompt, chat=chat), progress)
 
-    def _prompt_pieces(self, document: str, prompt: str, *, chat: bool) -> Iterator[NDArray[np.uint32]]:
+    def _prompt_pieces(self, document: str, prompt: str, *, chat: bool) -> Iterator[NDArray[np.int64]]:
         if not chat:
             bos = self._text.bos_token_id
             if self._text.add_bos and bos is not None:
@@ -147,7 +147,7 @@ class Tokenizer:
     def _token(self, token_id: int | None) -> str:
         return "" if token_id is None else self._first.id_to_token(token_id) or ""
 
-    def _encode_around(self, rendered: str, content: str) -> Iterator[NDArray[np.uint32]]:
+    def _encode_around(self, rendered: str, content: str) -> Iterator[NDArray[np.int64]]:
         """Ids of the rendered template with the content in its place.
 
         Special tokens are looked for in the template's own text alone. What lies between two of them, content
@@ -173,7 +173,7 @@ class Tokenizer:
             end = match.end()
         runs[-1] += text[end:]
 
-    def _join(self, runs: list[str], specials: list[str]) -> Iterator[NDArray[np.uint32]]:
+    def _join(self, runs: list[str], specials: list[str]) -> Iterator[NDArray[np.int64]]:
         for index, run in enumerate(runs):
             if index > 0:
                 special = self._special[specials[index - 1]]
@@ -185,16 +185,17 @@ class Tokenizer:
                 yield from (self._first_pieces if index == 0 else self._inner_pieces).pieces(run)
 
 
-def _collect(pieces: Iterable[NDArray[np.uint32]], progress: Progress) -> list[int]:
-    ids: list[int] = []
+def _collect(pieces: Iterable[NDArray[np.int64]], progress: Progress) -> NDArray[np.int64]:
+    kept, num_ids = [np.empty(0, dtype=np.int64)], 0
     for piece in pieces:
-        ids += piece.tolist()
-        progress(len(ids))
-    return ids
+        kept.append(piece)
+        num_ids += len(piece)
+        progress(num_ids)
+    return np.concatenate(kept)
 
 
-def _one(token_id: int) -> NDArray[np.uint32]:
-    return np.array([token_id], dtype=np.uint32)
+def _one(token_id: int) -> NDArray[np.int64]:
+    return np.array([token_id], dtype=np.int64)
 
 
 def _content_encoder(tokenizer_json: str) -> Any:

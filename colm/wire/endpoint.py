@@ -27,6 +27,8 @@ class Keepalive:
 
 
 KEEPALIVE = Keepalive()
+IDLE_MS = 300_000
+"""A connection without calls is closed after so long; the next call opens another."""
 
 
 def _common_options() -> list[tuple[str, object]]:
@@ -121,7 +123,12 @@ def bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> i
 
 def channel_options(security: Security) -> list[tuple[str, object]]:
     """What every channel of the system is opened with."""
-    options = _common_options()
+    options = [
+        *_common_options(),
+        ("grpc.client_idle_timeout_ms", IDLE_MS),
+        # By default a new channel would inherit the lost connection of an older one, and the wait before its next try.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
     if security.tls is not None and security.tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", security.tls.server_name))
     return options

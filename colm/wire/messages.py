@@ -1,8 +1,8 @@
 """Between domain objects and messages. Nothing beyond the edges of a process sees a pb2 class."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
@@ -22,6 +22,7 @@ from colm.events import (
     WaitsFor,
 )
 from colm.nodes import ClusterStatus, ModelStatus, NodeReport, NodeStatus, ProcessFacts, Role
+from colm.request import GenerateRequest
 from colm.sampling import SamplingParams
 from colm.wire.v1 import common_pb2 as pb
 from colm.wire.v1 import decode_service_pb2 as decode_pb
@@ -48,11 +49,15 @@ _WAITS_FOR = {
 }
 
 
-def token_id_pieces(token_ids: Sequence[int] | NDArray[np.int64]) -> Iterator[pb.TokenIds]:
+def token_id_pieces(token_ids: NDArray[np.int64]) -> Iterator[pb.TokenIds]:
     """Cut a prompt into messages far below gRPC's limit."""
     for start in range(0, len(token_ids), IDS_PER_MESSAGE):
-        piece = token_ids[start : start + IDS_PER_MESSAGE]
-        yield pb.TokenIds(ids=piece.tolist() if isinstance(piece, np.ndarray) else piece)
+        yield pb.TokenIds(ids=token_ids[start : start + IDS_PER_MESSAGE].tolist())
+
+
+def token_ids_from_pb(message: pb.TokenIds) -> NDArray[np.int64]:
+    """Wire to domain."""
+    return np.array(message.ids, dtype=np.int64)
 
 
 def sampling_to_pb(params: SamplingParams) -> pb.Sampling:
@@ -124,45 +129,63 @@ def finished_to_pb(event: Finished) -> pb.Finished:
     )
 
 
-def decode_response(event: Event) -> decode_pb.DecodeResponse:
-    """An event of a decode node as its service sends it."""
+def generate_request_to_pb(request: GenerateRequest) -> generation_pb.OpenGenerate:
+    """Domain to wire."""
+    message = generation_pb.OpenGenerate(
+        model=request.model, prompt=request.prompt, sampling=sampling_to_pb(request.sampling)
+    )
+    if request.chat is not None:
+        message.chat = request.chat
+    if request.num_chains is not None:
+        message.num_chains = int(request.num_chains)
+    if request.max_new_tokens is not None:
+        message.max_new_tokens = int(request.max_new_tokens)
+    if request.timeout_s is not None:
+        message.timeout_s = float(request.timeout_s)
+    return message
+
+
+def generate_request_from_pb(message: generation_pb.OpenGenerate) -> GenerateRequest:
+    """Wire to domain.
+
+    Raises:
+        InvalidRequest: a value out of range.
+    """
+    chosen = {
+        name: getattr(message, name)
+        for name in ("chat", "num_chains", "max_new_tokens", "timeout_s")
+        if message.HasField(name)
+    }
+    return GenerateRequest(
+        model=message.model, prompt=message.prompt, sampling=sampling_from_pb(message.sampling), **chosen
+    )
+
+
+def _event_to_pb(event: Event) -> dict[str, Any]:
+    """The field of a response that carries an event, the same in every service."""
     match event:
+        case Accepted():
+            return {"accepted": _to_pb(generation_pb.Accepted, event)}
         case Queued():
-            return decode_pb.DecodeResponse(queued=queued_to_pb(event))
+            return {"queued": queued_to_pb(event)}
         case Reserved():
-            return decode_pb.DecodeResponse(reserved=_to_pb(decode_pb.Reserved, event))
+            return {"reserved": _to_pb(decode_pb.Reserved, event)}
         case PrefillProgress():
-            return decode_pb.DecodeResponse(prefill_progress=_to_pb(pb.PrefillProgress, event))
+            return {"prefill_progress": _to_pb(pb.PrefillProgress, event)}
         case Token():
-            return decode_pb.DecodeResponse(token=token_to_pb(event))
+            return {"token": token_to_pb(event)}
         case Finished():
-            return decode_pb.DecodeResponse(finished=finished_to_pb(event))
-        case Accepted():
-            raise AssertionError("a decode node accepts nothing; the gateway does")
+            return {"finished": finished_to_pb(event)}
 
 
-def gateway_response(event: Accepted | Queued) -> generation_pb.GenerateResponse:
-    """The gateway's own words to the client."""
-    match event:
-        case Accepted():
-            return generation_pb.GenerateResponse(accepted=_to_pb(generation_pb.Accepted, event))
-        case Queued():
-            return generation_pb.GenerateResponse(queued=queued_to_pb(event))
+def decode_response(event: Event) -> decode_pb.DecodeResponse:
+    """An event of a decode node as its service sends it. `Accepted` is none: the gateway accepts."""
+    return decode_pb.DecodeResponse(**_event_to_pb(event))
 
 
-def relay(message: decode_pb.DecodeResponse) -> generation_pb.GenerateResponse | None:
-    """A decode node's event as the client sees it; None where it is not the client's business."""
-    match message.WhichOneof("event"):
-        case "queued":
-            return generation_pb.GenerateResponse(queued=message.queued)
-        case "prefill_progress":
-            return generation_pb.GenerateResponse(prefill_progress=message.prefill_progress)
-        case "token":
-            return generation_pb.GenerateResponse(token=message.token)
-        case "finished":
-            return generation_pb.GenerateResponse(finished=message.finished)
-        case _:
-            return None
+def gateway_response(event: Event) -> generation_pb.GenerateResponse:
+    """An event as the gateway sends it to the client. `Reserved` is none: it stays between the nodes."""
+    return generation_pb.GenerateResponse(**_event_to_pb(event))
 
 
 def cluster_status_to_pb(status: ClusterStatus) -> generation_pb.GetClusterStatusResponse:
@@ -201,24 +224,28 @@ def cluster_status_from_pb(message: generation_pb.GetClusterStatusResponse) -> C
     return ClusterStatus(models=tuple(models), nodes=tuple(nodes), num_active_requests=message.num_active_requests)
 
 
-def event_from_pb(message: generation_pb.GenerateResponse) -> Event:
-    """Wire to domain, at the client.
+def event_from_pb(message: generation_pb.GenerateResponse | decode_pb.DecodeResponse) -> Event:
+    """Wire to domain, at the client and at the gateway.
 
     Raises:
         ValueError: a message of no known kind.
     """
-    match message.WhichOneof("event"):
+    kind = message.WhichOneof("event")
+    body: Any = None if kind is None else getattr(message, kind)
+    match kind:
         case "accepted":
-            return _from_pb(Accepted, message.accepted)
+            return _from_pb(Accepted, body)
         case "queued":
-            return _queued(message.queued)
+            return _queued(body)
+        case "reserved":
+            return _from_pb(Reserved, body)
         case "prefill_progress":
-            return _from_pb(PrefillProgress, message.prefill_progress)
+            return _from_pb(PrefillProgress, body)
         case "token":
-            return _token(message.token)
+            return _token(body)
         case "finished":
-            return _finished(message.finished)
-        case kind:
+            return _finished(body)
+        case _:
             raise ValueError(f"the server sent an event of unknown kind {kind!r}")
 
 

@@ -42,7 +42,8 @@ GRPC = (
     "decode_node/service.py",
     "decode_node/node.py",
     "decode_node/kv_receiver.py",
-    "cluster/gateway.py",
+    "cluster/generation_service.py",
+    "cluster/decode_calls.py",
     "cluster/replicas/gateway.py",
 )
 
@@ -177,6 +178,11 @@ def test_the_nodes_and_the_client_run_without_ray() -> None:
         "sys.stdout.write(str('ray' in sys.modules))"
     )
     assert run_python(code) == "False"
+
+
+def test_the_front_door_knows_no_protocol() -> None:
+    code = "import sys, cluster.front_door.front_door; sys.stdout.write(' '.join({'grpc', 'ray'} & set(sys.modules)))"
+    assert run_python(code) == ""
 
 
 @pytest.mark.parametrize("directory", ["proto", "kernels"])

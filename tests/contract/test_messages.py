@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf.message import Message
 from hypothesis import given
@@ -41,6 +42,7 @@ from colm.events import (
     Usage,
     WaitsFor,
 )
+from colm.request import GenerateRequest
 from colm.sampling import (
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
@@ -55,10 +57,12 @@ from colm.wire.messages import (
     decode_response,
     event_from_pb,
     gateway_response,
-    relay,
+    generate_request_from_pb,
+    generate_request_to_pb,
     sampling_from_pb,
     sampling_to_pb,
     token_id_pieces,
+    token_ids_from_pb,
 )
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
@@ -90,6 +94,7 @@ TIMINGS = st.builds(Timings, queue_s=SECONDS, prefill_s=SECONDS, first_token_s=S
 ACCEPTED = st.builds(
     Accepted, request_id=TEXT, model=TEXT, num_prompt_tokens=U32, num_chains=U32, max_new_tokens=U32, timeout_s=SECONDS
 )
+RESERVED = st.builds(Reserved, num_pages=U64)
 QUEUED = st.builds(Queued, waits_for=st.sampled_from(WaitsFor), num_ahead=U32)
 PROGRESS = st.builds(PrefillProgress, num_tokens_done=U32, num_tokens_total=U32)
 TOKENS = st.builds(
@@ -115,6 +120,16 @@ SAMPLING = st.builds(
     top_logprobs=st.integers(0, MAX_TOP_LOGPROBS),
     ignore_eos=st.booleans(),
 )
+REQUESTS = st.builds(
+    GenerateRequest,
+    model=TEXT,
+    prompt=TEXT,
+    chat=st.none() | st.booleans(),
+    num_chains=st.none() | U32,
+    max_new_tokens=st.none() | st.integers(-1 << 63, (1 << 63) - 1),
+    sampling=SAMPLING,
+    timeout_s=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+)
 
 
 def sent(message: M) -> M:
@@ -122,23 +137,19 @@ def sent(message: M) -> M:
     return type(message).FromString(message.SerializeToString())
 
 
-@given(ACCEPTED | QUEUED)
-def test_a_gateways_own_word_reaches_the_client(event: Accepted | Queued) -> None:
+@given(ACCEPTED | QUEUED | PROGRESS | TOKENS | FINISHED)
+def test_an_event_of_the_gateway_reaches_the_client(event: Event) -> None:
     assert event_from_pb(sent(gateway_response(event))) == event
 
 
-@given(QUEUED | PROGRESS | TOKENS | FINISHED)
-def test_an_event_of_a_decode_node_reaches_the_client(event: Event) -> None:
-    relayed = relay(sent(decode_response(event)))
-    assert relayed is not None
-    assert event_from_pb(sent(relayed)) == event
+@given(QUEUED | RESERVED | PROGRESS | TOKENS | FINISHED)
+def test_an_event_of_a_decode_node_reaches_the_gateway(event: Event) -> None:
+    assert event_from_pb(sent(decode_response(event))) == event
 
 
-@given(st.builds(Reserved, num_pages=U64))
-def test_a_reservation_reaches_the_gateway_and_goes_no_further(event: Reserved) -> None:
-    message = sent(decode_response(event))
-    assert message.reserved.num_pages == event.num_pages
-    assert relay(message) is None
+@given(REQUESTS)
+def test_a_request_reaches_the_gateway(request: GenerateRequest) -> None:
+    assert generate_request_from_pb(sent(generate_request_to_pb(request))) == request
 
 
 def test_a_client_names_an_event_that_it_does_not_know() -> None:
@@ -172,8 +183,8 @@ def test_sampling_from_a_caller_is_checked(message: common_pb2.Sampling, field: 
 
 @pytest.mark.parametrize("num_ids", [0, 1, IDS_PER_MESSAGE, IDS_PER_MESSAGE + 1])
 def test_token_ids_are_cut_into_messages_without_loss(num_ids: int) -> None:
-    pieces = [list(sent(piece).ids) for piece in token_id_pieces(range(num_ids))]
-    assert [token_id for piece in pieces for token_id in piece] == list(range(num_ids))
+    pieces = [token_ids_from_pb(sent(piece)) for piece in token_id_pieces(np.arange(num_ids))]
+    assert [token_id for piece in pieces for token_id in piece.tolist()] == list(range(num_ids))
     assert all(1 <= len(piece) <= IDS_PER_MESSAGE for piece in pieces)
 
 

@@ -56,7 +56,7 @@ def test_greedy_answer_is_the_oracles_token_for_token(
     client: Client, oracle: ChainTransformer, tokenizer: Tokenizer, num_chains: int
 ) -> None:
     answer = collect(client.generate(DOCUMENT, PROMPT, num_chains=num_chains, max_new_tokens=24))
-    prompt = tokenizer.encode_prompt(document=DOCUMENT, prompt=PROMPT, chat=True)
+    prompt = tokenizer.encode_prompt(document=DOCUMENT, prompt=PROMPT, chat=True).tolist()
     assert_greedy(oracle, prompt, ids_of(answer), num_chains)
     assert answer.text == tokenizer.decode(ids_of(answer))
 

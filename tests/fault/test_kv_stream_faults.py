@@ -276,7 +276,7 @@ async def test_a_reader_that_does_not_read_stops_the_engine_and_gets_all_when_it
                     transfer_id="slow", epoch=1, fingerprint=prefill.fingerprint, num_tokens=len(prompt)
                 )
                 requests = [kv_pb.PullKvRequest(open=opened)]
-                requests += [kv_pb.PullKvRequest(token_ids=piece) for piece in token_id_pieces(prompt)]
+                requests += [kv_pb.PullKvRequest(token_ids=piece) for piece in token_id_pieces(np.array(prompt))]
                 call = pull_kv_stub(channel)(iter(requests))
                 while True:
                     before = num_encoded

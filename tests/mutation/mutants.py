@@ -27,6 +27,8 @@ _LOOP = "tests/fault/test_decode_loop.py::"
 _WAITING = "tests/fault/test_waiting.py::"
 _GATEWAY = "tests/fault/test_gateway.py::"
 _STREAM = "tests/fault/test_kv_stream_faults.py::"
+_FRONT_DOOR = "tests/unit/test_front_door.py::"
+_CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
 
 MUTANTS = (
@@ -362,33 +364,75 @@ MUTANTS = (
     # The gateway.
     Mutant(
         "the requests inside the gateway are not bounded",
-        "cluster/gateway.py",
+        "cluster/front_door/front_door.py",
         "        if self._num_active >= self._limits.max_requests:\n",
         "        if False:\n",
         _GATEWAY + "test_the_requests_inside_are_bounded",
     ),
     Mutant(
         "a full decode node is the only one",
-        "cluster/gateway.py",
+        "cluster/front_door/placement.py",
         "refusals_left = max(1, self._registry.count(Role.DECODE)) - 1",
         "refusals_left = 0",
         _GATEWAY + "test_a_full_decode_node_is_passed_over_for_one_with_room",
     ),
     Mutant(
         "a lost lease is the client's",
-        "cluster/gateway.py",
-        "                if not lost_leases_left:\n",
+        "cluster/front_door/placement.py",
+        "                if has_begun or num_lost == _MAX_LOST_CALLS:\n",
         "                if True:\n",
         _GATEWAY + "test_a_lost_lease_is_replaced_a_few_times",
     ),
     Mutant(
         "a deadline that nobody set does not know the work",
-        "cluster/gateway.py",
+        "cluster/front_door/plan.py",
         "return min(self.default_timeout_s + work_s, self.max_timeout_s)",
         "return self.default_timeout_s",
         _GATEWAY + "test_a_deadline_that_nobody_set_grows_with_the_work",
     ),
+    Mutant(
+        "events pile up before a slow reader",
+        "cluster/front_door/pulled.py",
+        "        await may_emit.acquire()\n",
+        "",
+        _FRONT_DOOR + "test_a_slow_reader_holds_the_node_up",
+    ),
+    Mutant(
+        "the work goes on when its reader has left",
+        "cluster/front_door/pulled.py",
+        "        running.cancel()\n        await asyncio.wait([running])\n",
+        "        pass\n",
+        _FRONT_DOOR + "test_leaving_early_ends_the_work",
+    ),
+    Mutant(
+        "every lost lease is a refusal too",
+        "cluster/front_door/placement.py",
+        "                num_lost += 1\n",
+        "                num_lost += 1\n                refusals_left -= 1\n",
+        _FRONT_DOOR + "test_lost_leases_are_replaced_three_times_and_cost_no_room_elsewhere",
+    ),
     # The wire.
+    Mutant(
+        "a channel is kept although its peer was lost",
+        "colm/wire/channels.py",
+        "            if is_kept and not is_lost:\n",
+        "            if is_kept:\n",
+        _CHANNELS + "test_a_peer_that_was_gone_is_called_again_without_delay",
+    ),
+    Mutant(
+        "a lost channel is closed under its other users",
+        "colm/wire/channels.py",
+        "            elif not shared.num_users:\n",
+        "            else:\n",
+        _CHANNELS + "test_a_lost_channel_is_not_closed_under_its_other_users",
+    ),
+    Mutant(
+        "a new channel waits as long as the lost one",
+        "colm/wire/endpoint.py",
+        '        ("grpc.use_local_subchannel_pool", 1),\n',
+        "",
+        _CHANNELS + "test_a_channel_does_not_wait_as_its_lost_predecessor_does",
+    ),
     Mutant(
         "the server takes keepalives for abuse",
         "colm/wire/endpoint.py",

@@ -100,7 +100,7 @@ def test_text_is_read_the_same_way(tmp_path):
     assert ours is not None
     messages = [{"role": "user", "content": "the and the"}]
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert ours.encode_prompt(document="", prompt="the and the", chat=True) == tokenizer.encode(
+    assert ours.encode_prompt(document="", prompt="the and the", chat=True).tolist() == tokenizer.encode(
         expected, add_special_tokens=False
     )
     assert tokenizer.eos_token_id == 2

@@ -106,7 +106,7 @@ def smollm2(smollm2_gguf: Path) -> Any:
 def test_smollm2_answers_greedily_like_transformers(smollm2, smollm2_checkpoint):
     tokenizer = Tokenizer.load(smollm2_checkpoint)
     assert tokenizer is not None
-    prompt = tokenizer.encode_prompt(document="", prompt="What is the capital of France?", chat=True)
+    prompt = tokenizer.encode_prompt(document="", prompt="What is the capital of France?", chat=True).tolist()
     ours, ids = smollm2_checkpoint.load(), list(prompt)
     with torch.inference_mode():
         while ids[-1] not in tokenizer.eos_token_ids or len(ids) == len(prompt):

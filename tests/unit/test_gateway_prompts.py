@@ -8,12 +8,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import normalizers
 
-from cluster.gateway import DecodeLease
-from cluster.tokenising import NUM_THREADS
+from cluster.front_door.placement import DecodeLease
+from cluster.front_door.tokenising import NUM_THREADS
 from colm.checkpoint import TextConfig
 from colm.client import AsyncClient
 from colm.errors import ColmError, DeadlineExceeded, InvalidRequest, PeerUnavailable
@@ -121,7 +123,7 @@ async def test_a_long_text_without_a_bound_in_bytes_is_refused_by_its_first_piec
     counts: list[int] = []
 
     class Counting(Tokenizer):
-        def encode_prompt(self, *, progress: Any, **prompt: Any) -> list[int]:
+        def encode_prompt(self, *, progress: Any, **prompt: Any) -> NDArray[np.int64]:
             def count(num_ids: int) -> None:
                 counts.append(num_ids)
                 progress(num_ids)
@@ -154,7 +156,7 @@ async def test_requests_that_are_over_hold_no_more_threads_than_there_are() -> N
     lock, go_on, num_now, most = threading.Lock(), threading.Event(), 0, 0
 
     class Stuck(Tokenizer):
-        def encode_prompt(self, **prompt: Any) -> list[int]:
+        def encode_prompt(self, **prompt: Any) -> NDArray[np.int64]:
             nonlocal num_now, most
             with lock:
                 num_now += 1

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.tokenising import TextExtent, TokenisingThreads
+from cluster.front_door.tokenising import TextExtent, TokenisingThreads
 from colm.text.bound import TokenBound
 
 LIMIT_S = 30.0

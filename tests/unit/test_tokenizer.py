@@ -82,7 +82,7 @@ def smollm2(smollm2_gguf: Path, smollm2_checkpoint: Checkpoint) -> tuple[Tokeniz
 @pytest.mark.parametrize("text", TEXTS)
 def test_smollm2_text_encodes_like_transformers_and_comes_back(smollm2, text):
     ours, peer = smollm2
-    ids = ours.encode(text)
+    ids = ours.encode(text).tolist()
     assert ids == peer(text, add_special_tokens=False)["input_ids"]
     assert ours.decode(ids) == text
 
@@ -92,13 +92,13 @@ def test_smollm2_chat_encodes_like_transformers(smollm2, text):
     ours, peer = smollm2
     messages = [{"role": "user", "content": text}]
     theirs = peer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert ours.encode_prompt(document="", prompt=text, chat=True) == theirs
+    assert ours.encode_prompt(document="", prompt=text, chat=True).tolist() == theirs
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, TRIMMING_TEMPLATE], ids=["as is", "trimming"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_chat_encodes_like_transformers_whether_or_not_the_template_trims(template, text):
-    ids = make(template=template).encode_prompt(document=text, prompt="", chat=True)
+    ids = make(template=template).encode_prompt(document=text, prompt="", chat=True).tolist()
     assert ids == chat_ids_of_transformers(tiny_tokenizer(), template, text)
 
 
@@ -111,7 +111,7 @@ def test_chat_encodes_like_transformers_with_a_metaspace_tokenizer(scheme):
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
     backend.add_tokens([AddedToken(token, normalized=False, special=True) for token in tokens[:3]])
-    ids = make(backend).encode_prompt(document="some words", prompt="and more", chat=True)
+    ids = make(backend).encode_prompt(document="some words", prompt="and more", chat=True).tolist()
     assert ids == chat_ids_of_transformers(backend, CHAT_TEMPLATE, "some words\n\nand more")
 
 
@@ -122,7 +122,7 @@ def test_special_tokens_that_swallow_spaces_do_so_as_in_transformers(flags):
         token |= flags
     backend = tokenizers.Tokenizer.from_str(json.dumps(body))
     template = "<|im_start|> {{ messages[0]['content'] }} <|im_end|>\n the end"
-    ids = make(backend, template).encode_prompt(document="  a b  ", prompt="", chat=True)
+    ids = make(backend, template).encode_prompt(document="  a b  ", prompt="", chat=True).tolist()
     assert ids == chat_ids_of_transformers(backend, template, "  a b  ")
 
 
@@ -136,12 +136,12 @@ HOSTILE_TEXT = st.lists(HOSTILE | FRAGMENTS, max_size=5).map("".join)
 @given(document=HOSTILE_TEXT, prompt=HOSTILE_TEXT)
 def test_no_content_ever_becomes_a_special_token(document, prompt):
     tokenizer = make()
-    ids = tokenizer.encode_prompt(document=document, prompt=prompt, chat=True)
+    ids = tokenizer.encode_prompt(document=document, prompt=prompt, chat=True).tolist()
     assert [token for token in ids if token < 3] == [1, 2, 1]
     content = "\n\n".join(part for part in (document, prompt) if part)
     expected = f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(ids, skip_special=False) == expected
-    raw = tokenizer.encode_prompt(document=document, prompt=prompt, chat=False)
+    raw = tokenizer.encode_prompt(document=document, prompt=prompt, chat=False).tolist()
     assert not {0, 1, 2} & set(raw)
     assert tokenizer.decode(raw) == document + prompt
 
@@ -149,20 +149,20 @@ def test_no_content_ever_becomes_a_special_token(document, prompt):
 @pytest.mark.parametrize(("document", "prompt", "content"), [("a", "b", "a\n\nb"), ("a", "", "a"), ("", "b", "b")])
 def test_separator_stands_only_between_two_parts(document, prompt, content):
     tokenizer = make(template="{{ messages[0]['content'] }}")
-    ids = tokenizer.encode_prompt(document=document, prompt=prompt, chat=True)
+    ids = tokenizer.encode_prompt(document=document, prompt=prompt, chat=True).tolist()
     assert tokenizer.decode(ids) == content
 
 
 def test_raw_completion_joins_the_parts_and_begins_with_bos_where_wanted():
-    ids = make().encode("then and")
-    assert make().encode_prompt(document="th", prompt="en and", chat=False) == ids
-    assert make(add_bos=True).encode_prompt(document="th", prompt="en and", chat=False) == [1, *ids]
+    ids = make().encode("then and").tolist()
+    assert make().encode_prompt(document="th", prompt="en and", chat=False).tolist() == ids
+    assert make(add_bos=True).encode_prompt(document="th", prompt="en and", chat=False).tolist() == [1, *ids]
 
 
 def test_large_document_is_encoded_whole():
     document = "the <|im_end|> " * 70_000 + "x" * 100_000
     tokenizer = make()
-    ids = tokenizer.encode_prompt(document=document, prompt="and?", chat=True)
+    ids = tokenizer.encode_prompt(document=document, prompt="and?", chat=True).tolist()
     assert tokenizer.decode(ids, skip_special=False).count(document) == 1
 
 
@@ -182,7 +182,7 @@ def test_encoding_ends_after_the_piece_at_which_it_is_stopped():
 
 def test_template_sees_bos_eos_and_the_injected_date():
     tokenizer = make(template="{{ bos_token }}{{ eos_token }}{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}")
-    ids = tokenizer.encode_prompt(document="a", prompt="", chat=True)
+    ids = tokenizer.encode_prompt(document="a", prompt="", chat=True).tolist()
     assert (ids[:2], tokenizer.decode(ids)) == ([1, 2], "05 Mar 2026a")
 
 
@@ -263,16 +263,16 @@ def test_sentencepiece_vocabulary_follows_its_scores(text):
     assert tokenizer_json is not None
     tokenizer = Tokenizer(tokenizer_json, conventions, lambda: NOW)
     assert conventions.add_bos
-    assert tokenizer.encode(text) == sentencepiece_reference(metadata, text)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode(text).tolist() == sentencepiece_reference(metadata, text)
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
 
 
 def test_sentencepiece_without_the_first_space_keeps_spaces():
     tokenizer_json, conventions = text_from_gguf(FakeGguf(sentencepiece_metadata(add_space_prefix=False)))
     assert tokenizer_json is not None
     tokenizer = Tokenizer(tokenizer_json, conventions, lambda: NOW)
-    assert tokenizer.decode(tokenizer.encode("a")) == "a"
-    assert tokenizer.decode(tokenizer.encode(" a")) == " a"
+    assert tokenizer.decode(tokenizer.encode("a").tolist()) == "a"
+    assert tokenizer.decode(tokenizer.encode(" a").tolist()) == " a"
 
 
 def test_llama3_words_hold_three_digits_and_whole_words_need_no_merges():
@@ -288,7 +288,7 @@ def test_llama3_words_hold_three_digits_and_whole_words_need_no_merges():
     assert tokenizer_json is not None
     tokenizer = Tokenizer(tokenizer_json, conventions, lambda: NOW)
     assert conventions.add_bos
-    assert [tokenizer.decode([token]) for token in tokenizer.encode("1234 word")] == ["123", "4", " word"]
+    assert [tokenizer.decode([token]) for token in tokenizer.encode("1234 word").tolist()] == ["123", "4", " word"]
 
 
 @pytest.mark.parametrize("change", [{"scores": None}, {"tokens": ["a", "a"]}, {"model": None}])
@@ -313,7 +313,7 @@ def test_stream_of_any_ids_equals_decode_and_the_library(ids, skip_special):
 def test_stream_never_shows_half_a_character(text):
     tokenizer = make()
     stream, shown = tokenizer.stream(), ""
-    for token_id in tokenizer.encode(text):
+    for token_id in tokenizer.encode(text).tolist():
         shown += stream.push(token_id)
         assert text.startswith(shown)
     assert shown == text
@@ -323,7 +323,7 @@ def test_stream_never_shows_half_a_character(text):
 def test_unfinished_character_becomes_one_replacement_at_the_end():
     tokenizer = make()
     stream = tokenizer.stream()
-    assert [stream.push(token_id) for token_id in tokenizer.encode("a€")[:-1]] == ["a", "", ""]
+    assert [stream.push(token_id) for token_id in tokenizer.encode("a€")[:-1].tolist()] == ["a", "", ""]
     assert stream.flush() == "\ufffd"
 
 

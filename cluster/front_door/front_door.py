@@ -1,0 +1,137 @@
+"""One request: admitted, checked, tokenised, placed on a decode node, answered once."""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from cluster.front_door.placement import DecodeJob, DecodeNodeCalls, DecodePool, Emit, Placement
+from cluster.front_door.plan import GatewayLimits, Plan, ServedModel
+from cluster.front_door.prompt import PromptPart, PromptReader
+from cluster.front_door.pulled import pulled
+from cluster.node_registry import NodeRegistry
+from colm.clock import Clock, Deadline
+from colm.errors import CapacityExceeded, DeadlineExceeded
+from colm.events import Accepted, Event
+from colm.nodes import ClusterStatus, ModelStatus
+from colm.request import GenerateRequest
+
+logger = logging.getLogger(__name__)
+
+
+class FrontDoor:
+    """Serves requests in the project's own types; protocols are adapters in front of it.
+
+    Args:
+        model: the one that is served.
+        limits: of each request, and of all together.
+        decode_pool: lends decode nodes.
+        calls: the way to them.
+        registry: which nodes there are.
+        clock: of deadlines.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ServedModel,
+        limits: GatewayLimits,
+        decode_pool: DecodePool,
+        calls: DecodeNodeCalls,
+        registry: NodeRegistry,
+        clock: Clock,
+    ) -> None:
+        self._model = model
+        self._limits = limits
+        self._prompts = PromptReader(model, max_document_bytes=limits.max_document_bytes)
+        self._placement = Placement(decode_pool, calls, registry)
+        self._registry = registry
+        self._clock = clock
+        self._num_active = 0
+
+    @asynccontextmanager
+    async def generate(
+        self, request: GenerateRequest, prompt: AsyncIterator[PromptPart], *, caller_waits_s: float | None = None
+    ) -> AsyncIterator[AsyncIterator[Event]]:
+        """One request's events: `Accepted` is the first, `Finished` the last.
+
+        The block is the request. It has a place inside from its beginning to its end. The deadline breaks off whatever
+        it waits for, its reader's own work included. However the block is left, no node works for it any more.
+
+        Args:
+            request: the options.
+            prompt: the document, or the whole prompt as token ids.
+            caller_waits_s: until the caller's own call is over; None for ever.
+
+        Raises:
+            ColmError: the one reason why there is no answer; `InvalidRequest` names the field at fault.
+        """
+        with self._admitted():
+            plan = Plan.of(request, self._model, self._limits, caller_waits_s)
+            arrived_s = self._clock.now()
+            timeout_s = self._limits.default_timeout_s if plan.timeout_s is None else plan.timeout_s
+
+            async def serve(emit: Emit) -> None:
+                nonlocal timeout_s
+                job = await self._read(plan, prompt)
+                if plan.timeout_s is None:
+                    timeout_s = self._limits.timeout_s(
+                        num_prompt_tokens=len(job.token_ids), max_new_tokens=plan.max_new_tokens
+                    )
+                deadline = Deadline(self._clock, arrived_s + timeout_s)
+                running.reschedule(asyncio.get_running_loop().time() + deadline.remaining_s())
+                await emit(self._accepted(job, timeout_s))
+                await self._placement.run(job, deadline, emit)
+
+            try:
+                async with asyncio.timeout(timeout_s) as running, pulled(serve) as events:
+                    yield events
+            except TimeoutError as err:
+                if not running.expired():
+                    raise
+                raise DeadlineExceeded(f"timeout_s={timeout_s:g} is over and the answer is not complete") from err
+
+    def status(self) -> ClusterStatus:
+        """Models, nodes and load."""
+        model = self._model
+        served = ModelStatus(
+            name=model.name,
+            chains=model.config.chains,
+            max_context_tokens=model.config.max_context,
+            fingerprint=model.fingerprint,
+            reads_text=model.tokenizer is not None,
+        )
+        nodes = tuple(self._registry.nodes())
+        return ClusterStatus(models=(served,), nodes=nodes, num_active_requests=self._num_active)
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self._num_active >= self._limits.max_requests:
+            raise CapacityExceeded(f"{self._num_active} requests are inside the gateway already; try again later")
+        self._num_active += 1
+        try:
+            yield
+        finally:
+            self._num_active -= 1
+
+    async def _read(self, plan: Plan, prompt: AsyncIterator[PromptPart]) -> DecodeJob:
+        token_ids = await self._prompts.read(plan, prompt)
+        return DecodeJob(
+            request_id=secrets.token_hex(8),
+            token_ids=token_ids,
+            num_chains=plan.num_chains,
+            max_new_tokens=plan.max_new_tokens,
+            sampling=plan.sampling,
+        )
+
+    def _accepted(self, job: DecodeJob, timeout_s: float) -> Accepted:
+        logger.info("request.accepted request=%s prompt_tokens=%d", job.request_id, len(job.token_ids))
+        return Accepted(
+            request_id=job.request_id,
+            model=self._model.name,
+            num_prompt_tokens=len(job.token_ids),
+            num_chains=job.num_chains,
+            max_new_tokens=job.max_new_tokens,
+            timeout_s=timeout_s,
+        )

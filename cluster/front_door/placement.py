@@ -1,0 +1,134 @@
+"""A job finds a decode node that has room for it, and its answer comes from there."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.node_registry import NodeRegistry
+from colm.clock import Deadline
+from colm.errors import CapacityExceeded, PeerUnavailable
+from colm.events import Event, Finished, Queued, Reserved, WaitsFor
+from colm.line import Beat
+from colm.nodes import Role
+from colm.sampling import SamplingParams
+
+_MAX_LOST_CALLS = 3
+
+Emit = Callable[[Event], Awaitable[None]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeLease:
+    """One decode node, ours for one request."""
+
+    address: str
+    lease_id: str
+
+
+class DecodePool(Protocol):
+    """Lends decode nodes."""
+
+    def lease(self, *, beat: Beat) -> AbstractAsyncContextManager[DecodeLease]:
+        """Borrow a node for one request, in order of asking.
+
+        Raises:
+            PeerUnavailable: none can be had.
+            CapacityExceeded: too many wait already.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeJob:
+    """What a decode node is asked for."""
+
+    request_id: str
+    token_ids: NDArray[np.int64]
+    num_chains: int
+    max_new_tokens: int
+    sampling: SamplingParams
+
+
+class DecodeNodeCalls(Protocol):
+    """The way to decode nodes."""
+
+    def decode(
+        self, lease: DecodeLease, job: DecodeJob, *, only_if_room: bool, deadline: Deadline
+    ) -> AsyncGenerator[Event]:
+        """Have a node do a job; closing the generator ends that.
+
+        Args:
+            lease: the node's.
+            job: the whole prompt, and what to make of it.
+            only_if_room: refuse it, rather than wait, where its pages are not free at once.
+            deadline: until then the answer is wanted.
+
+        Raises:
+            CapacityExceeded: the node has no room.
+            LeaseExpired: the lease has ended.
+            PeerUnavailable: the node broke off, could not be reached, or broke the protocol.
+            ColmError: whatever else the node refuses or fails with.
+        """
+
+
+class Placement:
+    """Asks each node once for room at once; only then does a job take its place in the line of one."""
+
+    def __init__(self, pool: DecodePool, calls: DecodeNodeCalls, registry: NodeRegistry) -> None:
+        self._pool = pool
+        self._calls = calls
+        self._registry = registry
+
+    async def run(self, job: DecodeJob, deadline: Deadline, emit: Emit) -> None:
+        """Bring a job to its end; `Finished` is the last event.
+
+        Raises:
+            CapacityExceeded: no node has room, nor a place where to wait for it.
+            PeerUnavailable: the node broke off, or one call after the other was lost; who asked may ask again.
+            ColmError: whatever else the node refuses or fails with.
+        """
+
+        async def beat(num_ahead: int) -> None:
+            await emit(Queued(waits_for=WaitsFor.DECODE_NODE, num_ahead=num_ahead))
+
+        has_begun = False
+
+        async def emit_first(event: Event) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await emit(event)
+
+        refusals_left = max(1, self._registry.count(Role.DECODE)) - 1
+        num_lost = 0
+        while True:
+            # The node of a lost call may still be about to let go of its id.
+            attempt = replace(job, request_id=f"{job.request_id}-{num_lost}") if num_lost else job
+            try:
+                async with self._pool.lease(beat=beat) as lease:
+                    return await self._relay(lease, attempt, refusals_left > 0, deadline, emit_first)
+            except CapacityExceeded:
+                if not refusals_left:
+                    raise
+                refusals_left -= 1
+            except PeerUnavailable:
+                # A lease that ran out, or a connection that had broken unnoticed: nothing has come of it yet.
+                if has_begun or num_lost == _MAX_LOST_CALLS:
+                    raise
+                num_lost += 1
+
+    async def _relay(
+        self, lease: DecodeLease, job: DecodeJob, only_if_room: bool, deadline: Deadline, emit: Emit
+    ) -> None:
+        is_finished = False
+        async with aclosing(self._calls.decode(lease, job, only_if_room=only_if_room, deadline=deadline)) as events:
+            async for event in events:
+                is_finished = isinstance(event, Finished)
+                if not isinstance(event, Reserved):  # between the nodes
+                    await emit(event)
+        if not is_finished:
+            raise PeerUnavailable(
+                f"decode node {lease.address} ended the answer before it was finished; submit it again"
+            )

@@ -1,0 +1,96 @@
+"""A request's options, held against the model and the limits."""
+
+from dataclasses import dataclass
+
+from colm.errors import DeadlineExceeded, InvalidRequest, UnknownModel
+from colm.model.config import ChainConfig
+from colm.request import GenerateRequest
+from colm.sampling import SamplingParams
+from colm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """What the gateway must know of the model."""
+
+    name: str
+    config: ChainConfig
+    tokenizer: Tokenizer | None
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayLimits:
+    """What one request, and all together, may ask for."""
+
+    max_document_bytes: int
+    max_requests: int
+    default_max_new_tokens: int
+    max_new_tokens: int
+    default_timeout_s: float
+    min_prefill_tokens_per_s: float
+    min_decode_tokens_per_s: float
+    max_timeout_s: float
+
+    def timeout_s(self, *, num_prompt_tokens: int, max_new_tokens: int) -> float:
+        """Deadline of a request whose client set none: it grows with the work."""
+        work_s = num_prompt_tokens / self.min_prefill_tokens_per_s + max_new_tokens / self.min_decode_tokens_per_s
+        return min(self.default_timeout_s + work_s, self.max_timeout_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A request as it will be served; the document is still to come."""
+
+    prompt: str
+    chat: bool | None
+    num_chains: int
+    max_new_tokens: int
+    sampling: SamplingParams
+    timeout_s: float | None
+    """The client's own; None leaves it to the gateway, once the prompt's length is known."""
+
+    @classmethod
+    def of(
+        cls, request: GenerateRequest, model: ServedModel, limits: GatewayLimits, caller_waits_s: float | None
+    ) -> "Plan":
+        """Choose what the request leaves open.
+
+        Args:
+            request: its values are of the right kinds.
+            model: the one that is served.
+            limits: of the gateway.
+            caller_waits_s: until the caller's own call is over; None for ever.
+
+        Raises:
+            InvalidRequest: names the field, its value and the limit.
+            DeadlineExceeded: the request's time is over before it begins.
+        """
+        if request.model not in ("", model.name):
+            raise UnknownModel("model", request.model, f"this cluster serves {model.name!r}")
+        all_chains = model.config.num_chains
+        num_chains = all_chains if request.num_chains is None else request.num_chains
+        if not 1 <= num_chains <= all_chains:
+            raise InvalidRequest("num_chains", num_chains, f"must be between 1 and {all_chains}")
+        max_new_tokens = request.max_new_tokens
+        if max_new_tokens is None:
+            max_new_tokens = limits.default_max_new_tokens
+        if not 1 <= max_new_tokens <= limits.max_new_tokens:
+            raise InvalidRequest("max_new_tokens", max_new_tokens, f"must be between 1 and {limits.max_new_tokens}")
+        timeout_s = request.timeout_s
+        if timeout_s is not None:
+            if timeout_s > limits.max_timeout_s:
+                raise InvalidRequest("timeout_s", timeout_s, f"must be at most {limits.max_timeout_s:g}")
+            if timeout_s <= 0:
+                raise DeadlineExceeded(f"timeout_s={timeout_s:g}: the deadline is past already; it must be above 0")
+        if request.sampling.stop and model.tokenizer is None:
+            limit = f"model {model.name!r} has no tokenizer; use stop_token_ids"
+            raise InvalidRequest("stop", request.sampling.stop, limit)
+        return cls(
+            prompt=request.prompt,
+            chat=request.chat,
+            num_chains=num_chains,
+            max_new_tokens=max_new_tokens,
+            sampling=request.sampling,
+            timeout_s=min((s for s in (timeout_s, caller_waits_s) if s is not None), default=None),
+        )

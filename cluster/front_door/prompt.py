@@ -1,0 +1,109 @@
+"""A prompt as it is uploaded: checked while it comes, then tokenised."""
+
+from collections.abc import AsyncIterator, Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.front_door.plan import Plan, ServedModel
+from cluster.front_door.tokenising import TextExtent, TokenisingThreads
+from colm.errors import InvalidRequest
+
+PromptPart = bytes | NDArray[np.int64]
+"""The next piece of the document in UTF-8, or of a prompt given as token ids; no prompt has both."""
+
+
+class PromptReader:
+    """Reads the prompts of one model's requests.
+
+    Args:
+        model: the one that is served.
+        max_document_bytes: longer documents are refused.
+    """
+
+    def __init__(self, model: ServedModel, *, max_document_bytes: int) -> None:
+        self._model = model
+        self._max_document_bytes = max_document_bytes
+        self._context = model.config.max_context
+        self._bound = None if model.tokenizer is None else model.tokenizer.bound
+        self._threads = TokenisingThreads()
+
+    async def read(self, plan: Plan, parts: AsyncIterator[PromptPart]) -> NDArray[np.int64]:
+        """All token ids of a prompt, at least one.
+
+        Raises:
+            InvalidRequest: the prompt cannot be served; as soon as that is known, whatever is still to come.
+        """
+        document, extent = bytearray(), TextExtent(self._bound)
+        pieces, num_ids = [np.empty(0, dtype=np.int64)], 0
+        async for part in parts:
+            if isinstance(part, bytes):
+                document += part
+                if len(document) > (limit := self._max_document_bytes):
+                    raise InvalidRequest("document", f"over {limit} bytes", f"at most {limit} bytes")
+                extent.add(part)
+                self._check_extent(extent, plan)
+            else:
+                pieces.append(part)
+                num_ids += len(part)
+                if num_ids > self._context:
+                    limit_of_ids = f"at most {self._context}, the context"
+                    raise InvalidRequest("token_ids", f"over {self._context} ids", limit_of_ids)
+        if num_ids:
+            if document or plan.prompt:
+                raise InvalidRequest("token_ids", f"{num_ids} ids", "give either token ids or text, not both")
+            token_ids = np.concatenate(pieces)
+        else:
+            token_ids = await self._threads.run(lambda check: self._tokenise(plan, document, check))
+        self._check_token_ids(token_ids, plan)
+        return token_ids
+
+    def _check_extent(self, extent: TextExtent, plan: Plan) -> None:
+        """Refuse a document that cannot fit whatever it says, before the rest of it arrives."""
+        if self._bound is None:
+            return
+        limit = self._max_prompt_tokens(plan) * self._bound.max_token_bytes
+        if extent.num_bytes > limit:
+            longest = f"no token stands for more than {self._bound.max_token_bytes} bytes"
+            fit = f"at most {limit} bytes: {self._must_fit(plan)}, and {longest}"
+            raise InvalidRequest("document", f"over {limit} bytes", fit)
+
+    def _tokenise(self, plan: Plan, document: bytearray, check_wanted: Callable[[], None]) -> NDArray[np.int64]:
+        tokenizer = self._model.tokenizer
+        if not document and not plan.prompt:
+            raise InvalidRequest("prompt", "", "document and prompt must not both be empty")
+        if tokenizer is None:
+            raise InvalidRequest("prompt", plan.prompt, f"model {self._model.name!r} has no tokenizer; send token_ids")
+        try:
+            text = document.decode("utf-8")
+        except UnicodeDecodeError as err:
+            shown = bytes(document[err.start : err.start + 8])
+            raise InvalidRequest(
+                "document", shown, f"must be UTF-8; byte {err.start} breaks it ({err.reason})"
+            ) from err
+        chat = tokenizer.has_chat_template if plan.chat is None else plan.chat
+
+        def progress(num_tokens: int) -> None:
+            check_wanted()
+            self._check_length(num_tokens, plan)
+
+        return tokenizer.encode_prompt(document=text, prompt=plan.prompt, chat=chat, progress=progress)
+
+    def _check_token_ids(self, token_ids: NDArray[np.int64], plan: Plan) -> None:
+        if not len(token_ids):
+            raise InvalidRequest("prompt", "", "the prompt has no tokens")
+        self._check_length(len(token_ids), plan)
+        size = self._model.config.vocab_size
+        for worst in (int(token_ids.max()), int(token_ids.min())):
+            if not 0 <= worst < size:
+                raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {size}, and not negative")
+
+    def _check_length(self, num_tokens: int, plan: Plan) -> None:
+        if num_tokens > (limit := self._max_prompt_tokens(plan)):
+            raise InvalidRequest("document", f"over {limit} prompt tokens", self._must_fit(plan))
+
+    def _max_prompt_tokens(self, plan: Plan) -> int:
+        return max(0, self._context - plan.max_new_tokens)
+
+    def _must_fit(self, plan: Plan) -> str:
+        return f"prompt and max_new_tokens={plan.max_new_tokens} must fit the model's context of {self._context}"

@@ -1,0 +1,45 @@
+"""What a client asks for, checked where it is made."""
+
+from dataclasses import dataclass, field
+
+from colm import checks
+from colm.errors import InvalidRequest
+from colm.sampling import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateRequest:
+    """A request without its document. None leaves the choice to the cluster, and how much it grants is its own to say.
+
+    Raises:
+        InvalidRequest: names the field, its value and the limit.
+    """
+
+    model: str = ""
+    """Empty: the model the cluster serves."""
+    prompt: str = ""
+    """The instruction that follows the document."""
+    chat: bool | None = None
+    """Wrap in the model's chat template. None: if the model has one."""
+    num_chains: int | None = None
+    """Scale of the answer, 1..n. None: all chains."""
+    max_new_tokens: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    timeout_s: float | None = None
+    """Seconds until the answer is worthless."""
+
+    def __post_init__(self) -> None:
+        checks.utf8("model", self.model)
+        checks.utf8("prompt", self.prompt)
+        if self.chat is not None:
+            checks.flag("chat", self.chat)
+        if self.num_chains is not None:
+            limit = "must be an integer from 1 to the model's number of chains"
+            checks.integer("num_chains", self.num_chains, range(1 << 32), limit)
+        if self.max_new_tokens is not None:
+            limit = "must be an integer from 1 to the cluster's limit"
+            checks.integer("max_new_tokens", self.max_new_tokens, range(-1 << 63, 1 << 63), limit)
+        if not isinstance(self.sampling, SamplingParams):
+            raise InvalidRequest("sampling", self.sampling, "must be a SamplingParams")
+        if self.timeout_s is not None:
+            checks.number("timeout_s", self.timeout_s, "must be a finite number of seconds")

@@ -1,0 +1,119 @@
+"""Channels between nodes: one for each address, kept open from call to call."""
+
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+import grpc
+
+from colm.errors import PeerUnavailable
+from colm.wire.endpoint import open_blocking_channel, open_channel
+from colm.wire.security import Security
+
+MAX_UNUSED = 32
+"""Channels kept for addresses that nobody calls now. gRPC has closed their connections after `IDLE_MS` already."""
+
+_Channel = TypeVar("_Channel", grpc.aio.Channel, grpc.Channel)
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Shared(Generic[_Channel]):
+    address: str
+    channel: _Channel
+    num_users: int = 0
+
+
+class _Shelf(Generic[_Channel]):
+    """Who uses which channel, and which of them the next caller of an address gets. For any thread."""
+
+    def __init__(self, open_to: Callable[[str], _Channel]) -> None:
+        self._open_to = open_to
+        self._lock = threading.Lock()
+        # The one used last stands last.
+        self._kept: dict[str, _Shared[_Channel]] = {}
+
+    def take(self, address: str) -> _Shared[_Channel]:
+        with self._lock:
+            shared = self._kept.get(address) or _Shared(address=address, channel=self._open_to(address))
+            self._kept[address] = shared
+            shared.num_users += 1
+            return shared
+
+    def give_back(self, shared: _Shared[_Channel], *, is_lost: bool) -> list[_Channel]:
+        """Returns channels to close: nobody uses them, and nobody will."""
+        with self._lock:
+            shared.num_users -= 1
+            is_kept = self._kept.get(shared.address) is shared
+            if is_kept:
+                del self._kept[shared.address]
+            if is_kept and not is_lost:
+                self._kept[shared.address] = shared
+            elif not shared.num_users:
+                return [shared.channel]
+            unused = [other for other in self._kept.values() if not other.num_users]
+            surplus = unused[: max(0, len(unused) - MAX_UNUSED)]
+            for other in surplus:
+                del self._kept[other.address]
+            return [other.channel for other in surplus]
+
+    def clear(self) -> list[_Channel]:
+        """Returns every channel that is kept, to close."""
+        with self._lock:
+            kept, self._kept = self._kept, {}
+            return [shared.channel for shared in kept.values()]
+
+
+class Channels:
+    """Channels of one event loop. A channel whose peer was lost goes: its successor connects at once, without backoff.
+
+    Streams share a connection without waiting for each other: gRPC bounds what a slow reader leaves unread by stream.
+    """
+
+    def __init__(self, security: Security) -> None:
+        self._shelf = _Shelf[grpc.aio.Channel](partial(open_channel, security=security))
+
+    @asynccontextmanager
+    async def use(self, address: str) -> AsyncIterator[grpc.aio.Channel]:
+        """The channel to an address, for calls that end with the block; the block lets `PeerUnavailable` through."""
+        shared, is_lost = self._shelf.take(address), False
+        try:
+            yield shared.channel
+        except PeerUnavailable:
+            is_lost = True
+            raise
+        finally:
+            for channel in self._shelf.give_back(shared, is_lost=is_lost):
+                await channel.close()
+
+    async def close(self) -> None:
+        """Close them all; every call must have ended."""
+        for channel in self._shelf.clear():
+            await channel.close()
+
+
+class BlockingChannels:
+    """The same for threads."""
+
+    def __init__(self, security: Security) -> None:
+        self._shelf = _Shelf[grpc.Channel](partial(open_blocking_channel, security=security))
+
+    @contextmanager
+    def use(self, address: str) -> Iterator[grpc.Channel]:
+        """See `Channels.use`."""
+        shared, is_lost = self._shelf.take(address), False
+        try:
+            yield shared.channel
+        except PeerUnavailable:
+            is_lost = True
+            raise
+        finally:
+            for channel in self._shelf.give_back(shared, is_lost=is_lost):
+                channel.close()
+
+    def close(self) -> None:
+        """Close them all; every call must have ended."""
+        for channel in self._shelf.clear():
+            channel.close()

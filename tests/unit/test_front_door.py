@@ -1,0 +1,401 @@
+"""The front door without a socket: scripted decode nodes, real admission, tokenising, deadlines and placement."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.front_door.front_door import FrontDoor
+from cluster.front_door.placement import DecodeJob, DecodeLease, DecodePool
+from cluster.front_door.plan import ServedModel
+from cluster.front_door.prompt import PromptPart
+from colm.checkpoint import TextConfig
+from colm.clock import Deadline, MonotonicClock
+from colm.errors import (
+    CapacityExceeded,
+    ColmError,
+    DeadlineExceeded,
+    InvalidRequest,
+    LeaseExpired,
+    PeerFailed,
+    PeerUnavailable,
+    UnknownModel,
+)
+from colm.events import (
+    Accepted,
+    Event,
+    Finished,
+    FinishReason,
+    PrefillProgress,
+    Queued,
+    Reserved,
+    Timings,
+    Token,
+    Usage,
+    WaitsFor,
+)
+from colm.line import Beat
+from colm.request import GenerateRequest
+from colm.sampling import SamplingParams
+from colm.text.tokenizer import Tokenizer
+from tests.gates import LIMIT_S
+from tests.gateway import LIMITS, TakingTurns, decode_nodes
+from tests.tiny import tiny_config, tiny_tokenizer
+
+IDS = np.arange(5, 25)
+NOW = datetime(2026, 3, 5, tzinfo=UTC)
+FINISHED = Finished(
+    reason=FinishReason.LENGTH,
+    usage=Usage(
+        num_prompt_tokens=20,
+        num_prefill_tokens=19,
+        num_decode_prompt_tokens=1,
+        num_new_tokens=1,
+        kv_received_bytes=0,
+        num_kv_streams=1,
+    ),
+    timings=Timings(queue_s=0.0, prefill_s=0.0, first_token_s=0.0, decode_s=0.0),
+)
+TOKEN = Token(token_id=7, text="", logprob=0.0, num_chains=1)
+ANSWER = (Reserved(num_pages=2), PrefillProgress(num_tokens_done=19, num_tokens_total=19), TOKEN, FINISHED)
+
+Step = Event | ColmError | asyncio.Event
+"""What a call does next: say something, fail, or wait."""
+
+
+class Scripted:
+    """Decode nodes that follow a script, call by call; the last script is everybody's from then on."""
+
+    def __init__(self, *scripts: Sequence[Step]) -> None:
+        self.jobs: list[DecodeJob] = []
+        self.only_if_room: list[bool] = []
+        self.deadlines: list[Deadline] = []
+        self.num_running = 0
+        self._scripts = scripts
+
+    async def decode(
+        self,
+        lease: DecodeLease,  # noqa: ARG002 - the pool knows what it lent
+        job: DecodeJob,
+        *,
+        only_if_room: bool,
+        deadline: Deadline,
+    ) -> AsyncGenerator[Event]:
+        script = self._scripts[min(len(self.jobs), len(self._scripts) - 1)]
+        self.jobs.append(job)
+        self.only_if_room.append(only_if_room)
+        self.deadlines.append(deadline)
+        self.num_running += 1
+        try:
+            for step in script:
+                if isinstance(step, ColmError):
+                    raise step
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                else:
+                    yield step
+        finally:
+            self.num_running -= 1
+
+
+class Pool(TakingTurns):
+    """Counts what is lent now."""
+
+    def __init__(self, num_ahead: Sequence[int] = ()) -> None:
+        super().__init__(["one", "two", "three"])
+        self.num_lent = 0
+        self._num_ahead = num_ahead
+
+    @asynccontextmanager
+    async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:
+        for num_ahead in self._num_ahead:
+            await beat(num_ahead)
+        async with super().lease(beat=beat) as lease:
+            self.num_lent += 1
+            try:
+                yield lease
+            finally:
+                self.num_lent -= 1
+
+
+def door(
+    calls: Scripted,
+    pool: DecodePool,
+    *,
+    num_decode_nodes: int = 1,
+    tokenizer: Tokenizer | None = None,
+    **limits: Any,
+) -> FrontDoor:
+    return FrontDoor(
+        model=ServedModel(name="tiny", config=tiny_config(), tokenizer=tokenizer, fingerprint="f"),
+        limits=replace(LIMITS, **limits),
+        decode_pool=pool,
+        calls=calls,
+        registry=decode_nodes(num_decode_nodes),
+        clock=MonotonicClock(),
+    )
+
+
+async def prompt_of(*parts: PromptPart) -> AsyncIterator[PromptPart]:
+    for part in parts:
+        yield part
+
+
+def generate(
+    front_door: FrontDoor, *parts: PromptPart, caller_waits_s: float | None = None, **options: Any
+) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+    prompt = prompt_of(*(parts or (IDS,)))
+    return front_door.generate(GenerateRequest(**options), prompt, caller_waits_s=caller_waits_s)
+
+
+async def ask(front_door: FrontDoor, *parts: PromptPart, **options: Any) -> list[Event]:
+    async with asyncio.timeout(LIMIT_S), generate(front_door, *parts, **options) as events:
+        return [event async for event in events]
+
+
+def assert_nothing_held(front_door: FrontDoor, calls: Scripted, pool: Pool) -> None:
+    assert (front_door.status().num_active_requests, calls.num_running, pool.num_lent) == (0, 0, 0)
+
+
+async def test_an_answer_is_accepted_then_relayed_without_what_concerns_the_nodes_alone() -> None:
+    calls, pool = Scripted(ANSWER), Pool()
+    front_door = door(calls, pool)
+    accepted, *relayed = await ask(front_door, IDS[:3], IDS[3:], num_chains=2, max_new_tokens=4)
+    assert isinstance(accepted, Accepted)
+    assert (accepted.model, accepted.num_prompt_tokens, accepted.num_chains) == ("tiny", 20, 2)
+    assert relayed == [*ANSWER[1:]]
+    (job,) = calls.jobs
+    assert (job.request_id, job.num_chains, job.max_new_tokens) == (accepted.request_id, 2, 4)
+    assert job.token_ids.dtype == np.int64
+    assert job.token_ids.tolist() == IDS.tolist()
+    assert_nothing_held(front_door, calls, pool)
+
+
+async def test_a_document_in_pieces_becomes_token_ids() -> None:
+    tokenizer = Tokenizer(tiny_tokenizer().to_str(), TextConfig(), lambda: NOW)
+    calls, document = Scripted(ANSWER), "the thing, wörtlich".encode()
+    await ask(door(calls, Pool(), tokenizer=tokenizer), document[:13], document[13:], prompt=" and")
+    assert calls.jobs[0].token_ids.dtype == np.int64
+    assert calls.jobs[0].token_ids.tolist() == tokenizer.encode("the thing, wörtlich and").tolist()
+
+
+async def test_waiting_for_a_node_is_told_as_it_happens() -> None:
+    _, *events = await ask(door(Scripted(ANSWER), Pool(num_ahead=(2, 1, 0))))
+    assert events[:3] == [Queued(waits_for=WaitsFor.DECODE_NODE, num_ahead=number) for number in (2, 1, 0)]
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "model": ({"model": "huge"}, "'tiny'"),
+    "num_chains": ({"num_chains": 4}, "between 1 and 3"),
+    "max_new_tokens": ({"max_new_tokens": 401}, "between 1 and 400"),
+    "timeout_s": ({"timeout_s": 1001.0}, "at most 1000"),
+    "stop": ({"sampling": SamplingParams(stop=("x",))}, "use stop_token_ids"),
+    "prompt": ({"prompt": "?"}, "send token_ids"),
+}
+
+
+@pytest.mark.parametrize("field", REFUSALS)
+async def test_an_option_that_cannot_be_served_is_named_with_its_limit(field: str) -> None:
+    options, limit = REFUSALS[field]
+    calls, pool = Scripted(ANSWER), Pool()
+    front_door = door(calls, pool)
+    with pytest.raises(InvalidRequest) as refusal:
+        await ask(front_door, *([b""] if field == "prompt" else []), **options)
+    assert refusal.value.field == field
+    assert limit in refusal.value.limit
+    assert isinstance(refusal.value, UnknownModel) == (field == "model")
+    assert not pool.lent
+    assert_nothing_held(front_door, calls, pool)
+
+
+@pytest.mark.parametrize("worst", [320, -1])
+async def test_token_ids_outside_the_vocabulary_are_refused(worst: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"token_ids={worst}: must be below the vocabulary size 320"):
+        await ask(door(Scripted(ANSWER), Pool()), np.array([5, worst, 6]))
+
+
+async def test_each_node_is_asked_for_room_at_once_before_one_is_waited_for() -> None:
+    calls, pool = Scripted([CapacityExceeded("full")], [CapacityExceeded("full")], ANSWER), Pool()
+    assert (await ask(door(calls, pool, num_decode_nodes=3)))[-1] == FINISHED
+    assert calls.only_if_room == [True, True, False]
+    assert pool.lent == ["one", "two", "three"]
+    assert len({job.request_id for job in calls.jobs}) == 1
+
+
+@pytest.mark.parametrize("num_decode_nodes", [0, 1, 2])
+async def test_the_last_refusal_is_the_callers(num_decode_nodes: int) -> None:
+    calls, pool = Scripted([CapacityExceeded("full")]), Pool()
+    front_door = door(calls, pool, num_decode_nodes=num_decode_nodes)
+    with pytest.raises(CapacityExceeded, match="full"):
+        await ask(front_door)
+    assert len(calls.jobs) == max(1, num_decode_nodes)
+    assert_nothing_held(front_door, calls, pool)
+
+
+async def test_lost_leases_are_replaced_three_times_and_cost_no_room_elsewhere() -> None:
+    lost, full = [LeaseExpired("gone")], [CapacityExceeded("full")]
+    calls = Scripted(lost, full, lost, lost, ANSWER)
+    assert (await ask(door(calls, Pool(), num_decode_nodes=2)))[-1] == FINISHED
+    assert calls.only_if_room == [True, True, False, False, False]
+    calls, pool = Scripted(lost), Pool()
+    front_door = door(calls, pool)
+    with pytest.raises(LeaseExpired):
+        await ask(front_door)
+    assert len(calls.jobs) == 4
+    assert_nothing_held(front_door, calls, pool)
+
+
+async def test_a_call_lost_before_the_node_said_anything_is_made_again_under_a_name_of_its_own() -> None:
+    """A connection that broke between two requests is noticed by the second one."""
+    calls = Scripted([PeerUnavailable("lost")], [PeerUnavailable("lost")], ANSWER)
+    events = await ask(door(calls, Pool()))
+    assert events[-1] == FINISHED
+    assert isinstance(events[0], Accepted)
+    name = events[0].request_id
+    assert [job.request_id for job in calls.jobs] == [name, f"{name}-1", f"{name}-2"]
+
+
+@pytest.mark.parametrize("error", [PeerFailed("out of memory"), PeerUnavailable("lost"), InvalidRequest("a", 1, "b")])
+async def test_any_other_error_of_a_node_ends_the_answer_once(error: ColmError) -> None:
+    calls, pool = Scripted([*ANSWER[:3], error]), Pool()
+    front_door = door(calls, pool, num_decode_nodes=3)
+    seen: list[Event] = []
+
+    async def read() -> None:
+        async with generate(front_door) as events:
+            seen.extend([await anext(events) for _ in range(3)])
+            await anext(events)
+
+    with pytest.raises(type(error)) as raised:
+        await read()
+    assert raised.value is error
+    assert [type(event) for event in seen] == [Accepted, PrefillProgress, Token]
+    assert len(calls.jobs) == 1
+    assert_nothing_held(front_door, calls, pool)
+
+
+async def test_an_answer_that_ends_unfinished_is_an_error() -> None:
+    with pytest.raises(PeerUnavailable, match="node one ended the answer before it was finished"):
+        await ask(door(Scripted(ANSWER[:3]), Pool()))
+
+
+async def test_the_requests_inside_are_bounded_and_a_place_is_free_when_its_block_ends() -> None:
+    calls, pool = Scripted(ANSWER), Pool()
+    front_door = door(calls, pool, max_requests=1)
+    async with generate(front_door) as events:
+        assert isinstance(await anext(events), Accepted)
+        with pytest.raises(CapacityExceeded, match="1 requests are inside"):
+            await ask(front_door)
+    assert_nothing_held(front_door, calls, pool)
+    assert (await ask(front_door))[-1] == FINISHED
+
+
+def waiting(where: str, never: asyncio.Event) -> tuple[Scripted, Callable[..., AsyncIterator[PromptPart]]]:
+    async def stuck() -> AsyncIterator[PromptPart]:
+        await never.wait()
+        yield IDS
+
+    calls = Scripted([*ANSWER[:3], never] if where == "node" else ANSWER)
+    return calls, stuck if where == "upload" else prompt_of
+
+
+@pytest.mark.parametrize("where", ["upload", "node", "reader"])
+async def test_the_deadline_ends_whatever_is_waited_for(where: str) -> None:
+    """A reader that took no event any more kept its place, and its decode node, for ever."""
+    never = asyncio.Event()
+    calls, prompt = waiting(where, never)
+    front_door = door(calls, pool := Pool())
+    parts = prompt() if where == "upload" else prompt(IDS)
+
+    async def read() -> None:
+        async with asyncio.timeout(LIMIT_S), front_door.generate(GenerateRequest(timeout_s=0.1), parts) as events:
+            async for _ in events:
+                if where == "reader":
+                    await never.wait()
+
+    with pytest.raises(DeadlineExceeded, match=r"timeout_s=0\.1 is over"):
+        await read()
+    assert_nothing_held(front_door, calls, pool)
+
+
+@pytest.mark.parametrize("where", ["upload", "node", "reader"])
+async def test_a_cancelled_reader_is_cancelled_and_leaves_nothing_behind(where: str) -> None:
+    never, begun = asyncio.Event(), asyncio.Event()
+    calls, prompt = waiting(where, never)
+    front_door = door(calls, pool := Pool())
+
+    async def read() -> None:
+        parts = prompt() if where == "upload" else prompt(IDS)
+        async with front_door.generate(GenerateRequest(), parts) as events:
+            if where == "upload":
+                begun.set()
+            async for event in events:
+                if isinstance(event, Token):
+                    begun.set()
+                    if where == "reader":
+                        await never.wait()
+
+    reading = asyncio.create_task(read())
+    await asyncio.wait_for(begun.wait(), LIMIT_S)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert_nothing_held(front_door, calls, pool)
+
+
+async def test_leaving_early_ends_the_work() -> None:
+    calls, pool = Scripted([*ANSWER[:3], asyncio.Event()]), Pool()
+    front_door = door(calls, pool)
+    async with generate(front_door) as events:
+        async for event in events:
+            if isinstance(event, Token):
+                break
+    assert_nothing_held(front_door, calls, pool)
+
+
+async def test_a_timeout_of_the_readers_own_stays_one() -> None:
+    front_door = door(calls := Scripted(ANSWER), pool := Pool())
+    with pytest.raises(TimeoutError, match="the reader's"):
+        async with generate(front_door):
+            raise TimeoutError("the reader's")
+    assert_nothing_held(front_door, calls, pool)
+
+
+async def test_a_slow_reader_holds_the_node_up() -> None:
+    """Unread events of a long answer would pile up here otherwise."""
+    told: list[int] = []
+
+    class Counting(Scripted):
+        async def decode(self, *_: Any, **__: Any) -> AsyncGenerator[Event]:
+            for number in range(100):
+                told.append(number)
+                yield TOKEN
+            yield FINISHED
+
+    async with generate(door(Counting(), Pool())) as events:
+        for _ in range(3):
+            await anext(events)
+            for _ in range(50):
+                await asyncio.sleep(0)
+        assert len(told) < 6
+
+
+@pytest.mark.parametrize(("own_s", "caller_s", "granted_s"), [(30.0, 20.0, 20.0), (30.0, None, 30.0), (None, 5.0, 5.0)])
+async def test_the_deadline_is_the_nearer_of_the_requests_and_its_callers(
+    own_s: float | None, caller_s: float | None, granted_s: float
+) -> None:
+    calls = Scripted(ANSWER)
+    accepted = (await ask(door(calls, Pool()), timeout_s=own_s, caller_waits_s=caller_s))[0]
+    assert isinstance(accepted, Accepted)
+    assert accepted.timeout_s == granted_s
+    assert granted_s - LIMIT_S < calls.deadlines[0].remaining_s() <= granted_s
+
+
+async def test_a_deadline_that_is_past_is_refused() -> None:
+    with pytest.raises(DeadlineExceeded, match="past already"):
+        await ask(door(Scripted(ANSWER), Pool()), timeout_s=0.0)
