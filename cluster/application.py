@@ -77,7 +77,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         DecodeOptions(
             model_path=model,
             dtype=dtype,
-            page_tokens=config.model.page_tokens,
+            page_tokens=config.decode.page_tokens,
             kv_cache_bytes=config.decode.kv_cache_bytes,
             max_batch_size=config.decode.max_batch_size,
             max_requests=config.decode.max_requests,

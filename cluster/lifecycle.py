@@ -100,7 +100,7 @@ def _remove(ray_address: str, say: Say) -> None:
 def _check_kv(config: ClusterConfig, checkpoint: Checkpoint) -> None:
     """What the replicas would refuse later: their own check, before anything starts."""
     kv_format = KvFormat.of(checkpoint.config, parse_dtype(config.model.resolved_dtype))
-    KvLayout(kv_format, config.model.page_tokens).pages_within(config.decode.kv_cache_bytes)
+    KvLayout(kv_format, config.decode.page_tokens).pages_within(config.decode.kv_cache_bytes)
 
 
 def _with_port(config: ClusterConfig) -> ClusterConfig:

@@ -32,8 +32,6 @@ class ModelSection(_Section):
     """What clients call it; the directory's name by default."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights, computation and KV cache; auto is bfloat16 where the machine is fast at it."""
-    page_tokens: PositiveInt = defaults.PAGE_TOKENS
-    """Tokens in a KV page."""
 
     @property
     def resolved_dtype(self) -> str:
@@ -67,6 +65,8 @@ class DecodeSection(_Section):
     """Each takes one of Ray's resource "decode"."""
     kv_cache_bytes: ByteSize = ByteSize(defaults.KV_CACHE_BYTES)
     """Memory of a replica for keys and values, e.g. "4GiB"."""
+    page_tokens: PositiveInt = defaults.PAGE_TOKENS
+    """Tokens in a KV page."""
     max_batch_size: PositiveInt = defaults.MAX_BATCH_SIZE
     """Answers advanced together."""
     max_requests: PositiveInt = defaults.MAX_REQUESTS

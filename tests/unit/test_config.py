@@ -252,5 +252,5 @@ def test_a_default_at_its_limit_is_accepted(tmp_path: Path) -> None:
 
 
 def test_tiles_and_pages_know_nothing_of_each_other(tmp_path: Path) -> None:
-    config = load_config(written(tmp_path, "[prefill]\ntile_tokens = 100\n[model]\npage_tokens = 64"), {})
-    assert (config.prefill.tile_tokens, config.model.page_tokens) == (100, 64)
+    config = load_config(written(tmp_path, "[prefill]\ntile_tokens = 100\n[decode]\npage_tokens = 64"), {})
+    assert (config.prefill.tile_tokens, config.decode.page_tokens) == (100, 64)
