@@ -109,8 +109,8 @@ async def prefill_process(checkpoint: Checkpoint) -> AsyncIterator[tuple[str, as
 async def test_a_stopped_prefill_node_is_replaced_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that was stopped keeps its connections open: it was waited for until the request's deadline."""
     monkeypatch.setattr(endpoint, "KEEPALIVE", SCALED)
-    checkpoint = tiny_checkpoint(tmp_path / "tiny", tiny_config(num_layers=12, max_context=8192))
-    prompt = [number % 320 for number in range(6000)]
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", tiny_config(num_layers=16, max_context=8192))
+    prompt = [number % 320 for number in range(3000)]
     async with (
         prefill_process(checkpoint) as (address, process),
         prefill_process(checkpoint) as (other, _),
