@@ -157,7 +157,7 @@ BAD_REQUESTS = {
     "empty prompt": ({"document": "", "prompt": ""}, "prompt", "empty"),
     "over the context": ({"document": "word " * 20_000, "prompt": "?"}, "document", "context of 8192"),
     "broken UTF-8": ({"document": b"abc\xff\xfedef", "prompt": "?"}, "document", "byte 3"),
-    "document over the size": ({"document": b"x" * (7 << 20), "prompt": "?"}, "document", "at most 6291456 bytes"),
+    "document over the size": ({"document": b" " * (7 << 20), "prompt": "?"}, "document", "at most 6291456 bytes"),
     "unknown model": ({"document": "", "prompt": "?", "model": "gpt"}, "model", "SmolLM2-135M-Instruct-9-3"),
     "num_chains 0": ({"document": "", "prompt": "?", "num_chains": 0}, "num_chains", "between 1 and 2"),
     "num_chains 3": ({"document": "", "prompt": "?", "num_chains": 3}, "num_chains", "between 1 and 2"),
