@@ -11,8 +11,9 @@ import pytest
 from colm.client import Client, collect
 from colm.errors import PeerUnavailable
 from colm.events import Event, PrefillProgress, Token
-from colm.nodes import Role
-from tests.e2e.conftest import RunningCluster, colm_command, colm_env, until
+from colm.nodes import NodeReport, Role
+from colm.sampling import SamplingParams
+from tests.e2e.conftest import RunningCluster, colm_command, colm_env, holds, until
 
 DOCUMENT = topics["with"] + topics["try"]
 PROMPT = "What does the with statement do?"
@@ -65,7 +66,7 @@ def test_a_killed_decode_replica_is_one_clear_error_and_the_next_request_is_serv
 
 
 def test_ctrl_c_stops_the_work_on_all_three_processes(cluster: RunningCluster, tmp_path: Path) -> None:
-    """The answer would be 4,000 tokens long: what ends it is the cancellation."""
+    """No node comes to decoding: what would follow the prefill for seconds never begins."""
     document = tmp_path / "document.txt"
     document.write_text(DOCUMENT)
     submit = subprocess.Popen(
@@ -77,6 +78,15 @@ def test_ctrl_c_stops_the_work_on_all_three_processes(cluster: RunningCluster, t
     )
     until(lambda: any(node.num_active_requests for node in cluster.nodes(Role.PREFILL)), 60)
     submit.send_signal(signal.SIGINT)
+    decoding: list[NodeReport] = []
+
+    def is_idle() -> bool:
+        nodes = [node for role in Role for node in cluster.nodes(role)]
+        decoding.extend(node for node in nodes if node.role is Role.DECODE and node.num_active_requests)
+        return not any(map(holds, nodes))
+
+    until(is_idle, 60)
+    assert decoding == []
     cluster.assert_idle()
     stdout, stderr = submit.communicate(timeout=60)
     assert submit.returncode == 130
@@ -85,7 +95,9 @@ def test_ctrl_c_stops_the_work_on_all_three_processes(cluster: RunningCluster, t
 
 
 def test_a_client_that_stops_reading_an_answer_frees_its_decode_node(cluster: RunningCluster, client: Client) -> None:
-    events = client.generate("", "Tell me a long story.", max_new_tokens=1000)
+    # Longer than the minute within which the node must be idle.
+    endless = SamplingParams(ignore_eos=True)
+    events = client.generate("", "Tell me a long story.", max_new_tokens=8000, sampling=endless)
     next(event for event in events if isinstance(event, Token))
     events.close()
     cluster.assert_idle()
