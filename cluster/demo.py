@@ -20,7 +20,6 @@ QUESTION = "In a few sentences, explain what the with statement of Python does a
 # A small model looks best at what it read last, so the topic asked about ends the document.
 _LAST_TOPICS = ("context-managers", "with")
 _FILL_TOPICS = ("exceptions", "try", "while", "for", "if", "assignment", "function", "import", "class")
-MIN_DOCUMENT_TOKENS = 6000
 _TARGET_DOCUMENT_TOKENS = 6400
 
 

@@ -35,8 +35,3 @@ class Deadline:
     def remaining_s(self) -> float:
         """Seconds left; zero once it has passed."""
         return max(0.0, self.at_s - self.clock.now())
-
-    @property
-    def passed(self) -> bool:
-        """Whether the moment is over."""
-        return self.clock.now() >= self.at_s
