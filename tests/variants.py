@@ -1,6 +1,6 @@
 """`make test-variants`: the tests once for each kernel variant that this machine can run, with one thread and with two.
 
-What follows on the command line goes to pytest, e.g. `python -m tests.variants tests/numerics`; without it, all tests run.
+Arguments go to pytest, e.g. `python -m tests.variants tests/numerics`; without any, all tests run.
 """
 
 import os
