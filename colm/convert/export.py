@@ -25,7 +25,7 @@ def to_huggingface(
 
     Args:
         src: an existing checkpoint; with one chain all of it is exported.
-        dest: directory to write; it must not exist, or be empty.
+        dest: directory to write; it must be missing or empty.
         progress: told after each tensor.
 
     Returns:

@@ -36,7 +36,8 @@ LAYOUT = {
 LLAMA3_ORIGINAL_CONTEXTS = tuple(1024 << power for power in range(8))
 """Contexts of pre-training that llama3 scaling is recognised for, 1K to 128K; published models have 8K."""
 ROPE_FACTOR_TOLERANCE = 1e-5
-"""Relative; a converter's fp32 arithmetic stays below it, the nearest other candidate is far above."""
+"""Largest relative difference of two equal frequencies. A converter's fp32 arithmetic stays below it; the nearest
+other candidate is far above."""
 
 
 def from_gguf(
@@ -150,9 +151,8 @@ def _named_scaling(file: GgufFile) -> RopeScaling | None:
 def _with_llama3_scaling(file: GgufFile, config: ChainConfig) -> ChainConfig:
     """Find the llama3 parameters whose frequencies are the file's.
 
-    The file holds, for each rotary plane, the number its frequency is divided by. The slowest plane's is
-    `factor`; the two bounds are those of all published models, 1 and 4; the context of pre-training is
-    searched for.
+    The file holds one divisor for each rotary plane, by which its frequency is divided. The slowest plane's divisor is
+    `factor`. The two bounds are 1 and 4, as in all published models. The context of pre-training is searched for.
     """
     divisors = file.read(ROPE_FACTORS).flatten()
     if config.rope_scaling is None and divisors.numel() == config.head_dim // 2 and divisors.min() >= 1.0:

@@ -249,7 +249,7 @@ def _text_config(root: Path, raw: Mapping[str, Any], tokenizer_json: str | None)
     section = _read_json(root / "tokenizer_config.json", required=False)
     named_bos, named_eos = (_token_id(tokenizer, section.get(name)) for name in ("bos_token", "eos_token"))
     bos_id = bos_id if named_bos is None else named_bos
-    # The tokenizer's post-processor is what puts the token there, unless its config says it outright.
+    # The tokenizer's post-processor adds the token, unless its config has an explicit setting.
     begins = tokenizer.encode("a").ids[:1] == [bos_id]
     add_bos = section.get("add_bos_token")
     return TextConfig(

@@ -64,7 +64,7 @@ class ChainConfig:
     bias: bool = False
     """All linears of attention and feed-forward have a bias."""
     activation: Activation = "swiglu"
-    """Of the feed-forward: `swiglu` is down(silu(gate(x)) * up(x)), `gelu` is down(gelu(up(x)))."""
+    """Activation of the feed-forward: `swiglu` is down(silu(gate(x)) * up(x)), `gelu` is down(gelu(up(x)))."""
     max_context: int = 4096
     """Longest sequence, prompt and answer together, in tokens."""
     explicit_head_dim: int | None = None

@@ -1,4 +1,4 @@
-"""Named mutations of the serving path. Each must make its test fail: what a test does not notice, it does not prove."""
+"""Named mutations of the serving path. Each must make its test fail, or that test proves nothing about it."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ class Mutant:
     """One change of the source.
 
     Attributes:
-        name: what no longer holds.
+        name: the behaviour that the mutation breaks.
         path: the file, from the repository root.
-        old: text that stands there exactly once.
-        new: what takes its place.
+        old: text that the file has exactly once.
+        new: the text that replaces it.
         test: pytest's node id, without parameters, of a test that must fail.
     """
 

@@ -41,7 +41,7 @@ def theirs(directory: Path, dtype: torch.dtype) -> Any:
 
 
 def assert_same_logits(checkpoint: Checkpoint, directory: Path, num_tokens: int = 131) -> None:
-    """Longer than the original context of the stretched rope, so that a wrong scaling shows."""
+    """Compare logits on a text longer than the rope's original context, so that a wrong scaling shows."""
     vocab_size = checkpoint.config.vocab_size
     tokens_BT = torch.randint(vocab_size, (2, num_tokens), generator=torch.Generator().manual_seed(7))
     with torch.inference_mode():

@@ -31,7 +31,7 @@ ROPES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for one another take ten times as long as one alone."""
+    """Use one thread: on a busy machine, threads that wait for one another take ten times as long as one."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

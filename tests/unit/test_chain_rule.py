@@ -1,4 +1,4 @@
-"""What makes the first chains of a model a model: nothing of a scale depends on anything beyond it."""
+"""The chain rule: no result at a scale depends on later chains."""
 
 import torch
 from colm_kernels import tolerance
@@ -39,7 +39,7 @@ def tokens_of(config: ChainConfig) -> Tensor:
 
 
 def poisoned(tensors: dict[str, Tensor], num_chains: int) -> dict[str, Tensor]:
-    """NaN in every weight of later chains: whatever reads one of them, or what they made, is NaN."""
+    """The model with NaN in every weight of later chains: a result that depends on one of them is NaN."""
     return {
         name: torch.full_like(tensor, torch.nan) if chain_of(name) > num_chains else tensor
         for name, tensor in tensors.items()
@@ -49,7 +49,7 @@ def poisoned(tensors: dict[str, Tensor], num_chains: int) -> dict[str, Tensor]:
 @few
 @given(config=chain_configs(min_chains=2), dtype=DTYPES, data=st.data())
 def test_nothing_of_a_scale_depends_on_later_chains(config: ChainConfig, dtype: torch.dtype, data: st.DataObject):
-    """Their embedding columns are the input of later chains, so inputs and weights are both changed."""
+    """Later chains' embedding columns are their input, so the test changes both inputs and weights."""
     num_chains = data.draw(st.integers(1, config.num_chains - 1))
     tensors, tokens_BT = random_tensors(config), tokens_of(config)
     with torch.inference_mode():
@@ -164,7 +164,7 @@ def test_the_nodes_way_keeps_the_rule(config: ChainConfig, dtype: torch.dtype, d
 @few
 @given(config=chain_configs(), dtype=DTYPES)
 def test_one_chain_is_the_plain_layer(config: ChainConfig, dtype: torch.dtype):
-    """Norm and feed-forward to the bit, over products that are the plain ones but for the order of their sums."""
+    """Norm and feed-forward are bit-equal, given products that differ only in the order of their sums."""
     llama = slice_config(config, 1)
     x_RD = torch.randn(NUM_TOKENS, llama.dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     norm = filled(layer_of("norm", llama), 1).to(dtype)

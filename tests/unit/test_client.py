@@ -84,7 +84,7 @@ async def gateway() -> AsyncIterator[Gateway]:
 
 
 async def ask(kind: str, gateway: Gateway, **request: Any) -> list[Event]:
-    """What one request brings, through the client of that kind."""
+    """The events of one request, through a client of that kind."""
 
     def blocking() -> list[Event]:
         with Client(gateway.address) as client:
@@ -98,7 +98,7 @@ async def ask(kind: str, gateway: Gateway, **request: Any) -> list[Event]:
 
 
 class Source(io.RawIOBase):
-    """A binary file that gives its pieces one by one; an exception among them is raised, a function called."""
+    """A binary file that returns its pieces one by one; an exception among them is raised, a function is called."""
 
     def __init__(self, *pieces: Any) -> None:
         self._pieces = iter(pieces)
@@ -281,7 +281,7 @@ FAILING: dict[str, tuple[Any, str]] = {
 async def test_a_file_that_fails_in_mid_read_is_one_error_and_cancels_the_call(
     gateway: Gateway, kind: str, case: str
 ) -> None:
-    """Bug: what was not an OSError ended as CancelledError or as gRPC's "Exception iterating requests!"."""
+    """Bug: errors other than OSError ended as CancelledError or as gRPC's "Exception iterating requests!"."""
     outcome, shown = FAILING[case]
     gateway.may_answer.clear()  # gRPC's server sees an upload that breaks off end first, and its call cancelled then
 

@@ -121,7 +121,7 @@ def write_tokenizer(writer: gguf.GGUFWriter) -> None:
 
 
 def on_the_grid(tensor: torch.Tensor, kind: Type) -> torch.Tensor:
-    """Values that the type holds exactly: in each block of 32 its whole range of codes, scaled."""
+    """Values that the type holds exactly: each block of 32 has the type's whole range of codes, scaled."""
     if tensor.dim() == 1 or kind in (Type.F32, Type.F16, Type.BF16):
         return tensor.bfloat16().float() if kind == Type.BF16 else tensor.half().float()
     low, high, offset = {Type.Q8_0: (-127, 127, 0.0), Type.Q4_0: (-8, 7, 0.0), Type.Q4_1: (0, 15, -0.25)}[kind]

@@ -1,4 +1,4 @@
-"""Import of Hugging Face directories: what is carried over, and what is refused and by which name."""
+"""Import of Hugging Face directories: what is carried over, and what is refused by name."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""From the compute thread to the event loop: in order, bounded, and over when either side goes."""
+"""The handoff from the compute thread to the event loop: in order, bounded, and ended by either side."""
 
 import asyncio
 import threading
@@ -49,7 +49,7 @@ async def ended(thread: "Future[None]") -> None:
 async def make_handoff(
     threads: ThreadPoolExecutor,  # noqa: ARG001 - ends after the handoffs are closed
 ) -> AsyncIterator[Callable[[int], Handoff]]:
-    """Makes handoffs that are closed in the end: a writer that still waited would keep the process alive."""
+    """Makes handoffs and closes them in the end: a writer that still waits would keep the process alive."""
     made: list[Handoff] = []
 
     def make(max_items: int) -> Handoff:
@@ -62,7 +62,7 @@ async def make_handoff(
 
 
 async def until_stable(producer: Producer, at_least: int) -> None:
-    """Wait until so many have been produced, then let the thread go as far as it will."""
+    """Wait until that many numbers are produced, then give the thread time to produce more."""
     async with asyncio.timeout(LIMIT_S):
         while producer.num_produced < at_least:
             await asyncio.sleep(0.001)

@@ -1,4 +1,4 @@
-"""One prompt at a time through the engine, each until its thread has ended; cancelled in the middle of a tile."""
+"""The engine runs one prompt at a time, until its thread has ended; a cancellation ends it inside a tile."""
 
 import asyncio
 import threading
@@ -23,7 +23,7 @@ from tests.unit.test_line import settle
 
 
 class Job:
-    """Yields a message, and another one when it may."""
+    """A job that yields a message, and another one when the test allows it."""
 
     def __init__(self) -> None:
         self.has_begun = threading.Event()
@@ -115,7 +115,7 @@ async def test_a_failure_is_the_readers_and_leaves_the_engine_free(loop: Prefill
 def test_a_cancelled_engine_ends_between_two_operations_of_its_tile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks_left: int
 ) -> None:
-    """It went on to the end of the tile: seconds, at long contexts."""
+    """Bug: a cancelled engine went on to the end of its tile, which takes seconds at long contexts."""
     checkpoint = tiny_checkpoint(tmp_path / "tiny")
     kv_format = KvFormat.of(checkpoint.config, torch.float32)
     engine = PrefillEngine(checkpoint, kv_format, tile_tokens=32)

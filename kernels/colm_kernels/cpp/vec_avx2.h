@@ -20,7 +20,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec magnitude(Vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 
-// The larger of two magnitudes by their bits: NaN above infinity above the rest.
+// The larger of two magnitudes, compared by their bits: NaN is above infinity, infinity above finite numbers.
 inline Vec max_magnitude(Vec a, Vec b) {
     return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
 }
@@ -88,7 +88,7 @@ inline void store_from_float(int8_t* p, Vec x) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 
-// The first `count` lanes alone, at most all of them; nothing past them is touched, and they are followed by zeros.
+// Only the first `count` lanes, at most all of them. Memory past them is not touched; a load fills the rest with zeros.
 template <class In>
 inline Vec load_some(const In* p, int64_t count) {
     if (count >= kLanes) return load_as_float(p);

@@ -20,7 +20,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec magnitude(Vec x) { return _mm512_abs_ps(x); }
 
-// The larger of two magnitudes by their bits: NaN above infinity above the rest.
+// The larger of two magnitudes, compared by their bits: NaN is above infinity, infinity above finite numbers.
 inline Vec max_magnitude(Vec a, Vec b) {
     return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
 }
@@ -85,7 +85,7 @@ inline void store_from_float(uint16_t* p, Vec x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bf16(x));
 }
 
-// The first `count` lanes alone, at most all of them; nothing past them is touched, and they are followed by zeros.
+// Only the first `count` lanes, at most all of them. Memory past them is not touched; a load fills the rest with zeros.
 inline __mmask16 first(int64_t count) { return count < kLanes ? static_cast<__mmask16>((1u << count) - 1) : 0xffff; }
 inline Vec load_some(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
 inline Vec load_some(const uint16_t* p, int64_t count) {
