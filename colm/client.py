@@ -25,6 +25,7 @@ from colm.wire.messages import cluster_status_from_pb, event_from_pb, generate_r
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors
+from colm.wire.v1 import common_pb2
 from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1.generation_service_pb2_grpc import GenerationServiceStub
 
@@ -84,6 +85,7 @@ class _Upload:
             raise
         for ids in token_id_pieces(self.token_ids):
             yield pb.GenerateRequest(token_ids=ids)
+        yield pb.GenerateRequest(end_of_prompt=common_pb2.EndOfPrompt())
 
     @contextmanager
     def errors(self) -> Iterator[None]:

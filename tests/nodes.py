@@ -160,7 +160,23 @@ def decode_requests(
         lease_id=lease_id,
     )
     pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(np.array(token_ids))]
-    return [decode_service_pb2.DecodeRequest(open=opened), *pieces]
+    end = decode_service_pb2.DecodeRequest(end_of_prompt=common_pb2.EndOfPrompt())
+    return [decode_service_pb2.DecodeRequest(open=opened), *pieces, end]
+
+
+def pull_kv_requests(
+    node: PrefillNode, token_ids: Sequence[int], *, transfer_id: str = "r", lease_id: str = ""
+) -> list[kv_pb.PullKvRequest]:
+    opened = kv_pb.OpenKvTransfer(
+        transfer_id=transfer_id,
+        epoch=1,
+        fingerprint=node.fingerprint,
+        num_tokens=len(token_ids),
+        lease_id=lease_id,
+    )
+    pieces = [kv_pb.PullKvRequest(token_ids=piece) for piece in token_id_pieces(np.array(token_ids))]
+    end = kv_pb.PullKvRequest(end_of_prompt=common_pb2.EndOfPrompt())
+    return [kv_pb.PullKvRequest(open=opened), *pieces, end]
 
 
 async def decode(

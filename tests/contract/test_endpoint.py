@@ -1,5 +1,6 @@
 """Channels, servers and calls against the gRPC that is installed."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -65,6 +66,44 @@ async def test_a_refusal_in_the_middle_of_an_upload_arrives_as_itself() -> None:
     finally:
         await server.stop(None)
     assert {(type(error), str(error)) for error in errors} == {(LeaseExpired, "come again")}
+
+
+class Quick(DecodeServiceServicer):
+    """Answers at the first message, and ends the call."""
+
+    async def Decode(
+        self, request_iterator: AsyncIterator[pb.DecodeRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        await anext(aiter(request_iterator))
+        await context.write(pb.DecodeResponse(reserved=pb.Reserved(num_pages=7)))
+
+
+async def test_an_answer_that_overtakes_the_half_close_arrives_whole() -> None:
+    """gRPC's asyncio client cancels a call whose half-close fails; one that comes too late must not fail."""
+    server = create_server(Security())
+    add_DecodeServiceServicer_to_server(Quick(), server)
+    port = bind(server, "127.0.0.1", 0, Security())
+    await server.start()
+    answers = []
+    try:
+        async with open_channel(f"127.0.0.1:{port}", Security()) as channel:
+            for number in range(200):
+                is_answered = asyncio.Event()
+
+                async def requests(num_turns: int, is_answered: asyncio.Event) -> AsyncIterator[pb.DecodeRequest]:
+                    yield pb.DecodeRequest()
+                    await is_answered.wait()
+                    for _ in range(num_turns):
+                        await asyncio.sleep(0)
+
+                call = DecodeServiceStub(channel).Decode(requests(number % 8, is_answered), timeout=60.0)
+                with Outcome(call).errors("server"):
+                    async for response in call:
+                        answers.append(response.reserved.num_pages)
+                        is_answered.set()
+    finally:
+        await server.stop(None)
+    assert answers == [7] * 200
 
 
 LOCAL = grpc.aio.AioRpcError(

@@ -20,7 +20,6 @@ from colm.errors import LeaseExpired
 from colm.kv import KvTile
 from colm.leases import LeaseTable
 from colm.wire.endpoint import open_blocking_channel
-from colm.wire.messages import token_id_pieces
 from colm.wire.security import Security
 from colm.wire.status import error_of
 from colm.wire.tile_codec import decode_message, pull_kv_stub
@@ -30,7 +29,16 @@ from decode_node.kv_fetch import RetryPolicy
 from prefill_node import service as service_module
 from prefill_node.engine import PrefillEngine
 from tests.gates import LIMIT_S, gate_before
-from tests.nodes import TILE_TOKENS, Spoil, decode, decode_node, prefill_node, spoilt_prefill, until_idle
+from tests.nodes import (
+    TILE_TOKENS,
+    Spoil,
+    decode,
+    decode_node,
+    prefill_node,
+    pull_kv_requests,
+    spoilt_prefill,
+    until_idle,
+)
 from tests.oracle import assert_greedy
 from tests.tiny import tiny_checkpoint
 
@@ -272,12 +280,7 @@ async def test_a_reader_that_does_not_read_stops_the_engine_and_gets_all_when_it
         async with prefill_node(str(deep.path)) as prefill:
             total = config.num_layers * -(-len(prompt) // TILE_TOKENS)
             with open_blocking_channel(prefill.address, Security()) as channel:
-                opened = kv_pb.OpenKvTransfer(
-                    transfer_id="slow", epoch=1, fingerprint=prefill.fingerprint, num_tokens=len(prompt)
-                )
-                requests = [kv_pb.PullKvRequest(open=opened)]
-                requests += [kv_pb.PullKvRequest(token_ids=piece) for piece in token_id_pieces(np.array(prompt))]
-                call = pull_kv_stub(channel)(iter(requests))
+                call = pull_kv_stub(channel)(iter(pull_kv_requests(prefill, prompt.tolist())))
                 while True:
                     before = num_encoded
                     await asyncio.sleep(0.3)
@@ -293,10 +296,7 @@ async def test_an_expired_lease_is_worth_another_try(checkpoint: Checkpoint) -> 
     leases = LeaseTable(0.01)
     async with prefill_node(str(checkpoint.path), leases=leases) as prefill:
         with open_blocking_channel(prefill.address, Security()) as channel:
-            opened = kv_pb.OpenKvTransfer(
-                transfer_id="r", epoch=1, fingerprint=prefill.fingerprint, num_tokens=1, lease_id="gone"
-            )
-            call = pull_kv_stub(channel)(iter([kv_pb.PullKvRequest(open=opened)]))
+            call = pull_kv_stub(channel)(iter(pull_kv_requests(prefill, [1], lease_id="gone")))
             with pytest.raises(grpc.RpcError) as caught:
                 await asyncio.to_thread(list, call)
         assert isinstance(error_of(caught.value, "prefill node"), LeaseExpired)

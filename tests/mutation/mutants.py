@@ -30,6 +30,7 @@ _STREAM = "tests/fault/test_kv_stream_faults.py::"
 _FRONT_DOOR = "tests/unit/test_front_door.py::"
 _CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
+_END = "tests/fault/test_end_of_prompt.py::"
 
 MUTANTS = (
     # Who holds pages and engines.
@@ -202,6 +203,35 @@ MUTANTS = (
         "asyncio.timeout(OPEN_TIMEOUT_S)",
         "asyncio.timeout(None)",
         _WAITING + "test_a_call_that_never_says_what_it_wants_does_not_stay",
+    ),
+    Mutant(
+        "a prompt that was cut off is served",
+        "colm/wire/prompt_stream.py",
+        '    raise InvalidRequest("end_of_prompt"',
+        '    return\n    raise InvalidRequest("end_of_prompt"',
+        _END + "test_a_side_that_is_closed_before_the_end_was_cut_off_and_starts_nothing",
+    ),
+    Mutant(
+        "work waits for the caller's half-close",
+        "colm/wire/prompt_stream.py",
+        """        if request.WhichOneof("part") == "end_of_prompt":
+            return
+        yield request
+""",
+        """        if request.WhichOneof("part") == "end_of_prompt":
+            async for _ in requests:
+                pass
+            return
+        yield request
+""",
+        _END + "test_the_whole_answer_comes_while_the_callers_side_stays_open",
+    ),
+    Mutant(
+        "the client never says that its prompt has ended",
+        "colm/client.py",
+        "        yield pb.GenerateRequest(end_of_prompt=common_pb2.EndOfPrompt())\n",
+        "",
+        "tests/unit/test_client.py::test_the_end_of_the_prompt_is_the_last_message",
     ),
     # Fetching keys and values.
     Mutant(

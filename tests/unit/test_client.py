@@ -36,6 +36,7 @@ class Gateway(GenerationServiceServicer):
         self.address = ""
         self.num_calls = 0
         self.num_answers = 0
+        self.parts: list[str | None] = []
         self.opened = pb.OpenGenerate()
         self.document = bytearray()
         self.token_ids: list[int] = []
@@ -50,7 +51,8 @@ class Gateway(GenerationServiceServicer):
         self.num_calls += 1
         try:
             async for request in request_iterator:
-                if request.WhichOneof("part") == "open":
+                self.parts.append(request.WhichOneof("part"))
+                if self.parts[-1] == "open":
                     self.opened = request.open
                 self.document += request.document
                 self.token_ids += request.token_ids.ids
@@ -148,6 +150,14 @@ async def test_a_document_arrives_whole_in_every_form(gateway: Gateway, tmp_path
 async def test_an_empty_document_is_no_piece(gateway: Gateway, kind: str) -> None:
     await ask(kind, gateway, prompt="?")
     assert (gateway.document, gateway.opened.prompt) == (b"", "?")
+    assert gateway.parts == ["open", "end_of_prompt"]
+
+
+@CLIENTS
+@pytest.mark.parametrize("prompt", [{"document": b"abc"}, {"token_ids": [1, 2]}], ids=lambda prompt: next(iter(prompt)))
+async def test_the_end_of_the_prompt_is_the_last_message(gateway: Gateway, kind: str, prompt: dict[str, Any]) -> None:
+    await ask(kind, gateway, **prompt)
+    assert gateway.parts == ["open", *prompt, "end_of_prompt"]
 
 
 TOKEN_IDS: dict[str, Callable[[list[int]], Any]] = {
@@ -297,6 +307,7 @@ async def test_a_file_that_fails_in_mid_read_is_one_error_and_cancels_the_call(
     assert shown in str(refusal.value)
     await gateway.until_broken_off()
     assert gateway.num_answers == 0
+    assert "end_of_prompt" not in gateway.parts
 
 
 async def test_a_failed_upload_fails_its_task_group(gateway: Gateway) -> None:
