@@ -12,7 +12,7 @@ from colm.convert.gguf_file import GgufFile
 from colm.convert.gguf_tokenizer import text_from_gguf
 from colm.convert.llama import Progress, carry_over, chain_config, check_dtype, refuse_unknown, source_names
 from colm.errors import CheckpointError, UnsupportedModel
-from colm.model.config import ChainConfig, RopeScaling
+from colm.model.config import ChainConfig, RopeScaling, yarn_attention_factor
 from colm.model.rope import inverse_frequencies
 
 EMBEDDING = "token_embd.weight"
@@ -140,12 +140,32 @@ def _named_scaling(file: GgufFile) -> RopeScaling | None:
     factor = file.metadata("llama.rope.scaling.factor") or file.metadata("llama.rope.scale_linear") or 1.0
     if kind == "none" or (kind is None and factor == 1.0):
         return None
-    if kind not in ("linear", None):
-        raise UnsupportedModel(f"{file.path}: llama.rope.scaling.type={kind!r} is not supported; use none or linear")
+    if kind not in ("linear", "yarn", None):
+        raise UnsupportedModel(
+            f"{file.path}: llama.rope.scaling.type={kind!r} is not supported; use none, linear or yarn"
+        )
     try:
-        return RopeScaling(kind="linear", factor=factor)
+        return RopeScaling(kind="linear", factor=factor) if kind != "yarn" else _yarn(file, factor)
     except ValueError as err:
         raise UnsupportedModel(f"{file.path}: {err}") from err
+
+
+def _yarn(file: GgufFile, factor: float) -> RopeScaling:
+    """As llama.cpp reads it, whose `attn_factor` comes on top of the paper's attention factor."""
+    key = "llama.rope.scaling."
+    for name, usual in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
+        value = file.metadata(key + name)
+        if value not in (None, usual):
+            raise UnsupportedModel(f"{file.path}: {key}{name}={value} is not supported; only {usual} is")
+    attn_factor = file.metadata(key + "attn_factor") or 1.0
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_context=_whole(file, key + "original_context_length", _whole(file, "llama.context_length")),
+        beta_fast=file.metadata(key + "yarn_beta_fast") or 32.0,
+        beta_slow=file.metadata(key + "yarn_beta_slow") or 1.0,
+        attention_factor=None if attn_factor == 1.0 else attn_factor * yarn_attention_factor(factor),
+    )
 
 
 def _with_llama3_scaling(file: GgufFile, config: ChainConfig) -> ChainConfig:

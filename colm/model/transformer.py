@@ -15,7 +15,7 @@ from colm.model.config import ChainConfig
 from colm.model.embedding import ChainTable, nested_logits
 from colm.model.ffn import ChainFFN
 from colm.model.norm import ChainRMSNorm
-from colm.model.rope import inverse_frequencies, rotation
+from colm.model.rope import Rope
 
 
 class ChainBlock(nn.Module):
@@ -106,7 +106,7 @@ class ChainTransformer(nn.Module):
         if not 1 <= active <= self.num_chains:
             raise ValueError(f"num_chains={active} must be between 1 and {self.num_chains}")
         num_sequences, num_tokens = tokens_BT.shape
-        cos_TD, sin_TD = rotation(inverse_frequencies(self.config), torch.arange(num_tokens))
+        cos_TD, sin_TD = Rope(self.config).tables(torch.arange(num_tokens))
         xs = self.embedding.embed_by_chain(tokens_BT.flatten(), active)
         for layer in self.blocks:
             xs = layer.by_chain(xs, cos_TD, sin_TD, num_sequences)

@@ -41,9 +41,12 @@ products with score and maximum, and their difference."""
 EXP_ERROR, CUBIC_EXP_ERROR = 2.6e-6, 2e-4
 """Relative errors of exponentials.
 
-The library's is 7.5e-8, or 2.6e-6 for 16-bit tensors (vec_*.h). PyTorch's is 20 ulp, 2.4e-6; SDPA of 16 bits uses a
+The library's is 1.41e-7, or 2.6e-6 for 16-bit tensors (vec_*.h). PyTorch's is 20 ulp, 2.4e-6; SDPA of 16 bits uses a
 cubic polynomial.
 """
+
+VANISHED = 2.0**-149
+"""The smallest number above zero in fp32: a softmax weight, relative to the row's largest, that is below it is zero."""
 
 SIGMAS = 6.0
 """Factor on u * sqrt(sum terms^2), the spread of a sum of independent roundings. More than this factor happens at most
@@ -246,24 +249,27 @@ def _attention_errors(
     all the weight.
     """
     num_heads, head_dim = q_THD.shape[1:]
-    num_keys = k_KSD.shape[1]
     k_HSD, v_HSD = (tensor.repeat_interleave(num_heads // len(tensor), dim=0) for tensor in (k_KSD, v_KSD))
     q_HTD = q_THD.transpose(0, 1) * head_dim**-0.5
     p_HTS = (q_HTD @ k_HSD.mT).masked_fill(~seen_TS, -torch.inf).softmax(dim=-1)
-    size_HTS = (q_HTD.abs() @ k_HSD.abs().mT).where(p_HTS > 0, 0)
+    # A weight that is zero in fp32 is no term of a sum, and no error of its score shows.
+    weighs_HTS = p_HTS > VANISHED * p_HTS.amax(dim=-1, keepdim=True)
+    num_terms_HT1 = weighs_HTS.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    of_sum_HT1 = sum_error(0) * (num_terms_HT1 + 1).sqrt()
+    size_HTS = (q_HTD.abs() @ k_HSD.abs().mT).where(weighs_HTS, 0)
     largest_HT1 = size_HTS.amax(dim=-1, keepdim=True)
     u = unit_roundoff(torch.float32)
     e_HTS = sum_error(head_dim) * size_HTS + SCORE_STEPS * u * largest_HT1 + exp_error
     mean_HT1 = (p_HTS * e_HTS).sum(dim=-1, keepdim=True)
     v_HSD = v_HSD.abs()
     # The sums of numerator and denominator.
-    of_sums = 2 * sum_error(num_keys) * (p_HTS @ v_HSD)
+    of_sums = 2 * of_sum_HT1 * (p_HTS @ v_HSD)
     error_HTD = (p_HTS * ((1 - 2 * p_HTS) * e_HTS + mean_HT1)) @ v_HSD + of_sums
     if weights_dtype != torch.float32:
         # Roundings of the weights, and of SDPA's outputs over prefix and tile before they are joined.
         at_random, at_most = SIGMAS * (p_HTS.square() @ v_HSD.square()).sqrt(), 2 * (p_HTS @ v_HSD)
         error_HTD += unit_roundoff(weights_dtype) * at_random.minimum(at_most)
-    lse_error_HT = mean_HT1.squeeze(-1) + sum_error(num_keys)
+    lse_error_HT = (mean_HT1 + of_sum_HT1).squeeze(-1)
     return error_HTD.transpose(0, 1), lse_error_HT.T
 
 

@@ -441,6 +441,28 @@ MUTANTS = (
         "                num_lost += 1\n                refusals_left -= 1\n",
         _FRONT_DOOR + "test_lost_leases_are_replaced_three_times_and_cost_no_room_elsewhere",
     ),
+    # Rope scaling.
+    Mutant(
+        "YaRN's attention factor is left out",
+        "colm/model/rope.py",
+        "angles_TD.cos().mul_(self._factor), angles_TD.sin().mul_(self._factor)",
+        "angles_TD.cos(), angles_TD.sin()",
+        "tests/numerics/test_transformers_parity.py::test_logits_equal_transformers_for_every_rope_in_both_spellings",
+    ),
+    Mutant(
+        "YaRN's ramp begins a plane late",
+        "colm/model/rope.py",
+        "math.floor(first)",
+        "math.ceil(first)",
+        "tests/numerics/test_transformers_parity.py::test_logits_equal_transformers_for_every_rope_in_both_spellings",
+    ),
+    Mutant(
+        "keys of another rope scaling are taken for one's own",
+        "colm/kv.py",
+        "None if scaling is None else repr(scaling)",
+        "None if scaling is None else scaling.kind",
+        "tests/unit/test_checkpoint.py::test_the_fingerprint_changes_with_all_that_yarn_keys_depend_on",
+    ),
     # The wire.
     Mutant(
         "a channel is kept although its peer was lost",

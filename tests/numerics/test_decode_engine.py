@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "heads of the native kernel": {"dim": 8 * 64},
     "one kv head": {"chains": (8, 4, 2), "num_kv_heads": 1},
     "stretched rope": {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_max_context=32)},
+    "yarn": {"rope_scaling": RopeScaling(kind="yarn", factor=8.0, original_max_context=32, beta_fast=4.0)},
     "tied": {"tie_embeddings": True},
     "biases": {"bias": True},
     "gelu": {"activation": "gelu"},

@@ -20,7 +20,7 @@ from colm.errors import InvalidRequest
 from colm.kv import KvFormat
 from colm.model import ChainTransformer
 from colm.model.config import RopeScaling
-from colm.model.rope import inverse_frequencies, rotation
+from colm.model.rope import Rope
 from prefill_node.engine import PrefillEngine
 from tests.tiny import tiny_checkpoint, tiny_config
 
@@ -33,6 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "one query head a kv head": {"chains": (2, 2)},
     "eight query heads a kv head": {"chains": (8, 2), "num_kv_heads": 1},
     "stretched rope": {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_max_context=32)},
+    "yarn": {"rope_scaling": RopeScaling(kind="yarn", factor=8.0, original_max_context=32, beta_fast=4.0)},
     "tied": {"tie_embeddings": True},
     "one layer": {"num_layers": 1},
     "biases": {"bias": True},
@@ -76,7 +77,7 @@ def computed(engine: PrefillEngine, token_ids: NDArray[np.int64]) -> list[tuple[
 @torch.inference_mode()
 def oracles(model: ChainTransformer, token_ids: NDArray[np.int64]) -> list[tuple[Tensor, Tensor]]:
     """(k_KNE, v_KNE) of each layer by the model's own layers, whole sequences at a time."""
-    cos, sin = rotation(inverse_frequencies(model.config), torch.arange(len(token_ids)))
+    cos, sin = Rope(model.config).tables(torch.arange(len(token_ids)))
     x_ND = model.embedding.embed(torch.from_numpy(token_ids), 1)
     layers = []
     for layer in model.layers:

@@ -15,7 +15,7 @@ from colm.model.config import ChainConfig
 from colm.model.ffn import ChainFFN
 from colm.model.linear import ChainLinear
 from colm.model.norm import ChainRMSNorm
-from colm.model.rope import inverse_frequencies, rotation
+from colm.model.rope import Rope
 from colm.model.transformer import slice_config
 from colm.training.stages import chain_of
 from tests.shapes import chain_configs
@@ -89,7 +89,7 @@ def test_kv_sharing_gives_the_same_cache_at_every_scale(config: ChainConfig, dty
 
 def cache_at(model: ChainTransformer, tokens_BT: Tensor, num_chains: int) -> list[Tensor]:
     """Every layer's rotated keys and values, from the hidden states of a pass at one scale."""
-    cos, sin = (table.repeat(2, 1) for table in rotation(inverse_frequencies(model.config), torch.arange(NUM_TOKENS)))
+    cos, sin = (table.repeat(2, 1) for table in Rope(model.config).tables(torch.arange(NUM_TOKENS)))
     cos_TD, sin_TD = cos[:NUM_TOKENS], sin[:NUM_TOKENS]
     xs, cache = model.embedding.embed_by_chain(tokens_BT.flatten(), num_chains), []
     for layer in model.blocks:
@@ -107,7 +107,7 @@ def test_a_composition_of_layers_keeps_the_rule(config: ChainConfig, data: st.Da
     stack = data.draw(st.lists(st.sampled_from(("norm", "linear", "ffn", "attention")), min_size=1, max_size=5))
     layers = [filled(layer_of(kind, config), seed) for seed, kind in enumerate(stack)]
     xs = [torch.randn(NUM_TOKENS, dim, generator=torch.Generator().manual_seed(dim)) for dim in config.chain_dims]
-    cos, sin = rotation(inverse_frequencies(config), torch.arange(NUM_TOKENS))
+    cos, sin = Rope(config).tables(torch.arange(NUM_TOKENS))
 
     def run(xs: list[Tensor]) -> list[Tensor]:
         for layer in layers:
@@ -188,7 +188,7 @@ def test_attention_of_one_chain_is_plain_attention_over_its_projections(config: 
     llama = slice_config(config, 1)
     attention = filled(layer_of("attention", llama), 4).to(dtype)
     x_TD = torch.randn(NUM_TOKENS, llama.dim, generator=torch.Generator().manual_seed(1)).to(dtype)
-    cos, sin = rotation(inverse_frequencies(llama), torch.arange(NUM_TOKENS))
+    cos, sin = Rope(llama).tables(torch.arange(NUM_TOKENS))
 
     def heads(linear: ChainLinear) -> Tensor:
         return linear.by_chain([x_TD])[0].view(NUM_TOKENS, -1, llama.head_dim)

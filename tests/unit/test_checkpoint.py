@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -327,10 +328,27 @@ FACTS: dict[str, dict[str, Any]] = {
     "norm epsilon": {"norm_eps": 1e-6},
 }
 
+YARN = RopeScaling(kind="yarn", factor=4.0)
+SCALINGS: dict[str, dict[str, Any]] = {
+    "factor": {"factor": 8.0},
+    "original context": {"original_max_context": 64},
+    "fast beta": {"beta_fast": 16.0},
+    "slow beta": {"beta_slow": 2.0},
+    "truncation": {"truncate": False},
+    "attention factor": {"attention_factor": 1.5},
+}
+
 
 @pytest.mark.parametrize("change", FACTS.values(), ids=FACTS.keys())
 def test_the_fingerprint_changes_with(tmp_path: Path, change: dict[str, Any]) -> None:
     original, other = tiny_checkpoint(tmp_path / "a"), tiny_checkpoint(tmp_path / "b", tiny_config(**change))
+    assert fingerprint_of(original) != fingerprint_of(other)
+
+
+@pytest.mark.parametrize("change", SCALINGS.values(), ids=SCALINGS.keys())
+def test_the_fingerprint_changes_with_all_that_yarn_keys_depend_on(tmp_path: Path, change: dict[str, Any]) -> None:
+    original = tiny_checkpoint(tmp_path / "a", tiny_config(rope_scaling=YARN))
+    other = tiny_checkpoint(tmp_path / "b", tiny_config(rope_scaling=replace(YARN, **change)))
     assert fingerprint_of(original) != fingerprint_of(other)
 
 
