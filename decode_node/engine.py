@@ -10,12 +10,12 @@ from operator import is_not
 import numpy as np
 import torch
 from colm_kernels.decode_attention import decode_attention
-from colm_kernels.rotary import rotate_
 from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint
 from colm.kv import require_shared_kv
+from colm.model.block import Rows
 from colm.model.rope import inverse_frequencies, rotation
 from decode_node.kv_store import KvStore
 
@@ -59,7 +59,7 @@ class DecodeEngine:
         num_chains = rows[0].num_chains
         chain_rows = [sum(row.num_chains > chain for row in rows) for chain in range(num_chains)]
         positions_R = torch.tensor([row.position for row in rows])
-        cos, sin = rotation(self._inverse_frequencies, positions_R)
+        model_rows = Rows(chain_rows, *rotation(self._inverse_frequencies, positions_R))
         table_RM = self._table.of(rows)
         slot_mapping_R = self._slot_mapping(table_RM, positions_R)
         context_lens_R = (positions_R + 1).to(torch.int32)
@@ -69,18 +69,10 @@ class DecodeEngine:
         next_norms = [*(layer.attention_norm for layer in blocks[1:]), self._model.final_norm]
         normed_RD = blocks[0].attention_norm(x_RD, num_chains)
         for index, (layer, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
-            q_RHD, k_RKD, v_RKD = layer.attention.queries_keys_values(normed_RD, chain_rows)
-            self._store.write_tokens(index, slot_mapping_R, k_RKD, v_RKD, cos, sin)
-            rotate_(q_RHD, cos, sin)
-            out_RKGD = decode_attention(
-                layer.attention.group_by_kv_head(q_RHD, num_chains),
-                self._store.k_pages_LBPKD[index],
-                self._store.v_pages_LBPKD[index],
-                table_RM,
-                context_lens_R,
-            )
-            attended = layer.attention.ungroup(out_RKGD, num_chains)
-            normed_RD = next_norm.add_(x_RD, layer.after_attention(x_RD, attended, chain_rows), num_chains)
+            cache = _LayerPages(self._store, index, slot_mapping_R, table_RM, context_lens_R)
+            delta_RD = layer.step(x_RD, normed_RD, model_rows, cache)
+            # Added to x by the norm that reads the sum: one pass over the rows in place of two.
+            normed_RD = next_norm.add_(x_RD, delta_RD, num_chains)
         logits_RV = self._model.output_table.logits(normed_RD, chain_rows)
         in_order_RV = torch.empty_like(logits_RV)
         in_order_RV[order] = logits_RV
@@ -91,6 +83,24 @@ class DecodeEngine:
         page_tokens = self._store.layout.page_tokens
         pages_R = table_RM.gather(1, (positions_R // page_tokens).unsqueeze(1)).squeeze(1)
         return pages_R.long() * page_tokens + positions_R % page_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerPages:
+    """One layer's pages, as the rows of a step write and read them."""
+
+    store: KvStore
+    layer: int
+    slot_mapping_R: Tensor
+    table_RM: Tensor
+    context_lens_R: Tensor
+
+    def write(self, k_RKE: Tensor, v_RKE: Tensor, rows: Rows) -> None:
+        self.store.write_tokens(self.layer, self.slot_mapping_R, k_RKE, v_RKE, rows.cos_RE, rows.sin_RE)
+
+    def attend(self, q_RKGE: Tensor) -> Tensor:
+        k_pages_BPKE, v_pages_BPKE = self.store.k_pages_LBPKD[self.layer], self.store.v_pages_LBPKD[self.layer]
+        return decode_attention(q_RKGE, k_pages_BPKE, v_pages_BPKE, self.table_RM, self.context_lens_R)
 
 
 class _BatchTable:

@@ -306,9 +306,8 @@ MUTANTS = (
     Mutant(
         "a cancelled engine computes its tile to the end",
         "prefill_node/engine.py",
-        "                    if is_cancelled():\n                        return\n"
-        "                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)\n",
-        "                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)\n",
+        "        if self.is_cancelled():\n            raise Cancelled\n",
+        "",
         "tests/unit/test_prefill_loop.py::test_a_cancelled_engine_ends_between_two_operations_of_its_tile",
     ),
     # Waiting in line.
