@@ -12,8 +12,9 @@ from colm.line import BEAT_INTERVAL_S
 from decode_node.engine import DecodeEngine
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease
+from decode_node.plan import StepPlan
 from decode_node.running_answer import RunningAnswer
-from decode_node.sampler import Choice, choose
+from decode_node.sampler import Choice, Sampler, choose
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +116,12 @@ class DecodeLoop:
             self._active.append(self._waiting.popleft())
 
     async def _step(self, members: Sequence[_Member]) -> None:
-        answers = [member.answer for member in members]
+        rows = [(member, member.answer.next_row()) for member in members]
+        rows.sort(key=lambda pair: -pair[1].num_chains)
+        members, plan = [member for member, _ in rows], StepPlan(tuple(row for _, row in rows))
+        samplers = [member.answer.sampler for member in members]
         try:
-            choices = await asyncio.wrap_future(self._thread.submit(self._compute, answers))
+            choices = await asyncio.wrap_future(self._thread.submit(self._compute, plan, samplers))
         except Exception as err:
             logger.exception("decode.step failed batch=%d", len(members))
             for member in members:
@@ -139,9 +143,8 @@ class DecodeLoop:
         if member.answer.finish_reason is not None:
             self._dismiss(member, None)
 
-    def _compute(self, answers: Sequence[RunningAnswer]) -> list[Choice | ColmError]:
-        logits_RV = self._engine.step([answer.step_input() for answer in answers])
-        return choose([answer.sampler for answer in answers], logits_RV)
+    def _compute(self, plan: StepPlan, samplers: Sequence[Sampler]) -> list[Choice | ColmError]:
+        return choose(samplers, self._engine.step(plan))
 
     def _dismiss(self, member: _Member, error: Exception | None) -> None:
         """No step includes the member from here on."""

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from colm.events import FinishReason, Token
 from colm.sampling import SamplingParams
 from colm.text.detokenizer import TextStream
-from decode_node.engine import StepInput
+from decode_node.plan import PlanRow
 from decode_node.sampler import Choice, Sampler
 from decode_node.stop_matcher import StopMatcher
 
@@ -49,9 +49,9 @@ class RunningAnswer:
         self.tail = ""
         """Text that was held back and is due once the answer has finished."""
 
-    def step_input(self) -> StepInput:
+    def next_row(self) -> PlanRow:
         """What the next step reads."""
-        return StepInput(self._next_token_id, self._position, self._num_chains, self._table_M)
+        return PlanRow((self._next_token_id,), self._position, self._num_chains, self._table_M)
 
     def advance(self, choice: Choice) -> Token:
         """Take the step's outcome; sets `finish_reason` when it was the last."""

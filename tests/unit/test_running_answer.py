@@ -61,16 +61,16 @@ def shown(sequence: RunningAnswer, tokens: Sequence[Token]) -> str:
 
 
 def test_the_first_step_reads_the_last_prompt_token() -> None:
-    step = answer().step_input()
-    assert (step.token_id, step.position, step.num_chains) == (17, 9, 2)
-    assert step.table_M is TABLE_M
+    row = answer().next_row()
+    assert (row.token_ids, row.position, row.num_chains, row.num_logits) == ((17,), 9, 2, 1)
+    assert row.table_M is TABLE_M
 
 
 def test_each_step_reads_the_token_before_it_at_the_next_position() -> None:
     sequence = answer()
     advance(sequence, [40, 50])
-    step = sequence.step_input()
-    assert (step.token_id, step.position, sequence.num_new_tokens) == (50, 11, 2)
+    row = sequence.next_row()
+    assert (row.token_ids, row.position, sequence.num_new_tokens) == ((50,), 11, 2)
 
 
 def test_a_token_carries_what_was_chosen_and_at_which_scale() -> None:
