@@ -1,6 +1,6 @@
 """An answer in the making: what to feed next, what has come out, and whether it is over."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,8 +53,20 @@ class RunningAnswer:
         """What the next step reads."""
         return PlanRow((self._next_token_id,), self._position, self._num_chains, self._table_M)
 
-    def advance(self, choice: Choice) -> Token:
-        """Take the step's outcome; sets `finish_reason` when it was the last."""
+    def advance(self, choices: Sequence[Choice]) -> list[Token]:
+        """Take a step's choices, each for the token behind the one before it; sets `finish_reason` at the last token.
+
+        Returns:
+            A token for each choice, up to the one that ends the answer; what was chosen behind that is dropped.
+        """
+        tokens = []
+        for choice in choices:
+            tokens.append(self._take(choice))
+            if self.finish_reason is not None:
+                break
+        return tokens
+
+    def _take(self, choice: Choice) -> Token:
         self._next_token_id = choice.token_id
         self._position += 1
         self.num_new_tokens += 1

@@ -50,6 +50,8 @@ GRPC = (
 # Bookkeeping that property tests hammer: no tensors, no network, no cluster, not even through what they import.
 PURE_MODULES = (
     "decode_node.page_pool",
+    "decode_node.plan",
+    "decode_node.scheduler",
     "decode_node.transfer_ledger",
     "decode_node.stop_matcher",
     "colm.leases",

@@ -49,10 +49,10 @@ async def test_an_answer_that_cannot_be_advanced_ends_alone(node: DecodeNode, mo
     undisturbed = await ask(node, "before")
     advance = RunningAnswer.advance
 
-    def fail_one(answer: RunningAnswer, choice: Any) -> Any:
+    def fail_one(answer: RunningAnswer, choices: Any) -> Any:
         if answer.num_new_tokens == 2 and answer._num_chains == 2:
             raise ValueError("a character that is none")
-        return advance(answer, choice)
+        return advance(answer, choices)
 
     monkeypatch.setattr(RunningAnswer, "advance", fail_one)
     neighbour, failing = ask(node, "neighbour"), ask(node, "failing", num_chains=2)
