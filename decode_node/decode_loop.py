@@ -1,10 +1,10 @@
-"""All running answers, advanced one token at a time, together."""
+"""All running answers, advanced together, step by step."""
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 from colm.errors import ColmError, PeerUnavailable
 from colm.events import Queued, Token, WaitsFor
@@ -12,8 +12,10 @@ from colm.line import BEAT_INTERVAL_S
 from decode_node.engine import DecodeEngine
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease
+from decode_node.plan import PlanRow, StepPlan
 from decode_node.running_answer import RunningAnswer
-from decode_node.sampler import Choice, choose
+from decode_node.sampler import Choice, Sampler, choose
+from decode_node.scheduler import Scheduler, Step
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +27,16 @@ class _Member:
         self.answer = answer
         self.pages = pages
         self.outcome: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
-        self.is_leaving = False
-        self.has_left = False
+
+    def next_row(self) -> PlanRow:
+        return self.answer.next_row()
 
 
 class DecodeLoop:
-    """Owns the decode engine. Create it on the event loop, then keep `run` going as a task.
+    """Owns the decode engine and its thread. Create it on the event loop, then keep `run` going as a task.
 
-    The loop holds the pages of every answer that joined until no step can touch them any more.
+    Who takes part in a step is the scheduler's to say; the loop holds the pages of every answer that joined until the
+    scheduler has let it out.
 
     Args:
         engine: runs one step at a time in a thread of its own.
@@ -43,9 +47,7 @@ class DecodeLoop:
     def __init__(self, engine: DecodeEngine, page_line: PageLine, *, max_batch_size: int) -> None:
         self._engine = engine
         self._page_line = page_line
-        self._max_batch_size = max_batch_size
-        self._waiting: deque[_Member] = deque()
-        self._active: list[_Member] = []
+        self._scheduler = Scheduler[_Member](max_batch_size=max_batch_size)
         self._wake = asyncio.Event()
         self._has_stopped = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
@@ -63,18 +65,18 @@ class DecodeLoop:
             raise _stopped()
         member = _Member(answer, pages)
         self._page_line.retain(pages)
-        self._waiting.append(member)
+        self._scheduler.join(member)
         self._wake.set()
         try:
-            if len(self._active) >= self._max_batch_size:
-                yield self._queued(member)
+            if (num_ahead := self._scheduler.num_ahead(member)) is not None:
+                yield Queued(waits_for=WaitsFor.BATCH, num_ahead=num_ahead)
             while True:
                 try:
                     async with asyncio.timeout(BEAT_INTERVAL_S):
                         item = await member.outcome.get()
                 except TimeoutError:
-                    if member in self._waiting:
-                        yield self._queued(member)
+                    if (num_ahead := self._scheduler.num_ahead(member)) is not None:
+                        yield Queued(waits_for=WaitsFor.BATCH, num_ahead=num_ahead)
                     continue
                 if item is None:
                     return
@@ -82,73 +84,71 @@ class DecodeLoop:
                     raise item
                 yield item
         finally:
-            member.is_leaving = True
-            self._wake.set()
+            self._leave(member)
 
     async def run(self) -> None:
         """Advance whoever is there, for ever; cancel the task to stop."""
         try:
             while True:
                 self._wake.clear()
-                self._admit_and_dismiss()
-                if self._active:
-                    await self._step(list(self._active))
-                else:
+                if (step := self._scheduler.begin_step()) is None:
                     await self._wake.wait()
+                    continue
+                await self._run(step)
+                for member in self._scheduler.end_step():
+                    self._page_line.release(member.pages)
         finally:
             self._has_stopped = True
             # Blocks until the running step has ended: only then does it no longer write.
             self._thread.shutdown(wait=True)
-            for member in (*self._waiting, *self._active):
-                self._dismiss(member, _stopped())
+            for member in self._scheduler.close():
+                self._page_line.release(member.pages)
+                member.outcome.put_nowait(_stopped())
 
-    def _queued(self, member: _Member) -> Queued:
-        return Queued(waits_for=WaitsFor.BATCH, num_ahead=self._waiting.index(member))
-
-    def _admit_and_dismiss(self) -> None:
-        for member in (*self._waiting, *self._active):
-            if member.is_leaving:
-                self._dismiss(member, None)
-        self._waiting = deque(member for member in self._waiting if not member.has_left)
-        self._active = [member for member in self._active if not member.has_left]
-        while self._waiting and len(self._active) < self._max_batch_size:
-            self._active.append(self._waiting.popleft())
-
-    async def _step(self, members: Sequence[_Member]) -> None:
-        answers = [member.answer for member in members]
+    async def _run(self, step: Step[_Member]) -> None:
+        samplers = [member.answer.sampler for member in step.answers]
         try:
-            choices = await asyncio.wrap_future(self._thread.submit(self._compute, answers))
+            outcomes = await asyncio.wrap_future(self._thread.submit(self._compute, step.plan, samplers))
         except Exception as err:
-            logger.exception("decode.step failed batch=%d", len(members))
-            for member in members:
-                self._dismiss(member, err)
+            logger.exception("decode.step failed batch=%d", len(step.answers))
+            for member in step.answers:
+                self._end(member, err)
             return
-        for member, choice in zip(members, choices, strict=True):
-            if isinstance(choice, Choice):
-                self._advance(member, choice)
-            else:
-                self._dismiss(member, choice)
+        for member, choices in zip(step.answers, outcomes, strict=True):
+            self._advance(member, choices)
 
-    def _advance(self, member: _Member, choice: Choice) -> None:
+    def _compute(self, plan: StepPlan, samplers: Sequence[Sampler]) -> list[list[Choice | ColmError]]:
+        """For each row a choice for each of its tokens that gets logits."""
+        logits_QV = self._engine.step(plan)
+        sampler_of_Q = [s for s, row in zip(samplers, plan.rows, strict=True) for _ in range(row.num_logits)]
+        choices = iter(choose(sampler_of_Q, logits_QV))
+        return [list(islice(choices, row.num_logits)) for row in plan.rows]
+
+    def _advance(self, member: _Member, outcomes: Sequence[Choice | ColmError]) -> None:
+        choices: list[Choice] = []
+        for outcome in outcomes:
+            if isinstance(outcome, ColmError):
+                self._end(member, outcome)
+                return
+            choices.append(outcome)
         try:
-            member.outcome.put_nowait(member.answer.advance(choice))
+            tokens = member.answer.advance(choices)
         except Exception as err:
             logger.exception("decode.advance failed")
-            self._dismiss(member, err)
+            self._end(member, err)
             return
+        for token in tokens:
+            member.outcome.put_nowait(token)
         if member.answer.finish_reason is not None:
-            self._dismiss(member, None)
+            self._end(member, None)
 
-    def _compute(self, answers: Sequence[RunningAnswer]) -> list[Choice | ColmError]:
-        logits_RV = self._engine.step([answer.step_input() for answer in answers])
-        return choose([answer.sampler for answer in answers], logits_RV)
+    def _end(self, member: _Member, error: Exception | None) -> None:
+        member.outcome.put_nowait(error)
+        self._leave(member)
 
-    def _dismiss(self, member: _Member, error: Exception | None) -> None:
-        """No step includes the member from here on."""
-        if not member.has_left:
-            member.has_left = True
+    def _leave(self, member: _Member) -> None:
+        if self._scheduler.leave(member):
             self._page_line.release(member.pages)
-            member.outcome.put_nowait(error)
 
 
 def _stopped() -> PeerUnavailable:

@@ -1,36 +1,27 @@
-"""One decode step of a batch of requests, each at its own scale.
+"""One decode step: a few tokens of each of several answers, each at its own scale.
 
-Shapes: R requests, L layers, M page table columns, D active model features, V vocabulary.
+Shapes: R rows of the plan, R1 = R + 1, T tokens of all rows, Q those that get logits, L layers, B pages, P tokens of a
+page, M page table columns, D active model features, K kv heads, G query heads of the active chains per kv head, E head
+dim, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import is_not
 
 import numpy as np
 import torch
-from colm_kernels.decode_attention import decode_attention
-from colm_kernels.rotary import rotate_
+from colm_kernels.decode_attention import MAX_QUERY_TOKENS, decode_attention
 from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint
 from colm.kv import require_shared_kv
+from colm.model.block import Rows
 from colm.model.rope import Rope
 from decode_node.kv_store import KvStore
-
-
-@dataclass(frozen=True, slots=True)
-class StepInput:
-    """One request's share of a step."""
-
-    token_id: int
-    """Read in this step; its keys and values are written at `position`."""
-    position: int
-    """Tokens before it in the cache."""
-    num_chains: int
-    table_M: NDArray[np.int32]
-    """The request's page ids; the same array at every step."""
+from decode_node.plan import PlanRow, StepPlan
 
 
 class DecodeEngine:
@@ -45,52 +36,92 @@ class DecodeEngine:
         self._rope = Rope(checkpoint.config)
 
     @torch.inference_mode()
-    def step(self, inputs: Sequence[StepInput]) -> Tensor:
-        """Feed one token of each request through its chains.
-
-        Rows of larger scale are put first, so each chain's weights are read once for exactly the rows that need
-        them. Keys and values come from chain 1 at every scale.
+    def step(self, plan: StepPlan) -> Tensor:
+        """Feed every row's tokens through its chains; keys and values come from chain 1 at every scale.
 
         Returns:
-            logits_RV in the order of `inputs`.
+            logits_QV of the tokens for which the plan asks, row by row and within a row in the order of its tokens.
         """
-        order = sorted(range(len(inputs)), key=lambda row: -inputs[row].num_chains)
-        rows = [inputs[row] for row in order]
-        num_chains = rows[0].num_chains
-        chain_rows = [sum(row.num_chains > chain for row in rows) for chain in range(num_chains)]
-        positions_R = torch.tensor([row.position for row in rows])
-        cos, sin = self._rope.tables(positions_R)
-        table_RM = self._table.of(rows)
-        slot_mapping_R = self._slot_mapping(table_RM, positions_R)
-        context_lens_R = (positions_R + 1).to(torch.int32)
+        num_chains = plan.rows[0].num_chains
+        num_tokens_R = [len(row.token_ids) for row in plan.rows]
+        assert max(num_tokens_R) <= MAX_QUERY_TOKENS, f"rows of {num_tokens_R} tokens, at most {MAX_QUERY_TOKENS}"
+        token_ids_T = torch.tensor([token_id for row in plan.rows for token_id in row.token_ids])
+        positions_T = torch.tensor([row.position + i for row in plan.rows for i in range(len(row.token_ids))])
+        batch = _Batch(
+            table_RM=self._table.of(plan.rows),
+            context_lens_R=torch.tensor([row.position + len(row.token_ids) for row in plan.rows], dtype=torch.int32),
+            cu_seqlens_q_R1=torch.tensor([0, *accumulate(num_tokens_R)], dtype=torch.int32),
+        )
+        slot_mapping_T = self._slot_mapping(batch, positions_T)
+        # Larger scales stand first, so chain i runs on a leading run of tokens and its weights are read once.
+        chain_rows = _chain_rows(plan, num_tokens_R)
+        rows = Rows(chain_rows, *self._rope.tables(positions_T))
 
-        x_RD = self._model.embedding.embed(torch.tensor([row.token_id for row in rows]), num_chains)
+        x_TD = self._model.embedding.embed(token_ids_T, num_chains)
         blocks = self._model.blocks
         next_norms = [*(layer.attention_norm for layer in blocks[1:]), self._model.final_norm]
-        normed_RD = blocks[0].attention_norm(x_RD, num_chains)
+        normed_TD = blocks[0].attention_norm(x_TD, num_chains)
         for index, (layer, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
-            q_RHD, k_RKD, v_RKD = layer.attention.queries_keys_values(normed_RD, chain_rows)
-            self._store.write_tokens(index, slot_mapping_R, k_RKD, v_RKD, cos, sin)
-            rotate_(q_RHD, cos, sin)
-            out_RKGD = decode_attention(
-                layer.attention.group_by_kv_head(q_RHD, num_chains),
-                self._store.k_pages_LBPKD[index],
-                self._store.v_pages_LBPKD[index],
-                table_RM,
-                context_lens_R,
-            )
-            attended = layer.attention.ungroup(out_RKGD, num_chains)
-            normed_RD = next_norm.add_(x_RD, layer.after_attention(x_RD, attended, chain_rows), num_chains)
-        logits_RV = self._model.output_table.logits(normed_RD, chain_rows)
-        in_order_RV = torch.empty_like(logits_RV)
-        in_order_RV[order] = logits_RV
-        return in_order_RV
+            delta_TD = layer.step(x_TD, normed_TD, rows, _LayerPages(self._store, index, slot_mapping_T, batch))
+            # Added to x by the norm that reads the sum: one pass over the rows in place of two.
+            normed_TD = next_norm.add_(x_TD, delta_TD, num_chains)
+        return self._logits(plan, normed_TD)
 
-    def _slot_mapping(self, table_RM: Tensor, positions_R: Tensor) -> Tensor:
-        """Where the step's tokens are written, in every layer: slot_mapping_R, page * P + slot."""
+    def _logits(self, plan: StepPlan, normed_TD: Tensor) -> Tensor:
+        num_logits_R = [row.num_logits for row in plan.rows]
+        ends_R = accumulate(len(row.token_ids) for row in plan.rows)
+        asked_Q = [token for end, count in zip(ends_R, num_logits_R, strict=True) for token in range(end - count, end)]
+        if len(asked_Q) < len(normed_TD):
+            normed_TD = normed_TD[asked_Q]
+        return self._model.output_table.logits(normed_TD, _chain_rows(plan, num_logits_R))
+
+    def _slot_mapping(self, batch: "_Batch", positions_T: Tensor) -> Tensor:
+        """Where the step's tokens are written, in every layer: slot_mapping_T, page * P + slot."""
         page_tokens = self._store.layout.page_tokens
-        pages_R = table_RM.gather(1, (positions_R // page_tokens).unsqueeze(1)).squeeze(1)
-        return pages_R.long() * page_tokens + positions_R % page_tokens
+        rows_T = torch.arange(len(batch.table_RM)).repeat_interleave(batch.cu_seqlens_q_R1.diff())
+        return batch.table_RM[rows_T, positions_T // page_tokens].long() * page_tokens + positions_T % page_tokens
+
+
+def _chain_rows(plan: StepPlan, counts_R: Sequence[int]) -> list[int]:
+    """For each active chain, how many leading ones run it, where each row counts for as many as given."""
+    return [
+        sum(count for row, count in zip(plan.rows, counts_R, strict=True) if row.num_chains > chain)
+        for chain in range(plan.rows[0].num_chains)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Batch:
+    """How the tokens of a step lie in pages; the same in every layer."""
+
+    table_RM: Tensor
+    context_lens_R: Tensor
+    """Of each row, its tokens of this step included."""
+    cu_seqlens_q_R1: Tensor
+    """Row r has the tokens cu_seqlens_q[r] .. cu_seqlens_q[r + 1] - 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerPages:
+    """One layer's pages, as the tokens of a step write and read them."""
+
+    store: KvStore
+    layer: int
+    slot_mapping_T: Tensor
+    batch: _Batch
+
+    def write(self, k_TKE: Tensor, v_TKE: Tensor, rows: Rows) -> None:
+        self.store.write_tokens(self.layer, self.slot_mapping_T, k_TKE, v_TKE, rows.cos_RE, rows.sin_RE)
+
+    def attend(self, q_TKGE: Tensor) -> Tensor:
+        return decode_attention(
+            q_TKGE,
+            self.store.k_pages_LBPKD[self.layer],
+            self.store.v_pages_LBPKD[self.layer],
+            self.batch.table_RM,
+            self.batch.context_lens_R,
+            cu_seqlens_q_R1=self.batch.cu_seqlens_q_R1,
+        )
 
 
 class _BatchTable:
@@ -103,7 +134,7 @@ class _BatchTable:
         self._tables: list[NDArray[np.int32]] = []
         self._table_RM = torch.empty(0, 0, dtype=torch.int32)
 
-    def of(self, rows: Sequence[StepInput]) -> Tensor:
+    def of(self, rows: Sequence[PlanRow]) -> Tensor:
         """table_RM, int32, ragged ends padded with page 0, which nobody reads there."""
         tables = [row.table_M for row in rows]
         if len(tables) != len(self._tables) or any(map(is_not, tables, self._tables)):

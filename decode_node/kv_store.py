@@ -1,7 +1,7 @@
 """The memory behind the pages.
 
 Shapes: L layers, B pages of the pool, P tokens of a page, K kv heads, D head dim, M pages of a request, T tokens of a
-tile, R requests of a batch, S = B * P rows.
+tile or of a step, S = B * P rows.
 """
 
 from collections.abc import Iterator
@@ -65,17 +65,17 @@ class KvStore:
             yield begin - first_token, end - begin, int(ids[start]) * page_tokens + begin % page_tokens
 
     def write_tokens(
-        self, layer: int, slot_mapping_R: Tensor, k_RKD: Tensor, v_RKD: Tensor, cos_RD: Tensor, sin_RD: Tensor
+        self, layer: int, slot_mapping_T: Tensor, k_TKD: Tensor, v_TKD: Tensor, cos_TD: Tensor, sin_TD: Tensor
     ) -> None:
-        """Store one token's keys, rotated on the way, and values of one layer for each request.
+        """Store a step's tokens in one layer: their keys, rotated on the way, and values.
 
         Args:
             layer: which one.
-            slot_mapping_R: int64, page * P + slot.
-            k_RKD: unrotated.
-            v_RKD: stored as they are.
-            cos_RD: of `colm.model.rope.rotation`.
-            sin_RD: likewise.
+            slot_mapping_T: int64, page * P + slot.
+            k_TKD: unrotated.
+            v_TKD: stored as they are.
+            cos_TD: of `colm.model.rope.rotation`.
+            sin_TD: likewise.
         """
         k_cache_SKD, v_cache_SKD = self._k_cache_LSKD[layer], self._v_cache_LSKD[layer]
-        write_kv(k_RKD, v_RKD, cos_RD, sin_RD, k_cache_SKD, v_cache_SKD, slot_mapping_R)
+        write_kv(k_TKD, v_TKD, cos_TD, sin_TD, k_cache_SKD, v_cache_SKD, slot_mapping_T)

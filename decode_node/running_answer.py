@@ -1,6 +1,6 @@
 """An answer in the making: what to feed next, what has come out, and whether it is over."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from colm.events import FinishReason, Token
 from colm.sampling import SamplingParams
 from colm.text.detokenizer import TextStream
-from decode_node.engine import StepInput
+from decode_node.plan import PlanRow
 from decode_node.sampler import Choice, Sampler
 from decode_node.stop_matcher import StopMatcher
 
@@ -49,12 +49,24 @@ class RunningAnswer:
         self.tail = ""
         """Text that was held back and is due once the answer has finished."""
 
-    def step_input(self) -> StepInput:
+    def next_row(self) -> PlanRow:
         """What the next step reads."""
-        return StepInput(self._next_token_id, self._position, self._num_chains, self._table_M)
+        return PlanRow((self._next_token_id,), self._position, self._num_chains, self._table_M)
 
-    def advance(self, choice: Choice) -> Token:
-        """Take the step's outcome; sets `finish_reason` when it was the last."""
+    def advance(self, choices: Sequence[Choice]) -> list[Token]:
+        """Take a step's choices, each for the token behind the one before it; sets `finish_reason` at the last token.
+
+        Returns:
+            A token for each choice, up to the one that ends the answer; what was chosen behind that is dropped.
+        """
+        tokens = []
+        for choice in choices:
+            tokens.append(self._take(choice))
+            if self.finish_reason is not None:
+                break
+        return tokens
+
+    def _take(self, choice: Choice) -> Token:
         self._next_token_id = choice.token_id
         self._position += 1
         self.num_new_tokens += 1

@@ -1,10 +1,10 @@
-"""From the logits of a step to one token for each of its requests.
+"""From the logits of a step to the tokens of its requests.
 
-What a request gets follows from its own seed, parameters and logits, to the bit, whoever shares the step: only the
-log probabilities are computed together. NumPy has the vectorised argmax and comparisons that PyTorch has not: 0.3 ms
-against 5.7 ms for the argmax of 32 rows of 128K (2 cores of an AMD Zen 4).
+What a request gets follows from its own seed, parameters and logits, to the bit, whoever shares the step and however
+its tokens are divided into steps: only the log probabilities are computed together. NumPy has the vectorised argmax and
+comparisons that PyTorch has not: 0.3 ms against 5.7 ms for the argmax of 32 rows of 128K (2 cores of an AMD Zen 4).
 
-Shapes: R requests, V vocabulary, C candidates: the tokens that may still be drawn.
+Shapes: Q rows of logits, one or more a request, V vocabulary, C candidates: the tokens that may still be drawn.
 """
 
 from collections.abc import Sequence
@@ -47,20 +47,25 @@ class Sampler:
         return 1.0 - float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
 
-def choose(samplers: Sequence[Sampler], logits_RV: Tensor) -> list[Choice | ColmError]:
-    """Pick each request's next token.
+def choose(samplers: Sequence[Sampler], logits_QV: Tensor) -> list[Choice | ColmError]:
+    """Pick the token behind each row.
+
+    Args:
+        samplers: one a row. A request's own stands beside each of its rows, which are in the order of their tokens, so
+            that it draws for them one after the other.
+        logits_QV: of the model.
 
     Returns:
-        In the order of `samplers`; a ColmError where the model's output is not finite.
+        One a row; a ColmError where the model's output is not finite.
     """
-    logits_RV = logits_RV.float()
-    finite_R = logits_RV.amax(dim=1).isfinite().tolist()
-    logprobs = logits_RV.log_softmax(dim=1).numpy()
+    logits_QV = logits_QV.float()
+    finite_Q = logits_QV.amax(dim=1).isfinite().tolist()
+    logprobs = logits_QV.log_softmax(dim=1).numpy()
     return [
         _choose(sampler, logits_V, logprobs_V)
         if finite
         else ColmError("the model's logits are not finite; its weights or the dtype are at fault")
-        for sampler, finite, logits_V, logprobs_V in zip(samplers, finite_R, logits_RV.numpy(), logprobs, strict=True)
+        for sampler, finite, logits_V, logprobs_V in zip(samplers, finite_Q, logits_QV.numpy(), logprobs, strict=True)
     ]
 
 

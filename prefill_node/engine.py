@@ -1,20 +1,25 @@
 """Chain 1 over a prompt, layer by layer, tile by tile.
 
-Shapes: N prompt tokens, T tokens of a tile, D chain-1 model features, H chain-1 query heads, K kv heads, E head dim.
+Shapes: N prompt tokens, T tokens of a tile, D chain-1 model features, H chain-1 query heads, K kv heads, G query heads
+per kv head, E head dim.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from colm_kernels.native import Cancelled
 from colm_kernels.prefill_attention import prefill_attention
-from colm_kernels.rotary import rotate_, write_kv
+from colm_kernels.rotary import write_kv
 from numpy.typing import NDArray
+from torch import Tensor
 
 from colm.checkpoint import Checkpoint, assign, prefill_tensor_names
 from colm.errors import InvalidRequest
 from colm.kv import KvFormat, KvTile, require_shared_kv
 from colm.model import ChainTransformer
+from colm.model.block import Rows
 from colm.model.rope import Rope
 
 
@@ -65,24 +70,23 @@ class PrefillEngine:
             is_last = index == kv_format.num_layers - 1
             for start in range(0, num_tokens, self.tile_tokens):
                 stop = min(start + self.tile_tokens, num_tokens)
-                x_TD, rows = hidden_ND[start:stop], (stop - start,)
+                cache = _TileCache(k_KNE, v_KNE, start, stop, is_cancelled)
                 # Made anew for each tile and layer: kept for a million tokens, the tables would be as large as a
                 # layer's keys, and they are a small part of the work.
-                cos_TE, sin_TE = self._rope.tables(torch.arange(start, stop))
+                rows = Rows((stop - start,), *self._rope.tables(torch.arange(start, stop)))
+                x_TD = hidden_ND[start:stop]
                 normed_TD = layer.attention_norm(x_TD, 1)
-                k_TKE, v_TKE = layer.attention.keys_values(normed_TD)
-                k_KTE, v_KTE = k_KNE[:, start:stop], v_KNE[:, start:stop]
-                write_kv(k_TKE, v_TKE, cos_TE, sin_TE, k_KTE.transpose(0, 1), v_KTE.transpose(0, 1))
-                yield KvTile(index, start, k_KTE, v_KTE)
+                layer.write_keys_values(normed_TD, rows, cache)
+                # Before attention: the wire has them while the tile's larger half is still computed.
+                yield KvTile(index, start, k_KNE[:, start:stop], v_KNE[:, start:stop])
                 if is_cancelled():
                     return
                 # The last layer's output would only feed the head, which is the decode node's work.
                 if not is_last:
-                    q_THE = rotate_(layer.attention.queries(normed_TD, rows), cos_TE, sin_TE)
-                    out_THE, _ = prefill_attention(q_THE, k_KNE[:, :stop], v_KNE[:, :stop])
-                    if is_cancelled():
+                    try:
+                        x_TD += layer.attend(x_TD, normed_TD, rows, cache)
+                    except Cancelled:
                         return
-                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)
                     if is_cancelled():
                         return
 
@@ -92,3 +96,24 @@ class PrefillEngine:
             raise InvalidRequest("num_tokens", len(token_ids), f"must be between 1 and {self.config.max_context}")
         if (worst := int(token_ids.max())) >= self.config.vocab_size or (worst := int(token_ids.min())) < 0:
             raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {self.config.vocab_size}")
+
+
+@dataclass(frozen=True, slots=True)
+class _TileCache:
+    """One layer's keys and values, of which a tile writes its own and reads all up to its end."""
+
+    k_KNE: Tensor
+    v_KNE: Tensor
+    start: int
+    stop: int
+    is_cancelled: Callable[[], bool]
+
+    def write(self, k_TKE: Tensor, v_TKE: Tensor, rows: Rows) -> None:
+        k_KTE, v_KTE = self.k_KNE[:, self.start : self.stop], self.v_KNE[:, self.start : self.stop]
+        write_kv(k_TKE, v_TKE, rows.cos_RE, rows.sin_RE, k_KTE.transpose(0, 1), v_KTE.transpose(0, 1))
+
+    def attend(self, q_TKGE: Tensor) -> Tensor:
+        out_THE, _ = prefill_attention(q_TKGE.flatten(1, 2), self.k_KNE[:, : self.stop], self.v_KNE[:, : self.stop])
+        if self.is_cancelled():
+            raise Cancelled
+        return out_THE.view_as(q_TKGE)

@@ -35,7 +35,7 @@ class ChainAttention(nn.Module):
         self.wv = ChainLinear(config.chain_dims[: self.kv_chains], kv_dims, bias=config.bias)
         self.wo = ChainLinear(config.chain_query_dims, config.chain_dims, bias=config.bias)
 
-    # The nodes use the next five methods: chains side by side in one tensor, keys and values of chain 1 only.
+    # The serving forward uses the next five methods: chains side by side, keys and values of chain 1 only.
 
     def keys_values(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
         """Unrotated (k_RKD, v_RKD) of chain 1's normalised hidden states; other chains' columns are not read."""
@@ -69,7 +69,10 @@ class ChainAttention(nn.Module):
         return (out_RHD if num_chains == 1 else out_RHD.index_select(1, place_H)).flatten(1)
 
     def by_chain(self, xs: Sequence[Tensor], cos_TD: Tensor, sin_TD: Tensor, num_sequences: int) -> list[Tensor]:
-        """Causal self-attention of whole sequences of equal length, one (R, D_i) a chain, differentiable."""
+        """The oracle: causal self-attention of whole sequences of equal length, one (R, D_i) a chain, differentiable.
+
+        It must share no code with the serving forward, which is held against it.
+        """
         cos, sin = cos_TD.repeat(num_sequences, 1), sin_TD.repeat(num_sequences, 1)
         head_dim, num_tokens = self.config.head_dim, len(cos_TD)
 

@@ -36,7 +36,7 @@ class ChainFFN(nn.Module):
         return result
 
     def by_chain(self, xs: Sequence[Tensor]) -> list[Tensor]:
-        """One tensor a chain, differentiable."""
+        """The oracle, one tensor a chain, differentiable; it shares no code with `forward`."""
         ups = self.up.by_chain(xs)
         if self.is_gated:
             hidden = [F.silu(gate) * up for gate, up in zip(self.gate.by_chain(xs), ups, strict=True)]

@@ -10,45 +10,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from colm.model.attention import ChainAttention
+from colm.model.block import ChainBlock
 from colm.model.config import ChainConfig
 from colm.model.embedding import ChainTable, nested_logits
-from colm.model.ffn import ChainFFN
 from colm.model.norm import ChainRMSNorm
 from colm.model.rope import Rope
-
-
-class ChainBlock(nn.Module):
-    """One pre-norm transformer layer."""
-
-    def __init__(self, config: ChainConfig) -> None:
-        super().__init__()
-        self.attention_norm = ChainRMSNorm(config.chain_dims, config.norm_eps)
-        self.attention = ChainAttention(config)
-        self.ffn_norm = ChainRMSNorm(config.chain_dims, config.norm_eps)
-        self.ffn = ChainFFN(config)
-
-    def after_attention(self, x_RD: Tensor, attended_RH: Tensor, chain_rows: Sequence[int]) -> Tensor:
-        """The rest of the layer after attention, as the nodes run it.
-
-        Args:
-            x_RD: the residual stream, chains side by side; the attention's part is added in place.
-            attended_RH: the attention's output of every query head, chains side by side.
-            chain_rows: for each active chain, how many of the leading rows run it.
-
-        Returns:
-            The feed-forward's part, not yet added to x: the next layer's norm adds it in the same pass.
-        """
-        normed_RD = self.ffn_norm.add_(x_RD, self.attention.wo(attended_RH, chain_rows), len(chain_rows))
-        out_RD: Tensor = self.ffn(normed_RD, chain_rows)
-        return out_RD
-
-    def by_chain(self, xs: Sequence[Tensor], cos_TD: Tensor, sin_TD: Tensor, num_sequences: int) -> list[Tensor]:
-        """Attention and feed-forward, each added to the residual stream; one tensor a chain."""
-        attended = self.attention.by_chain(self.attention_norm.by_chain(xs), cos_TD, sin_TD, num_sequences)
-        xs = [x + out for x, out in zip(xs, attended, strict=True)]
-        outputs = self.ffn.by_chain(self.ffn_norm.by_chain(xs))
-        return [x + out for x, out in zip(xs, outputs, strict=True)]
 
 
 class ChainTransformer(nn.Module):

@@ -50,6 +50,8 @@ GRPC = (
 # Bookkeeping for property tests: no tensors, no network and no cluster, not even through their own imports.
 PURE_MODULES = (
     "decode_node.page_pool",
+    "decode_node.plan",
+    "decode_node.scheduler",
     "decode_node.transfer_ledger",
     "decode_node.stop_matcher",
     "colm.leases",

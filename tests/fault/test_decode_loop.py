@@ -1,7 +1,7 @@
 """The decode loop: an answer that fails, fails alone, and no caller waits for a loop that has ended."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint
-from decode_node.engine import DecodeEngine, StepInput
+from decode_node.engine import DecodeEngine
 from decode_node.node import DecodeNode
+from decode_node.plan import StepPlan
 from decode_node.running_answer import RunningAnswer
 from tests.gates import gate_before
 from tests.nodes import decode, decode_node, prefill_node, until_idle
@@ -48,10 +49,10 @@ async def test_an_answer_that_cannot_be_advanced_ends_alone(node: DecodeNode, mo
     undisturbed = await ask(node, "before")
     advance = RunningAnswer.advance
 
-    def fail_one(answer: RunningAnswer, choice: Any) -> Any:
+    def fail_one(answer: RunningAnswer, choices: Any) -> Any:
         if answer.num_new_tokens == 2 and answer._num_chains == 2:
             raise ValueError("a character that is none")
-        return advance(answer, choice)
+        return advance(answer, choices)
 
     monkeypatch.setattr(RunningAnswer, "advance", fail_one)
     neighbour, failing = ask(node, "neighbour"), ask(node, "failing", num_chains=2)
@@ -66,11 +67,11 @@ async def test_a_failed_step_is_told_to_everybody_in_it_and_the_next_request_is_
     step = DecodeEngine.step
     sizes: list[int] = []
 
-    def fail_with_two(engine: DecodeEngine, inputs: Sequence[StepInput]) -> Tensor:
-        sizes.append(len(inputs))
-        if len(inputs) == 2:
+    def fail_with_two(engine: DecodeEngine, plan: StepPlan) -> Tensor:
+        sizes.append(len(plan.rows))
+        if len(plan.rows) == 2:
             raise RuntimeError("the machine is ill")
-        return step(engine, inputs)
+        return step(engine, plan)
 
     monkeypatch.setattr(DecodeEngine, "step", fail_with_two)
     calls = [ask(node, str(number), max_new_tokens=400) for number in range(2)]
@@ -87,9 +88,9 @@ async def test_answers_share_steps_and_never_more_than_the_batch_holds(
     with gate_before(DecodeEngine, "step") as gate:
         gated = DecodeEngine.step
 
-        def counted(engine: DecodeEngine, inputs: Sequence[StepInput]) -> Tensor:
-            sizes.append(len(inputs))
-            result: Tensor = gated(engine, inputs)
+        def counted(engine: DecodeEngine, plan: StepPlan) -> Tensor:
+            sizes.append(len(plan.rows))
+            result: Tensor = gated(engine, plan)
             return result
 
         monkeypatch.setattr(DecodeEngine, "step", counted)

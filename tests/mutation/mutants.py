@@ -23,6 +23,7 @@ class Mutant:
 
 
 _DEADLINES = "tests/fault/test_deadlines.py::"
+_ENGINE = "tests/numerics/test_decode_engine.py::"
 _LOOP = "tests/fault/test_decode_loop.py::"
 _WAITING = "tests/fault/test_waiting.py::"
 _GATEWAY = "tests/fault/test_gateway.py::"
@@ -35,17 +36,18 @@ _END = "tests/fault/test_end_of_prompt.py::"
 MUTANTS = (
     # Who holds pages and engines.
     Mutant(
-        "the decode loop holds no pages",
+        "the decode loop never lets go of the pages of who left during a step",
         "decode_node/decode_loop.py",
-        "            self._page_line.release(member.pages)\n",
-        "",
+        "                for member in self._scheduler.end_step():\n"
+        "                    self._page_line.release(member.pages)\n",
+        "                self._scheduler.end_step()\n",
         _DEADLINES + "test_pages_stay_held_while_something_writes_into_them",
     ),
     Mutant(
-        "the decode loop lets go of the pages when the reader leaves",
-        "decode_node/decode_loop.py",
-        "            member.is_leaving = True\n",
-        "            self._dismiss(member, None)\n",
+        "who leaves is out although a step holds it",
+        "decode_node/scheduler.py",
+        "        self._leaving.add(answer)\n        return False\n",
+        "        return True\n",
         _DEADLINES + "test_pages_stay_held_while_something_writes_into_them",
     ),
     Mutant(
@@ -79,7 +81,7 @@ MUTANTS = (
     # The decode loop.
     Mutant(
         "the batch is as large as the crowd",
-        "decode_node/decode_loop.py",
+        "decode_node/scheduler.py",
         "        while self._waiting and len(self._active) < self._max_batch_size:\n",
         "        while self._waiting:\n",
         _LOOP + "test_answers_share_steps_and_never_more_than_the_batch_holds",
@@ -89,20 +91,55 @@ MUTANTS = (
         "decode_node/engine.py",
         "if len(tables) != len(self._tables) or any(map(is_not, tables, self._tables)):",
         "if len(tables) != len(self._tables):",
-        "tests/numerics/test_decode_engine.py::test_the_batchs_table_is_made_anew_only_for_other_requests",
+        _ENGINE + "test_the_batchs_table_is_made_anew_only_for_other_requests",
     ),
     Mutant(
         "the batch is always one",
-        "decode_node/decode_loop.py",
-        "await self._step(list(self._active))",
-        "await self._step(self._active[:1])",
+        "decode_node/scheduler.py",
+        "((a, a.next_row()) for a in self._active)",
+        "((a, a.next_row()) for a in list(self._active)[:1])",
         _LOOP + "test_answers_share_steps_and_never_more_than_the_batch_holds",
+    ),
+    Mutant(
+        "rows stand in order of coming",
+        "decode_node/scheduler.py",
+        "key=lambda pair: pair[1].num_chains, reverse=True)",
+        "key=lambda pair: 0)",
+        "tests/unit/test_scheduler.py::test_larger_scales_stand_first_and_of_equals_whoever_came_first",
+    ),
+    Mutant(
+        "all tokens of a row stand at its first place",
+        "decode_node/engine.py",
+        "[row.position + i for row in plan.rows",
+        "[row.position for row in plan.rows",
+        _ENGINE + "test_rows_of_several_tokens_give_every_token_the_oracles_logits_and_write_what_single_tokens_do",
+    ),
+    Mutant(
+        "a chain runs as many tokens as it has rows",
+        "decode_node/engine.py",
+        "chain_rows = _chain_rows(plan, num_tokens_R)",
+        "chain_rows = _chain_rows(plan, [1] * len(num_tokens_R))",
+        _ENGINE + "test_rows_of_several_tokens_give_every_token_the_oracles_logits_and_write_what_single_tokens_do",
+    ),
+    Mutant(
+        "a row's first tokens get the logits",
+        "decode_node/engine.py",
+        "normed_TD = normed_TD[asked_Q]",
+        "normed_TD = normed_TD[: len(asked_Q)]",
+        _ENGINE + "test_only_the_last_tokens_of_a_row_that_ask_for_logits_get_them",
+    ),
+    Mutant(
+        "what was chosen behind an answer's end belongs to it",
+        "decode_node/running_answer.py",
+        "            if self.finish_reason is not None:\n                break\n",
+        "",
+        "tests/unit/test_running_answer.py::test_several_choices_end_in_the_middle_and_what_follows_is_dropped",
     ),
     Mutant(
         "a failed step tells only the first",
         "decode_node/decode_loop.py",
-        "            for member in members:\n                self._dismiss(member, err)\n",
-        "            self._dismiss(members[0], err)\n",
+        "            for member in step.answers:\n                self._end(member, err)\n",
+        "            self._end(step.answers[0], err)\n",
         _LOOP + "test_a_failed_step_is_told_to_everybody_in_it_and_the_next_request_is_served",
     ),
     Mutant(
@@ -128,9 +165,9 @@ MUTANTS = (
     ),
     Mutant(
         "nobody in front of a full batch is told",
-        "decode_node/decode_loop.py",
-        "            if len(self._active) >= self._max_batch_size:\n",
-        "            if False:\n",
+        "decode_node/scheduler.py",
+        "        return place if place >= 0 else None\n",
+        "        return None\n",
         _WAITING + "test_a_full_batch_is_waited_for_with_a_word",
     ),
     # What a decode node accepts.
@@ -336,9 +373,8 @@ MUTANTS = (
     Mutant(
         "a cancelled engine computes its tile to the end",
         "prefill_node/engine.py",
-        "                    if is_cancelled():\n                        return\n"
-        "                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)\n",
-        "                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)\n",
+        "        if self.is_cancelled():\n            raise Cancelled\n",
+        "",
         "tests/unit/test_prefill_loop.py::test_a_cancelled_engine_ends_between_two_operations_of_its_tile",
     ),
     # Waiting in line.

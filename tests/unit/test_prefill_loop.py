@@ -12,7 +12,7 @@ import torch
 
 from colm.errors import CapacityExceeded
 from colm.kv import KvFormat
-from colm.model.transformer import ChainBlock
+from colm.model.ffn import ChainFFN
 from prefill_node import engine as engine_module
 from prefill_node.engine import PrefillEngine
 from prefill_node.handoff import Handoff
@@ -131,7 +131,7 @@ def test_a_cancelled_engine_ends_between_two_operations_of_its_tile(
         monkeypatch.setattr(owner, name, noted)
 
     noting(engine_module, "prefill_attention")
-    noting(ChainBlock, "after_attention")
+    noting(ChainFFN, "forward")
     looks = 0
 
     def is_cancelled() -> bool:
@@ -141,4 +141,4 @@ def test_a_cancelled_engine_ends_between_two_operations_of_its_tile(
 
     tiles = list(engine.run(np.arange(100), is_cancelled=is_cancelled))
     assert len(tiles) == 1
-    assert done == ["prefill_attention", "after_attention"][:looks_left]
+    assert done == ["prefill_attention", "forward"][:looks_left]

@@ -4,6 +4,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from colm.events import FinishReason, Token
 from colm.sampling import SamplingParams
@@ -47,12 +49,16 @@ def answer(
     )
 
 
+def chosen(token_id: int) -> Choice:
+    return Choice(token_id, -0.5, ((token_id, -0.5),))
+
+
 def advance(sequence: RunningAnswer, token_ids: Sequence[int]) -> list[Token]:
     """Take tokens until the answer ends; it must not end before the last of them."""
     tokens = []
     for token_id in token_ids:
         assert sequence.finish_reason is None
-        tokens.append(sequence.advance(Choice(token_id, -0.5, ((token_id, -0.5),))))
+        tokens += sequence.advance([chosen(token_id)])
     return tokens
 
 
@@ -61,16 +67,16 @@ def shown(sequence: RunningAnswer, tokens: Sequence[Token]) -> str:
 
 
 def test_the_first_step_reads_the_last_prompt_token() -> None:
-    step = answer().step_input()
-    assert (step.token_id, step.position, step.num_chains) == (17, 9, 2)
-    assert step.table_M is TABLE_M
+    row = answer().next_row()
+    assert (row.token_ids, row.position, row.num_chains, row.num_logits) == ((17,), 9, 2, 1)
+    assert row.table_M is TABLE_M
 
 
 def test_each_step_reads_the_token_before_it_at_the_next_position() -> None:
     sequence = answer()
     advance(sequence, [40, 50])
-    step = sequence.step_input()
-    assert (step.token_id, step.position, sequence.num_new_tokens) == (50, 11, 2)
+    row = sequence.next_row()
+    assert (row.token_ids, row.position, sequence.num_new_tokens) == ((50,), 11, 2)
 
 
 def test_a_token_carries_what_was_chosen_and_at_which_scale() -> None:
@@ -168,3 +174,49 @@ def test_without_a_tokenizer_tokens_carry_no_text() -> None:
     sequence = answer(reads_text=False, max_new_tokens=2)
     tokens = advance(sequence, [40, 50])
     assert (shown(sequence, tokens), sequence.finish_reason) == ("", FinishReason.LENGTH)
+
+
+def test_several_choices_end_in_the_middle_and_what_follows_is_dropped() -> None:
+    sequence = answer()
+    tokens = sequence.advance([chosen(token_id) for token_id in [*ids_of("end"), EOS, *ids_of("beyond")]])
+    assert [token.token_id for token in tokens] == [*ids_of("end"), EOS]
+    assert (shown(sequence, tokens), sequence.num_new_tokens) == ("end", len(tokens))
+    assert sequence.finish_reason is FinishReason.STOP
+
+
+def test_after_several_choices_the_next_step_reads_the_last_of_them() -> None:
+    sequence = answer()
+    sequence.advance([chosen(40), chosen(50), chosen(60)])
+    row = sequence.next_row()
+    assert (row.token_ids, row.position, sequence.num_new_tokens) == ((60,), 12, 3)
+
+
+def test_a_step_without_choices_changes_nothing() -> None:
+    sequence = answer()
+    assert sequence.advance([]) == []
+    assert (sequence.next_row().position, sequence.num_new_tokens, sequence.finish_reason) == (9, 0, None)
+
+
+TEXT = byte_ids("a result, an end: é and END and more")
+
+
+@given(
+    st.lists(st.integers(1, 16), min_size=len(TEXT), max_size=len(TEXT)),
+    st.sampled_from([(), ("END",), ("end:", "END"), ("\N{REPLACEMENT CHARACTER}", "é")]),
+    st.sets(st.sampled_from(TEXT), max_size=1),
+    st.integers(1, len(TEXT)),
+)
+def test_an_answer_is_the_same_however_its_tokens_are_divided_into_steps(
+    counts: list[int], stop: tuple[str, ...], stop_token_ids: set[int], max_new_tokens: int
+) -> None:
+    def of(counts: Sequence[int]) -> tuple[list[Token], str, FinishReason | None, int]:
+        sequence = answer(max_new_tokens=max_new_tokens, stop=stop, stop_token_ids=stop_token_ids)
+        tokens: list[Token] = []
+        rest = [chosen(token_id) for token_id in TEXT]
+        for count in counts:
+            if sequence.finish_reason is None:
+                tokens += sequence.advance(rest[:count])
+                rest = rest[count:]
+        return tokens, sequence.tail, sequence.finish_reason, sequence.num_new_tokens
+
+    assert of(counts) == of([1] * len(TEXT))

@@ -351,6 +351,23 @@ def test_neighbours_change_nothing_whoever_they_are(order: list[int], count: int
     assert all(run([request], 300, num_steps=2)[request] == together[request] for request in order[:count])
 
 
+@given(st.lists(st.lists(st.integers(0, 5), min_size=len(MIXED), max_size=len(MIXED)), min_size=1, max_size=5))
+def test_tokens_change_in_nothing_however_they_are_divided_into_steps(steps: list[list[int]]) -> None:
+    """Several rows of a request draw the numbers that they draw one after the other, whatever stands between."""
+    samplers = [Sampler(params) for params in MIXED]
+    together: list[list[Any]] = [[] for _ in MIXED]
+    for counts in steps:
+        rows = [(request, len(together[request]) + i) for request, count in enumerate(counts) for i in range(count)]
+        logits_QV = torch.stack([random_logits(seed=100 * request + i) for request, i in rows] or [random_logits()])
+        logits_QV = logits_QV[: len(rows)]
+        outcomes = choose([samplers[request] for request, _ in rows], logits_QV)
+        for (request, _), outcome in zip(rows, outcomes, strict=True):
+            together[request].append(outcome)
+    for request, (params, chosen) in enumerate(zip(MIXED, together, strict=True)):
+        alone = Sampler(params)
+        assert [choice(alone, random_logits(seed=100 * request + i)) for i in range(len(chosen))] == chosen
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_fails_alone(value: float) -> None:
     logits_RV = torch.stack([random_logits(row) for row in range(3)])

@@ -1,0 +1,43 @@
+"""What one decode step computes: query tokens row by row, and which of them get logits. No tensors, no asyncio.
+
+Shapes: M pages of a request.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """One answer's share of a step: the next tokens of its text, which attend to its cache and to one another."""
+
+    token_ids: tuple[int, ...]
+    """Read in this step, 1 to `MAX_QUERY_TOKENS`; their keys and values are written at `position` and behind it."""
+    position: int
+    """Tokens before them in the cache."""
+    num_chains: int
+    """The scale at which they run."""
+    table_M: NDArray[np.int32]
+    """The answer's page ids; the same array at every step."""
+    num_logits: int = 1
+    """How many of the last tokens get logits: 0 where the cache only catches up, 1 for the next token, all of them to
+    verify a draft."""
+
+    def __post_init__(self) -> None:
+        assert self.token_ids, "a row without tokens"
+        assert 0 <= self.num_logits <= len(self.token_ids), f"{self.num_logits} logits of {len(self.token_ids)} tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The rows of one step, those of larger scale first."""
+
+    rows: tuple[PlanRow, ...]
+
+    def __post_init__(self) -> None:
+        assert self.rows, "a step without rows"
+        # Each chain's weights are then read once, for a leading run of rows.
+        scales = [row.num_chains for row in self.rows]
+        assert scales == sorted(scales, reverse=True), f"rows at scales {scales}, expected larger ones first"

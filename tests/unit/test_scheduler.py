@@ -1,0 +1,170 @@
+"""Who takes part in which step: nobody overtakes, nobody is out while a step holds it, nobody stays for ever."""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from numpy.typing import NDArray
+
+from decode_node.plan import PlanRow, StepPlan
+from decode_node.scheduler import Scheduler, Step
+
+TABLE_M = np.zeros(4, dtype=np.int32)
+
+
+@dataclass(eq=False)
+class Reader:
+    """An answer that reads rows of any length at any scale."""
+
+    number: int
+    num_chains: int = 1
+    num_tokens: int = 1
+    table_M: NDArray[np.int32] = field(default_factory=TABLE_M.copy)
+    position: int = 0
+
+    def next_row(self) -> PlanRow:
+        return PlanRow((self.number,) * self.num_tokens, self.position, self.num_chains, self.table_M)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Against a model that is three lists."""
+
+    @initialize(max_batch_size=st.integers(1, 4))
+    def create(self, max_batch_size: int) -> None:
+        self.max_batch_size = max_batch_size
+        self.scheduler: Scheduler[Reader] = Scheduler(max_batch_size=max_batch_size)
+        self.waiting: list[Reader] = []
+        self.active: list[Reader] = []
+        self.leaving: list[Reader] = []
+        self.gone: list[Reader] = []
+        self.step: Step[Reader] | None = None
+        self.num_joined = 0
+
+    @rule(num_chains=st.integers(1, 3), num_tokens=st.integers(1, 16))
+    def join(self, num_chains: int, num_tokens: int) -> None:
+        reader = Reader(self.num_joined, num_chains, num_tokens)
+        self.num_joined += 1
+        self.scheduler.join(reader)
+        self.waiting.append(reader)
+
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        everybody = [*self.waiting, *self.active, *self.leaving, *self.gone]
+        if not everybody:
+            return
+        reader = data.draw(st.sampled_from(everybody))
+        in_step = self.step is not None and reader in self.step.answers
+        here = reader in self.waiting or reader in self.active
+        assert self.scheduler.leave(reader) == (here and not in_step)
+        if here:
+            (self.waiting if reader in self.waiting else self.active).remove(reader)
+            (self.leaving if in_step else self.gone).append(reader)
+
+    @precondition(lambda self: self.step is None)
+    @rule()
+    def begin_step(self) -> None:
+        while self.waiting and len(self.active) < self.max_batch_size:
+            self.active.append(self.waiting.pop(0))
+        self.step = self.scheduler.begin_step()
+        if self.step is None:
+            assert not self.active
+            return
+        assert set(self.step.answers) == set(self.active)
+        rows = [reader.next_row() for reader in self.step.answers]
+        assert [(r.token_ids, r.num_chains) for r in self.step.plan.rows] == [(r.token_ids, r.num_chains) for r in rows]
+        assert all(row.table_M is r.table_M for row, r in zip(self.step.plan.rows, self.step.answers, strict=True))
+        # Larger scales first, and of equals whoever came first: neighbours keep their rows from step to step.
+        assert list(self.step.answers) == sorted(self.active, key=lambda r: (-r.num_chains, self.active.index(r)))
+
+    @precondition(lambda self: self.step is not None)
+    @rule()
+    def end_step(self) -> None:
+        assert set(self.scheduler.end_step()) == set(self.leaving)
+        self.gone += self.leaving
+        self.leaving, self.step = [], None
+
+    @rule()
+    def close(self) -> None:
+        assert set(self.scheduler.close()) == {*self.waiting, *self.active, *self.leaving}
+        self.gone += [*self.waiting, *self.active, *self.leaving]
+        self.waiting, self.active, self.leaving, self.step = [], [], [], None
+
+    @invariant()
+    def everybody_knows_its_place(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check_integrity()
+        num_free = self.max_batch_size - len(self.active)
+        for place, reader in enumerate(self.waiting):
+            assert self.scheduler.num_ahead(reader) == (None if place < num_free else place - num_free)
+        assert all(self.scheduler.num_ahead(reader) is None for reader in [*self.active, *self.leaving, *self.gone])
+
+
+TestScheduler = SchedulerMachine.TestCase
+
+
+def test_the_next_comes_in_when_somebody_has_left_and_not_before() -> None:
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=1)
+    first, second = Reader(1), Reader(2)
+    for reader in (first, second):
+        scheduler.join(reader)
+    for _ in range(2):
+        step = scheduler.begin_step()
+        assert step is not None
+        assert step.answers == (first,)
+        assert scheduler.num_ahead(second) == 0
+        assert scheduler.end_step() == []
+    scheduler.begin_step()
+    assert not scheduler.leave(first)
+    assert scheduler.end_step() == [first]
+    step = scheduler.begin_step()
+    assert step is not None
+    assert step.answers == (second,)
+
+
+def test_larger_scales_stand_first_and_of_equals_whoever_came_first() -> None:
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=5)
+    readers = [Reader(number, num_chains) for number, num_chains in enumerate([1, 3, 2, 3, 1])]
+    for reader in readers:
+        scheduler.join(reader)
+    step = scheduler.begin_step()
+    assert step is not None
+    assert [reader.number for reader in step.answers] == [1, 3, 2, 0, 4]
+    assert [row.num_chains for row in step.plan.rows] == [3, 3, 2, 1, 1]
+
+
+def test_a_step_holds_whoever_leaves_until_it_has_ended() -> None:
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=2)
+    inside, outside = Reader(1), Reader(2)
+    scheduler.join(inside)
+    scheduler.begin_step()
+    scheduler.join(outside)
+    assert scheduler.leave(outside)
+    assert not scheduler.leave(inside)
+    assert not scheduler.leave(inside)
+    assert scheduler.end_step() == [inside]
+    assert not scheduler.leave(inside)
+    assert scheduler.begin_step() is None
+
+
+def test_a_batch_of_nobody_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_batch_size=0 must be at least 1"):
+        Scheduler(max_batch_size=0)
+
+
+def test_a_plan_is_never_empty_nor_out_of_order() -> None:
+    row = PlanRow((5,), 0, 1, TABLE_M)
+    with pytest.raises(AssertionError, match="a step without rows"):
+        StepPlan(())
+    with pytest.raises(AssertionError, match=r"scales \[1, 2\], expected larger ones first"):
+        StepPlan((row, replace(row, num_chains=2)))
+
+
+@pytest.mark.parametrize(("token_ids", "num_logits"), [((), 0), ((5,), 2), ((5,), -1)])
+def test_a_row_reads_tokens_and_asks_for_no_more_logits_than_it_has(
+    token_ids: tuple[int, ...], num_logits: int
+) -> None:
+    with pytest.raises(AssertionError):
+        PlanRow(token_ids, 0, 1, TABLE_M, num_logits)
