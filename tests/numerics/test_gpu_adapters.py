@@ -11,7 +11,7 @@ import pytest
 import torch
 from colm_kernels.gpu import dense, flash_attn_adapter
 from colm_kernels.gpu import prefill_attention as in_triton
-from colm_kernels.prefill_attention import prefill_attention_reference
+from colm_kernels.prefill_attention import check_backend, prefill_attention, prefill_attention_reference
 from torch import Tensor
 
 
@@ -43,9 +43,9 @@ class FlashAttn(ModuleType):
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """What is installed is looked up once a process."""
-    flash_attn_adapter.flash_attn_func.cache_clear()
+    flash_attn_adapter._flash_attn_func.cache_clear()
     yield
-    flash_attn_adapter.flash_attn_func.cache_clear()
+    flash_attn_adapter._flash_attn_func.cache_clear()
 
 
 def install(monkeypatch: pytest.MonkeyPatch, stand_in: ModuleType | None) -> None:
@@ -96,4 +96,39 @@ def test_without_a_flash_attn_that_aligns_its_mask_triton_runs(stand_in, monkeyp
 
 def test_without_a_gpu_the_package_is_not_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", FlashAttn())
-    assert not flash_attn_adapter.takes(inputs(1, 1, 1, 1, 16, torch.float16)[0])
+    assert flash_attn_adapter.why_not(torch.float16, 16) == "flash-attn needs a GPU, and PyTorch finds none"
+
+
+def test_triton_runs_where_it_is_asked_for(flash_attn):
+    arguments = inputs(5, 12, 6, 2, 16, torch.float16)
+    assert torch.equal(dense.prefill_attention(*arguments, "triton")[0], in_triton.prefill_attention(*arguments)[0])
+    assert flash_attn.num_calls == 0
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "head_dim", "dtype", "reason"),
+    [
+        (FlashAttn(), 16, torch.float32, r"float16 and bfloat16, not torch\.float32"),
+        (FlashAttn(), 12, torch.float16, "multiples of 8 up to 256, not 12"),
+        (FlashAttn("2.0.9"), 16, torch.float16, r"2\.0\.9 is older than 2\.1"),
+        (None, 16, torch.float16, "cannot be imported: .*"),
+    ],
+    ids=["dtype", "head dim", "too old", "not installed"],
+)
+def test_a_flash_attn_that_cannot_run_is_refused_with_the_reason(stand_in, head_dim, dtype, reason, monkeypatch):
+    """Only "auto" may choose another one; whoever names a backend measures or trusts that one."""
+    install(monkeypatch, stand_in)
+    with pytest.raises(ValueError, match=f"backend='flash_attn': flash-attn .*{reason}; use 'auto' or 'triton'"):
+        check_backend("flash_attn", torch.device("cuda", 0), dtype, head_dim)
+    check_backend("auto", torch.device("cuda", 0), dtype, head_dim)
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "triton"])
+def test_a_backend_of_gpus_is_refused_on_the_cpu(backend):
+    with pytest.raises(ValueError, match=f"backend='{backend}' runs on CUDA alone, and this is cpu; use 'auto'"):
+        prefill_attention(*inputs(5, 12, 2, 1, 16, torch.float32), backend=backend)
+
+
+def test_an_unknown_backend_is_refused_by_name():
+    with pytest.raises(ValueError, match="backend='cudnn' is unknown; use one of auto, flash_attn, triton"):
+        check_backend("cudnn", torch.device("cuda", 0), torch.float16, 16)
