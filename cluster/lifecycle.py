@@ -99,7 +99,7 @@ def _remove(ray_address: str, say: Say) -> None:
 
 def _check_kv(config: ClusterConfig, checkpoint: Checkpoint) -> None:
     """What the replicas would refuse later: their own check, before anything starts."""
-    kv_format = KvFormat.of(checkpoint.config, parse_dtype(config.model.resolved_dtype))
+    kv_format = KvFormat.of(checkpoint.config, parse_dtype(config.resolved_dtype))
     KvLayout(kv_format, config.decode.page_tokens).pages_within(config.decode.kv_cache_bytes)
 
 

@@ -34,15 +34,15 @@ class StepInput:
 
 
 class DecodeEngine:
-    """All chains' weights over a store of pages."""
+    """All chains' weights over a store of pages, on the store's device."""
 
     def __init__(self, checkpoint: Checkpoint, store: KvStore) -> None:
         require_shared_kv(checkpoint.config)
         self.config = checkpoint.config
         self._store = store
-        self._table = _BatchTable()
-        self._model = checkpoint.load(dtype=store.layout.kv_format.dtype)
-        self._inverse_frequencies = inverse_frequencies(checkpoint.config)
+        self._table = _BatchTable(store.device)
+        self._model = checkpoint.load(dtype=store.layout.kv_format.dtype, device=store.device)
+        self._inverse_frequencies = inverse_frequencies(checkpoint.config, store.device)
 
     @torch.inference_mode()
     def step(self, inputs: Sequence[StepInput]) -> Tensor:
@@ -58,13 +58,14 @@ class DecodeEngine:
         rows = [inputs[row] for row in order]
         num_chains = rows[0].num_chains
         chain_rows = [sum(row.num_chains > chain for row in rows) for chain in range(num_chains)]
-        positions_R = torch.tensor([row.position for row in rows])
+        token_ids_R, positions_R, slot_mapping_R, order_R = self._moved(
+            [row.token_id for row in rows], [row.position for row in rows], [self._slot(row) for row in rows], order
+        )
         cos, sin = rotation(self._inverse_frequencies, positions_R)
         table_RM = self._table.of(rows)
-        slot_mapping_R = self._slot_mapping(table_RM, positions_R)
         context_lens_R = (positions_R + 1).to(torch.int32)
 
-        x_RD = self._model.embedding.embed(torch.tensor([row.token_id for row in rows]), num_chains)
+        x_RD = self._model.embedding.embed(token_ids_R, num_chains)
         blocks = self._model.blocks
         next_norms = [*(layer.attention_norm for layer in blocks[1:]), self._model.final_norm]
         normed_RD = blocks[0].attention_norm(x_RD, num_chains)
@@ -83,14 +84,17 @@ class DecodeEngine:
             normed_RD = next_norm.add_(x_RD, layer.after_attention(x_RD, attended, chain_rows), num_chains)
         logits_RV = self._model.output_table.logits(normed_RD, chain_rows)
         in_order_RV = torch.empty_like(logits_RV)
-        in_order_RV[order] = logits_RV
+        in_order_RV[order_R] = logits_RV
         return in_order_RV
 
-    def _slot_mapping(self, table_RM: Tensor, positions_R: Tensor) -> Tensor:
-        """Where the step's tokens are written, in every layer: slot_mapping_R, page * P + slot."""
+    def _slot(self, row: StepInput) -> int:
+        """Where a row's token is written, in every layer: page * P + slot."""
         page_tokens = self._store.layout.page_tokens
-        pages_R = table_RM.gather(1, (positions_R // page_tokens).unsqueeze(1)).squeeze(1)
-        return pages_R.long() * page_tokens + positions_R % page_tokens
+        return int(row.table_M[row.position // page_tokens]) * page_tokens + row.position % page_tokens
+
+    def _moved(self, *lists: Sequence[int]) -> tuple[Tensor, ...]:
+        """Lists of R numbers as int64 tensors on the device: made on the host, and all in one copy."""
+        return torch.tensor(lists, dtype=torch.int64).to(self._store.device).unbind()
 
 
 class _BatchTable:
@@ -99,16 +103,18 @@ class _BatchTable:
     With a million tokens a row, and steps of milliseconds, a copy at each step would show.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._tables: list[NDArray[np.int32]] = []
-        self._table_RM = torch.empty(0, 0, dtype=torch.int32)
+        self._table_RM = torch.empty(0, 0, dtype=torch.int32, device=device)
 
     def of(self, rows: Sequence[StepInput]) -> Tensor:
         """table_RM, int32, ragged ends padded with page 0, which nobody reads there."""
         tables = [row.table_M for row in rows]
         if len(tables) != len(self._tables) or any(map(is_not, tables, self._tables)):
-            self._table_RM = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
-            for row_M, table_M in zip(self._table_RM.numpy(), tables, strict=True):
+            table_RM = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+            for row_M, table_M in zip(table_RM, tables, strict=True):
                 row_M[: len(table_M)] = table_M
+            self._table_RM = torch.from_numpy(table_RM).to(self._device)
             self._tables = tables
         return self._table_RM

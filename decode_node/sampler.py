@@ -50,10 +50,14 @@ class Sampler:
 def choose(samplers: Sequence[Sampler], logits_RV: Tensor) -> list[Choice | ColmError]:
     """Pick each request's next token.
 
+    Args:
+        samplers: one a request.
+        logits_RV: in their order, on any device; the host reads them.
+
     Returns:
         In the order of `samplers`; a ColmError where the model's output is not finite.
     """
-    logits_RV = logits_RV.float()
+    logits_RV = logits_RV.cpu().float()
     finite_R = logits_RV.amax(dim=1).isfinite().tolist()
     logprobs = logits_RV.log_softmax(dim=1).numpy()
     return [

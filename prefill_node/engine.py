@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from colm_kernels.prefill_attention import prefill_attention
+from colm_kernels.prefill_attention import Backend, prefill_attention
 from colm_kernels.rotary import rotate_, write_kv
 from numpy.typing import NDArray
 
@@ -16,6 +16,7 @@ from colm.errors import InvalidRequest
 from colm.kv import KvFormat, KvTile, require_shared_kv
 from colm.model import ChainTransformer
 from colm.model.rope import inverse_frequencies, rotation
+from colm.placement import CPU
 
 
 class PrefillEngine:
@@ -25,19 +26,31 @@ class PrefillEngine:
         checkpoint: only the tensors that a prefill needs are read from it.
         kv_format: what the keys and values shall be; its dtype is also that of the computation.
         tile_tokens: tokens computed and sent at a time.
+        device: where weights, hidden states, keys and values lie.
+        attention_backend: what attends to the prompt so far, on CUDA.
     """
 
-    def __init__(self, checkpoint: Checkpoint, kv_format: KvFormat, *, tile_tokens: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        kv_format: KvFormat,
+        *,
+        tile_tokens: int,
+        device: torch.device = CPU,
+        attention_backend: Backend = "auto",
+    ) -> None:
         if tile_tokens < 1:
             raise ValueError(f"tile_tokens={tile_tokens} must be at least 1")
         require_shared_kv(checkpoint.config)
         self.config = checkpoint.config
         self.kv_format = kv_format
         self.tile_tokens = tile_tokens
+        self._device = device
+        self._attention_backend = attention_backend
         with torch.device("meta"):
             self._model = ChainTransformer(checkpoint.config, 1)
-        assign(self._model, checkpoint.tensors(prefill_tensor_names(checkpoint.config)), kv_format.dtype)
-        self._inverse_frequencies = inverse_frequencies(checkpoint.config)
+        assign(self._model, checkpoint.tensors(prefill_tensor_names(checkpoint.config)), kv_format.dtype, device)
+        self._inverse_frequencies = inverse_frequencies(checkpoint.config, device)
 
     @torch.inference_mode()
     def run(
@@ -57,9 +70,10 @@ class PrefillEngine:
         """
         self.check(token_ids)
         num_tokens = len(token_ids)
-        kv_format = self.kv_format
-        hidden_ND = self._model.embedding.embed(torch.from_numpy(token_ids), 1)
-        k_KNE = torch.empty(kv_format.num_kv_heads, num_tokens, kv_format.head_dim, dtype=kv_format.dtype)
+        kv_format, device = self.kv_format, self._device
+        hidden_ND = self._model.embedding.embed(torch.from_numpy(token_ids).to(device), 1)
+        shape = (kv_format.num_kv_heads, num_tokens, kv_format.head_dim)
+        k_KNE = torch.empty(shape, dtype=kv_format.dtype, device=device)
         v_KNE = torch.empty_like(k_KNE)
         for index, layer in enumerate(self._model.blocks):
             is_last = index == kv_format.num_layers - 1
@@ -68,7 +82,7 @@ class PrefillEngine:
                 x_TD, rows = hidden_ND[start:stop], (stop - start,)
                 # Made anew for each tile and layer: kept for a million tokens, the tables would be as large as a
                 # layer's keys, and they are a small part of the work.
-                cos_TE, sin_TE = rotation(self._inverse_frequencies, torch.arange(start, stop))
+                cos_TE, sin_TE = rotation(self._inverse_frequencies, torch.arange(start, stop, device=device))
                 normed_TD = layer.attention_norm(x_TD, 1)
                 k_TKE, v_TKE = layer.attention.keys_values(normed_TD)
                 k_KTE, v_KTE = k_KNE[:, start:stop], v_KNE[:, start:stop]
@@ -79,7 +93,9 @@ class PrefillEngine:
                 # The last layer's output would only feed the head, which is the decode node's work.
                 if not is_last:
                     q_THE = rotate_(layer.attention.queries(normed_TD, rows), cos_TE, sin_TE)
-                    out_THE, _ = prefill_attention(q_THE, k_KNE[:, :stop], v_KNE[:, :stop])
+                    out_THE, _ = prefill_attention(
+                        q_THE, k_KNE[:, :stop], v_KNE[:, :stop], backend=self._attention_backend
+                    )
                     if is_cancelled():
                         return
                     x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)

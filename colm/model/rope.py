@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from colm.model.config import ChainConfig, RopeScaling
+from colm.placement import CPU
 
 
-def inverse_frequencies(config: ChainConfig) -> Tensor:
-    """Angular step per token of each of the D/2 planes, fp32, on the CPU."""
+def inverse_frequencies(config: ChainConfig, device: torch.device = CPU) -> Tensor:
+    """Angular step per token of each of the D/2 planes, fp32; computed on the CPU, so the same bits on any device."""
     with torch.device("cpu"):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         frequencies = 1.0 / config.rope_theta**exponents
-    return frequencies if config.rope_scaling is None else _scale(frequencies, config.rope_scaling)
+    scaled = frequencies if config.rope_scaling is None else _scale(frequencies, config.rope_scaling)
+    return scaled.to(device)
 
 
 def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
