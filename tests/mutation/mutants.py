@@ -319,6 +319,13 @@ MUTANTS = (
         "tests/numerics/test_devices.py::test_a_decode_step_makes_everything_on_the_stores_device_and_crosses_once",
     ),
     Mutant(
+        "a GPU is set aside that nobody can use",
+        "cluster/lifecycle.py",
+        "        _check_devices(config)\n",
+        "        pass\n",
+        "tests/unit/test_placement.py::test_up_refuses_a_gpu_that_this_machine_has_not",
+    ),
+    Mutant(
         "a GPU is set aside for a replica on the CPU",
         "cluster/options.py",
         'if section.num_gpus and section.device == "cpu":',

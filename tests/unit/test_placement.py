@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from cluster.lifecycle import up
 from cluster.options import ClusterConfig, load_config
 from colm.checkpoint import Checkpoint
-from colm.errors import ConfigError
+from colm.errors import ClusterError, ConfigError
 from colm.placement import CPU, Placement, parse_device, why_unusable
 from tests.nodes import decode_node, prefill_node
 from tests.tiny import tiny_checkpoint
@@ -32,6 +34,10 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, is_built: bool = True, num_gpus:
 def configured(checkpoint: Checkpoint, **options: object) -> ClusterConfig:
     named = {name.replace("__", "."): value for name, value in options.items()}
     return load_config(None, {"model.path": checkpoint.path, "model.dtype": "float32", "gateway.port": 0} | named)
+
+
+def bring_up(checkpoint: Checkpoint, state_dir: Path, **options: object) -> None:
+    up(configured(checkpoint, **options), state_dir, lambda _: pytest.fail("went on to start something"))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +108,27 @@ def test_a_node_by_hand_answers_a_wrong_device_with_one_line(
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("option", [{"num_gpus": 1}, {"device": "cuda"}], ids=["num_gpus", "device"])
+def test_up_refuses_a_gpu_that_this_machine_has_not(
+    role: str, option: dict[str, object], checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: Ray set a GPU aside, and the replica computed on the CPU."""
+    machine(monkeypatch, is_built=False)
+    ((name, value),) = option.items()
+    with pytest.raises(ConfigError, match=rf"{role}\.device=.* with {role}\.num_gpus=\d: {NOT_BUILT}"):
+        bring_up(checkpoint, tmp_path, **{f"{role}__{name}": value})
+
+
+def test_up_refuses_more_gpus_than_this_machine_has(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, num_gpus=2)
+    options = {"prefill__num_gpus": 1, "prefill__replicas": 2, "decode__num_gpus": 1}
+    with pytest.raises(ConfigError, match=r"take 3 GPUs and this machine has 2; .*device = \"cuda\""):
+        bring_up(checkpoint, tmp_path, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "refusal"),
     [
@@ -140,3 +167,15 @@ def test_auto_dtype_is_of_the_devices_that_compute(monkeypatch: pytest.MonkeyPat
     assert load_config(None, {"prefill.num_gpus": 1, "decode.num_gpus": 1}).resolved_dtype == "bfloat16"
     assert Placement.of("cpu", "auto").dtype == torch.float32
     assert Placement.of("cuda", "auto").dtype == torch.bfloat16
+
+
+def test_a_ray_cluster_with_too_few_gpus_is_refused(checkpoint: Checkpoint) -> None:
+    from cluster.deployment import check_resources  # imports Ray
+
+    config = configured(checkpoint, prefill__num_gpus=1, prefill__replicas=2, decode__num_gpus=1)
+    roles = {"prefill": 2.0, "decode": 1.0}
+    with pytest.raises(ClusterError, match=r"carries 2 GPUs and the replicas take 3; .*num_gpus"):
+        check_resources(config, roles | {"GPU": 2.0})
+    with pytest.raises(ClusterError, match=r"carries 0 GPUs"):
+        check_resources(config, roles)
+    check_resources(config, roles | {"GPU": 3.0})
