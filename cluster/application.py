@@ -12,6 +12,7 @@ from cluster.options import ClusterConfig
 from cluster.replicas.decode import DecodeReplica
 from cluster.replicas.gateway import GatewayOptions, GatewayReplica
 from cluster.replicas.prefill import PrefillReplica
+from colm.placement import Placement
 from colm.wire.security import Security, new_tls, new_token
 from decode_node.node import DecodeOptions
 from prefill_node.node import PrefillOptions
@@ -47,7 +48,7 @@ def make_security(config: ClusterConfig) -> ClusterSecurity:
 
 def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) -> serve.Application:
     """Bind the three deployments together."""
-    dtype = config.model.resolved_dtype
+    dtype = config.resolved_dtype
     model = str(model_path)
     report_to = (GATEWAY, APPLICATION)
     prefill = _deployment(
@@ -59,9 +60,9 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
     ).bind(
         PrefillOptions(
             model_path=model,
-            dtype=dtype,
+            placement=Placement.of(config.prefill.resolved_device, dtype, config.prefill.num_threads),
             tile_tokens=config.prefill.tile_tokens,
-            num_threads=config.prefill.num_threads,
+            attention_backend=config.prefill.attention_backend,
             max_queued=config.prefill.max_queued,
         ),
         security.nodes,
@@ -76,12 +77,11 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
     ).bind(
         DecodeOptions(
             model_path=model,
-            dtype=dtype,
+            placement=Placement.of(config.decode.resolved_device, dtype, config.decode.num_threads),
             page_tokens=config.decode.page_tokens,
             kv_cache_bytes=config.decode.kv_cache_bytes,
             max_batch_size=config.decode.max_batch_size,
             max_requests=config.decode.max_requests,
-            num_threads=config.decode.num_threads,
         ),
         security.nodes,
         prefill,

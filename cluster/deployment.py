@@ -3,7 +3,7 @@
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ def remove(ray_address: str) -> None:
 def _deploy(
     config: ClusterConfig, checkpoint: Checkpoint, ray_address: str, before_placing: Callable[[str], None]
 ) -> Deployed:
-    _check_resources(config)
+    check_resources(config, ray.cluster_resources())
     security = make_security(config)
     serve.start(proxy_location="Disabled")
     if APPLICATION in serve.status().applications:
@@ -107,8 +107,16 @@ def _connect(ray_address: str) -> None:
         signal.alarm(0)  # once Ray has seen a SIGTERM, it aborts the process three seconds later
 
 
-def _check_resources(config: ClusterConfig) -> None:
-    carried = ray.cluster_resources()
+def check_resources(config: ClusterConfig, carried: Mapping[str, float]) -> None:
+    """Refuse a Ray cluster that does not carry what every replica takes.
+
+    Args:
+        config: what shall run.
+        carried: amounts by resource, of the whole cluster.
+
+    Raises:
+        ClusterError: names the resource and the way out.
+    """
     for resource, replicas in (
         (PREFILL_RESOURCE, config.prefill.replicas),
         (DECODE_RESOURCE, config.decode.replicas),
@@ -118,6 +126,13 @@ def _check_resources(config: ClusterConfig) -> None:
                 f"the Ray cluster carries {carried.get(resource, 0):g} of resource {resource!r} and needs {replicas}; "
                 f"start nodes with: ray start --address=HEAD --resources='{{\"{resource}\": 1}}'"
             )
+
+    num_gpus = sum(section.replicas * section.num_gpus for section in config.placed.values())
+    if carried.get("GPU", 0) < num_gpus:
+        raise ClusterError(
+            f"the Ray cluster carries {carried.get('GPU', 0):g} GPUs and the replicas take {num_gpus}; start nodes "
+            "on machines whose GPUs Ray finds (`ray status` lists them), or lower num_gpus or replicas"
+        )
 
 
 def _wait_until_running(timeout_s: float) -> None:

@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from cluster.interrupts import Interrupts
 from cluster.local_ray import free_port, is_left, is_running, show_token, start_ray, stop_ray
 from cluster.options import ClusterConfig
@@ -12,6 +14,7 @@ from colm.checkpoint import Checkpoint
 from colm.dtypes import parse_dtype
 from colm.errors import ClusterError, ConfigError
 from colm.kv import KvFormat
+from colm.placement import parse_device, why_unusable
 from colm.wire.endpoint import why_not
 from decode_node.kv_layout import KvLayout
 
@@ -36,6 +39,8 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
         raise ConfigError("model.path is not set; give --model DIR or [model] path in the config file")
     checkpoint = Checkpoint.open(config.model.path)
     _check_kv(config, checkpoint)
+    if config.ray.address is None:
+        _check_devices(config)
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with alone(state_dir), Interrupts() as interrupts:
         if ClusterState.read(state_dir) is not None:
@@ -99,8 +104,22 @@ def _remove(ray_address: str, say: Say) -> None:
 
 def _check_kv(config: ClusterConfig, checkpoint: Checkpoint) -> None:
     """What the replicas would refuse later: their own check, before anything starts."""
-    kv_format = KvFormat.of(checkpoint.config, parse_dtype(config.model.resolved_dtype))
+    kv_format = KvFormat.of(checkpoint.config, parse_dtype(config.resolved_dtype))
     KvLayout(kv_format, config.decode.page_tokens).pages_within(config.decode.kv_cache_bytes)
+
+
+def _check_devices(config: ClusterConfig) -> None:
+    """The same of devices, where the replicas will be on this machine."""
+    num_gpus = 0
+    for name, section in config.placed.items():
+        if (reason := why_unusable(parse_device(section.resolved_device))) is not None:
+            raise ConfigError(f"{name}.device={section.device!r} with {name}.num_gpus={section.num_gpus}: {reason}")
+        num_gpus += section.replicas * section.num_gpus
+    if num_gpus and num_gpus > (num_devices := torch.cuda.device_count()):
+        raise ConfigError(
+            f"the replicas take {num_gpus} GPUs and this machine has {num_devices}; lower num_gpus or replicas, or "
+            'let roles share a GPU: num_gpus = 0 and device = "cuda"'
+        )
 
 
 def _with_port(config: ClusterConfig) -> ClusterConfig:

@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -31,34 +31,39 @@ class ModelSection(_Section):
     name: str | None = None
     """What clients call it; the directory's name by default."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights, computation and KV cache; auto is bfloat16 where the machine is fast at it."""
+    """Of weights, computation and KV cache; auto is bfloat16 where both roles' devices are fast at it."""
+
+
+class _PlacedSection(_Section):
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]?))?)$")] = "auto"
+    """Where a replica computes: "cpu", "cuda" or "cuda:N"; auto is the GPU set aside, or the CPU without one."""
+    num_gpus: NonNegativeInt = Field(default=0, le=1)
+    """GPUs that Ray sets aside for a replica; with 0 any may be chosen by `device`, and shared."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of a replica; all cores by default."""
 
     @property
-    def resolved_dtype(self) -> str:
-        """The dtype that auto stands for on this machine."""
-        if self.dtype != "auto":
-            return self.dtype
-        from colm.dtypes import dtype_name, fastest_dtype  # brings PyTorch, which `colm submit` should not wait for
-
-        return dtype_name(fastest_dtype())
+    def resolved_device(self) -> str:
+        """The device that auto stands for."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if self.num_gpus else "cpu"
 
 
-class PrefillSection(_Section):
+class PrefillSection(_PlacedSection):
     """Section [prefill]."""
 
     replicas: PositiveInt = 1
     """Each takes one of Ray's resource "prefill"."""
     tile_tokens: PositiveInt = defaults.TILE_TOKENS
     """Tokens computed and sent at a time."""
-    num_threads: PositiveInt | None = None
-    """CPU threads of a replica; all cores by default."""
-    num_gpus: NonNegativeInt = 0
-    """GPUs that Ray sets aside for a replica."""
+    attention_backend: Literal["auto", "flash_attn", "triton"] = "auto"
+    """Of dense attention on a GPU; auto is flash-attn where it can be imported, Triton else."""
     max_queued: PositiveInt = defaults.MAX_QUEUED
     """Prompts of a decode replica that may wait for a prefill replica."""
 
 
-class DecodeSection(_Section):
+class DecodeSection(_PlacedSection):
     """Section [decode]."""
 
     replicas: PositiveInt = 1
@@ -71,10 +76,6 @@ class DecodeSection(_Section):
     """Answers advanced together."""
     max_requests: PositiveInt = defaults.MAX_REQUESTS
     """Requests at once on a replica, waiting and prefilling ones included."""
-    num_threads: PositiveInt | None = None
-    """CPU threads of a replica; all cores by default."""
-    num_gpus: NonNegativeInt = 0
-    """GPUs that Ray sets aside for a replica."""
 
 
 class GatewaySection(_Section):
@@ -134,6 +135,23 @@ class ClusterConfig(_Section):
     security: SecuritySection = SecuritySection()
     ray: RaySection = RaySection()
 
+    @property
+    def placed(self) -> "dict[str, PrefillSection | DecodeSection]":
+        """The roles that compute, by the names of their sections."""
+        return {"prefill": self.prefill, "decode": self.decode}
+
+    @property
+    def resolved_dtype(self) -> str:
+        """The dtype that auto stands for on this machine."""
+        if self.model.dtype != "auto":
+            return self.model.dtype
+        # These bring PyTorch, which `colm submit` should not wait for.
+        from colm.dtypes import dtype_name, fastest_dtype
+        from colm.placement import parse_device
+
+        fastest = {fastest_dtype(parse_device(section.resolved_device)) for section in self.placed.values()}
+        return dtype_name(fastest.pop()) if len(fastest) == 1 else "float32"
+
 
 def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
     """Read a TOML file and put command-line options on top.
@@ -164,13 +182,39 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
         config = ClusterConfig.model_validate(values)
     except ValidationError as err:
         raise ConfigError("; ".join(_explain(dict(error)) for error in err.errors())) from err
+    _check_limits(config)
+    _check_devices(config)
+    return config
+
+
+def _check_limits(config: ClusterConfig) -> None:
     for name, limit in _LIMITED_DEFAULTS.items():
         default, highest = getattr(config.gateway, name), getattr(config.gateway, limit)
         if default > highest:
             raise ConfigError(
                 f"gateway.{name}={default} is above gateway.{limit}={highest}; lower the one or raise the other"
             )
-    return config
+
+
+def _check_devices(config: ClusterConfig) -> None:
+    """Refuse a GPU that would stand idle beside its replica, and a backend that has no GPU."""
+    for name, section in config.placed.items():
+        if section.num_gpus and section.device == "cpu":
+            raise ConfigError(
+                f"{name}.device='cpu' leaves idle the GPU that {name}.num_gpus={section.num_gpus} sets aside; "
+                'set num_gpus = 0, or device = "auto"'
+            )
+        if section.num_gpus and section.device not in ("auto", "cuda", "cuda:0"):
+            raise ConfigError(
+                f"{name}.device={section.device!r} with {name}.num_gpus={section.num_gpus}: a replica sees only the "
+                'GPU that Ray sets aside for it, as cuda:0; set device = "auto", or num_gpus = 0'
+            )
+    backend = config.prefill.attention_backend
+    if backend != "auto" and config.prefill.resolved_device == "cpu":
+        raise ConfigError(
+            f"prefill.attention_backend={backend!r} needs a GPU, and the prefill replicas compute on the CPU; "
+            'set attention_backend = "auto", or prefill.num_gpus = 1'
+        )
 
 
 def default_toml() -> str:

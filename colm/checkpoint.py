@@ -19,6 +19,7 @@ from torch import Tensor
 from colm.errors import CheckpointError
 from colm.model import ChainTransformer, parameter_shapes
 from colm.model.config import ChainConfig
+from colm.placement import CPU
 from colm.staging import staged
 
 CONFIG_FILE = "config.json"
@@ -98,16 +99,19 @@ class Checkpoint:
             metadata: dict[str, str] = reader.metadata() or {}
         return metadata.get(_DIGEST_KEY)
 
-    def load(self, num_chains: int | None = None, dtype: torch.dtype | None = None) -> ChainTransformer:
+    def load(
+        self, num_chains: int | None = None, dtype: torch.dtype | None = None, device: torch.device = CPU
+    ) -> ChainTransformer:
         """Build the model of the first `num_chains` chains and nothing else.
 
         Args:
             num_chains: 1..n; None for all.
             dtype: cast to this; None keeps what is stored.
+            device: where the weights go.
         """
         with torch.device("meta"):
             model = ChainTransformer(self.config, num_chains)
-        assign(model, self.tensors(name for name, _ in model.named_parameters()), dtype)
+        assign(model, self.tensors(name for name, _ in model.named_parameters()), dtype, device)
         return model
 
     def _reader(self) -> Any:
@@ -132,10 +136,12 @@ class Checkpoint:
                     )
 
 
-def assign(model: ChainTransformer, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+def assign(
+    model: ChainTransformer, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device = CPU
+) -> None:
     """Put tensors into a model built on the meta device; parameters not given stay there, without memory."""
-    cast = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
-    model.load_state_dict(cast, strict=False, assign=True)
+    placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(placed, strict=False, assign=True)
     model.requires_grad_(False).eval()
 
 

@@ -21,8 +21,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def fastest_dtype() -> torch.dtype:
-    """bfloat16 where the matrix units of this machine read it, else float32."""
-    if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported():  # noqa: SLF001 - torch has no public probe
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the matrix units of a device read it, else float32."""
+    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():  # noqa: SLF001 - torch has no public probe
         return torch.bfloat16
     return torch.float32

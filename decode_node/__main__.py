@@ -7,8 +7,8 @@ import typer
 
 from colm import defaults
 from colm.clock import MonotonicClock
-from colm.dtypes import dtype_name, fastest_dtype
 from colm.node_cli import TlsDir, TokenFile, guarded, read_security, run_node
+from colm.placement import Placement
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import StaticPrefillPool
 
@@ -18,9 +18,10 @@ def main(
     prefill: Annotated[list[str], typer.Option(help="host:port of a prefill node; may be repeated.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 picks a free port.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16; must equal the prefill nodes'.")] = dtype_name(
-        fastest_dtype()
-    ),
+    device: Annotated[str, typer.Option(help="cpu, cuda (the first GPU) or cuda:N.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16; must equal the prefill nodes'. auto is the fastest on the device.")
+    ] = "auto",
     page_tokens: Annotated[int, typer.Option(help="Tokens in a KV page.")] = defaults.PAGE_TOKENS,
     kv_cache_mib: Annotated[int, typer.Option(help="Memory for keys and values.")] = defaults.KV_CACHE_BYTES >> 20,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
@@ -28,17 +29,16 @@ def main(
     tls_dir: TlsDir = None,
 ) -> None:
     """Serve a model at any scale over keys and values from prefill nodes; prints its address once it is ready."""
-    options = DecodeOptions(
-        model_path=str(model),
-        dtype=dtype,
-        page_tokens=page_tokens,
-        kv_cache_bytes=kv_cache_mib << 20,
-        num_threads=num_threads,
-        host=host,
-        port=port,
-    )
 
     async def run() -> None:
+        options = DecodeOptions(
+            model_path=str(model),
+            placement=Placement.of(device, dtype, num_threads),
+            page_tokens=page_tokens,
+            kv_cache_bytes=kv_cache_mib << 20,
+            host=host,
+            port=port,
+        )
         await run_node(
             DecodeNode(options, read_security(token_file, tls_dir), StaticPrefillPool(prefill, MonotonicClock()))
         )

@@ -5,7 +5,7 @@ page, M page table columns, D active model features, K kv heads, G query heads o
 dim, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import is_not
@@ -25,15 +25,15 @@ from decode_node.plan import PlanRow, StepPlan
 
 
 class DecodeEngine:
-    """All chains' weights over a store of pages."""
+    """All chains' weights over a store of pages, on the store's device."""
 
     def __init__(self, checkpoint: Checkpoint, store: KvStore) -> None:
         require_shared_kv(checkpoint.config)
         self.config = checkpoint.config
         self._store = store
-        self._table = _BatchTable()
-        self._model = checkpoint.load(dtype=store.layout.kv_format.dtype)
-        self._rope = Rope(checkpoint.config)
+        self._table = _BatchTable(store.device)
+        self._model = checkpoint.load(dtype=store.layout.kv_format.dtype, device=store.device)
+        self._rope = Rope(checkpoint.config, store.device)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> Tensor:
@@ -45,14 +45,18 @@ class DecodeEngine:
         num_chains = plan.rows[0].num_chains
         num_tokens_R = [len(row.token_ids) for row in plan.rows]
         assert max(num_tokens_R) <= MAX_QUERY_TOKENS, f"rows of {num_tokens_R} tokens, at most {MAX_QUERY_TOKENS}"
-        token_ids_T = torch.tensor([token_id for row in plan.rows for token_id in row.token_ids])
-        positions_T = torch.tensor([row.position + i for row in plan.rows for i in range(len(row.token_ids))])
+        token_ids_T, positions_T, slot_mapping_T, context_lens_R, cu_seqlens_q_R1 = self._moved(
+            [token_id for row in plan.rows for token_id in row.token_ids],
+            [row.position + i for row in plan.rows for i in range(len(row.token_ids))],
+            [slot for row in plan.rows for slot in self._slots(row)],
+            [row.position + len(row.token_ids) for row in plan.rows],
+            [0, *accumulate(num_tokens_R)],
+        )
         batch = _Batch(
             table_RM=self._table.of(plan.rows),
-            context_lens_R=torch.tensor([row.position + len(row.token_ids) for row in plan.rows], dtype=torch.int32),
-            cu_seqlens_q_R1=torch.tensor([0, *accumulate(num_tokens_R)], dtype=torch.int32),
+            context_lens_R=context_lens_R.to(torch.int32),
+            cu_seqlens_q_R1=cu_seqlens_q_R1.to(torch.int32),
         )
-        slot_mapping_T = self._slot_mapping(batch, positions_T)
         # Larger scales stand first, so chain i runs on a leading run of tokens and its weights are read once.
         chain_rows = _chain_rows(plan, num_tokens_R)
         rows = Rows(chain_rows, *self._rope.tables(positions_T))
@@ -75,11 +79,17 @@ class DecodeEngine:
             normed_TD = normed_TD[asked_Q]
         return self._model.output_table.logits(normed_TD, _chain_rows(plan, num_logits_R))
 
-    def _slot_mapping(self, batch: "_Batch", positions_T: Tensor) -> Tensor:
-        """Where the step's tokens are written, in every layer: slot_mapping_T, page * P + slot."""
+    def _slots(self, row: PlanRow) -> Iterator[int]:
+        """Where a row's tokens are written, in every layer: page * P + slot."""
         page_tokens = self._store.layout.page_tokens
-        rows_T = torch.arange(len(batch.table_RM)).repeat_interleave(batch.cu_seqlens_q_R1.diff())
-        return batch.table_RM[rows_T, positions_T // page_tokens].long() * page_tokens + positions_T % page_tokens
+        for position in range(row.position, row.position + len(row.token_ids)):
+            yield int(row.table_M[position // page_tokens]) * page_tokens + position % page_tokens
+
+    def _moved(self, *lists: Sequence[int]) -> tuple[Tensor, ...]:
+        """Lists of numbers as int64 tensors on the device: made on the host, and all in one copy."""
+        numbers = torch.tensor([number for each in lists for number in each], dtype=torch.int64)
+        moved: tuple[Tensor, ...] = numbers.to(self._store.device).split([len(each) for each in lists])
+        return moved
 
 
 def _chain_rows(plan: StepPlan, counts_R: Sequence[int]) -> list[int]:
@@ -130,16 +140,18 @@ class _BatchTable:
     With a million tokens a row, and steps of milliseconds, a copy at each step would show.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._tables: list[NDArray[np.int32]] = []
-        self._table_RM = torch.empty(0, 0, dtype=torch.int32)
+        self._table_RM = torch.empty(0, 0, dtype=torch.int32, device=device)
 
     def of(self, rows: Sequence[PlanRow]) -> Tensor:
         """table_RM, int32, ragged ends padded with page 0, which nobody reads there."""
         tables = [row.table_M for row in rows]
         if len(tables) != len(self._tables) or any(map(is_not, tables, self._tables)):
-            self._table_RM = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
-            for row_M, table_M in zip(self._table_RM.numpy(), tables, strict=True):
+            table_RM = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+            for row_M, table_M in zip(table_RM, tables, strict=True):
                 row_M[: len(table_M)] = table_M
+            self._table_RM = torch.from_numpy(table_RM).to(self._device)
             self._tables = tables
         return self._table_RM

@@ -6,6 +6,7 @@ tile or of a step, S = B * P rows.
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.kv import KvTile
+from colm.placement import CPU
 from decode_node.kv_layout import KvLayout
 from decode_node.page_pool import PageLease
 
@@ -21,18 +23,19 @@ from decode_node.page_pool import PageLease
 class KvStore:
     """Keys and values of all requests, page by page. A page is P tokens of every layer, at one index in each."""
 
-    def __init__(self, layout: KvLayout, num_pages: int) -> None:
+    def __init__(self, layout: KvLayout, num_pages: int, device: torch.device = CPU) -> None:
         self.layout = layout
+        self.device = device
         self.num_pages = num_pages
         kv_format = layout.kv_format
         shape = (kv_format.num_layers, num_pages, layout.page_tokens, kv_format.num_kv_heads, kv_format.head_dim)
-        # Untouched pages cost no memory: the system backs them when they are first written.
-        self.k_pages_LBPKD = torch.empty(shape, dtype=kv_format.dtype)
-        self.v_pages_LBPKD = torch.empty(shape, dtype=kv_format.dtype)
+        # On the CPU untouched pages cost no memory: the system backs them when they are first written.
+        self.k_pages_LBPKD = torch.empty(shape, dtype=kv_format.dtype, device=device)
+        self.v_pages_LBPKD = torch.empty(shape, dtype=kv_format.dtype, device=device)
         self._k_cache_LSKD, self._v_cache_LSKD = self.k_pages_LBPKD.flatten(1, 2), self.v_pages_LBPKD.flatten(1, 2)
         # numpy has no bfloat16; moving bytes needs only the width.
         self._width = {2: torch.int16, 4: torch.int32}[kv_format.dtype.itemsize]
-        self._caches = [cache.view(self._width).numpy() for cache in (self._k_cache_LSKD, self._v_cache_LSKD)]
+        self._caches = [self._written(cache) for cache in (self._k_cache_LSKD, self._v_cache_LSKD)]
 
     def page_table(self, lease: PageLease) -> NDArray[np.int32]:
         """The lease's page ids in the order of the tokens that they hold: table_M."""
@@ -43,14 +46,22 @@ class KvStore:
 
         Args:
             table_M: of `page_table`.
-            tile: in the store's format.
+            tile: in the store's format, on the host.
         """
         runs = list(self._runs(table_M, tile.first_token, tile.num_tokens))
         for cache_LSKD, tokens_KTD in zip(self._caches, (tile.k_KTD, tile.v_KTD), strict=True):
             cache_SKD = cache_LSKD[tile.layer]
-            tokens_TKD = tokens_KTD.view(self._width).numpy().transpose(1, 0, 2)
+            tokens_TKD = self._written(tokens_KTD).swapaxes(0, 1)
             for first, count, slot in runs:
                 cache_SKD[slot : slot + count] = tokens_TKD[first : first + count]
+
+    def _written(self, tensor: Tensor) -> Any:
+        """What slices are copied of: on the CPU NumPy's view, which copies in the calling thread alone.
+
+        On a device every thread's copies go to its one default stream, before the steps that read them.
+        """
+        words = tensor.view(self._width)
+        return words.numpy() if self.device.type == "cpu" else words.to(self.device)
 
     def _runs(self, table_M: NDArray[np.int32], first_token: int, num_tokens: int) -> Iterator[tuple[int, int, int]]:
         """Divide a tile where its pages are not neighbours: (token of the tile, count, row of the cache)."""

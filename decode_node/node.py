@@ -5,15 +5,13 @@ import logging
 from dataclasses import dataclass
 
 import grpc
-import torch
 
 from colm import defaults
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
-from colm.cpus import num_usable_cpus
-from colm.dtypes import parse_dtype
 from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
+from colm.placement import Placement
 from colm.text.tokenizer import Tokenizer
 from colm.wire.channels import BlockingChannels
 from colm.wire.endpoint import bind, create_server, dial_address
@@ -39,18 +37,16 @@ class DecodeOptions:
 
     model_path: str
     """Checkpoint directory; all chains are read."""
-    dtype: str
-    """Of the computation and of the keys and values."""
+    placement: Placement
+    """Where it computes, and in what."""
     page_tokens: int
     """Tokens in a KV page."""
     kv_cache_bytes: int = defaults.KV_CACHE_BYTES
-    """Memory for keys and values; backed by the system as it is first used."""
+    """Memory for keys and values; on the CPU backed by the system as it is first used."""
     max_batch_size: int = defaults.MAX_BATCH_SIZE
     """Answers advanced together."""
     max_requests: int = defaults.MAX_REQUESTS
     """Requests at once, waiting and prefilling ones included; the next is refused."""
-    num_threads: int | None = None
-    """CPU threads; None takes every core this process may use."""
     host: str = "127.0.0.1"
     port: int = 0
     """0 picks a free port."""
@@ -109,7 +105,7 @@ class DecodeNode:
 
         Raises:
             CheckpointError: the checkpoint cannot be served.
-            ConfigError: the KV cache is smaller than a page.
+            ConfigError: the KV cache is smaller than a page, or the device is not there.
             OSError: the port is taken, or the host is not this machine's.
         """
         options, clock = self._options, MonotonicClock()
@@ -145,7 +141,12 @@ class DecodeNode:
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()
         self.address = dial_address(options.host, port)
-        logger.info("decode.ready address=%s fingerprint=%s", self.address, self.fingerprint[:16])
+        logger.info(
+            "decode.ready address=%s device=%s fingerprint=%s",
+            self.address,
+            options.placement.device,
+            self.fingerprint[:16],
+        )
 
     @property
     def is_healthy(self) -> bool:
@@ -168,8 +169,9 @@ class DecodeNode:
 
 
 def _load(options: DecodeOptions) -> tuple[Checkpoint, Tokenizer | None, KvStore, DecodeEngine]:
-    torch.set_num_threads(options.num_threads or num_usable_cpus())
+    placement = options.placement
+    placement.take()
     checkpoint = Checkpoint.open(options.model_path)
-    layout = KvLayout(KvFormat.of(checkpoint.config, parse_dtype(options.dtype)), options.page_tokens)
-    store = KvStore(layout, layout.pages_within(options.kv_cache_bytes))
+    layout = KvLayout(KvFormat.of(checkpoint.config, placement.dtype), options.page_tokens)
+    store = KvStore(layout, layout.pages_within(options.kv_cache_bytes), placement.device)
     return checkpoint, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store)

@@ -53,12 +53,12 @@ def choose(samplers: Sequence[Sampler], logits_QV: Tensor) -> list[Choice | Colm
     Args:
         samplers: one a row. A request's own stands beside each of its rows, which are in the order of their tokens, so
             that it draws for them one after the other.
-        logits_QV: of the model.
+        logits_QV: of the model, on any device; the host reads them.
 
     Returns:
         One a row; a ColmError where the model's output is not finite.
     """
-    logits_QV = logits_QV.float()
+    logits_QV = logits_QV.cpu().float()
     finite_Q = logits_QV.amax(dim=1).isfinite().tolist()
     logprobs = logits_QV.log_softmax(dim=1).numpy()
     return [

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from colm_kernels.native import Cancelled
-from colm_kernels.prefill_attention import prefill_attention
+from colm_kernels.prefill_attention import Backend, prefill_attention
 from colm_kernels.rotary import write_kv
 from numpy.typing import NDArray
 from torch import Tensor
@@ -21,6 +21,7 @@ from colm.kv import KvFormat, KvTile, require_shared_kv
 from colm.model import ChainTransformer
 from colm.model.block import Rows
 from colm.model.rope import Rope
+from colm.placement import CPU
 
 
 class PrefillEngine:
@@ -30,19 +31,31 @@ class PrefillEngine:
         checkpoint: only the tensors that a prefill needs are read from it.
         kv_format: what the keys and values shall be; its dtype is also that of the computation.
         tile_tokens: tokens computed and sent at a time.
+        device: where weights, hidden states, keys and values lie.
+        attention_backend: what attends to the prompt so far, on CUDA.
     """
 
-    def __init__(self, checkpoint: Checkpoint, kv_format: KvFormat, *, tile_tokens: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        kv_format: KvFormat,
+        *,
+        tile_tokens: int,
+        device: torch.device = CPU,
+        attention_backend: Backend = "auto",
+    ) -> None:
         if tile_tokens < 1:
             raise ValueError(f"tile_tokens={tile_tokens} must be at least 1")
         require_shared_kv(checkpoint.config)
         self.config = checkpoint.config
         self.kv_format = kv_format
         self.tile_tokens = tile_tokens
+        self._device = device
+        self._attention_backend = attention_backend
         with torch.device("meta"):
             self._model = ChainTransformer(checkpoint.config, 1)
-        assign(self._model, checkpoint.tensors(prefill_tensor_names(checkpoint.config)), kv_format.dtype)
-        self._rope = Rope(checkpoint.config)
+        assign(self._model, checkpoint.tensors(prefill_tensor_names(checkpoint.config)), kv_format.dtype, device)
+        self._rope = Rope(checkpoint.config, device)
 
     @torch.inference_mode()
     def run(
@@ -62,18 +75,20 @@ class PrefillEngine:
         """
         self.check(token_ids)
         num_tokens = len(token_ids)
-        kv_format = self.kv_format
-        hidden_ND = self._model.embedding.embed(torch.from_numpy(token_ids), 1)
-        k_KNE = torch.empty(kv_format.num_kv_heads, num_tokens, kv_format.head_dim, dtype=kv_format.dtype)
+        kv_format, device = self.kv_format, self._device
+        hidden_ND = self._model.embedding.embed(torch.from_numpy(token_ids).to(device), 1)
+        shape = (kv_format.num_kv_heads, num_tokens, kv_format.head_dim)
+        k_KNE = torch.empty(shape, dtype=kv_format.dtype, device=device)
         v_KNE = torch.empty_like(k_KNE)
         for index, layer in enumerate(self._model.blocks):
             is_last = index == kv_format.num_layers - 1
             for start in range(0, num_tokens, self.tile_tokens):
                 stop = min(start + self.tile_tokens, num_tokens)
-                cache = _TileCache(k_KNE, v_KNE, start, stop, is_cancelled)
+                cache = _TileCache(k_KNE, v_KNE, start, stop, self._attention_backend, is_cancelled)
                 # Made anew for each tile and layer: kept for a million tokens, the tables would be as large as a
                 # layer's keys, and they are a small part of the work.
-                rows = Rows((stop - start,), *self._rope.tables(torch.arange(start, stop)))
+                positions_T = torch.arange(start, stop, device=device)
+                rows = Rows((stop - start,), *self._rope.tables(positions_T))
                 x_TD = hidden_ND[start:stop]
                 normed_TD = layer.attention_norm(x_TD, 1)
                 layer.write_keys_values(normed_TD, rows, cache)
@@ -106,6 +121,7 @@ class _TileCache:
     v_KNE: Tensor
     start: int
     stop: int
+    backend: Backend
     is_cancelled: Callable[[], bool]
 
     def write(self, k_TKE: Tensor, v_TKE: Tensor, rows: Rows) -> None:
@@ -113,7 +129,9 @@ class _TileCache:
         write_kv(k_TKE, v_TKE, rows.cos_RE, rows.sin_RE, k_KTE.transpose(0, 1), v_KTE.transpose(0, 1))
 
     def attend(self, q_TKGE: Tensor) -> Tensor:
-        out_THE, _ = prefill_attention(q_TKGE.flatten(1, 2), self.k_KNE[:, : self.stop], self.v_KNE[:, : self.stop])
+        out_THE, _ = prefill_attention(
+            q_TKGE.flatten(1, 2), self.k_KNE[:, : self.stop], self.v_KNE[:, : self.stop], backend=self.backend
+        )
         if self.is_cancelled():
             raise Cancelled
         return out_THE.view_as(q_TKGE)

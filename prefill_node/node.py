@@ -5,14 +5,14 @@ import logging
 from dataclasses import dataclass
 
 import grpc
-import torch
+from colm_kernels.prefill_attention import Backend, check_backend
 
 from colm import defaults
 from colm.checkpoint import Checkpoint
-from colm.cpus import num_usable_cpus
-from colm.dtypes import parse_dtype
+from colm.errors import ConfigError
 from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
+from colm.placement import Placement
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from prefill_node.engine import PrefillEngine
@@ -28,12 +28,12 @@ class PrefillOptions:
 
     model_path: str
     """Checkpoint directory; only chain 1 is read."""
-    dtype: str
-    """Of the computation and of the keys and values."""
+    placement: Placement
+    """Where it computes, and in what."""
     tile_tokens: int = defaults.TILE_TOKENS
     """Tokens computed and sent at a time."""
-    num_threads: int | None = None
-    """CPU threads; None takes every core this process may use."""
+    attention_backend: Backend = "auto"
+    """What attends to the prompt so far, on CUDA."""
     max_queued: int = defaults.MAX_QUEUED
     """Streams that may wait; the next is refused."""
     host: str = "127.0.0.1"
@@ -63,6 +63,7 @@ class PrefillNode:
 
         Raises:
             CheckpointError: the checkpoint cannot be served.
+            ConfigError: the device or the attention backend is not there.
             OSError: the port is taken, or the host is not this machine's.
         """
         options = self._options
@@ -73,7 +74,12 @@ class PrefillNode:
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()
         self.address = dial_address(options.host, port)
-        logger.info("prefill.ready address=%s fingerprint=%s", self.address, self.fingerprint[:16])
+        logger.info(
+            "prefill.ready address=%s device=%s fingerprint=%s",
+            self.address,
+            options.placement.device,
+            self.fingerprint[:16],
+        )
 
     async def stop(self) -> None:
         """Let running streams end within a grace period, then break them off."""
@@ -87,7 +93,19 @@ class PrefillNode:
 
 
 def _load(options: PrefillOptions) -> tuple[PrefillEngine, str]:
-    torch.set_num_threads(options.num_threads or num_usable_cpus())
+    placement = options.placement
+    placement.take()
     checkpoint = Checkpoint.open(options.model_path)
-    kv_format = KvFormat.of(checkpoint.config, parse_dtype(options.dtype))
-    return PrefillEngine(checkpoint, kv_format, tile_tokens=options.tile_tokens), fingerprint(checkpoint, kv_format)
+    kv_format = KvFormat.of(checkpoint.config, placement.dtype)
+    try:
+        check_backend(options.attention_backend, placement.device, placement.dtype, kv_format.head_dim)
+    except ValueError as err:
+        raise ConfigError(f"attention_backend={options.attention_backend!r}: {err}") from err
+    engine = PrefillEngine(
+        checkpoint,
+        kv_format,
+        tile_tokens=options.tile_tokens,
+        device=placement.device,
+        attention_backend=options.attention_backend,
+    )
+    return engine, fingerprint(checkpoint, kv_format)

@@ -16,6 +16,7 @@ from colm.clock import MonotonicClock
 from colm.kv import KvFormat
 from colm.leases import LeaseTable
 from colm.model.config import ChainConfig
+from colm.placement import Placement
 from colm.sampling import SamplingParams
 from colm.wire.endpoint import bind, create_server, open_channel
 from colm.wire.messages import sampling_to_pb, token_id_pieces
@@ -46,6 +47,8 @@ def _has_ipv6() -> bool:
 
 # A machine without IPv6 runs the same tests over IPv4; how addresses are written is tested without a network.
 LOOPBACK, EVERYWHERE = ("::1", "::") if _has_ipv6() else ("127.0.0.1", "0.0.0.0")
+
+PLACEMENT = Placement.of("cpu", "float32", num_threads=1)
 
 Spoil = Callable[[int, int, bytes], list[bytes] | None]
 """(attempt, message number, message) -> the message to send instead; None breaks the stream off there."""
@@ -80,9 +83,7 @@ async def prefill_node(
 ) -> AsyncIterator[PrefillNode]:
     chosen = PrefillOptions(
         model_path=model_path,
-        dtype="float32",
-        num_threads=1,
-        **{"tile_tokens": TILE_TOKENS, **options},
+        **{"placement": PLACEMENT, "tile_tokens": TILE_TOKENS, **options},
     )
     node = PrefillNode(chosen, security or Security(), leases)
     await node.start()
@@ -103,9 +104,7 @@ async def decode_node(
     """Run a decode node; at the end of the block it must hold nothing."""
     chosen = DecodeOptions(
         model_path=model_path,
-        dtype="float32",
-        num_threads=1,
-        **{"page_tokens": PAGE_TOKENS, "kv_cache_bytes": 16 << 20, **options},
+        **{"placement": PLACEMENT, "page_tokens": PAGE_TOKENS, "kv_cache_bytes": 16 << 20, **options},
     )
     node = DecodeNode(chosen, security or Security(), StaticPrefillPool(prefill_addresses, MonotonicClock()), leases)
     await node.start()

@@ -58,13 +58,13 @@ class ChainAttention(nn.Module):
 
     def group_by_kv_head(self, q_RHD: Tensor, num_chains: int) -> Tensor:
         """Reorder query heads of all active chains by the shared kv head they read: q_RKGD."""
-        order_H, _ = _head_order(self.config.chains[:num_chains], self.config.num_kv_heads)
+        order_H, _ = _head_order(self.config.chains[:num_chains], self.config.num_kv_heads, q_RHD.device)
         ordered_RHD = q_RHD if num_chains == 1 else q_RHD.index_select(1, order_H)
         return ordered_RHD.view(len(q_RHD), self.config.num_kv_heads, -1, self.config.head_dim)
 
     def ungroup(self, out_RKGD: Tensor, num_chains: int) -> Tensor:
         """Undo `group_by_kv_head` and flatten the heads: chains side by side, ready for `wo`."""
-        _, place_H = _head_order(self.config.chains[:num_chains], self.config.num_kv_heads)
+        _, place_H = _head_order(self.config.chains[:num_chains], self.config.num_kv_heads, out_RKGD.device)
         out_RHD = out_RKGD.flatten(1, 2)
         return (out_RHD if num_chains == 1 else out_RHD.index_select(1, place_H)).flatten(1)
 
@@ -96,8 +96,8 @@ class ChainAttention(nn.Module):
 
 
 @cache
-def _head_order(chains: tuple[int, ...], num_kv_heads: int) -> tuple[Tensor, Tensor]:
+def _head_order(chains: tuple[int, ...], num_kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Query heads sorted by the kv head they read, then by chain; and where each head stands in that order."""
-    heads = torch.arange(sum(chains)).split(list(chains))
+    heads = torch.arange(sum(chains), device=device).split(list(chains))
     order_H = torch.cat([chain.view(num_kv_heads, -1) for chain in heads], dim=1).flatten()
     return order_H, order_H.argsort()

@@ -9,20 +9,24 @@ import torch
 from torch import Tensor
 
 from colm.model.config import ChainConfig, RopeScaling
+from colm.placement import CPU
 
 
 class Rope:
     """A model's rotary tables, of whatever positions are asked for."""
 
-    def __init__(self, config: ChainConfig) -> None:
+    def __init__(self, config: ChainConfig, device: torch.device = CPU) -> None:
         scaling = config.rope_scaling
-        self._inverse_frequencies = inverse_frequencies(config)
+        self._inverse_frequencies = inverse_frequencies(config).to(device)
         self._factor = 1.0 if scaling is None else scaling.rotation_factor
 
     def tables(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """(cos_TD, sin_TD) in fp32 of absolute positions; both halves of D hold the same angles.
 
         YaRN's attention factor is in them, so that every rotation of queries and keys applies it.
+
+        Args:
+            positions_T: on the device of the tables.
         """
         angles = positions_T.to(torch.float32).unsqueeze(1) * self._inverse_frequencies
         angles_TD = torch.cat((angles, angles), dim=1)
@@ -30,7 +34,7 @@ class Rope:
 
 
 def inverse_frequencies(config: ChainConfig) -> Tensor:
-    """Angular step per token of each of the D/2 planes, fp32, on the CPU."""
+    """Angular step per token of each of the D/2 planes, fp32; computed on the CPU, so the same bits on any device."""
     with torch.device("cpu"):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         frequencies = 1.0 / config.rope_theta**exponents

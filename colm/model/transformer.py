@@ -72,7 +72,8 @@ class ChainTransformer(nn.Module):
         if not 1 <= active <= self.num_chains:
             raise ValueError(f"num_chains={active} must be between 1 and {self.num_chains}")
         num_sequences, num_tokens = tokens_BT.shape
-        cos_TD, sin_TD = Rope(self.config).tables(torch.arange(num_tokens))
+        device = tokens_BT.device
+        cos_TD, sin_TD = Rope(self.config, device).tables(torch.arange(num_tokens, device=device))
         xs = self.embedding.embed_by_chain(tokens_BT.flatten(), active)
         for layer in self.blocks:
             xs = layer.by_chain(xs, cos_TD, sin_TD, num_sequences)

@@ -35,8 +35,8 @@ with warnings.catch_warnings():
 
 
 def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int) -> bytes:
-    """One message of the stream; the only copy of the tile on this side. `decode_tile` undoes it."""
-    parts = [_raw(tile.k_KTD), _raw(tile.v_KTD)]
+    """One message of the stream; in CPU memory the only copy of a contiguous tile. `decode_tile` undoes it."""
+    parts = [_raw(tensor) for tensor in _on_host(tile.k_KTD, tile.v_KTD)]
     checksum = xxhash.xxh3_64()
     for part in parts:
         checksum.update(part)
@@ -125,6 +125,14 @@ def pull_kv_handlers(behaviour: Callable[..., object]) -> grpc.GenericRpcHandler
 def pull_kv_stub(channel: grpc.Channel) -> grpc.StreamStreamMultiCallable:
     """Call `KvTransferService.PullKv`; yields undecoded messages."""
     return channel.stream_stream(f"/{SERVICE}/{METHOD}", pb.PullKvRequest.SerializeToString, None)
+
+
+def _on_host(k_KTD: Tensor, v_KTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Both where the host reads them: as they are on the CPU, else copied into pinned memory, side by side."""
+    on_host = k_KTD.to("cpu", non_blocking=True), v_KTD.to("cpu", non_blocking=True)
+    if k_KTD.is_cuda:
+        torch.cuda.current_stream(k_KTD.device).synchronize()
+    return on_host
 
 
 def _raw(tensor: Tensor) -> memoryview:

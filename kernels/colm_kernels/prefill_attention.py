@@ -4,6 +4,7 @@ Shapes: T queries of the tile, S keys (prefix and tile, S >= T), H query heads, 
 """
 
 import ctypes
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from colm_kernels.native import (
     dtype_id,
     resolve_num_threads,
 )
+
+Backend = Literal["auto", "flash_attn", "triton"]
+"""What computes dense attention on CUDA; "auto" takes the first of the others that can. The CPU has no choice."""
+BACKENDS: Final[tuple[Backend, ...]] = get_args(Backend)
 
 
 class PrefillArgs(ctypes.Structure):
@@ -48,8 +53,8 @@ def prefill_attention_reference(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> 
     k_HSD = k_KSD.to(wide).repeat_interleave(group, dim=0)
     v_HSD = v_KSD.to(wide).repeat_interleave(group, dim=0)
     scores_HTS = q_THD.to(wide).transpose(0, 1) @ k_HSD.transpose(1, 2) * head_dim**-0.5
-    future_TS = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
-    scores_HTS.masked_fill_(future_TS, float("-inf"))
+    seen_TS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_THD.device).tril(num_keys - num_queries)
+    scores_HTS.masked_fill_(~seen_TS, float("-inf"))
     out_HTD = scores_HTS.softmax(dim=-1) @ v_HSD
     return out_HTD.transpose(0, 1).to(q_THD.dtype), scores_HTS.logsumexp(dim=-1).T
 
@@ -61,6 +66,7 @@ def prefill_attention(
     *,
     num_threads: int | None = None,
     cancelled: CancelFlag | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attend a tile of queries to its prefix and, causally, to itself.
 
@@ -72,13 +78,14 @@ def prefill_attention(
         v_KSD: values, same layout.
         num_threads: None takes PyTorch's setting; ignored on CUDA.
         cancelled: stops the call between blocks, from another thread; on CUDA only before the launch.
+        backend: which implementation, on CUDA.
 
     Returns:
         (out_THD in q's dtype, lse_TH in fp32: the log of each row's softmax denominator). Accumulates in fp32;
         error budget in tolerance.py.
 
     Raises:
-        ValueError: shapes, strides or dtypes that do not fit together.
+        ValueError: shapes, strides or dtypes that do not fit together, or a backend that cannot take them.
         Cancelled: `cancelled` was set before the end.
 
     Example: T=2, S=5: query 0 sees keys 0-3, query 1 keys 0-4.
@@ -89,12 +96,29 @@ def prefill_attention(
 
         check_no_gradient(q_THD=q_THD, k_KSD=k_KSD, v_KSD=v_KSD)
         _stop_if(cancelled)
-        return dense.prefill_attention(q_THD, k_KSD, v_KSD)
+        return dense.prefill_attention(q_THD, k_KSD, v_KSD, backend)
+    check_backend(backend, q_THD.device, q_THD.dtype, q_THD.shape[2])
     threads = resolve_num_threads(num_threads)
     variant = choose_variant(q_THD.shape[2], q_THD, k_KSD, v_KSD)
     if variant == "torch" or q_THD.numel() == 0:
         return _in_torch(q_THD, k_KSD, v_KSD, cancelled)
     return _in_library(q_THD, k_KSD, v_KSD, variant, threads, cancelled)
+
+
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Refuse a backend that cannot attend on a device.
+
+    Raises:
+        ValueError: names the backend, the reason and the way out.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if device.type == "cuda":
+        from colm_kernels.gpu import dense
+
+        dense.choose(backend, dtype, head_dim)
+    elif backend != "auto":
+        raise ValueError(f"backend={backend!r} runs on CUDA alone, and this is {device}; use 'auto'")
 
 
 def check_prefill(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from colm.errors import FingerprintMismatch, PeerUnavailable
 from colm.kv import KvFormat, KvTile
-from colm.wire.tile_codec import decode_message, decode_tile, encode_tile, max_tile_tokens, split_tile
+from colm.wire.tile_codec import _on_host, decode_message, decode_tile, encode_tile, max_tile_tokens, split_tile
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -148,6 +148,13 @@ def test_an_unknown_codec_is_final() -> None:
     message.tile.codec = 7
     with pytest.raises(FingerprintMismatch, match="codec 7, which this node cannot read"):
         read(message.SerializeToString())
+
+
+def test_a_tile_in_cpu_memory_is_read_where_it_lies() -> None:
+    tile = tile_of(3)
+    k_KTD, v_KTD = _on_host(tile.k_KTD, tile.v_KTD)
+    assert k_KTD is tile.k_KTD
+    assert v_KTD is tile.v_KTD
 
 
 OTHERS = {

@@ -370,6 +370,36 @@ MUTANTS = (
         "        while False:\n",
         _STREAM + "test_a_reader_that_does_not_read_stops_the_engine_and_gets_all_when_it_does",
     ),
+    # Where a node computes.
+    Mutant(
+        "rope's steps stay on the CPU",
+        "colm/model/rope.py",
+        "inverse_frequencies(config).to(device)",
+        "inverse_frequencies(config)",
+        "tests/numerics/test_devices.py::test_a_prefill_engine_makes_everything_on_its_device_and_attends_as_it_is_told",
+    ),
+    Mutant(
+        "a batch's table stays on the CPU",
+        "decode_node/engine.py",
+        "torch.from_numpy(table_RM).to(self._device)",
+        "torch.from_numpy(table_RM)",
+        "tests/numerics/test_devices.py::test_a_decode_step_makes_everything_on_the_stores_device_and_crosses_once",
+    ),
+    Mutant(
+        "a GPU is set aside that nobody can use",
+        "cluster/lifecycle.py",
+        "        _check_devices(config)\n",
+        "        pass\n",
+        "tests/unit/test_placement.py::test_up_refuses_a_gpu_that_this_machine_has_not",
+    ),
+    Mutant(
+        "a GPU is set aside for a replica on the CPU",
+        "cluster/options.py",
+        'if section.num_gpus and section.device == "cpu":',
+        "if False:",
+        "tests/unit/test_placement.py::test_a_gpu_is_not_set_aside_to_stand_idle",
+    ),
+    # What a prefill engine stops for.
     Mutant(
         "a cancelled engine computes its tile to the end",
         "prefill_node/engine.py",

@@ -1,18 +1,17 @@
-"""Adapters to flash-attn and minference, against stand-ins with the packages' signatures that compute by definition.
+"""The adapter to flash-attn, against a stand-in with the package's signature that computes by definition.
 
-Shapes: as in the adapters; B a batch of one.
+Shapes: as in the adapter; B a batch of one.
 """
 
-import math
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
-from colm_kernels.gpu import dense, flash_attn_adapter, minference_adapter
+from colm_kernels.gpu import dense, flash_attn_adapter
 from colm_kernels.gpu import prefill_attention as in_triton
-from colm_kernels.prefill_attention import prefill_attention_reference
+from colm_kernels.prefill_attention import check_backend, prefill_attention, prefill_attention_reference
 from torch import Tensor
 
 
@@ -41,55 +40,25 @@ class FlashAttn(ModuleType):
         return out[None], lse.T[None].contiguous(), None
 
 
-class MInference(ModuleType):
-    """minference 0.1: [B, H, tokens, D] with a key head for every query head, no LSE."""
-
-    def __init__(self) -> None:
-        super().__init__("minference")
-
-    def vertical_slash_sparse_attention(self, query, key, value, v_idx, s_idx, block_size_M=64, block_size_N=64):
-        assert query.shape == key.shape == value.shape
-        assert (block_size_M, block_size_N) == (64, 64)
-        batch_size, num_heads, num_tokens, head_dim = query.shape
-        assert batch_size == 1
-        v_idx, s_idx = (idx.reshape(batch_size, num_heads, -1)[0].long() for idx in (v_idx, s_idx))
-        distance = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)
-        seen = torch.zeros(num_heads, num_tokens, num_tokens, dtype=torch.bool)
-        for head in range(num_heads):
-            seen[head] = torch.isin(distance, s_idx[head])
-            seen[head, :, v_idx[head]] = True
-        scores = query[0].float() @ key[0].float().transpose(1, 2) / math.sqrt(head_dim)
-        scores.masked_fill_(~(seen & (distance >= 0)), float("-inf"))
-        return (scores.softmax(dim=-1) @ value[0].float()).to(query.dtype)[None]
-
-
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    """Clear the caches: the adapters look up installed packages once a process."""
-    caches = (flash_attn_adapter.flash_attn_func, minference_adapter.vertical_slash_sparse_attention)
-    for cached in caches:
-        cached.cache_clear()
+    """Clear the cache: the adapter looks for the installed package once a process."""
+    flash_attn_adapter._flash_attn_func.cache_clear()
     yield
-    for cached in caches:
-        cached.cache_clear()
+    flash_attn_adapter._flash_attn_func.cache_clear()
 
 
-def install(monkeypatch: pytest.MonkeyPatch, name: str, stand_in: ModuleType | None) -> None:
-    """Install a stand-in for the package, and a GPU; None makes the import fail."""
+def install(monkeypatch: pytest.MonkeyPatch, stand_in: ModuleType | None) -> None:
+    """Beside a GPU; None makes the import fail."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, name, stand_in)
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
 
 
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> FlashAttn:
     stand_in = FlashAttn()
-    install(monkeypatch, "flash_attn", stand_in)
+    install(monkeypatch, stand_in)
     return stand_in
-
-
-@pytest.fixture
-def minference(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "minference", MInference())
 
 
 def inputs(num_queries, num_keys, num_heads, num_kv_heads, head_dim, dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,46 +88,47 @@ def test_what_flash_attn_does_not_take_runs_in_triton(head_dim, dtype, flash_att
 
 @pytest.mark.parametrize("stand_in", [FlashAttn("2.0.9"), None], ids=["too old", "not installed"])
 def test_without_a_flash_attn_that_aligns_its_mask_triton_runs(stand_in, monkeypatch):
-    install(monkeypatch, "flash_attn", stand_in)
+    install(monkeypatch, stand_in)
     arguments = inputs(5, 12, 2, 1, 16, torch.float16)
     assert torch.equal(dense.prefill_attention(*arguments)[0], in_triton.prefill_attention(*arguments)[0])
     assert stand_in is None or stand_in.num_calls == 0
 
 
-def test_without_a_gpu_no_package_is_imported(monkeypatch):
+def test_without_a_gpu_the_package_is_not_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", FlashAttn())
-    monkeypatch.setitem(sys.modules, "minference", MInference())
-    assert not flash_attn_adapter.takes(inputs(1, 1, 1, 1, 16, torch.float16)[0])
-    assert not minference_adapter.is_available()
+    assert flash_attn_adapter.why_not(torch.float16, 16) == "flash-attn needs a GPU, and PyTorch finds none"
 
 
-@pytest.mark.usefixtures("minference")
-def test_vertical_slash_reads_the_kv_head_of_each_query_head_at_columns_and_diagonals():
-    q, k, v = inputs(20, 20, 4, 2, 16, torch.float16)
-    verticals, slashes = (
-        torch.tensor([[0, 3], [1, 2], [5, 4], [19, 0]]),
-        torch.tensor([[0, 7], [1, 0], [0, 19], [2, 0]]),
-    )
-    out = minference_adapter.vertical_slash_attention(q, k, v, verticals.int(), slashes.int())
-    for head in range(4):
-        for token in range(20):
-            keys = sorted({*verticals[head].tolist(), *(token - slashes[head]).tolist()} & set(range(token + 1)))
-            scores = q[token, head].float() @ k[head // 2, keys].float().T / 4
-            torch.testing.assert_close(out[token, head], (scores.softmax(-1) @ v[head // 2, keys].float()).half())
+def test_triton_runs_where_it_is_asked_for(flash_attn):
+    arguments = inputs(5, 12, 6, 2, 16, torch.float16)
+    assert torch.equal(dense.prefill_attention(*arguments, "triton")[0], in_triton.prefill_attention(*arguments)[0])
+    assert flash_attn.num_calls == 0
 
 
-@pytest.mark.usefixtures("minference")
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("stand_in", "head_dim", "dtype", "reason"),
     [
-        (lambda q, k, v, a, b: (q[:5], k, v, a, b), "k_KTD has shape"),
-        (lambda q, k, v, a, b: (q.float(), k, v, a, b), "q_THD has dtype"),
-        (lambda q, k, v, a, b: (q, k, v, a[:1], b), "verticals_HV has shape"),
-        (lambda q, k, v, a, b: (q, k, v, a.long(), b), "verticals_HV has dtype"),
-        (lambda q, k, v, a, b: (q, k, v, a, b + 1), "lacks distance 0"),
+        (FlashAttn(), 16, torch.float32, r"float16 and bfloat16, not torch\.float32"),
+        (FlashAttn(), 12, torch.float16, "multiples of 8 up to 256, not 12"),
+        (FlashAttn("2.0.9"), 16, torch.float16, r"2\.0\.9 is older than 2\.1"),
+        (None, 16, torch.float16, "cannot be imported: .*"),
     ],
+    ids=["dtype", "head dim", "too old", "not installed"],
 )
-def test_what_minference_does_not_take_is_refused_by_name(change, message):
-    ones = torch.ones(2, 3, dtype=torch.int32)
-    with pytest.raises(ValueError, match=message):
-        minference_adapter.vertical_slash_attention(*change(*inputs(6, 6, 2, 2, 16, torch.float16), ones, ones * 0))
+def test_a_flash_attn_that_cannot_run_is_refused_with_the_reason(stand_in, head_dim, dtype, reason, monkeypatch):
+    """Only "auto" may choose another one; whoever names a backend measures or trusts that one."""
+    install(monkeypatch, stand_in)
+    with pytest.raises(ValueError, match=f"backend='flash_attn': flash-attn .*{reason}; use 'auto' or 'triton'"):
+        check_backend("flash_attn", torch.device("cuda", 0), dtype, head_dim)
+    check_backend("auto", torch.device("cuda", 0), dtype, head_dim)
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "triton"])
+def test_a_backend_of_gpus_is_refused_on_the_cpu(backend):
+    with pytest.raises(ValueError, match=f"backend='{backend}' runs on CUDA alone, and this is cpu; use 'auto'"):
+        prefill_attention(*inputs(5, 12, 2, 1, 16, torch.float32), backend=backend)
+
+
+def test_an_unknown_backend_is_refused_by_name():
+    with pytest.raises(ValueError, match="backend='cudnn' is unknown; use one of auto, flash_attn, triton"):
+        check_backend("cudnn", torch.device("cuda", 0), torch.float16, 16)

@@ -1,6 +1,7 @@
 """Public operations hand tensors on CUDA to the GPU: tensors here have a device and shapes, but no data."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +39,7 @@ def index() -> Any:
 
 
 CASES = [
-    (dense, "prefill_attention", prefill_attention, attention_inputs),
+    (dense, "in_triton", partial(prefill_attention, backend="triton"), attention_inputs),
     (sparse_on_gpu, "sparse_prefill_attention", sparse_prefill_attention, lambda d: [*attention_inputs(d), index()]),
     (chain_linear_on_gpu, "chain_linear", chain_linear, staircase_inputs),
 ]

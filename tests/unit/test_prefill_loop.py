@@ -124,9 +124,9 @@ def test_a_cancelled_engine_ends_between_two_operations_of_its_tile(
     def noting(owner: Any, name: str) -> None:
         original = getattr(owner, name)
 
-        def noted(*args: Any) -> Any:
+        def noted(*args: Any, **options: Any) -> Any:
             done.append(name)
-            return original(*args)
+            return original(*args, **options)
 
         monkeypatch.setattr(owner, name, noted)
 

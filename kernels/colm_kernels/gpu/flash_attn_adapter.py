@@ -3,7 +3,6 @@
 Shapes: T queries of the tile, S keys (prefix and tile, S >= T), H query heads, K kv heads, D head dim.
 """
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
@@ -11,45 +10,40 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
 MIN_VERSION: Final = (2, 1)
 """Since then the causal mask is aligned at the bottom right, as ours is."""
 MAX_HEAD_DIM: Final = 256
 
 
-def takes(q_THD: Tensor) -> bool:
-    """Whether flash-attn is there and computes attention of such queries."""
-    head_dim = q_THD.shape[2]
-    return (
-        q_THD.dtype in (torch.float16, torch.bfloat16)
-        and head_dim % 8 == 0
-        and head_dim <= MAX_HEAD_DIM
-        and flash_attn_func() is not None
-    )
+def why_not(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why flash-attn does not compute attention of such queries here; None where it does."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn takes float16 and bfloat16, not {dtype}"
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        return f"flash-attn takes head dims that are multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
+    found = _flash_attn_func()
+    return found if isinstance(found, str) else None
 
 
 @cache
-def flash_attn_func() -> Callable[..., Any] | None:
-    """The package's function of that name; None without a GPU, or where the package is missing, broken or too old."""
+def _flash_attn_func() -> Callable[..., Any] | str:
+    """The package's function of that name, or why there is none."""
     if not torch.cuda.is_available():
-        return None
+        return "flash-attn needs a GPU, and PyTorch finds none"
     try:
         import flash_attn
     except ImportError as err:
-        logger.info("flash_attn.unavailable reason=%s", err)
-        return None
+        return f"flash-attn cannot be imported: {err}"
     if tuple(int(part) for part in flash_attn.__version__.split(".")[:2]) < MIN_VERSION:
-        logger.warning("flash_attn.too_old version=%s min_version=%d.%d", flash_attn.__version__, *MIN_VERSION)
-        return None
+        return f"flash-attn {flash_attn.__version__} is older than {'.'.join(map(str, MIN_VERSION))}"
     function: Callable[..., Any] = flash_attn.flash_attn_func
     return function
 
 
 def prefill_attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> tuple[Tensor, Tensor]:
-    """`prefill_attention` of checked arguments that `takes` said yes to."""
-    function = flash_attn_func()
-    assert function is not None
+    """`prefill_attention` of checked arguments that `why_not` has nothing against."""
+    function = _flash_attn_func()
+    assert not isinstance(function, str)
     # A batch of one, tokens before heads: views, which the package reads in place where D is contiguous.
     out_1THD, lse_1HT, _ = function(
         q_THD.unsqueeze(0),
