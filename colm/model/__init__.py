@@ -1,4 +1,4 @@
-"""The plain PyTorch model: the oracle that every node and kernel is compared with."""
+"""The model: the plain oracle that every node and kernel is compared with, and the layers as nodes serve them."""
 
 from colm.model.transformer import ChainTransformer, num_parameters, parameter_shapes
 

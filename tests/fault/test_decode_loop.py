@@ -1,7 +1,8 @@
 """The decode loop: an answer that fails, fails alone, and no caller waits for a loop that has ended."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint
+from colm.events import Token
 from decode_node.engine import DecodeEngine
 from decode_node.node import DecodeNode
-from decode_node.plan import StepPlan
+from decode_node.plan import PlanRow, StepPlan
 from decode_node.running_answer import RunningAnswer
+from decode_node.sampler import Choice
 from tests.gates import gate_before
 from tests.nodes import decode, decode_node, prefill_node, until_idle
 from tests.tiny import tiny_checkpoint
@@ -105,6 +108,38 @@ async def test_answers_share_steps_and_never_more_than_the_batch_holds(
     assert max(sizes) == 3
     # The first may step before its neighbours have come.
     assert len(sizes) <= 8 + 8 + 8 + 8
+
+
+async def test_rows_of_several_tokens_share_steps_with_ordinary_ones(
+    node: DecodeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At scale 2 an answer reads its last token but one again, as a draft that turns out right, and asks for both."""
+    requests = [{"num_chains": num_chains} for num_chains in (3, 2, 1)]
+    undisturbed = [await ask(node, f"before{number}", **request) for number, request in enumerate(requests)]
+    next_row, advance = RunningAnswer.next_row, RunningAnswer.advance
+    last_read: dict[RunningAnswer, int] = {}
+    num_read_again = 0
+
+    def read_again(answer: RunningAnswer) -> PlanRow:
+        row, before = next_row(answer), last_read.get(answer)
+        (last_read[answer],) = row.token_ids
+        if before is None or row.num_chains != 2:
+            return row
+        return replace(row, token_ids=(before, *row.token_ids), position=row.position - 1, num_logits=2)
+
+    def advance_by_the_last(answer: RunningAnswer, choices: Sequence[Choice]) -> list[Token]:
+        nonlocal num_read_again
+        if len(choices) == 2:
+            assert choices[0].token_id == last_read[answer]
+            num_read_again += 1
+        return advance(answer, choices[-1:])
+
+    monkeypatch.setattr(RunningAnswer, "next_row", read_again)
+    monkeypatch.setattr(RunningAnswer, "advance", advance_by_the_last)
+    calls = [ask(node, f"after{number}", **request) for number, request in enumerate(requests)]
+    answers = await asyncio.gather(*calls)
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in undisturbed]
+    assert num_read_again == len(answers[1].token_ids) - 1
 
 
 class Fatal(BaseException):

@@ -129,6 +129,20 @@ MUTANTS = (
         _ENGINE + "test_only_the_last_tokens_of_a_row_that_ask_for_logits_get_them",
     ),
     Mutant(
+        "a row of two logits leaves one to its neighbour",
+        "decode_node/decode_loop.py",
+        "list(islice(choices, row.num_logits))",
+        "list(islice(choices, 1))",
+        _LOOP + "test_rows_of_several_tokens_share_steps_with_ordinary_ones",
+    ),
+    Mutant(
+        "heads stay in the order of the keys that they read",
+        "colm/model/block.py",
+        "self.attention.ungroup(cache.attend(q_RKGE), num_chains)",
+        "cache.attend(q_RKGE).flatten(1)",
+        "tests/unit/test_block.py::test_every_row_gets_what_the_oracle_gives_it_at_its_scale",
+    ),
+    Mutant(
         "what was chosen behind an answer's end belongs to it",
         "decode_node/running_answer.py",
         "            if self.finish_reason is not None:\n                break\n",

@@ -78,12 +78,16 @@ def computed(engine: PrefillEngine, token_ids: NDArray[np.int64]) -> list[tuple[
 def oracles(model: ChainTransformer, token_ids: NDArray[np.int64]) -> list[tuple[Tensor, Tensor]]:
     """(k_KNE, v_KNE) of each layer by the model's own layers, whole sequences at a time."""
     cos, sin = Rope(model.config).tables(torch.arange(len(token_ids)))
-    x_ND = model.embedding.embed(torch.from_numpy(token_ids), 1)
+    xs = model.embedding.embed_by_chain(torch.from_numpy(token_ids), 1)
     layers = []
-    for layer in model.layers:
-        k_NKE, v_NKE = layer.attention.keys_values(layer.attention_norm(x_ND, 1))
+    for layer in model.blocks:
+        normed = layer.attention_norm.by_chain(xs)
+        k_NKE, v_NKE = (
+            linear.by_chain(normed)[0].view(len(token_ids), -1, model.config.head_dim)
+            for linear in (layer.attention.wk, layer.attention.wv)
+        )
         layers.append((rotate_reference(k_NKE, cos, sin).transpose(0, 1), v_NKE.transpose(0, 1)))
-        (x_ND,) = layer.by_chain([x_ND], cos, sin, 1)
+        xs = layer.by_chain(xs, cos, sin, 1)
     return layers
 
 
