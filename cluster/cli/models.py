@@ -4,12 +4,15 @@ PyTorch is imported only when one of them runs: the other commands should not wa
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.cli.output import JsonFlag, human_bytes, note, print_json, progress_bar
 from colm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from colm.convert import Stretch
 
 Source = Annotated[Path, typer.Argument(help="A GGUF file or a Hugging Face LLaMA directory.")]
 CheckpointSource = Annotated[Path, typer.Argument(help="Checkpoint directory.")]
@@ -29,6 +32,16 @@ def import_model(
     src: Source,
     dest: Destination,
     dtype: Annotated[str, typer.Option(help="auto keeps the source's; quantised sources become bfloat16.")] = "auto",
+    rope_scaling: Annotated[
+        str | None, typer.Option(help="yarn or linear: run the model beyond the context it was trained for.")
+    ] = None,
+    rope_factor: Annotated[
+        float | None, typer.Option(help="How many times the trained context; with --rope-scaling.")
+    ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(help="Longest sequence in tokens, with --rope-scaling; default: as long as the factor allows."),
+    ] = None,
 ) -> None:
     """Turn a GGUF file or a Hugging Face LLaMA directory into a checkpoint."""
     from colm.convert import from_any
@@ -41,9 +54,31 @@ def import_model(
             wanted = parse_dtype(dtype)
         except ValueError as err:
             raise ConfigError(f"--{err}") from err
+    stretch = _stretch(rope_scaling, rope_factor, max_context)
     with progress_bar("importing") as report:
-        checkpoint = from_any(src, dest, dtype=wanted, progress=report)
+        checkpoint = from_any(src, dest, dtype=wanted, stretch=stretch, progress=report)
     note(f"wrote {dest}: {num_parameters(checkpoint.config):,} parameters, {dtype_name(checkpoint.dtype())}")
+
+
+def _stretch(kind: str | None, factor: float | None, max_context: int | None) -> "Stretch | None":
+    from colm.convert import Stretch
+    from colm.model.config import parse_rope_kind
+
+    if kind is None:
+        for name, value in (("rope-factor", factor), ("max-context", max_context)):
+            if value is not None:
+                raise ConfigError(f"--{name}={value} needs --rope-scaling, e.g. --rope-scaling=yarn")
+        return None
+    if factor is None:
+        raise ConfigError(f"--rope-scaling={kind} needs --rope-factor, e.g. --rope-factor=4")
+    try:
+        known = parse_rope_kind(kind)
+    except ValueError as err:
+        raise ConfigError(f"--rope-scaling={err}") from err
+    try:
+        return Stretch(kind=known, factor=factor, max_context=max_context)
+    except ValueError as err:
+        raise ConfigError(f"--rope-scaling={kind} --rope-factor={factor:g}: {err}") from err
 
 
 def expand_model(

@@ -16,11 +16,13 @@ from colm.convert.gguf import from_gguf
 from colm.convert.huggingface import from_huggingface
 from colm.convert.llama import Progress
 from colm.convert.scale import slice_scale
+from colm.convert.stretch import Stretch
 from colm.convert.tiled import from_tiled
 from colm.errors import CheckpointError, UnsupportedModel
 
 __all__ = [
     "Progress",
+    "Stretch",
     "expand",
     "from_any",
     "from_gguf",
@@ -36,6 +38,7 @@ def from_any(
     dest: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
+    stretch: Stretch | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Import whatever `src` is: a GGUF file, or a Hugging Face directory.
@@ -44,6 +47,7 @@ def from_any(
         src: the source model.
         dest: directory to write; an older checkpoint there is replaced.
         dtype: dtype of all weights; None as in `from_gguf` and `from_huggingface`.
+        stretch: rope scaling for longer contexts than the source's; None keeps the source's rope.
         progress: told after each tensor.
 
     Returns:
@@ -57,7 +61,7 @@ def from_any(
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a GGUF file or a Hugging Face directory")
     if path.is_file():
-        return from_gguf(path, dest, dtype=dtype, progress=progress)
+        return from_gguf(path, dest, dtype=dtype, stretch=stretch, progress=progress)
     if (path / "config.json").exists():
-        return from_huggingface(path, dest, dtype=dtype, progress=progress)
+        return from_huggingface(path, dest, dtype=dtype, stretch=stretch, progress=progress)
     raise UnsupportedModel(f"{path} has no config.json; give a GGUF file or a Hugging Face directory")

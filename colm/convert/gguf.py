@@ -11,6 +11,7 @@ from colm.checkpoint import Checkpoint, save
 from colm.convert.gguf_file import GgufFile
 from colm.convert.gguf_tokenizer import text_from_gguf
 from colm.convert.llama import Progress, carry_over, chain_config, check_dtype, refuse_unknown, source_names
+from colm.convert.stretch import Stretch
 from colm.errors import CheckpointError, UnsupportedModel
 from colm.model.config import ChainConfig, RopeScaling, yarn_attention_factor
 from colm.model.rope import inverse_frequencies
@@ -45,6 +46,7 @@ def from_gguf(
     dest: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
+    stretch: Stretch | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Turn a GGUF file of LLaMA architecture into a one-chain checkpoint.
@@ -55,6 +57,7 @@ def from_gguf(
         dest: directory to write; an older checkpoint there is replaced.
         dtype: dtype of all weights; None keeps a float file's and makes a quantised one bfloat16, gains
             included.
+        stretch: rope scaling for longer contexts than the file's; None keeps the file's rope.
         progress: told after each tensor.
 
     Returns:
@@ -67,6 +70,8 @@ def from_gguf(
     check_dtype(dtype)
     file = GgufFile(Path(src_file))
     config = _config(file)
+    if stretch is not None:
+        config = stretch.of(file.path, config)
     refuse_unknown(file, {*source_names(config, LAYOUT).values(), ROPE_FACTORS})
 
     def convert(name: str, tensor: Tensor) -> Tensor:

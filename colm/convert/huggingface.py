@@ -23,6 +23,7 @@ from colm.convert.llama import (
     refuse_unknown,
     source_names,
 )
+from colm.convert.stretch import Stretch
 from colm.dtypes import DTYPES
 from colm.errors import CheckpointError, UnsupportedModel
 from colm.model.config import ChainConfig, RopeScaling, parse_rope_kind, yarn_attention_factor
@@ -61,6 +62,7 @@ def from_huggingface(
     dest: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
+    stretch: Stretch | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Turn a Hugging Face LLaMA directory into a one-chain checkpoint.
@@ -70,6 +72,7 @@ def from_huggingface(
             tokenizer.json.
         dest: directory to write; an older checkpoint there is replaced.
         dtype: dtype of all weights; None keeps the source's, the widest where it mixes several.
+        stretch: rope scaling for longer contexts than the source's; None keeps the source's rope.
         progress: told after each tensor.
 
     Returns:
@@ -83,6 +86,8 @@ def from_huggingface(
     check_dtype(dtype)
     raw = _read_json(root / "config.json")
     config = _config(root / "config.json", raw)
+    if stretch is not None:
+        config = stretch.of(root / "config.json", config)
     source = _Weights(root)
     names = source.names()
     layout = layout_of(config)

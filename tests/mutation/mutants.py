@@ -543,6 +543,20 @@ MUTANTS = (
         "None if scaling is None else scaling.kind",
         "tests/unit/test_checkpoint.py::test_the_fingerprint_changes_with_all_that_yarn_keys_depend_on",
     ),
+    Mutant(
+        "a model is stretched twice",
+        "colm/convert/stretch.py",
+        "if config.rope_scaling is not None:",
+        "if False:",
+        "tests/unit/test_cli_models.py::test_import_does_not_replace_a_rope_scaling_that_the_model_has",
+    ),
+    Mutant(
+        "a stretch begins at the stretched context",
+        "colm/convert/stretch.py",
+        "original_max_context=config.max_context)",
+        "original_max_context=max_context)",
+        "tests/unit/test_cli_models.py::test_a_stretched_model_computes_what_transformers_does_with_that_scaling",
+    ),
     # The wire.
     Mutant(
         "a channel is kept although its peer was lost",

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from colm_kernels import tolerance
 from typer.testing import CliRunner
 
 from cluster.cli import app
 from colm.checkpoint import Checkpoint
-from colm.errors import CheckpointError, ConfigError
-from tests.tiny import flip_last_byte, tiny_checkpoint, tiny_config, without_digest
+from colm.errors import CheckpointError, ConfigError, UnsupportedModel
+from colm.model.config import RopeScaling
+from tests.tiny import edit_json, flip_last_byte, tiny_checkpoint, tiny_config, tiny_llama, without_digest
 
 runner = CliRunner()
 
@@ -40,6 +43,84 @@ def test_export_writes_a_directory_that_import_reads(source, tmp_path):
     run("import", str(tmp_path / "hf"), str(tmp_path / "again"))
     assert Checkpoint.open(tmp_path / "again").config.chains == (4,)
     assert Checkpoint.open(tmp_path / "again").text == Checkpoint.open(source).text
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    """A Hugging Face directory of a model trained for 512 tokens."""
+    tiny_llama(tmp_path / "hf")
+    return str(tmp_path / "hf")
+
+
+@pytest.mark.filterwarnings("ignore:.*serves token ids only")
+@pytest.mark.parametrize(
+    ("kind", "options", "max_context", "shown"),
+    [
+        ("yarn", [], 2048, "yarn, factor 4 from 512 tokens, betas 32 and 1, attention factor 1.1386"),
+        ("yarn", ["--max-context", "1000"], 1000, "yarn, factor 4 from 512 tokens"),
+        ("linear", [], 2048, "linear, factor 4"),
+    ],
+)
+def test_import_stretches_a_model_and_inspect_shows_it(llama, tmp_path, kind, options, max_context, shown):
+    dest = str(tmp_path / "colm")
+    run("import", llama, dest, "--rope-scaling", kind, "--rope-factor", "4", *options)
+    config = Checkpoint.open(dest).config
+    assert config.max_context == max_context
+    trained = {"original_max_context": 512} if kind == "yarn" else {}
+    assert config.rope_scaling == RopeScaling(kind=kind, factor=4.0, **trained)
+    assert f"rope scaling  {shown}" in run("inspect", dest)
+    assert f"context       {max_context} tokens" in run("inspect", dest)
+
+
+@pytest.mark.filterwarnings("ignore:.*serves token ids only")
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+def test_a_stretched_model_computes_what_transformers_does_with_that_scaling(llama, tmp_path, kind):
+    run("import", llama, str(tmp_path / "colm"), "--rope-scaling", kind, "--rope-factor", "4")
+    theirs = {"rope_theta": 10_000.0, "rope_type": kind, "factor": 4.0}
+    if kind == "yarn":
+        theirs["original_max_position_embeddings"] = 512
+    model = tiny_llama(tmp_path / "stretched", rope_parameters=theirs, max_position_embeddings=2048).double()
+    tokens_BT = torch.randint(320, (1, 700), generator=torch.Generator().manual_seed(7))
+    with torch.inference_mode():
+        exact, ours = model(tokens_BT).logits, Checkpoint.open(tmp_path / "colm").load()(tokens_BT)
+    tolerance.layers(exact, torch.float32, num_layers=2, width=64).check(ours)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--rope-scaling", "dynamic", "--rope-factor", "4"],
+            "--rope-scaling='dynamic' cannot be served.*prompt's length",
+        ),
+        (["--rope-scaling", "su", "--rope-factor", "4"], "--rope-scaling='su' is unknown"),
+        (["--rope-scaling", "llama3", "--rope-factor", "4"], "'llama3' is for models trained with it"),
+        (["--rope-scaling", "yarn", "--rope-factor", "0.5"], "--rope-factor=0.5: .*at least 1.0"),
+        (["--rope-scaling", "yarn"], "--rope-scaling=yarn needs --rope-factor"),
+        (["--rope-factor", "4"], "--rope-factor=4.0 needs --rope-scaling"),
+        (["--max-context", "1024"], "--max-context=1024 needs --rope-scaling"),
+    ],
+)
+def test_import_refuses_what_is_no_stretch(llama, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        run("import", llama, str(tmp_path / "colm"), *options)
+    assert not (tmp_path / "colm").exists()
+
+
+@pytest.mark.parametrize("max_context", [0, 2049])
+def test_import_refuses_a_context_that_the_factor_does_not_allow(llama, tmp_path, max_context):
+    stretch = ("--rope-scaling", "yarn", "--rope-factor", "4")
+    with pytest.raises(
+        UnsupportedModel, match=f"max_context={max_context} must be between 1 and 2048, which is factor=4"
+    ):
+        run("import", llama, str(tmp_path / "colm"), *stretch, "--max-context", str(max_context))
+
+
+def test_import_does_not_replace_a_rope_scaling_that_the_model_has(llama, tmp_path):
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    edit_json(tmp_path / "hf/config.json", rope_parameters=rope)
+    with pytest.raises(UnsupportedModel, match=r"has a rope scaling of its own \(linear, factor 2\)"):
+        run("import", llama, str(tmp_path / "colm"), "--rope-scaling", "yarn", "--rope-factor", "4")
 
 
 @pytest.mark.parametrize(("option", "shares"), [([], True), (["--kv-sharing"], True), (["--no-kv-sharing"], False)])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from colm.convert import from_any, from_gguf
+from colm.convert import Stretch, from_any, from_gguf
 from colm.errors import CheckpointError, UnsupportedModel
 from colm.model.config import ChainConfig, RopeScaling
 from colm.model.rope import inverse_frequencies
@@ -217,6 +218,17 @@ def test_unusual_yarn_is_refused_by_name(tmp_path, config, tensors, key):
     )
     with pytest.raises(UnsupportedModel, match=rf"rope\.scaling\.{key}=0\.5 is not supported"):
         from_gguf(source, tmp_path / "colm")
+
+
+def test_a_stretch_is_laid_over_a_file_without_scaling_and_refused_over_another(tmp_path, config, tensors):
+    stretch = Stretch(kind="yarn", factor=2.0, max_context=700)
+    plain = write_gguf(tmp_path / "plain.gguf", config, tensors)
+    stretched = from_any(plain, tmp_path / "colm", stretch=stretch).config
+    scaling = RopeScaling(kind="yarn", factor=2.0, original_max_context=512)
+    assert stretched == replace(from_any(plain, tmp_path / "as_it_is").config, max_context=700, rope_scaling=scaling)
+    keys = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    with pytest.raises(UnsupportedModel, match=r"scaled\.gguf: the model has a rope scaling of its own"):
+        from_any(write_gguf(tmp_path / "scaled.gguf", config, tensors, **keys), tmp_path / "no", stretch=stretch)
 
 
 def llama3_divisors(config: ChainConfig, factor: float, context: int, low: float, high: float) -> torch.Tensor:
