@@ -3,10 +3,11 @@
 Shapes: N prompt tokens, T tokens of a tile, D chain-1 model features, H chain-1 query heads, K kv heads, E head dim.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+from colm_kernels.native import CancelFlag
 from colm_kernels.prefill_attention import prefill_attention
 from colm_kernels.rotary import rotate_, write_kv
 from numpy.typing import NDArray
@@ -40,9 +41,7 @@ class PrefillEngine:
         self._inverse_frequencies = inverse_frequencies(checkpoint.config)
 
     @torch.inference_mode()
-    def run(
-        self, token_ids: NDArray[np.int64], *, is_cancelled: Callable[[], bool] = lambda: False
-    ) -> Iterator[KvTile]:
+    def run(self, token_ids: NDArray[np.int64], *, cancelled: CancelFlag | None = None) -> Iterator[KvTile]:
         """Compute the keys and values of every token.
 
         Tiles come layer by layer, in token order. A tile's tensors are views that the next layer overwrites: use
@@ -50,12 +49,14 @@ class PrefillEngine:
 
         Args:
             token_ids: the prompt.
-            is_cancelled: looked at between a tile's operations; once it says so, no tile follows.
+            cancelled: looked at inside attention and between a tile's operations; once it is set, no tile follows.
 
         Raises:
             InvalidRequest: no tokens, more than the model's context, or an id outside the vocabulary.
+            Cancelled: `cancelled` was set before the end.
         """
         self.check(token_ids)
+        cancelled = cancelled or CancelFlag()
         num_tokens = len(token_ids)
         kv_format = self.kv_format
         hidden_ND = self._model.embedding.embed(torch.from_numpy(token_ids), 1)
@@ -74,17 +75,14 @@ class PrefillEngine:
                 k_KTE, v_KTE = k_KNE[:, start:stop], v_KNE[:, start:stop]
                 write_kv(k_TKE, v_TKE, cos_TE, sin_TE, k_KTE.transpose(0, 1), v_KTE.transpose(0, 1))
                 yield KvTile(index, start, k_KTE, v_KTE)
-                if is_cancelled():
-                    return
+                cancelled.raise_if_set()
                 # The last layer's output would only feed the head, which is the decode node's work.
                 if not is_last:
                     q_THE = rotate_(layer.attention.queries(normed_TD, rows), cos_TE, sin_TE)
-                    out_THE, _ = prefill_attention(q_THE, k_KNE[:, :stop], v_KNE[:, :stop])
-                    if is_cancelled():
-                        return
+                    out_THE, _ = prefill_attention(q_THE, k_KNE[:, :stop], v_KNE[:, :stop], cancelled=cancelled)
+                    cancelled.raise_if_set()
                     x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)
-                    if is_cancelled():
-                        return
+                    cancelled.raise_if_set()
 
     def check(self, token_ids: NDArray[np.int64]) -> None:
         """Refuse a prompt that this model cannot read."""

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Executor, Future
 
+from colm_kernels.native import CancelFlag, Cancelled
+
 _POLL_S = 0.05
 
 
@@ -22,7 +24,8 @@ class Handoff:
     def __init__(self, max_items: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._room = threading.Semaphore(max_items)
-        self._closed = threading.Event()
+        self.closed = CancelFlag()
+        """Set once the reader has gone; it stops the writer inside its kernels."""
         self._items: deque[bytes] = deque()
         self._ready = asyncio.Event()
         self._ended = False
@@ -35,20 +38,15 @@ class Handoff:
             HandoffClosed: nobody will read it.
         """
         while not self._room.acquire(timeout=_POLL_S):
-            if self._closed.is_set():
+            if self.closed.is_set():
                 break
-        if self._closed.is_set():
+        if self.closed.is_set():
             raise HandoffClosed
         self._loop.call_soon_threadsafe(self._arrived, item)
 
     def close(self) -> None:
         """Called by the reader: the thread's next `put` raises."""
-        self._closed.set()
-
-    @property
-    def closed(self) -> bool:
-        """Whether the reader has gone; for the thread to look at between two pieces of work."""
-        return self._closed.is_set()
+        self.closed.set()
 
     async def items(self) -> AsyncIterator[bytes]:
         """Read until the writer has ended; raises what it failed with, after its items."""
@@ -74,7 +72,7 @@ class Handoff:
             try:
                 for item in produce():
                     self.put(item)
-            except HandoffClosed:
+            except (HandoffClosed, Cancelled):
                 pass
 
         thread = executor.submit(work)

@@ -100,13 +100,11 @@ class PrefillService:
         max_tokens = max_tile_tokens(self._engine.kv_format, _MESSAGE_BYTES)
         num_tiles = payload_bytes = 0
         yield pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString()
-        for computed in self._engine.run(token_ids, is_cancelled=lambda: handoff.closed):
+        for computed in self._engine.run(token_ids, cancelled=handoff.closed):
             for tile in split_tile(computed, max_tokens):
                 yield encode_tile(tile, transfer_id=opened.transfer_id, epoch=opened.epoch)
                 num_tiles += 1
                 payload_bytes += tile.num_tokens * self._engine.kv_format.layer_token_bytes
-        if handoff.closed:
-            return
         complete = pb.TransferComplete(
             transfer_id=opened.transfer_id,
             epoch=opened.epoch,

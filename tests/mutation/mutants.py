@@ -306,10 +306,17 @@ MUTANTS = (
     Mutant(
         "a cancelled engine computes its tile to the end",
         "prefill_node/engine.py",
-        "                    if is_cancelled():\n                        return\n"
+        "                    cancelled.raise_if_set()\n"
         "                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)\n",
         "                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)\n",
         "tests/unit/test_prefill_loop.py::test_a_cancelled_engine_ends_between_two_operations_of_its_tile",
+    ),
+    Mutant(
+        "a cancelled attention is finished",
+        "prefill_node/engine.py",
+        "v_KNE[:, :stop], cancelled=cancelled)",
+        "v_KNE[:, :stop])",
+        "tests/unit/test_prefill_loop.py::test_a_cancelled_engine_does_not_finish_the_attention_that_it_is_in",
     ),
     # Waiting in line.
     Mutant(

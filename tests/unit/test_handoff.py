@@ -129,7 +129,7 @@ async def test_closing_ends_a_writer_that_has_room(
 ) -> None:
     handoff, producer = make_handoff(1000), Producer(1)
     handoff.close()
-    assert handoff.closed
+    assert handoff.closed.is_set()
     await ended(handoff.start(producer, threads))
     assert [item async for item in handoff.items()] == []
 

@@ -3,12 +3,14 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from colm_kernels.native import CancelFlag, Cancelled
 
 from colm.errors import CapacityExceeded
 from colm.kv import KvFormat
@@ -18,7 +20,7 @@ from prefill_node.engine import PrefillEngine
 from prefill_node.handoff import Handoff
 from prefill_node.prefill_loop import PrefillLoop
 from tests.gates import LIMIT_S
-from tests.tiny import tiny_checkpoint
+from tests.tiny import tiny_checkpoint, tiny_config
 from tests.unit.test_line import settle
 
 
@@ -111,34 +113,73 @@ async def test_a_failure_is_the_readers_and_leaves_the_engine_free(loop: Prefill
     await until_idle(loop)
 
 
+def tiny_engine(folder: Path, **options: Any) -> PrefillEngine:
+    checkpoint = tiny_checkpoint(folder / "tiny", tiny_config(**options))
+    return PrefillEngine(
+        checkpoint, KvFormat.of(checkpoint.config, torch.float32), tile_tokens=options.get("max_context", 32)
+    )
+
+
+def noting(patch: pytest.MonkeyPatch, owner: Any, name: str, done: list[str]) -> None:
+    """Note each call that returns."""
+    original = getattr(owner, name)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        done.append(name)
+        return result
+
+    patch.setattr(owner, name, noted)
+
+
 @pytest.mark.parametrize("looks_left", [0, 1, 2])
 def test_a_cancelled_engine_ends_between_two_operations_of_its_tile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks_left: int
 ) -> None:
     """It went on to the end of the tile: seconds, at long contexts."""
-    checkpoint = tiny_checkpoint(tmp_path / "tiny")
-    kv_format = KvFormat.of(checkpoint.config, torch.float32)
-    engine = PrefillEngine(checkpoint, kv_format, tile_tokens=32)
-    done: list[str] = []
+    engine, done = tiny_engine(tmp_path), list[str]()
+    noting(monkeypatch, engine_module, "prefill_attention", done)
+    noting(monkeypatch, ChainBlock, "after_attention", done)
 
-    def noting(owner: Any, name: str) -> None:
-        original = getattr(owner, name)
+    class Flag(CancelFlag):
+        """Found set after some looks from Python."""
 
-        def noted(*args: Any) -> Any:
-            done.append(name)
-            return original(*args)
+        num_looks = 0
 
-        monkeypatch.setattr(owner, name, noted)
+        def is_set(self) -> bool:
+            self.num_looks += 1
+            return self.num_looks > looks_left
 
-    noting(engine_module, "prefill_attention")
-    noting(ChainBlock, "after_attention")
-    looks = 0
-
-    def is_cancelled() -> bool:
-        nonlocal looks
-        looks += 1
-        return looks > looks_left
-
-    tiles = list(engine.run(np.arange(100), is_cancelled=is_cancelled))
-    assert len(tiles) == 1
+    run = engine.run(np.arange(100), cancelled=Flag())
+    next(run)
+    with pytest.raises(Cancelled):
+        next(run)
     assert done == ["prefill_attention", "after_attention"][:looks_left]
+
+
+def test_a_cancelled_engine_does_not_finish_the_attention_that_it_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call over a long prefix takes seconds, and was computed to its end for nobody."""
+    engine, flag, events = tiny_engine(tmp_path, max_context=1 << 15), CancelFlag(), list[str]()
+    noting(monkeypatch, engine_module, "prefill_attention", events)
+    attention, is_inside = engine_module.prefill_attention, threading.Event()
+
+    def entered(*args: Any, **kwargs: Any) -> Any:
+        is_inside.set()
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(engine_module, "prefill_attention", entered)
+    run = engine.run(np.arange(1 << 15) % 320, cancelled=flag)
+    next(run)
+
+    def cancel() -> None:
+        assert is_inside.wait(LIMIT_S)
+        flag.set()
+
+    with ThreadPoolExecutor() as threads:
+        cancelling = threads.submit(cancel)
+        with pytest.raises(Cancelled):
+            next(run)
+        cancelling.result()
+    assert events == []
