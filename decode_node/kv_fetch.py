@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -128,10 +129,12 @@ class KvFetcher:
             PeerUnavailable, PeerFailed: the last attempt's failure, after all that the policy allows.
             FingerprintMismatch: the prefill nodes serve something else.
         """
+        # Another decode node may serve a request of the same id, and a prefill node knows transfers by their ids alone.
+        transfer_id = f"{order.request_id}.{secrets.token_hex(4)}"
         pause_s = self._retry.first_pause_s
         for attempts_left in reversed(range(self._retry.max_attempts)):
             try:
-                return await self._attempt(order, account, emit)
+                return await self._attempt(transfer_id, order, account, emit)
             except (PeerUnavailable, PeerFailed) as err:
                 if not attempts_left:
                     kind = PeerFailed if isinstance(err, PeerFailed) else PeerUnavailable
@@ -143,7 +146,7 @@ class KvFetcher:
                 pause_s = min(2 * pause_s, self._retry.last_pause_s)
         raise AssertionError("max_attempts is at least 1")
 
-    async def _attempt(self, order: KvOrder, account: KvAccount, emit: Emit) -> None:
+    async def _attempt(self, transfer_id: str, order: KvOrder, account: KvAccount, emit: Emit) -> None:
         num_tokens = len(order.token_ids)
         asked_s = self._clock.now()
 
@@ -153,7 +156,7 @@ class KvFetcher:
         async with self._prefill_pool.lease(num_tokens=num_tokens, beat=beat) as lease:
             account.num_kv_streams += 1
             transfer = KvTransfer(
-                transfer_id=order.request_id,
+                transfer_id=transfer_id,
                 epoch=account.num_kv_streams,
                 fingerprint=self._fingerprint,
                 token_ids=order.token_ids,

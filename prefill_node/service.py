@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import grpc
@@ -15,23 +15,21 @@ from colm.leases import LeaseTable
 from colm.wire.messages import queued_to_pb
 from colm.wire.prompt_stream import read_open, read_token_ids
 from colm.wire.status import answering
-from colm.wire.tile_codec import encode_tile, max_tile_tokens, pull_kv_handlers, split_tile
+from colm.wire.tile_codec import pull_kv_handlers
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from prefill_node.engine import PrefillEngine
-from prefill_node.handoff import Handoff
+from prefill_node.prefill_job import PrefillOrder
 from prefill_node.prefill_loop import PrefillLoad, PrefillLoop
 
 logger = logging.getLogger(__name__)
-
-_MESSAGE_BYTES = 1 << 20
 
 
 class PrefillService:
     """Serves `PullKv`.
 
     Args:
-        engine: computes the tiles.
-        loop: runs the engine, for one stream at a time.
+        engine: says which prompts it can read.
+        loop: runs the engine.
         fingerprint: `colm.kv.fingerprint` of what the engine serves.
         leases: where a stream must hold a lease, the table of them; None serves any caller.
     """
@@ -78,37 +76,29 @@ class PrefillService:
             queued = queued_to_pb(Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=num_ahead))
             await context.write(pb.PullKvResponse(queued=queued).SerializeToString())
 
-        handoff = await self._loop.begin(lambda handoff: self._messages(opened, token_ids, handoff), beat)
-        started_s = time.monotonic()
-        ended = "cancelled"
+        complete = pb.TransferComplete(transfer_id=opened.transfer_id, epoch=opened.epoch)
+        order = PrefillOrder(transfer_id=opened.transfer_id, epoch=opened.epoch, token_ids=token_ids)
+        stream = self._loop.attach(order)
+        started_s, ended = time.monotonic(), "cancelled"
         try:
-            async for message in handoff.items():
-                await context.write(message)
+            await self._loop.turn(stream, beat)
+            started_s = time.monotonic()
+            await context.write(pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString())
+            async for tile in stream.tiles():
+                await context.write(tile.message)
+                stream.acknowledge(tile.end)
+                complete.num_tiles += 1
+                complete.payload_bytes += tile.payload_bytes
+            await context.write(pb.PullKvResponse(complete=complete).SerializeToString())
             ended = "complete"
         finally:
-            handoff.close()
+            self._loop.detach(stream)
             logger.info(
-                "transfer.%s request=%s epoch=%d tokens=%d dur_ms=%.1f",
+                "transfer.%s request=%s epoch=%d tokens=%d bytes=%d dur_ms=%.1f",
                 ended,
                 opened.transfer_id,
                 opened.epoch,
                 opened.num_tokens,
+                complete.payload_bytes,
                 (time.monotonic() - started_s) * 1e3,
             )
-
-    def _messages(self, opened: pb.OpenKvTransfer, token_ids: NDArray[np.int64], handoff: Handoff) -> Iterator[bytes]:
-        max_tokens = max_tile_tokens(self._engine.kv_format, _MESSAGE_BYTES)
-        num_tiles = payload_bytes = 0
-        yield pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString()
-        for computed in self._engine.run(token_ids, cancelled=handoff.closed):
-            for tile in split_tile(computed, max_tokens):
-                yield encode_tile(tile, transfer_id=opened.transfer_id, epoch=opened.epoch)
-                num_tiles += 1
-                payload_bytes += tile.num_tokens * self._engine.kv_format.layer_token_bytes
-        complete = pb.TransferComplete(
-            transfer_id=opened.transfer_id,
-            epoch=opened.epoch,
-            num_tiles=num_tiles,
-            payload_bytes=payload_bytes,
-        )
-        yield pb.PullKvResponse(complete=complete).SerializeToString()

@@ -51,6 +51,8 @@ GRPC = (
 PURE_MODULES = (
     "decode_node.page_pool",
     "decode_node.transfer_ledger",
+    "prefill_node.job_policy",
+    "colm.kv_position",
     "decode_node.stop_matcher",
     "colm.leases",
     "cluster.node_registry",

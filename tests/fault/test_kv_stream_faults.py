@@ -27,7 +27,7 @@ from colm.wire.tile_codec import decode_message, pull_kv_stub
 from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 from decode_node import node as node_module
 from decode_node.kv_fetch import RetryPolicy
-from prefill_node import service as service_module
+from prefill_node import encoded_tile
 from prefill_node.engine import PrefillEngine
 from tests.gates import LIMIT_S, gate_before
 from tests.nodes import TILE_TOKENS, Spoil, decode, decode_node, prefill_node, spoilt_prefill, until_idle
@@ -259,14 +259,14 @@ async def test_a_reader_that_does_not_read_stops_the_engine_and_gets_all_when_it
     # 50 MB of keys and values: far more than gRPC keeps on the way.
     config = replace(checkpoint.config, num_layers=48, explicit_head_dim=128)
     num_encoded = 0
-    encode = service_module.encode_tile
+    encode = encoded_tile.encode_tile
 
     def counted(*args: Any, **kwargs: Any) -> bytes:
         nonlocal num_encoded
         num_encoded += 1
         return encode(*args, **kwargs)
 
-    monkeypatch.setattr(service_module, "encode_tile", counted)
+    monkeypatch.setattr(encoded_tile, "encode_tile", counted)
     with tempfile.TemporaryDirectory() as folder:
         deep = tiny_checkpoint(Path(folder) / "deep", config)
         async with prefill_node(str(deep.path)) as prefill:

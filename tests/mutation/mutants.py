@@ -27,6 +27,7 @@ _LOOP = "tests/fault/test_decode_loop.py::"
 _WAITING = "tests/fault/test_waiting.py::"
 _GATEWAY = "tests/fault/test_gateway.py::"
 _STREAM = "tests/fault/test_kv_stream_faults.py::"
+_PREFILL = "tests/unit/test_prefill_loop.py::"
 _FRONT_DOOR = "tests/unit/test_front_door.py::"
 _CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
@@ -71,9 +72,9 @@ MUTANTS = (
     Mutant(
         "the engine is given to the next while a late thread runs",
         "prefill_node/prefill_loop.py",
-        "        if self._running is not None:\n            return None\n",
-        "",
-        "tests/unit/test_prefill_loop.py::test_the_next_job_begins_when_the_thread_has_ended_not_when_its_reader_left",
+        "        if self._stepping is None:\n",
+        "        if True:\n",
+        _PREFILL + "test_the_next_job_begins_when_a_given_up_step_has_ended_and_not_before",
     ),
     # The decode loop.
     Mutant(
@@ -235,7 +236,7 @@ MUTANTS = (
     Mutant(
         "waiting is prefill",
         "prefill_node/service.py",
-        "        yield pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString()\n",
+        "            await context.write(pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString())\n",
         "",
         _WAITING + "test_waiting_for_a_busy_prefill_node_is_told_and_is_no_prefill",
     ),
@@ -298,9 +299,9 @@ MUTANTS = (
     ),
     Mutant(
         "a reader that does not read stops nobody",
-        "prefill_node/handoff.py",
-        "        while not self._room.acquire(timeout=_POLL_S):\n",
-        "        while False:\n",
+        "prefill_node/prefill_job.py",
+        "return self._window_bytes < WINDOW_BYTES",
+        "return True",
         _STREAM + "test_a_reader_that_does_not_read_stops_the_engine_and_gets_all_when_it_does",
     ),
     Mutant(
@@ -309,14 +310,42 @@ MUTANTS = (
         "                    cancelled.raise_if_set()\n"
         "                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)\n",
         "                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)\n",
-        "tests/unit/test_prefill_loop.py::test_a_cancelled_engine_ends_between_two_operations_of_its_tile",
+        _PREFILL + "test_a_cancelled_engine_ends_between_two_operations_of_its_tile",
+    ),
+    Mutant(
+        "a later prompt goes before an earlier one",
+        "prefill_node/job_policy.py",
+        "    in_line = sorted(jobs, key=lambda job: job.place)\n    may_start",
+        "    in_line = sorted(jobs, key=lambda job: -job.place)\n    may_start",
+        _PREFILL + "test_first_come_first_served",
+    ),
+    Mutant(
+        "a job that nobody reads keeps the others waiting",
+        "prefill_node/prefill_loop.py",
+        "            self._forget(idle)\n",
+        "",
+        _PREFILL + "test_a_job_that_nobody_reads_gives_way_when_the_engine_would_idle",
+    ),
+    Mutant(
+        "a job without a reader is kept for ever",
+        "prefill_node/prefill_loop.py",
+        "job.lease_ends_s <= now_s",
+        "False",
+        _PREFILL + "test_a_job_without_a_reader_is_cancelled_and_forgotten_when_its_lease_is_over",
+    ),
+    Mutant(
+        "a tile keeps the epoch of the stream that it was computed for",
+        "prefill_node/prefill_job.py",
+        "if tile.epoch != self._epoch or tile.begin < self._read:",
+        "if tile.begin < self._read:",
+        _PREFILL + "test_a_newer_stream_takes_the_job_over_and_the_older_one_is_told",
     ),
     Mutant(
         "a cancelled attention is finished",
         "prefill_node/engine.py",
         "v_KNE[:, :stop], cancelled=cancelled)",
         "v_KNE[:, :stop])",
-        "tests/unit/test_prefill_loop.py::test_a_cancelled_engine_does_not_finish_the_attention_that_it_is_in",
+        _PREFILL + "test_a_cancelled_engine_does_not_finish_the_attention_that_it_is_in",
     ),
     # Waiting in line.
     Mutant(

@@ -136,9 +136,18 @@ async def test_one_attempt_is_enough_when_nothing_fails(make: Callable[..., Benc
     bench = make(None)
     await bench.fetch()
     (transfer,) = bench.transfers
-    assert (transfer.transfer_id, transfer.epoch, transfer.fingerprint) == ("r", 1, "f")
+    assert (transfer.epoch, transfer.fingerprint) == (1, "f")
     assert bench.account.num_kv_streams == 1
     assert bench.events[-1] == PrefillProgress(num_tokens_done=NUM_TOKENS, num_tokens_total=NUM_TOKENS)
+
+
+async def test_requests_of_one_id_on_two_decode_nodes_are_two_transfers(make: Callable[..., Bench]) -> None:
+    benches = [make(None) for _ in range(2)]
+    for bench in benches:
+        await bench.fetch()
+    ids = [bench.transfers[0].transfer_id for bench in benches]
+    assert len(set(ids)) == 2
+    assert all(transfer_id.startswith("r.") for transfer_id in ids)
 
 
 @pytest.mark.parametrize("kind", [PeerUnavailable, PeerFailed])
@@ -149,6 +158,7 @@ async def test_a_node_that_fails_is_replaced_under_a_new_epoch(
     bench = make(kind("x"), kind("y"), None)
     await bench.fetch()
     assert [transfer.epoch for transfer in bench.transfers] == [1, 2, 3]
+    assert len({transfer.transfer_id for transfer in bench.transfers}) == 1
     assert bench.account.num_kv_streams == 3
     assert bench.account.kv_received_bytes == 3 * BYTES
 
