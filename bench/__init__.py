@@ -1,3 +1,3 @@
-"""What is measured: each module is one benchmark, run as `python -m bench.<name>`; `harness` is how they run."""
+"""Benchmarks: each module is one, run as `python -m bench.<name>`; `harness` is how they run."""
 
-import colm  # noqa: F401  (has OpenMP's threads sleep between two operations, or they would disturb the next one's)
+import colm  # noqa: F401  (makes OpenMP's threads sleep between operations; spinning threads disturb the next one)

@@ -56,7 +56,7 @@ class StreamCase(Case):
 
     @contextmanager
     def contest(self, seed: int) -> Iterator[Contest]:
-        """Our codec, the same with TLS, and the generated classes."""
+        """Our codec without and with TLS, and the generated classes."""
         tile, tls = tile_of(self.message_bytes, seed), new_tls()
         server, client = Security(tls=tls), Security(tls=tls.for_clients())
         stream = partial(_stream, self, seed)
@@ -81,7 +81,7 @@ def tile_of(message_bytes: int, seed: int) -> KvTile:
 
 
 def payload_of(tile: KvTile) -> bytes:
-    """The tile's keys and values as the wire has them."""
+    """The bytes of a tile's keys and values on the wire."""
     return b"".join(part.contiguous().view(torch.uint8).numpy().tobytes() for part in (tile.k_KTD, tile.v_KTD))
 
 
@@ -105,10 +105,10 @@ CODECS = {
 
 
 def check(tile: KvTile) -> None:
-    """What each codec carries is the tile, bit by bit.
+    """Check that each codec carries the tile bit by bit.
 
     Raises:
-        AssertionError: it is not.
+        AssertionError: a codec changes it.
     """
     for name, codec in CODECS.items():
         message, payload = codec.decode(codec.encode(tile))
@@ -117,7 +117,7 @@ def check(tile: KvTile) -> None:
 
 
 def send(case: StreamCase, seed: int, codec: str, security: Security, port: Connection) -> None:
-    """The sender's process: says its port and answers until it is ended."""
+    """Run the sender's process: report its port and answer calls until it is ended."""
     asyncio.run(_serve(case, seed, codec, security, port))
 
 
@@ -162,7 +162,7 @@ def _stream(case: StreamCase, seed: int, codec: str, server: Security, client: S
 def receive(
     case: StreamCase, address: str, decode: Callable[[bytes], tuple[pb.PullKvResponse, memoryview]], security: Security
 ) -> float:
-    """Read, verify and store the whole stream; seconds."""
+    """Read, verify and store the whole stream; returns the seconds it took."""
     num_pages = LAYOUT.pages(case.message_bytes // FORMAT.layer_token_bytes)
     store, pages = KvStore(LAYOUT, num_pages), np.arange(num_pages, dtype=np.int32)
     with open_blocking_channel(address, security) as channel:
@@ -179,14 +179,14 @@ def receive(
 
 
 class StreamOptions(Options):
-    """Of this benchmark."""
+    """Options of this benchmark."""
 
     mib: int
     message_kib: list[int]
 
 
 def main() -> None:
-    """Every size of a message."""
+    """Run every size of a message."""
     parser = arguments("bench.kv_stream", __doc__)
     parser.add_argument("--mib", type=positive, default=512, help="MiB sent in each turn; 512")
     parser.add_argument("--message-kib", type=positive, nargs="+", default=[256, 1024, 4096], metavar="KIB")

@@ -1,8 +1,8 @@
-"""What it costs to load each scale of a model: `python -m bench.load_by_scale --json`.
+"""Time and memory of loading each scale of a model: `python -m bench.load_by_scale --json`.
 
-A checkpoint of random bf16 weights is written once, where TMPDIR says. Every load runs in a process of its own, on a
-file of which the page cache holds nothing, and the scales take turns, round after round. First, chain 1's logits must
-be the same alone and inside the whole.
+A checkpoint of random bf16 weights is written once, into TMPDIR. Every load runs in a process of its own, with nothing
+of the file in the page cache, and the scales take turns in each round. First, chain 1's logits must be the same alone
+and inside the whole.
 """
 
 import os
@@ -71,10 +71,10 @@ def write_random(path: Path, config: ChainConfig, seed: int) -> Checkpoint:
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Chain 1 answers the same, loaded alone and as part of the whole.
+    """Check that chain 1 answers the same, loaded alone and as part of the whole.
 
     Raises:
-        AssertionError: it does not.
+        AssertionError: the logits differ.
     """
     tokens_BT = torch.arange(8).view(1, -1)
     with torch.inference_mode():
@@ -105,13 +105,13 @@ def observe(path: Path, num_chains: int) -> dict[str, float]:
 
 
 class LoadOptions(Options):
-    """Of this benchmark."""
+    """Options of this benchmark."""
 
     preset: str
 
 
 def main() -> None:
-    """One model."""
+    """Run one model."""
     parser = arguments("bench.load_by_scale", __doc__)
     parser.add_argument("--preset", default=PRESET, help=f"a name of colm.model.presets.PRESETS; {PRESET}")
     options = parser.parse_args(namespace=LoadOptions())

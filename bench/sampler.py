@@ -1,8 +1,8 @@
-"""What one step's sampling costs: `python -m bench.sampler --json`.
+"""Time of one step's sampling: `python -m bench.sampler --json`.
 
-`choose` against sorting each row's whole vocabulary, which is how a draw is usually written down. The logits are
-normal, with tens of thousands of tokens in the nucleus of top_p, or those of probabilities that fall like rank^-1.5,
-with hundreds, as a language model's do. First, what is drawn must be among the tokens that sorting keeps.
+`choose` runs against a sort of each row's whole vocabulary, the usual definition of a draw. Logits are either normal,
+with tens of thousands of tokens in the nucleus of top_p, or peaked: probabilities fall like rank^-1.5, as a language
+model's do, with hundreds. First, the tokens drawn must be among those that sorting keeps.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from colm.sampling import SamplingParams
 from decode_node.sampler import Sampler, choose
 
 CHECKED_ROWS = 2
-"""Rows of which the tokens are held against sorting."""
+"""Rows whose tokens are checked against sorting."""
 CHOICES = {
     "greedy": SamplingParams(),
     "top_k=50": SamplingParams(temperature=1.0, top_k=50),
@@ -35,7 +35,7 @@ class SamplerCase(Case):
     """One step's tokens."""
 
     choice: str
-    """A name of CHOICES."""
+    """A key of CHOICES."""
     logits: Logits
     num_rows: int
     vocab_size: int
@@ -88,10 +88,10 @@ def sort_rows(params: SamplingParams, logits_RV: Tensor, generator: torch.Genera
 
 
 def check(params: SamplingParams, logits_RV: Tensor) -> None:
-    """What `choose` draws is among the tokens that sorting keeps.
+    """Check that the tokens drawn by `choose` are among those that sorting keeps.
 
     Raises:
-        AssertionError: it is not.
+        AssertionError: one is not.
     """
     for row_V in logits_RV:
         (choice,) = choose([Sampler(params)], row_V[None])
@@ -100,14 +100,14 @@ def check(params: SamplingParams, logits_RV: Tensor) -> None:
 
 
 class SamplerOptions(Options):
-    """Of this benchmark."""
+    """Options of this benchmark."""
 
     vocab_size: int
     rows: list[int]
 
 
 def main() -> None:
-    """Every choice, kind of logits and number of rows."""
+    """Run every choice, kind of logits and number of rows."""
     parser = arguments("bench.sampler", __doc__, rounds=7)
     parser.add_argument("--vocab-size", type=positive, default=128_000)
     parser.add_argument("--rows", type=positive, nargs="+", default=[1, 8, 32])

@@ -13,7 +13,7 @@ ROUNDS = 3
 @pytest.mark.parametrize("whose", ["ours", "theirs"])
 @pytest.mark.parametrize("case", [case for group in GROUPS.values() for case in group], ids=lambda case: case.name)
 def test_kernel(benchmark: BenchmarkFixture, case: KernelCase, whose: str) -> None:
-    """Seconds of one turn of ours, or of the first that it is compared with, once ours is known to be right."""
+    """Time one turn of ours, or of the first contender that it is compared with, after checking ours."""
     with case.contest(SEED) as contest:
         assert contest.ours is not None, "the library is not built; run `python kernels/build.py`"
         contest.check()

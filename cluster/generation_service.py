@@ -13,7 +13,7 @@ from colm.wire.messages import (
     generate_request_from_pb,
     token_ids_from_pb,
 )
-from colm.wire.prompt_stream import read_open
+from colm.wire.prompt_stream import read_open, read_pieces
 from colm.wire.status import answering
 from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1.generation_service_pb2_grpc import (
@@ -53,11 +53,13 @@ class GenerationService(GenerationServiceServicer):
 
 
 async def _prompt(requests: AsyncIterator[pb.GenerateRequest]) -> AsyncIterator[PromptPart]:
-    async for request in requests:
+    async for request in read_pieces(requests):
         match request.WhichOneof("part"):
             case "document":
                 yield request.document
             case "token_ids":
                 yield token_ids_from_pb(request.token_ids)
             case part:
-                raise InvalidRequest("part", part, "only `document` or `token_ids` may follow `open`")
+                raise InvalidRequest(
+                    "part", part, "only `document` or `token_ids`, then `end_of_prompt`, may follow `open`"
+                )

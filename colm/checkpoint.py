@@ -52,7 +52,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Read the config and the weights' header, and hold the one against the other.
+        """Read the config and the weights' header, and check that they agree.
 
         Raises:
             CheckpointError: names what is missing, truncated or misshapen.
@@ -181,7 +181,7 @@ def save(
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             whole / WEIGHTS_FILE,
-            # In the file itself: whoever replaces the weights takes it away with them.
+            # In the weights file itself, so that replacing the weights replaces their digest too.
             metadata={_DIGEST_KEY: _digest(config, tensors.__getitem__)},
         )
         body = {
@@ -201,14 +201,14 @@ def backbone_digest(checkpoint: Checkpoint) -> str:
     """SHA-256 over everything of chain 1 that keys and values depend on.
 
     The final norm and the head are left out: retraining them, or any later chain, leaves every cached key and
-    value valid. Read where `save` wrote it, so that a node need not read all of chain 1 before it starts; computed for
-    a file of an older build.
+    value valid. `save` stores the digest, so a node starts without reading all of chain 1. Files of older builds have
+    none, and it is computed.
     """
     return checkpoint.stored_digest() or _computed_digest(checkpoint)
 
 
 def verify_backbone(checkpoint: Checkpoint) -> None:
-    """Hold chain 1's weights against the digest that was written with them.
+    """Check chain 1's weights against the digest that was written with them.
 
     Raises:
         CheckpointError: they do not match, or there is none.
@@ -239,7 +239,7 @@ def _digest(config: ChainConfig, tensor_of: Callable[[str], Tensor]) -> str:
 
 
 def prefill_tensor_names(config: ChainConfig) -> set[str]:
-    """The tensors a prefill needs: of chain 1, without the final norm, the head, and most of the last layer.
+    """Names of the tensors a prefill needs: chain 1's, without the final norm, the head, and most of the last layer.
 
     The last layer's norm and key and value projections stay; its attention and feed-forward feed only the head.
     """
@@ -253,7 +253,7 @@ def prefill_tensor_names(config: ChainConfig) -> set[str]:
 
 
 def _may_replace(target: Path) -> bool:
-    """Whether nothing but a checkpoint, however damaged its weights, or an empty directory is at the path."""
+    """Whether the directory is empty or a checkpoint, whose weights may be damaged."""
     if not target.is_dir():
         return False
     try:

@@ -25,6 +25,7 @@ from colm.wire.messages import cluster_status_from_pb, event_from_pb, generate_r
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors
+from colm.wire.v1 import common_pb2
 from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1.generation_service_pb2_grpc import GenerationServiceStub
 
@@ -33,7 +34,7 @@ Document = str | bytes | Path | BinaryIO
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 _PIECE_BYTES = 256 << 10
-# The server answers its own deadline with a message that says where the time went; the call waits for that.
+# The call's deadline lies this long after the server's own, whose error message says where the time went.
 _DEADLINE_SLACK_S = 5.0
 # gRPC counts nanoseconds in 64 bits; a deadline that overflows them is over at once.
 _LONGEST_CALL_S = 1e9
@@ -67,7 +68,7 @@ def collect(events: Iterable[Event]) -> Answer:
 
 @dataclass(kw_only=True)
 class _Upload:
-    """One request on its way out. An error of the document is kept: gRPC would only say that there was one."""
+    """The messages of one request. An error of the document is kept here, since gRPC hides its cause."""
 
     opened: pb.OpenGenerate
     pieces: Iterator[bytes]
@@ -84,10 +85,11 @@ class _Upload:
             raise
         for ids in token_id_pieces(self.token_ids):
             yield pb.GenerateRequest(token_ids=ids)
+        yield pb.GenerateRequest(end_of_prompt=common_pb2.EndOfPrompt())
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """The document's own error, where there was one, instead of what the call made of it."""
+        """Raise the document's own error, if there was one, in place of the call's."""
         try:
             yield
         except ColmError:
@@ -96,7 +98,7 @@ class _Upload:
             raise
 
     async def requests(self) -> AsyncIterator[pb.GenerateRequest]:
-        """The same, read in a thread: a file may keep its reader waiting."""
+        """The messages of `__iter__`, made in a thread because reading a file may block."""
         requests = iter(self)
         while (request := await asyncio.to_thread(next, requests, None)) is not None:
             yield request
@@ -121,10 +123,10 @@ class GenerateOptions(TypedDict, total=False):
 
 
 def _upload(document: Document, prompt: str, options: GenerateOptions) -> _Upload:
-    """Check a request whole, down to the document's first piece, so that a bad one opens no call.
+    """Check the whole request and the document's first piece, so that a bad request opens no call.
 
     Raises:
-        InvalidRequest: names the field at fault. How much a cluster grants is its own to say.
+        InvalidRequest: names the field at fault. The cluster checks its own limits.
     """
     known, given = GenerateOptions.__annotations__, dict[str, Any](options)
     for name, value in given.items():
@@ -233,7 +235,7 @@ class Client:
 
 
 class AsyncClient:
-    """The same for asyncio. Create it on the event loop that uses it."""
+    """`Client` for asyncio. Create it on the event loop that uses it."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS, security: Security | None = None) -> None:
         self.address = address

@@ -1,4 +1,4 @@
-"""Time, injected: a deadline is an absolute monotonic time, compared here alone."""
+"""Time, injected: a deadline is an absolute monotonic time, and only this file compares it with now."""
 
 import time
 from dataclasses import dataclass

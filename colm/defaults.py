@@ -1,4 +1,4 @@
-"""Defaults that more than one place offers: the cluster's options, the nodes' own commands, and both in Python."""
+"""Defaults shared by the cluster's options, the nodes' own commands, and the options classes of both in Python."""
 
 PAGE_TOKENS = 64
 """Tokens in a KV page."""
@@ -9,7 +9,7 @@ KV_CACHE_BYTES = 4 << 30
 MAX_BATCH_SIZE = 32
 """Answers that a decode node advances together."""
 MAX_REQUESTS = 64
-"""Requests at once, on a decode node and inside a gateway."""
+"""Most requests at one time, on a decode node and inside a gateway."""
 MAX_QUEUED = 64
 """Prompts that may wait for a prefill node."""
 MAX_STARTED = 2

@@ -1,4 +1,4 @@
-"""The dtypes that weights, keys and values may have, by the names users write."""
+"""The dtypes that weights, keys and values may have, under the names that users write."""
 
 import torch
 
@@ -6,7 +6,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a user's word.
+    """The torch dtype of a name.
 
     Raises:
         ValueError: unknown name.
@@ -17,7 +17,7 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The word for a dtype, e.g. "bfloat16"."""
+    """The name of a dtype, e.g. "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""Every error a user, a peer or the weather can cause, by what its owner should do about it."""
+"""The project's errors: one class for each thing that a caller can do about a failure."""
 
 
 class ColmError(Exception):
@@ -48,7 +48,7 @@ class TransferSuperseded(PeerUnavailable):
 
 
 class PeerFailed(ColmError):
-    """Another process answered that it failed for a reason of its own; a process beside it may do better."""
+    """Another process answered that it failed for a reason of its own; another replica may succeed."""
 
 
 class FingerprintMismatch(ColmError):

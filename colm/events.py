@@ -14,7 +14,7 @@ class Accepted:
     num_chains: int
     max_new_tokens: int
     timeout_s: float
-    """Until the answer is given up."""
+    """Seconds until the request's deadline."""
 
 
 class WaitsFor(Enum):
@@ -28,7 +28,7 @@ class WaitsFor(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Queued:
-    """The request waits; repeated while it does, so that silence always means trouble."""
+    """The request waits. Repeated while it waits, so that a long silence always means a fault."""
 
     waits_for: WaitsFor
     num_ahead: int
@@ -58,7 +58,7 @@ class Token:
     text: str
     """Text this token completed; empty while a character or a possible stop string is unfinished."""
     logprob: float
-    """Natural log, under the model at this scale, before temperature and cuts."""
+    """Natural log of the token's probability at this scale, before temperature, top_k and top_p."""
     num_chains: int
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """(token id, logprob) of the likeliest tokens, likeliest first."""
@@ -92,7 +92,7 @@ class Timings:
     """Where the time went, seen from the decode node."""
 
     queue_s: float
-    """Waiting: for pages, for a prefill node, for the prefill node's turn."""
+    """Time waiting for pages, for a prefill node, and in the prefill node's own line."""
     prefill_s: float
     """From the start of the computation to the last tile, over the stream that brought the keys and values."""
     first_token_s: float

@@ -1,4 +1,4 @@
-"""Keys and values as they travel and rest: the format and the fingerprint both ends must agree on.
+"""Keys and values on the wire and in pages: the format and the fingerprint that both ends must agree on.
 
 Shapes: K kv heads, T tokens of a tile, D head dim.
 """
@@ -81,7 +81,7 @@ def fingerprint(checkpoint: Checkpoint, kv_format: KvFormat) -> str:
     scaling = config.rope_scaling
     facts = {
         "backbone": backbone_digest(checkpoint),
-        # A stored digest does not see a config that was edited since: another one may read other tensors of the file.
+        # The stored digest does not change when somebody edits the config, but other tensors may then be read.
         "tensors": sorted(prefill_tensor_names(config)),
         "rope_theta": config.rope_theta,
         "rope_scaling": None if scaling is None else repr(scaling),

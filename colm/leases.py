@@ -40,7 +40,7 @@ class LeaseTable:
         return lease
 
     def open(self, lease_id: str) -> Lease:
-        """The lease's stream has come.
+        """Redeem a lease: its stream has come.
 
         Raises:
             LeaseExpired: never granted, already used, or expired.

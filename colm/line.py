@@ -1,4 +1,4 @@
-"""Waiting in order: whoever came first is served first, and everybody hears how many come before."""
+"""A waiting line: first come, first served, and each waiter is told how many are ahead."""
 
 import asyncio
 from collections import deque
@@ -10,18 +10,18 @@ from colm.errors import CapacityExceeded
 _T = TypeVar("_T")
 
 BEAT_INTERVAL_S = 2.0
-"""The longest silence towards someone who waits."""
+"""Longest time between two messages to a waiter."""
 
 Beat = Callable[[int], Awaitable[None]]
-"""Told how many come before; called as the wait begins, when that changes, and every `BEAT_INTERVAL_S`."""
+"""Takes the number of waiters ahead; called as the wait begins, when that changes, and every `BEAT_INTERVAL_S`."""
 
 
 class Line:
     """A queue in front of something that can be taken. Lives on one event loop.
 
     Args:
-        what: that thing, for the message of a refusal.
-        max_waiting: who comes when so many wait is refused.
+        what: names that thing in the message of a refusal.
+        max_waiting: requests that may wait; the next is refused.
     """
 
     def __init__(self, what: str, *, max_waiting: int) -> None:
@@ -33,10 +33,10 @@ class Line:
         return len(self._places)
 
     async def turn(self, take: Callable[[], _T | None], beat: Beat) -> _T:
-        """Wait until one is first and `take` gives something; returns that.
+        """Wait until the caller is first and `take` returns something other than None; return that.
 
-        `take` is called by the first alone, and must hand over in one go: between its success and this method's return
-        nothing is awaited, so a cancellation never loses what was taken.
+        Only the first in line calls `take`. Nothing is awaited between its success and this method's return, so a
+        cancellation never loses what was taken.
 
         Raises:
             CapacityExceeded: too many wait already.
@@ -60,13 +60,13 @@ class Line:
             self.look_again()
 
     def look_again(self) -> None:
-        """Something may be free now."""
+        """Wake the line, since something may be free now: the first in it calls `take` again."""
         for place in self._places:
             place.set()
 
 
 async def wait_at_most(event: asyncio.Event, timeout_s: float) -> None:
-    """Until the event is set, or that long."""
+    """Wait until the event is set, but no longer than the timeout."""
     try:
         async with asyncio.timeout(timeout_s):
             await event.wait()

@@ -65,7 +65,7 @@ async def run_node(node: Node) -> None:
 
 
 def guarded(run: Coroutine[object, object, None]) -> None:
-    """Run to the end; a user's error becomes one line and exit status 1."""
+    """Run a command to its end; a user's error becomes one line on stderr and exit status 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
         asyncio.run(run)

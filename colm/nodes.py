@@ -34,7 +34,7 @@ class ProcessFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeReport:
-    """One node, as it last saw itself."""
+    """One node's state, as the node reports it."""
 
     role: Role
     replica_id: str
@@ -47,7 +47,7 @@ class NodeReport:
     num_leases: int
     """Leases granted and not yet ended."""
     num_pages_total: int = 0
-    """Decode nodes: pages of the KV pool."""
+    """Pages of the KV pool, on decode nodes."""
     num_pages_used: int = 0
     process: ProcessFacts
 

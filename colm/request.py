@@ -9,7 +9,7 @@ from colm.sampling import SamplingParams
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateRequest:
-    """A request without its document. None leaves the choice to the cluster, and how much it grants is its own to say.
+    """A request without its document. None leaves the choice to the cluster, which also checks its own limits.
 
     Raises:
         InvalidRequest: names the field, its value and the limit.
@@ -26,7 +26,7 @@ class GenerateRequest:
     max_new_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     timeout_s: float | None = None
-    """Seconds until the answer is worthless."""
+    """Seconds until the client no longer needs the answer."""
 
     def __post_init__(self) -> None:
         checks.utf8("model", self.model)

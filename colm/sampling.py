@@ -10,7 +10,7 @@ from colm.errors import InvalidRequest
 _Item = TypeVar("_Item")
 
 TOKEN_IDS = range(1 << 32)
-"""What a message can carry; the model's vocabulary is the server's to check."""
+"""Token ids that a message can carry; the server checks them against the model's vocabulary."""
 MAX_TEMPERATURE = 10.0
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
@@ -35,7 +35,7 @@ class SamplingParams:
     seed: int | None = None
     """Fixes the random choices; None draws them anew."""
     stop: tuple[str, ...] = ()
-    """The answer ends before any of these strings."""
+    """The answer ends before the first of these strings."""
     stop_token_ids: tuple[int, ...] = ()
     """The answer ends at any of these tokens, besides the model's own."""
     top_logprobs: int = 0

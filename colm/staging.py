@@ -12,8 +12,8 @@ from pathlib import Path
 def staged(target: Path) -> Iterator[Path]:
     """A fresh directory beside `target` that takes its place when the block ends well.
 
-    Where the block raises or a rename fails, what stood at `target` stands there again and nothing else is left behind.
-    If even its way back fails, it is kept where that error says.
+    If the block raises or a rename fails, the old `target` is put back and nothing else is left behind. If putting it
+    back fails too, it is kept at the path that the error names.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=".colm-"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from colm.checkpoint import Checkpoint
 from colm.kv import require_shared_kv
-from colm.model.rope import inverse_frequencies, rotation
+from colm.model.rope import Rope
 from decode_node.kv_store import KvStore
 
 
@@ -42,7 +42,7 @@ class DecodeEngine:
         self._store = store
         self._table = _BatchTable()
         self._model = checkpoint.load(dtype=store.layout.kv_format.dtype)
-        self._inverse_frequencies = inverse_frequencies(checkpoint.config)
+        self._rope = Rope(checkpoint.config)
 
     @torch.inference_mode()
     def step(self, inputs: Sequence[StepInput]) -> Tensor:
@@ -59,7 +59,7 @@ class DecodeEngine:
         num_chains = rows[0].num_chains
         chain_rows = [sum(row.num_chains > chain for row in rows) for chain in range(num_chains)]
         positions_R = torch.tensor([row.position for row in rows])
-        cos, sin = rotation(self._inverse_frequencies, positions_R)
+        cos, sin = self._rope.tables(positions_R)
         table_RM = self._table.of(rows)
         slot_mapping_R = self._slot_mapping(table_RM, positions_R)
         context_lens_R = (positions_R + 1).to(torch.int32)

@@ -12,6 +12,7 @@ from colm.wire.messages import token_id_pieces
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors
 from colm.wire.tile_codec import decode_message, decode_tile, pull_kv_stub
+from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_fetch import KvTransfer
 from decode_node.kv_store import KvStore
@@ -139,3 +140,4 @@ class KvReceiver:
         )
         for piece in token_id_pieces(transfer.token_ids):
             yield pb.PullKvRequest(token_ids=piece)
+        yield pb.PullKvRequest(end_of_prompt=common_pb2.EndOfPrompt())

@@ -46,7 +46,7 @@ def main() -> int:
     if platform.machine() not in ("x86_64", "AMD64") or compiler is None:
         _say("kernels: no g++ for x86-64 here; the PyTorch fallback is used")
         return 0
-    # A sanitised library cannot be asked: it loads only into a process with its runtime preloaded.
+    # A sanitised library loads only into a process with its runtime preloaded, so its hash cannot be read here.
     if not native.SANITIZED and native.built_hash(target) == native.source_hash():
         _say(f"kernels: {target.name} is up to date")
         return 0

@@ -1,6 +1,6 @@
 """Prove that the sanitised library is loaded and that its sanitizers end a process: part of `make test-sanitize`.
 
-Every variant gets one call that is right and must pass, and two that are wrong and must die of it.
+Every variant gets one correct call, which must pass, and two faulty ones, which must end their process.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ REPORTS = {
 
 
 def call(variant: native.Variant, fault: str) -> None:
-    """One linear of 3 rows in this process, right but for a fault."""
+    """Run one linear of 3 rows in this process, with a given fault or none."""
     x, weight = torch.ones(NUM_ROWS, WIDTH), torch.ones(WIDTH, WIDTH)
     y = torch.empty(NUM_ROWS * WIDTH - (fault == "write past the end"))
     block = (ctypes.c_int64 * 6)(weight.data_ptr(), 0, NUM_ROWS, WIDTH, WIDTH, 0)

@@ -16,7 +16,7 @@ from colm.checkpoint import Checkpoint, assign, prefill_tensor_names
 from colm.errors import InvalidRequest
 from colm.kv import KvFormat, KvTile, require_shared_kv
 from colm.model import ChainTransformer
-from colm.model.rope import inverse_frequencies, rotation
+from colm.model.rope import Rope
 
 
 class PrefillEngine:
@@ -38,7 +38,7 @@ class PrefillEngine:
         with torch.device("meta"):
             self._model = ChainTransformer(checkpoint.config, 1)
         assign(self._model, checkpoint.tensors(prefill_tensor_names(checkpoint.config)), kv_format.dtype)
-        self._inverse_frequencies = inverse_frequencies(checkpoint.config)
+        self._rope = Rope(checkpoint.config)
 
     @torch.inference_mode()
     def run(self, token_ids: NDArray[np.int64], *, cancelled: CancelFlag | None = None) -> Iterator[KvTile]:
@@ -69,7 +69,7 @@ class PrefillEngine:
                 x_TD, rows = hidden_ND[start:stop], (stop - start,)
                 # Made anew for each tile and layer: kept for a million tokens, the tables would be as large as a
                 # layer's keys, and they are a small part of the work.
-                cos_TE, sin_TE = rotation(self._inverse_frequencies, torch.arange(start, stop))
+                cos_TE, sin_TE = self._rope.tables(torch.arange(start, stop))
                 normed_TD = layer.attention_norm(x_TD, 1)
                 k_TKE, v_TKE = layer.attention.keys_values(normed_TD)
                 k_KTE, v_KTE = k_KNE[:, start:stop], v_KNE[:, start:stop]

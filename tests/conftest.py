@@ -10,7 +10,7 @@ from hypothesis import settings
 from colm.checkpoint import Checkpoint
 from colm.convert import from_gguf
 
-# How long an example takes says more of the machine than of the code.
+# No deadline for an example: its time depends on the machine more than on the code.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
@@ -30,5 +30,5 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_checkpoint(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """The real model imported once, in float32: exactly what the file says. Not to be changed."""
+    """The real model, imported once in float32, which holds the file's values exactly. Tests must not change it."""
     return from_gguf(smollm2_gguf, tmp_path_factory.mktemp("smollm2") / "colm", dtype=torch.float32)

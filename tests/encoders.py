@@ -1,4 +1,4 @@
-"""Tokenizers of every family that a checkpoint may bring, all made offline."""
+"""Tokenizers of every family that a checkpoint may have, all made offline."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from tests.tiny import SPECIAL_TOKENS, tiny_tokenizer
 # Groups of three digits, counted from the end of the number: a cut inside a number changes all before it.
 DIGITS_FROM_THE_RIGHT = r"\d{1,3}(?=(?:\d{3})*(?!\d))"
 BACKTRACKING = r"(a+)+b"
-"""Exponential on a run of a's; two dozen of them are too many."""
+"""A regex that takes exponential time on a run of a's; two dozen of them are too many."""
 
 
 def with_words(regex: str, normalizer: Any = None) -> Tokenizer:
-    """The tiny tokenizer, cutting words by a regex, as LLaMA 3 does."""
+    """The tiny tokenizer with words cut by a regex, as LLaMA 3 does."""
     encoder = tiny_tokenizer()
     cut = pre_tokenizers.Split(Regex(regex), behavior="isolated")
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -34,7 +34,7 @@ def llama3(num_doublings: int = 0) -> Tokenizer:
 
 
 def metaspace(scheme: str, *, fuse_unk: bool = False) -> Tokenizer:
-    """SentencePiece's spaces over a few letters; what it does not know is one token a character, or one a run."""
+    """A few letters with SentencePiece's spaces. An unknown character is one token, or a run of them is."""
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("i", "n"), ("▁", "a"), ("▁", "▁"), ("▁▁", "▁▁")]
     tokens = [*SPECIAL_TOKENS, *"▁abcdefghijklmnopqrstuvwxyz\n", *(left + right for left, right in merges)]
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
@@ -45,7 +45,7 @@ def metaspace(scheme: str, *, fuse_unk: bool = False) -> Tokenizer:
 
 
 def sentencepiece() -> Tokenizer:
-    """No words at all: one BPE over the whole text, its spaces marked, bytes for what it does not know."""
+    """One BPE over the whole text without words; spaces are marked, unknown characters become byte tokens."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("i", "n"), ("in", "g"), ("▁", "▁"), ("a", "a")]
     tokens = ["<unk>", *byte_tokens, *"▁abcdefghijklmnopqrstuvwxyz", *(left + right for left, right in merges)]

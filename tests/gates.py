@@ -1,4 +1,4 @@
-"""Faults of timing without sleeps: real components that stop at a gate until the test opens it."""
+"""Timing faults without sleeps: real components stop at a gate until the test opens it."""
 
 import asyncio
 import threading
@@ -12,7 +12,7 @@ LIMIT_S = 60.0
 
 
 class Gate:
-    """Closed at first. Whoever passes is counted as it arrives."""
+    """A gate, closed at first. Each caller is counted as it arrives."""
 
     def __init__(self) -> None:
         self._open = threading.Event()
@@ -27,11 +27,11 @@ class Gate:
         self.reached.clear()
 
     async def until_reached(self) -> None:
-        """Somebody stands at the gate."""
+        """Wait until a caller stands at the gate."""
         assert await asyncio.to_thread(self.reached.wait, LIMIT_S), "nobody came to the gate"
 
     def pass_through(self) -> None:
-        """Called by the component's thread."""
+        """Wait for the gate to open; the component's thread calls this."""
         self.num_arrived += 1
         self.reached.set()
         assert self._open.wait(LIMIT_S), "the test never opened the gate"
@@ -39,7 +39,7 @@ class Gate:
 
 @contextmanager
 def gate_before(owner: type, method: str, when: Callable[..., bool] = lambda *_, **__: True) -> Iterator[Gate]:
-    """A gate before the calls of a method for whose arguments `when` says so; it opens as the block ends."""
+    """A gate before the calls of a method whose arguments satisfy `when`; it opens as the block ends."""
     gate = Gate()
     original: Callable[..., Any] = getattr(owner, method)
 

@@ -32,7 +32,7 @@ LIMITS = GatewayLimits(
 
 
 class TakingTurns:
-    """Decode nodes at fixed addresses, one after the other."""
+    """A pool that lends decode nodes at fixed addresses, one after the other."""
 
     def __init__(self, addresses: Sequence[str], lease_id: str = "") -> None:
         self.lent: list[str] = []
@@ -46,7 +46,7 @@ class TakingTurns:
 
 
 def decode_nodes(num_nodes: int) -> NodeRegistry:
-    """Knows of so many decode nodes."""
+    """A registry that knows of that many decode nodes."""
     registry = NodeRegistry(MonotonicClock())
     for number in range(num_nodes):
         registry.report(
@@ -72,7 +72,7 @@ async def gateway(
     num_decode_nodes: int = 1,
     **limits: Any,
 ) -> AsyncIterator[str]:
-    """Its address. The registry knows of so many decode nodes."""
+    """Run a gateway whose registry knows of that many decode nodes; yields its address."""
     server, calls = create_server(Security()), GrpcDecodeCalls(Security())
     front_door = FrontDoor(
         model=ServedModel(name="tiny", config=config, tokenizer=tokenizer, fingerprint="f"),

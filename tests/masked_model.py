@@ -1,7 +1,7 @@
-"""The paper's formulas, written once more from the definitions, with masks where the product has blocks.
+"""The paper's formulas, implemented a second time from the definitions, with masks where `colm.model` has blocks.
 
-Everything runs at full width; a feature that a chain may not see is multiplied by zero. Nothing here is taken from
-`colm.model` but the names of the tensors.
+Everything runs at full width; a feature that a chain may not see is multiplied by zero. Only the names of the tensors
+are those of `colm.model`.
 
 Shapes: T tokens, D model features, O and I output and input features of a linear, H query heads, E head dim.
 """
@@ -24,8 +24,8 @@ class MaskedModel:
     """One sequence at a time, any scale, in the dtype of the weights given.
 
     Args:
-        config: shape; rope without scaling.
-        tensors: a checkpoint's.
+        config: the model's shape, with rope without scaling.
+        tensors: a checkpoint's tensors.
     """
 
     def __init__(self, config: ChainConfig, tensors: dict[str, Tensor]) -> None:
@@ -54,7 +54,7 @@ class MaskedModel:
         return torch.cat([self.tensors[f"{name}.chain{i + 1}"] for i in range(self.config.num_chains)], dim=1)
 
     def norm(self, name: str, x_TD: Tensor) -> Tensor:
-        """Each chain by its own root mean square: a matrix that averages over the features of the same chain."""
+        """Normalise each chain by its own root mean square, with a matrix that averages over the chain's features."""
         gain_D = torch.cat([self.tensors[f"{name}.chain{i + 1}"] for i in range(self.config.num_chains)])
         same = (self.dim_owner[:, None] == self.dim_owner[None, :]).to(torch.promote_types(x_TD.dtype, torch.float32))
         wide = x_TD.to(same.dtype)
@@ -62,7 +62,7 @@ class MaskedModel:
         return (wide / torch.sqrt(mean_square + self.config.norm_eps)).to(x_TD.dtype) * gain_D
 
     def linear(self, name: str, x_TI: Tensor, in_owner: Tensor, out_owner: Tensor) -> Tensor:
-        """A full matrix under the mask that lets output chain i see input chains up to i."""
+        """Apply a full matrix under the mask that lets output chain i read input chains up to i."""
         full_OI = torch.zeros(len(out_owner), len(in_owner), dtype=x_TI.dtype)
         bias_O = torch.zeros(len(out_owner), dtype=x_TI.dtype)
         for chain in range(int(out_owner.max()) + 1):
@@ -95,7 +95,7 @@ class MaskedModel:
         return self.linear(prefix + "wo", out.reshape(num_tokens, -1), query_owner, self.dim_owner)
 
     def kv_head_of(self, head: int) -> int:
-        """Grouped within the chain with KV sharing, grouped over the whole layer without."""
+        """The kv head of a query head: grouped within the chain with KV sharing, over the whole layer without."""
         config = self.config
         if not config.kv_sharing:
             return head // (config.num_heads // config.num_kv_heads)
@@ -103,7 +103,7 @@ class MaskedModel:
         return (head - sum(config.chains[:chain])) // (config.chains[chain] // config.num_kv_heads)
 
     def rotate(self, x_THE: Tensor) -> Tensor:
-        """Each pair of features (j, j + E/2) as a complex number, turned by its token's angle."""
+        """Rotate each pair of features (j, j + E/2), as a complex number, by its token's angle."""
         half = self.config.head_dim // 2
         wide = torch.promote_types(x_THE.dtype, torch.float32)
         steps = self.config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)

@@ -44,16 +44,16 @@ def _has_ipv6() -> bool:
     return True
 
 
-# On a machine without IPv6 the same ways are walked over IPv4; how addresses are written is tested without a network.
+# A machine without IPv6 runs the same tests over IPv4; how addresses are written is tested without a network.
 LOOPBACK, EVERYWHERE = ("::1", "::") if _has_ipv6() else ("127.0.0.1", "0.0.0.0")
 
 Spoil = Callable[[int, int, bytes], list[bytes] | None]
-"""(attempt, message number, message) -> what to send instead; None breaks the stream off there."""
+"""(attempt, message number, message) -> the message to send instead; None breaks the stream off there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a decode call brought."""
+    """All events of a decode call."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -69,7 +69,7 @@ class Answer:
 
     @property
     def waits(self) -> list[tuple[int, int]]:
-        """(what it waited for, how many were ahead), as it was told."""
+        """(what the request waited for, how many were ahead), for each `Queued` event."""
         queued = [response.queued for response in self.responses if response.WhichOneof("event") == "queued"]
         return [(event.waits_for, event.num_ahead) for event in queued]
 
@@ -100,7 +100,7 @@ async def decode_node(
     leases: LeaseTable | None = None,
     **options: Any,
 ) -> AsyncIterator[DecodeNode]:
-    """A decode node; on the way out it must hold nothing."""
+    """Run a decode node; at the end of the block it must hold nothing."""
     chosen = DecodeOptions(
         model_path=model_path,
         dtype="float32",
@@ -117,7 +117,7 @@ async def decode_node(
 
 
 def pages_bytes(config: ChainConfig, num_pages: int) -> int:
-    """Size of a cache of that many pages, on the nodes here."""
+    """Bytes of a cache of that many pages, on the nodes of this file."""
     return num_pages * KvLayout(KvFormat.of(config, torch.float32), PAGE_TOKENS).page_bytes
 
 
@@ -129,7 +129,7 @@ def assert_nothing_held(node: DecodeNode) -> None:
 
 
 async def until_idle(node: DecodeNode) -> None:
-    """The node lets go of everything soon after a call has ended."""
+    """Wait until the node holds nothing, as it must soon after a call has ended."""
     give_up_s = time.monotonic() + LIMIT_S
     while True:
         try:
@@ -160,7 +160,23 @@ def decode_requests(
         lease_id=lease_id,
     )
     pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(np.array(token_ids))]
-    return [decode_service_pb2.DecodeRequest(open=opened), *pieces]
+    end = decode_service_pb2.DecodeRequest(end_of_prompt=common_pb2.EndOfPrompt())
+    return [decode_service_pb2.DecodeRequest(open=opened), *pieces, end]
+
+
+def pull_kv_requests(
+    node: PrefillNode, token_ids: Sequence[int], *, transfer_id: str = "r", lease_id: str = ""
+) -> list[kv_pb.PullKvRequest]:
+    opened = kv_pb.OpenKvTransfer(
+        transfer_id=transfer_id,
+        epoch=1,
+        fingerprint=node.fingerprint,
+        num_tokens=len(token_ids),
+        lease_id=lease_id,
+    )
+    pieces = [kv_pb.PullKvRequest(token_ids=piece) for piece in token_id_pieces(np.array(token_ids))]
+    end = kv_pb.PullKvRequest(end_of_prompt=common_pb2.EndOfPrompt())
+    return [kv_pb.PullKvRequest(open=opened), *pieces, end]
 
 
 async def decode(

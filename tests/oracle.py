@@ -1,4 +1,4 @@
-"""What the whole system's greedy answers are held against: the plain model, in one pass over prompt and answer.
+"""The oracle of the system's greedy answers: the plain model, in one pass over prompt and answer.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -21,8 +21,8 @@ def logits_TV(model: ChainTransformer, token_ids: Sequence[int], num_chains: int
 def assert_greedy(model: ChainTransformer, prompt: Sequence[int], answer: Sequence[int], num_chains: int) -> None:
     """Each token of the answer is the oracle's argmax after the tokens before it.
 
-    By induction that is equality with the oracle's own greedy answer. Where a token differs, its exact logit, in
-    float64, may be below the largest by no more than rounding in float32 explains.
+    By induction the answer then equals the oracle's own greedy answer. If a token differs, its exact logit, in
+    float64, may be below the largest by no more than float32's rounding explains.
     """
     answered = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
     token_ids = [*prompt, *answer]

@@ -1,4 +1,4 @@
-"""A relay of TCP connections that counts them, and can be gone for a while."""
+"""A relay of TCP connections that counts them, and can vanish for a while."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,7 +8,7 @@ from colm.wire.endpoint import dial_address
 
 
 class Relay:
-    """Stands at an address of its own in front of a server's."""
+    """Listens at an address of its own and relays connections to a server's."""
 
     def __init__(self, target: str) -> None:
         self.address = ""
@@ -19,7 +19,7 @@ class Relay:
 
     @property
     def num_open(self) -> int:
-        """Connections that stand, from the caller's side to the server's."""
+        """Connections that are open from the caller through to the server."""
         return len(self._writers) // 2
 
     async def start(self) -> None:
@@ -29,7 +29,7 @@ class Relay:
         self.address = dial_address("127.0.0.1", self._server.sockets[0].getsockname()[1])
 
     async def vanish(self) -> None:
-        """Break every connection off, and take no other."""
+        """Break every connection off, and accept no other."""
         assert self._server is not None
         self._server.close()
         for writer in self._writers:
@@ -57,7 +57,7 @@ class Relay:
 
 @asynccontextmanager
 async def relay(target: str) -> AsyncIterator[Relay]:
-    """In front of a server."""
+    """Run a relay in front of a server."""
     standing = Relay(target)
     await standing.start()
     try:

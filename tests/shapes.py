@@ -10,9 +10,9 @@ def chain_configs(draw: st.DrawFn, min_chains: int = 1, **fixed: object) -> Chai
     """Any number of chains, with and without KV sharing, of every activation, with and without biases.
 
     Args:
-        draw: hypothesis's own.
-        min_chains: at least so many.
-        fixed: fields of `ChainConfig` that are not to vary.
+        draw: from hypothesis.
+        min_chains: fewest chains of a config.
+        fixed: fields of `ChainConfig` that do not vary.
     """
     num_chains = draw(st.integers(min_chains, 4))
     group = draw(st.integers(1, 3))

@@ -17,5 +17,5 @@ def tilings(draw: st.DrawFn) -> Tiling:
 
 
 def positions(tiling: Tiling) -> torch.Tensor:
-    """Where each query stands."""
+    """The position of each query."""
     return torch.arange(tiling.num_keys - tiling.num_queries, tiling.num_keys)

@@ -92,7 +92,7 @@ def tiny_checkpoint(
 
 
 def flip_last_byte(checkpoint: Checkpoint, name: str) -> None:
-    """Damage a stored tensor in place, as a bad disk or a careless tool does."""
+    """Change the last byte of a stored tensor in place, as a bad disk does."""
     data = bytearray(checkpoint.weights_path.read_bytes())
     header_bytes = int.from_bytes(data[:8], "little")
     data[8 + header_bytes + json.loads(data[8 : 8 + header_bytes])[name]["data_offsets"][1] - 1] ^= 1
@@ -100,16 +100,17 @@ def flip_last_byte(checkpoint: Checkpoint, name: str) -> None:
 
 
 def without_digest(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint as a build wrote it that did not store a digest."""
+    """The same checkpoint without a digest, as older builds wrote it."""
     tensors = checkpoint.tensors(parameter_shapes(checkpoint.config))
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, checkpoint.weights_path)
     return Checkpoint.open(checkpoint.path)
 
 
 def in_memory(checkpoint: Checkpoint, num_chains: int | None = None) -> ChainTransformer:
-    """The model with its weights copied out of the file, where they lie at any multiple of their own size.
+    """The model with its weights copied into memory of its own, at the allocator's alignment.
 
-    At another alignment PyTorch's products may sum in another order: only so are equal bits to be asked of two files.
+    In a file weights may lie at any multiple of their own size, and at another alignment PyTorch's products may sum in
+    another order. Bits of two files' models can be compared only after the copy.
     """
     model = checkpoint.load(num_chains)
     for parameter in model.parameters():
@@ -141,7 +142,7 @@ def tiny_llama(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32,
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
-    )  # slow to import; most users of this file need it not
+    )  # slow to import, and most users of this file do not need it
 
     values: dict[str, Any] = {
         "vocab_size": 320,

@@ -1,4 +1,4 @@
-"""How every benchmark runs: one way to take turns, to check first, to record and to print.
+"""How every benchmark runs: it checks results first, lets contenders take turns, prints tables and makes a record.
 
-`contest` has what a benchmark writes down, its cases; `suite` runs them and makes the record.
+`contest` has the classes with which a benchmark defines its cases; `suite` runs them and makes the record.
 """

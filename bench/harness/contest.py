@@ -1,4 +1,4 @@
-"""What a benchmark writes down: cases, each with contenders that take turns once they are known to be right."""
+"""The parts of a benchmark: cases, each with contenders that are checked and then take turns."""
 
 import time
 from abc import ABC, abstractmethod
@@ -14,23 +14,23 @@ Run = Callable[[], Mapping[str, float]]
 """A contender's turn: does the work once and says what it saw, each metric named by its unit, e.g. `{"s": 0.5}`."""
 
 Measured = Literal["whole", "sampled", "modelled"]
-"""All of what the name says was run, a part that stands for it, or a formula."""
+"""How a figure came about: all of the work was run, a part of it that stands for the whole, or a formula."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contest:
-    """A case made ready.
+    """A case that is ready to run.
 
     Raises:
-        ValueError: one is compared that does not run, or a fact's unit is unknown.
+        ValueError: a compared contender does not run, or a fact's unit is unknown.
     """
 
     check: Callable[[], None]
-    """Holds what contenders of ours compute against the definition; AssertionError where it is wrong."""
+    """Compares the results of our contenders with the definition; raises AssertionError if one is wrong."""
     contenders: Mapping[str, Run]
-    """In the order of their turns."""
+    """By name, in the order of their turns."""
     ours: str | None = None
-    """The contender that ratios are of; None for none."""
+    """The contender whose ratios are reported; None for no ratios."""
     against: Sequence[str] = ()
     """The contenders that `ours` is compared with."""
     compared_by: str = "s"
@@ -48,31 +48,31 @@ class Contest:
 
 @dataclass(frozen=True, kw_only=True)
 class Case(ABC):
-    """One shape of what a benchmark measures; its fields are the shape in the record."""
+    """One shape that a benchmark measures; its fields are the shape in the record."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Says which case it is, in the record and in the table."""
+        """The case's name in the record and in the table."""
 
     @property
     def shape(self) -> dict[str, Any]:
-        """The fields as JSON has them."""
+        """The fields, ready for JSON."""
         return asdict(self)
 
     @property
     def measured(self) -> Measured:
-        """What the figures stand on."""
+        """How the figures come about."""
         return "whole"
 
     @abstractmethod
     def contest(self, seed: int) -> AbstractContextManager[Contest]:
-        """Make the contenders and what they run on, for as long as the context lasts."""
+        """Make the contenders and their inputs, for as long as the context lasts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Of one metric over all rounds."""
+    """Median, lowest and highest value of one metric over all rounds."""
 
     median: float
     min: float
@@ -81,27 +81,27 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Of one value a round."""
+        """The spread of one value a round."""
         return cls(median=median(values), min=min(values), max=max(values), n=len(values))
 
     def as_json(self) -> dict[str, float]:
-        """Five significant digits of what a clock gave; counts whole."""
+        """For JSON: times and rates with five significant digits, counts whole."""
         return {key: value if isinstance(value, int) else float(f"{value:.5g}") for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a contest came to."""
+    """The outcome of a contest."""
 
     seen: Mapping[str, Mapping[str, Spread]]
     """By contender and metric."""
     ours: str | None
     ratios: Mapping[str, Spread]
-    """How many times better `ours` is than each it is compared with, both of the same round."""
+    """How many times better `ours` is than each contender it is compared with; both values are of the same round."""
     facts: Mapping[str, float]
 
     def metrics(self) -> dict[str, dict[str, float] | float]:
-        """Flat, as records have it: `avx2_gflops_per_s`, `over_sdpa_x`, `density`."""
+        """All metrics in one mapping, as in the record: `avx2_gflops_per_s`, `over_sdpa_x`, `density`."""
         seen = {f"{name}_{metric}": spread for name, each in self.seen.items() for metric, spread in each.items()}
         ratios = {f"over_{name}_x": spread for name, spread in self.ratios.items()}
         return {name: spread.as_json() for name, spread in (seen | ratios).items()} | dict(self.facts)
@@ -110,11 +110,11 @@ class Result:
 def timed(
     call: Callable[[], object], *, num_calls: int = 1, clock: Callable[[], float] = time.perf_counter, **work: float
 ) -> Run:
-    """A turn that takes the time of one call.
+    """A turn that measures the time of one piece of work.
 
     Args:
         call: does the work.
-        num_calls: how often it does it in one turn.
+        num_calls: pieces of work in one call.
         clock: in seconds.
         work: amounts in one piece of work; `gb=2` adds `gb_per_s`.
     """
@@ -129,9 +129,9 @@ def timed(
 
 
 def measure(contest: Contest, num_rounds: int, after_turn: Callable[[], None] = lambda: None) -> Result:
-    """Check, let everyone warm up in one round that does not count, then take turns.
+    """Check the results, warm up in one round that does not count, then let the contenders take turns.
 
-    Turns, so that a ratio never compares two moments of a busy machine.
+    Turns keep a ratio from comparing two moments of a busy machine.
 
     Raises:
         AssertionError: a contender's result is wrong; nothing has been timed.

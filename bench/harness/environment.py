@@ -1,4 +1,4 @@
-"""What a reader needs to repeat or to judge a record, and what a process needs to be seen from outside."""
+"""The environment that a record states, and measurements of a process from outside."""
 
 import platform
 import subprocess
@@ -19,7 +19,7 @@ _ARITHMETIC = ("avx", "amx", "fma", "f16c")
 
 
 def environment() -> dict[str, Any]:
-    """The code, its packages, the processor and the threads."""
+    """What a reader needs to repeat or judge a record: commit, package versions, processor and threads."""
 
     def git(*arguments: str) -> str:
         root = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
 
     return {
         "commit": git("rev-parse", "HEAD"),
-        # Records that earlier runs wrote do not change what this one measures.
+        # Records written by earlier runs do not make the tree dirty: they do not change what is measured.
         "dirty": bool(git("status", "--porcelain", "--", ".", ":!bench/results")),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         **processor(Path("/proc/cpuinfo").read_text(encoding="utf-8")),
@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor(cpu_info: str) -> dict[str, Any]:
-    """The first processor's name for itself, which clouds blur, its family and model, its features for arithmetic."""
+    """The first processor: its name, which clouds obscure, its family and model, and its features for arithmetic."""
     lines = cpu_info.split("\n\n")[0].splitlines()
     seen = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     return {
@@ -49,16 +49,16 @@ def processor(cpu_info: str) -> dict[str, Any]:
 
 
 def peak_memory_bytes(pid: int | Literal["self"] = "self") -> int:
-    """The most that a process has had resident since it began to run its program.
+    """Peak resident memory of a process since it began to run its program.
 
-    Not getrusage's: a child's would begin with the parent's, whose memory it shares until it runs its own program.
+    getrusage's peak of a child begins with the parent's, whose memory it shares until it runs its own program.
     """
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a module's function in a process of its own, with this one's number of threads."""
+    """Call a module's function in a fresh process with this process's number of threads."""
     threads = (torch.get_num_threads(),)
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=torch.set_num_threads, initargs=threads) as pool:
         return pool.submit(function, *args, **kwargs).result()

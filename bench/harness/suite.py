@@ -1,4 +1,4 @@
-"""A benchmark from its arguments to its record."""
+"""Runs a benchmark, from its command-line arguments to its record."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ _WIDTH_OF_A_FILE = 140
 
 
 class Options(argparse.Namespace):
-    """What every benchmark takes; those with more derive from it."""
+    """Options of every benchmark; a benchmark with more options derives from it."""
 
     module: str
     rounds: int
@@ -33,7 +33,7 @@ class Options(argparse.Namespace):
 
 
 def arguments(module: str, doc: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
-    """The common options of `python -m module`, to which it may add its own."""
+    """A parser of the common options, to which a benchmark may add its own."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=doc)
     parser.set_defaults(module=module)
     parser.add_argument("--rounds", type=positive, default=rounds, help=f"timed rounds of each case; {rounds}")
@@ -45,12 +45,12 @@ def arguments(module: str, doc: str | None, *, rounds: int = 5) -> argparse.Argu
 
 
 def run(cases: Sequence[Case], options: Options, **extra: object) -> None:
-    """Measure the cases and print each one's table; write the record where the options ask for it.
+    """Measure the cases and print each one's table; write the record if the options ask for it.
 
     Args:
-        cases: in the order of their running.
+        cases: they run in this order.
         options: parsed by `arguments`.
-        extra: what the record says beside the environment.
+        extra: further fields of the record, beside the environment.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -120,7 +120,7 @@ def _print(out: Console, case: Case, result: Result, num_rounds: int) -> None:
 
 
 def _cell(metric: str, spread: Spread | None) -> str:
-    """E.g. `1.05 s (1.04 .. 1.31)`; the unit once where all three have the same."""
+    """A cell such as `1.05 s (1.04 .. 1.31)`; the unit stands once if all three values have the same."""
     if spread is None:
         return ""
     middle, low, high = (show(metric, value) for value in (spread.median, spread.min, spread.max))
@@ -142,7 +142,7 @@ def _write(record: dict[str, Any], path: Path) -> None:
 
 
 def positive(text: str) -> int:
-    """An option's count, at least 1."""
+    """Parse an option's count, at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")

@@ -1,4 +1,4 @@
-"""Units: each metric's name ends in one of these, and each has one way to be shown."""
+"""Units: each metric's name ends in one of them, and each is shown in one way."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def duration(seconds: float) -> str:
 
 
 def length(count: int) -> str:
-    """Powers of two as people say them, 2K to 1M; any other count as it is."""
+    """A token count: powers of two as 2K to 1M, any other count with all digits."""
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
         if count and count % size == 0:
             return f"{count // size}{unit}"
@@ -41,7 +41,7 @@ UNITS: Mapping[str, Callable[[float], str]] = {
     "x": lambda ratio: f"{digits(ratio)}x",
     "density": digits,
 }
-"""By the last words of a metric's name. `gflops` and `gb` count 10^9, `density` is a share of one."""
+"""Each unit under the last words of a metric's name. `gflops` and `gb` count 10^9, `density` is a share of one."""
 
 
 def unit_of(metric: str) -> str:
@@ -57,7 +57,7 @@ def unit_of(metric: str) -> str:
 
 
 def more_is_better(metric: str) -> bool:
-    """Rates, unlike times and bytes."""
+    """Whether a larger value is better: true for rates, false for times and bytes."""
     return unit_of(metric).endswith("_per_s")
 
 

@@ -1,1 +1,1 @@
-"""The kernels against PyTorch's own and against what the machine can do; one file an operation."""
+"""The kernels against PyTorch's own operations and against the machine's limits; one file an operation."""

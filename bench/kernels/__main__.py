@@ -1,4 +1,4 @@
-"""The kernels against PyTorch's own and against what the machine can do: `python -m bench.kernels --json`."""
+"""The kernels against PyTorch's own operations and the machine's limits: `python -m bench.kernels --json`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -26,13 +26,13 @@ GROUPS: Mapping[str, Sequence[KernelCase]] = {
 
 
 class KernelOptions(Options):
-    """Of this benchmark."""
+    """Options of this benchmark."""
 
     only: str | None
 
 
 def main() -> None:
-    """All groups of cases, or one."""
+    """Run all groups of cases, or one."""
     parser = arguments("bench.kernels", __doc__)
     parser.add_argument("--only", choices=list(GROUPS), help="one group of cases")
     options = parser.parse_args(namespace=KernelOptions())

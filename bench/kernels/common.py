@@ -1,4 +1,4 @@
-"""What every operation's benchmark shares: cases of a dtype, the variants of a machine, ceilings of the machine."""
+"""Shared by every operation's benchmark: cases with a dtype, the machine's variants, and the machine's limits."""
 
 from abc import ABC
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ class KernelCase(Case, ABC):
 
     @property
     def shape(self) -> dict[str, Any]:
-        """The fields, dtypes in short."""
+        """The fields, with dtypes abbreviated."""
         return asdict(self, dict_factory=_plain)
 
 
@@ -30,12 +30,12 @@ def _plain(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def short(dtype: torch.dtype) -> str:
-    """A dtype as records spell it."""
+    """A dtype's abbreviation in records."""
     return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
 def timed_as(variant: native.Variant, dtype: torch.dtype) -> native.Variant:
-    """The variant that stands for it: avx512_bf16 differs from avx512 in attention over bf16 alone."""
+    """The variant under whose name this one is timed: avx512_bf16 differs from avx512 only in attention over bf16."""
     return "avx512" if variant == "avx512_bf16" and dtype != torch.bfloat16 else variant
 
 
@@ -45,7 +45,7 @@ def timed_variants(dtype: torch.dtype) -> list[native.Variant]:
 
 
 def gemm_ceiling(dtype: torch.dtype) -> Run:
-    """A matrix product that PyTorch runs at its best."""
+    """A matrix product at PyTorch's full rate."""
     rows, inner, columns = 2048, 1024, 2048
     x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
     return timed(lambda: F.linear(x, weight), gflops=2.0 * rows * inner * columns / 1e9)
@@ -69,12 +69,12 @@ def against_reading(
     """The PyTorch path, every variant that differs for a dtype, and plain reading.
 
     Args:
-        run: what a variant is timed at.
-        check: holds a variant's result against the definition.
-        dtype: what variants may differ for.
+        run: the work that a variant is timed at.
+        check: compares a variant's result with the definition.
+        dtype: dtype of the inputs, for which variants may differ.
         ours: the variant that runs by default.
-        num_bytes: what one call reads and writes.
-        num_calls: how many of them `run` makes.
+        num_bytes: bytes that one call reads and writes.
+        num_calls: calls that `run` makes.
     """
     variants: list[native.Variant] = ["torch", *timed_variants(dtype)]
 

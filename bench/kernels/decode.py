@@ -40,12 +40,12 @@ class DecodeCase(KernelCase):
 
     @property
     def score_dtype(self) -> torch.dtype:
-        """What the scores are products of."""
+        """The dtype of the scores' products."""
         return torch.float32 if self.int8_pages else self.dtype
 
     @property
     def variant(self) -> native.Variant:
-        """What runs the case by default."""
+        """The variant that runs the case by default."""
         return native.choose_memory_bound_variant(self.head_dim, torch.empty(0, dtype=self.score_dtype))
 
     @property

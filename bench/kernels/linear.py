@@ -15,7 +15,7 @@ from bench.harness.contest import Contest
 from bench.kernels.common import KernelCase, against_reading, short
 
 CACHE_BYTES = 512 << 20
-"""More than the caches hold, of a server's CPU too."""
+"""More bytes than the caches hold, even those of a server's CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class LinearCase(KernelCase):
         return self.in_dim * self.out_dim * self.dtype.itemsize
 
     def inputs(self, seed: int) -> tuple[Tensor, list[Tensor]]:
-        """x_RI and enough equal weights that the caches have forgotten one when its turn comes again."""
+        """x_RI and equal weights, so many that the caches no longer hold a weight when its turn comes again."""
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(self.num_rows, self.in_dim, generator=generator).to(self.dtype)
         weight = torch.randn(self.out_dim, self.in_dim, generator=generator).to(self.dtype)

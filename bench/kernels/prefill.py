@@ -16,7 +16,7 @@ from bench.harness.contest import Contest, timed
 from bench.kernels.common import KernelCase, gemm_ceiling, short, timed_as, timed_variants
 
 CHECKED_ROWS = 32
-"""Last query rows of a case that are held against the definition."""
+"""Last query rows of a case that are compared with the definition."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class PrefillCase(KernelCase):
 
     @property
     def flops(self) -> float:
-        """Of the scores and values that the causal mask leaves."""
+        """Floating point operations on the scores and values that the causal mask leaves."""
         prefix = self.num_keys - self.num_queries
         pairs = self.num_queries * prefix + self.num_queries * (self.num_queries + 1) / 2
         return 4.0 * self.num_heads * self.head_dim * pairs
@@ -56,7 +56,7 @@ class PrefillCase(KernelCase):
 
     @contextmanager
     def contest(self, seed: int) -> Iterator[Contest]:
-        """Every variant of this machine, SDPA on the same inputs, and the GEMM that the project's bars are set in."""
+        """Every variant of this machine, SDPA on the same inputs, and the GEMM to which the project's targets refer."""
         q, k, v = self.inputs(seed)
         variants = timed_variants(self.dtype)
 

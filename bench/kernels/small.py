@@ -18,7 +18,7 @@ from bench.harness.contest import Contest
 from bench.kernels.common import KernelCase, against_reading, short
 
 CALLS = 20
-"""Of one turn: a single call of one row is over before the clock has moved far."""
+"""Calls in one turn: a single call of one row is too short for the clock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class SmallCase(KernelCase):
 
     @abstractmethod
     def prepare(self, seed: int) -> tuple[Callable[[], object], Callable[[], None]]:
-        """The call, repeatable with the same inputs, and its check against the definition."""
+        """Make the call, repeatable with the same inputs, and its check against the definition."""
 
     @contextmanager
     def contest(self, seed: int) -> Iterator[Contest]:
@@ -61,13 +61,13 @@ class SmallCase(KernelCase):
         )
 
     def draw(self, seed: int, *shape: int) -> Tensor:
-        """Normal numbers, the same ones every time."""
+        """Normal numbers, the same ones at every call."""
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormCase(SmallCase):
-    """Residual added and every chain normalised."""
+    """Add the residual and normalise every chain."""
 
     dims: Sequence[int]
 
@@ -78,11 +78,11 @@ class NormCase(SmallCase):
 
     @property
     def num_bytes(self) -> int:
-        """The residual stream twice, delta and y."""
+        """Bytes of the residual stream twice, of delta and of y."""
         return 4 * self.num_rows * sum(self.dims) * self.dtype.itemsize
 
     def prepare(self, seed: int) -> tuple[Callable[[], object], Callable[[], None]]:
-        """Zeros are added, so x stays what it is."""
+        """Add zeros, so that x does not change from call to call."""
         x, gains = self.draw(seed, self.num_rows, sum(self.dims)), [self.draw(seed, dim) for dim in self.dims]
         delta = torch.zeros_like(x)
 
@@ -94,7 +94,7 @@ class NormCase(SmallCase):
 
 @dataclass(frozen=True, kw_only=True)
 class RotaryCase(SmallCase):
-    """Keys rotated and written with the values into a cache that is kv-head major."""
+    """Rotate keys, and write them and the values into a kv-head major cache."""
 
     num_heads: int
     head_dim: int
@@ -106,12 +106,12 @@ class RotaryCase(SmallCase):
 
     @property
     def num_bytes(self) -> int:
-        """Keys and values in and out, cosines and sines."""
+        """Bytes of keys and values in and out, of cosines and sines."""
         kv_bytes = 4 * self.num_rows * self.num_heads * self.head_dim * self.dtype.itemsize
         return kv_bytes + 4 * self.num_rows * self.head_dim
 
     def prepare(self, seed: int) -> tuple[Callable[[], object], Callable[[], None]]:
-        """Into the middle of a longer cache."""
+        """Write into the middle of a longer cache."""
         k, v = self.draw(seed, 2, self.num_rows, self.num_heads, self.head_dim)
         angles = torch.linspace(0, 1000, self.num_rows * self.head_dim).view(self.num_rows, self.head_dim)
         cos, sin = angles.cos(), angles.sin()
@@ -139,11 +139,11 @@ class SwigluCase(SmallCase):
 
     @property
     def num_bytes(self) -> int:
-        """Gate twice, up."""
+        """Bytes of gate twice and of up."""
         return 3 * self.num_rows * self.dim * self.dtype.itemsize
 
     def prepare(self, seed: int) -> tuple[Callable[[], object], Callable[[], None]]:
-        """silu(gate) * (1 + exp(-gate)) is gate again, and stays there where gate is negative, clear of subnormals."""
+        """Take up = 1 + exp(-gate), so that every call gives gate again. Negative gates stay clear of subnormals."""
         gate = -self.draw(seed, self.num_rows, self.dim).abs()
         up = 1 + (-gate).exp()
 
@@ -167,11 +167,11 @@ class QuantiseCase(SmallCase):
 
     @property
     def num_bytes(self) -> int:
-        """In, out, and a scale a row."""
+        """Bytes in, bytes out, and a scale a row."""
         return self.num_rows * self.num_heads * (self.head_dim * (self.dtype.itemsize + 1) + 2)
 
     def prepare(self, seed: int) -> tuple[Callable[[], object], Callable[[], None]]:
-        """Into new tensors."""
+        """Quantise into new tensors."""
         x = self.draw(seed, self.num_rows, self.num_heads, self.head_dim)
 
         def check() -> None:

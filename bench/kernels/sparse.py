@@ -1,4 +1,4 @@
-"""Sparse prefill attention against our own dense."""
+"""Sparse prefill attention against our own dense attention."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ class SparseCase(KernelCase):
     dense: PrefillCase
     pattern: Literal["blocks", "vertical_slash"]
     density: float
-    """Wanted; the record holds what the index has."""
+    """The density asked for; the record holds the index's own."""
 
     @property
     def name(self) -> str:
@@ -34,8 +34,8 @@ class SparseCase(KernelCase):
     def index(self, seed: int) -> SparseIndex:
         """A random selection, one list a kv head.
 
-        Blocks: key blocks, each by chance. Vertical-slash: half of the keys as scattered columns, half as diagonals in
-        runs of 64, as a head with many of both has.
+        Blocks: key blocks, each taken at random. Vertical-slash: half of the keys as scattered columns, half as
+        diagonals in runs of 64, like a head with many of both.
         """
         generator = torch.Generator().manual_seed(seed)
         num_keys, num_lists = self.dense.num_keys, self.dense.num_kv_heads
@@ -55,12 +55,12 @@ class SparseCase(KernelCase):
 
     @contextmanager
     def contest(self, seed: int) -> Iterator[Contest]:
-        """Dense and sparse on the same inputs, by time: dense does what sparse leaves out."""
+        """Dense and sparse on the same inputs, compared by time, as dense computes more pairs."""
         index, (q, k, v) = self.index(seed), self.dense.inputs(seed)
 
         def check() -> None:
             out, lse = sparse_prefill_attention(q, k, v, index)
-            # Row blocks are independent of one another: the last one alone, as a tile of its own, is small enough.
+            # Row blocks are independent, so only the last one is checked, as a tile of its own: the whole is too large.
             last = last_row_block(index)
             tile = q[-last.tiling.num_queries :]
             tolerance.check_all(tolerance.prefill_attention(tile, k, v, last), (out[-len(tile) :], lse[-len(tile) :]))

@@ -45,7 +45,7 @@ class StaircaseCase(KernelCase):
 
     @property
     def flops(self) -> float:
-        """Floating point operations that are not with zeros."""
+        """Floating point operations, those with zeros left out."""
         weights = sum(width * reach for width, reach in zip(self.widths, accumulate(self.widths), strict=True))
         return 2.0 * self.num_rows * weights * (3 if self.backward else 1)
 
@@ -61,9 +61,9 @@ class StaircaseCase(KernelCase):
 
     @contextmanager
     def contest(self, seed: int) -> Iterator[Contest]:
-        """The zero-padded Linear, a Linear a chain, joined, and ours; operations with zeros are not counted.
+        """The zero-padded Linear; a Linear a chain, joined; and ours. Operations with zeros are not counted.
 
-        With gradients also ours over one tensor a chain, as the model trains.
+        With gradients there is also ours over one tensor a chain, as the model trains.
         """
         x, weights, grad = self.inputs(seed)
         full = _zero_padded(weights)

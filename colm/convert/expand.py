@@ -31,10 +31,10 @@ def expand(
 
     Existing blocks are copied. Fresh ones: normal with standard deviation 0.02; the blocks that write to the
     residual stream (`wo`, `down`) divided by sqrt(2 * num_layers), so that depth does not inflate it; gains
-    1; biases 0; head columns 0, so that a fresh chain says nothing until it is trained. The rest is not zero: a
-    fresh chain then has features that its head columns, the only ones with a gradient in the first step, can pick
-    up, and each of its units another gradient after that. Width per head is kept, of the residual stream and of
-    the feed-forward alike; without KV sharing the kv heads grow in the same ratio.
+    1; biases 0; head columns 0, so that a fresh chain changes no logit until it is trained. The other weights are not
+    zero: in the first step only the head columns have a gradient, and they need features to learn from; random weights
+    also give each unit of the chain a gradient of its own. The width per head is kept, in the residual stream and in
+    the feed-forward; without KV sharing the kv heads grow in the same ratio.
 
     A tied head is untied: the fresh head columns must be zero while the fresh embedding columns must not, and
     one table cannot be both. The head's existing chains start as copies of the embedding's.
@@ -43,8 +43,8 @@ def expand(
         src: an existing checkpoint.
         dest: directory to write; an older checkpoint there is replaced.
         chains: query heads of every chain, beginning with the source's, e.g. (9, 3) for a source of (9,).
-        kv_sharing: whether the fresh chains read chain 1's keys and values or have their own; None for the source's
-            own way, which a source of several chains cannot change, and for KV sharing where it has one chain.
+        kv_sharing: whether the fresh chains read chain 1's keys and values (True) or have their own (False). None
+            keeps the source's setting, which is fixed for a source of several chains; for one chain None is True.
         seed: of the fresh weights.
         progress: told after each tensor.
 
@@ -67,7 +67,7 @@ def expand(
         if name in existing:
             tensors[name] = source.tensors([name])[name]
         elif (twin := name.replace("head.", "embedding.")) in existing:
-            # safetensors refuses two names for one memory.
+            # safetensors refuses two names for the same memory.
             tensors[name] = source.tensors([twin])[twin].clone()
         else:
             tensors[name] = _fresh(name, shape, config.num_layers, generator).to(dtype)

@@ -25,7 +25,7 @@ def to_huggingface(
 
     Args:
         src: an existing checkpoint; with one chain all of it is exported.
-        dest: directory to write; it must not exist, or be empty.
+        dest: directory to write; it must be missing or empty.
         progress: told after each tensor.
 
     Returns:
@@ -96,6 +96,15 @@ def _rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_context,
         }
+    if scaling.kind == "yarn":
+        section |= {
+            "original_max_position_embeddings": scaling.original_max_context,
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            "truncate": scaling.truncate,
+        }
+        if scaling.attention_factor is not None:
+            section["attention_factor"] = scaling.attention_factor
     return section
 
 

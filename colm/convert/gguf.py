@@ -12,7 +12,7 @@ from colm.convert.gguf_file import GgufFile
 from colm.convert.gguf_tokenizer import text_from_gguf
 from colm.convert.llama import Progress, carry_over, chain_config, check_dtype, refuse_unknown, source_names
 from colm.errors import CheckpointError, UnsupportedModel
-from colm.model.config import ChainConfig, RopeScaling
+from colm.model.config import ChainConfig, RopeScaling, yarn_attention_factor
 from colm.model.rope import inverse_frequencies
 
 EMBEDDING = "token_embd.weight"
@@ -36,7 +36,8 @@ LAYOUT = {
 LLAMA3_ORIGINAL_CONTEXTS = tuple(1024 << power for power in range(8))
 """Contexts of pre-training that llama3 scaling is recognised for, 1K to 128K; published models have 8K."""
 ROPE_FACTOR_TOLERANCE = 1e-5
-"""Relative; a converter's fp32 arithmetic stays below it, the nearest other candidate is far above."""
+"""Largest relative difference of two equal frequencies. A converter's fp32 arithmetic stays below it; the nearest
+other candidate is far above."""
 
 
 def from_gguf(
@@ -139,20 +140,39 @@ def _named_scaling(file: GgufFile) -> RopeScaling | None:
     factor = file.metadata("llama.rope.scaling.factor") or file.metadata("llama.rope.scale_linear") or 1.0
     if kind == "none" or (kind is None and factor == 1.0):
         return None
-    if kind not in ("linear", None):
-        raise UnsupportedModel(f"{file.path}: llama.rope.scaling.type={kind!r} is not supported; use none or linear")
+    if kind not in ("linear", "yarn", None):
+        raise UnsupportedModel(
+            f"{file.path}: llama.rope.scaling.type={kind!r} is not supported; use none, linear or yarn"
+        )
     try:
-        return RopeScaling(kind="linear", factor=factor)
+        return RopeScaling(kind="linear", factor=factor) if kind != "yarn" else _yarn(file, factor)
     except ValueError as err:
         raise UnsupportedModel(f"{file.path}: {err}") from err
+
+
+def _yarn(file: GgufFile, factor: float) -> RopeScaling:
+    """As llama.cpp reads it, whose `attn_factor` comes on top of the paper's attention factor."""
+    key = "llama.rope.scaling."
+    for name, usual in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
+        value = file.metadata(key + name)
+        if value not in (None, usual):
+            raise UnsupportedModel(f"{file.path}: {key}{name}={value} is not supported; only {usual} is")
+    attn_factor = file.metadata(key + "attn_factor") or 1.0
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_context=_whole(file, key + "original_context_length", _whole(file, "llama.context_length")),
+        beta_fast=file.metadata(key + "yarn_beta_fast") or 32.0,
+        beta_slow=file.metadata(key + "yarn_beta_slow") or 1.0,
+        attention_factor=None if attn_factor == 1.0 else attn_factor * yarn_attention_factor(factor),
+    )
 
 
 def _with_llama3_scaling(file: GgufFile, config: ChainConfig) -> ChainConfig:
     """Find the llama3 parameters whose frequencies are the file's.
 
-    The file holds, for each rotary plane, the number its frequency is divided by. The slowest plane's is
-    `factor`; the two bounds are those of all published models, 1 and 4; the context of pre-training is
-    searched for.
+    The file holds one divisor for each rotary plane, by which its frequency is divided. The slowest plane's divisor is
+    `factor`. The two bounds are 1 and 4, as in all published models. The context of pre-training is searched for.
     """
     divisors = file.read(ROPE_FACTORS).flatten()
     if config.rope_scaling is None and divisors.numel() == config.head_dim // 2 and divisors.min() >= 1.0:

@@ -70,7 +70,7 @@ class GgufFile:
         return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
     def read(self, name: str) -> Tensor:
-        """The tensor in float32, exactly: each of the types that are read embeds in it."""
+        """The tensor in float32, which holds each supported type exactly."""
         tensor = self._tensors[name]
         values = dequantize(tensor.data, tensor.tensor_type)
         # The file is mapped read-only, and a float32 tensor is not copied by dequantising it.

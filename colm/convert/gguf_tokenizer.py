@@ -24,7 +24,7 @@ SPACE = "\u2581"
 
 
 class MetadataSource(Protocol):
-    """A GGUF file, as far as its metadata goes."""
+    """The metadata of a GGUF file."""
 
     @property
     def path(self) -> Path:
@@ -35,7 +35,7 @@ class MetadataSource(Protocol):
 
 
 class _TokenType(IntEnum):
-    """GGUF's kinds of vocabulary entry, as far as they matter here."""
+    """The kinds of GGUF vocabulary entries that matter here."""
 
     NORMAL = 1
     UNKNOWN = 2

@@ -25,7 +25,7 @@ from colm.convert.llama import (
 )
 from colm.dtypes import DTYPES
 from colm.errors import CheckpointError, UnsupportedModel
-from colm.model.config import ChainConfig, RopeScaling
+from colm.model.config import ChainConfig, RopeScaling, parse_rope_kind, yarn_attention_factor
 
 ARCHITECTURE = "LlamaForCausalLM"
 HEAD = "lm_head.weight"
@@ -186,7 +186,7 @@ def _config(path: Path, raw: Mapping[str, Any]) -> ChainConfig:
             rope_scaling=scaling,
             norm_eps=raw.get("rms_norm_eps", 1e-6),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_context=raw.get("max_position_embeddings", 2048),
+            max_context=_max_context(raw),
             explicit_head_dim=raw.get("head_dim"),
             bias=has_bias,
         )
@@ -203,24 +203,49 @@ def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None
     partial = section.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise UnsupportedModel(f"{path}: partial_rotary_factor={partial} is not supported; only 1.0 is")
+    if kind == "default":
+        return theta, None
     try:
-        if kind == "default":
-            return theta, None
-        if kind == "linear":
-            return theta, RopeScaling(kind="linear", factor=float(section["factor"]))
-        if kind == "llama3":
-            return theta, RopeScaling(
-                kind="llama3",
-                factor=float(section["factor"]),
-                low_freq_factor=float(section["low_freq_factor"]),
-                high_freq_factor=float(section["high_freq_factor"]),
-                original_max_context=int(section["original_max_position_embeddings"]),
-            )
+        known = parse_rope_kind(kind)
+    except ValueError as err:
+        raise UnsupportedModel(f"{path}: {field}.rope_type={err}") from err
+    read = {"linear": lambda *_: {}, "llama3": _llama3, "yarn": _yarn}[known]
+    try:
+        factor = float(section["factor"])
+        return theta, RopeScaling(kind=known, factor=factor, **read(raw, section))
     except KeyError as err:
         raise CheckpointError(f"{path}: {field}.{err.args[0]} is missing, but rope_type={kind!r} needs it") from err
-    except ValueError as err:
+    except (TypeError, ValueError) as err:
         raise UnsupportedModel(f"{path}: {field}: {err}") from err
-    raise UnsupportedModel(f"{path}: {field}.rope_type={kind!r} is not supported; use default, linear or llama3")
+
+
+def _llama3(_: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "low_freq_factor": float(section["low_freq_factor"]),
+        "high_freq_factor": float(section["high_freq_factor"]),
+        "original_max_context": int(section["original_max_position_embeddings"]),
+    }
+
+
+def _yarn(raw: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """As transformers reads it: what is missing, null or zero has its default."""
+    original = raw.get("original_max_position_embeddings") or section.get("original_max_position_embeddings")
+    attention_factor = section.get("attention_factor")
+    mscale, mscale_all_dim = section.get("mscale"), section.get("mscale_all_dim")
+    if attention_factor is None and mscale and mscale_all_dim:
+        factor = float(section["factor"])
+        attention_factor = yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, mscale_all_dim)
+    return {
+        "original_max_context": int(original or _max_context(raw)),
+        "beta_fast": float(section.get("beta_fast") or 32),
+        "beta_slow": float(section.get("beta_slow") or 1),
+        "truncate": bool(section.get("truncate", True)),
+        "attention_factor": None if attention_factor is None else float(attention_factor),
+    }
+
+
+def _max_context(raw: Mapping[str, Any]) -> int:
+    return int(raw.get("max_position_embeddings", 2048))
 
 
 def _tokenizer_json(root: Path) -> str | None:
@@ -249,7 +274,7 @@ def _text_config(root: Path, raw: Mapping[str, Any], tokenizer_json: str | None)
     section = _read_json(root / "tokenizer_config.json", required=False)
     named_bos, named_eos = (_token_id(tokenizer, section.get(name)) for name in ("bos_token", "eos_token"))
     bos_id = bos_id if named_bos is None else named_bos
-    # The tokenizer's post-processor is what puts the token there, unless its config says it outright.
+    # The tokenizer's post-processor adds the token, unless its config has an explicit setting.
     begins = tokenizer.encode("a").ids[:1] == [bos_id]
     add_bos = section.get("add_bos_token")
     return TextConfig(

@@ -1,4 +1,4 @@
-"""The plain PyTorch model: the oracle that every node and kernel is held against."""
+"""The plain PyTorch model: the oracle that every node and kernel is compared with."""
 
 from colm.model.transformer import ChainTransformer, num_parameters, parameter_shapes
 

@@ -20,9 +20,9 @@ from colm.model.linear import ChainLinear
 class ChainAttention(nn.Module):
     """All projections are Linear (chain), and no head mixes chains.
 
-    With KV sharing (CoLM-Air) keys and values have chain 1 only, and the queries of every chain read them;
-    without (CoLM) the queries of chain i read the keys and values of chain i. Either way query head j of a chain
-    reads kv head j // (query heads / kv heads) of those: grouped, so that chain 1 is exactly a LLaMA.
+    With KV sharing (CoLM-Air) only chain 1 has keys and values, and the queries of every chain read them.
+    Without it (CoLM) the queries of chain i read the keys and values of chain i. Either way query head j of a chain
+    reads kv head j // (query heads / kv heads): grouped, so that chain 1 is exactly a LLaMA.
     """
 
     def __init__(self, config: ChainConfig) -> None:
@@ -35,10 +35,10 @@ class ChainAttention(nn.Module):
         self.wv = ChainLinear(config.chain_dims[: self.kv_chains], kv_dims, bias=config.bias)
         self.wo = ChainLinear(config.chain_query_dims, config.chain_dims, bias=config.bias)
 
-    # The next five are the nodes' way: chains side by side in one tensor, keys and values of chain 1 alone.
+    # The nodes use the next five methods: chains side by side in one tensor, keys and values of chain 1 only.
 
     def keys_values(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """Unrotated (k_RKD, v_RKD) of chain 1's normalised hidden states; other chains' are not read."""
+        """Unrotated (k_RKD, v_RKD) of chain 1's normalised hidden states; other chains' columns are not read."""
         chain1 = x_RD[:, : self.config.chain_dims[0]]
         shape = (x_RD.shape[0], self.config.chain_kv_heads[0], self.config.head_dim)
         rows = (x_RD.shape[0],)
@@ -50,7 +50,7 @@ class ChainAttention(nn.Module):
         return q_RH.view(x_RD.shape[0], -1, self.config.head_dim)
 
     def queries_keys_values(self, x_RD: Tensor, chain_rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """(q_RHD, k_RKD, v_RKD) as of `queries` and `keys_values`, where all are wanted at once."""
+        """(q_RHD, k_RKD, v_RKD) as from `queries` and `keys_values`, in one call."""
         rows = (x_RD.shape[0],)
         operands = [self.wq.operands(chain_rows), self.wk.operands(rows), self.wv.operands(rows)]
         q_RHD, k_RKD, v_RKD = (y.view(len(x_RD), -1, self.config.head_dim) for y in joint_linear(x_RD, operands))

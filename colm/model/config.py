@@ -1,37 +1,98 @@
 """The shape of a CoLM model: dimensions, chains, and what follows from them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from math import gcd
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 Activation = Literal["swiglu", "gelu"]
+
+
+RopeKind = Literal["linear", "llama3", "yarn"]
+_LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
+
+
+def parse_rope_kind(kind: str) -> RopeKind:
+    """The kind of rope scaling of a user's or a file's word.
+
+    Raises:
+        ValueError: an unknown kind, or one whose keys could not be kept.
+    """
+    if kind in _LENGTH_DEPENDENT:
+        raise ValueError(
+            f"{kind!r} cannot be served: its frequencies follow the prompt's length, so the keys kept of a text are "
+            "not those of the same text in a longer prompt; use 'yarn'"
+        )
+    if kind not in get_args(RopeKind):
+        raise ValueError(f"{kind!r} is unknown; use {', '.join(map(repr, get_args(RopeKind)))}")
+    return cast(RopeKind, kind)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
     """How rotary frequencies are stretched beyond the context of pre-training."""
 
-    kind: Literal["linear", "llama3"]
-    """`linear` divides every frequency by `factor`; `llama3` only the low ones, with a ramp between the two bounds."""
+    kind: RopeKind
+    """`linear` divides every frequency by `factor`; `llama3` and `yarn` only the low ones, with a ramp between two
+    bounds: in frequency for `llama3`, in the number of the plane for `yarn` (arXiv 2309.00071)."""
     factor: float
     low_freq_factor: float = 1.0
     """llama3: wavelengths above `original_max_context / low_freq_factor` are divided by `factor`."""
     high_freq_factor: float = 4.0
     """llama3: wavelengths below `original_max_context / high_freq_factor` are left alone."""
     original_max_context: int = 8192
-    """llama3: the context, in tokens, of pre-training."""
+    """llama3 and yarn: the context, in tokens, of pre-training."""
+    beta_fast: float = 32.0
+    """yarn: planes that turn more often than this in `original_max_context` tokens are left alone."""
+    beta_slow: float = 1.0
+    """yarn: planes that turn less often than this are divided by `factor`."""
+    truncate: bool = True
+    """yarn: the ramp begins and ends at whole planes, the next ones outwards."""
+    attention_factor: float | None = None
+    """yarn: multiplies rotated queries and keys; None for the paper's, 1 + ln(factor) / 10."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"rope_scaling.kind={self.kind!r} is unknown; use 'linear' or 'llama3'")
-        if not self.factor >= 1.0:
-            raise ValueError(f"rope_scaling.factor={self.factor} must be at least 1.0")
+        try:
+            parse_rope_kind(self.kind)
+        except ValueError as err:
+            raise ValueError(f"rope_scaling.kind={err}") from err
+        if not 1.0 <= self.factor < math.inf:
+            raise ValueError(f"rope_scaling.factor={self.factor} must be at least 1.0, and finite")
+        if self.original_max_context < 1:
+            raise ValueError(f"rope_scaling.original_max_context={self.original_max_context} must be at least 1")
         if self.kind == "llama3" and not 0.0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"rope_scaling.low_freq_factor={self.low_freq_factor} must be above 0 and below "
                 f"high_freq_factor={self.high_freq_factor}"
             )
+        if self.kind == "yarn" and not 0.0 < self.beta_slow < self.beta_fast < math.inf:
+            raise ValueError(
+                f"rope_scaling.beta_slow={self.beta_slow} must be above 0 and below beta_fast={self.beta_fast}"
+            )
+        if self.attention_factor is not None and not 0.0 < self.attention_factor < math.inf:
+            raise ValueError(f"rope_scaling.attention_factor={self.attention_factor} must be above 0, and finite")
+
+    def __str__(self) -> str:
+        text = f"{self.kind}, factor {self.factor:g}"
+        if self.kind != "linear":
+            text += f" from {self.original_max_context} tokens"
+        if self.kind == "llama3":
+            text += f", frequency factors {self.low_freq_factor:g} and {self.high_freq_factor:g}"
+        if self.kind == "yarn":
+            text += f", betas {self.beta_fast:g} and {self.beta_slow:g}, attention factor {self.rotation_factor:.5g}"
+        return text
+
+    @property
+    def rotation_factor(self) -> float:
+        """What cosines and sines are multiplied by; 1.0 for all kinds but yarn."""
+        if self.kind != "yarn":
+            return 1.0
+        return yarn_attention_factor(self.factor) if self.attention_factor is None else self.attention_factor
+
+
+def yarn_attention_factor(factor: float, weight: float = 1.0) -> float:
+    """YaRN's factor on rotated queries and keys, 1 + weight * ln(factor) / 10."""
+    return 0.1 * weight * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +125,7 @@ class ChainConfig:
     bias: bool = False
     """All linears of attention and feed-forward have a bias."""
     activation: Activation = "swiglu"
-    """Of the feed-forward: `swiglu` is down(silu(gate(x)) * up(x)), `gelu` is down(gelu(up(x)))."""
+    """Activation of the feed-forward: `swiglu` is down(silu(gate(x)) * up(x)), `gelu` is down(gelu(up(x)))."""
     max_context: int = 4096
     """Longest sequence, prompt and answer together, in tokens."""
     explicit_head_dim: int | None = None
@@ -199,7 +260,7 @@ def _check_widths(config: ChainConfig) -> None:
 
 def _check_kv_heads(config: ChainConfig) -> None:
     chains, num_kv_heads, total = config.chains, config.num_kv_heads, sum(config.chains)
-    unit = gcd(*chains)
+    unit = math.gcd(*chains)
     if config.kv_sharing:
         rule = f"with kv_sharing each chain must be a multiple of num_kv_heads={num_kv_heads}"
         # A kv head serves equally many queries of each chain.

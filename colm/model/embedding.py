@@ -30,7 +30,7 @@ class ChainTable(nn.Module):
         return rows[0] if num_chains == 1 else torch.cat(rows, dim=1)
 
     def embed_by_chain(self, tokens_R: Tensor, num_chains: int) -> list[Tensor]:
-        """The same, one tensor a chain."""
+        """The result of `embed`, one tensor a chain."""
         return [F.embedding(tokens_R, columns) for columns in self.columns(num_chains)]
 
     def logits(self, x_RD: Tensor, chain_rows: Sequence[int]) -> Tensor:
@@ -55,7 +55,7 @@ def nested_logits(xs: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
 
     Args:
         xs: normalised hidden states, (R, D_i) each.
-        columns: of the head, (V, D_i) each.
+        columns: the head's, (V, D_i) each.
     """
     logits_RV = F.linear(xs[0], columns[0])
     for x, table in zip(xs[1:], columns[1:], strict=True):

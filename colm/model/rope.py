@@ -11,18 +11,42 @@ from torch import Tensor
 from colm.model.config import ChainConfig, RopeScaling
 
 
+class Rope:
+    """A model's rotary tables, of whatever positions are asked for."""
+
+    def __init__(self, config: ChainConfig) -> None:
+        scaling = config.rope_scaling
+        self._inverse_frequencies = inverse_frequencies(config)
+        self._factor = 1.0 if scaling is None else scaling.rotation_factor
+
+    def tables(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos_TD, sin_TD) in fp32 of absolute positions; both halves of D hold the same angles.
+
+        YaRN's attention factor is in them, so that every rotation of queries and keys applies it.
+        """
+        angles = positions_T.to(torch.float32).unsqueeze(1) * self._inverse_frequencies
+        angles_TD = torch.cat((angles, angles), dim=1)
+        return angles_TD.cos().mul_(self._factor), angles_TD.sin().mul_(self._factor)
+
+
 def inverse_frequencies(config: ChainConfig) -> Tensor:
     """Angular step per token of each of the D/2 planes, fp32, on the CPU."""
     with torch.device("cpu"):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         frequencies = 1.0 / config.rope_theta**exponents
-    return frequencies if config.rope_scaling is None else _scale(frequencies, config.rope_scaling)
+        match config.rope_scaling:
+            case None:
+                return frequencies
+            case RopeScaling(kind="linear", factor=factor):
+                return frequencies / factor
+            case RopeScaling(kind="llama3") as scaling:
+                return _llama3(frequencies, scaling)
+            case RopeScaling() as scaling:
+                return _yarn(frequencies, scaling, config.rope_theta)
 
 
-def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    # llama3: slow planes are interpolated, fast ones kept, those between the two wavelengths blended.
+def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Slow planes are interpolated, fast ones kept, those between the two wavelengths blended."""
     wavelengths = 2 * math.pi / frequencies
     longest = scaling.original_max_context / scaling.low_freq_factor
     shortest = scaling.original_max_context / scaling.high_freq_factor
@@ -33,8 +57,21 @@ def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.where(wavelengths < shortest, frequencies, scaled)
 
 
-def rotation(inverse_frequencies: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos_TD, sin_TD) in fp32 of the given absolute positions; both halves of D hold the same angles."""
-    angles = positions_T.to(torch.float32).unsqueeze(1) * inverse_frequencies
-    angles_TD = torch.cat((angles, angles), dim=1)
-    return angles_TD.cos(), angles_TD.sin()
+def _yarn(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
+    """Slow planes are interpolated, fast ones kept, those between blended along their numbers.
+
+    The paper's ramp runs along the frequencies; its authors' code, and every other since, has it along the planes.
+    """
+    num_planes = len(frequencies)
+
+    def plane_of(num_turns: float) -> float:
+        """Where the plane would be that turns so often in the original context."""
+        return num_planes * math.log(scaling.original_max_context / (2 * math.pi * num_turns), theta)
+
+    first, last = plane_of(scaling.beta_fast), plane_of(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * num_planes - 1)
+    # Where both bounds are beyond the same end, there is a step in place of the ramp.
+    interpolated = ((torch.arange(num_planes) - first) / max(last - first, 1e-3)).clamp(0, 1)
+    return frequencies * (1 - interpolated) + frequencies / scaling.factor * interpolated

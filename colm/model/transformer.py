@@ -15,7 +15,7 @@ from colm.model.config import ChainConfig
 from colm.model.embedding import ChainTable, nested_logits
 from colm.model.ffn import ChainFFN
 from colm.model.norm import ChainRMSNorm
-from colm.model.rope import inverse_frequencies, rotation
+from colm.model.rope import Rope
 
 
 class ChainBlock(nn.Module):
@@ -29,15 +29,15 @@ class ChainBlock(nn.Module):
         self.ffn = ChainFFN(config)
 
     def after_attention(self, x_RD: Tensor, attended_RH: Tensor, chain_rows: Sequence[int]) -> Tensor:
-        """The nodes' way through the rest of the layer, once they have attended, each to a cache of its own kind.
+        """The rest of the layer after attention, as the nodes run it.
 
         Args:
             x_RD: the residual stream, chains side by side; the attention's part is added in place.
-            attended_RH: what every query head gathered, chains side by side.
+            attended_RH: the attention's output of every query head, chains side by side.
             chain_rows: for each active chain, how many of the leading rows run it.
 
         Returns:
-            The feed-forward's part, still to be added: the next layer's norm does that on its way.
+            The feed-forward's part, not yet added to x: the next layer's norm adds it in the same pass.
         """
         normed_RD = self.ffn_norm.add_(x_RD, self.attention.wo(attended_RH, chain_rows), len(chain_rows))
         out_RD: Tensor = self.ffn(normed_RD, chain_rows)
@@ -59,7 +59,7 @@ class ChainTransformer(nn.Module):
         num_chains: chains to build; None for all. The rest of the model does not exist in memory.
 
     The nodes run its modules on all active chains side by side in one tensor (`forward`). The model itself runs them
-    on one tensor a chain (`by_chain`), as the definitions read and so that gradients end at frozen chains.
+    on one tensor a chain (`by_chain`): that follows the definitions, and gradients end at frozen chains.
     """
 
     def __init__(self, config: ChainConfig, num_chains: int | None = None) -> None:
@@ -100,13 +100,13 @@ class ChainTransformer(nn.Module):
     def hidden_states(self, tokens_BT: Tensor, num_chains: int | None = None) -> list[Tensor]:
         """What the head reads: x_RD after the final norm, one tensor for each active chain.
 
-        Those of frozen chains carry no graph: see `colm.training.stages`.
+        Tensors of frozen chains carry no graph: see `colm.training.stages`.
         """
         active = self.num_chains if num_chains is None else num_chains
         if not 1 <= active <= self.num_chains:
             raise ValueError(f"num_chains={active} must be between 1 and {self.num_chains}")
         num_sequences, num_tokens = tokens_BT.shape
-        cos_TD, sin_TD = rotation(inverse_frequencies(self.config), torch.arange(num_tokens))
+        cos_TD, sin_TD = Rope(self.config).tables(torch.arange(num_tokens))
         xs = self.embedding.embed_by_chain(tokens_BT.flatten(), active)
         for layer in self.blocks:
             xs = layer.by_chain(xs, cos_TD, sin_TD, num_sequences)

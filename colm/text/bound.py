@@ -1,4 +1,4 @@
-"""How much text one token can stand for: what bounds a document before it is tokenised."""
+"""The most text that one token can stand for; it bounds a document's size before it is tokenised."""
 
 import json
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ _MAX_CHARACTER_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBound:
-    """What a tokenizer can make of text at best.
+    """The fewest tokens that a tokenizer can turn a text into.
 
-    Spaces that SentencePiece marks by a character of three bytes are counted as if they were such characters: a
-    document may hold those too.
+    SentencePiece marks a space by a character of three bytes. Each space of a token counts as three bytes, since a
+    document may hold that character itself.
     """
 
     max_token_bytes: int
-    """No token stands for more bytes of UTF-8."""
+    """The most bytes of UTF-8 that one token stands for."""
     passed_over: bytes = b""
-    """Bytes that no token stands for: a byte-level vocabulary may lack some, and the model leaves them out."""
+    """Bytes that no token stands for: a byte-level vocabulary may lack some, and the tokenizer drops them."""
 
     @classmethod
     def of(cls, encoder: Any) -> "TokenBound | None":
@@ -61,7 +61,7 @@ def _steps(step: Any, parts: str) -> list[dict[str, Any]]:
 
 
 def _keeps_text(step: dict[str, Any]) -> bool:
-    """Whether what goes in comes out, in as many bytes or more."""
+    """Whether a normalizer or pre-tokenizer never shortens a text."""
     match step["type"]:
         case "Prepend" | "ByteLevel" | "Metaspace" | "Digits" | "UnicodeScripts":
             return True
@@ -75,7 +75,7 @@ def _keeps_text(step: dict[str, Any]) -> bool:
 
 
 def _unknown_bytes(model: dict[str, Any], vocab: dict[str, int], *, byte_level: bool) -> bytes | None:
-    """Bytes that are no token; None where it is not bytes that are unknown."""
+    """Bytes that the vocabulary lacks; None if the unknown pieces are not single bytes."""
     if model["type"] not in ("BPE", "Unigram"):
         return None
     if byte_level:
@@ -87,5 +87,5 @@ def _unknown_bytes(model: dict[str, Any], vocab: dict[str, int], *, byte_level: 
 
 
 def _affixed(model: dict[str, Any]) -> bool:
-    """Whether a character inside a word, or at its end, is another token."""
+    """Whether a character inside a word or at its end has a token of its own, other than at the beginning."""
     return bool(model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))

@@ -1,4 +1,4 @@
-"""Token ids back into text, all at once or one at a time with the same result."""
+"""Token ids back into text, all at once or one at a time, with the same result."""
 
 import codecs
 import json
@@ -16,9 +16,9 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Detokenizer:
     """The bytes that each token stands for.
 
-    Text is the UTF-8 decoding of the tokens' bytes end to end, which may be cut anywhere: that is what lets a
-    stream show text early and still agree with `decode`. Invalid bytes become replacement characters where
-    they stand; the `tokenizers` package replaces the whole run of SentencePiece byte tokens around them.
+    Text is the UTF-8 decoding of the tokens' bytes end to end. They may be cut anywhere, so a stream shows text early
+    and still agrees with `decode`. Each invalid byte becomes a replacement character; the `tokenizers` package replaces
+    the whole run of SentencePiece byte tokens around it.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer` with a byte-level or a SentencePiece decoder.
@@ -75,7 +75,7 @@ class Detokenizer:
 class TextStream:
     """Text of an answer that is still growing.
 
-    Pushing costs the token's own length, whatever came before. All pushes and the flush together equal
+    A push takes time for the token's own length, whatever came before. All pushes and the flush together equal
     `Detokenizer.decode` of all ids.
     """
 
@@ -86,7 +86,7 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """Take one token; returns the text that is now complete, possibly none: half a character waits."""
+        """Take one token; returns the text that is now complete. An unfinished character is held back."""
         data = self._detokenizer.token_bytes(token_id, skip_special=self._skip_special)
         if data and self._at_start:
             self._at_start = False
@@ -106,7 +106,7 @@ def _steps(decoder: Any) -> list[dict[str, Any]]:
 
 
 def byte_level_bytes(token: str) -> bytes:
-    """What a token of a byte-level vocabulary stands for; one that is not made of GPT-2's stand-ins is text."""
+    """Bytes of a token of a byte-level vocabulary. One with characters other than GPT-2's stand-ins is plain text."""
     table = byte_of_character()
     if all(character in table for character in token):
         return bytes(table[character] for character in token)

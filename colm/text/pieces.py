@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from colm.errors import InvalidRequest
 
 WINDOW_CHARS = 65_537
-"""By how much one window ends after the other: a prime. What a rule counts from the end of its text, such as
-groups of three digits, then falls elsewhere in the next window, and no cut is taken by luck."""
+"""How many characters later the next window ends: a prime. Rules that count from the end of a text, such as groups of
+three digits, then give other tokens in the next window, so equal tokens are never a coincidence."""
 MAX_WINDOW_CHARS = 16 * WINDOW_CHARS
 """The longest window; a text that has no safe cut in it is refused."""
 OVERLAP_CHARS = 4096
-"""Read by two windows. Far longer than what the end of a text changes: a word or two, a few tokens."""
+"""Characters that two windows share. The end of a text changes a word or two, a few tokens: far less than this."""
 
 _Cut = tuple[int, int]
-"""Where two windows meet: the number of a token in the one, and of the same token in the other."""
+"""Where two windows meet: the index of a token in the first window, and of the same token in the second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,13 @@ class _Window:
 class PieceEncoder:
     """Encodes texts of any length in the memory of one window.
 
-    Neighbouring windows overlap, and the ids are cut inside the overlap, where both windows show the same tokens
-    at the same characters over half of its length; else the first window grows. Why equal tokens are enough:
+    Neighbouring windows overlap. The ids are cut inside the overlap, where both windows have the same tokens at the
+    same characters over half of its length; if there is no such place, the first window grows. Equal tokens are enough:
 
-    - Words are cut from left to right, and a window begins at a word where it can: from a common beginning
-      on, both windows have the same words, up to those that the first window's end cuts short.
+    - Words are cut from left to right, and a window begins at a word if it can. From a common beginning on, both
+      windows have the same words, up to those that the first window's end cuts short.
     - Inside a word, BPE is local: a sequence of tokens is the encoding of its text if each two neighbours are the
-      encoding of theirs. One token that both windows share joins what is left of it to what is right of it.
+      encoding of theirs. So the tokens before a shared token and those after it fit together.
 
     Args:
         encoder: a `tokenizers.Tokenizer`.
@@ -57,7 +57,7 @@ class PieceEncoder:
         self._overlap_chars = max(overlap_chars, 16 * longest)
 
     def pieces(self, text: str) -> Iterator[NDArray[np.int64]]:
-        """Ids of the text; all pieces end to end are what the encoder says of the whole.
+        """Ids of the text, piece by piece; end to end they are the encoder's ids of the whole text.
 
         Raises:
             InvalidRequest: the tokenizer gives up on the text, or leaves no place to cut it.
@@ -85,7 +85,7 @@ class PieceEncoder:
         yield window.ids[first:]
 
     def _next_begin(self, window: _Window) -> int | None:
-        """Where the next window may begin: at a word, at a token inside an endless one, or nowhere."""
+        """Where the next window may begin: at a word, at a token inside a very long word, or nowhere."""
         starts = window.spans_N2[:, 0]
         usable = (starts > window.begin + self._overlap_chars) & (starts <= window.end - self._overlap_chars)
         for wanted in (usable & window.starts_word_N, usable):

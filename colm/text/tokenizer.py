@@ -22,17 +22,17 @@ from colm.text.pieces import PieceEncoder
 
 # Stands for the content while the template is rendered. Private-use characters: no template writes them.
 MARKER = "\ue000content\ue001"
-# Whitespace to `str.strip`, so that a template which trims its content shows it by taking these away.
+# Whitespace to `str.strip`: a template that trims its content removes these, and thereby shows that it trims.
 PADDING = "\u2003"
 SEPARATOR = "\n\n"
 """Between document and prompt, in a chat."""
 
 Progress = Callable[[int], None]
-"""Told how many ids there are so far, after each piece of a text; what it raises ends the encoding."""
+"""Called after each piece of a text with the number of ids so far; an exception from it ends the encoding."""
 
 
 class Tokenizer:
-    """Encodes prompts and decodes answers. Reads only; one instance serves any number of threads."""
+    """Encodes prompts and decodes answers. It never changes, so one instance serves any number of threads."""
 
     def __init__(self, tokenizer_json: str, text: TextConfig, now: Callable[[], datetime]) -> None:
         self._text = text
@@ -81,7 +81,7 @@ class Tokenizer:
 
     @cached_property
     def bound(self) -> TokenBound | None:
-        """How much of a prompt one token can stand for; None for any amount."""
+        """The most text that one token can stand for; None if there is no limit."""
         return TokenBound.of(self._first)
 
     def encode(self, text: str) -> NDArray[np.int64]:
@@ -150,8 +150,8 @@ class Tokenizer:
     def _encode_around(self, rendered: str, content: str) -> Iterator[NDArray[np.int64]]:
         """Ids of the rendered template with the content in its place.
 
-        Special tokens are looked for in the template's own text alone. What lies between two of them, content
-        included, is one run of text, as it is for a tokenizer that sees everything at once.
+        Special tokens are recognised only in the template's own text. The text between two of them, content included,
+        is encoded as one run, as a tokenizer does that sees everything at once.
         """
         before, *rest = rendered.split(MARKER)
         runs: list[str] = [""]
@@ -239,5 +239,5 @@ def _raise_exception(message: str) -> None:
 
 
 def _tojson(value: object, indent: int | None = None) -> str:
-    """Without jinja's own escaping of HTML characters: the reader is a model, not a browser."""
+    """JSON without jinja's escaping of HTML characters: the reader is a model, not a browser."""
     return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,1 +1,1 @@
-"""What trains, for which loss."""
+"""The training losses, and which parameters train."""

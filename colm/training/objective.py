@@ -64,8 +64,8 @@ def scale_losses(
 class _NestedCrossEntropy(torch.autograd.Function):
     """Scales from the largest down, chunk by chunk; gradients are made on the way, so that no logits are kept.
 
-    The gradient of chain i's part of the logits is the sum over all scales that contain chain i: walking down,
-    that sum only grows, and each chain meets its head columns once.
+    The gradient of chain i's part of the logits is the sum over all scales that contain chain i. From the largest scale
+    down terms are only added to that sum, so each chain is multiplied with its head columns once.
     """
 
     @staticmethod
@@ -114,7 +114,7 @@ class _NestedCrossEntropy(torch.autograd.Function):
 
 
 def _cross_entropy_gradient(logits_CV: Tensor, labels_C: Tensor, num_rows: int) -> Tensor:
-    """Of the mean over `num_rows`, with respect to the logits: softmax - one-hot. Overwrites the logits."""
+    """Gradient of the mean over `num_rows` with respect to the logits: softmax - one-hot. Overwrites the logits."""
     grad_CV = logits_CV.sub_(logits_CV.logsumexp(dim=1, keepdim=True)).exp_()
     grad_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1
     return grad_CV.div_(num_rows)

@@ -1,7 +1,7 @@
-"""What trains and what is frozen, and one step of training.
+"""Which parameters train, which are frozen, and one step of training.
 
-A frozen chain is frozen by construction: its parameters require no gradient, it reads frozen chains only, so its
-features carry no graph, nothing of it is kept for the backward pass and no gradient of it is computed.
+A frozen chain costs nothing in the backward pass: its parameters require no gradient and it reads only frozen chains.
+So its features carry no graph, nothing of it is kept, and no gradient of it is computed.
 """
 
 import re

@@ -27,12 +27,12 @@ class _Shared(Generic[_Channel]):
 
 
 class _Shelf(Generic[_Channel]):
-    """Who uses which channel, and which of them the next caller of an address gets. For any thread."""
+    """Counts the users of each channel and keeps one channel an address for the next caller. Thread-safe."""
 
     def __init__(self, open_to: Callable[[str], _Channel]) -> None:
         self._open_to = open_to
         self._lock = threading.Lock()
-        # The one used last stands last.
+        # Ordered by last use, the latest last.
         self._kept: dict[str, _Shared[_Channel]] = {}
 
     def take(self, address: str) -> _Shared[_Channel]:
@@ -43,7 +43,7 @@ class _Shelf(Generic[_Channel]):
             return shared
 
     def give_back(self, shared: _Shared[_Channel], *, is_lost: bool) -> list[_Channel]:
-        """Returns channels to close: nobody uses them, and nobody will."""
+        """Return the channels that the caller must close: they have no users and get no new ones."""
         with self._lock:
             shared.num_users -= 1
             is_kept = self._kept.get(shared.address) is shared
@@ -60,16 +60,16 @@ class _Shelf(Generic[_Channel]):
             return [other.channel for other in surplus]
 
     def clear(self) -> list[_Channel]:
-        """Returns every channel that is kept, to close."""
+        """Forget every kept channel and return them all, for the caller to close."""
         with self._lock:
             kept, self._kept = self._kept, {}
             return [shared.channel for shared in kept.values()]
 
 
 class Channels:
-    """Channels of one event loop. A channel whose peer was lost goes: its successor connects at once, without backoff.
+    """Channels of one event loop. A channel whose peer was lost is replaced: the new one connects without backoff.
 
-    Streams share a connection without waiting for each other: gRPC bounds what a slow reader leaves unread by stream.
+    Streams of one connection do not wait for each other: gRPC limits the unread bytes of each stream separately.
     """
 
     def __init__(self, security: Security) -> None:
@@ -95,7 +95,7 @@ class Channels:
 
 
 class BlockingChannels:
-    """The same for threads."""
+    """`Channels` for threads."""
 
     def __init__(self, security: Security) -> None:
         self._shelf = _Shelf[grpc.Channel](partial(open_blocking_channel, security=security))

@@ -15,20 +15,20 @@ MAX_MESSAGE_BYTES = 8 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Keepalive:
-    """How soon a peer whose machine vanished or whose process was stopped is given up: its TCP connection looks alive.
+    """How soon a peer is given up whose machine vanished or whose process was stopped. Its TCP connection looks alive.
 
-    Both ends ping, so each must bear the other's pings through any silence.
+    Both ends ping, so each must accept the other's pings however long a call is silent.
     """
 
     interval_ms: int = 10_000
     """Silence after which a ping is sent."""
     timeout_ms: int = 5_000
-    """Wait for the ping's answer; then the connection is lost."""
+    """Longest wait for the ping's answer; after it the connection counts as lost."""
 
 
 KEEPALIVE = Keepalive()
 IDLE_MS = 300_000
-"""A connection without calls is closed after so long; the next call opens another."""
+"""A connection without calls is closed after this time; the next call opens another."""
 
 
 def _common_options() -> list[tuple[str, object]]:
@@ -37,7 +37,7 @@ def _common_options() -> list[tuple[str, object]]:
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", KEEPALIVE.interval_ms),
         ("grpc.keepalive_timeout_ms", KEEPALIVE.timeout_ms),
-        # Of every ping, whoever asked for it; at its default of a minute the one above would have no say.
+        # The timeout of every ping. Its default of a minute would override the option above.
         ("grpc.http2.ping_timeout_ms", KEEPALIVE.timeout_ms),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
@@ -48,14 +48,14 @@ def server_options() -> list[tuple[str, object]]:
     """What every server of the system is created with."""
     return [
         *_common_options(),
-        # Pings more often than this are taken for abuse, and the connection is closed: by default five minutes.
+        # More frequent pings count as abuse, and the connection is closed. The default is five minutes.
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE.interval_ms // 2),
         # Without this a second server on the same port would silently take half of the calls.
         ("grpc.so_reuseport", 0),
     ]
 
 
-# Where a server listens everywhere, and where a client beside it reaches it.
+# The wildcard addresses that a server listens on, and the loopback address at which a local client reaches it.
 _LOOPBACKS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -71,12 +71,12 @@ def join_address(host: str, port: int) -> str:
 
 
 def dial_address(host: str, port: int) -> str:
-    """What a client on the machine of a server that listens on `host` dials: the loopback, where that is everywhere."""
+    """The address that a client on the server's own machine dials: the loopback if `host` is a wildcard."""
     return join_address(_LOOPBACKS.get(host, host), port)
 
 
 def why_not(host: str, port: int) -> str | None:
-    """Why a server of this machine could not listen on host:port now, and what to do; None if it could."""
+    """Why a server on this machine could not listen on host:port now, and what to do; None if it could."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError):
@@ -126,7 +126,7 @@ def channel_options(security: Security) -> list[tuple[str, object]]:
     options = [
         *_common_options(),
         ("grpc.client_idle_timeout_ms", IDLE_MS),
-        # By default a new channel would inherit the lost connection of an older one, and the wait before its next try.
+        # By default a new channel shares an older channel's lost connection and its backoff.
         ("grpc.use_local_subchannel_pool", 1),
     ]
     if security.tls is not None and security.tls.server_name is not None:
@@ -143,7 +143,7 @@ def open_channel(address: str, security: Security) -> grpc.aio.Channel:
 
 
 def open_blocking_channel(address: str, security: Security) -> grpc.Channel:
-    """A channel for threads: one reader moves three times the bytes a second of an event loop's."""
+    """A channel for threads, on which one reader moves three times as many bytes a second as on an event loop."""
     credentials = security.channel_credentials()
     if credentials is None:
         return grpc.insecure_channel(address, options=channel_options(security))

@@ -1,4 +1,4 @@
-"""Between domain objects and messages. Nothing beyond the edges of a process sees a pb2 class."""
+"""Conversion between domain objects and messages. Only the edges of a process use pb2 classes."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -95,7 +95,7 @@ def sampling_from_pb(message: pb.Sampling) -> SamplingParams:
 
 
 def _to_pb(message_type: type[_Message], record: "DataclassInstance") -> _Message:
-    """Flat records have the same field names on both sides."""
+    """A message from a flat record, whose fields have the same names on both sides."""
     return message_type(**asdict(record))
 
 
@@ -179,12 +179,12 @@ def _event_to_pb(event: Event) -> dict[str, Any]:
 
 
 def decode_response(event: Event) -> decode_pb.DecodeResponse:
-    """An event of a decode node as its service sends it. `Accepted` is none: the gateway accepts."""
+    """An event as a decode node sends it. `Accepted` is refused: only the gateway sends it."""
     return decode_pb.DecodeResponse(**_event_to_pb(event))
 
 
 def gateway_response(event: Event) -> generation_pb.GenerateResponse:
-    """An event as the gateway sends it to the client. `Reserved` is none: it stays between the nodes."""
+    """An event as the gateway sends it to the client. `Reserved` is refused: it stays between the nodes."""
     return generation_pb.GenerateResponse(**_event_to_pb(event))
 
 

@@ -17,14 +17,14 @@ _LOCAL_DETAILS = "Internal error from Core"
 
 
 class Outcome:
-    """The status that the server sent, whatever gRPC makes of it here.
+    """The status that the server sent, even where gRPC reports another.
 
-    A request that is on its way when a call ends fails, and gRPC then puts an INTERNAL of its own over the status that
-    has arrived (grpc/grpc#36066). Callbacks run in between, so what they see is what the server said. Where the
-    failure comes first, the call's own deadline is the reason, or the peer has gone.
+    If a request is being sent when a call ends, sending fails and gRPC overwrites the status that has arrived with an
+    INTERNAL of its own (grpc/grpc#36066). Done callbacks run before that and see the server's status. If sending fails
+    before a status arrives, either the call's deadline has passed or the peer is gone.
 
     Args:
-        call: just made.
+        call: a call that was just made.
     """
 
     def __init__(self, call: grpc.aio.Call) -> None:
@@ -33,7 +33,7 @@ class Outcome:
         call.add_done_callback(self._remember)
 
     def status(self, raised: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
-        """What to believe where the call raised that."""
+        """The real error behind the one that the call raised."""
         if self._sent is not None:
             return self._sent
         if not _is_local(raised.code(), raised.details()):
@@ -46,10 +46,10 @@ class Outcome:
 
     @contextmanager
     def errors(self, peer: str) -> Iterator[None]:
-        """Whatever the call fails with becomes the one typed error; `peer` is who was called, for its message.
+        """Turn whatever the call fails with into one typed error; `peer` is who was called, for its message.
 
-        A cancellation passes through where it is the task's own. gRPC raises the same of itself, when it gives a call
-        up or its channel is closed: no wish of the task's, and a TaskGroup would swallow it.
+        The task's own cancellation passes through. gRPC raises CancelledError too when it gives up a call or its
+        channel is closed; that becomes an error, since a TaskGroup would swallow it.
         """
         try:
             yield
@@ -70,12 +70,12 @@ class Outcome:
 
 
 def _is_local(code: grpc.StatusCode, details: str | None) -> bool:
-    """Whether gRPC made that status up on this side."""
+    """Whether gRPC made up this status on the client's side."""
     return code is grpc.StatusCode.INTERNAL and details == _LOCAL_DETAILS
 
 
 def _result(known: Awaitable[_T]) -> _T:
-    """The result of a coroutine that has nothing to wait for."""
+    """The result of an awaitable that is ready at once."""
     try:
         known.__await__().send(None)
     except StopIteration as done:

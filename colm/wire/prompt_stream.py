@@ -1,4 +1,4 @@
-"""A prompt as it arrives between nodes: one `open`, then token ids in pieces, then the half-close."""
+"""A prompt as it arrives: one `open`, the prompt in pieces, `end_of_prompt`."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,10 +14,11 @@ OPEN_TIMEOUT_S = 10.0
 """How long a call may stay silent before its `open`; it holds a place of the server's meanwhile."""
 
 _Open = TypeVar("_Open", covariant=True)
+_Part = TypeVar("_Part", bound="PromptPart[object]")
 
 
 class PromptPart(Protocol[_Open]):
-    """What `DecodeRequest` and `PullKvRequest` have in common."""
+    """What `GenerateRequest`, `DecodeRequest` and `PullKvRequest` have in common."""
 
     @property
     def open(self) -> _Open:
@@ -25,10 +26,10 @@ class PromptPart(Protocol[_Open]):
 
     @property
     def token_ids(self) -> pb.TokenIds:
-        """Set in all later ones."""
+        """Set in a piece of the prompt."""
 
     def WhichOneof(self, oneof_group: str, /) -> str | None:
-        """Which of the two is set."""
+        """Which part is set."""
 
 
 async def read_open(requests: AsyncIterator[PromptPart[_Open]]) -> _Open:
@@ -50,17 +51,31 @@ async def read_open(requests: AsyncIterator[PromptPart[_Open]]) -> _Open:
     return request.open
 
 
-async def read_token_ids(requests: AsyncIterator[PromptPart[object]], num_tokens: int) -> NDArray[np.int64]:
-    """The rest of a call: exactly the announced number of ids.
+async def read_pieces(requests: AsyncIterator[_Part]) -> AsyncIterator[_Part]:
+    """The messages between `open` and `end_of_prompt`. What follows is left unread, the caller's half-close too.
 
     Raises:
-        InvalidRequest: more, fewer, or something else.
+        InvalidRequest: the half-close came first.
+    """
+    async for request in requests:
+        if request.WhichOneof("part") == "end_of_prompt":
+            return
+        yield request
+    # A caller that vanishes ends the iteration as well, before gRPC cancels the handler.
+    raise InvalidRequest("end_of_prompt", None, "must come before the half-close; the prompt may have been cut off")
+
+
+async def read_token_ids(requests: AsyncIterator[PromptPart[object]], num_tokens: int) -> NDArray[np.int64]:
+    """A prompt of token ids up to its `end_of_prompt`: exactly the announced number.
+
+    Raises:
+        InvalidRequest: more, fewer, something else, or no end.
     """
     token_ids = np.empty(num_tokens, dtype=np.int64)
     filled = 0
-    async for request in requests:
+    async for request in read_pieces(requests):
         if (part := request.WhichOneof("part")) != "token_ids":
-            raise InvalidRequest("part", part, "only `token_ids` may follow `open`")
+            raise InvalidRequest("part", part, "only `token_ids`, then `end_of_prompt`, may follow `open`")
         piece = request.token_ids.ids
         if filled + len(piece) > num_tokens:
             raise InvalidRequest("token_ids", filled + len(piece), f"{num_tokens} were announced")

@@ -48,7 +48,7 @@ class Security:
         return f"Security(token={'set' if self.token else None}, tls={'set' if self.tls else None})"
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What a call carries."""
+        """The metadata that a call carries."""
         return ((AUTHORIZATION, f"Bearer {self.token}"),) if self.token else ()
 
     def server_credentials(self) -> grpc.ServerCredentials | None:
@@ -118,7 +118,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        """Answer with UNAUTHENTICATED in the shape of the call that was asked for."""
+        """The call's own handler if its token is right, else one of the same kind that answers UNAUTHENTICATED."""
         handler = await continuation(handler_call_details)
         shown = dict(handler_call_details.invocation_metadata).get(AUTHORIZATION, "")
         if handler is None or handler_call_details.method.startswith(_OPEN_SERVICES):

@@ -41,7 +41,7 @@ _BY_ERROR: list[tuple[type[ColmError], grpc.StatusCode, "pb.ErrorDetail.Kind"]] 
 
 
 async def abort(context: grpc.aio.ServicerContext, error: ColmError) -> NoReturn:
-    """End a call with the status of a typed error; where the caller has gone already, nobody is told."""
+    """End a call with the status of a typed error; a caller that is gone makes it a CancelledError."""
     internal = (ColmError, grpc.StatusCode.INTERNAL, _Kind.KIND_INTERNAL)
     _, code, detail_kind = next((row for row in _BY_ERROR if isinstance(error, row[0])), internal)
     detail = pb.ErrorDetail(kind=detail_kind)
@@ -72,7 +72,7 @@ async def answering(context: grpc.aio.ServicerContext, call: str) -> AsyncIterat
 
 @contextmanager
 def rpc_errors(peer: str) -> Iterator[None]:
-    """Whatever a blocking call fails with becomes the one typed error; see `Outcome.errors` for the asyncio API."""
+    """Turn whatever a blocking call fails with into one typed error; see `Outcome.errors` for the asyncio API."""
     try:
         yield
     except grpc.RpcError as err:

@@ -27,8 +27,8 @@ METHOD = "PullKv"
 _PAYLOAD_TAG = 15 << 3 | 2
 _EVENT_TAGS = {field.number << 3 | 2 for field in pb.PullKvResponse.DESCRIPTOR.oneofs_by_name["event"].fields}
 
-# A received message cannot be written, of which PyTorch warns once a process: here, where nobody hears it. The views
-# into messages are only read.
+# PyTorch warns once a process about a tensor over read-only memory, such as a received message. The warning is
+# provoked and silenced here; views into messages are only read.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.frombuffer(b"\0", dtype=torch.uint8)
@@ -92,7 +92,7 @@ def decode_tile(header: pb.TileHeader, payload: memoryview, kv_format: KvFormat)
 
     Raises:
         PeerUnavailable: the payload was damaged on the way.
-        FingerprintMismatch: it came whole, in a codec or format that this end does not read; nor will it next time.
+        FingerprintMismatch: it came whole, in a codec or format that this end does not read; a retry cannot help.
     """
     place = f"the tile at layer {header.layer} token {header.first_token}"
     if xxhash.xxh3_64_intdigest(payload) != header.checksum:

@@ -1,1 +1,1 @@
-"""The operations where the machine's speed is at stake, one file each, with a plain reference beside each."""
+"""The operations that need the machine's full speed, one file each, with a plain reference in the same file."""

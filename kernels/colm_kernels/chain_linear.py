@@ -39,10 +39,10 @@ def chain_linear(
 ) -> Tensor:
     """Apply the staircase, chain by chain, to as many leading rows as each chain serves.
 
-    Few rows without gradients, as in decode, run in the library: bounded by memory, and what a row gets is then
-    bit-identical in any batch and at any scale. The rest is one PyTorch product a chain, and in the backward pass one
-    each for its weight and its input: a staircase of n steps cannot be cut into fewer than n rectangles without
-    multiplying zeros. What requires no gradient is left out of those products.
+    Few rows without gradients, as in decode, run in the library, which memory bounds. A row's result is then
+    bit-identical in any batch and at any scale. Many rows take one PyTorch product a chain, and in the backward pass
+    one for each weight and one for each input: a staircase of n steps cannot be cut into fewer than n rectangles
+    without multiplying zeros. Tensors that require no gradient are left out of those products.
 
     Args:
         x_RI: input of the active chains, side by side; I = weights[-1].shape[1].
@@ -78,11 +78,10 @@ def chain_linear(
 def chain_linear_by_chain(
     xs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor] | None
 ) -> list[Tensor]:
-    """The staircase over one tensor a chain, with gradients that end where training ends.
+    """The staircase over one tensor a chain, with gradients only for the chains that train.
 
     Chain i is computed from the same contiguous operands however many chains follow, so a scale has the same bits
-    alone and inside the whole. A frozen chain's weight and features are left out of the products of the backward
-    pass, not computed and thrown away.
+    alone and inside the whole model. The backward pass has no products for a frozen chain's weight and features.
 
     Args:
         xs: the input chains, (R, I_i) each.
@@ -121,17 +120,17 @@ Staircase = tuple[Sequence[Tensor], Sequence[Tensor] | None, Sequence[int]]
 
 
 def joint_linear(x_RI: Tensor, staircases: Sequence[Staircase]) -> list[Tensor]:
-    """Several staircases over the same x, as queries, keys and values, or gate and up.
+    """Several staircases over the same x, such as queries, keys and values, or gate and up.
 
-    Few rows, as in decode, are one call of the library: what a call costs beside reading its weights is paid once.
+    Few rows, as in decode, take one call of the library, whose fixed cost is then paid once.
 
     Args:
         x_RI: input of all; a staircase of fewer inputs reads the first of them.
         staircases: each as in `chain_linear`.
 
     Returns:
-        One y_RO a staircase, with the bits that `chain_linear` gives. May be views of one tensor: features are
-        contiguous, rows need not be.
+        One y_RO a staircase, bit-equal to `chain_linear`. They may be views of one tensor: features are contiguous,
+        rows need not be.
 
     Raises:
         ValueError: shapes or chain_rows that do not fit together.
@@ -162,7 +161,7 @@ def _first_inputs(x_RI: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def _check(x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, chain_rows: Sequence[int]) -> None:
-    # Called a hundred times a decode step: plain comparisons where all is well.
+    # Called a hundred times a decode step: only plain comparisons when the arguments are right.
     if x_RI.dim() != 2:
         check_dims("x_RI", x_RI, None, None)
     num_rows, in_dim = x_RI.shape

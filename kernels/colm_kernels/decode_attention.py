@@ -86,8 +86,8 @@ def decode_attention(
 ) -> Tensor:
     """Attend each request's last few tokens to its whole cached context, causally among themselves.
 
-    Query j of the n of a request sees the first context_len - n + j + 1 tokens. Except in PyTorch, its result is the
-    same bits alone, beside any other queries of the request, in any batch and with any number of threads.
+    Query j of a request's n queries sees the first context_len - n + j + 1 tokens. Its result has the same bits alone,
+    beside any other queries of the request, in any batch and with any number of threads, except in PyTorch.
 
     Args:
         q_TKGD: rotated query tokens, request after request, bf16 or fp32, on CUDA fp16 too; heads grouped by the kv
@@ -100,14 +100,14 @@ def decode_attention(
             MAX_QUERY_TOKENS of them. One each where None.
         k_scales_BPK: bf16, contiguous; a key is k_pages * k_scales. Given exactly when the pages are int8.
         v_scales_BPK: the same of the values.
-        num_threads: PyTorch's own setting where None; of no meaning on CUDA.
+        num_threads: None takes PyTorch's setting; ignored on CUDA.
 
     Returns:
         out_TKGD in q's dtype. Accumulates in fp32; error budget in tolerance.py.
 
     Raises:
-        ValueError: shapes, dtypes, lengths or page ids that do not fit together. What table and lengths hold is not
-            looked at on CUDA, where that would wait for the device.
+        ValueError: shapes, dtypes, lengths or page ids that do not fit together. On CUDA the values of the table and
+            the lengths are not checked, since that would wait for the device.
 
     Example: P=4, context_len=6, table row [7, 2, -1] reads page 7 rows 0-3 and page 2 rows 0-1. Of two query tokens,
     the first sees five of these rows.
@@ -140,7 +140,7 @@ def decode_attention(
     try:
         return _in_library(*arguments, k_scales_BPK, v_scales_BPK, variant, threads)
     except BadTable:
-        # The library looks at every entry it uses anyway; here is what it found.
+        # The library checks every entry that it uses; the slow check here only words the error.
         _check_table(q_TKGD, k_pages_BPKD, block_table_RM, context_lens_R, cu_seqlens_q_R1)
         raise
 
@@ -302,7 +302,7 @@ def _in_torch(
         k_SKD = gather(k_pages_BPKD, k_scales_BPK, page_ids)
         v_SKD = gather(v_pages_BPKD, v_scales_BPK, page_ids)
         begin, end = bounds[request : request + 2]
-        # Query by query: a mask would let what a later token holds through where it is not finite.
+        # Query by query: behind a mask a later token's value that is not finite would still spoil the result.
         for query in range(begin, end):
             visible = context_len - (end - 1 - query)
             q_KGD = q_TKGD[query].float() * q_TKGD.shape[-1] ** -0.5

@@ -1,6 +1,6 @@
-"""Linear (chain) of few rows, as in decode: bounded by reading the weights, so each is read once for all rows.
+"""Linear (chain) of few rows, as in decode: reading the weights bounds it, so each weight is read once for all rows.
 
-The public function is `chain_linear.chain_linear`, which comes here where that is faster.
+The public function is `chain_linear.chain_linear`, which calls this file where that is faster.
 
 Shapes: R rows, I input features of the active chains, O output features of the active chains.
 """
@@ -19,8 +19,8 @@ MAX_ROWS: Final = {torch.bfloat16: 16, torch.float32: 16}
 """Most rows for which the library is used, by dtype.
 
 On one core of an Intel Xeon (AVX-512, no AMX) it beats F.linear in bf16 1.5x at 1 to 16 rows and 1.4x still at 32. In
-fp32 there is no change at 1 row, 1.6x to 1.9x at 8, 1.0x to 1.4x at 16 and no change at 24. bf16 stops at 16, where
-products already outweigh reading: PyTorch has AMX for them where there is any, the library has not.
+fp32 there is no change at 1 row, 1.6x to 1.9x at 8, 1.0x to 1.4x at 16 and no change at 24. bf16 stops at 16: there
+products already take longer than reading, and PyTorch uses AMX for them where the CPU has it, the library does not.
 """
 
 
@@ -40,7 +40,7 @@ class LinearArgs(ctypes.Structure):
 
 
 def variant_for(x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> Variant:
-    """What runs these tensors; "torch" where the library cannot or need not."""
+    """The variant that runs these tensors; "torch" where the library cannot or is not faster."""
     dtype = x_RI.dtype
     if not 0 < x_RI.shape[0] <= MAX_ROWS.get(dtype, 0) or x_RI.stride(1) != 1 or not x_RI.is_cpu:
         return "torch"
@@ -62,8 +62,8 @@ def few_rows_linear(
 ) -> Tensor:
     """`chain_linear` of checked arguments, in one call of the library; other Python threads run meanwhile.
 
-    What a row gets depends neither on the other rows nor on the chains computed beside: it is bit-identical in any
-    batch and at any scale. Sums run in fp32; the error budget is in tolerance.py.
+    A row's result depends neither on the other rows nor on the other chains: it is bit-identical in any batch and at
+    any scale. Sums run in fp32; the error budget is in tolerance.py.
     """
     num_rows, in_dim = x_RI.shape
     words: list[int] = []

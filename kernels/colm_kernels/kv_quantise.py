@@ -12,7 +12,7 @@ from colm_kernels import native
 from colm_kernels.checks import check_dims, check_dtype, check_slots
 
 LARGEST = 127
-"""Magnitude that a row's largest element may become; -128 is never used."""
+"""Largest magnitude of a quantised element; -128 is never used."""
 
 
 class QuantiseArgs(ctypes.Structure):
@@ -42,7 +42,7 @@ def quantise_kv(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise each row of a token and head by its own scale.
 
     scale = max|x| / 127 rounded up to bf16, q = x / scale rounded half to even, so -127 <= q <= 127. Where the scale
-    is 0, as of zeros, q is 0. Rows with NaN or infinity get the scale NaN and q 0, so what is dequantised is NaN.
+    is 0, as for a row of zeros, q is 0. Rows with NaN or infinity get the scale NaN and q 0, so they dequantise to NaN.
 
     Args:
         x_TKD: bf16 or fp32.
@@ -107,7 +107,7 @@ def write_quantised_kv(
 
 
 def dequantise_kv(q_TKD: Tensor, scale_TK: Tensor, dtype: torch.dtype) -> Tensor:
-    """x_TKD = q * scale, in fp32 inside; off by half a scale at most, and by the rounding to dtype."""
+    """x_TKD = q * scale, in fp32 inside; the error is at most half a scale plus the rounding to dtype."""
     return (q_TKD.float() * scale_TK.float().unsqueeze(-1)).to(dtype)
 
 

@@ -1,6 +1,6 @@
-"""Linear (chain) of many rows: bounded by products, one a chain, that PyTorch's libraries run; with gradients.
+"""Linear (chain) of many rows, with gradients: one product a chain, run by PyTorch's libraries.
 
-The public functions are those of `chain_linear`, which come here with checked arguments.
+The public functions are those of `chain_linear`, which call this file with checked arguments.
 
 Shapes: R rows, I input features of all chains (of chains 1..i in a step), O output features of all (of one) chains.
 """
@@ -17,15 +17,15 @@ from torch.autograd.function import once_differentiable
 from colm_kernels import native
 
 WIDEN_MIN_ROWS: Final = 256
-"""Fewest rows for which bf16 is widened to fp32, where fp32 products are the faster ones.
+"""Fewest rows for which bf16 is widened to fp32, on CPUs whose fp32 products are faster.
 
-On two cores of an Intel Xeon (AVX-512, no AMX) that is 1.2x to 1.4x faster at 256 rows and 1.3x to 1.5x at 512; at 128
-rows there is no change, and below, widening the weights takes longer than it saves.
+On two cores of an Intel Xeon (AVX-512, no AMX) that is 1.2x to 1.4x faster at 256 rows and 1.3x to 1.5x at 512. At 128
+rows there is no change; below, widening the weights takes longer than it saves.
 """
 
 WIDEN_COLUMNS: Final = 1024
-"""Columns of an operand that are widened at a time: with whole 4096x4096 weights, whose copies leave the caches, it was
-1.2x slower at 512 rows."""
+"""Columns of an operand that are widened at a time. Whole 4096x4096 weights, whose copies leave the caches, were 1.2x
+slower at 512 rows."""
 
 
 @cache
@@ -96,7 +96,7 @@ class _Staircase(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """One chain. Its inputs are kept as they are and joined again for the backward pass."""
+    """One chain. It keeps its inputs unjoined and joins them again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, weight_OI: Tensor, bias_O: Tensor | None, *xs: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def _input_gradient(steps: Sequence[Tensor], weights: Sequence[Tensor], num_rows
 
 
 def _multiply(a_MK: Tensor, b_KN: Tensor, *, out: Tensor, plus: Tensor | None = None) -> None:
-    """Out = a @ b + plus, in a's dtype: b widens to it and out narrows from it a few columns at a time."""
+    """Out = a @ b + plus, in a's dtype: b is converted to it, and the result from it, some columns at a time."""
     num_columns = out.shape[1]
     writes = out.dtype == a_MK.dtype
     step = max(num_columns, 1) if writes and b_KN.dtype == a_MK.dtype else WIDEN_COLUMNS

@@ -1,4 +1,4 @@
-"""The compiled CPU library: where it lies, how it is built, what this CPU can run of it.
+"""The compiled CPU library: its path, its build flags, and the variants that this CPU can run.
 
 `kernels/build.py` builds it. Without it, or on another kind of CPU, every operation runs in PyTorch.
 """
@@ -26,8 +26,8 @@ SANITIZED: Final = os.environ.get("COLM_KERNELS_SANITIZED") == "1"
 `make test-sanitize`. The one place where this variable is read."""
 
 FORCED_VARIANT: Final = os.environ.get("COLM_KERNELS_VARIANT") or None
-"""The one variant that this process has, beside "torch", where COLM_KERNELS_VARIANT is set: what a lesser machine runs.
-The one place where this variable is read; `available_variants` holds it against what this machine can run."""
+"""The only variant of this process beside "torch", if COLM_KERNELS_VARIANT is set; it shows what a lesser machine runs.
+The one place where this variable is read; `available_variants` checks that this machine can run it."""
 
 LIBRARY_PATH: Final = Path(__file__).with_name("_cpu_sanitized.so" if SANITIZED else "_cpu.so")
 SOURCE_DIR: Final = Path(__file__).with_name("cpp")
@@ -36,7 +36,7 @@ HEAD_DIMS: Final = (16, 64, 80, 96, 128)
 SANITIZER_FLAGS: Final = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all") if SANITIZED else ()
 COMPILE_FLAGS: Final = (
     "-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall",
-    # GCC 12 reports its own intrinsics headers.
+    # GCC 12 warns about its own intrinsics headers.
     "-Wno-maybe-uninitialized", "-Wno-uninitialized",
     *(("-O1", "-g", "-fno-omit-frame-pointer", *SANITIZER_FLAGS) if SANITIZED else ("-O3",)),
 )  # fmt: skip
@@ -46,9 +46,9 @@ TARGET_FLAGS: Final = {
     "variant_avx512.cpp": _AVX512_FLAGS,
     "variant_avx512bf16.cpp": (*_AVX512_FLAGS, "-mavx512bf16"),
 }
-"""Flags of single source files; the others must run on any x86-64."""
+"""Target flags of single source files; all others must run on any x86-64."""
 
-# The library's numbers of the variants, dtypes and results; see cpu.h and abi.h.
+# The numbers that the library gives to variants, dtypes and results; see cpu.h and abi.h.
 _VARIANT_IDS: Final[dict[Variant, int]] = {"avx2": 0, "avx512": 1, "avx512_bf16": 2}
 _DTYPE_IDS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _CANCELLED, _UNSUPPORTED, _OUT_OF_MEMORY, _BAD_TABLE = 1, 2, 3, 4
@@ -102,7 +102,7 @@ def source_hash() -> str:
 
 
 def built_hash(path: Path) -> str | None:
-    """The `source_hash` a library was built from; None where there is none that can be loaded."""
+    """The `source_hash` that a library was built from; None if no library can be loaded."""
     try:
         library = ctypes.CDLL(str(path))
     except OSError:
@@ -126,7 +126,7 @@ def _library() -> ctypes.CDLL | None:
 
 @cache
 def available_variants() -> tuple[Variant, ...]:
-    """What can run here, slowest to most demanding; "torch" is always there.
+    """The variants that can run here, from the plainest to the most demanding; "torch" is always there.
 
     Raises:
         ValueError: COLM_KERNELS_VARIANT is none of them.
@@ -182,7 +182,7 @@ def choose_variant(head_dim: int, *tensors: Tensor) -> Variant:
 
 
 def choose_memory_bound_variant(head_dim: int, *tensors: Tensor) -> Variant:
-    """The variant where reading is the bound: products of bf16 pairs, which need no widening, pay at any rate."""
+    """The variant for an operation that memory bounds: products of bf16 pairs, however slow, save the widening."""
     variant = choose_variant(head_dim, *tensors)
     if variant == "avx512" and tensors[0].dtype == torch.bfloat16 and _forced.get() is None:
         return available_variants()[-1]
@@ -190,7 +190,7 @@ def choose_memory_bound_variant(head_dim: int, *tensors: Tensor) -> Variant:
 
 
 def choose_rows_variant(*tensors: Tensor) -> Variant:
-    """The variant for an operation that takes rows one by one; "torch" unless every row is contiguous."""
+    """The variant for an operation on single rows; "torch" unless every row is contiguous."""
     dtype = tensors[0].dtype
     if dtype not in _DTYPE_IDS:
         return "torch"
@@ -208,7 +208,7 @@ def needs_gradient(*tensors: Tensor) -> bool:
 
 
 def dtype_id(dtype: torch.dtype) -> int:
-    """The library's number of a dtype."""
+    """The number that the library gives to a dtype."""
     return _DTYPE_IDS[dtype]
 
 
@@ -223,7 +223,7 @@ def _words_type(num_words: int) -> "type[ctypes.Array[ctypes.c_int64]]":
 
 
 def resolve_num_threads(num_threads: int | None) -> int:
-    """PyTorch's own setting where none is given.
+    """The given number of threads; None takes PyTorch's setting.
 
     Raises:
         ValueError: below 1.

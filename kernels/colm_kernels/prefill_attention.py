@@ -69,7 +69,7 @@ def prefill_attention(
         q_THD: rotated queries, bf16 or fp32, on CUDA fp16 too, any strides; query head h reads kv head h // (H / K).
         k_KSD: rotated keys of the whole prefix and of the tile, kv-head major; any strides with D contiguous.
         v_KSD: values, same layout.
-        num_threads: PyTorch's own setting where None; of no meaning on CUDA.
+        num_threads: None takes PyTorch's setting; ignored on CUDA.
         cancelled: stops the call between blocks, from another thread; on CUDA only before the launch.
 
     Returns:
@@ -136,14 +136,14 @@ def _in_library(
 
 
 def new_outputs(q_THD: Tensor) -> tuple[Tensor, Tensor]:
-    """(out_THD, lse_TH) to be filled."""
+    """Uninitialised (out_THD, lse_TH)."""
     return q_THD.new_empty(q_THD.shape), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
 
 
 def prefill_args(
     q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, out_THD: Tensor, lse_TH: Tensor, cancelled: CancelFlag | None
 ) -> PrefillArgs:
-    """What the library is told of a call; every tensor has D contiguous and outlives it."""
+    """A call's arguments for the library. Every tensor must have D contiguous and outlive the call."""
     num_queries, num_heads, head_dim = q_THD.shape
     return PrefillArgs(
         q=q_THD.data_ptr(),

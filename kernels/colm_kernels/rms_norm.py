@@ -1,4 +1,4 @@
-"""RMSNorm (chain): each chain of a packed row by its own root mean square and gain, all chains in one call.
+"""RMSNorm (chain): normalise each chain of a packed row by its own root mean square and gain, all chains in one call.
 
 Shapes: R rows, D features of the active chains.
 """
@@ -48,7 +48,7 @@ def rms_norm(x_RD: Tensor, gains: Sequence[Tensor], eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        y_RD, contiguous. A chain of a row gets the same bits whatever rows are beside it; error budget in tolerance.py.
+        y_RD, contiguous. Each chain of a row has the same bits beside any other rows; error budget in tolerance.py.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
@@ -67,7 +67,7 @@ def rms_norm(x_RD: Tensor, gains: Sequence[Tensor], eps: float) -> Tensor:
 
 
 def add_rms_norm_(x_RD: Tensor, delta_RD: Tensor, gains: Sequence[Tensor], eps: float) -> Tensor:
-    """Add delta to x in place, as a residual stream grows, and normalise the sum.
+    """Add delta to the residual stream x in place, and normalise the sum.
 
     Args:
         x_RD: the chains side by side; holds x + delta, rounded to its dtype, afterwards.
@@ -98,7 +98,7 @@ def add_rms_norm_(x_RD: Tensor, delta_RD: Tensor, gains: Sequence[Tensor], eps: 
 
 
 def _check(x_RD: Tensor, gains: Sequence[Tensor]) -> None:
-    # Called 61 times a decode step: plain comparisons where all is well.
+    # Called 61 times a decode step: only plain comparisons when the arguments are right.
     if x_RD.dim() != 2:
         check_dims("x_RD", x_RD, None, None)
     dtype, width = x_RD.dtype, 0

@@ -132,7 +132,7 @@ def write_kv(
 
 
 def _check_rotation(name: str, x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> None:
-    # Called 60 times a decode step, as is what follows: plain comparisons where all is well.
+    # Called 60 times a decode step, like the checks below: only plain comparisons when the arguments are right.
     if x_TND.dim() != 3:
         check_dims(name, x_TND, None, None, None)
     num_tokens, _, head_dim = x_TND.shape

@@ -1,4 +1,4 @@
-"""Where attention goes, estimated from a few products: what the patterns' masses and scores are made of.
+"""Estimates of where attention goes, from a few products; `sparse_patterns` takes them as masses and scores.
 
 Shapes: T queries of the tile, S keys (prefix and tile), H query heads, K kv heads, G = H / K, D head dim, L lists (K or
 H), N row blocks, B key blocks, R sampled rows.
@@ -19,11 +19,11 @@ def vertical_slash_mass(q_THD: Tensor, k_KSD: Tensor, *, num_lists: int, num_row
         q_THD: rotated queries.
         k_KSD: rotated keys of the prefix and the tile.
         num_lists: H, or K to add up the query heads of a kv head.
-        num_rows: how many of the last queries are asked.
+        num_rows: how many of the last queries are used.
 
     Returns:
-        (vertical_LS, slash_LS) in fp32; each row sums to the rows asked, times G where L = K. Entry s of the second is
-        the attention at distance s.
+        (vertical_LS, slash_LS) in fp32. Each row sums to the number of queries used, times G where L = K. Entry s of
+        the second is the attention at distance s.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -35,13 +35,13 @@ def vertical_slash_mass(q_THD: Tensor, k_KSD: Tensor, *, num_lists: int, num_row
     vertical_HS = torch.empty(num_heads, num_keys, device=q_THD.device)
     slash_HS = torch.empty_like(vertical_HS)
     future_RS = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q_THD.device).triu(num_keys - num_rows + 1)
-    # Head by head: R x S numbers are much at a million keys.
+    # Head by head: R x S numbers take much memory at a million keys.
     for head in range(num_heads):
         scores_RS = rows_RHD[:, head] @ k_KSD[head // group].float().T * head_dim**-0.5
         weights_RS = scores_RS.masked_fill_(future_RS, float("-inf")).softmax(dim=1)
         vertical_HS[head] = weights_RS.sum(dim=0)
-        # Row r ends at distance -(R - 1 - r) when read from the last key back, so that a step down the rows at one
-        # distance is a fixed step in memory.
+        # Read from the last key back, row r begins at distance -(R - 1 - r), so entries of equal distance lie a fixed
+        # step apart in memory.
         padded_RX = F.pad(weights_RS.flip(1), (0, num_rows))
         width = num_keys + num_rows
         slash_HS[head] = padded_RX.as_strided((num_rows, num_keys), (width - 1, 1), num_rows - 1).sum(dim=0)
@@ -58,7 +58,7 @@ def pooled_block_mass(q_THD: Tensor, k_KSD: Tensor, tiling: Tiling, *, num_lists
         num_lists: H, or K to average the query heads of a kv head.
 
     Returns:
-        mass_LNB in fp32; each row block's sums to 1 over the key blocks it can see.
+        mass_LNB in fp32; each row block's masses sum to 1 over the key blocks that it can see.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -89,7 +89,7 @@ def _by_list(x_H: Tensor, num_lists: int) -> Tensor:
 
 
 def _block_means(x_HXD: Tensor, block: int) -> Tensor:
-    """Mean of every run of `block` tokens in fp32, the last of fewer."""
+    """Mean of every run of `block` tokens in fp32; the last run may be shorter."""
     whole = x_HXD.shape[1] // block * block
     means = [x_HXD[:, :whole].float().unflatten(1, (-1, block)).mean(dim=2)]
     if whole < x_HXD.shape[1]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK_SIZES = (64, 128)
-"""Rows and keys a block may have: what the kernels' tiles are made for."""
+"""Rows and keys that a block may have, as the kernels' tiles allow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +99,7 @@ class SparseIndex:
         starts_M, ends_M = self.block_offsets[:-1], self.block_offsets[1:]
         diagonal_starts_M = ends_M - (last_M - first_M + 1)
         self._refuse(diagonal_starts_M < starts_M, "block_ids", "lacks diagonal blocks")
-        # Ids ascend, so the first and the last of as many as there are fix those between.
+        # Ids ascend strictly, so the right first id, last id and count imply the right ids between.
         is_diagonal_M = (blocks_E[diagonal_starts_M] == first_M) & (blocks_E[ends_M - 1] == last_M)
         self._refuse(~is_diagonal_M, "block_ids", "does not end with the diagonal blocks")
         self._refuse(blocks_E[starts_M] != 0, "block_ids", "does not start with block 0")
@@ -116,7 +116,7 @@ class SparseIndex:
 
     @property
     def device(self) -> torch.device:
-        """Where the ids are."""
+        """The device of the ids."""
         return self.block_ids.device
 
     def _check_ascending(self, kind: str, limit: int) -> tuple[Tensor, Tensor]:
@@ -187,9 +187,10 @@ class SparseIndex:
 
 
 def lower(tiling: Tiling, block_mask_LNB: Tensor, columns_LV: Tensor | None = None) -> SparseIndex:
-    """The index of wanted key blocks and columns, with what every list must hold put in and what none may taken out.
+    """Build an index from wanted key blocks and columns.
 
-    Block 0 and the diagonal are added; blocks and columns of the future, and columns inside a listed block, dropped.
+    Block 0 and the diagonal blocks are added. Blocks and columns of the future, and columns inside a listed block, are
+    dropped.
 
     Args:
         tiling: N, B and the positions.

@@ -1,6 +1,6 @@
-"""Which keys to attend to, by pattern: each lowers to a `SparseIndex` that lists no less than the pattern asks for.
+"""Sparse patterns: each lowers to a `SparseIndex` that lists all the keys that the pattern asks for.
 
-What comes in is in tokens, what is listed is in whole blocks (and single columns), so a few more keys are attended to.
+A pattern is given in tokens and listed in whole blocks (and single columns), so a few more keys are attended to.
 
 Shapes: L lists (kv heads or query heads), N row blocks, B key blocks, S keys, V verticals, W slashes.
 """
@@ -12,13 +12,13 @@ from colm_kernels.sparse_index import SparseIndex, Tiling, lower
 
 
 def a_shape(tiling: Tiling, *, num_lists: int, sink_tokens: int, local_tokens: int) -> SparseIndex:
-    """The first keys and the nearest ones (Xiao et al. 2023, "attention sinks"), alike in every list.
+    """The first keys and the nearest ones (Xiao et al. 2023, "attention sinks"), the same in every list.
 
     Args:
         tiling: positions and blocks.
         num_lists: L.
         sink_tokens: keys 0 .. sink_tokens - 1 are attended to by every query.
-        local_tokens: so are the last ones up to and including the query's own; at least 1.
+        local_tokens: the last keys up to and including the query's own are attended to as well; at least 1.
 
     Raises:
         ValueError: a count out of its range.
@@ -51,7 +51,7 @@ def vertical_slash(tiling: Tiling, *, verticals_LV: Tensor, slashes_LW: Tensor) 
             f"both need one row a list"
         )
     device = slashes_LW.device
-    # One more at the end takes what padding and distances past the first key would mark.
+    # A spare entry at the end takes the marks of padding and of distances past the first key.
     edges_LNB = torch.zeros(
         (len(slashes_LW), tiling.num_row_blocks, tiling.num_key_blocks + 1), dtype=torch.int32, device=device
     )
@@ -67,11 +67,11 @@ def vertical_slash(tiling: Tiling, *, verticals_LV: Tensor, slashes_LW: Tensor) 
 
 
 def block_sparse(tiling: Tiling, scores_LNB: Tensor, *, num_blocks: int) -> SparseIndex:
-    """The key blocks of highest score, as many for every row block.
+    """The key blocks of highest score, equally many for every row block.
 
     Args:
         tiling: positions and blocks.
-        scores_LNB: the higher the more wanted; those of the future are ignored.
+        scores_LNB: the highest are taken; scores of the future are ignored.
         num_blocks: wanted besides block 0 and the diagonal; at least 1.
 
     Raises:
@@ -81,7 +81,7 @@ def block_sparse(tiling: Tiling, scores_LNB: Tensor, *, num_blocks: int) -> Spar
         raise ValueError(f"num_blocks={num_blocks} must be at least 1")
     scores_LNB = scores_LNB.masked_fill(~_elective(tiling, scores_LNB), float("-inf"))
     best_LNX = scores_LNB.topk(min(num_blocks, tiling.num_key_blocks), dim=2).indices
-    # What is marked of the future, where fewer are elective than wanted, is dropped on the way.
+    # If fewer blocks are elective than wanted, topk marks blocks of the future too; `lower` drops those.
     return lower(tiling, torch.zeros_like(scores_LNB, dtype=torch.bool).scatter_(2, best_LNX, True))
 
 
@@ -102,7 +102,7 @@ def top_p(tiling: Tiling, mass_LNB: Tensor, *, p: float) -> SparseIndex:
     given_LN = visible_LNB.masked_fill(elective_LNB, 0.0).sum(dim=2)
     wanted_LN = p * visible_LNB.sum(dim=2) - given_LN
     sorted_LNB, order_LNB = visible_LNB.masked_fill(~elective_LNB, 0.0).sort(dim=2, descending=True)
-    # Taken while what came before is not enough.
+    # A block is taken while the blocks before it hold too little.
     before_LNB = sorted_LNB.cumsum(dim=2) - sorted_LNB
     taken_LNB = before_LNB < wanted_LN.unsqueeze(2)
     return lower(tiling, torch.zeros_like(taken_LNB).scatter_(2, order_LNB, taken_LNB))
@@ -118,7 +118,7 @@ def vertical_slash_top_p(tiling: Tiling, vertical_mass_LS: Tensor, slash_mass_LS
         p: between 0 and 1.
 
     Raises:
-        ValueError: p out of its range, or masses that are not one a key.
+        ValueError: p out of its range, or masses that are not one for each key.
     """
     _check_share(p)
     for name, mass_LS in (("vertical_mass_LS", vertical_mass_LS), ("slash_mass_LS", slash_mass_LS)):
@@ -149,7 +149,7 @@ def _visible(tiling: Tiling, scores_LNB: Tensor) -> Tensor:
 
 
 def _elective(tiling: Tiling, scores_LNB: Tensor) -> Tensor:
-    """Key blocks that a row block may do without: of the past, block 0 apart."""
+    """Key blocks that a list need not hold: those of the past other than block 0."""
     visible_NB = _visible(tiling, scores_LNB)
     first_N, _ = tiling.diagonal(scores_LNB.device)
     block_B = torch.arange(tiling.num_key_blocks, device=scores_LNB.device)

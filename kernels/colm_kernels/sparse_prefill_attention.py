@@ -50,14 +50,14 @@ def sparse_prefill_attention(
     num_threads: int | None = None,
     cancelled: CancelFlag | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend a tile of queries to what an index lists of its prefix and, causally, of itself; all heads in one call.
+    """Attend a tile of queries to the keys that an index lists, causally; all heads in one call.
 
     Args:
         q_THD: rotated queries, bf16 or fp32, on CUDA fp16 too, any strides; query head h reads kv head h // (H / K).
         k_KSD: rotated keys of the whole prefix and of the tile, kv-head major; any strides with D contiguous.
         v_KSD: values, same layout.
         index: for this T and S; L is K (query heads that share a kv head share its lists) or H.
-        num_threads: PyTorch's own setting where None; of no meaning on CUDA.
+        num_threads: None takes PyTorch's setting; ignored on CUDA.
         cancelled: stops the call between blocks, from another thread; on CUDA only before the launch.
 
     Returns:

@@ -31,7 +31,7 @@ def swiglu_(gate_RF: Tensor, up_RF: Tensor) -> Tensor:
     """Replace gate by silu(gate) * up.
 
     Args:
-        gate_RF: silu(x) = x / (1 + exp(-x)) is taken of each element.
+        gate_RF: replaced by the result; silu(x) = x / (1 + exp(-x)).
         up_RF: in gate's shape and dtype.
 
     Returns:

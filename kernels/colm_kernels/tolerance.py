@@ -1,11 +1,11 @@
-"""How far arithmetic may be off: the one place for such numbers.
+"""Error budgets of all arithmetic: the one place for such numbers.
 
-Every element of a result is held against the exact one, computed in float64 from the same rounded inputs:
+Every element of a result is compared with the exact one, computed in float64 from the same rounded inputs:
 
     |result - exact| <= roundings * u(result's dtype) * |exact|  +  steps(n) * u(fp32) * sum|terms|
 
-u is the unit roundoff, n the number of terms that a sum runs over. Nothing depends on what another implementation
-happens to achieve, so a budget is the same on every machine and in whatever order a library sums.
+u is the unit roundoff, n the number of terms of a sum. No budget depends on another implementation's error, so it is
+the same on every machine and for every order in which a library sums.
 """
 
 import math
@@ -26,59 +26,65 @@ from colm_kernels.sparse_prefill_attention import sparse_prefill_attention_refer
 from colm_kernels.swiglu import swiglu_reference
 
 SUM_STEPS = 2.0
-"""A sum of n terms may be off by SUM_STEPS * sqrt(n + 1) * u of the sum of their magnitudes.
+"""A sum of n terms may be off by SUM_STEPS * sqrt(n + 1) * u times the sum of their magnitudes.
 
-The worst order adds one term after the other, the worst signs are all the same. Each rounding is then uniform within u
-of a partial sum, these grow like 1 .. n, and one standard deviation of the whole is sqrt(n) / 3 * u of the sum. The
-constant is six of them. Up to n = 3 it is no less than the (n + 1) * u that holds for sure.
+The worst order adds one term after the other; the worst signs are all the same. Each rounding is then uniform within u
+times a partial sum, and the partial sums grow like 1 .. n. One standard deviation of the total error is
+sqrt(n) / 3 * u times the sum; the constant allows six. Up to n = 3 the budget is no less than the certain bound,
+(n + 1) * u.
 """
 
 SCORE_STEPS = 4.0
-"""Roundings of an exponent, each relative to the row's largest score: of the factor (scale times log2(e)), of its
-products with score and maximum, and of their difference."""
+"""Roundings of an exponent, each relative to the row's largest score. One each: the factor (scale times log2(e)), its
+products with score and maximum, and their difference."""
 
 EXP_ERROR, CUBIC_EXP_ERROR = 2.6e-6, 2e-4
 """Relative errors of exponentials.
 
-The library's is 7.5e-8, and 2.6e-6 beside 16 bits (vec_*.h). PyTorch's has 20 ulp, 2.4e-6; in SDPA of 16 bits it is a
-cubic.
+The library's is 1.41e-7, or 2.6e-6 for 16-bit tensors (vec_*.h). PyTorch's is 20 ulp, 2.4e-6; SDPA of 16 bits uses a
+cubic polynomial.
 """
 
+VANISHED = 2.0**-149
+"""The smallest number above zero in fp32: a softmax weight, relative to the row's largest, that is below it is zero."""
+
 SIGMAS = 6.0
-"""Of n independent roundings, u * sqrt(sum terms^2) each: more add up once in 10^7 at most (Hoeffding's bound)."""
+"""Factor on u * sqrt(sum terms^2), the spread of a sum of independent roundings. More than this factor happens at most
+once in 10^7 sums (Hoeffding's bound)."""
 
 NORM_STEPS = 4.0
-"""Quotient, square root, reciprocal and product behind the sum of squares, whose own error the root halves."""
+"""Roundings after the sum of squares: quotient, square root, reciprocal, product. The root halves the sum's error."""
 
 GATE_STEPS = 4.0
-"""Sum, quotient and two products around the exponential of SwiGLU."""
+"""Roundings around the exponential of SwiGLU: a sum, a quotient and two products."""
 
 LAYER_ROUNDINGS, LAYER_SUMS = 14.0, 3.0
-"""What a layer adds, in roundings of its dtype and in sums over its width, relative to the largest element.
+"""The error that a layer adds, relative to the largest element: roundings of its dtype, and sums over its width.
 
-Fourteen results are rounded one after the other, each off by u / sqrt(3) of the RMS, and five products err by
-0.4 sqrt(n) u of it where they sum one term after the other: six standard deviations of both.
+Fourteen results are rounded one after the other, each with an error of u / sqrt(3) times the RMS. Five products that
+sum one term after the other have an error of 0.4 sqrt(n) u times the RMS. The constants allow six standard deviations
+of both.
 """
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """The most that one rounding to nearest is off, relative to what is rounded."""
+    """Largest error of one rounding to nearest, relative to the rounded number."""
     return torch.finfo(dtype).eps / 2
 
 
 def sum_error(num_terms: int) -> float:
-    """The error of a sum in fp32, in any order, relative to the sum of its terms' magnitudes."""
+    """Largest error of a sum in fp32, in any order, relative to the sum of its terms' magnitudes."""
     return SUM_STEPS * math.sqrt(num_terms + 1) * unit_roundoff(torch.float32)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a result should be.
+    """The exact result of an operation and its error budget.
 
     Args:
-        exact: in float64.
-        allowed: how far each element may be off.
-        dtype: what the result must have.
+        exact: the result in float64.
+        allowed: largest error of each element.
+        dtype: the dtype that a result must have.
     """
 
     exact: Tensor
@@ -86,7 +92,7 @@ class Expected:
     dtype: torch.dtype
 
     def check(self, result: Tensor) -> None:
-        """Hold a result against it.
+        """Check a result, element by element.
 
         Raises:
             AssertionError: another shape or dtype, an element off by more than its budget, or NaN.
@@ -104,10 +110,10 @@ class Expected:
             )
 
     def check_largest(self, index: int) -> None:
-        """Hold the place of a result's largest element, of one dimension, against it.
+        """Check the index of a one-dimensional result's largest element.
 
         Raises:
-            AssertionError: another element is larger by more than the two together may be off.
+            AssertionError: another element is larger by more than the budgets of the two together.
         """
         best = int(self.exact.argmax())
         lead, allowed = float(self.exact[best] - self.exact[index]), float(self.allowed[best] + self.allowed[index])
@@ -115,13 +121,13 @@ class Expected:
 
 
 def check_all(expected: Iterable[Expected], results: Iterable[Tensor]) -> None:
-    """Hold several results, one each; raises as `Expected.check` does."""
+    """Check several results, one against each expectation; raises as `Expected.check` does."""
     for of_result, result in zip(expected, results, strict=True):
         of_result.check(result)
 
 
 def _rounded(exact: Tensor, error: Tensor | float, dtype: torch.dtype, roundings: float = 1) -> Expected:
-    """An error, and the rounding of the result, in which a number below the normal ones may become zero."""
+    """Budget of an error plus the rounding of the result, which may turn a subnormal number into zero."""
     info = torch.finfo(dtype)
     smallest = info.tiny * (info.eps if dtype == torch.float16 else 1)
     return Expected(exact, roundings * unit_roundoff(dtype) * exact.abs() + error + smallest, dtype)
@@ -135,7 +141,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def linear(x_RI: Tensor, weights: Tensors, biases: Tensors | None, chain_rows: Sequence[int]) -> Expected:
-    """Of `chain_linear`: sums in fp32, rounded once."""
+    """Budget of `chain_linear`: sums in fp32, rounded once."""
 
     def run(of: Callable[[Tensor], Tensor]) -> Tensor:
         x, ws, bs = _wide(of, x_RI, weights, biases)
@@ -147,9 +153,9 @@ def linear(x_RI: Tensor, weights: Tensors, biases: Tensors | None, chain_rows: S
 def linear_gradients(
     x_RI: Tensor, weights: Tensors, biases: Tensors | None, chain_rows: Sequence[int], grad_RO: Tensor
 ) -> list[Expected]:
-    """Of x, of every weight and of every bias, in this order.
+    """Budgets of the gradients of x, of every weight and of every bias, in this order.
 
-    All are rounded once, but that of x with every chain that it gathers from.
+    Each gradient is rounded once, except that of x: it is rounded once for every chain that is added to it.
     """
     dtype, (num_rows, num_outputs) = x_RI.dtype, grad_RO.shape
 
@@ -182,7 +188,7 @@ def _wide(
 def prefill_attention(
     q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, index: SparseIndex | None = None
 ) -> tuple[Expected, Expected]:
-    """Of output and log-sum-exp, dense or over what an index lists; weights may be rounded to the inputs' dtype."""
+    """Budgets of output and log-sum-exp, dense or over an index; weights may be rounded to the inputs' dtype."""
     num_queries, num_heads, _ = q_THD.shape
     num_keys = k_KSD.shape[1]
     wide = (q_THD.double(), k_KSD.double(), v_KSD.double())
@@ -195,7 +201,7 @@ def prefill_attention(
     dtype = q_THD.dtype
     exp_error = EXP_ERROR if dtype == torch.float32 else CUBIC_EXP_ERROR
     error, lse_error = _attention_errors(*wide, seen, exp_error, weights_dtype=dtype)
-    lse_error = lse_error + unit_roundoff(torch.float32) * exact_lse.abs()  # of the logarithm
+    lse_error = lse_error + unit_roundoff(torch.float32) * exact_lse.abs()  # the logarithm's rounding
     return _rounded(exact, error, dtype), _rounded(exact_lse, lse_error, torch.float32)
 
 
@@ -211,7 +217,7 @@ def decode_attention(
     v_scales_BPK: Tensor | None = None,
     weights_dtype: torch.dtype = torch.float32,
 ) -> Expected:
-    """Of `decode_attention`, whose arguments these are, and `weights_dtype`, to which a GPU rounds the weights."""
+    """Budget of `decode_attention`, from its arguments. A GPU rounds the weights to `weights_dtype`."""
 
     def widen(pages: Tensor, scales: Tensor | None) -> Tensor:
         return pages.double() if scales is None else pages.double() * scales.double().unsqueeze(-1)
@@ -236,36 +242,39 @@ def decode_attention(
 def _attention_errors(
     q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, seen_TS: Tensor, exp_error: float, weights_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Of the output before it is rounded, and of the log-sum-exp.
+    """Errors of the output before it is rounded, and of the log-sum-exp.
 
-    A weight p_j errs, relative to itself, by e_j: its score's error, once that is the error of an exponent, and the
-    exponential's. Normalised, the sum of p_j v_j errs by sum p_j (e_j - sum_i p_i e_i) v_j: nothing where one key has
+    A weight p_j has the relative error e_j: the error of its score, as an exponent, plus that of the exponential. After
+    normalisation the sum of p_j v_j has the error sum p_j (e_j - sum_i p_i e_i) v_j, which is zero where one key has
     all the weight.
     """
     num_heads, head_dim = q_THD.shape[1:]
-    num_keys = k_KSD.shape[1]
     k_HSD, v_HSD = (tensor.repeat_interleave(num_heads // len(tensor), dim=0) for tensor in (k_KSD, v_KSD))
     q_HTD = q_THD.transpose(0, 1) * head_dim**-0.5
     p_HTS = (q_HTD @ k_HSD.mT).masked_fill(~seen_TS, -torch.inf).softmax(dim=-1)
-    size_HTS = (q_HTD.abs() @ k_HSD.abs().mT).where(p_HTS > 0, 0)
+    # A weight that is zero in fp32 is no term of a sum, and no error of its score shows.
+    weighs_HTS = p_HTS > VANISHED * p_HTS.amax(dim=-1, keepdim=True)
+    num_terms_HT1 = weighs_HTS.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    of_sum_HT1 = sum_error(0) * (num_terms_HT1 + 1).sqrt()
+    size_HTS = (q_HTD.abs() @ k_HSD.abs().mT).where(weighs_HTS, 0)
     largest_HT1 = size_HTS.amax(dim=-1, keepdim=True)
     u = unit_roundoff(torch.float32)
     e_HTS = sum_error(head_dim) * size_HTS + SCORE_STEPS * u * largest_HT1 + exp_error
     mean_HT1 = (p_HTS * e_HTS).sum(dim=-1, keepdim=True)
     v_HSD = v_HSD.abs()
-    # Of numerator and denominator.
-    of_sums = 2 * sum_error(num_keys) * (p_HTS @ v_HSD)
+    # The sums of numerator and denominator.
+    of_sums = 2 * of_sum_HT1 * (p_HTS @ v_HSD)
     error_HTD = (p_HTS * ((1 - 2 * p_HTS) * e_HTS + mean_HT1)) @ v_HSD + of_sums
     if weights_dtype != torch.float32:
-        # The weights, and what SDPA gathers from a prefix and from a tile before they are joined.
+        # Roundings of the weights, and of SDPA's outputs over prefix and tile before they are joined.
         at_random, at_most = SIGMAS * (p_HTS.square() @ v_HSD.square()).sqrt(), 2 * (p_HTS @ v_HSD)
         error_HTD += unit_roundoff(weights_dtype) * at_random.minimum(at_most)
-    lse_error_HT = mean_HT1.squeeze(-1) + sum_error(num_keys)
+    lse_error_HT = (mean_HT1 + of_sum_HT1).squeeze(-1)
     return error_HTD.transpose(0, 1), lse_error_HT.T
 
 
 def rms_norm(x_RD: Tensor, gains: Tensors, eps: float) -> Expected:
-    """Of `rms_norm`, which rounds before the gain and behind it."""
+    """Budget of `rms_norm`, which rounds before the gain and after it."""
     exact = rms_norm_reference(x_RD.double(), [gain.double() for gain in gains], eps)
     widths = [len(gain) for gain in gains]
     relative = [sum_error(width) / 2 + NORM_STEPS * unit_roundoff(torch.float32) for width in widths]
@@ -274,7 +283,7 @@ def rms_norm(x_RD: Tensor, gains: Tensors, eps: float) -> Expected:
 
 
 def rotary(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Expected:
-    """Of `rotate_`: sums of two products."""
+    """Budget of `rotate_`: sums of two products."""
     exact = rotate_reference(x_TND.double(), cos_TD.double(), sin_TD.double())
     first, second = x_TND.double().abs().chunk(2, dim=-1)
     cos, sin = (table.double().abs()[:, None, : first.shape[-1]] for table in (cos_TD, sin_TD))
@@ -283,10 +292,10 @@ def rotary(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Expected:
 
 
 def swiglu(gate_RF: Tensor, up_RF: Tensor) -> Expected:
-    """Of `swiglu_`; PyTorch's own rounds the gate's part and the product.
+    """Budget of `swiglu_`, two roundings of the result: PyTorch's path rounds silu(gate) and the product.
 
-    The exponent -gate is rounded twice. What an error of exp(-gate) does to silu(gate), both relative, is
-    sigmoid(-gate). An exponential below the normal numbers may be zero.
+    The exponent -gate is rounded twice. A relative error of exp(-gate) becomes one of silu(gate), times sigmoid(-gate).
+    A subnormal exponential may become zero.
     """
     gate, up = gate_RF.double(), up_RF.double()
     exact, u = swiglu_reference(gate, up), unit_roundoff(torch.float32)
@@ -296,16 +305,16 @@ def swiglu(gate_RF: Tensor, up_RF: Tensor) -> Expected:
 
 
 def layers(exact: Tensor, dtype: torch.dtype, *, num_layers: int, width: int) -> Expected:
-    """Of a model's logits, keys or values, or of one layer or less: relative to the largest of the last dimension.
+    """Budget of a model's logits, keys or values, or of a single layer, relative to the largest of the last dimension.
 
-    A bound through every operation would multiply their worst cases and admit anything. Layers add to one residual
-    stream, and their errors to one another like independent ones: with the root of their number.
+    A bound through every operation would multiply their worst cases and admit anything. The layers' errors add up in
+    the residual stream like independent ones, so the budget grows with the root of the number of layers.
 
     Args:
-        exact: in float64.
-        dtype: of weights and activations.
-        num_layers: before the result.
-        width: the model's.
+        exact: the result in float64.
+        dtype: dtype of weights and activations.
+        num_layers: layers before the result.
+        width: the model's dim.
     """
     relative = LAYER_ROUNDINGS * unit_roundoff(dtype) + LAYER_SUMS * sum_error(width)
     largest = exact.abs().amax(dim=-1, keepdim=True)
@@ -313,12 +322,12 @@ def layers(exact: Tensor, dtype: torch.dtype, *, num_layers: int, width: int) ->
 
 
 def reordered(exact: Tensor) -> Expected:
-    """Of a float64 computation whose sums only run in another order: no step of fp32, taken at the largest, is that."""
+    """Budget of a float64 computation that sums in another order: one fp32 rounding of the largest element."""
     return Expected(exact, (unit_roundoff(torch.float32) * exact.abs().max()).expand_as(exact), torch.float64)
 
 
 def quantised(x_TKD: Tensor) -> Expected:
-    """Of `quantise_kv`, given back in fp32: half a scale, which is the largest magnitude / 127, rounded up to bf16."""
+    """Budget of `quantise_kv`, dequantised in fp32: half a scale of largest magnitude / 127, rounded up to bf16."""
     exact = x_TKD.double()
     scale_TK1 = exact.abs().amax(dim=-1, keepdim=True) / LARGEST * (1 + torch.finfo(torch.bfloat16).eps)
     quotient = LARGEST * unit_roundoff(torch.float32)

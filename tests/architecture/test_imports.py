@@ -1,4 +1,4 @@
-"""What may import what, read from the source itself; design.md says why."""
+"""What may import what, read from the source itself; docs/architecture.md has the table."""
 
 import ast
 import re
@@ -47,7 +47,7 @@ GRPC = (
     "cluster/replicas/gateway.py",
 )
 
-# Bookkeeping that property tests hammer: no tensors, no network, no cluster, not even through what they import.
+# Bookkeeping for property tests: no tensors, no network and no cluster, not even through their own imports.
 PURE_MODULES = (
     "decode_node.page_pool",
     "decode_node.transfer_ledger",
@@ -60,7 +60,7 @@ PURE_MODULES = (
 
 
 def sources(package: str) -> list[Path]:
-    """A package's own files; generated ones are protoc's."""
+    """A package's own files, without those that protoc generated."""
     return sorted(path for path in PACKAGES[package].rglob("*.py") if not path.is_relative_to(ROOT / "colm/wire/v1"))
 
 
@@ -162,7 +162,7 @@ def test_tools_stay_out_of_the_product() -> None:
 
 
 def run_python(code: str) -> str:
-    """In a fresh process at the repository root, as a user's `python -c` there would be."""
+    """Run code in a fresh process at the repository root, like a user's `python -c` there."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -189,7 +189,7 @@ def test_the_front_door_knows_no_protocol() -> None:
 
 @pytest.mark.parametrize("directory", ["proto", "kernels"])
 def test_a_directory_named_like_a_foreign_package_is_no_package(directory: str) -> None:
-    """`proto` and `kernels` are also what others call their packages; an __init__.py here would hide theirs."""
+    """Other projects call their packages `proto` and `kernels` too; an __init__.py here would hide theirs."""
     assert (ROOT / directory).is_dir()
     assert not (ROOT / directory / "__init__.py").exists()
 

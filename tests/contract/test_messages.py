@@ -133,7 +133,7 @@ REQUESTS = st.builds(
 
 
 def sent(message: M) -> M:
-    """Through bytes and back."""
+    """A message, serialised and parsed again."""
     return type(message).FromString(message.SerializeToString())
 
 
@@ -307,7 +307,7 @@ async def test_an_error_after_some_answers_arrives_too(failure: Callable[..., ob
 async def test_a_defect_of_ours_is_internal_and_keeps_its_text_at_home(
     error: BaseException, failure: Callable[..., object]
 ) -> None:
-    """An error that is no `Exception`, such as a panic in Rust, was never answered for."""
+    """Bug: an error that is no `Exception`, such as a panic in Rust, left the call without an answer."""
     async with serving(failing(error)) as address:
         received = await failure(address)
     assert type(received) is PeerFailed
@@ -338,7 +338,7 @@ async def test_a_call_that_outlives_its_deadline_is_deadline_exceeded(failure: C
 
 @CLIENTS
 async def test_a_server_that_stops_in_the_middle_is_unavailable(failure: Callable[..., object]) -> None:
-    """Broken off by the server's end, the call may be tried elsewhere."""
+    """A call that the server's end breaks off may be tried elsewhere."""
     arrived = asyncio.Event()
 
     async def stay(_: AsyncIterator[kv_pb.PullKvRequest], __: grpc.aio.ServicerContext) -> None:

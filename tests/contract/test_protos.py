@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FileDescriptor, MethodDescriptor
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.protobuf.message import Message
+from grpc_tools import protoc
 
 from colm.wire.v1 import common_pb2, decode_service_pb2, generation_service_pb2, kv_transfer_service_pb2
 
@@ -30,6 +33,19 @@ METHODS: list[MethodDescriptor] = [
 ]
 
 
+DECLARED = ("message_type", "nested_type", "enum_type", "service", "field", "value", "method")
+"""Fields of protobuf's own descriptors that hold what a .proto file declares."""
+
+
+def declarations(parent: Message, path: tuple[int, ...] = (), name: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, path as protobuf's source information writes it) of everything that is declared below."""
+    for kind in parent.DESCRIPTOR.fields:
+        for index, child in enumerate(getattr(parent, kind.name) if kind.name in DECLARED else ()):
+            below, full = (*path, kind.number, index), f"{name}.{child.name}".lstrip(".")
+            yield full, below
+            yield from declarations(child, below, full)
+
+
 def generated_files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file() and "_pb2" in path.name}
 
@@ -50,6 +66,18 @@ def test_every_proto_file_is_looked_at_here() -> None:
 def test_the_package_is_the_path(file: FileDescriptor) -> None:
     assert file.package == "colm.wire.v1"
     assert Path(file.name).parent.as_posix() == "colm/wire/v1"
+
+
+def test_everything_declared_has_a_comment(tmp_path: Path) -> None:
+    described = tmp_path / "described"
+    names = [file.name for file in FILES]
+    arguments = ["-I", str(ROOT / "proto"), "--include_source_info", f"--descriptor_set_out={described}"]
+    assert protoc.main(["protoc", *arguments, *names]) == 0
+    bare = []
+    for file in FileDescriptorSet.FromString(described.read_bytes()).file:
+        comments = {tuple(place.path): place.leading_comments.strip() for place in file.source_code_info.location}
+        bare += [name for name, path in declarations(file) if not comments.get(path)]
+    assert bare == []
 
 
 @pytest.mark.parametrize("enum", ENUMS, ids=lambda enum: enum.name)

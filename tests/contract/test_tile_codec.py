@@ -1,4 +1,4 @@
-"""The KV stream's messages: the bytes protobuf would write, and nothing else is taken for one.
+"""The KV stream's messages: they have the bytes that protobuf writes, and other bytes are refused.
 
 Shapes: K kv heads, T tokens, D head dim.
 """
@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def tile_of(num_tokens: int, dtype: torch.dtype = torch.float32, *, layer: int = 3, first_token: int = 64) -> KvTile:
-    """A tile as the engine gives it: a view into a larger buffer."""
+    """A tile as the engine makes it: a view into a larger buffer."""
     generator = torch.Generator().manual_seed(num_tokens)
     k_KSD, v_KSD = (torch.randn(2, num_tokens + 5, 8, generator=generator).to(dtype) for _ in range(2))
     return KvTile(layer, first_token, k_KSD[:, 2 : 2 + num_tokens], v_KSD[:, 2 : 2 + num_tokens])
@@ -34,7 +34,7 @@ def format_of(dtype: torch.dtype = torch.float32) -> KvFormat:
 
 
 def read(data: bytes, kv_format: KvFormat | None = None) -> KvTile:
-    """As a decode node reads a tile."""
+    """The tile of a message, read as a decode node reads it."""
     header, payload = decode_message(data)
     assert header.WhichOneof("event") == "tile"
     return decode_tile(header.tile, payload, kv_format or format_of())
@@ -178,7 +178,7 @@ def test_a_padded_message_is_refused(message: bytes, padding: bytes) -> None:
 @example(b"\xff" * 12)
 @example(b"\x0a" + b"\xff" * 9 + b"\x01")
 def test_garbage_is_refused_or_is_a_message(data: bytes) -> None:
-    """Bug: where protobuf itself refused the header, its own DecodeError came out instead of PeerUnavailable."""
+    """Bug: if protobuf refused the header, its DecodeError came out instead of PeerUnavailable."""
     try:
         header, _ = decode_message(data)
     except PeerUnavailable as err:

@@ -83,7 +83,7 @@ def last_json(stdout: str) -> dict[str, Any]:
 
 
 def until(condition: Callable[[], bool], within_s: float, complaint: Callable[[], str] = lambda: "too late") -> float:
-    """Seconds until the condition held."""
+    """Wait until the condition holds; returns the seconds it took."""
     started_s = time.monotonic()
     while not condition():
         assert time.monotonic() - started_s < within_s, complaint()
@@ -93,7 +93,7 @@ def until(condition: Callable[[], bool], within_s: float, complaint: Callable[[]
 
 @pytest.fixture(scope="session")
 def expanded_model() -> Path:
-    """SmolLM2 with a second chain, as `make model` leaves it."""
+    """SmolLM2 with a second chain, as `make model` makes it."""
     path = Path(__file__).parent.parent.parent / "models" / "SmolLM2-135M-Instruct-9-3"
     if not (path / "config.json").exists():
         pytest.fail(f"{path.name} is missing; run `make model`", pytrace=False)
@@ -107,7 +107,7 @@ def expanded_checkpoint(expanded_model: Path) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def cluster(expanded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
-    """One prefill and one decode replica of the real model in float32, so that the oracle's answer is the answer."""
+    """One prefill and one decode replica of the real model, in float32 so that answers equal the oracle's."""
     folder = tmp_path_factory.mktemp("cluster")
     config = folder / "colm.toml"
     config.write_text(

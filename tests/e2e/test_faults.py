@@ -66,7 +66,7 @@ def test_a_killed_decode_replica_is_one_clear_error_and_the_next_request_is_serv
 
 
 def test_ctrl_c_stops_the_work_on_all_three_processes(cluster: RunningCluster, tmp_path: Path) -> None:
-    """No node comes to decoding: what would follow the prefill for seconds never begins."""
+    """No node begins to decode: the work that would follow the prefill for seconds never begins."""
     document = tmp_path / "document.txt"
     document.write_text(DOCUMENT)
     submit = subprocess.Popen(

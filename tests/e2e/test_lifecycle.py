@@ -1,4 +1,4 @@
-"""`colm up` and `colm down` as processes: whatever ends them, nothing of the cluster is left running unknown."""
+"""`colm up` and `colm down` as processes: however they end, `down` finds everything that is left running."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from tests.nodes import EVERYWHERE
 from tests.tiny import tiny_checkpoint
 
 STARTING, LOADING = "starting Ray", "loading"
-# An interrupted `up` has no more than a Ray to stop; the limit is far above what that takes.
+# An interrupted `up` has only a Ray to stop; the limit is far above the time that takes.
 CLEAN_UP_S = 60
 
 
@@ -33,7 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def state_dir(tmp_path: Path) -> Iterator[Path]:
-    """Where a cluster lives; whatever a failing test leaves of it is killed."""
+    """A cluster's state directory; processes that a failing test leaves behind are killed."""
     path = tmp_path / "state"
     yield path
     for process in processes_of(path):
@@ -65,7 +65,7 @@ def assert_nothing_left(state_dir: Path, seen: set[psutil.Process]) -> None:
 
 
 def begin_up(state_dir: Path, config: Path, moment: str) -> "tuple[subprocess.Popen[str], set[psutil.Process]]":
-    """`colm up` that has said where it is and has a Ray behind it, and every process of it."""
+    """Start `colm up` and wait until it has come to a moment and its Ray runs; returns it and all its processes."""
     up = subprocess.Popen(
         colm_command("up", "--config", str(config)), env=colm_env(state_dir), stderr=subprocess.PIPE, text=True
     )
@@ -81,7 +81,7 @@ def begin_up(state_dir: Path, config: Path, moment: str) -> "tuple[subprocess.Po
 def test_an_interrupted_up_leaves_nothing_and_says_so_in_one_line(
     state_dir: Path, config: Path, moment: str, number: signal.Signals
 ) -> None:
-    """Bug: Ray has a session of its own, and an `up` that was waiting for it left it running, unknown to `down`."""
+    """Bug: Ray has a session of its own; an `up` interrupted while it waited left Ray running, unknown to `down`."""
     up, seen = begin_up(state_dir, config, moment)
     up.send_signal(number)
     _, stderr = up.communicate(timeout=CLEAN_UP_S)

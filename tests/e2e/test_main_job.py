@@ -194,7 +194,7 @@ def test_an_answer_that_outlives_its_deadline_ends_with_one_error(client: Client
 def test_a_document_larger_than_a_grpc_message_is_uploaded_in_pieces(client: Client) -> None:
     """The refusal is about tokens, so all five MiB have passed gRPC's own limit of four.
 
-    Of spaces, since a template might trim them: other text of that length is refused before it has arrived.
+    The document is of spaces, which a template might trim: other text of that length is refused before it has arrived.
     """
     with pytest.raises(InvalidRequest, match=r"over [0-9]+ prompt tokens"):
         collect(client.generate(" " * (5 << 20), "?"))

@@ -1,4 +1,4 @@
-"""On a Ray cluster of several nodes: each role's replicas go where its resource is, and prompts to whoever is free."""
+"""A Ray cluster of several nodes: replicas go to nodes with their role's resource, prompts to free replicas."""
 
 import os
 import subprocess
@@ -30,12 +30,12 @@ class TwoNodes:
     node_ids: dict[str, str]
     """Ray's name of the node, by role."""
     too_many: str
-    """What `colm up` said when it was asked for a third prefill replica."""
+    """Output of `colm up` when it was asked for a third prefill replica."""
     running: RunningCluster
 
 
 def assert_a_killed_up_is_known_to_down(state_dir: Path, words: tuple[str, ...]) -> None:
-    """What it had placed on a Ray that it joined stayed there, and `down` knew of nothing."""
+    """Bug: whatever a killed `up` had placed on a joined Ray stayed there, and `down` did not know of it."""
     up = subprocess.Popen(colm_command("up", *words), env=colm_env(state_dir), stderr=subprocess.DEVNULL)
     until(lambda: read_joined(state_dir) is not None, 60)
     up.kill()
@@ -90,7 +90,7 @@ def test_replicas_go_to_the_node_that_carries_their_role(two_nodes: TwoNodes) ->
 
 
 def test_short_prompts_do_not_wait_behind_a_long_one_while_another_replica_is_free(two_nodes: TwoNodes) -> None:
-    """One of them was bound to the replica that computed the long one, and stayed there when the other was idle."""
+    """Bug: a short prompt was bound to the replica that computed the long one, while the other replica was idle."""
     has_token = threading.Event()
     may_end = threading.Event()
 

@@ -56,7 +56,7 @@ async def until_prefill_idle(prefill: PrefillNode) -> None:
 async def test_cancelling_frees_both_nodes_at_every_stage(
     nodes: tuple[PrefillNode, DecodeNode], stage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It also left a complaint of asyncio's: an exception that nobody had looked at."""
+    """Bug: a cancellation also left a warning of asyncio about an exception that was never retrieved."""
     prefill, node = nodes
     await cancel_at(node, stage, max_new_tokens=4000)
     await until_idle(node)

@@ -44,7 +44,7 @@ WRITERS = {"a decode step": (DecodeEngine, "step"), "a receiving thread": (KvSto
 
 
 async def cancelled_twice_at(gate: Gate, node: DecodeNode) -> None:
-    """Run a request up to the gate, then cancel it as gRPC's deadline and our own do: twice, one after the other."""
+    """Run a request up to the gate, then cancel it twice, as gRPC's deadline and our own do."""
     job = DecodeJob(
         request_id="late",
         token_ids=np.array(PROMPT[::-1]),
@@ -71,7 +71,7 @@ async def cancelled_twice_at(gate: Gate, node: DecodeNode) -> None:
 async def test_pages_stay_held_while_something_writes_into_them(
     nodes: tuple[PrefillNode, DecodeNode], writer: str
 ) -> None:
-    """gRPC's deadline and our own both cancelled; the second one cut the wait short, and the pages were free."""
+    """Bug: gRPC's deadline and our own both cancelled; the second cut the wait short and freed the pages."""
     _, node = nodes
     with gate_before(*WRITERS[writer]) as gate:
         await cancelled_twice_at(gate, node)
@@ -84,7 +84,7 @@ async def test_pages_stay_held_while_something_writes_into_them(
 async def test_a_neighbour_gets_the_pages_of_a_late_request_only_after_the_last_write(
     checkpoint: Checkpoint, writer: str
 ) -> None:
-    """The neighbour's keys and values were overwritten by the late one's: wrong logprobs, and no error."""
+    """Bug: the late request overwrote the neighbour's keys and values: wrong logprobs, and no error."""
     path, kv_cache_bytes = str(checkpoint.path), pages_bytes(checkpoint.config, 10)
     async with (
         prefill_node(path) as prefill,
@@ -130,7 +130,7 @@ def slowly(original: Callable[..., object], pause_s: float, *args: object, **kwa
 async def test_random_deadlines_never_change_an_answer_that_completes(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """200 requests with deadlines between 0 and twice their duration, beside as many without, in few pages."""
+    """200 requests with deadlines from 0 to twice their duration share few pages with as many without deadlines."""
     draw = random.Random(0)
     path = str(checkpoint.path)
     prompts = [PROMPT[start : start + draw.randint(2, 90)] for start in range(8)]

@@ -1,4 +1,4 @@
-"""The loop that advances all answers: who fails, fails alone; nobody waits for a loop that has ended."""
+"""The decode loop: an answer that fails, fails alone, and no caller waits for a loop that has ended."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -44,7 +44,7 @@ def ask(node: DecodeNode, request_id: str, **request: Any) -> "asyncio.Task[Any]
 
 
 async def test_an_answer_that_cannot_be_advanced_ends_alone(node: DecodeNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its caller hung, its pages were held for ever, and so were its neighbours'."""
+    """Bug: the caller of such an answer hung, and its pages and its neighbours' were held for ever."""
     undisturbed = await ask(node, "before")
     advance = RunningAnswer.advance
 
@@ -107,7 +107,7 @@ async def test_answers_share_steps_and_never_more_than_the_batch_holds(
 
 
 class Fatal(BaseException):
-    """What no handler may keep from ending the loop."""
+    """A BaseException, which must end the loop."""
 
 
 async def test_a_loop_that_dies_tells_everybody_and_its_node_is_ill(

@@ -72,7 +72,7 @@ async def until(condition: Callable[[], object]) -> None:
 async def test_a_full_decode_node_is_passed_over_for_one_with_room(
     checkpoint: Checkpoint, small_nodes: list[DecodeNode]
 ) -> None:
-    """The first node's refusal was the client's, whatever room there was beside it."""
+    """Bug: the client got the first node's refusal although another node had room."""
     full, free = small_nodes
     pool = TakingTurns([full.address, free.address])
     async with gateway(checkpoint.config, pool, num_decode_nodes=2) as address:
@@ -115,7 +115,7 @@ async def test_a_request_that_can_never_fit_is_refused_at_the_first_node(
 
 
 async def test_a_lost_lease_is_replaced_a_few_times(checkpoint: Checkpoint, prefill: PrefillNode) -> None:
-    """An expired lease was INVALID_ARGUMENT about a field that the client never sent."""
+    """Bug: an expired lease was INVALID_ARGUMENT about a field that the client never sent."""
     leases = LeaseTable(30.0)
     async with decode_node(str(checkpoint.path), [prefill.address], leases=leases) as strict:
         pool = TakingTurns([strict.address], lease_id="gone")
@@ -145,7 +145,7 @@ async def test_a_dead_decode_node_is_one_clear_error(checkpoint: Checkpoint) -> 
 async def test_a_deadline_that_nobody_set_grows_with_the_work(
     checkpoint: Checkpoint, prefill: PrefillNode, num_prompt_tokens: int, options: dict[str, Any], timeout_s: float
 ) -> None:
-    """A 1M-token prefill could not meet the default deadline, and nothing said so."""
+    """Bug: a 1M-token prefill could not meet the default deadline, and nothing said so."""
     async with (
         decode_node(str(checkpoint.path), [prefill.address]) as node,
         gateway(checkpoint.config, TakingTurns([node.address])) as address,
@@ -214,7 +214,7 @@ async def test_the_requests_inside_are_bounded(checkpoint: Checkpoint, prefill: 
 async def test_a_call_that_never_says_what_it_wants_does_not_keep_its_place(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 of them locked everybody out until their connections went away."""
+    """Bug: 64 such calls locked all clients out until their connections went away."""
     monkeypatch.setattr(prompt_stream, "OPEN_TIMEOUT_S", 0.05)
     may_speak = asyncio.Event()
 
@@ -236,7 +236,7 @@ async def test_a_call_that_never_says_what_it_wants_does_not_keep_its_place(
 
 
 async def test_a_refusal_in_the_middle_of_an_upload_is_the_async_clients_error_too(checkpoint: Checkpoint) -> None:
-    """gRPC's asyncio client put "Internal error from Core" over every second one of them."""
+    """Bug: gRPC's asyncio client replaced every second refusal by "Internal error from Core"."""
     async with (
         gateway(checkpoint.config, TakingTurns(["127.0.0.1:1"]), max_document_bytes=1 << 18) as address,
         AsyncClient(address) as client,

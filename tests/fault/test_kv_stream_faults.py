@@ -20,7 +20,6 @@ from colm.errors import LeaseExpired
 from colm.kv import KvTile
 from colm.leases import LeaseTable
 from colm.wire.endpoint import open_blocking_channel
-from colm.wire.messages import token_id_pieces
 from colm.wire.security import Security
 from colm.wire.status import error_of
 from colm.wire.tile_codec import decode_message, pull_kv_stub
@@ -30,7 +29,16 @@ from decode_node.kv_fetch import RetryPolicy
 from prefill_node import encoded_tile
 from prefill_node.engine import PrefillEngine
 from tests.gates import LIMIT_S, gate_before
-from tests.nodes import TILE_TOKENS, Spoil, decode, decode_node, prefill_node, spoilt_prefill, until_idle
+from tests.nodes import (
+    TILE_TOKENS,
+    Spoil,
+    decode,
+    decode_node,
+    prefill_node,
+    pull_kv_requests,
+    spoilt_prefill,
+    until_idle,
+)
 from tests.oracle import assert_greedy
 from tests.tiny import tiny_checkpoint
 
@@ -99,7 +107,7 @@ async def test_a_spoilt_stream_is_fetched_again_and_the_answer_is_the_oracles(
 
 
 def drop_half_the_heads(_: int, __: int, data: bytes) -> list[bytes]:
-    """A tile that came whole, of a model with half the kv heads."""
+    """A whole tile of a model with half the kv heads."""
     header, payload = decode_message(data)
     header.payload = bytes(payload[: len(payload) // 2])
     header.tile.checksum = xxhash.xxh3_64_intdigest(header.payload)
@@ -114,7 +122,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("fault", FORMATS)
 async def test_a_tile_in_another_format_is_final(checkpoint: Checkpoint, fault: str) -> None:
-    """It was fetched eight times over, and would have come the same way each time."""
+    """Bug: such a tile was fetched eight times, although it comes the same way each time."""
     change, problem = FORMATS[fault]
     path, attempts = str(checkpoint.path), set[int]()
 
@@ -206,7 +214,7 @@ async def test_an_unreachable_prefill_node_is_one_clear_error(
 
 
 async def test_a_real_tile_of_a_broken_stream_is_void_in_the_next_one(checkpoint: Checkpoint) -> None:
-    """Late bytes of the first attempt turn up in the second: right place, right checksum, older epoch."""
+    """Late bytes of the first attempt arrive in the second: right place, right checksum, older epoch."""
     kept: list[bytes] = []
 
     def replay(attempt: int, number: int, data: bytes) -> list[bytes] | None:
@@ -232,7 +240,7 @@ async def test_a_real_tile_of_a_broken_stream_is_void_in_the_next_one(checkpoint
 async def test_one_prefill_node_out_of_memory_is_replaced_by_another(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only a lost connection was failed over: a MemoryError on one of two nodes was the client's INTERNAL."""
+    """Bug: only a lost connection was failed over; a MemoryError on one of two nodes was INTERNAL to the client."""
     path, run = str(checkpoint.path), PrefillEngine.run
     async with (
         prefill_node(path) as poor,
@@ -272,12 +280,7 @@ async def test_a_reader_that_does_not_read_stops_the_engine_and_gets_all_when_it
         async with prefill_node(str(deep.path)) as prefill:
             total = config.num_layers * -(-len(prompt) // TILE_TOKENS)
             with open_blocking_channel(prefill.address, Security()) as channel:
-                opened = kv_pb.OpenKvTransfer(
-                    transfer_id="slow", epoch=1, fingerprint=prefill.fingerprint, num_tokens=len(prompt)
-                )
-                requests = [kv_pb.PullKvRequest(open=opened)]
-                requests += [kv_pb.PullKvRequest(token_ids=piece) for piece in token_id_pieces(np.array(prompt))]
-                call = pull_kv_stub(channel)(iter(requests))
+                call = pull_kv_stub(channel)(iter(pull_kv_requests(prefill, prompt.tolist())))
                 while True:
                     before = num_encoded
                     await asyncio.sleep(0.3)
@@ -289,14 +292,11 @@ async def test_a_reader_that_does_not_read_stops_the_engine_and_gets_all_when_it
 
 
 async def test_an_expired_lease_is_worth_another_try(checkpoint: Checkpoint) -> None:
-    """It was INVALID_ARGUMENT about a field that the client never sent."""
+    """Bug: an expired lease was INVALID_ARGUMENT about a field that the client never sent."""
     leases = LeaseTable(0.01)
     async with prefill_node(str(checkpoint.path), leases=leases) as prefill:
         with open_blocking_channel(prefill.address, Security()) as channel:
-            opened = kv_pb.OpenKvTransfer(
-                transfer_id="r", epoch=1, fingerprint=prefill.fingerprint, num_tokens=1, lease_id="gone"
-            )
-            call = pull_kv_stub(channel)(iter([kv_pb.PullKvRequest(open=opened)]))
+            call = pull_kv_stub(channel)(iter(pull_kv_requests(prefill, [1], lease_id="gone")))
             with pytest.raises(grpc.RpcError) as caught:
                 await asyncio.to_thread(list, call)
         assert isinstance(error_of(caught.value, "prefill node"), LeaseExpired)

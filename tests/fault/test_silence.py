@@ -1,4 +1,4 @@
-"""Calls in which nothing is said for long, and peers that will never speak again."""
+"""Calls that are silent for long, and peers that never answer again."""
 
 import asyncio
 import signal
@@ -26,7 +26,7 @@ from colm.wire.v1.decode_service_pb2_grpc import (
 from tests.nodes import TILE_TOKENS, decode_node, decode_requests
 from tests.tiny import tiny_checkpoint, tiny_config
 
-# A twentieth of the real times: twelve pings, as 120 s of silence bring.
+# A twentieth of the real times: 6 s of silence bring twelve pings, as 120 s do.
 SCALED = Keepalive(interval_ms=500, timeout_ms=5_000)
 SILENCE_S = 6.0
 
@@ -58,7 +58,7 @@ class Silent(DecodeServiceServicer):
 
 
 async def test_a_call_outlives_any_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server took keepalive pings for abuse and closed the connection at the fourth: "too many pings"."""
+    """Bug: the server took keepalive pings for abuse and closed the connection at the fourth: "too many pings"."""
     monkeypatch.setattr(endpoint, "KEEPALIVE", SCALED)
     server = create_server(Security())
     add_DecodeServiceServicer_to_server(Silent(), server)
@@ -107,7 +107,7 @@ async def prefill_process(checkpoint: Checkpoint) -> AsyncIterator[tuple[str, as
 
 
 async def test_a_stopped_prefill_node_is_replaced_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that was stopped keeps its connections open: it was waited for until the request's deadline."""
+    """Bug: a stopped process keeps its connections open, so it was waited for until the request's deadline."""
     monkeypatch.setattr(endpoint, "KEEPALIVE", SCALED)
     checkpoint = tiny_checkpoint(tmp_path / "tiny", tiny_config(num_layers=16, max_context=8192))
     prompt = [number % 320 for number in range(3000)]
@@ -130,7 +130,7 @@ async def test_a_stopped_prefill_node_is_replaced_by_another(tmp_path: Path, mon
 
 
 async def test_a_stopped_peer_is_noticed_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While nothing is sent either way, only a ping can tell: nothing else would ever be missing."""
+    """While nothing is sent either way, only a ping shows that the peer is stopped."""
     monkeypatch.setattr(endpoint, "KEEPALIVE", SCALED)
     may_speak = asyncio.Event()
 

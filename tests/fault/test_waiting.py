@@ -59,7 +59,7 @@ async def failure(address: str, token_ids: list[int] = PROMPT, **request: object
 
 
 async def test_requests_beyond_the_pages_wait_in_order_and_are_all_answered(small: DecodeNode) -> None:
-    """Of 16 clients with room for 4, 12 were refused within 0.1 s."""
+    """Bug: of 16 clients with room for 4, 12 were refused within 0.1 s."""
     with gate_before(DecodeEngine, "step") as gate:
         first = asyncio.create_task(decode(small.address, PROMPT, request_id="0"))
         await gate.until_reached()
@@ -158,7 +158,7 @@ async def test_waiting_for_a_busy_prefill_node_is_told_and_is_no_prefill(checkpo
             second = asyncio.create_task(decode(nodes[1].address, PROMPT))
             await until(lambda: prefill.service.load.num_queued)
             assert (prefill.service.load.num_active, prefill.service.load.num_queued) == (1, 1)
-            await asyncio.sleep(1.0)  # what must be booked as waiting
+            await asyncio.sleep(1.0)  # the time that must count as waiting
             gate.open()
             answer = await second
             await first
@@ -169,7 +169,7 @@ async def test_waiting_for_a_busy_prefill_node_is_told_and_is_no_prefill(checkpo
 
 
 async def test_prompts_of_one_node_wait_where_any_free_prefill_node_can_take_them(checkpoint: Checkpoint) -> None:
-    """A short prompt was bound to the replica that computed a long one, while the other had nothing to do."""
+    """Bug: a short prompt was bound to the replica that computed a long one, while the other replica was idle."""
     path = str(checkpoint.path)
     async with (
         prefill_node(path) as one,
@@ -204,7 +204,7 @@ async def test_a_full_batch_is_waited_for_with_a_word(checkpoint: Checkpoint) ->
 async def test_a_call_that_never_says_what_it_wants_does_not_stay(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 calls without `open` locked everybody out: the deadline only began with it."""
+    """Bug: 64 calls without `open` locked all clients out, since the deadline only began with `open`."""
     monkeypatch.setattr(prompt_stream, "OPEN_TIMEOUT_S", 0.05)
     path = str(checkpoint.path)
     may_speak = asyncio.Event()

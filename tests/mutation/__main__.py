@@ -17,7 +17,7 @@ from tests.mutation.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
 HANG_S = 30  # the slowest of the tests takes 12 s alone
-TESTS_FAILED = 1  # pytest's exit status; any other but 0 means that it could not run them
+TESTS_FAILED = 1  # pytest's exit status for failed tests; any other than 0 means that it could not run them
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "models", "build", "docs", "__pycache__", ".*_cache", ".hypothesis")
 
 
@@ -36,7 +36,7 @@ def run_tests(tree: Path, tests: list[str]) -> "subprocess.CompletedProcess[str]
 
 
 def check(mutant: Mutant, trees: "queue.Queue[Path]") -> str:
-    """What became of a mutant: "killed" or what to do about it."""
+    """The outcome of a mutant: "killed", or what is wrong with it."""
     tree = trees.get()
     source = tree / mutant.path
     original = source.read_text(encoding="utf-8")
@@ -54,7 +54,7 @@ def check(mutant: Mutant, trees: "queue.Queue[Path]") -> str:
 
 
 def main() -> int:
-    """Print a line a mutant; the exit status says whether all were killed."""
+    """Print a line for each mutant; the exit status is 0 if all were killed."""
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="colm-mutants-") as folder:
         trees: queue.Queue[Path] = queue.Queue()

@@ -1,4 +1,4 @@
-"""Named mutations of the serving path. Each must make its test fail: what a test does not notice, it does not prove."""
+"""Named mutations of the serving path. Each must make its test fail, or that test proves nothing about it."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ class Mutant:
     """One change of the source.
 
     Attributes:
-        name: what no longer holds.
+        name: the behaviour that the mutation breaks.
         path: the file, from the repository root.
-        old: text that stands there exactly once.
-        new: what takes its place.
+        old: text that the file has exactly once.
+        new: the text that replaces it.
         test: pytest's node id, without parameters, of a test that must fail.
     """
 
@@ -31,6 +31,7 @@ _PREFILL = "tests/unit/test_prefill_loop.py::"
 _FRONT_DOOR = "tests/unit/test_front_door.py::"
 _CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
+_END = "tests/fault/test_end_of_prompt.py::"
 
 MUTANTS = (
     # Who holds pages and engines.
@@ -203,6 +204,35 @@ MUTANTS = (
         "asyncio.timeout(OPEN_TIMEOUT_S)",
         "asyncio.timeout(None)",
         _WAITING + "test_a_call_that_never_says_what_it_wants_does_not_stay",
+    ),
+    Mutant(
+        "a prompt that was cut off is served",
+        "colm/wire/prompt_stream.py",
+        '    raise InvalidRequest("end_of_prompt"',
+        '    return\n    raise InvalidRequest("end_of_prompt"',
+        _END + "test_a_side_that_is_closed_before_the_end_was_cut_off_and_starts_nothing",
+    ),
+    Mutant(
+        "work waits for the caller's half-close",
+        "colm/wire/prompt_stream.py",
+        """        if request.WhichOneof("part") == "end_of_prompt":
+            return
+        yield request
+""",
+        """        if request.WhichOneof("part") == "end_of_prompt":
+            async for _ in requests:
+                pass
+            return
+        yield request
+""",
+        _END + "test_the_whole_answer_comes_while_the_callers_side_stays_open",
+    ),
+    Mutant(
+        "the client never says that its prompt has ended",
+        "colm/client.py",
+        "        yield pb.GenerateRequest(end_of_prompt=common_pb2.EndOfPrompt())\n",
+        "",
+        "tests/unit/test_client.py::test_the_end_of_the_prompt_is_the_last_message",
     ),
     # Fetching keys and values.
     Mutant(
@@ -446,6 +476,28 @@ MUTANTS = (
         "                num_lost += 1\n",
         "                num_lost += 1\n                refusals_left -= 1\n",
         _FRONT_DOOR + "test_lost_leases_are_replaced_three_times_and_cost_no_room_elsewhere",
+    ),
+    # Rope scaling.
+    Mutant(
+        "YaRN's attention factor is left out",
+        "colm/model/rope.py",
+        "angles_TD.cos().mul_(self._factor), angles_TD.sin().mul_(self._factor)",
+        "angles_TD.cos(), angles_TD.sin()",
+        "tests/numerics/test_transformers_parity.py::test_logits_equal_transformers_for_every_rope_in_both_spellings",
+    ),
+    Mutant(
+        "YaRN's ramp begins a plane late",
+        "colm/model/rope.py",
+        "math.floor(first)",
+        "math.ceil(first)",
+        "tests/numerics/test_transformers_parity.py::test_logits_equal_transformers_for_every_rope_in_both_spellings",
+    ),
+    Mutant(
+        "keys of another rope scaling are taken for one's own",
+        "colm/kv.py",
+        "None if scaling is None else repr(scaling)",
+        "None if scaling is None else scaling.kind",
+        "tests/unit/test_checkpoint.py::test_the_fingerprint_changes_with_all_that_yarn_keys_depend_on",
     ),
     # The wire.
     Mutant(

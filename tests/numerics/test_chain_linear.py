@@ -1,4 +1,4 @@
-"""Linear (chain): every variant against the definition, and what a row gets whatever is computed beside it.
+"""Linear (chain): every variant against the definition, and each row's result beside any other rows.
 
 Shapes: R rows, I input features of the active chains, O output features of the active chains.
 """
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.kernels
 
 DTYPES = (torch.bfloat16, torch.float32)
 LIBRARY = [name for name in native.available_variants() if name != "torch"]
-OUTS, SEGMENT = 4, 2048  # linear.h: outputs of one tile, inputs summed in one go
+OUTS, SEGMENT = 4, 2048  # linear.h: outputs of one tile, inputs of one segment
 
 
 @pytest.fixture(params=native.available_variants())
@@ -131,7 +131,7 @@ def test_strided_and_misaligned_x_is_read_in_place(variant, dtype):
     store[::2, 3:50] = wide
     x_RI = store[::2, 3:50]
     result = assert_matches_definition(x_RI, weights, None, (5,))
-    if variant != "torch":  # whose products may sum in another order in another layout
+    if variant != "torch":  # PyTorch's products may sum in another order in another layout
         assert torch.equal(result, chain_linear(wide, weights, None, (5,)))
     turned = wide.t().contiguous().t()  # features far apart: left to PyTorch
     assert variant_for(turned, weights, None) == "torch"
@@ -157,7 +157,7 @@ def test_zero_weights_give_exactly_zero_beside_a_full_chain(variant, num_rows, d
     weights[1].zero_()
     result = assert_matches_definition(x_RI, weights, None, (num_rows, num_rows))
     assert not result[:, 20:].any()
-    if variant != "torch":  # whose products may sum in another order beside other columns
+    if variant != "torch":  # PyTorch's products may sum in another order beside other columns
         assert torch.equal(result[:, :20], chain_linear(x_RI[:, :33], weights[:1], None, (num_rows,)))
 
 

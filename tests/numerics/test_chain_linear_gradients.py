@@ -1,4 +1,4 @@
-"""Linear (chain) of many rows: values, gradients, and no more products than the staircase has steps.
+"""Linear (chain) of many rows: values, gradients, and at most one product for each step of the staircase.
 
 Shapes: R rows, I input features of all chains, O output features of all chains.
 """
@@ -44,7 +44,7 @@ def operands(
 
 
 def side_by_side(x_RI, weights, biases, chain_rows) -> Tensor:
-    with use_variant("torch"):  # the few rows' own tests are in test_chain_linear.py
+    with use_variant("torch"):  # few rows are tested in test_chain_linear.py
         return chain_linear(x_RI, weights, biases, chain_rows)
 
 
@@ -61,7 +61,7 @@ def widens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 
 
 def assert_matches_definition(apply: Staircase, x_RI, weights, biases, chain_rows, grad_RO=None) -> None:
-    """y_RO and the gradients of x, weights and biases."""
+    """Check y_RO and the gradients of x, weights and biases."""
     if grad_RO is None:
         shape, generator = (len(x_RI), sum(map(len, weights))), torch.Generator().manual_seed(1)
         grad_RO = torch.randn(shape, generator=generator).to(x_RI.dtype)

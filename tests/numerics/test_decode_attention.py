@@ -48,7 +48,7 @@ def inputs(context_lens, num_kv_heads, group, head_dim, dtype, page_tokens=16) -
 
 
 def query_tokens(arguments: Arguments, num_queries) -> tuple[Arguments, Options]:
-    """The same contexts with several query tokens a request."""
+    """`inputs` with several query tokens a request."""
     q, *pages = arguments
     generator = torch.Generator().manual_seed(sum(num_queries))
     q = torch.randn(sum(num_queries), *q.shape[1:], generator=generator).to(q.dtype)
@@ -57,7 +57,7 @@ def query_tokens(arguments: Arguments, num_queries) -> tuple[Arguments, Options]
 
 
 def quantised(arguments: Arguments) -> tuple[Arguments, Options]:
-    """The same with int8 pages, whose scales are NaN wherever no context reaches."""
+    """`inputs` with int8 pages, whose scales are NaN wherever no context reaches."""
     q, k_pages, v_pages, *table = arguments
     scales = [(pages.float().abs().amax(-1) / 120).bfloat16() for pages in (k_pages, v_pages)]
     k_pages, v_pages = (
@@ -246,7 +246,7 @@ def test_nan_and_infinity_stay_in_their_request_and_column(value):
 def test_pages_past_two_to_the_31_elements_are_read():
     head_dim, page_tokens = 128, 64
     num_pages = 2**31 // (head_dim * page_tokens) + 8
-    # 4 GiB of addresses each, never written but for the pages used: the rest takes no memory.
+    # 4 GiB of addresses each; only the pages used are written, and the rest takes no memory.
     k_pages, v_pages = (torch.empty(num_pages, page_tokens, 1, head_dim, dtype=torch.bfloat16) for _ in "kv")
     small = inputs([100], 1, 2, head_dim, torch.bfloat16, page_tokens)
     q, small_k, small_v, small_table, context_lens = small

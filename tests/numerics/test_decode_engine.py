@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "heads of the native kernel": {"dim": 8 * 64},
     "one kv head": {"chains": (8, 4, 2), "num_kv_heads": 1},
     "stretched rope": {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_max_context=32)},
+    "yarn": {"rope_scaling": RopeScaling(kind="yarn", factor=8.0, original_max_context=32, beta_fast=4.0)},
     "tied": {"tie_embeddings": True},
     "biases": {"bias": True},
     "gelu": {"activation": "gelu"},
@@ -45,7 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for one another take ten times as long as one alone."""
+    """Use one thread: on a busy machine, threads that wait for one another take ten times as long as one."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,7 +54,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Machine:
-    """A prefill engine, a store and a decode engine of one model, without a wire between them."""
+    """A prefill engine, a page store and a decode engine of one model, without a wire between them."""
 
     def __init__(self, checkpoint: Checkpoint, num_pages: int = 128) -> None:
         kv_format = KvFormat.of(checkpoint.config, torch.float32)
@@ -63,13 +64,13 @@ class Machine:
         self.pool = PagePool(num_pages)
         self.prefill = PrefillEngine(checkpoint, kv_format, tile_tokens=2 * PAGE_TOKENS + 1)
         self.decode = DecodeEngine(checkpoint, self.store)
-        # Holes, so that requests get pages that lie apart.
+        # Free pages with gaps between them, so that a request's pages lie apart.
         leases = [self.pool.reserve("hole", 3) for _ in range(num_pages // 3)]
         for lease in leases[::2]:
             self.pool.release(lease)
 
     def admit(self, token_ids: NDArray[np.int64], num_new_tokens: int = 1) -> NDArray[np.int32]:
-        """Bring the keys and values of all but the last token into pages, as a stream would."""
+        """Write the keys and values of all but the last token into pages, as a stream does."""
         layout = self.store.layout
         lease = self.pool.reserve("request", layout.pages(len(token_ids) + num_new_tokens - 1))
         table_M = self.store.page_table(lease)
@@ -83,7 +84,7 @@ class Machine:
         return StepInput(int(token_ids[-1]), len(token_ids) - 1, num_chains, self.admit(token_ids))
 
     def kept(self, table_M: NDArray[np.int32], num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a request's tokens, all layers."""
+        """The stored keys and values of a request's tokens, all layers."""
         pages = torch.from_numpy(table_M).long()
         keys, values = self.store.k_pages_LBPKD[:, pages], self.store.v_pages_LBPKD[:, pages]
         return keys.flatten(1, 2)[:, :num_tokens], values.flatten(1, 2)[:, :num_tokens]
@@ -148,7 +149,7 @@ def test_a_batch_of_mixed_scales_gives_each_request_what_it_gets_alone(tiny: Che
 
 
 def test_keys_and_values_that_are_written_do_not_depend_on_the_scale(checkpoint: Checkpoint) -> None:
-    """To the bit, but where PyTorch's products, which may depend on how wide a row is, run."""
+    """They are bit-equal, except where PyTorch's products run, which may depend on the row's width."""
     token_ids, kept = prompt(11), []
     for num_chains in SCALES:
         machine = Machine(checkpoint)
@@ -183,7 +184,7 @@ def test_a_step_writes_its_own_token_and_nothing_else(tiny: Checkpoint) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 7, 8])
 @pytest.mark.parametrize("num_chains", SCALES)
 def test_greedy_tokens_are_the_oracles(checkpoint: Checkpoint, num_tokens: int, num_chains: int) -> None:
-    """Seven steps, over at least one page's end."""
+    """The seven steps cross at least one page's end."""
     machine, token_ids = Machine(checkpoint), prompt(num_tokens)
     table_M = machine.admit(token_ids, num_new_tokens=7)
     text = token_ids
@@ -217,7 +218,7 @@ def test_requests_that_come_and_go_leave_the_others_alone(tiny: Checkpoint) -> N
 def test_the_batchs_table_is_made_anew_only_for_other_requests(
     tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was copied together at every step: 1 MB for each request of a million tokens."""
+    """Bug: the table was copied together at every step, 1 MB for each request of a million tokens."""
     machine = Machine(tiny, num_pages=256)
     long, short = machine.first_step(prompt(31), 2), machine.first_step(prompt(6), 3)
     seen: list[Tensor] = []

@@ -23,6 +23,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "CoLM": {"kv_sharing": False, "num_kv_heads": 4},
     "linear rope": {"rope_theta": 5000.0, "rope_scaling": RopeScaling(kind="linear", factor=4.0)},
     "llama3 rope": {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_max_context=64)},
+    "yarn": {"rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_max_context=64, beta_fast=8.0)},
+    "yarn with a factor of its own": {
+        "rope_scaling": RopeScaling(
+            kind="yarn", factor=4.0, original_max_context=128, beta_slow=2.0, truncate=False, attention_factor=1.25
+        )
+    },
 }
 
 
@@ -41,7 +47,7 @@ def theirs(directory: Path, dtype: torch.dtype) -> Any:
 
 
 def assert_same_logits(checkpoint: Checkpoint, directory: Path, num_tokens: int = 131) -> None:
-    """Longer than the original context of the stretched rope, so that a wrong scaling shows."""
+    """Compare logits on a text longer than the rope's original context, so that a wrong scaling shows."""
     vocab_size = checkpoint.config.vocab_size
     tokens_BT = torch.randint(vocab_size, (2, num_tokens), generator=torch.Generator().manual_seed(7))
     with torch.inference_mode():
@@ -55,6 +61,14 @@ def assert_same_logits(checkpoint: Checkpoint, directory: Path, num_tokens: int 
 def test_transformers_computes_the_same_logits(tmp_path, shape):
     checkpoint = tiny_checkpoint(tmp_path / "colm", tiny_config(**shape))
     assert_same_logits(checkpoint, to_huggingface(checkpoint.path, tmp_path / "hf"))
+
+
+@pytest.mark.filterwarnings("ignore:.*serves token ids only")
+@pytest.mark.parametrize("shape", [shape for shape in MODELS.values() if "rope_scaling" in shape])
+def test_import_gives_back_the_rope_scaling(tmp_path, shape):
+    checkpoint = tiny_checkpoint(tmp_path / "colm", tiny_config(**shape))
+    again = from_huggingface(to_huggingface(checkpoint.path, tmp_path / "hf"), tmp_path / "again")
+    assert again.config.rope_scaling == checkpoint.config.rope_scaling
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])

@@ -65,7 +65,7 @@ class MInference(ModuleType):
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    """What is installed is looked up once a process."""
+    """Clear the caches: the adapters look up installed packages once a process."""
     caches = (flash_attn_adapter.flash_attn_func, minference_adapter.vertical_slash_sparse_attention)
     for cached in caches:
         cached.cache_clear()
@@ -75,7 +75,7 @@ def forget() -> Iterator[None]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, stand_in: ModuleType | None) -> None:
-    """Beside a GPU; None makes the import fail."""
+    """Install a stand-in for the package, and a GPU; None makes the import fail."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, name, stand_in)
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for sm_80 and sm_90 without a GPU: what it may take, and the table that says so."""
+"""Every Triton kernel, compiled for sm_80 and sm_90 without a GPU: its limits, and the table of its figures."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from colm_kernels.gpu.specimen import ARCHS
 
 @pytest.fixture(scope="module")
 def reports() -> list[Report]:
-    """In a process of its own: in this one, kernels are interpreted."""
+    """The compiler's reports, from a process of its own: in this one, kernels are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "colm_kernels.gpu.compile", "--json"],

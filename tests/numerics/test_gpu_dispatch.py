@@ -33,7 +33,7 @@ def staircase_inputs(dtype: torch.dtype) -> list[Any]:
 
 
 def index() -> Any:
-    """What the operation looks at of a `SparseIndex`, whose own checks read data."""
+    """A stand-in for `SparseIndex`, whose checks would read data."""
     return SimpleNamespace(tiling=Tiling(num_queries=4, num_keys=6), num_lists=2, device=torch.device("cuda:0"))
 
 

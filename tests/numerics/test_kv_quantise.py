@@ -1,4 +1,4 @@
-"""Int8 keys and values: every variant bit-equal to the definition, and what the definition promises.
+"""Int8 keys and values: every variant is bit-equal to the definition, and the definition keeps its promises.
 
 Shapes: T tokens, K kv heads, D head dim, S rows of the cache.
 """
@@ -32,7 +32,7 @@ def inputs(num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype) -
 
 
 def bits(scale_TK: Tensor) -> Tensor:
-    """NaN is not equal to itself; its bits are."""
+    """The bits of a tensor, since NaN is not equal to itself."""
     return scale_TK.view(torch.int16)
 
 

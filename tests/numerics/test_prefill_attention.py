@@ -120,6 +120,20 @@ def test_scores_far_apart_neither_overflow_nor_vanish():
 
 
 @pytest.mark.usefixtures("variant")
+def test_what_the_first_key_gave_does_not_fade_over_many_blocks_of_lesser_keys():
+    """Bug: 2^0 was 0.99999994 in the library, so each block of keys took that much off all before it.
+
+    The first and the last key share the weight, the others have none: output and log-sum-exp have two terms.
+    """
+    num_keys = 256 * KEY_BLOCK
+    q, k = torch.ones(1, 1, 16), torch.full((1, num_keys, 16), -30.0)
+    k[:, [0, -1]] = 0
+    v = torch.zeros(1, num_keys, 16)
+    v[:, 0], v[:, -1] = 1, -1
+    assert_matches_definition(q, k, v)
+
+
+@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_stay_in_the_rows_that_see_them(value, dtype):
@@ -219,5 +233,5 @@ def test_an_unknown_variant_is_refused():
 
 
 def test_where_there_is_a_compiler_the_library_is_there():
-    """Without this, a library that failed to build would only make the suite shorter."""
+    """A library that failed to build must fail a test, since its own tests are then not collected."""
     assert shutil.which("g++") is None or native.built_hash(native.LIBRARY_PATH) == native.source_hash()

@@ -20,7 +20,7 @@ from colm.errors import InvalidRequest
 from colm.kv import KvFormat
 from colm.model import ChainTransformer
 from colm.model.config import RopeScaling
-from colm.model.rope import inverse_frequencies, rotation
+from colm.model.rope import Rope
 from prefill_node.engine import PrefillEngine
 from tests.tiny import tiny_checkpoint, tiny_config
 
@@ -33,6 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "one query head a kv head": {"chains": (2, 2)},
     "eight query heads a kv head": {"chains": (8, 2), "num_kv_heads": 1},
     "stretched rope": {"rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_max_context=32)},
+    "yarn": {"rope_scaling": RopeScaling(kind="yarn", factor=8.0, original_max_context=32, beta_fast=4.0)},
     "tied": {"tie_embeddings": True},
     "one layer": {"num_layers": 1},
     "biases": {"bias": True},
@@ -41,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for one another take ten times as long as one alone."""
+    """Use one thread: on a busy machine, threads that wait for one another take ten times as long as one."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -75,8 +76,8 @@ def computed(engine: PrefillEngine, token_ids: NDArray[np.int64]) -> list[tuple[
 
 @torch.inference_mode()
 def oracles(model: ChainTransformer, token_ids: NDArray[np.int64]) -> list[tuple[Tensor, Tensor]]:
-    """The same by the model's own layers, whole sequences at a time."""
-    cos, sin = rotation(inverse_frequencies(model.config), torch.arange(len(token_ids)))
+    """(k_KNE, v_KNE) of each layer by the model's own layers, whole sequences at a time."""
+    cos, sin = Rope(model.config).tables(torch.arange(len(token_ids)))
     x_ND = model.embedding.embed(torch.from_numpy(token_ids), 1)
     layers = []
     for layer in model.layers:
@@ -147,7 +148,7 @@ def test_tiles_come_layer_by_layer_in_token_order_without_gaps(tmp_path: Path, n
 
 
 def test_a_tile_comes_before_the_work_behind_it(tmp_path: Path) -> None:
-    """The first tile needs no attention: with the rest of the layer gone it still comes, and the next does not."""
+    """The first tile needs no attention: without the rest of the layer it still comes, and the next does not."""
     engine = engine_of(tiny_checkpoint(tmp_path / "model"))
     engine._model.layers[0].ffn.down.chain1 = torch.nn.Parameter(torch.empty(0, 0))
     tiles = engine.run(prompt(20))

@@ -1,4 +1,4 @@
-"""Rotary embedding and writing the cache: every variant against the definition, and what is written where.
+"""Rotary embedding and cache writes: every variant against the definition, and where each row is written.
 
 Shapes: T tokens, N heads, K kv heads, D head dim, S rows of the cache, B pages, P tokens of a page.
 """

@@ -1,4 +1,4 @@
-"""The budgets bite: a plain implementation in the working dtype is inside, whatever is wrong with it is not.
+"""The budgets bite: a plain implementation in the working dtype is within them, a faulty one is not.
 
 Shapes: as in the operations; R rows, I inputs, O outputs, T queries, S keys, H query heads, K kv heads, D head dim.
 """
@@ -42,19 +42,19 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def swapped(tensor: Tensor, dim: int) -> Tensor:
-    """Its third and fourth elements along a dimension change places."""
+    """The tensor with its third and fourth elements along a dimension exchanged."""
     order = torch.arange(tensor.shape[dim])
     order[2:4] = order[2:4].flip(0)
     return tensor.index_select(dim, order)
 
 
 def without(tensor: Tensor, dim: int, at: int = 5) -> Tensor:
-    """One element along a dimension is zero."""
+    """The tensor with one element along a dimension set to zero."""
     return tensor.index_fill(dim, torch.tensor([at]), 0)
 
 
 def without_one(weight_OI: Tensor) -> Tensor:
-    """Its largest element is zero."""
+    """The tensor with its largest element set to zero."""
     return weight_OI.where(weight_OI.abs() < weight_OI.abs().max(), 0)
 
 
@@ -97,7 +97,7 @@ def test_a_plain_linear_is_inside_with_its_gradients(dtype):
 @DTYPES
 @pytest.mark.parametrize("of", [lambda tensor: tensor, torch.abs], ids=["both signs", "one sign"])
 def test_the_worst_order_of_sums_is_inside(of, dtype):
-    """One term after the other, as no library sums: the shapes at which another processor's order went too far."""
+    """One term after the other, as no library sums, at shapes where another processor's order broke older budgets."""
     x_RI, (weight_OI,), _ = staircase_inputs(257, [12], [1027], dtype)
     x_RI, weight_OI, grad_RO = of(x_RI), of(weight_OI), of(draw(257, 1027, seed=1).to(dtype))
     tolerance.linear(grad_RO, [weight_OI.T], None, (257,)).check(accumulated(grad_RO, weight_OI.T, torch.float32))
@@ -167,7 +167,7 @@ def half_listed():
 
 
 def attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, weights_dtype: torch.dtype, scale: float = 1.0, ahead=0):
-    """Plain attention in fp32, with weights rounded as told; keys `ahead` of the mask are seen too."""
+    """Plain attention in fp32, with weights rounded to a dtype; `ahead` keys beyond the mask are seen too."""
     num_queries, num_keys = q_THD.shape[0], k_KSD.shape[1]
     k, v = (tensor.float().repeat_interleave(q_THD.shape[1] // len(tensor), dim=0) for tensor in (k_KSD, v_KSD))
     scores = q_THD.float().transpose(0, 1) @ k.mT * (scale * q_THD.shape[2] ** -0.5)
@@ -208,7 +208,7 @@ def test_wrong_attention_is_outside(mutate, dtype):
 
 
 def bf16_attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> tuple[Tensor]:
-    """The values gathered in bf16, key by key."""
+    """Attention whose values are summed in bf16, key by key."""
     group = q_THD.shape[1] // len(k_KSD)
     scores = torch.einsum("thd,hsd->hts", q_THD.float(), k_KSD.float().repeat_interleave(group, dim=0)) / 8
     scores.masked_fill_(torch.ones(64, 1024, dtype=torch.bool).triu(961), -torch.inf)
@@ -307,7 +307,7 @@ def test_a_plain_norm_is_inside(dtype):
 
 
 def norm_of_less(x_RD: Tensor, gains: list[Tensor], num_dropped: int) -> Tensor:
-    """The last features are left out of the mean of the squares."""
+    """RMSNorm whose mean of the squares leaves out the last features."""
     parts = []
     for x, gain in zip(x_RD.float().split([len(gain) for gain in gains], dim=1), gains, strict=True):
         mean = x[:, : x.shape[1] - num_dropped].square().sum(dim=1, keepdim=True) / x.shape[1]
@@ -408,7 +408,7 @@ CONFIG = tiny_config(dim=8 * 64, num_layers=4)
 
 @torch.inference_mode()
 def logits(dtype: torch.dtype, mutate: Mutation | None = None) -> Tensor:
-    """Of 300 tokens, in a dtype, with weights that bf16 holds."""
+    """Logits of 300 tokens, computed in a dtype with weights that bf16 holds exactly."""
     tokens_BT = torch.randint(320, (1, 300), generator=torch.Generator().manual_seed(1))
     model = tiny_model(CONFIG, dtype=torch.bfloat16).to(dtype)
     if mutate is not None:

@@ -26,12 +26,38 @@ ROPES = {
     "default": (None, {"rope_type": "default"}),
     "linear": ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
     "llama3": ({"rope_type": "llama3", **LLAMA3}, {"rope_type": "llama3", **LLAMA3}),
+    **{
+        name: ({"type": "yarn", **values}, {"rope_type": "yarn", **values})
+        for name, values in {
+            "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+            "yarn of a model whose context is the original": {"factor": 4.0},
+            "yarn with betas": {
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "beta_fast": 8,
+                "beta_slow": 2,
+                "truncate": False,
+            },
+            "yarn with an attention factor": {
+                "factor": 2.5,
+                "original_max_position_embeddings": 64,
+                "attention_factor": 1.3,
+            },
+            "yarn with two mscales": {
+                "factor": 40.0,
+                "original_max_position_embeddings": 64,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.7,
+            },
+            "yarn with one mscale": {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7},
+        }.items()
+    },
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for one another take ten times as long as one alone."""
+    """Use one thread: on a busy machine, threads that wait for one another take ten times as long as one."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -19,7 +19,7 @@ PART = on_gpu.MIN_PART_TOKENS
 class Case:
     q_TKGD: Tensor
     pages: list[Tensor]
-    """Of keys and of values, in q's dtype or int8."""
+    """Arguments of one call, with keys and values in q's dtype or int8."""
     scales: list[Tensor] | None
     block_table_RM: Tensor
     context_lens_R: Tensor
@@ -179,7 +179,7 @@ def test_a_part_of_scores_of_minus_infinity_weighs_nothing():
 def test_pages_past_two_to_the_31_elements_are_read():
     head_dim, page_tokens = 128, 64
     num_pages = 2**31 // (head_dim * page_tokens) + 8
-    # 4 GiB of addresses each, never written but for the pages used: the rest takes no memory.
+    # 4 GiB of addresses each; only the pages used are written, and the rest takes no memory.
     far = [torch.empty(num_pages, page_tokens, 1, head_dim, dtype=torch.float16) for _ in "kv"]
     near = case([100], 1, 2, head_dim, torch.float16, page_tokens=page_tokens)
     table = torch.tensor([[num_pages - 1, num_pages - 3]], dtype=torch.int32)

@@ -55,7 +55,7 @@ def test_slices_of_longer_buffers_are_read_in_place():
 
 def test_keys_past_two_to_the_31_elements_are_read():
     q, k, v = inputs(3, 5, 2, 2, 16, torch.float16)
-    # 4 GiB of addresses each, never written but for the keys used: the rest takes no memory.
+    # 4 GiB of addresses each; only the keys used are written, and the rest takes no memory.
     stride = 2**29 + 16
     far_k, far_v = (torch.empty(5 * stride, dtype=torch.float16).as_strided((2, 5, 16), (16, stride, 1)) for _ in "kv")
     far_k.copy_(k)

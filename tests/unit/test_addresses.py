@@ -1,4 +1,4 @@
-"""Hosts of every kind: how they are written, listened on and dialled, and why one cannot be listened on."""
+"""Hosts of every kind: how they are written, listened on and dialled, and which errors name a bad one."""
 
 import asyncio
 import socket
@@ -18,7 +18,7 @@ from tests.gateway import LIMITS
 from tests.nodes import EVERYWHERE, LOOPBACK, decode, decode_node, prefill_node
 from tests.tiny import tiny_checkpoint
 
-ELSEWHERE = "192.0.2.200"  # of a block that is kept for documents
+ELSEWHERE = "192.0.2.200"  # an address of the block reserved for documentation
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -67,7 +67,7 @@ async def test_a_server_listens_where_it_is_told_and_is_reached_there(host: str)
     ],
 )
 async def test_a_host_that_is_not_ours_is_told_from_a_taken_port(host: str, reason: str) -> None:
-    """Bug: whatever was wrong with the host, the port was said to be taken."""
+    """Bug: whatever was wrong with the host, the error said that the port is taken."""
     with pytest.raises(OSError, match=reason):
         bind(create_server(Security()), host, 0, Security())
     assert "taken" not in str(why_not(host, 50051))
@@ -113,13 +113,13 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
 
     class Gateway(GatewayReplica):
         def __del__(self) -> None:
-            """Serve awaits it in place of the interpreter, and so does this test, by its name."""
+            """Serve awaits this method in place of the interpreter; the test calls it by its name."""
 
     gateway = Gateway.__new__(Gateway)
     await gateway.__init__(options, security, Security(), None)  # type: ignore[misc]
     address = await gateway.address()
     assert address == dial_address(EVERYWHERE, int(address.rpartition(":")[2]))
-    stranger = Security(tls=security.tls)  # whoever watches over a gateway has no token
+    stranger = Security(tls=security.tls)  # a health checker has no token
     async with open_channel(address, stranger) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", "colm.wire.v1.GenerationService"):

@@ -1,4 +1,4 @@
-"""Benchmarks check first, take turns, and record what they saw."""
+"""The harness checks first, lets contenders take turns, and records what they report."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 class Turns:
-    """Contenders that note their turns and see one scripted value a turn."""
+    """Contenders that note their turns and report one scripted value a turn."""
 
     def __init__(self) -> None:
         self.log: list[str] = []

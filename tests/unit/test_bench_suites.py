@@ -53,7 +53,7 @@ def test_a_case_runs_to_its_record(case: Case, capsys: pytest.CaptureFixture[str
 @pytest.mark.skipif(native.default_variant(torch.float32) == "torch", reason="the library is not built")
 @pytest.mark.parametrize("case", [case for case in CASES if isinstance(case, KernelCase)], ids=lambda case: case.name)
 def test_a_kernel_is_compared_on_every_machine_that_has_the_library(case: KernelCase) -> None:
-    """A default variant that is timed under another's name, as avx512_bf16 is for fp32, has its ratios all the same."""
+    """A default variant that is timed under another's name, as avx512_bf16 is for fp32, still has its ratios."""
     with case.contest(0) as contest:
         assert contest.ours is not None
         assert contest.against

@@ -1,4 +1,4 @@
-"""No token stands for more bytes than the bound says; where one may, there is no bound."""
+"""No token stands for more bytes than the bound; a tokenizer with unlimited tokens has no bound."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def with_added(encoder: tokenizers.Tokenizer, content: str, **flags: bool) -> to
 
 
 def brute_force(tokenizer: Tokenizer) -> int:
-    """The longest token by what its decoding says."""
+    """The longest token, found by decoding each."""
     stand_for = (tokenizer.decode([token_id], skip_special=False) for token_id in range(tokenizer.vocab_size))
     return max(len(text.encode()) for text in stand_for if "\ufffd" not in text)
 
@@ -86,7 +86,7 @@ def test_the_longest_run_of_literal_marks_is_within_the_bound() -> None:
 
 @given(text=st.text(st.sampled_from("\x04\x06\U00040000 ab\n")))
 def test_bytes_that_the_vocabulary_lacks_do_not_count(smollm2: Tokenizer, text: str) -> None:
-    """SmolLM2's knows neither some control characters nor the first byte of most characters beyond emoji."""
+    """SmolLM2's vocabulary lacks some control characters and the first byte of most characters beyond emoji."""
     assert smollm2.bound is not None
     assert {4, 6, 0xF1} <= set(smollm2.bound.passed_over)
     known = text.encode().translate(None, smollm2.bound.passed_over)

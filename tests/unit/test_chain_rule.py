@@ -1,4 +1,4 @@
-"""What makes the first chains of a model a model: nothing of a scale depends on anything beyond it."""
+"""The chain rule: no result at a scale depends on later chains."""
 
 import torch
 from colm_kernels import tolerance
@@ -15,7 +15,7 @@ from colm.model.config import ChainConfig
 from colm.model.ffn import ChainFFN
 from colm.model.linear import ChainLinear
 from colm.model.norm import ChainRMSNorm
-from colm.model.rope import inverse_frequencies, rotation
+from colm.model.rope import Rope
 from colm.model.transformer import slice_config
 from colm.training.stages import chain_of
 from tests.shapes import chain_configs
@@ -39,7 +39,7 @@ def tokens_of(config: ChainConfig) -> Tensor:
 
 
 def poisoned(tensors: dict[str, Tensor], num_chains: int) -> dict[str, Tensor]:
-    """NaN in every weight of later chains: whatever reads one of them, or what they made, is NaN."""
+    """The model with NaN in every weight of later chains: a result that depends on one of them is NaN."""
     return {
         name: torch.full_like(tensor, torch.nan) if chain_of(name) > num_chains else tensor
         for name, tensor in tensors.items()
@@ -49,7 +49,7 @@ def poisoned(tensors: dict[str, Tensor], num_chains: int) -> dict[str, Tensor]:
 @few
 @given(config=chain_configs(min_chains=2), dtype=DTYPES, data=st.data())
 def test_nothing_of_a_scale_depends_on_later_chains(config: ChainConfig, dtype: torch.dtype, data: st.DataObject):
-    """Their embedding columns are the input of later chains, so inputs and weights are both changed."""
+    """Later chains' embedding columns are their input, so the test changes both inputs and weights."""
     num_chains = data.draw(st.integers(1, config.num_chains - 1))
     tensors, tokens_BT = random_tensors(config), tokens_of(config)
     with torch.inference_mode():
@@ -89,7 +89,7 @@ def test_kv_sharing_gives_the_same_cache_at_every_scale(config: ChainConfig, dty
 
 def cache_at(model: ChainTransformer, tokens_BT: Tensor, num_chains: int) -> list[Tensor]:
     """Every layer's rotated keys and values, from the hidden states of a pass at one scale."""
-    cos, sin = (table.repeat(2, 1) for table in rotation(inverse_frequencies(model.config), torch.arange(NUM_TOKENS)))
+    cos, sin = (table.repeat(2, 1) for table in Rope(model.config).tables(torch.arange(NUM_TOKENS)))
     cos_TD, sin_TD = cos[:NUM_TOKENS], sin[:NUM_TOKENS]
     xs, cache = model.embedding.embed_by_chain(tokens_BT.flatten(), num_chains), []
     for layer in model.blocks:
@@ -107,7 +107,7 @@ def test_a_composition_of_layers_keeps_the_rule(config: ChainConfig, data: st.Da
     stack = data.draw(st.lists(st.sampled_from(("norm", "linear", "ffn", "attention")), min_size=1, max_size=5))
     layers = [filled(layer_of(kind, config), seed) for seed, kind in enumerate(stack)]
     xs = [torch.randn(NUM_TOKENS, dim, generator=torch.Generator().manual_seed(dim)) for dim in config.chain_dims]
-    cos, sin = rotation(inverse_frequencies(config), torch.arange(NUM_TOKENS))
+    cos, sin = Rope(config).tables(torch.arange(NUM_TOKENS))
 
     def run(xs: list[Tensor]) -> list[Tensor]:
         for layer in layers:
@@ -164,7 +164,7 @@ def test_the_nodes_way_keeps_the_rule(config: ChainConfig, dtype: torch.dtype, d
 @few
 @given(config=chain_configs(), dtype=DTYPES)
 def test_one_chain_is_the_plain_layer(config: ChainConfig, dtype: torch.dtype):
-    """Norm and feed-forward to the bit, over products that are the plain ones but for the order of their sums."""
+    """Norm and feed-forward are bit-equal, given products that differ only in the order of their sums."""
     llama = slice_config(config, 1)
     x_RD = torch.randn(NUM_TOKENS, llama.dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     norm = filled(layer_of("norm", llama), 1).to(dtype)
@@ -188,7 +188,7 @@ def test_attention_of_one_chain_is_plain_attention_over_its_projections(config: 
     llama = slice_config(config, 1)
     attention = filled(layer_of("attention", llama), 4).to(dtype)
     x_TD = torch.randn(NUM_TOKENS, llama.dim, generator=torch.Generator().manual_seed(1)).to(dtype)
-    cos, sin = rotation(inverse_frequencies(llama), torch.arange(NUM_TOKENS))
+    cos, sin = Rope(llama).tables(torch.arange(NUM_TOKENS))
 
     def heads(linear: ChainLinear) -> Tensor:
         return linear.by_chain([x_TD])[0].view(NUM_TOKENS, -1, llama.head_dim)

@@ -1,4 +1,4 @@
-"""Channels between nodes outlive calls; a lost one is nobody's but its last callers'."""
+"""Channels between nodes outlive calls; a lost one fails only the calls that were on it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,7 +25,7 @@ STALLED_BYTES = 4 << 20
 
 
 class Answers:
-    """What a call asks for by its transfer id: an answer at once, a refusal, megabytes, or an answer in time."""
+    """Answers as a call's transfer id says: at once, with a refusal, with megabytes, or when the test allows it."""
 
     def __init__(self) -> None:
         self.may_answer = asyncio.Event()
@@ -60,7 +60,7 @@ async def serving(answers: Answers | None = None, security: Security = SECURITY)
 
 @pytest.fixture
 async def peer() -> AsyncIterator[Relay]:
-    """Before a server that is never gone itself."""
+    """A relay in front of a server that itself never stops."""
     async with serving() as address, relay(address) as standing:
         yield standing
 
@@ -102,7 +102,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def test_calls_to_one_address_share_one_connection(peer: Relay, ask: Ask) -> None:
-    """Each made a connection of its own, TLS handshake and all."""
+    """Bug: each call made a connection of its own, with its own TLS handshake."""
     for _ in range(5):
         assert await ask(peer.address, "now") == [b"answer"]
     await asyncio.gather(*[ask(peer.address, "now") for _ in range(5)])
@@ -129,7 +129,7 @@ async def test_a_peer_that_was_gone_is_called_again_without_delay(peer: Relay, a
 
 
 async def test_a_channel_does_not_wait_as_its_lost_predecessor_does() -> None:
-    """gRPC gave both the same connection, and the wait before its next try, for as long as somebody held the first."""
+    """Bug: gRPC gave both channels the same connection and its backoff, as long as somebody held the first."""
     shared = Channels(Security())
 
     async def ask(address: str) -> bytes:
@@ -151,7 +151,7 @@ async def test_a_channel_does_not_wait_as_its_lost_predecessor_does() -> None:
 
 
 async def test_a_connection_that_broke_costs_at_most_the_call_that_finds_out(peer: Relay, ask: Ask) -> None:
-    """Most breaks are noticed before the next call; one that is not fails that call, and no other."""
+    """Most breaks are noticed before the next call; one that is not fails only that call."""
     for _ in range(20):
         try:
             answer = await ask(peer.address, "now")
@@ -214,7 +214,7 @@ async def test_channels_that_nobody_uses_are_bounded_and_the_longest_unused_goes
 
 
 async def test_a_reader_that_does_not_read_holds_no_other_stream_up(peer: Relay) -> None:
-    """All streams of a connection pass through one window of HTTP/2's."""
+    """All streams of a connection share one flow-control window of HTTP/2."""
     shared = Channels(SECURITY)
     async with shared.use(peer.address) as channel:
         stub = pull_kv_stub(channel)

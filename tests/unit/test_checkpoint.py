@@ -1,4 +1,4 @@
-"""A checkpoint on disk: whole or not there, named errors, and bytes that a prefill never touches."""
+"""A checkpoint on disk: complete or absent, with named errors, and with bytes that a prefill never touches."""
 
 import ctypes
 import json
@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ from tests.tiny import (
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 SLACK_BYTES = 8 * MIB
-"""Neighbouring pages that a fault maps too, the allocator, code."""
+"""Memory allowed beside the weights: neighbouring pages that a fault maps too, the allocator, code."""
 READ_AHEAD_BYTES = 32 * MIB
-"""Above what any disk's read-ahead brings in around a page that is touched; 8 MiB has been seen."""
+"""More than any disk reads ahead around a touched page; 8 MiB has been seen."""
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -174,7 +175,7 @@ def test_a_file_in_the_way_is_refused_and_untouched(tmp_path: Path) -> None:
 
 
 def rewrite(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:
-    """Put other weights below an existing config, as a broken tool would."""
+    """Write other weights below an existing config, as a broken tool does."""
     safetensors.torch.save_file(tensors, checkpoint.weights_path)
 
 
@@ -234,7 +235,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(
 
 
 def changed(directory: Path, config: ChainConfig, names: set[str]) -> Checkpoint:
-    """The tiny model with one number of each of these tensors nudged to the next float."""
+    """The tiny model with one number of each of these tensors changed to the next float."""
     tensors = random_tensors(config)
     for name in names:
         first = tensors[name].view(-1)[:1]
@@ -265,7 +266,7 @@ def test_the_digest_stored_is_the_one_that_the_weights_have(tmp_path: Path) -> N
 
 
 def test_a_stored_digest_is_read_without_the_weights_and_verified_with_them(tmp_path: Path) -> None:
-    """Every node read all of chain 1 before it started."""
+    """Bug: every node read all of chain 1 before it started."""
     checkpoint = tiny_checkpoint(tmp_path / "model")
     verify_backbone(checkpoint)
     stored = backbone_digest(checkpoint)
@@ -316,7 +317,7 @@ def test_the_fingerprint_ignores_later_chains_final_norm_and_head(tmp_path: Path
 
 
 def grown(config: ChainConfig, wider: ChainConfig) -> dict[str, torch.Tensor]:
-    """Chain 1 of one model inside another, which differs in everything else."""
+    """A larger model with chain 1 of the given one; everything else differs."""
     kept = {name: tensor for name, tensor in random_tensors(config).items() if name in prefill_tensor_names(config)}
     return random_tensors(wider, seed=9) | kept
 
@@ -327,10 +328,27 @@ FACTS: dict[str, dict[str, Any]] = {
     "norm epsilon": {"norm_eps": 1e-6},
 }
 
+YARN = RopeScaling(kind="yarn", factor=4.0)
+SCALINGS: dict[str, dict[str, Any]] = {
+    "factor": {"factor": 8.0},
+    "original context": {"original_max_context": 64},
+    "fast beta": {"beta_fast": 16.0},
+    "slow beta": {"beta_slow": 2.0},
+    "truncation": {"truncate": False},
+    "attention factor": {"attention_factor": 1.5},
+}
+
 
 @pytest.mark.parametrize("change", FACTS.values(), ids=FACTS.keys())
 def test_the_fingerprint_changes_with(tmp_path: Path, change: dict[str, Any]) -> None:
     original, other = tiny_checkpoint(tmp_path / "a"), tiny_checkpoint(tmp_path / "b", tiny_config(**change))
+    assert fingerprint_of(original) != fingerprint_of(other)
+
+
+@pytest.mark.parametrize("change", SCALINGS.values(), ids=SCALINGS.keys())
+def test_the_fingerprint_changes_with_all_that_yarn_keys_depend_on(tmp_path: Path, change: dict[str, Any]) -> None:
+    original = tiny_checkpoint(tmp_path / "a", tiny_config(rope_scaling=YARN))
+    other = tiny_checkpoint(tmp_path / "b", tiny_config(rope_scaling=replace(YARN, **change)))
     assert fingerprint_of(original) != fingerprint_of(other)
 
 
@@ -346,8 +364,8 @@ def test_the_fingerprint_changes_with_the_dtype(tmp_path: Path) -> None:
 
 
 def test_a_prefill_engine_never_touches_a_later_chains_bytes(tmp_path: Path) -> None:
-    """A fresh process runs a prompt over weights of which nothing is in memory, and then asks the kernel what of
-    them is: by its account of the mapping (smaps), by the process's memory, and by the page cache (mincore).
+    """A fresh process runs a prompt over weights that are not in memory. It then asks the kernel which bytes are: by
+    the mapping (smaps), by the process's memory, and by the page cache (mincore).
     """
     config = tiny_config(chains=(2, 14), dim=4096, hidden_dim=16384, num_kv_heads=2, vocab_size=2048)
     checkpoint = sparse_checkpoint(tmp_path / "model", config)
@@ -391,7 +409,7 @@ def sparse_checkpoint(path: Path, config: ChainConfig) -> Checkpoint:
 
 
 def observe_prefill() -> None:
-    """The body of the process above: prefill one prompt and print, as JSON, what of the weights is in memory."""
+    """The body of the process above: prefill one prompt and print, as JSON, which weights are in memory."""
     torch.set_num_threads(1)
     checkpoint = Checkpoint.open(sys.argv[1])
     kv_format = KvFormat.of(checkpoint.config, torch.float32)
@@ -415,7 +433,7 @@ def observe_prefill() -> None:
 
 
 def warm_up(directory: Path) -> None:
-    """Let libraries allocate what they allocate once."""
+    """Let libraries make their one-time allocations."""
     small = tiny_checkpoint(directory)
     kv_format = KvFormat.of(small.config, torch.float32)
     list(PrefillEngine(small, kv_format, tile_tokens=32).run(np.arange(40, dtype=np.int64)))
@@ -445,8 +463,8 @@ def cached_pages(path: Path) -> NDArray[np.bool_]:
 def cached_shares(path: Path) -> dict[str, float]:
     """Share of each tensor's pages in the page cache.
 
-    Of later chains only what lies `READ_AHEAD_BYTES` inside a tensor counts, and tensors without such an inside
-    are left out: the kernel reads ahead around whatever is touched.
+    The kernel reads ahead around a touched page. So in later chains only bytes that lie `READ_AHEAD_BYTES` inside a
+    tensor count, and smaller tensors are left out.
     """
     with path.open("rb") as file:
         (header_bytes,) = struct.unpack("<Q", file.read(8))

@@ -36,6 +36,7 @@ class Gateway(GenerationServiceServicer):
         self.address = ""
         self.num_calls = 0
         self.num_answers = 0
+        self.parts: list[str | None] = []
         self.opened = pb.OpenGenerate()
         self.document = bytearray()
         self.token_ids: list[int] = []
@@ -50,7 +51,8 @@ class Gateway(GenerationServiceServicer):
         self.num_calls += 1
         try:
             async for request in request_iterator:
-                if request.WhichOneof("part") == "open":
+                self.parts.append(request.WhichOneof("part"))
+                if self.parts[-1] == "open":
                     self.opened = request.open
                 self.document += request.document
                 self.token_ids += request.token_ids.ids
@@ -84,7 +86,7 @@ async def gateway() -> AsyncIterator[Gateway]:
 
 
 async def ask(kind: str, gateway: Gateway, **request: Any) -> list[Event]:
-    """What one request brings, through the client of that kind."""
+    """The events of one request, through a client of that kind."""
 
     def blocking() -> list[Event]:
         with Client(gateway.address) as client:
@@ -98,7 +100,7 @@ async def ask(kind: str, gateway: Gateway, **request: Any) -> list[Event]:
 
 
 class Source(io.RawIOBase):
-    """A binary file that gives its pieces one by one; an exception among them is raised, a function called."""
+    """A binary file that returns its pieces one by one; an exception among them is raised, a function is called."""
 
     def __init__(self, *pieces: Any) -> None:
         self._pieces = iter(pieces)
@@ -148,6 +150,14 @@ async def test_a_document_arrives_whole_in_every_form(gateway: Gateway, tmp_path
 async def test_an_empty_document_is_no_piece(gateway: Gateway, kind: str) -> None:
     await ask(kind, gateway, prompt="?")
     assert (gateway.document, gateway.opened.prompt) == (b"", "?")
+    assert gateway.parts == ["open", "end_of_prompt"]
+
+
+@CLIENTS
+@pytest.mark.parametrize("prompt", [{"document": b"abc"}, {"token_ids": [1, 2]}], ids=lambda prompt: next(iter(prompt)))
+async def test_the_end_of_the_prompt_is_the_last_message(gateway: Gateway, kind: str, prompt: dict[str, Any]) -> None:
+    await ask(kind, gateway, **prompt)
+    assert gateway.parts == ["open", *prompt, "end_of_prompt"]
 
 
 TOKEN_IDS: dict[str, Callable[[list[int]], Any]] = {
@@ -281,7 +291,7 @@ FAILING: dict[str, tuple[Any, str]] = {
 async def test_a_file_that_fails_in_mid_read_is_one_error_and_cancels_the_call(
     gateway: Gateway, kind: str, case: str
 ) -> None:
-    """Bug: what was not an OSError ended as CancelledError or as gRPC's "Exception iterating requests!"."""
+    """Bug: errors other than OSError ended as CancelledError or as gRPC's "Exception iterating requests!"."""
     outcome, shown = FAILING[case]
     gateway.may_answer.clear()  # gRPC's server sees an upload that breaks off end first, and its call cancelled then
 
@@ -297,6 +307,7 @@ async def test_a_file_that_fails_in_mid_read_is_one_error_and_cancels_the_call(
     assert shown in str(refusal.value)
     await gateway.until_broken_off()
     assert gateway.num_answers == 0
+    assert "end_of_prompt" not in gateway.parts
 
 
 async def test_a_failed_upload_fails_its_task_group(gateway: Gateway) -> None:

@@ -41,7 +41,7 @@ class ComMlp(nn.Module):
         return xs
 
     def forward(self, pixels_RI: Tensor, num_chains: int) -> Tensor:
-        """Class scores at one scale: the output layer's columns of the chains there are."""
+        """Class scores at one scale, from the output layer's columns of its chains."""
         features = torch.cat(self.features(pixels_RI, num_chains), dim=1)
         return F.linear(features, self.output.weight[:, : features.shape[1]], self.output.bias)
 

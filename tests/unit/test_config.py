@@ -37,9 +37,21 @@ BAD_SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 BAD_SCALINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "unknown kind": ({"kind": "yarn"}, ("rope_scaling.kind='yarn'", "'linear' or 'llama3'")),
+    "unknown kind": ({"kind": "su"}, ("rope_scaling.kind='su'", "'linear', 'llama3', 'yarn'")),
+    "dynamic": ({"kind": "dynamic"}, ("rope_scaling.kind='dynamic'", "follow the prompt's length", "use 'yarn'")),
+    "longrope": ({"kind": "longrope"}, ("rope_scaling.kind='longrope'", "follow the prompt's length")),
     "shrinking": ({"factor": 0.5}, ("rope_scaling.factor=0.5", "at least 1.0")),
     "not a number": ({"factor": float("nan")}, ("rope_scaling.factor=nan", "at least 1.0")),
+    "without end": ({"factor": float("inf")}, ("rope_scaling.factor=inf", "finite")),
+    "no original context": ({"original_max_context": 0}, ("rope_scaling.original_max_context=0", "at least 1")),
+    "betas crossed": (
+        {"kind": "yarn", "beta_fast": 1.0, "beta_slow": 32.0},
+        ("rope_scaling.beta_slow=32.0", "below beta_fast=1.0"),
+    ),
+    "no attention": (
+        {"kind": "yarn", "attention_factor": 0.0},
+        ("rope_scaling.attention_factor=0.0", "above 0"),
+    ),
     "bounds crossed": (
         {"low_freq_factor": 4.0, "high_freq_factor": 1.0},
         ("rope_scaling.low_freq_factor=4.0", "below high_freq_factor=1.0"),
@@ -52,6 +64,7 @@ SHAPES = {
     "tied": tiny_config(tie_embeddings=True),
     "own head dim": tiny_config(explicit_head_dim=32),
     "stretched rope": tiny_config(rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_max_context=64)),
+    "yarn": tiny_config(rope_scaling=RopeScaling(kind="yarn", factor=4.0, beta_fast=16.0, attention_factor=1.5)),
 }
 
 
@@ -94,8 +107,8 @@ def test_a_missing_model_field_is_named() -> None:
 
 def test_an_unknown_rope_field_is_named() -> None:
     """Bug: it came out as a TypeError, which from_dict does not promise."""
-    scaling = {"kind": "linear", "factor": 2.0, "beta_fast": 32}
-    with pytest.raises(ValueError, match="beta_fast"):
+    scaling = {"kind": "linear", "factor": 2.0, "alpha": 32}
+    with pytest.raises(ValueError, match="alpha"):
         ChainConfig.from_dict(tiny_config().to_dict() | {"rope_scaling": scaling})
 
 

@@ -121,7 +121,7 @@ def write_tokenizer(writer: gguf.GGUFWriter) -> None:
 
 
 def on_the_grid(tensor: torch.Tensor, kind: Type) -> torch.Tensor:
-    """Values that the type holds exactly: in each block of 32 its whole range of codes, scaled."""
+    """Values that the type holds exactly: each block of 32 has the type's whole range of codes, scaled."""
     if tensor.dim() == 1 or kind in (Type.F32, Type.F16, Type.BF16):
         return tensor.bfloat16().float() if kind == Type.BF16 else tensor.half().float()
     low, high, offset = {Type.Q8_0: (-127, 127, 0.0), Type.Q4_0: (-8, 7, 0.0), Type.Q4_1: (0, 15, -0.25)}[kind]
@@ -184,6 +184,41 @@ def test_linear_scaling_is_read_in_both_spellings(tmp_path, config, tensors):
         assert scaling == RopeScaling(kind="linear", factor=4.0)
 
 
+YARNS = {
+    "bare": ({}, {"original_max_context": 512}),
+    "from a context": ({"original_context_length": 64}, {"original_max_context": 64}),
+    "betas": (
+        {"yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0, "yarn_ext_factor": 1.0},
+        {"original_max_context": 512, "beta_fast": 16.0, "beta_slow": 2.0},
+    ),
+    # llama.cpp multiplies by the paper's 1 + ln(4) / 10.
+    "attention factor": (
+        {"attn_factor": 0.5},
+        {"original_max_context": 512, "attention_factor": 0.5 * (1 + math.log(4) / 10)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("metadata", "expected"), YARNS.values(), ids=YARNS.keys())
+def test_yarn_is_read_as_llama_cpp_does(tmp_path, config, tensors, metadata, expected):
+    keys = {"type": "yarn", "factor": 4.0} | metadata
+    source = write_gguf(
+        tmp_path / "m.gguf", config, tensors, **{f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+    )
+    scaling = from_gguf(source, tmp_path / "colm").config.rope_scaling
+    assert scaling == RopeScaling(kind="yarn", factor=4.0, **expected)
+
+
+@pytest.mark.parametrize("key", ["yarn_ext_factor", "yarn_attn_factor", "yarn_log_multiplier"])
+def test_unusual_yarn_is_refused_by_name(tmp_path, config, tensors, key):
+    metadata = {"type": "yarn", "factor": 4.0, key: 0.5}
+    source = write_gguf(
+        tmp_path / "m.gguf", config, tensors, **{f"llama.rope.scaling.{key}": value for key, value in metadata.items()}
+    )
+    with pytest.raises(UnsupportedModel, match=rf"rope\.scaling\.{key}=0\.5 is not supported"):
+        from_gguf(source, tmp_path / "colm")
+
+
 def llama3_divisors(config: ChainConfig, factor: float, context: int, low: float, high: float) -> torch.Tensor:
     divisors = []
     for plane in range(config.head_dim // 2):
@@ -219,7 +254,7 @@ def test_factors_that_are_not_llama3_are_refused_by_name(tmp_path):
     ("key", "value"),
     [
         ("llama.expert_count", 8),
-        ("llama.rope.scaling.type", "yarn"),
+        ("llama.rope.scaling.type", "longrope"),
         ("llama.rope.dimension_count", 8),
         ("llama.attention.value_length", 8),
         ("llama.attention.head_count_kv", [2, 4]),

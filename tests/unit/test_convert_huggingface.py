@@ -1,4 +1,4 @@
-"""Import of Hugging Face directories: what is carried over, and what is refused and by which name."""
+"""Import of Hugging Face directories: what is carried over, and what is refused by name."""
 
 import json
 from collections.abc import Callable
@@ -136,8 +136,21 @@ def test_property_without_a_place_is_refused_by_name(source, convert, field, val
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
 def test_unknown_rope_type_is_refused_by_name(source, convert, field):
     edit_json(source / "config.json", rope_parameters=None)
-    edit_json(source / "config.json", **{field: {"rope_type": "yarn", "factor": 2.0}})
-    with pytest.raises(UnsupportedModel, match=f"{field}.rope_type='yarn'"):
+    edit_json(source / "config.json", **{field: {"rope_type": "su", "factor": 2.0}})
+    with pytest.raises(UnsupportedModel, match=f"{field}.rope_type='su' is unknown"):
+        convert()
+
+
+def test_dynamic_scaling_is_refused_with_the_reason(source, convert):
+    edit_json(source / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(UnsupportedModel, match=r"rope_type='dynamic' cannot be served.*follow the prompt's length"):
+        convert()
+
+
+@pytest.mark.parametrize("value", [None, "far", [4.0]])
+def test_rope_value_that_is_no_number_is_refused(source, convert, value):
+    edit_json(source / "config.json", rope_parameters={"rope_type": "yarn", "factor": value})
+    with pytest.raises(UnsupportedModel, match=r"config\.json: rope_parameters: "):
         convert()
 
 

@@ -1,4 +1,4 @@
-"""Chain expansion: what was there stays bit for bit, what is new starts as documented."""
+"""Chain expansion: existing chains stay bit for bit, fresh ones start as documented."""
 
 import math
 from dataclasses import replace
@@ -48,7 +48,7 @@ def test_expansion_of_an_expansion_keeps_every_chain(tmp_path):
 @settings(max_examples=25)
 @given(source=chain_configs(), data=st.data())
 def test_any_model_expanded_by_any_chains_answers_as_before_at_every_scale(source, data):
-    """Twice in a row, with and without KV sharing, with everything else a model may have."""
+    """Expand twice in a row, with and without KV sharing, with every other property of a model."""
     kv_sharing = data.draw(st.booleans()) if source.num_chains == 1 else None
     with TemporaryDirectory() as directory:
         checkpoint = tiny_checkpoint(Path(directory) / "0", source)

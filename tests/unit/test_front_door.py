@@ -65,11 +65,11 @@ TOKEN = Token(token_id=7, text="", logprob=0.0, num_chains=1)
 ANSWER = (Reserved(num_pages=2), PrefillProgress(num_tokens_done=19, num_tokens_total=19), TOKEN, FINISHED)
 
 Step = Event | ColmError | asyncio.Event
-"""What a call does next: say something, fail, or wait."""
+"""A call's next step: send an event, fail, or wait."""
 
 
 class Scripted:
-    """Decode nodes that follow a script, call by call; the last script is everybody's from then on."""
+    """Decode nodes that follow one script a call; the last script serves all later calls."""
 
     def __init__(self, *scripts: Sequence[Step]) -> None:
         self.jobs: list[DecodeJob] = []
@@ -104,7 +104,7 @@ class Scripted:
 
 
 class Pool(TakingTurns):
-    """Counts what is lent now."""
+    """A pool that counts the nodes lent now."""
 
     def __init__(self, num_ahead: Sequence[int] = ()) -> None:
         super().__init__(["one", "two", "three"])
@@ -306,7 +306,7 @@ def waiting(where: str, never: asyncio.Event) -> tuple[Scripted, Callable[..., A
 
 @pytest.mark.parametrize("where", ["upload", "node", "reader"])
 async def test_the_deadline_ends_whatever_is_waited_for(where: str) -> None:
-    """A reader that took no event any more kept its place, and its decode node, for ever."""
+    """Bug: a reader that took no more events kept its place and its decode node for ever."""
     never = asyncio.Event()
     calls, prompt = waiting(where, never)
     front_door = door(calls, pool := Pool())
@@ -367,7 +367,7 @@ async def test_a_timeout_of_the_readers_own_stays_one() -> None:
 
 
 async def test_a_slow_reader_holds_the_node_up() -> None:
-    """Unread events of a long answer would pile up here otherwise."""
+    """Otherwise unread events of a long answer would pile up in the gateway."""
     told: list[int] = []
 
     class Counting(Scripted):

@@ -1,4 +1,4 @@
-"""What one prompt can cost the gateway: over a real server, with tokenizers that really misbehave."""
+"""The time and memory that one prompt can cost the gateway, over a real server with tokenizers that misbehave."""
 
 import asyncio
 import threading
@@ -39,7 +39,7 @@ LIMIT_S = 30.0
 
 
 class NoDecodeNodes:
-    """A prompt that is accepted ends here."""
+    """A pool without nodes: a prompt that is accepted goes no further."""
 
     @asynccontextmanager
     async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:
@@ -78,7 +78,7 @@ async def failure(address: str, document: str | bytes, **options: Any) -> ColmEr
 
 
 async def test_a_document_that_cannot_fit_is_refused_while_it_uploads() -> None:
-    """It was collected whole, and tokenised whole, before its length was looked at."""
+    """Bug: the whole document was collected and tokenised before its length was checked."""
     bound = TokenBound.of(tiny_tokenizer())
     assert bound is not None
     limit = (CONTEXT - MAX_NEW_TOKENS) * bound.max_token_bytes
@@ -107,7 +107,7 @@ async def test_spaces_that_the_template_trims_take_no_room() -> None:
 
 @pytest.mark.parametrize("spare", [0, 1])
 async def test_a_prompt_may_fill_the_context_and_no_more(spare: int) -> None:
-    # " the" is one token, the first of them two.
+    # " the" is one token; "the" at the beginning is two.
     document = "the" + " the" * (CONTEXT - MAX_NEW_TOKENS - 1 + spare)
     async with gateway(text_of(tiny_tokenizer())) as address:
         error = await failure(address, document, chat=False)
@@ -141,7 +141,7 @@ async def test_a_long_text_without_a_bound_in_bytes_is_refused_by_its_first_piec
 
 @pytest.mark.parametrize("chat", [True, False])
 async def test_a_document_at_which_the_tokenizer_panics_is_refused(chat: bool) -> None:
-    """The panic is no `Exception`; the call was never answered, and held its place until its deadline."""
+    """Bug: a panic is no `Exception`, so the call was never answered and held its place until its deadline."""
     async with gateway(text_of(with_words(BACKTRACKING))) as address:
         for _ in range(2):
             error = await failure(address, "so " + "a" * 30, chat=chat, timeout_s=10.0)
@@ -152,7 +152,7 @@ async def test_a_document_at_which_the_tokenizer_panics_is_refused(chat: bool) -
 
 
 async def test_requests_that_are_over_hold_no_more_threads_than_there_are() -> None:
-    """Each left a thread behind that tokenised on, uncounted."""
+    """Bug: each such request left a thread behind that tokenised on, uncounted."""
     lock, go_on, num_now, most = threading.Lock(), threading.Event(), 0, 0
 
     class Stuck(Tokenizer):

@@ -1,4 +1,4 @@
-"""COLM_KERNELS_VARIANT: a whole process, such as a run of the tests, with one variant of the kernels."""
+"""COLM_KERNELS_VARIANT runs a whole process, such as the tests, with one variant of the kernels."""
 
 import os
 import subprocess

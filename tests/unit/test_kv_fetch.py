@@ -1,4 +1,4 @@
-"""Fetching a prompt's keys and values: which failures are tried again, how often, and what is accounted."""
+"""Fetching a prompt's keys and values: which failures are tried again, how often, and what is counted."""
 
 import asyncio
 import threading
@@ -24,7 +24,7 @@ LIMIT_S = 30.0
 
 
 class ScriptedReceiver:
-    """Waits, starts and ends as its test wants, moving the clock as it goes."""
+    """A receiver that waits, starts and ends as its test says, and moves the clock meanwhile."""
 
     def __init__(self, clock: FakeClock, error: Exception | None, starts: bool = True) -> None:
         self._clock = clock
@@ -50,7 +50,7 @@ class ScriptedReceiver:
 
 
 class BlockedReceiver(ScriptedReceiver):
-    """Ends only when the test lets it, whoever cancels it."""
+    """A receiver that ends only when the test lets it, even if it is cancelled."""
 
     def __init__(self, clock: FakeClock) -> None:
         super().__init__(clock, None)
@@ -61,7 +61,7 @@ class BlockedReceiver(ScriptedReceiver):
 
 
 class Bench:
-    """A fetcher over receivers that a test has made, and a pool that may refuse."""
+    """A fetcher over a test's own receivers and a pool that may refuse."""
 
     def __init__(self, receivers: Sequence[ScriptedReceiver | Exception], clock: FakeClock) -> None:
         self.clock = clock
@@ -115,7 +115,7 @@ class Bench:
 
 @pytest.fixture
 async def make() -> AsyncIterator[Callable[..., Bench]]:
-    """Makes benches; in the end no thread receives and no page is held but by the request."""
+    """Makes benches; in the end no thread receives and only the request holds pages."""
     made: list[Bench] = []
 
     def bench(*errors: Exception | None, refusals: Sequence[Exception] = ()) -> Bench:
@@ -154,7 +154,7 @@ async def test_requests_of_one_id_on_two_decode_nodes_are_two_transfers(make: Ca
 async def test_a_node_that_fails_is_replaced_under_a_new_epoch(
     make: Callable[..., Bench], kind: type[ColmError]
 ) -> None:
-    """A MemoryError on one of two prefill nodes was the client's INTERNAL."""
+    """Bug: a MemoryError on one of two prefill nodes was INTERNAL to the client."""
     bench = make(kind("x"), kind("y"), None)
     await bench.fetch()
     assert [transfer.epoch for transfer in bench.transfers] == [1, 2, 3]
@@ -196,7 +196,7 @@ async def test_a_lease_that_cannot_be_had_is_asked_for_again_and_is_no_stream(ma
 
 
 async def test_waiting_is_not_booked_as_prefill(make: Callable[..., Bench]) -> None:
-    """queue_s was 0.000 and prefill_s 5.2 for a prompt of 0.01 s behind another one."""
+    """Bug: queue_s was 0.000 and prefill_s 5.2 for a prompt of 0.01 s behind another one."""
     bench = make(None)
     await bench.fetch()
     assert bench.account.queue_s == pytest.approx(1.0 + 3.0)

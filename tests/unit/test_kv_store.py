@@ -1,4 +1,4 @@
-"""Tiles land in their pages, every bit at its place, and nowhere else.
+"""Tiles are written into their pages, bit for bit, and change no other page.
 
 Shapes: L layers, B pages, P tokens of a page, K kv heads, T tokens, D head dim, R requests.
 """
@@ -31,14 +31,14 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def random_bits(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
-    """Any bit pattern there is, NaNs and infinities included."""
+    """Random bit patterns, NaNs and infinities included."""
     info = torch.iinfo(WIDTHS[dtype])
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(info.min, info.max, shape, dtype=WIDTHS[dtype], generator=generator).view(dtype)
 
 
 def store_of(dtype: torch.dtype) -> KvStore:
-    """Every page filled with known bits, so that a stray write shows."""
+    """A store with every page filled with known bits, so that a stray write shows."""
     kv_format = KvFormat(num_layers=NUM_LAYERS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, dtype=dtype)
     store = KvStore(KvLayout(kv_format, PAGE_TOKENS), NUM_PAGES)
     store.k_pages_LBPKD.copy_(random_bits(dtype, *store.k_pages_LBPKD.shape, seed=1))

@@ -1,4 +1,4 @@
-"""A lease serves one stream, once, and ends with whoever lets go first."""
+"""A lease serves one stream, once, and ends as soon as its stream or its holder ends it."""
 
 import asyncio
 from contextlib import aclosing

@@ -1,4 +1,4 @@
-"""In order of coming, with a word to everybody who waits, and nothing lost to a cancellation."""
+"""A line serves in order of arrival, tells each waiter its place, and loses nothing to a cancellation."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ LIMIT_S = 60.0
 
 
 class Seats:
-    """Something to take, a line before it, and what those in line were told."""
+    """Seats to take, a line in front of them, and the places that waiters were told."""
 
     def __init__(self, num_free: int, *, max_waiting: int = 100) -> None:
         self.num_free = num_free
@@ -62,7 +62,7 @@ async def test_whoever_came_first_is_first() -> None:
 
 
 async def test_nobody_overtakes_even_if_there_is_something_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first wants more than there is; a newcomer who would be content with less waits behind, look as it may."""
+    """The first waiter wants more than is free; a newcomer who wants less waits behind it, even when it is woken."""
     monkeypatch.setattr(line_module, "BEAT_INTERVAL_S", 0.001)
     line = Line("pages", max_waiting=10)
     free = 1

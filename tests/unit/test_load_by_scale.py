@@ -1,4 +1,4 @@
-"""Loading a scale reads that scale's bytes and no others: the kernel's own account of the file."""
+"""Loading a scale reads that scale's bytes and no others, by the kernel's own account of the file."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ from tests.unit.test_checkpoint import (
 @pytest.mark.parametrize("what", ["forward", "slice"])
 @pytest.mark.parametrize("kv_sharing", [True, False], ids=["CoLM-Air", "CoLM"])
 def test_a_scale_touches_its_own_bytes_alone(tmp_path: Path, kv_sharing: bool, what: str) -> None:
-    """A fresh process over weights of which nothing is in memory loads chain 1 and runs, or writes it elsewhere."""
+    """A fresh process loads chain 1 of weights that are not in memory and runs it, or writes it elsewhere."""
     config = tiny_config(
         chains=(2, 14),
         kv_sharing=kv_sharing,

@@ -1,4 +1,4 @@
-"""The list of `make mutants` fits the source as it is; whether each is noticed is that command's to show."""
+"""The list of `make mutants` fits the present source; the command itself shows whether a test notices each."""
 
 from collections import Counter
 from pathlib import Path

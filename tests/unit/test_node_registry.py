@@ -1,4 +1,4 @@
-"""The registry believes a node as long as it speaks."""
+"""The registry lists a node as long as it reports."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The loss of every scale: right, one chunk of one scale at a time, and its gradients."""
+"""The loss of every scale and its gradients are right, computed one chunk of one scale at a time."""
 
 from collections.abc import Iterable
 
@@ -87,7 +87,7 @@ def test_a_sequence_of_one_token_is_refused():
 
 
 class LogitsInMemory(TorchDispatchMode):
-    """Widest share of the batch whose logits, in any copy, one operation ever made."""
+    """Largest share of the batch's logits that one operation made, in any copy."""
 
     def __init__(self, model: ChainTransformer) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class LogitsInMemory(TorchDispatchMode):
 
 
 def test_logits_exist_for_one_chunk_only():
-    """An odd vocabulary, so that no other tensor has that width."""
+    """The vocabulary is odd, so that no other tensor has that width."""
     model = tiny_model(tiny_config(vocab_size=331))
     train_chains(model)
     with LogitsInMemory(model) as seen:

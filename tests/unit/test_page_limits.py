@@ -12,7 +12,7 @@ from colm.wire.endpoint import MAX_MESSAGE_BYTES
 from tests.nodes import decode, decode_node, prefill_node
 from tests.tiny import tiny_checkpoint
 
-TOKEN_BYTES = 2 * 2 * 16 * 4  # keys and values, kv heads, head dim, float32: of one layer
+TOKEN_BYTES = 2 * 2 * 16 * 4  # one layer: keys and values, kv heads, head dim, float32
 PAGE_TOKENS = MAX_MESSAGE_BYTES // TOKEN_BYTES + 1
 
 

@@ -1,4 +1,4 @@
-"""Pages in order of asking; free when the last holder lets go, and then the next one's."""
+"""Pages are lent in order of asking; when their last holder lets go, the next in line gets them."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ def pages(line: PageLine, owner: str, num_pages: int) -> "asyncio.Task[PageLease
 
 @pytest.fixture
 def line(monkeypatch: pytest.MonkeyPatch) -> PageLine:
-    # Nobody looks of their own accord: whoever gets pages was woken.
+    # No waiter looks by itself: one that gets pages was woken.
     monkeypatch.setattr(line_module, "BEAT_INTERVAL_S", 1e6)
     return PageLine(PagePool(8), max_waiting=3)
 

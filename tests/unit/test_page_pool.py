@@ -28,7 +28,7 @@ def num_runs(pages: set[int]) -> int:
 
 
 class PagePoolMachine(RuleBasedStateMachine):
-    """Against a model that is only a set of free pages."""
+    """Compares the pool with a model that is only a set of free pages."""
 
     leases = Bundle("leases")
 
@@ -137,7 +137,7 @@ def test_freed_neighbours_grow_together_again() -> None:
 
 
 def test_a_lease_of_a_million_pages_is_one_run() -> None:
-    """A request of a million tokens held an id for each of its pages: 10 MB, and 50 ms of the event loop."""
+    """Bug: a request of a million tokens held an id for each of its pages: 10 MB, and 50 ms of the event loop."""
     lease = reserved(PagePool(1_000_000), "long", 1_000_000)
     assert (lease.runs, lease.num_pages) == (((0, 1_000_000),), 1_000_000)
 

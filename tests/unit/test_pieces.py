@@ -1,4 +1,4 @@
-"""Pieces of a text have the ids of the whole, the memory of a window, and an answer where there is no cut."""
+"""Pieces have the whole text's ids, need one window's memory, and refuse a text that cannot be cut."""
 
 import random
 import subprocess
@@ -35,7 +35,7 @@ def whole(encoder: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 def small(encoder: tokenizers.Tokenizer) -> PieceEncoder:
-    """Windows as small as its tokens allow, so that a short text has many."""
+    """An encoder with windows as small as its tokens allow, so that a short text has many."""
     longest = max(map(len, encoder.get_vocab(with_added_tokens=True)))
     return PieceEncoder(encoder, window_chars=64 * longest + 1, overlap_chars=0)
 
@@ -91,7 +91,7 @@ def test_one_endless_run_between_words_is_the_whole(family: str, run: str) -> No
 
 
 def test_a_window_grows_over_a_token_that_is_longer() -> None:
-    """What one token stands for has no bound where runs of unknown characters are one."""
+    """One token has no longest text in a vocabulary that makes a run of unknown characters one token."""
     encoder = metaspace("always", fuse_unk=True)
     text = "the end " * 20_000 + "ж" * 300_000 + " and the rest" * 20_000
     found = pieces(PieceEncoder(encoder), text)
@@ -100,14 +100,14 @@ def test_a_window_grows_over_a_token_that_is_longer() -> None:
 
 
 def test_a_text_without_a_place_to_cut_is_refused() -> None:
-    """It was held in memory whole, at hundreds of bytes a character."""
+    """Bug: the whole text was held in memory, at hundreds of bytes a character."""
     text = "the end " + "ж" * (MAX_WINDOW_CHARS + 70_000)
     with pytest.raises(InvalidRequest, match=r"document='the end жж.*no place to cut"):
         pieces(PieceEncoder(metaspace("always", fuse_unk=True)), text)
 
 
 def test_a_panic_of_the_tokenizer_is_an_invalid_document() -> None:
-    """It was a BaseException, which nobody answered for."""
+    """Bug: a panic is a BaseException, and the call was never answered."""
     encoder = PieceEncoder(with_words(BACKTRACKING))
     with pytest.raises(InvalidRequest, match=r"document=.*cannot read it.*retry-limit") as refusal:
         pieces(encoder, "so " + "a" * 30)
@@ -123,7 +123,7 @@ def test_spaces_that_make_llama_3_panic_are_read_in_pieces() -> None:
 
 
 def test_a_long_text_costs_the_memory_of_a_window() -> None:
-    """Two million digits took 291 MiB at once."""
+    """Bug: two million digits took 291 MiB at once."""
     code = (
         "import resource;from colm.text.pieces import PieceEncoder;from tests.tiny import tiny_tokenizer\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\n"

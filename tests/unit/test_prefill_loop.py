@@ -174,7 +174,7 @@ async def test_at_most_so_many_have_begun(bench: Bench) -> None:
 
 @pytest.mark.usefixtures("small_window")
 async def test_a_job_that_nobody_reads_gives_way_when_the_engine_would_idle(bench: Bench) -> None:
-    """Two callers that went away kept everybody else waiting for their leases."""
+    """Two callers that went away would keep everybody else waiting until their leases end."""
     for name in "ab":
         stream = bench.loop.attach(order(name))
         await bench.until(lambda stream=stream: not stream.job.has_room)
@@ -250,7 +250,7 @@ async def test_a_job_whose_reader_left_before_its_turn_never_begins(bench: Bench
 
 @pytest.mark.usefixtures("small_window")
 async def test_a_job_waits_for_its_reader_and_goes_on_where_that_one_was(bench: Bench) -> None:
-    """A broken connection cost the whole computation."""
+    """Bug: a broken connection cost the whole computation."""
     broken = bench.loop.attach(order("a"))
     read = await bench.read(broken, 3)
     bench.loop.detach(broken)
@@ -361,7 +361,7 @@ def noting(patch: pytest.MonkeyPatch, owner: Any, name: str, done: list[str]) ->
 def test_a_cancelled_engine_ends_between_two_operations_of_its_tile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks_left: int
 ) -> None:
-    """It went on to the end of the tile: seconds, at long contexts."""
+    """Bug: a cancelled engine went on to the end of its tile, which takes seconds at long contexts."""
     engine, done = tiny_engine(tmp_path), list[str]()
     noting(monkeypatch, engine_module, "prefill_attention", done)
     noting(monkeypatch, ChainBlock, "after_attention", done)
@@ -385,7 +385,7 @@ def test_a_cancelled_engine_ends_between_two_operations_of_its_tile(
 def test_a_cancelled_engine_does_not_finish_the_attention_that_it_is_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One call over a long prefix takes seconds, and was computed to its end for nobody."""
+    """Bug: one call over a long prefix, which takes seconds, was computed to its end for nobody."""
     engine, flag, events = tiny_engine(tmp_path, max_context=1 << 15), CancelFlag(), list[str]()
     noting(monkeypatch, engine_module, "prefill_attention", events)
     attention, is_inside = engine_module.prefill_attention, threading.Event()

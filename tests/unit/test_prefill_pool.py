@@ -1,4 +1,4 @@
-"""Prefill nodes at fixed addresses: one stream each, a failed one last, a free one at once."""
+"""Prefill nodes at fixed addresses take one stream each; a free node is lent at once, a failed one last."""
 
 import asyncio
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -39,7 +39,7 @@ async def test_equal_nodes_take_turns() -> None:
 
 @pytest.mark.parametrize("error", [PeerUnavailable("dead"), PeerFailed("out of memory")])
 async def test_a_node_that_failed_is_asked_again_only_after_a_rest(error: Exception) -> None:
-    """The dead node always had the fewest streams, and was asked for ever beside a healthy one."""
+    """Bug: the dead node always had the fewest streams, so it was asked again and again beside a healthy one."""
     clock = FakeClock()
     pool = StaticPrefillPool(["dead", "healthy"], clock)
     assert await lend(pool, error) == "dead"
@@ -86,7 +86,7 @@ async def test_a_cancelled_stream_says_nothing_about_its_node() -> None:
 
 
 async def test_a_prompt_is_not_sent_to_a_node_that_computes_another_one() -> None:
-    """It was bound to the busy node and stayed there while the other one had nothing to do."""
+    """Bug: a prompt was bound to the busy node and stayed there while the other node was idle."""
     pool = StaticPrefillPool(["a", "b"], FakeClock())
     async with AsyncExitStack() as long, AsyncExitStack() as short:
         assert (await long.enter_async_context(borrow(pool))).address == "a"

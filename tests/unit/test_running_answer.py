@@ -1,4 +1,4 @@
-"""An answer in the making: what it feeds, what it shows, and why it ends."""
+"""A running answer: the tokens it feeds, the text it shows, and why it ends."""
 
 from collections.abc import Collection, Sequence
 

@@ -1,4 +1,4 @@
-"""What may be asked of the sampler, and what it then chooses.
+"""Which sampling parameters are allowed, and which tokens the sampler then chooses.
 
 Shapes: R requests, V vocabulary.
 """
@@ -80,7 +80,7 @@ def random_logits(seed: int = 0, vocab_size: int = 50) -> Tensor:
 
 
 def choice(sampler: Sampler, logits_V: Tensor) -> Choice:
-    """What a request alone in its step gets."""
+    """The token of a request that is alone in its step."""
     (outcome,) = choose([sampler], logits_V[None])
     if isinstance(outcome, ColmError):
         raise outcome
@@ -100,7 +100,7 @@ def kept(params: SamplingParams, logits_V: Tensor) -> dict[int, float]:
     before = probabilities.cumsum(dim=0) - probabilities
     if params.top_p < 1:
         if currently_in_test_context():
-            assume(float((before - params.top_p).abs().min()) > 1e-9)  # or else rounding decides
+            assume(float((before - params.top_p).abs().min()) > 1e-9)  # otherwise rounding decides
         probabilities = probabilities[before < params.top_p]
     probabilities = probabilities / probabilities.sum()
     return dict(zip(ids.tolist(), probabilities.tolist(), strict=False))
@@ -281,7 +281,7 @@ def test_the_nucleus_is_that_of_a_sort(logits_V: Tensor, top_p: float) -> None:
 @pytest.mark.parametrize("steepness", [0.0, 0.01, 0.5, 1.1, 1.5, 4.0, 40.0])
 @pytest.mark.parametrize("top_p", [0.001, 0.5003, 0.95, 0.999])
 def test_the_nucleus_of_a_large_vocabulary(steepness: float, top_p: float) -> None:
-    """From all alike to one token that has it all."""
+    """From equal probabilities to a single token with all of the probability."""
     shuffled = torch.randperm(50_021, generator=torch.Generator().manual_seed(1))
     logits_V = (-steepness * torch.arange(1.0, 50_022).log())[shuffled].bfloat16().float()
     expected = kept(SamplingParams(temperature=1.0, top_p=top_p), logits_V)

@@ -1,4 +1,4 @@
-"""Who is let in: the right token over TLS with the cluster's own authority, and nobody else."""
+"""Only callers with the right token, over TLS with the cluster's own authority, are let in."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""Which members of the family the nodes serve: any with shared keys and values, and no other."""
+"""The nodes serve every model with shared keys and values, and refuse all others."""
 
 import numpy as np
 import pytest

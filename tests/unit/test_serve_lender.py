@@ -1,4 +1,4 @@
-"""Asking Ray Serve for replicas: one at a time, in order, again if no answer comes. Serve itself is scripted."""
+"""Ray Serve is asked for one replica at a time, in order, and again if no answer comes. Serve itself is scripted."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -101,7 +101,7 @@ async def test_a_granted_replica_is_held_until_it_is_given_back(
 async def test_only_the_first_asks_and_the_others_know_their_places(
     handle: ScriptedHandle, come: Callable[[], Borrower]
 ) -> None:
-    """Everybody asked at once and Serve bound them to replicas that were busy."""
+    """Bug: all waiters asked at once, and Serve bound them to replicas that were busy."""
     borrowers = [come() for _ in range(3)]
     await settle()
     assert len(handle.calls) == 1
@@ -117,7 +117,7 @@ async def test_only_the_first_asks_and_the_others_know_their_places(
 async def test_no_answer_is_asked_for_again(
     handle: ScriptedHandle, come: Callable[[], Borrower], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call that Serve had handed to a stopped replica was waited for until the request's deadline."""
+    """Bug: a call that Serve had handed to a stopped replica was waited for until the request's deadline."""
     monkeypatch.setattr(lender_module, "BEAT_INTERVAL_S", 0.001)
     borrower = come()
     async with asyncio.timeout(60):

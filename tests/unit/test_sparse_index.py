@@ -13,7 +13,7 @@ from tests.tilings import positions, tilings
 
 @st.composite
 def wishes(draw: st.DrawFn) -> tuple[Tiling, torch.Tensor, torch.Tensor]:
-    """A tiling, wanted blocks and wanted columns, of one to three lists."""
+    """A tiling, with wanted blocks and columns for one to three lists."""
     tiling, num_lists = draw(tilings()), draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 30)))
     shape = (num_lists, tiling.num_row_blocks, tiling.num_key_blocks)

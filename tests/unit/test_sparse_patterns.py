@@ -1,4 +1,4 @@
-"""Patterns of sparse attention: what each must cover, and that it lists nothing without cause."""
+"""Patterns of sparse attention: each lists all keys that it must cover, and no block without one."""
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def test_vertical_slash_top_p_covers_the_heaviest_of_both(tiling, p, seed):
     distance_TS = distances(tiling)
     for number in range(2):
         for mass, of_pair in ((vertical, torch.arange(tiling.num_keys).expand_as(distance_TS)), (slash, distance_TS)):
-            # Entries that are covered wherever the causal mask lets them be hold the share.
+            # The entries covered for every query that the causal mask allows hold the share.
             missed = of_pair[(distance_TS >= 0) & ~mask[number]].unique()
             kept = torch.ones(tiling.num_keys, dtype=torch.bool).index_fill(0, missed, False)
             assert mass[number, kept].sum() >= (p - 1e-12) * mass[number].sum()

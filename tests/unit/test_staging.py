@@ -11,7 +11,7 @@ from colm.staging import staged
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
-    """A directory that stands already."""
+    """A directory that exists already."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("old")
     return tmp_path / "model"
@@ -28,7 +28,7 @@ def assert_only(target: Path, contents: str) -> None:
 
 
 def fail_renames(monkeypatch: pytest.MonkeyPatch, *failing: str) -> None:
-    """Renames of directories of these names fail as on a broken disk."""
+    """Make renames of directories of these names fail, as on a broken disk."""
     rename = Path.rename
 
     def maybe(self: Path, to: Path) -> Path:
@@ -57,7 +57,7 @@ def test_a_link_is_replaced_and_what_it_points_to_is_left_alone(target: Path, tm
 def test_the_old_directory_comes_back_when_the_new_one_cannot_take_its_place(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bug: it had been moved into the staging directory and was deleted with it."""
+    """Bug: the old directory had been moved into the staging directory and was deleted with it."""
     fail_renames(monkeypatch, "new")
     with pytest.raises(OSError, match="Input/output error"):
         replace(target)

@@ -1,4 +1,4 @@
-"""What `colm up` leaves behind: only for this user, whole, and damaged only with a word about it."""
+"""The state that `colm up` leaves: private to the user, complete, and refused by name if damaged."""
 
 import json
 import os

@@ -10,8 +10,8 @@ LETTERS = "ab"
 
 
 def text_before_the_first_stop(text: str, stops: list[str]) -> str | None:
-    """Read letter by letter; the first stop string to be complete ends the text where it began, the longest of
-    those that are complete at once.
+    """The reference, letter by letter: the first stop string to be complete ends the text where it began. If several
+    are complete at once, the longest counts.
     """
     for end in range(1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]

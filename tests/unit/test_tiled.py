@@ -34,7 +34,7 @@ def test_an_imported_model_computes_the_tiled_formula(tmp_path, config: ChainCon
     grouped = {name: tensor.double() for name, tensor in ours.tensors(reference).items()}
     for num_chains in range(1, config.num_chains + 1):
         expected = TiledModel(config, reference).logits(TOKENS_T, num_chains)
-        # Over the same sums: the permutation is all that can differ.
+        # Both sum the same terms, so only a wrong permutation makes more than another order's rounding.
         tolerance.reordered(expected).check(MaskedModel(config, grouped).logits(TOKENS_T, num_chains))
     assert ours.text == tiled.text
     assert ours.tokenizer_json() == tiled.tokenizer_json()
@@ -42,7 +42,7 @@ def test_an_imported_model_computes_the_tiled_formula(tmp_path, config: ChainCon
 
 @torch.inference_mode()
 def test_a_tiled_model_that_is_not_imported_computes_something_else():
-    """So the test above tells the two orders apart."""
+    """This shows that the test above can tell the two orders apart."""
     config = SHAPES["three chains"]
     tensors = random_tensors(config)
     tiled, grouped = TiledModel(config, tensors), MaskedModel(config, tensors)
@@ -57,7 +57,7 @@ def test_only_query_rows_and_output_columns_move(tmp_path):
     moved = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
     queries = {name for name in before if ".wq." in name}
     outputs = {name for name in before if ".wo." in name and not name.endswith("_bias")}
-    # Chains of 4 heads over 2 kv heads move too; none is left where it was.
+    # With chains of 4 heads over 2 kv heads every chain has heads that move.
     assert moved == queries | outputs
     for name in moved:
         assert torch.equal(after[name].flatten().sort().values, before[name].flatten().sort().values)

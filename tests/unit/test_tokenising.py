@@ -1,4 +1,4 @@
-"""Few threads that are counted until they have really ended; the extent of a text that arrives in chunks."""
+"""Tokenising threads are few and counted until they have ended; a text's extent is known as its chunks arrive."""
 
 import asyncio
 import gc
@@ -16,7 +16,7 @@ LIMIT_S = 30.0
 
 
 class Work:
-    """Goes step by step, as far as the test lets it, and knows how many of its kind run."""
+    """Work that goes step by step as the test allows, and counts how many of its kind run."""
 
     def __init__(self) -> None:
         self.begun = threading.Semaphore(0)
@@ -44,7 +44,7 @@ async def until_idle(threads: TokenisingThreads) -> None:
 
 
 async def test_work_that_nobody_waits_for_ends_within_one_step_and_counts_until_then() -> None:
-    """A thread whose request was over went on uncounted, to the end of its document."""
+    """Bug: a thread whose request was over went on uncounted, to the end of its document."""
     threads, abandoned, next_one = TokenisingThreads(1), Work(), Work()
     complaints: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, complaint: complaints.append(complaint))

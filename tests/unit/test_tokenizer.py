@@ -167,7 +167,7 @@ def test_large_document_is_encoded_whole():
 
 
 def test_encoding_ends_after_the_piece_at_which_it_is_stopped():
-    """A document was tokenised whole before anybody looked at its length, or at who still waits for it."""
+    """Bug: a whole document was tokenised before its length was checked, or whether its caller still waits."""
     counts: list[int] = []
 
     def stop_at(num_ids: int) -> None:
@@ -239,7 +239,7 @@ def sentencepiece_metadata(**changes: Any) -> dict[str, Any]:
 
 
 def sentencepiece_reference(metadata: Mapping[str, Any], text: str) -> list[int]:
-    """SentencePiece's rule, spelled out: join the best-scoring neighbours while any join; else bytes."""
+    """SentencePiece's rule, spelled out: join the best-scoring neighbours while any can join; the rest become bytes."""
     ids = {token: token_id for token_id, token in enumerate(metadata["tokens"])}
     symbols = list("▁" + text.replace(" ", "▁")) if text else []
     while True:

@@ -1,4 +1,4 @@
-"""Frozen chains: no graph, nothing kept, no products, no time; and a step that learns."""
+"""Frozen chains have no graph, keep nothing, and cost no products and no time; a step of training learns."""
 
 from collections.abc import Callable
 
@@ -51,7 +51,7 @@ def test_frozen_chains_carry_no_graph_and_get_no_gradient(num_frozen, kv_sharing
 
 @SHARING
 def test_no_frozen_parameter_is_reached_from_the_loss(kv_sharing):
-    """The graph itself is walked: its leaves are exactly what trains."""
+    """The leaves of the loss's graph are exactly the parameters that train."""
     model = tiny_model(config_of(kv_sharing))
     trained = train_chains(model, num_frozen=1)
     seen, leaves, stack = set(), set(), [scale_losses(model, batch(model.config)).total.grad_fn]
@@ -84,7 +84,7 @@ def kept_bytes(model: ChainTransformer, scales: list[int]) -> int:
 
 @SHARING
 def test_frozen_chains_keep_less_memory(kv_sharing):
-    """Inputs of live products stay, those of frozen chains too; whatever else frozen layers make is dropped."""
+    """The graph keeps the inputs of live products, those from frozen chains too, and nothing else of frozen layers."""
     model = tiny_model(config_of(kv_sharing))
     train_chains(model)
     all_bytes = kept_bytes(model, [3])
@@ -112,7 +112,7 @@ def test_head_training_computes_nothing_behind_the_head(kv_sharing):
 
 
 def linear_backward_macs(config: ChainConfig, num_frozen: int) -> int:
-    """Of all linears of all layers, for one row: live weights, and live inputs of live outputs."""
+    """Backward multiply-adds of all linears for one row: live weights, and live inputs of live outputs."""
 
     def macs(in_dims: tuple[int, ...], out_dims: tuple[int, ...]) -> int:
         total = 0
@@ -130,7 +130,7 @@ def linear_backward_macs(config: ChainConfig, num_frozen: int) -> int:
 @SHARING
 @pytest.mark.parametrize("num_frozen", [0, 1, 2])
 def test_backward_products_are_those_of_live_chains_and_no_other(num_frozen, kv_sharing):
-    """Attention has its own operation in the flop counter's account; the rest are the linears, to the last product."""
+    """The flop counter lists attention separately; all other products are the linears', counted exactly."""
     config = config_of(kv_sharing)
     model = tiny_model(config)
     train_chains(model, num_frozen=num_frozen)

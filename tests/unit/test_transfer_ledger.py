@@ -1,4 +1,4 @@
-"""The ledger admits exactly one sequence of tiles and notes nothing of any other."""
+"""The ledger admits exactly one sequence of tiles; a refused tile leaves no trace."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,7 +16,7 @@ TOKEN_BYTES = 24
 
 @dataclass(frozen=True)
 class Stream:
-    """A transfer and one right way to bring it."""
+    """A transfer and one valid sequence of its tiles."""
 
     num_layers: int
     num_tokens: int

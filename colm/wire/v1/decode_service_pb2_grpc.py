@@ -47,7 +47,8 @@ class DecodeServiceServicer:
     """
 
     def Decode(self, request_iterator, context):
-        """The first request is `open`; token ids follow; the caller's half-close starts the work.
+        """The first request is `open`; token ids follow; `end_of_prompt` starts the work, whether or not the caller then
+        closes its side. Exactly one `finished` ends the answer, or the call fails with a status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

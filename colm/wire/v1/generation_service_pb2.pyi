@@ -18,14 +18,16 @@ ROLE_PREFILL: Role
 ROLE_DECODE: Role
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("open", "document", "token_ids")
+    __slots__ = ("open", "document", "token_ids", "end_of_prompt")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    END_OF_PROMPT_FIELD_NUMBER: _ClassVar[int]
     open: OpenGenerate
     document: bytes
     token_ids: _common_pb2.TokenIds
-    def __init__(self, open: _Optional[_Union[OpenGenerate, _Mapping]] = ..., document: _Optional[bytes] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ...) -> None: ...
+    end_of_prompt: _common_pb2.EndOfPrompt
+    def __init__(self, open: _Optional[_Union[OpenGenerate, _Mapping]] = ..., document: _Optional[bytes] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ...) -> None: ...
 
 class OpenGenerate(_message.Message):
     __slots__ = ("model", "prompt", "chat", "num_chains", "max_new_tokens", "sampling", "timeout_s")

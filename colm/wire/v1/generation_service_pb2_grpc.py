@@ -52,8 +52,8 @@ class GenerationServiceServicer:
     """
 
     def Generate(self, request_iterator, context):
-        """The first request is `open`; pieces follow, in order; the client's half-close starts the work.
-        Exactly one `finished` ends the answer, or the call fails with a status.
+        """The first request is `open`; pieces follow, in order; `end_of_prompt` starts the work, whether or not the client
+        then closes its side. Exactly one `finished` ends the answer, or the call fails with a status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

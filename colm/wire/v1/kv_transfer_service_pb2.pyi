@@ -15,12 +15,14 @@ CODEC_UNSPECIFIED: Codec
 CODEC_RAW: Codec
 
 class PullKvRequest(_message.Message):
-    __slots__ = ("open", "token_ids")
+    __slots__ = ("open", "token_ids", "end_of_prompt")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    END_OF_PROMPT_FIELD_NUMBER: _ClassVar[int]
     open: OpenKvTransfer
     token_ids: _common_pb2.TokenIds
-    def __init__(self, open: _Optional[_Union[OpenKvTransfer, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ...) -> None: ...
+    end_of_prompt: _common_pb2.EndOfPrompt
+    def __init__(self, open: _Optional[_Union[OpenKvTransfer, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ...) -> None: ...
 
 class OpenKvTransfer(_message.Message):
     __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id")

@@ -47,9 +47,9 @@ class KvTransferServiceServicer:
     """
 
     def PullKv(self, request_iterator, context):
-        """The first request is `open`; token ids follow; the caller's half-close starts the work. `queued` comes while
-        the prompt waits, `started` once it does no longer. Tiles come layer by layer, within a layer in token order,
-        without gaps; `complete` follows the last one.
+        """The first request is `open`; token ids follow; `end_of_prompt` starts the work, whether or not the caller then
+        closes its side. `queued` comes while the prompt waits, `started` once it does no longer. Tiles come layer by
+        layer, within a layer in token order, without gaps; `complete` follows the last one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

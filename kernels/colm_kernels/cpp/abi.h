@@ -1,9 +1,9 @@
-// What crosses the border to Python (ctypes) and to the variants. Plain data only.
+// The data passed from Python (ctypes) to the library and from it to the variants: plain structs only.
 //
-// A variant is one translation unit built with its own target flags. Nothing that such a unit instantiates may be
-// shared with another: the linker keeps one copy of an inline function, and a copy built for AVX-512 would then run
-// on a CPU without it. So these headers hold no inline code, variants include nothing of the standard library but
-// C headers, and all their own code stands in unnamed namespaces.
+// A variant is one translation unit built with its own target flags. Two such units must not share instantiated code:
+// the linker keeps one copy of an inline function, and a copy built for AVX-512 would then run on a CPU without it. So
+// these headers hold no inline code, variants include only C headers of the standard library, and all their own code is
+// in unnamed namespaces.
 #pragma once
 #include <cstdint>
 
@@ -24,16 +24,17 @@ struct PrefillArgs {
     int64_t v_stride_k, v_stride_s;
     float scale;
     int32_t dtype;
-    const volatile int32_t* cancelled;  // set to non-zero by anyone to stop the call; may be null
+    const volatile int32_t* cancelled;  // any thread sets it to non-zero to stop the call; may be null
 
     // Rows are (query token, query head of one kv head), token-major: row = t * G + g. One item of work is a range of
     // rows of one kv head. Filled in by the launcher.
     int64_t rows_per_item;
 };
 
-// Dense attention of less: per list (of one kv head's or one query head's rows) and block of rows, which keys. The lists
-// stand one after the other, all row blocks of the first list first; `offsets` has one entry more than there are.
-// Ids ascend. A list's blocks hold block 0 and end with the diagonal ones; its columns lie in none of its blocks.
+// Attention over the key blocks and key columns that an index lists, for each list (of one kv head's or one query head's
+// rows) and row block. The ids of all row blocks of the first list come first; `offsets` has one entry more than lists
+// times row blocks. Ids ascend. Blocks begin with block 0 and end with the diagonal blocks; columns lie in no listed
+// block.
 struct SparsePrefillArgs {
     PrefillArgs dense;
     const int64_t* block_offsets;
@@ -164,13 +165,13 @@ struct LinearKernel {
     int64_t (*words_per_row)(int64_t in_dim);
 };
 
-// Rows or tokens [begin, end) of an operation that takes each by itself.
+// Rows or tokens [begin, end) of an operation on independent rows.
 template <class Args>
 struct RowsKernel {
     void (*run)(const Args&, int64_t begin, int64_t end);
 };
 
-// What one translation unit offers; a null `run` means the combination is left to another variant.
+// The kernels of one translation unit; a null `run` leaves the combination to another variant.
 struct Variant {
     PrefillKernel (*prefill)(int32_t dtype, int64_t head_dim);
     DecodeKernel (*decode)(int32_t page_dtype, int64_t head_dim);

@@ -21,7 +21,7 @@ bool cpu_supports(int32_t variant) {
 
 namespace {
 
-constexpr int kSteps = 1000, kChains = 12;  // 12 independent sums hide either instruction's latency
+constexpr int kSteps = 1000, kChains = 12;  // 12 independent sums hide the latency of either instruction
 
 __attribute__((target("avx512f"))) float sum_with_fma() {
     __m512 acc[kChains];

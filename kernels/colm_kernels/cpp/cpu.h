@@ -6,6 +6,6 @@ enum VariantId : int32_t { kAvx2 = 0, kAvx512 = 1, kAvx512Bf16 = 2, kNumVariants
 
 bool cpu_supports(int32_t variant);
 
-// Whether VDPBF16PS does more multiplications a second here than fp32 FMA. Measured once: AMD's Zen 4 does twice as
-// many, Intel's Sapphire Rapids half as many, and no CPUID bit says so.
+// Whether VDPBF16PS does more multiplications a second on this CPU than fp32 FMA. It is measured once, since no CPUID
+// bit tells: AMD's Zen 4 does twice as many, Intel's Sapphire Rapids half as many.
 bool bf16_dot_pays();

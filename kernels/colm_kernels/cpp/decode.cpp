@@ -53,7 +53,7 @@ void merge(const DecodeArgs& args, const DecodeItem* begin, const DecodeItem* en
 
 constexpr int64_t kMostQueries = 16;  // of one request; MAX_QUERY_TOKENS of decode_attention.py
 
-// Whether every request's queries, length and pages lie within what was given.
+// Whether every request's queries, length and page ids lie within the tensors given.
 bool fits(const DecodeArgs& args) {
     if (args.cu_seqlens_q[0] != 0 || args.cu_seqlens_q[args.num_requests] != args.num_queries) return false;
     for (int64_t r = 0; r < args.num_requests; ++r) {
@@ -68,8 +68,8 @@ bool fits(const DecodeArgs& args) {
     return true;
 }
 
-// Every context is divided at multiples of this, however many threads there are and whatever else is in the batch:
-// a request's result is the same bits in any company.
+// Every context is divided at multiples of this, for any number of threads and any batch, so that a request's result
+// has the same bits in every batch.
 constexpr int64_t kTokensPerItem = 1024;
 
 }  // namespace

@@ -1,13 +1,14 @@
-// The query tokens of one request against a range of its context, read in place from the pages. Include after a vec_*.h.
+// Attention of one request's query tokens to a range of its context, read in place from the pages. Include after a
+// vec_*.h.
 //
-// The work is bounded by memory, so a key or value is read once for all query heads and query tokens of its kv head.
-// The block after is asked for meanwhile, a little with every token, in the order of its addresses, of which hardware can
-// look ahead too: asking head by head, as the arithmetic goes, was a fifth slower. In fp32 keys are transposed as they are
-// widened, so that scores come out a vector of tokens at a time and no sum runs across lanes; products of bf16 pairs take
-// keys as they lie.
+// Memory bounds the work, so a key or value is read once for all query heads and query tokens of its kv head. Meanwhile
+// the next block is prefetched, a little with every token, in the order of its addresses, so that hardware can prefetch
+// too: prefetching head by head, as the arithmetic goes, was a fifth slower. In fp32 keys are transposed as they are
+// widened, so that scores come out a vector of tokens at a time and no sum runs across lanes. Products of bf16 pairs
+// read keys untransposed.
 //
-// What a row adds up, and in which order, depends on its own context alone: not on the rows beside it, nor on the range
-// an item ends with. A query's result is so the same bits alone, among drafts and in any batch.
+// The terms of a row's sums and their order depend on its own context only, not on the rows beside it nor on an item's
+// last range. So a query's result has the same bits alone, among drafts and in any batch.
 #pragma once
 #include <cfloat>
 #include <cstring>
@@ -17,7 +18,7 @@
 
 namespace {
 
-// Op is the arithmetic of the scores: fp32, or products of bf16 pairs where pages and queries are bf16.
+// Op is the arithmetic of the scores: fp32, or products of bf16 pairs if pages and queries are bf16.
 template <class Op, class In, int D>
 struct Decode {
     static constexpr bool kPairs = Op::kPerWord == 2;
@@ -77,8 +78,8 @@ struct Decode {
         for (int i = block->count; i < kBlock; ++i) block->rows[i] = row - 1;
     }
 
-    // Asks for a block of one pool, all its heads, in the order of its addresses: what hardware can look ahead of. One
-    // step asks for as much as one head of one token.
+    // Prefetches a block of one pool, all its heads, in the order of its addresses, so that hardware can prefetch too.
+    // One step prefetches as much as one head of one token.
     struct Ahead {
         const In* pool;
         const Block* block;
@@ -98,7 +99,7 @@ struct Decode {
         }
     };
 
-    // Widened and transposed keys of one head.
+    // Widens and transposes the keys of one head.
     static void pack_keys(const In* keys, int64_t stride, const Block& block, float* packed) {
         for (int first = 0; first < block.count; first += kLanes) {
             float* panel = packed + first / kPanel * kPanel * D + first % kPanel;
@@ -132,7 +133,7 @@ struct Decode {
         }
     }
 
-    // Scores of kRows rows against the block; asks once a token.
+    // Scores of kRows rows against the block; prefetches one step a token.
     template <int kRows, class Ask>
     static void score(const float* queries, const float* keys, int num_padded, float* scores, Ask ask) {
         constexpr int kPanels = kBlock / kPanel;
@@ -186,7 +187,7 @@ struct Decode {
         return reinterpret_cast<__m512bh>(_mm512_zextsi256_si512(half));
     }
 
-    // The same from keys as they lie, a dot product along the head dim at a time.
+    // The same scores from untransposed keys, one dot product along the head dim at a time.
     template <int kRows, class Ask>
     static void score_pairs(const uint16_t* queries, const In* keys, int64_t stride, const Block& block, int num_padded,
                             float* scores, Ask ask) {
@@ -228,7 +229,7 @@ struct Decode {
         }
     }
 
-    // A scale that is not finite meets every element before they are summed, as infinities of both signs make NaN.
+    // A scale that is not finite multiplies every element before the sum, since infinities of both signs must give NaN.
     static void apply_unusual_scales(float* packed, int count, float* scales) {
         for (int i = 0; i < count; ++i) {
             if (scales[i] - scales[i] == 0.0f) continue;
@@ -238,7 +239,7 @@ struct Decode {
         }
     }
 
-    // The first `count` entries by their tokens' scales; the others, up to a whole vector, become zero.
+    // Multiplies the first `count` entries by their tokens' scales; the others, up to a whole vector, become zero.
     static void scale_row(float* row, int count, const float* scales) {
         for (int i = 0; i < count; i += kLanes) {
             const int left = count - i < kLanes ? count - i : kLanes;
@@ -340,7 +341,7 @@ struct Decode {
                 const bool packed = rows > kRowTile;
                 if (packed) pack_values(values, stride, block, ask_values, ws.values);
                 for (int64_t row = 0; row < rows;) {
-                    // Rows of one query token see the same tokens; a weight of zero would not keep out infinity.
+                    // Rows of one query token see the same tokens. A weight of zero times infinity would be NaN.
                     const int64_t end = all_visible ? rows : row + group;
                     const int count = visible(row);
                     in_tiles(row, end, [&]<int kRows>(int64_t r) {

@@ -1,4 +1,5 @@
-// What the launchers share: a thread's workspace, and which variant has a kernel. For files of the plain target alone.
+// Shared by the launchers: a thread's workspace and the lookup of a variant's kernel. Only for files without target
+// flags.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -6,15 +7,15 @@
 #include "abi.h"
 #include "pool.h"
 
-// What Python may call.
+// The functions that Python calls.
 #define COLM_EXPORT extern "C" __attribute__((visibility("default")))
 
-constexpr int64_t kFewestBytesPerThread = 256 << 10;  // less is read before another thread has woken
+constexpr int64_t kFewestBytesPerThread = 256 << 10;  // fewer are read before another thread has woken
 
 inline int64_t element_bytes(int64_t dtype) { return dtype == kInt8 ? 1 : dtype == kBfloat16 ? 2 : 4; }
 
-// Memory of the calling thread, kept between calls: fresh pages for every item would cost more than some items. What
-// it held is lost when more is asked for. Null where there is none.
+// Memory of the calling thread, kept between calls, since fresh pages for every item would cost more than some items.
+// Its contents are lost when a larger size is requested. Null if the allocation fails.
 unsigned char* workspace(int64_t num_bytes);
 
 extern const Variant* const kVariants[];
@@ -29,7 +30,7 @@ Kernel select(int32_t variant, Select of) {
     return {};
 }
 
-// Run an operation that takes each row by itself on as many threads as its bytes are worth.
+// Run an operation on independent rows, with a number of threads that fits its bytes.
 template <class Args>
 Status run_rows(const Args& args, RowsKernel<Args> kernel, int64_t num_rows, int64_t num_bytes, int num_threads) {
     if (kernel.run == nullptr) return kUnsupported;

@@ -1,4 +1,4 @@
-// What Python asks of the library as a whole, and what the launchers share.
+// Functions for Python that concern the whole library, and the code that the launchers share.
 #include <cstdlib>
 
 #include "cpu.h"
@@ -24,7 +24,7 @@ unsigned char* workspace(int64_t num_bytes) {
         if (memory.data == nullptr) memory.num_bytes = 0;
     }
 #ifdef __SANITIZE_ADDRESS__
-    // What an earlier, larger call left over is not this call's to touch.
+    // This call must not touch the rest of an earlier, larger call's memory.
     ASAN_UNPOISON_MEMORY_REGION(memory.data, memory.num_bytes);
     if (memory.data != nullptr) ASAN_POISON_MEMORY_REGION(memory.data + num_bytes, memory.num_bytes - num_bytes);
 #endif

@@ -8,10 +8,10 @@
 namespace {
 
 constexpr int64_t kLinearTile = 4;  // outputs that the kernel takes at once
-// Small enough that there is little to wait for at the end, large enough that reading gets into its stride.
+// Small enough that threads end at nearly the same time, large enough that reading reaches its full rate.
 constexpr int64_t kFewestLinearItemBytes = 64 << 10, kMostLinearItemBytes = 1 << 20, kLinearItemsPerThread = 16;
 
-// How the outputs of the blocks of a staircase are divided.
+// Divides the outputs of the blocks of a staircase into items.
 struct LinearSplit {
     int64_t item_bytes, width;
 
@@ -51,7 +51,7 @@ int32_t colm_linear(LinearArgs* args, int32_t variant, int32_t num_threads) {
         width};
     int64_t num_items = 0;
     for (int64_t i = 0; i < args->num_blocks; ++i) num_items += split.num_items(args->blocks[i]);
-    // Never asked for again below, so it stays in place until the call ends.
+    // No further workspace is requested below, so this one stays in place until the call ends.
     auto* words = reinterpret_cast<float*>(workspace(4 * args->num_rows * kernel.words_per_row(args->in_dim)));
     if (words == nullptr) return kOutOfMemory;
     kernel.prepare(*args, words);

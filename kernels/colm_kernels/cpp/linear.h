@@ -1,8 +1,8 @@
 // Few rows times the transpose of a weight matrix. Include after a vec_*.h.
 //
-// The work is bounded by reading the weights, so each weight row is taken from memory once, for all rows of x. The sum
-// of one output runs over its inputs in an order that depends on nothing else: neither on the other rows of x nor on
-// the tile it falls into. So a row's results are bit-identical in whatever company it is computed.
+// Reading the weights bounds the work, so each weight row is read from memory once for all rows of x. The order in
+// which an output's inputs are summed depends neither on the other rows of x nor on the tile of the output. So a row's
+// results are bit-identical beside any other rows.
 #pragma once
 #include "abi.h"
 
@@ -14,15 +14,16 @@ struct Linear {
     static constexpr int kStep = kParts * kLanes;
     static constexpr int kOuts = 4, kRows = kLanes / kOuts;  // a tile has one sum a lane: reduced all at once
 
-    // Long sums are taken in segments: the rounding errors of one long chain of additions would show.
+    // Long sums are split into segments: one long chain of additions would have larger rounding errors.
     static constexpr int64_t kSegment = 2048;
     static_assert(kSegment % kStep == 0);
 
-    // Measured on a Xeon with 48 KiB of L1: 4096 inputs of bf16 read at 13 GB/s so, at 10 GB/s with the tile after.
+    // Measured on a Xeon with 48 KiB of L1: 4096 inputs of bf16 read at 13 GB/s with this limit, and at 10 GB/s if the
+    // whole next tile is fetched.
     static constexpr int64_t kTileBytes = 20 << 10, kFurtherBytes = 1 << 10;
 
     static int64_t words_per_row(int64_t in_dim) {
-        // One vector more, so that rows of a power of two do not fall on the same lines of L1.
+        // One more vector, so that rows of a power of two do not map to the same lines of L1.
         return (in_dim + kStep - 1) / kStep * kStep + kLanes;
     }
 
@@ -31,15 +32,15 @@ struct Linear {
     static void widen(const float* from, Vec* parts) { parts[0] = load(from); }
     static void widen(const uint16_t* from, Vec* parts) { split_pairs(load_pairs(from), parts, parts + 1); }
 
-    // The first `count` elements as if zeros followed.
+    // The first `count` elements, followed by zeros.
     static void widen_tail(const In* from, int64_t count, Vec* parts) {
         alignas(64) In whole[kStep] = {};
         for (int64_t i = 0; i < count; ++i) whole[i] = from[i];
         widen(whole, parts);
     }
 
-    // x as words: widened once a call, in the order in which weights widen. A block whose inputs end inside a vector
-    // must not see those of the next chain, be they NaN, so it masks its last vector itself.
+    // x as words, widened once a call into the order of widened weights. A block whose inputs end inside a vector masks
+    // that vector itself, so that it does not read the next chain's inputs, which may be NaN.
     static void prepare(const LinearArgs& args, float* words) {
         const int64_t in_dim = args.in_dim, stride = words_per_row(in_dim), whole = in_dim / kStep * kStep;
         for (int64_t row = 0; row < args.num_rows; ++row, words += stride) {
@@ -166,8 +167,8 @@ struct Linear {
 
     static void run(const LinearArgs& args, const LinearBlock& block, int64_t begin, int64_t end) {
         const int64_t in_dim = block.in_dim;
-        // The tile after this one, as weight rows lie one behind the other. Where two would not fit into L1, a little
-        // further along each row.
+        // Fetch the next tile, since weight rows lie one behind the other. If two tiles do not fit into L1, fetch a
+        // little further along each row instead.
         const int64_t tile_elements = kOuts * in_dim;
         const int64_t ahead = tile_elements * static_cast<int64_t>(sizeof(In)) <= kTileBytes
                                   ? tile_elements
@@ -176,7 +177,7 @@ struct Linear {
             const int count_outs = static_cast<int>(end - out < kOuts ? end - out : kOuts);
             const In* weights[kOuts];
             for (int i = 0; i < kOuts; ++i) {
-                // Where fewer are left, the last is repeated and its copies are dropped.
+                // If fewer are left, the last is repeated and the results of its copies are dropped.
                 const int64_t at = out + (i < count_outs ? i : count_outs - 1);
                 weights[i] = static_cast<const In*>(block.weight) + at * in_dim;
             }

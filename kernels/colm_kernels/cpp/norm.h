@@ -1,4 +1,4 @@
-// RMSNorm of rows, chain by chain, with what is added to them on the way. Include after a vec_*.h.
+// RMSNorm of rows, chain by chain, after an optional addition of delta. Include after a vec_*.h.
 #pragma once
 #include "abi.h"
 
@@ -8,7 +8,7 @@ template <class In>
 struct Norm {
     static constexpr int kSums = 4;  // running sums: enough to hide the latency of an addition
 
-    // x += delta where there is one, rounded as it is stored; the sum of squares of what x then holds.
+    // Adds delta to x if there is one, rounded as stored; returns the sum of squares of the stored x.
     template <bool kAdd>
     static float sum_of_squares(In* x, const In* delta, int64_t dim) {
         Vec sums[kSums] = {zero(), zero(), zero(), zero()};

@@ -39,7 +39,7 @@ class Pool {
                 try {
                     std::thread([this] { serve(); }).detach();
                 } catch (const std::system_error&) {
-                    break;  // no more threads to be had; the caller does the work
+                    break;  // no more threads are available; the caller does the work
                 }
                 ++num_workers_;
                 ++num_idle_;

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kRowAlign = 48;       // a row block of the kernel
 constexpr int64_t kMostRows = 1536;     // an item's queries and output stay near the second-level cache
-constexpr int64_t kFewestRows = 384;    // below this, packing keys shows: each item packs for itself
+constexpr int64_t kFewestRows = 384;    // with fewer, packing takes a visible share, since each item packs its own keys
 constexpr int64_t kItemsPerThread = 3;  // so that the last items even out
 
 int64_t choose_rows_per_item(int64_t total_rows, int64_t num_kv_heads, int num_threads) {

@@ -1,7 +1,7 @@
-// Attention of a range of rows of one kv head to its keys, all of them or a list, with the softmax done online.
+// Attention of a range of rows of one kv head to all of its keys or to listed ones, with an online softmax.
 //
-// What is sparse differs from what is dense in where the next key lies, and in nothing else: a list in ascending order
-// that ends with the keys around the diagonal is causal like a sequence, so a row sees a prefix of either.
+// Sparse and dense attention differ only in where the next key lies: a list in ascending order that ends with the keys
+// around the diagonal is causal like a sequence, so a row sees a prefix of either.
 //
 // Keys are taken in chunks that fit the second-level cache. A chunk is packed once and then read by every row block
 // of the item, whatever its query head, so packing is a small part even when a tile of a few hundred queries meets a
@@ -24,13 +24,13 @@ constexpr int kScoreVecs = 4;
 constexpr int kScoreVecs = 2;
 #endif
 constexpr int kScoreRows = 6;               // kScoreRows x kScoreVecs accumulators, the row of B and one broadcast
-constexpr int kFewRows = 2;                 // of the tiles for what rows are left
+constexpr int kFewRows = 2;                 // rows of the smaller tiles for the rows that are left
 constexpr int kPanel = kScoreVecs * kLanes;  // keys of one packed panel
 constexpr int kRowBlock = 48;               // a multiple of every tile's rows
 constexpr int kKeyBlock = 256;              // keys between two steps of the softmax; 128 to 512 differ by 3 %
 constexpr int kChunk = 512;                 // keys packed at a time; K and V of a chunk at head dim 64 are 128-256 KiB
-constexpr int kFetchKeys = 4;               // of the next chunk, asked for with every tile of scores
-// Past the row's own words, so that rows do not fall on the same cache sets.
+constexpr int kFetchKeys = 4;               // keys of the next chunk that are fetched with every tile of scores
+// Padding after a row's words, so that rows do not map to the same cache sets.
 constexpr int kScorePad = 16;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -105,7 +105,7 @@ struct Prefill {
         for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(panel + (word + i) * kPanel), words[i]);
     }
 
-    // Panels are filled kLanes keys at a time, those past the last with zeros: panels are multiplied whole.
+    // Panels are filled kLanes keys at a time, with zeros past the last key, since panels are multiplied whole.
     template <class Rows>
     static void pack_keys(Rows key_row, int num_keys, Word* packed) {
         const int num_padded = static_cast<int>(round_up(num_keys, kPanel));
@@ -121,14 +121,14 @@ struct Prefill {
                     for (int i = 0; i < kLanes; ++i) words[i] = load(reinterpret_cast<const float*>(keys[i]) + word);
                     store_words(words, panel, word);
                 }
-                // Half a vector of words is left where D / kPerWord is not a multiple of the lanes.
+                // Half a vector of words is left if D / kPerWord is not a multiple of the lanes.
                 for (int word = kWhole; word < kDimWords; ++word) {
                     for (int i = 0; i < kLanes; ++i) {
                         memcpy(panel + word * kPanel + i, keys[i] + word * Op::kPerWord, sizeof(Word));
                     }
                 }
             } else {
-                // Two numbers share a lane on their way, which halves the shuffling.
+                // Two bf16 numbers share a lane in the transpose, which halves the shuffles.
                 constexpr int kWhole = kDimWords / (2 * kLanes) * 2 * kLanes;
                 for (int word = 0; word < kWhole; word += 2 * kLanes) {
                     for (int i = 0; i < kLanes; ++i) words[i] = load_pairs(keys[i] + word);
@@ -196,7 +196,7 @@ struct Prefill {
                                         num_padded, scale_log2, ws.maximum + row0 + row, ws.sum + row0 + row,
                                         decay + row);
         }
-        // Tiles may reach past the last row, where the block's padding takes the result.
+        // Tiles may reach past the last row, into the block's padding.
         for (int row = static_cast<int>(round_up(num_rows, kLanes)); row < kRowBlock; ++row) decay[row] = 0.0f;
         const Word* weights = reinterpret_cast<const Word*>(ws.scores);
         const Word* values = ws.values + static_cast<int64_t>(key0 / Op::kPerWord) * D;
@@ -267,7 +267,7 @@ struct Prefill {
             const int chunk_keys = static_cast<int>(left < kChunk ? left : kChunk);
             pack_keys([&](int i) { return k + keys.position(chunk + i) * args.k_stride_s; }, chunk_keys, ws.keys);
             pack_values([&](int i) { return v + keys.position(chunk + i) * args.v_stride_s; }, chunk_keys, ws.values);
-            // Listed keys lie where no hardware looks ahead. All at once they would fill its queues: a few at a time.
+            // Hardware does not prefetch listed keys. They are fetched a few at a time: all at once would fill its queues.
             int64_t fetched = chunk + kChunk;
             const int64_t last = fetched + kChunk < num_visible_keys ? fetched + kChunk : num_visible_keys;
             const auto fetch = [&] {
@@ -331,7 +331,7 @@ struct Prefill {
         const int64_t num_columns = args.column_offsets[at + 1] - args.column_offsets[at];
         const int64_t past = dense.num_keys - dense.num_queries;  // keys before the tile
         const int64_t first_diagonal = (past + token) / args.key_block, last_diagonal = (past + end - 1) / args.key_block;
-        // What the list holds before its first diagonal block takes the place of all the keys there are before it.
+        // The listed keys before the first diagonal block take the place of all keys before it.
         const int64_t listed = num_columns + (num_blocks - (last_diagonal - first_diagonal + 1)) * args.key_block;
         const ListedKeys keys{past + listed - first_diagonal * args.key_block, args.column_ids + args.column_offsets[at],
                         args.block_ids + args.block_offsets[at], num_columns, __builtin_ctzll(args.key_block)};

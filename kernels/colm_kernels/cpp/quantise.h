@@ -1,7 +1,7 @@
 // Symmetric int8 of keys or values, one scale a token and head. Include after a vec_*.h.
 //
-// Every bit is defined: kv_quantise.py holds its PyTorch twin to equality, so there is no product that a compiler could
-// fuse with an addition.
+// Every bit is defined, since the result must equal the PyTorch reference in kv_quantise.py. So there is no product
+// that a compiler could fuse with an addition.
 #pragma once
 #include "abi.h"
 
@@ -9,7 +9,7 @@ namespace {
 
 template <class In>
 struct Quantise {
-    // The bits of a row's largest magnitude.
+    // Returns the bits of a row's largest magnitude.
     static uint32_t largest(const In* x, int64_t dim) {
         Vec best = zero();
         for (int64_t i = 0; i < dim; i += kLanes) best = max_magnitude(best, magnitude(load_some(x + i, dim - i)));

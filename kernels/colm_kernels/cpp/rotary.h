@@ -1,4 +1,4 @@
-// Rotary embedding of heads in the half-split layout, into place or into the rows of a cache. Include after a vec_*.h.
+// Rotary embedding of heads in the half-split layout, in place or into the rows of a cache. Include after a vec_*.h.
 #pragma once
 #include "abi.h"
 

@@ -6,7 +6,7 @@
 
 namespace {
 
-// Two vectors of weights from scores i .. as the words that the product with V reads.
+// Stores two vectors of weights, for the scores from i on, as the words that the product with V reads.
 template <class Op>
 inline void store_weights(float* scores, int i, Vec a, Vec b) {
     if constexpr (Op::kPerWord == 1) {
@@ -22,8 +22,8 @@ inline void store_weights(float* scores, int i, Vec a, Vec b) {
 
 // Replace the scores of up to kLanes rows by their weights exp(scale * (score - row maximum)), in place, `num_padded` a
 // row (a multiple of two vectors); those at num_visible[row] and past it are zero. The scale is applied here, in fp32,
-// with log2(e) in it. `maximum`, `sum` and `decay` have kLanes entries; decay becomes the factor by which what a row
-// has gathered so far must shrink.
+// with log2(e) in it. `maximum`, `sum` and `decay` have kLanes entries; decay becomes the factor by which a row's output
+// so far must be multiplied.
 template <class Op, bool kCoarse>
 inline void soften(float* scores, int64_t stride, int num_rows, const int* num_visible, int num_padded,
                    float scale_log2, float* maximum, float* sum, float* decay) {

@@ -6,7 +6,7 @@ namespace {
 
 template <class In>
 struct Swiglu {
-    // x / (1 + exp(-x)) with the exponential of what is not positive, which never overflows.
+    // x / (1 + exp(-x)), computed with the exponential of -|x|, which never overflows.
     static Vec silu(Vec x) {
         const Vec decay = exp2<sizeof(In) == 2>(mul(magnitude(x), splat(-1.44269504088896340736f)));
         const Vec positive = max(zero(), x), negative = max(zero(), sub(zero(), x));

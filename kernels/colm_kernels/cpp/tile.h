@@ -1,4 +1,4 @@
-// The register tile both products of attention are made of. Include after a vec_*.h.
+// The register tile of both products of attention. Include after a vec_*.h.
 #pragma once
 #include <cstdint>
 
