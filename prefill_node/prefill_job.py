@@ -17,11 +17,8 @@ from numpy.typing import NDArray
 from colm.errors import InvalidRequest, TransferSuperseded
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KV_START, KvPosition
+from colm.wire.tile_codec import WINDOW_BYTES
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
-
-WINDOW_BYTES = 16 << 20
-"""A job with as many bytes in its window takes no further step: enough to keep the wire busy, little enough to notice a
-slow reader. One tile of the engine's more than that is held at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,13 +68,13 @@ class PrefillJob:
 
     @property
     def is_computed(self) -> bool:
-        """Every tile has been produced."""
-        return self._produced == self.end
+        """There is nothing to compute any more."""
+        return self.end in (self._produced, self.acknowledged)
 
     @property
     def is_over(self) -> bool:
         """Every tile has been stored by the reader."""
-        return self.is_computed and self.acknowledged == self.end
+        return self.acknowledged == self.end
 
     @property
     def has_reader(self) -> bool:
@@ -190,14 +187,23 @@ class JobStream:
         self._epoch = order.epoch
         self._read = order.resume_from
         self._number = job.first_number
+        self._has_ended = False
+        self._error: BaseException | None = None
+
+    def end(self, error: BaseException | None) -> None:
+        """The reader acknowledges nothing more; with an error, it gets nothing more either."""
+        self._has_ended, self._error = True, error
+        self.news.set()
 
     def require_current(self) -> None:
         """Refuse to go on for a stream whose job has been taken over, or given up.
 
         Raises:
             TransferSuperseded: a newer stream reads the job.
-            BaseException: what the job failed with.
+            BaseException: what the stream ended with, or what the job failed with.
         """
+        if self._error is not None:
+            raise self._error
         if self.job.stream is not self:
             raise TransferSuperseded(f"transfer {self.job.transfer_id!r} is read in epoch {self.job.epoch} by now")
         if self.job.error is not None:
@@ -223,14 +229,35 @@ class JobStream:
 
         Raises:
             TransferSuperseded: a newer stream reads the job.
-            BaseException: what the job failed with, after its tiles.
+            InvalidRequest: the window is full, and the reader will not acknowledge anything more.
+            BaseException: what the stream ended with; what the job failed with, after its tiles.
         """
         while self._read < self.job.end:
             self.news.clear()
             if (tile := self.take()) is not None:
                 yield tile
+            elif self._has_ended and not self.job.has_room:
+                raise InvalidRequest(
+                    "acknowledged",
+                    self.job.acknowledged,
+                    f"the caller closed its side; with {WINDOW_BYTES} bytes that are not acknowledged no more is sent",
+                )
             else:
                 await self.news.wait()
+
+    async def until_stored(self) -> None:
+        """Wait until the reader has acknowledged everything, or will acknowledge nothing more.
+
+        Raises:
+            TransferSuperseded: a newer stream reads the job.
+            BaseException: what the stream ended with.
+        """
+        while not self.job.is_over:
+            self.news.clear()
+            self.require_current()
+            if self._has_ended:
+                return
+            await self.news.wait()
 
     def acknowledge(self, position: KvPosition) -> None:
         """Everything before a position has been stored.

@@ -83,7 +83,7 @@ class PrefillLoop:
         job = PrefillJob(order, place=next(self._places), kv_format=self._engine.kv_format, on_change=self.look_again)
         self._jobs[order.transfer_id] = job
         stream = self._attached(job, order)
-        if not job.is_started and (num_others := len(self._waiting()) - 1) >= self._max_queued:
+        if job in self._waiting() and (num_others := len(self._waiting()) - 1) >= self._max_queued:
             self._forget(job)
             raise CapacityExceeded(f"{num_others} requests wait for this prefill node already; try again later")
         return stream
@@ -98,7 +98,7 @@ class PrefillLoop:
         Raises:
             TransferSuperseded: a newer stream reads the job.
         """
-        while not stream.job.is_started:
+        while not (stream.job.is_started or stream.job.is_over):
             stream.news.clear()
             await beat(sum(job.place < stream.job.place for job in self._waiting()))
             if not stream.news.is_set():
@@ -110,6 +110,12 @@ class PrefillLoop:
         job = stream.job
         if job.stream is stream:
             job.stream, job.lease_ends_s = None, self._clock.now() + self._lease_s
+            self.look_again()
+
+    def give_up(self, stream: JobStream) -> None:
+        """The stream's caller wants no more of its job: stop it inside its kernels, and forget it."""
+        if stream.job.stream is stream and stream.job.transfer_id in self._jobs:
+            self._forget(stream.job)
             self.look_again()
 
     def look_again(self) -> None:

@@ -42,6 +42,7 @@ GRPC = (
     "decode_node/service.py",
     "decode_node/node.py",
     "decode_node/kv_receiver.py",
+    "decode_node/kv_requests.py",
     "cluster/generation_service.py",
     "cluster/decode_calls.py",
     "cluster/replicas/gateway.py",

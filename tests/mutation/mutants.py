@@ -245,8 +245,8 @@ MUTANTS = (
     Mutant(
         "the epoch never grows",
         "decode_node/kv_fetch.py",
-        "epoch=account.num_kv_streams",
-        "epoch=1",
+        "account.num_kv_streams = ledger.begin()",
+        "account.num_kv_streams = ledger.epoch = 1",
         _FETCH + "test_a_node_that_fails_is_replaced_under_a_new_epoch",
     ),
     Mutant(
@@ -308,7 +308,7 @@ MUTANTS = (
     Mutant(
         "a tile of an older epoch is stored",
         "decode_node/transfer_ledger.py",
-        "self._expect(epoch == self._epoch,",
+        "self._expect(epoch == self.epoch,",
         "self._expect(True,",
         _STREAM + "test_a_real_tile_of_a_broken_stream_is_void_in_the_next_one",
     ),
@@ -332,7 +332,7 @@ MUTANTS = (
         "prefill_node/prefill_job.py",
         "return self._window_bytes < WINDOW_BYTES",
         "return True",
-        _STREAM + "test_a_reader_that_does_not_read_stops_the_engine_and_gets_all_when_it_does",
+        _STREAM + "test_a_reader_that_stores_nothing_stops_the_engine_and_gets_all_when_it_does",
     ),
     Mutant(
         "a cancelled engine computes its tile to the end",
@@ -341,6 +341,36 @@ MUTANTS = (
         "                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)\n",
         "                    x_TD += layer.after_attention(x_TD, out_THE.flatten(1), rows)\n",
         _PREFILL + "test_a_cancelled_engine_ends_between_two_operations_of_its_tile",
+    ),
+    Mutant(
+        "every stream brings everything",
+        "prefill_node/service.py",
+        "token_ids=token_ids, resume_from=position\n",
+        "token_ids=token_ids\n",
+        "tests/fault/test_resume.py::test_the_node_that_holds_the_job_goes_on_and_computes_nothing_twice",
+    ),
+    Mutant(
+        "a cancelled transfer waits for its lease",
+        "prefill_node/service.py",
+        "                    self._loop.give_up(stream)\n",
+        "",
+        "tests/fault/test_resume.py::test_a_transfer_that_is_given_up_is_forgotten_at_once",
+    ),
+    Mutant(
+        "the end of a transfer is not acknowledged",
+        "decode_node/kv_requests.py",
+        "if self._unsaid_bytes >= ACKNOWLEDGE_BYTES or is_last:",
+        "if self._unsaid_bytes >= ACKNOWLEDGE_BYTES:",
+        "tests/unit/test_kv_requests.py::"
+        "test_positions_are_said_when_they_are_worth_a_message_the_newest_alone_and_the_end_in_any_case",
+    ),
+    Mutant(
+        "the node that holds the job is no better than another",
+        "decode_node/prefill_pool.py",
+        "(node.address != preferred, max(",
+        "(False, max(",
+        "tests/unit/test_prefill_pool.py::"
+        "test_a_node_that_holds_the_prompt_already_is_lent_although_it_failed_unless_it_is_busy",
     ),
     Mutant(
         "a later prompt goes before an earlier one",

@@ -120,7 +120,7 @@ class JobMachine(RuleBasedStateMachine):
     def nothing_is_lost(self) -> None:
         if hasattr(self, "job"):
             self.job.check_integrity()
-            assert self.job.is_computed == (self.produced == END)
+            assert self.job.is_computed == (END in (self.produced, self.job.acknowledged))
             for layer in range(FORMAT.num_layers):
                 num_stored = (
                     NUM_TOKENS if layer < self.position.layer else self.position.token * (layer == self.position.layer)
