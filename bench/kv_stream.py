@@ -1,7 +1,8 @@
 """Bytes per second of the KV stream over loopback gRPC: `python -m bench.kv_stream --json`.
 
 A server process sends the same tile again and again; this process reads, verifies and stores it as a decode node does.
-Contenders run in turn: our codec without and with TLS, and protobuf's generated classes for the same messages.
+Contenders run in turn: our codec, acknowledged as between the nodes, without and with TLS; the same without a word from
+the reader; and protobuf's generated classes for the same messages.
 """
 
 import asyncio
@@ -23,12 +24,16 @@ from bench.harness.contest import Case, Contest
 from bench.harness.environment import peak_memory_bytes
 from bench.harness.suite import Options, arguments, positive, run
 from colm.kv import KvFormat, KvTile
+from colm.kv_position import KV_START
 from colm.wire.endpoint import bind, create_server, open_blocking_channel
 from colm.wire.security import Security, new_tls
-from colm.wire.tile_codec import METHOD, SERVICE, decode_message, decode_tile, encode_tile
+from colm.wire.tile_codec import METHOD, SERVICE, WINDOW_BYTES, decode_message, decode_tile, encode_tile
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
+from decode_node.kv_fetch import KvTransfer
 from decode_node.kv_layout import KvLayout
+from decode_node.kv_requests import KvRequests
 from decode_node.kv_store import KvStore
+from decode_node.transfer_ledger import TransferLedger
 
 FORMAT = KvFormat(num_layers=1, num_kv_heads=8, head_dim=64, dtype=torch.bfloat16)
 LAYOUT = KvLayout(FORMAT, page_tokens=64)
@@ -56,19 +61,20 @@ class StreamCase(Case):
 
     @contextmanager
     def contest(self, seed: int) -> Iterator[Contest]:
-        """Our codec without and with TLS, and the generated classes."""
+        """Our codec, the same with TLS and without acknowledgements, and the generated classes."""
         tile, tls = tile_of(self.message_bytes, seed), new_tls()
         server, client = Security(tls=tls), Security(tls=tls.for_clients())
         stream = partial(_stream, self, seed)
         yield Contest(
             check=partial(check, tile),
             contenders={
-                "ours": partial(stream, "ours", Security(), Security()),
-                "ours_tls": partial(stream, "ours", server, client),
-                "protobuf": partial(stream, "protobuf", Security(), Security()),
+                "ours": partial(stream, "ours", True, Security(), Security()),
+                "ours_tls": partial(stream, "ours", True, server, client),
+                "ours_unacknowledged": partial(stream, "ours", False, Security(), Security()),
+                "protobuf": partial(stream, "protobuf", False, Security(), Security()),
             },
             ours="ours",
-            against=("protobuf", "ours_tls"),
+            against=("protobuf", "ours_tls", "ours_unacknowledged"),
             compared_by="gb_per_s",
         )
 
@@ -116,20 +122,36 @@ def check(tile: KvTile) -> None:
         decode_tile(message.tile, payload, FORMAT)  # raises where the checksum is another one
 
 
-def send(case: StreamCase, seed: int, codec: str, security: Security, port: Connection) -> None:
-    """Run the sender's process: report its port and answer calls until it is ended."""
-    asyncio.run(_serve(case, seed, codec, security, port))
+def send(case: StreamCase, seed: int, codec: str, is_acknowledged: bool, security: Security, port: Connection) -> None:
+    """The sender's process: says its port and answers until it is ended."""
+    asyncio.run(_serve(case, seed, codec, is_acknowledged, security, port))
 
 
-async def _serve(case: StreamCase, seed: int, codec: str, security: Security, port: Connection) -> None:
+async def _serve(
+    case: StreamCase, seed: int, codec: str, is_acknowledged: bool, security: Security, port: Connection
+) -> None:
     tile, encode = tile_of(case.message_bytes, seed), CODECS[codec].encode
 
-    async def pull(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
-        for _index in range(case.num_messages):
+    async def pull(requests: AsyncIterator[pb.PullKvRequest], context: grpc.aio.ServicerContext) -> None:
+        num_stored, news = 0, asyncio.Event()
+
+        async def listen() -> None:
+            nonlocal num_stored
+            async for request in requests:
+                position = request.acknowledged
+                num_stored = max(num_stored, position.layer * case.num_messages + position.token)
+                news.set()
+
+        listening = asyncio.create_task(listen())
+        for num_sent in range(case.num_messages):
+            while is_acknowledged and (num_sent - num_stored) * case.message_bytes >= WINDOW_BYTES:
+                news.clear()
+                await news.wait()
             await context.write(encode(tile))
+        await listening
 
     server = create_server(security)
-    handler = grpc.stream_stream_rpc_method_handler(pull, None, None)
+    handler = grpc.stream_stream_rpc_method_handler(pull, pb.PullKvRequest.FromString, None)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
     bound = bind(server, "127.0.0.1", 0, security)
     await server.start()
@@ -137,18 +159,20 @@ async def _serve(case: StreamCase, seed: int, codec: str, security: Security, po
     await server.wait_for_termination()
 
 
-def _stream(case: StreamCase, seed: int, codec: str, server: Security, client: Security) -> dict[str, float]:
+def _stream(
+    case: StreamCase, seed: int, codec: str, is_acknowledged: bool, server: Security, client: Security
+) -> dict[str, float]:
     """One turn: a sender in a process of its own, and its whole stream."""
     spawn = get_context("spawn")
     mine, theirs = spawn.Pipe(duplex=False)
-    sender = spawn.Process(target=send, args=(case, seed, codec, server, theirs), daemon=True)
+    sender = spawn.Process(target=send, args=(case, seed, codec, is_acknowledged, server, theirs), daemon=True)
     sender.start()
     theirs.close()  # the pipe ends with the sender
     try:
         if not mine.poll(START_TIMEOUT_S):
             raise TimeoutError(f"the sender said no port within {START_TIMEOUT_S} s")
         address = f"127.0.0.1:{mine.recv()}"
-        seconds = receive(case, address, CODECS[codec].decode, client)
+        seconds = receive(case, address, CODECS[codec].decode, is_acknowledged, client)
         assert sender.pid is not None
         return {
             "gb_per_s": case.num_messages * case.message_bytes / seconds / 1e9,
@@ -160,19 +184,34 @@ def _stream(case: StreamCase, seed: int, codec: str, server: Security, client: S
 
 
 def receive(
-    case: StreamCase, address: str, decode: Callable[[bytes], tuple[pb.PullKvResponse, memoryview]], security: Security
+    case: StreamCase,
+    address: str,
+    decode: Callable[[bytes], tuple[pb.PullKvResponse, memoryview]],
+    is_acknowledged: bool,
+    security: Security,
 ) -> float:
     """Read, verify and store the whole stream; returns the seconds it took."""
     num_pages = LAYOUT.pages(case.message_bytes // FORMAT.layer_token_bytes)
     store, pages = KvStore(LAYOUT, num_pages), np.arange(num_pages, dtype=np.int32)
+    ledger = TransferLedger(transfer_id="bench", num_layers=1, num_tokens=case.num_messages)
+    transfer = KvTransfer(ledger=ledger, fingerprint="", token_ids=np.zeros(1, dtype=np.int64), table_M=pages)
+    requests, stored = KvRequests(transfer, "", lambda: None), KV_START
     with open_blocking_channel(address, security) as channel:
         grpc.channel_ready_future(channel).result(timeout=START_TIMEOUT_S)
         start = time.perf_counter()
         count = 0
-        for data in channel.stream_stream(f"/{SERVICE}/{METHOD}", None, None)(iter(())):
+        call = channel.stream_stream(f"/{SERVICE}/{METHOD}", pb.PullKvRequest.SerializeToString, None)
+        if not is_acknowledged:
+            requests.close()
+        for data in call(iter(requests)):
             message, payload = decode(data)
             store.write(pages, decode_tile(message.tile, payload, FORMAT))
             count += 1
+            if is_acknowledged:
+                stored = stored.after(1, case.num_messages)
+                requests.stored(stored, len(payload), is_last=count == case.num_messages)
+                if count == case.num_messages:
+                    requests.close()
         elapsed_s = time.perf_counter() - start
     assert count == case.num_messages, f"{count} of {case.num_messages} messages came"
     return elapsed_s

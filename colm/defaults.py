@@ -12,5 +12,9 @@ MAX_REQUESTS = 64
 """Most requests at one time, on a decode node and inside a gateway."""
 MAX_QUEUED = 64
 """Prompts that may wait for a prefill node."""
+MAX_STARTED = 2
+"""Prompts of a prefill node that have begun and not ended; each holds hidden states and one layer's keys and values."""
+JOB_LEASE_S = 20.0
+"""How long a prefill node keeps a prompt whose stream has broken; a lost peer is noticed within 15 s."""
 STOP_GRACE_S = 5.0
 """How long a server that stops lets running calls go on."""

@@ -43,6 +43,10 @@ class LeaseExpired(PeerUnavailable):
     """A call came without a lease, or after its lease had ended; a new lease may be asked for."""
 
 
+class TransferSuperseded(PeerUnavailable):
+    """A newer stream has taken over what this one was reading."""
+
+
 class PeerFailed(ColmError):
     """Another process answered that it failed for a reason of its own; another replica may succeed."""
 

@@ -94,7 +94,7 @@ class Timings:
     queue_s: float
     """Time waiting for pages, for a prefill node, and in the prefill node's own line."""
     prefill_s: float
-    """From the start of the computation to the last tile, over the stream that brought the keys and values."""
+    """From the start of the computation to the last tile, over all streams that brought keys and values."""
     first_token_s: float
     """From the request's arrival to the first token."""
     decode_s: float

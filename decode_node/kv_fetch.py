@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from colm.clock import Clock
 from colm.errors import PeerFailed, PeerUnavailable
 from colm.events import PrefillProgress, Queued, WaitsFor
 from colm.line import BEAT_INTERVAL_S, wait_at_most
+from colm.wire import endpoint
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease
 from decode_node.prefill_pool import PrefillLease, PrefillPool
+from decode_node.transfer_ledger import TransferLedger
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +32,8 @@ Emit = Callable[[PrefillProgress | Queued], Awaitable[None]]
 class KvTransfer:
     """One attempt to fetch a prompt's keys and values."""
 
-    transfer_id: str
-    epoch: int
+    ledger: TransferLedger
+    """Of all attempts; this one is its newest epoch, and goes on at its position."""
     fingerprint: str
     token_ids: NDArray[np.int64]
     table_M: NDArray[np.int32]
@@ -42,14 +45,7 @@ class Receiver(Protocol):
 
     num_ahead: int | None
     started_s: float | None
-
-    @property
-    def num_tokens_done(self) -> int:
-        """Tokens arrived, averaged over layers."""
-
-    @property
-    def payload_bytes(self) -> int:
-        """Keys and values arrived."""
+    heard_s: float | None
 
     def run(self) -> None:
         """Receive everything, in a thread; nothing is written once it has returned."""
@@ -95,6 +91,7 @@ class KvFetcher:
         receive: makes the receiver of an attempt.
         page_line: where the receiving thread holds the pages it writes.
         fingerprint: what a prefill node must serve to be of use here.
+        num_layers: of its keys and values.
         max_transfers: threads that may receive at once.
     """
 
@@ -105,6 +102,7 @@ class KvFetcher:
         receive: Callable[[KvTransfer, PrefillLease], Receiver],
         page_line: PageLine,
         fingerprint: str,
+        num_layers: int,
         max_transfers: int,
         clock: Clock,
         retry: RetryPolicy,
@@ -113,6 +111,7 @@ class KvFetcher:
         self._receive = receive
         self._page_line = page_line
         self._fingerprint = fingerprint
+        self._num_layers = num_layers
         self._clock = clock
         self._retry = retry
         self._threads = ThreadPoolExecutor(max_workers=max_transfers, thread_name_prefix="kv-receiver")
@@ -128,10 +127,17 @@ class KvFetcher:
             PeerUnavailable, PeerFailed: the last attempt's failure, after all that the policy allows.
             FingerprintMismatch: the prefill nodes serve something else.
         """
+        ledger = TransferLedger(
+            # Another decode node may serve a request of the same id; a prefill node knows transfers by their ids alone.
+            transfer_id=f"{order.request_id}.{secrets.token_hex(4)}",
+            num_layers=self._num_layers,
+            num_tokens=len(order.token_ids),
+        )
+        holder = _Holder(ledger)
         pause_s = self._retry.first_pause_s
         for attempts_left in reversed(range(self._retry.max_attempts)):
             try:
-                return await self._attempt(order, account, emit)
+                return await self._attempt(holder, order, account, emit)
             except (PeerUnavailable, PeerFailed) as err:
                 if not attempts_left:
                     kind = PeerFailed if isinstance(err, PeerFailed) else PeerUnavailable
@@ -143,18 +149,17 @@ class KvFetcher:
                 pause_s = min(2 * pause_s, self._retry.last_pause_s)
         raise AssertionError("max_attempts is at least 1")
 
-    async def _attempt(self, order: KvOrder, account: KvAccount, emit: Emit) -> None:
-        num_tokens = len(order.token_ids)
+    async def _attempt(self, holder: "_Holder", order: KvOrder, account: KvAccount, emit: Emit) -> None:
+        num_tokens, ledger = len(order.token_ids), holder.ledger
         asked_s = self._clock.now()
 
         async def beat(num_ahead: int) -> None:
             await emit(Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=num_ahead))
 
-        async with self._prefill_pool.lease(num_tokens=num_tokens, beat=beat) as lease:
-            account.num_kv_streams += 1
+        async with self._prefill_pool.lease(num_tokens=num_tokens, beat=beat, preferred=holder.address) as lease:
+            account.num_kv_streams = ledger.begin()
             transfer = KvTransfer(
-                transfer_id=order.request_id,
-                epoch=account.num_kv_streams,
+                ledger=ledger,
                 fingerprint=self._fingerprint,
                 token_ids=order.token_ids,
                 table_M=order.table_M,
@@ -162,14 +167,15 @@ class KvFetcher:
             receiver = self._receive(transfer, lease)
             thread = self._start(receiver, order.pages)
             try:
-                await self._follow(thread, receiver, num_tokens, emit)
+                await self._follow(thread, receiver, ledger, num_tokens, emit)
             finally:
                 receiver.cancel()
                 ended_s = self._clock.now()
                 started_s = ended_s if receiver.started_s is None else receiver.started_s
                 account.queue_s += started_s - asked_s
-                account.prefill_s = ended_s - started_s
-                account.kv_received_bytes += receiver.payload_bytes
+                account.prefill_s += ended_s - started_s
+                account.kv_received_bytes += ledger.payload_bytes
+                holder.note(lease.address, None if receiver.heard_s is None else ended_s - receiver.heard_s)
         await emit(PrefillProgress(num_tokens_done=num_tokens, num_tokens_total=num_tokens))
 
     def _start(self, receiver: Receiver, pages: PageLease) -> "Future[None]":
@@ -180,14 +186,16 @@ class KvFetcher:
         thread.add_done_callback(lambda _: loop.call_soon_threadsafe(self._page_line.release, pages))
         return thread
 
-    async def _follow(self, thread: "Future[None]", receiver: Receiver, num_tokens: int, emit: Emit) -> None:
+    async def _follow(
+        self, thread: "Future[None]", receiver: Receiver, ledger: TransferLedger, num_tokens: int, emit: Emit
+    ) -> None:
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         thread.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
         reported: PrefillProgress | Queued | None = None
         next_beat_s = 0.0
         while not ended.is_set():
-            news = _news(receiver, num_tokens)
+            news = _news(receiver, ledger, num_tokens)
             if news is not None and (news != reported or self._clock.now() >= next_beat_s):
                 await emit(news)
                 reported, next_beat_s = news, self._clock.now() + BEAT_INTERVAL_S
@@ -195,9 +203,26 @@ class KvFetcher:
         thread.result()
 
 
-def _news(receiver: Receiver, num_tokens: int) -> PrefillProgress | Queued | None:
+@dataclass(slots=True)
+class _Holder:
+    """Which prefill node may still hold a transfer's job, after an attempt there that failed."""
+
+    ledger: TransferLedger
+    address: str | None = None
+
+    def note(self, address: str, silence_s: float | None) -> None:
+        """An attempt has ended at an address, so long after its last message.
+
+        A node that was silent before may have been stopped, and one is not asked twice in a row for a job's sake: it
+        would be waited for where another node computes.
+        """
+        is_alive = silence_s is not None and silence_s < endpoint.KEEPALIVE.timeout_ms / 2e3
+        self.address = address if is_alive and self.ledger.payload_bytes and self.address != address else None
+
+
+def _news(receiver: Receiver, ledger: TransferLedger, num_tokens: int) -> PrefillProgress | Queued | None:
     if receiver.started_s is not None:
-        return PrefillProgress(num_tokens_done=receiver.num_tokens_done, num_tokens_total=num_tokens)
+        return PrefillProgress(num_tokens_done=ledger.num_tokens_done, num_tokens_total=num_tokens)
     if receiver.num_ahead is not None:
         return Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=receiver.num_ahead)
     return None

@@ -2,22 +2,22 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import grpc
 
 from colm.clock import Clock
 from colm.errors import PeerUnavailable
 from colm.wire.channels import BlockingChannels
-from colm.wire.messages import token_id_pieces
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors
 from colm.wire.tile_codec import decode_message, decode_tile, pull_kv_stub
-from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_fetch import KvTransfer
+from decode_node.kv_requests import KvRequests
 from decode_node.kv_store import KvStore
 from decode_node.prefill_pool import PrefillLease
-from decode_node.transfer_ledger import Arrival, TransferLedger
+from decode_node.transfer_ledger import Arrival
 
 
 class KvReceiver:
@@ -48,22 +48,10 @@ class KvReceiver:
         """Prompts before this one at the prefill node, as it last said."""
         self.started_s: float | None = None
         """When the computation began."""
-        self._ledger = TransferLedger(
-            transfer_id=transfer.transfer_id,
-            epoch=transfer.epoch,
-            num_layers=store.layout.kv_format.num_layers,
-            num_tokens=len(transfer.token_ids),
-        )
-
-    @property
-    def num_tokens_done(self) -> int:
-        """Tokens arrived, averaged over layers."""
-        return self._ledger.num_tokens_done
-
-    @property
-    def payload_bytes(self) -> int:
-        """Keys and values arrived."""
-        return self._ledger.payload_bytes
+        self.heard_s: float | None = None
+        """When the last message came."""
+        self._ledger = transfer.ledger
+        self._requests = KvRequests(transfer, lease.lease_id, self._break_off)
 
     def run(self) -> None:
         """Receive everything; returns when the last tile lies in its pages.
@@ -74,7 +62,7 @@ class KvReceiver:
         """
         peer = f"prefill node {self._lease.address}"
         with self._channels.use(self._lease.address) as channel:
-            call = pull_kv_stub(channel)(self._requests(), metadata=self._security.metadata())
+            call = pull_kv_stub(channel)(iter(self._requests), metadata=self._security.metadata())
             with self._lock:
                 self._call = call
                 if self._cancelled:
@@ -84,17 +72,26 @@ class KvReceiver:
                     if not self._receive(call):
                         raise PeerUnavailable(f"{peer} ended the KV stream before it was complete")
             finally:
+                self._requests.close()
                 call.cancel()
 
     def cancel(self) -> None:
         """Make `run` return soon; from any thread, at any time."""
         with self._lock:
             self._cancelled = True
+        if not self._requests.give_up():
+            self._break_off()
+
+    def _break_off(self) -> None:
+        with self._lock:
             if self._call is not None:
                 self._call.cancel()
 
     def _receive(self, call: Iterator[bytes]) -> bool:
         for data in call:
+            if self._cancelled:
+                continue  # what is on its way has to pass before the node can end the call
+            self.heard_s = self._clock.now()
             message, payload = decode_message(data)
             match message.WhichOneof("event"):
                 case "queued":
@@ -110,8 +107,16 @@ class KvReceiver:
                         num_tiles=message.complete.num_tiles,
                         payload_bytes=message.complete.payload_bytes,
                     )
+                    self._requests.close()
+                    self._see_off(call)
                     return True
         return False
+
+    def _see_off(self, call: Iterator[bytes]) -> None:
+        """Let the last acknowledgement reach the node; everything is here, however the call ends."""
+        with suppress(grpc.RpcError):
+            for _ in call:
+                pass
 
     def _store_tile(self, header: pb.TileHeader, payload: memoryview) -> None:
         tile = decode_tile(header, payload, self._store.layout.kv_format)
@@ -126,18 +131,4 @@ class KvReceiver:
             )
         )
         self._store.write(self._transfer.table_M, tile)
-
-    def _requests(self) -> Iterator[pb.PullKvRequest]:
-        transfer = self._transfer
-        yield pb.PullKvRequest(
-            open=pb.OpenKvTransfer(
-                transfer_id=transfer.transfer_id,
-                epoch=transfer.epoch,
-                fingerprint=transfer.fingerprint,
-                num_tokens=len(transfer.token_ids),
-                lease_id=self._lease.lease_id,
-            )
-        )
-        for piece in token_id_pieces(transfer.token_ids):
-            yield pb.PullKvRequest(token_ids=piece)
-        yield pb.PullKvRequest(end_of_prompt=common_pb2.EndOfPrompt())
+        self._requests.stored(self._ledger.position, len(payload), is_last=self._ledger.is_whole)

@@ -123,6 +123,7 @@ class DecodeNode:
             receive=receive,
             page_line=self.page_line,
             fingerprint=self.fingerprint,
+            num_layers=store.layout.kv_format.num_layers,
             max_transfers=options.max_requests,
             clock=clock,
             retry=RetryPolicy(),

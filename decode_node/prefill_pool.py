@@ -24,8 +24,13 @@ class PrefillLease:
 class PrefillPool(Protocol):
     """Lends prefill nodes. The cluster's pool asks Ray Serve; the static one knows addresses."""
 
-    def lease(self, *, num_tokens: int, beat: Beat) -> AbstractAsyncContextManager[PrefillLease]:
+    def lease(self, *, num_tokens: int, beat: Beat, preferred: str | None) -> AbstractAsyncContextManager[PrefillLease]:
         """Borrow a node for a prompt of that length, in order of asking; leaving the context gives it back.
+
+        Args:
+            num_tokens: of the prompt.
+            beat: told of the wait.
+            preferred: address of a node that has begun with this prompt; to be lent where the pool can choose.
 
         Raises:
             PeerUnavailable: none can be had just now; worth trying again.
@@ -63,9 +68,15 @@ class StaticPrefillPool:
         self._line = Line("a prefill node", max_waiting=max_waiting)
 
     @asynccontextmanager
-    async def lease(self, *, num_tokens: int, beat: Beat) -> AsyncIterator[PrefillLease]:  # noqa: ARG002 - the pool's contract
-        """Borrow a free node; one that failed lately only where no other is free."""
-        node = await self._line.turn(self._take, beat)
+    async def lease(
+        self,
+        *,
+        num_tokens: int,  # noqa: ARG002 - the pool's contract
+        beat: Beat,
+        preferred: str | None,
+    ) -> AsyncIterator[PrefillLease]:
+        """Borrow a free node; the preferred one first, one that failed lately only where no other is free."""
+        node = await self._line.turn(lambda: self._take(preferred), beat)
         try:
             yield PrefillLease(address=node.address, lease_id="")
             node.num_failures, node.rests_until_s = 0, 0.0
@@ -80,11 +91,11 @@ class StaticPrefillPool:
             self._nodes.append(self._nodes.pop(self._nodes.index(node)))
             self._line.look_again()
 
-    def _take(self) -> _Node | None:
+    def _take(self, preferred: str | None) -> _Node | None:
         free = [node for node in self._nodes if not node.is_lent]
         if not free:
             return None
         now_s = self._clock.now()
-        node = min(free, key=lambda node: max(0.0, node.rests_until_s - now_s))
+        node = min(free, key=lambda node: (node.address != preferred, max(0.0, node.rests_until_s - now_s)))
         node.is_lent = True
         return node

@@ -4,12 +4,12 @@ Shapes: N prompt tokens, T tokens of a tile, D chain-1 model features, H chain-1
 per kv head, E head dim.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from colm_kernels.native import Cancelled
+from colm_kernels.native import CancelFlag
 from colm_kernels.prefill_attention import Backend, prefill_attention
 from colm_kernels.rotary import write_kv
 from numpy.typing import NDArray
@@ -58,9 +58,7 @@ class PrefillEngine:
         self._rope = Rope(checkpoint.config, device)
 
     @torch.inference_mode()
-    def run(
-        self, token_ids: NDArray[np.int64], *, is_cancelled: Callable[[], bool] = lambda: False
-    ) -> Iterator[KvTile]:
+    def run(self, token_ids: NDArray[np.int64], *, cancelled: CancelFlag | None = None) -> Iterator[KvTile]:
         """Compute the keys and values of every token.
 
         Tiles come layer by layer, in token order. A tile's tensors are views that the next layer overwrites: use
@@ -68,12 +66,14 @@ class PrefillEngine:
 
         Args:
             token_ids: the prompt.
-            is_cancelled: looked at between a tile's operations; once it says so, no tile follows.
+            cancelled: looked at inside attention and between a tile's operations; once it is set, no tile follows.
 
         Raises:
             InvalidRequest: no tokens, more than the model's context, or an id outside the vocabulary.
+            Cancelled: `cancelled` was set before the end.
         """
         self.check(token_ids)
+        cancelled = cancelled or CancelFlag()
         num_tokens = len(token_ids)
         kv_format, device = self.kv_format, self._device
         hidden_ND = self._model.embedding.embed(torch.from_numpy(token_ids).to(device), 1)
@@ -84,7 +84,7 @@ class PrefillEngine:
             is_last = index == kv_format.num_layers - 1
             for start in range(0, num_tokens, self.tile_tokens):
                 stop = min(start + self.tile_tokens, num_tokens)
-                cache = _TileCache(k_KNE, v_KNE, start, stop, self._attention_backend, is_cancelled)
+                cache = _TileCache(k_KNE, v_KNE, start, stop, self._attention_backend, cancelled)
                 # Made anew for each tile and layer: kept for a million tokens, the tables would be as large as a
                 # layer's keys, and they are a small part of the work.
                 positions_T = torch.arange(start, stop, device=device)
@@ -94,16 +94,11 @@ class PrefillEngine:
                 layer.write_keys_values(normed_TD, rows, cache)
                 # Before attention: the wire has them while the tile's larger half is still computed.
                 yield KvTile(index, start, k_KNE[:, start:stop], v_KNE[:, start:stop])
-                if is_cancelled():
-                    return
+                cancelled.raise_if_set()
                 # The last layer's output would only feed the head, which is the decode node's work.
                 if not is_last:
-                    try:
-                        x_TD += layer.attend(x_TD, normed_TD, rows, cache)
-                    except Cancelled:
-                        return
-                    if is_cancelled():
-                        return
+                    x_TD += layer.attend(x_TD, normed_TD, rows, cache)
+                    cancelled.raise_if_set()
 
     def check(self, token_ids: NDArray[np.int64]) -> None:
         """Refuse a prompt that this model cannot read."""
@@ -122,16 +117,16 @@ class _TileCache:
     start: int
     stop: int
     backend: Backend
-    is_cancelled: Callable[[], bool]
+    cancelled: CancelFlag
 
     def write(self, k_TKE: Tensor, v_TKE: Tensor, rows: Rows) -> None:
         k_KTE, v_KTE = self.k_KNE[:, self.start : self.stop], self.v_KNE[:, self.start : self.stop]
         write_kv(k_TKE, v_TKE, rows.cos_RE, rows.sin_RE, k_KTE.transpose(0, 1), v_KTE.transpose(0, 1))
 
     def attend(self, q_TKGE: Tensor) -> Tensor:
+        k_KSE, v_KSE = self.k_KNE[:, : self.stop], self.v_KNE[:, : self.stop]
         out_THE, _ = prefill_attention(
-            q_TKGE.flatten(1, 2), self.k_KNE[:, : self.stop], self.v_KNE[:, : self.stop], backend=self.backend
+            q_TKGE.flatten(1, 2), k_KSE, v_KSE, backend=self.backend, cancelled=self.cancelled
         )
-        if self.is_cancelled():
-            raise Cancelled
+        self.cancelled.raise_if_set()
         return out_THE.view_as(q_TKGE)

@@ -9,6 +9,7 @@ from colm_kernels.prefill_attention import Backend, check_backend
 
 from colm import defaults
 from colm.checkpoint import Checkpoint
+from colm.clock import MonotonicClock
 from colm.errors import ConfigError
 from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
@@ -36,6 +37,10 @@ class PrefillOptions:
     """What attends to the prompt so far, on CUDA."""
     max_queued: int = defaults.MAX_QUEUED
     """Streams that may wait; the next is refused."""
+    max_started: int = defaults.MAX_STARTED
+    """Prompts that may have begun and not ended; each holds its hidden states and one layer's keys and values."""
+    job_lease_s: float = defaults.JOB_LEASE_S
+    """How long a prompt is kept whose stream has broken."""
     host: str = "127.0.0.1"
     port: int = 0
     """0 picks a free port."""
@@ -68,7 +73,13 @@ class PrefillNode:
         """
         options = self._options
         engine, self.fingerprint = await asyncio.to_thread(_load, options)
-        self._loop = PrefillLoop(max_queued=options.max_queued)
+        self._loop = PrefillLoop(
+            engine,
+            MonotonicClock(),
+            max_queued=options.max_queued,
+            max_started=options.max_started,
+            lease_s=options.job_lease_s,
+        )
         self.service = PrefillService(engine, self._loop, fingerprint=self.fingerprint, leases=self._leases)
         self.service.add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)

@@ -1,15 +1,24 @@
-"""The engine's thread: one prompt at a time, in the order of asking."""
+"""The engine and its thread, and the jobs that use it: one step at a time, whose is decided before each."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 
-from colm.line import Beat, Line
-from prefill_node.handoff import Handoff
+import numpy as np
+from colm_kernels.native import CancelFlag
+from numpy.typing import NDArray
 
-# Enough to keep the wire busy while the next tile is computed, little enough to notice a slow reader.
-_MESSAGES_IN_FLIGHT = 8
+from colm.clock import Clock
+from colm.errors import CapacityExceeded, PeerUnavailable, TransferSuperseded
+from colm.kv import KvTile
+from colm.kv_position import KvPosition
+from colm.line import BEAT_INTERVAL_S, Beat, wait_at_most
+from prefill_node.encoded_tile import EncodedTile, TileEncoder
+from prefill_node.engine import PrefillEngine
+from prefill_node.job_policy import job_in_the_way, next_job
+from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,55 +30,173 @@ class PrefillLoad:
 
 
 class PrefillLoop:
-    """Runs one job at a time. Lives on one event loop.
-
-    A job holds the engine until its thread has ended: a reader that leaves only asks it to.
+    """Owns the engine and every job. Lives on one event loop; only a step runs in the engine's thread.
 
     Args:
-        max_queued: jobs that may wait; the next is refused.
+        engine: computes the tiles.
+        clock: measures leases.
+        max_queued: jobs that may wait to begin; the next is refused.
+        max_started: jobs that may have begun and not ended: each holds its prompt's hidden states, one layer of its
+            keys and values, and a window of tiles.
+        lease_s: how long a job without a stream is kept.
     """
 
-    def __init__(self, *, max_queued: int) -> None:
+    def __init__(
+        self, engine: PrefillEngine, clock: Clock, *, max_queued: int, max_started: int, lease_s: float
+    ) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._max_queued = max_queued
+        self._max_started = max_started
+        self._lease_s = lease_s
         self._events = asyncio.get_running_loop()
-        self._line = Line("this prefill node", max_waiting=max_queued)
+        self._jobs: dict[str, PrefillJob] = {}
+        self._places = count()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefill")
-        self._running: tuple[Handoff, Future[None]] | None = None
+        self._stepping: PrefillJob | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._has_stopped = False
 
     @property
     def load(self) -> PrefillLoad:
-        """Jobs that run, and that wait."""
-        return PrefillLoad(num_active=int(self._running is not None), num_queued=len(self._line))
+        """Jobs that have begun, one that was given up and still ends included, and jobs that wait to begin."""
+        started = {job for job in self._jobs.values() if job.is_started}
+        if self._stepping is not None:
+            started.add(self._stepping)
+        return PrefillLoad(num_active=len(started), num_queued=len(self._waiting()))
 
-    async def begin(self, job: Callable[[Handoff], Iterable[bytes]], beat: Beat) -> Handoff:
-        """Wait for the job's turn, then run it in the engine's thread.
+    def attach(self, order: PrefillOrder) -> JobStream:
+        """Take the order's job over from an older stream, or make a new job that waits for its turn.
 
-        Args:
-            job: yields messages, and ends soon after the handoff has been closed.
-            beat: told of the wait.
-
-        Returns:
-            Where to read the messages; close it to end the job early.
+        Give the stream back with `detach`.
 
         Raises:
             CapacityExceeded: too many wait already.
+            TransferSuperseded: a stream of the same or a newer epoch has come before.
         """
-        return await self._line.turn(lambda: self._start(job), beat)
+        job = self._jobs.get(order.transfer_id)
+        if job is not None:
+            job.require_newer(order)
+            if job.can_resume(order):
+                return self._attached(job, order)
+            job.fail(TransferSuperseded(f"transfer {order.transfer_id!r} begins anew in epoch {order.epoch}"))
+        job = PrefillJob(order, place=next(self._places), kv_format=self._engine.kv_format, on_change=self.look_again)
+        self._jobs[order.transfer_id] = job
+        stream = self._attached(job, order)
+        if job in self._waiting() and (num_others := len(self._waiting()) - 1) >= self._max_queued:
+            self._forget(job)
+            raise CapacityExceeded(f"{num_others} requests wait for this prefill node already; try again later")
+        return stream
+
+    async def turn(self, stream: JobStream, beat: Beat) -> None:
+        """Wait until the stream's job has begun.
+
+        Args:
+            stream: of `attach`.
+            beat: told of the wait.
+
+        Raises:
+            TransferSuperseded: a newer stream reads the job.
+        """
+        while not (stream.job.is_started or stream.job.is_over):
+            stream.news.clear()
+            await beat(sum(job.place < stream.job.place for job in self._waiting()))
+            if not stream.news.is_set():
+                await wait_at_most(stream.news, BEAT_INTERVAL_S)
+            stream.require_current()
+
+    def detach(self, stream: JobStream) -> None:
+        """The stream reads no more; its job, unless another one reads it or it is over, is kept for its lease."""
+        job = stream.job
+        if job.stream is stream:
+            job.stream, job.lease_ends_s = None, self._clock.now() + self._lease_s
+            self.look_again()
+
+    def give_up(self, stream: JobStream) -> None:
+        """The stream's caller wants no more of its job: stop it inside its kernels, and forget it."""
+        if stream.job.stream is stream and stream.job.transfer_id in self._jobs:
+            self._forget(stream.job)
+            self.look_again()
+
+    def look_again(self) -> None:
+        """Something has changed: forget what is over, and give the engine its next step."""
+        if self._has_stopped:
+            return
+        now_s = self._clock.now()
+        for job in list(self._jobs.values()):
+            if job.is_over or (job.lease_ends_s is not None and job.lease_ends_s <= now_s):
+                self._forget(job)
+        if self._stepping is None:
+            self._step_next(now_s)
+        self._watch_leases(now_s)
 
     async def stop(self) -> None:
-        """End the running job and the thread."""
-        if self._running is not None:
-            self._running[0].close()
+        """End every job and the thread."""
+        self._has_stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for job in self._jobs.values():
+            job.fail(PeerUnavailable("this prefill node stops"))
+        self._jobs.clear()
         await asyncio.to_thread(self._executor.shutdown)
 
-    def _start(self, job: Callable[[Handoff], Iterable[bytes]]) -> Handoff | None:
-        if self._running is not None:
-            return None
-        handoff = Handoff(_MESSAGES_IN_FLIGHT)
-        thread = handoff.start(lambda: job(handoff), self._executor)
-        self._running = handoff, thread
-        thread.add_done_callback(lambda _: self._events.call_soon_threadsafe(self._ended))
-        return handoff
+    def _attached(self, job: PrefillJob, order: PrefillOrder) -> JobStream:
+        stream = job.attach(order)
+        self.look_again()
+        return stream
 
-    def _ended(self) -> None:
-        self._running = None
-        self._line.look_again()
+    def _waiting(self) -> list[PrefillJob]:
+        return [job for job in self._jobs.values() if not job.is_started]
+
+    def _step_next(self, now_s: float) -> None:
+        job = next_job(self._jobs.values(), now_s, max_started=self._max_started)
+        if job is None and (idle := job_in_the_way(self._jobs.values(), max_started=self._max_started)) is not None:
+            self._forget(idle)
+            job = next_job(self._jobs.values(), now_s, max_started=self._max_started)
+        if job is None:
+            return
+        if not job.is_started:
+            job.start(_begin(self._engine, job.token_ids, job.cancelled))
+            for other in self._waiting():
+                if other.stream is not None:
+                    other.stream.news.set()
+        assert job.run is not None
+        self._stepping = job
+        step = self._executor.submit(_step, job.run, job.encoder, job.epoch, job.acknowledged)
+        step.add_done_callback(lambda done: self._events.call_soon_threadsafe(self._stepped, job, done))
+
+    def _stepped(self, job: PrefillJob, done: "Future[tuple[list[EncodedTile], KvPosition]]") -> None:
+        self._stepping = None
+        error = done.exception()
+        if self._jobs.get(job.transfer_id) is job:
+            if error is None:
+                job.produce(*done.result())
+            else:
+                del self._jobs[job.transfer_id]
+                job.fail(error)
+        self.look_again()
+
+    def _forget(self, job: PrefillJob) -> None:
+        del self._jobs[job.transfer_id]
+        job.cancel()
+
+    def _watch_leases(self, now_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        ends_s = [job.lease_ends_s for job in self._jobs.values() if job.lease_ends_s is not None]
+        self._timer = self._events.call_later(min(ends_s) - now_s, self.look_again) if ends_s else None
+
+
+def _begin(engine: PrefillEngine, token_ids: NDArray[np.int64], cancelled: CancelFlag) -> Iterator[KvTile]:
+    """The engine's run, called by whoever asks for its first tile: the engine's thread."""
+    yield from engine.run(token_ids, cancelled=cancelled)
+
+
+def _step(
+    run: Iterator[KvTile], encoder: TileEncoder, epoch: int, since: KvPosition
+) -> tuple[list[EncodedTile], KvPosition]:
+    """Compute the next tile; (its messages, from `since` on, and where it ends)."""
+    tile = next(run, None)
+    assert tile is not None, "the engine ended before its last tile"
+    end = KvPosition(tile.layer, tile.first_token).after(tile.num_tokens, encoder.num_tokens)
+    return encoder.encode(tile, epoch=epoch, since=since), end

@@ -1,9 +1,10 @@
 """KvTransferService: a prompt goes through the engine, its tiles onto the caller's stream."""
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
 
 import grpc
 import numpy as np
@@ -11,27 +12,30 @@ from numpy.typing import NDArray
 
 from colm.errors import FingerprintMismatch, InvalidRequest
 from colm.events import Queued, WaitsFor
+from colm.kv_position import KvPosition
 from colm.leases import LeaseTable
 from colm.wire.messages import queued_to_pb
 from colm.wire.prompt_stream import read_open, read_token_ids
 from colm.wire.status import answering
-from colm.wire.tile_codec import encode_tile, max_tile_tokens, pull_kv_handlers, split_tile
+from colm.wire.tile_codec import pull_kv_handlers
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from prefill_node.engine import PrefillEngine
-from prefill_node.handoff import Handoff
+from prefill_node.prefill_job import JobStream, PrefillOrder
 from prefill_node.prefill_loop import PrefillLoad, PrefillLoop
 
 logger = logging.getLogger(__name__)
 
-_MESSAGE_BYTES = 1 << 20
+
+class _GivenUp(Exception):
+    """The caller wants no more."""
 
 
 class PrefillService:
     """Serves `PullKv`.
 
     Args:
-        engine: computes the tiles.
-        loop: runs the engine, for one stream at a time.
+        engine: says which prompts it can read.
+        loop: runs the engine.
         fingerprint: `colm.kv.fingerprint` of what the engine serves.
         leases: where a stream must hold a lease, the table of them; None serves any caller.
     """
@@ -69,48 +73,60 @@ class PrefillService:
                 raise InvalidRequest("num_tokens", opened.num_tokens, f"must be between 1 and {limit}")
             token_ids = await read_token_ids(requests, opened.num_tokens)
             self._engine.check(token_ids)
-            await self._stream(opened, token_ids, context)
+            stream = self._loop.attach(self._order(opened, token_ids))
+            stack.callback(self._loop.detach, stream)
+            listening = asyncio.create_task(self._listen(requests, stream))
+            stack.callback(listening.cancel)
+            listening.add_done_callback(lambda done: None if done.cancelled() else stream.end(done.exception()))
+            with suppress(_GivenUp):
+                await self._send(opened, stream, context)
 
-    async def _stream(
-        self, opened: pb.OpenKvTransfer, token_ids: NDArray[np.int64], context: grpc.aio.ServicerContext
-    ) -> None:
+    def _order(self, opened: pb.OpenKvTransfer, token_ids: NDArray[np.int64]) -> PrefillOrder:
+        position = KvPosition(opened.resume_from.layer, opened.resume_from.token)
+        end = KvPosition(self._engine.kv_format.num_layers, 0)
+        if position.token >= opened.num_tokens or position > end:
+            raise InvalidRequest("resume_from", position, f"must lie within {opened.num_tokens} tokens before {end}")
+        return PrefillOrder(
+            transfer_id=opened.transfer_id, epoch=opened.epoch, token_ids=token_ids, resume_from=position
+        )
+
+    async def _listen(self, requests: AsyncIterator[pb.PullKvRequest], stream: JobStream) -> None:
+        """What the caller says once its prompt is here."""
+        async for request in requests:
+            match request.WhichOneof("part"):
+                case "acknowledged":
+                    stream.acknowledge(KvPosition(request.acknowledged.layer, request.acknowledged.token))
+                case "give_up":
+                    self._loop.give_up(stream)
+                    raise _GivenUp
+                case part:
+                    raise InvalidRequest("part", part, "only `acknowledged` or `give_up` may follow `end_of_prompt`")
+
+    async def _send(self, opened: pb.OpenKvTransfer, stream: JobStream, context: grpc.aio.ServicerContext) -> None:
         async def beat(num_ahead: int) -> None:
             queued = queued_to_pb(Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=num_ahead))
             await context.write(pb.PullKvResponse(queued=queued).SerializeToString())
 
-        handoff = await self._loop.begin(lambda handoff: self._messages(opened, token_ids, handoff), beat)
-        started_s = time.monotonic()
-        ended = "cancelled"
+        complete = pb.TransferComplete(transfer_id=opened.transfer_id, epoch=opened.epoch)
+        started_s, ended = time.monotonic(), "cancelled"
         try:
-            async for message in handoff.items():
-                await context.write(message)
+            await self._loop.turn(stream, beat)
+            started_s = time.monotonic()
+            await context.write(pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString())
+            async for tile in stream.tiles():
+                await context.write(tile.message)
+                complete.num_tiles += 1
+                complete.payload_bytes += tile.payload_bytes
+            await context.write(pb.PullKvResponse(complete=complete).SerializeToString())
+            await stream.until_stored()
             ended = "complete"
         finally:
-            handoff.close()
             logger.info(
-                "transfer.%s request=%s epoch=%d tokens=%d dur_ms=%.1f",
+                "transfer.%s request=%s epoch=%d tokens=%d bytes=%d dur_ms=%.1f",
                 ended,
                 opened.transfer_id,
                 opened.epoch,
                 opened.num_tokens,
+                complete.payload_bytes,
                 (time.monotonic() - started_s) * 1e3,
             )
-
-    def _messages(self, opened: pb.OpenKvTransfer, token_ids: NDArray[np.int64], handoff: Handoff) -> Iterator[bytes]:
-        max_tokens = max_tile_tokens(self._engine.kv_format, _MESSAGE_BYTES)
-        num_tiles = payload_bytes = 0
-        yield pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString()
-        for computed in self._engine.run(token_ids, is_cancelled=lambda: handoff.closed):
-            for tile in split_tile(computed, max_tokens):
-                yield encode_tile(tile, transfer_id=opened.transfer_id, epoch=opened.epoch)
-                num_tiles += 1
-                payload_bytes += tile.num_tokens * self._engine.kv_format.layer_token_bytes
-        if handoff.closed:
-            return
-        complete = pb.TransferComplete(
-            transfer_id=opened.transfer_id,
-            epoch=opened.epoch,
-            num_tiles=num_tiles,
-            payload_bytes=payload_bytes,
-        )
-        yield pb.PullKvResponse(complete=complete).SerializeToString()

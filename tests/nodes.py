@@ -164,14 +164,14 @@ def decode_requests(
 
 
 def pull_kv_requests(
-    node: PrefillNode, token_ids: Sequence[int], *, transfer_id: str = "r", lease_id: str = ""
+    node: PrefillNode, token_ids: Sequence[int], *, transfer_id: str = "r", epoch: int = 1, **fields: Any
 ) -> list[kv_pb.PullKvRequest]:
     opened = kv_pb.OpenKvTransfer(
         transfer_id=transfer_id,
-        epoch=1,
+        epoch=epoch,
         fingerprint=node.fingerprint,
         num_tokens=len(token_ids),
-        lease_id=lease_id,
+        **fields,
     )
     pieces = [kv_pb.PullKvRequest(token_ids=piece) for piece in token_id_pieces(np.array(token_ids))]
     end = kv_pb.PullKvRequest(end_of_prompt=common_pb2.EndOfPrompt())

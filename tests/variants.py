@@ -9,7 +9,7 @@ import sys
 import time
 from itertools import product
 
-from colm_kernels.native import available_variants
+from colm_kernels import native
 
 NUM_THREADS = (1, 2)
 
@@ -29,7 +29,7 @@ def run(variant: str, num_threads: int, arguments: list[str]) -> "subprocess.Com
 def main(arguments: list[str]) -> int:
     """Print a line a run, and what failed; the exit status says whether all passed."""
     num_failed = 0
-    for variant, num_threads in product(available_variants(), NUM_THREADS):
+    for variant, num_threads in product(native.available_variants(), NUM_THREADS):
         started_s = time.monotonic()
         done = run(variant, num_threads, arguments)
         summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-2000:]

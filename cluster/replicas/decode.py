@@ -26,7 +26,13 @@ class ServePrefillPool:
         self._lender = ServeLender(handle, Role.PREFILL, max_waiting=max_waiting)
 
     @asynccontextmanager
-    async def lease(self, *, num_tokens: int, beat: Beat) -> AsyncIterator[PrefillLease]:  # noqa: ARG002 - the pool's contract
+    async def lease(
+        self,
+        *,
+        num_tokens: int,  # noqa: ARG002 - the pool's contract
+        beat: Beat,
+        preferred: str | None,  # noqa: ARG002 - Serve chooses
+    ) -> AsyncIterator[PrefillLease]:
         """Borrow a node from Serve."""
         async with self._lender.lease(beat) as (address, lease_id):
             yield PrefillLease(address=address, lease_id=lease_id)

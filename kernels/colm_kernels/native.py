@@ -78,6 +78,15 @@ class CancelFlag:
         """Whether `set` has been called."""
         return bool(self._word.value)
 
+    def raise_if_set(self) -> None:
+        """Stop here.
+
+        Raises:
+            Cancelled: `set` has been called.
+        """
+        if self.is_set():
+            raise Cancelled
+
     @property
     def address(self) -> int:
         """Where the library reads the flag, valid as long as this object lives."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from colm_kernels.checks import check_dims, check_dtype, check_no_gradient, check_one_device, check_same_dtype
 from colm_kernels.native import (
     CancelFlag,
-    Cancelled,
     Variant,
     call,
     choose_variant,
@@ -211,8 +210,8 @@ def _in_torch(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, cancelled: CancelFlag
 
 
 def _stop_if(cancelled: CancelFlag | None) -> None:
-    if cancelled is not None and cancelled.is_set():
-        raise Cancelled("prefill_attention")
+    if cancelled is not None:
+        cancelled.raise_if_set()
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:

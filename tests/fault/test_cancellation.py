@@ -33,7 +33,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture
 async def nodes(checkpoint: Checkpoint) -> AsyncIterator[tuple[PrefillNode, DecodeNode]]:
     path = str(checkpoint.path)
-    async with prefill_node(path) as prefill, decode_node(path, [prefill.address]) as node:
+    # What is cancelled is given up, and does not wait for its lease.
+    async with prefill_node(path, job_lease_s=1e9) as prefill, decode_node(path, [prefill.address]) as node:
         yield prefill, node
 
 

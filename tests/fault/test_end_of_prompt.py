@@ -19,6 +19,7 @@ from colm.wire.security import Security
 from colm.wire.tile_codec import decode_message, pull_kv_stub
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import generation_service_pb2 as pb
+from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
 from colm.wire.v1.generation_service_pb2_grpc import GenerationServiceStub
 from prefill_node.engine import PrefillEngine
@@ -41,6 +42,8 @@ class Served:
     event: Callable[[Any], str | None]
     """The name of the event in a response."""
     last_event: str
+    last_words: Sequence[Any] = ()
+    """What the caller has to say to the last event."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +99,7 @@ async def cluster(checkpoint: Checkpoint) -> AsyncIterator[Cluster]:
                     requests=pull_kv_requests(prefill, PROMPT),
                     event=lambda data: event(decode_message(data)[0]),
                     last_event="complete",
+                    last_words=[kv_pb.PullKvRequest(acknowledged=kv_pb.KvPosition(layer=checkpoint.config.num_layers))],
                 ),
             }
             yield Cluster(services=services, pool=pool)
@@ -122,12 +126,17 @@ async def test_the_whole_answer_comes_while_the_callers_side_stays_open(served: 
         call = served.stub(channel)(timeout=LIMIT_S)
         for request in served.requests:
             await call.write(request)
-        events = [served.event(response) async for response in call]
+        events = []
+        async for response in call:
+            events.append(served.event(response))
+            for request in served.last_words if events[-1] == served.last_event else ():
+                await call.write(request)
         # The status is the handler's end: it does not wait for ours either.
         assert await call.code() is grpc.StatusCode.OK
     assert events[-1] == served.last_event
 
 
+@pytest.mark.parametrize("served", ["gateway", "decode node"], indirect=True)
 async def test_what_follows_the_end_is_left_unread(served: Served) -> None:
     async with open_channel(served.address, Security()) as channel:
         call = served.stub(channel)(timeout=LIMIT_S)

@@ -1,11 +1,13 @@
 """A KV stream that goes wrong: the answer is either the right one or one clear error, and nothing stays held."""
 
 import asyncio
+import queue
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import xxhash
 
 from colm.checkpoint import Checkpoint, save
 from colm.errors import LeaseExpired
-from colm.kv import KvTile
+from colm.kv import KvFormat, KvTile
+from colm.kv_position import KvPosition
 from colm.leases import LeaseTable
 from colm.wire.endpoint import open_blocking_channel
 from colm.wire.security import Security
@@ -26,7 +29,7 @@ from colm.wire.tile_codec import decode_message, pull_kv_stub
 from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 from decode_node import node as node_module
 from decode_node.kv_fetch import RetryPolicy
-from prefill_node import service as service_module
+from prefill_node import encoded_tile
 from prefill_node.engine import PrefillEngine
 from tests.gates import LIMIT_S, gate_before
 from tests.nodes import (
@@ -50,6 +53,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
 
 
+def prompt_bytes(checkpoint: Checkpoint) -> int:
+    """Keys and values of what the prefill node computes, each once."""
+    return (len(PROMPT) - 1) * KvFormat.of(checkpoint.config, torch.float32).token_bytes
+
+
 def first_attempt(at: int, change: Spoil) -> Spoil:
     """Spoil one message of the first attempt only."""
     return lambda attempt, number, data: change(attempt, number, data) if (attempt, number) == (1, at) else [data]
@@ -70,8 +78,9 @@ def rewrite_header(**fields: object) -> Spoil:
     return spoil
 
 
-def end_early(_: int, __: int, ___: bytes) -> list[bytes]:
-    complete = kv_pb.TransferComplete(transfer_id="r", epoch=1, num_tiles=3, payload_bytes=1)
+def end_early(_: int, __: int, data: bytes) -> list[bytes]:
+    transfer_id = decode_message(data)[0].tile.transfer_id
+    complete = kv_pb.TransferComplete(transfer_id=transfer_id, epoch=1, num_tiles=3, payload_bytes=1)
     return [kv_pb.PullKvResponse(complete=complete).SerializeToString()]
 
 
@@ -102,6 +111,7 @@ async def test_a_spoilt_stream_is_fetched_again_and_the_answer_is_the_oracles(
     ):
         answer = await decode(node.address, PROMPT, num_chains=3)
     assert answer.usage.num_kv_streams == 2
+    assert answer.usage.kv_received_bytes == prompt_bytes(checkpoint)
     assert answer.usage.num_decode_prompt_tokens == 1
     assert_greedy(checkpoint.load(), PROMPT, answer.token_ids, 3)
 
@@ -150,10 +160,8 @@ async def test_a_clean_stream_is_fetched_once(checkpoint: Checkpoint) -> None:
         decode_node(path, [address]) as node,
     ):
         answer = await decode(node.address, PROMPT, num_chains=3)
-    config = checkpoint.config
     assert answer.usage.num_kv_streams == 1
-    token_bytes = config.num_layers * 2 * config.kv_dim * 4
-    assert answer.usage.kv_received_bytes == (len(PROMPT) - 1) * token_bytes
+    assert answer.usage.kv_received_bytes == prompt_bytes(checkpoint)
 
 
 async def test_a_dead_prefill_node_is_replaced_by_another(checkpoint: Checkpoint) -> None:
@@ -164,6 +172,7 @@ async def test_a_dead_prefill_node_is_replaced_by_another(checkpoint: Checkpoint
         decode_node(path, [dying, prefill.address]) as node,
     ):
         answer = await decode(node.address, PROMPT, num_chains=2)
+    assert answer.usage.kv_received_bytes == prompt_bytes(checkpoint)
     assert_greedy(checkpoint.load(), PROMPT, answer.token_ids, 2)
 
 
@@ -260,34 +269,49 @@ async def test_one_prefill_node_out_of_memory_is_replaced_by_another(
     assert_greedy(checkpoint.load(), PROMPT, answer.token_ids, 3)
 
 
-async def test_a_reader_that_does_not_read_stops_the_engine_and_gets_all_when_it_does(
+async def test_a_reader_that_stores_nothing_stops_the_engine_and_gets_all_when_it_does(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = np.arange(500) % 320
     # 50 MB of keys and values: far more than gRPC keeps on the way.
     config = replace(checkpoint.config, num_layers=48, explicit_head_dim=128)
     num_encoded = 0
-    encode = service_module.encode_tile
+    encode = encoded_tile.encode_tile
 
     def counted(*args: Any, **kwargs: Any) -> bytes:
         nonlocal num_encoded
         num_encoded += 1
         return encode(*args, **kwargs)
 
-    monkeypatch.setattr(service_module, "encode_tile", counted)
+    monkeypatch.setattr(encoded_tile, "encode_tile", counted)
     with tempfile.TemporaryDirectory() as folder:
         deep = tiny_checkpoint(Path(folder) / "deep", config)
         async with prefill_node(str(deep.path)) as prefill:
             total = config.num_layers * -(-len(prompt) // TILE_TOKENS)
             with open_blocking_channel(prefill.address, Security()) as channel:
-                call = pull_kv_stub(channel)(iter(pull_kv_requests(prefill, prompt.tolist())))
+                stored: queue.SimpleQueue[kv_pb.PullKvRequest | None] = queue.SimpleQueue()
+                asked = pull_kv_requests(prefill, prompt.tolist())
+                call = pull_kv_stub(channel)(chain(asked, iter(stored.get, None)))
                 while True:
                     before = num_encoded
                     await asyncio.sleep(0.3)
                     if before and num_encoded == before:
                         break
                 assert num_encoded < total
-                messages = [decode_message(data)[0] for data in await asyncio.to_thread(list, call)]
+
+                def read() -> Iterator[kv_pb.PullKvResponse]:
+                    for data in call:
+                        message, _ = decode_message(data)
+                        yield message
+                        if message.WhichOneof("event") == "tile":
+                            tile = message.tile
+                            end = KvPosition(tile.layer, tile.first_token).after(tile.num_tokens, len(prompt))
+                            stored.put(
+                                kv_pb.PullKvRequest(acknowledged=kv_pb.KvPosition(layer=end.layer, token=end.token))
+                            )
+                    stored.put(None)
+
+                messages = await asyncio.to_thread(lambda: list(read()))
     assert [message.WhichOneof("event") for message in messages] == ["started", *["tile"] * total, "complete"]
 
 

@@ -28,6 +28,7 @@ _LOOP = "tests/fault/test_decode_loop.py::"
 _WAITING = "tests/fault/test_waiting.py::"
 _GATEWAY = "tests/fault/test_gateway.py::"
 _STREAM = "tests/fault/test_kv_stream_faults.py::"
+_PREFILL = "tests/unit/test_prefill_loop.py::"
 _FRONT_DOOR = "tests/unit/test_front_door.py::"
 _CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
@@ -74,9 +75,9 @@ MUTANTS = (
     Mutant(
         "the engine is given to the next while a late thread runs",
         "prefill_node/prefill_loop.py",
-        "        if self._running is not None:\n            return None\n",
-        "",
-        "tests/unit/test_prefill_loop.py::test_the_next_job_begins_when_the_thread_has_ended_not_when_its_reader_left",
+        "        if self._stepping is None:\n",
+        "        if True:\n",
+        _PREFILL + "test_the_next_job_begins_when_a_given_up_step_has_ended_and_not_before",
     ),
     # The decode loop.
     Mutant(
@@ -295,8 +296,8 @@ MUTANTS = (
     Mutant(
         "the epoch never grows",
         "decode_node/kv_fetch.py",
-        "epoch=account.num_kv_streams",
-        "epoch=1",
+        "account.num_kv_streams = ledger.begin()",
+        "account.num_kv_streams = ledger.epoch = 1",
         _FETCH + "test_a_node_that_fails_is_replaced_under_a_new_epoch",
     ),
     Mutant(
@@ -316,7 +317,7 @@ MUTANTS = (
     Mutant(
         "waiting is prefill",
         "prefill_node/service.py",
-        "        yield pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString()\n",
+        "            await context.write(pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString())\n",
         "",
         _WAITING + "test_waiting_for_a_busy_prefill_node_is_told_and_is_no_prefill",
     ),
@@ -358,7 +359,7 @@ MUTANTS = (
     Mutant(
         "a tile of an older epoch is stored",
         "decode_node/transfer_ledger.py",
-        "self._expect(epoch == self._epoch,",
+        "self._expect(epoch == self.epoch,",
         "self._expect(True,",
         _STREAM + "test_a_real_tile_of_a_broken_stream_is_void_in_the_next_one",
     ),
@@ -379,10 +380,10 @@ MUTANTS = (
     ),
     Mutant(
         "a reader that does not read stops nobody",
-        "prefill_node/handoff.py",
-        "        while not self._room.acquire(timeout=_POLL_S):\n",
-        "        while False:\n",
-        _STREAM + "test_a_reader_that_does_not_read_stops_the_engine_and_gets_all_when_it_does",
+        "prefill_node/prefill_job.py",
+        "return self._window_bytes < WINDOW_BYTES",
+        "return True",
+        _STREAM + "test_a_reader_that_stores_nothing_stops_the_engine_and_gets_all_when_it_does",
     ),
     # Where a node computes.
     Mutant(
@@ -417,9 +418,74 @@ MUTANTS = (
     Mutant(
         "a cancelled engine computes its tile to the end",
         "prefill_node/engine.py",
-        "        if self.is_cancelled():\n            raise Cancelled\n",
+        "        self.cancelled.raise_if_set()\n",
         "",
-        "tests/unit/test_prefill_loop.py::test_a_cancelled_engine_ends_between_two_operations_of_its_tile",
+        _PREFILL + "test_a_cancelled_engine_ends_between_two_operations_of_its_tile",
+    ),
+    Mutant(
+        "every stream brings everything",
+        "prefill_node/service.py",
+        "token_ids=token_ids, resume_from=position\n",
+        "token_ids=token_ids\n",
+        "tests/fault/test_resume.py::test_the_node_that_holds_the_job_goes_on_and_computes_nothing_twice",
+    ),
+    Mutant(
+        "a cancelled transfer waits for its lease",
+        "prefill_node/service.py",
+        "                    self._loop.give_up(stream)\n",
+        "",
+        "tests/fault/test_resume.py::test_a_transfer_that_is_given_up_is_forgotten_at_once",
+    ),
+    Mutant(
+        "the end of a transfer is not acknowledged",
+        "decode_node/kv_requests.py",
+        "if self._unsaid_bytes >= ACKNOWLEDGE_BYTES or is_last:",
+        "if self._unsaid_bytes >= ACKNOWLEDGE_BYTES:",
+        "tests/unit/test_kv_requests.py::"
+        "test_positions_are_said_when_they_are_worth_a_message_the_newest_alone_and_the_end_in_any_case",
+    ),
+    Mutant(
+        "the node that holds the job is no better than another",
+        "decode_node/prefill_pool.py",
+        "(node.address != preferred, max(",
+        "(False, max(",
+        "tests/unit/test_prefill_pool.py::"
+        "test_a_node_that_holds_the_prompt_already_is_lent_although_it_failed_unless_it_is_busy",
+    ),
+    Mutant(
+        "a later prompt goes before an earlier one",
+        "prefill_node/job_policy.py",
+        "    in_line = sorted(jobs, key=lambda job: job.place)\n    may_start",
+        "    in_line = sorted(jobs, key=lambda job: -job.place)\n    may_start",
+        _PREFILL + "test_first_come_first_served",
+    ),
+    Mutant(
+        "a job that nobody reads keeps the others waiting",
+        "prefill_node/prefill_loop.py",
+        "            self._forget(idle)\n",
+        "",
+        _PREFILL + "test_a_job_that_nobody_reads_gives_way_when_the_engine_would_idle",
+    ),
+    Mutant(
+        "a job without a reader is kept for ever",
+        "prefill_node/prefill_loop.py",
+        "job.lease_ends_s <= now_s",
+        "False",
+        _PREFILL + "test_a_job_without_a_reader_is_cancelled_and_forgotten_when_its_lease_is_over",
+    ),
+    Mutant(
+        "a tile keeps the epoch of the stream that it was computed for",
+        "prefill_node/prefill_job.py",
+        "if tile.epoch != self._epoch or tile.begin < self._read:",
+        "if tile.begin < self._read:",
+        _PREFILL + "test_a_newer_stream_takes_the_job_over_and_the_older_one_is_told",
+    ),
+    Mutant(
+        "a cancelled attention is finished",
+        "prefill_node/engine.py",
+        "backend=self.backend, cancelled=self.cancelled\n",
+        "backend=self.backend\n",
+        _PREFILL + "test_a_cancelled_engine_does_not_finish_the_attention_that_it_is_in",
     ),
     # Waiting in line.
     Mutant(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from colm_kernels.native import CancelFlag
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -69,8 +70,11 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def together(*tensors: Tensor) -> None:
         assert devices(tensors) == {META}
 
-    def attend_to_prefix(q: Tensor, k: Tensor, v: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
+    def attend_to_prefix(
+        q: Tensor, k: Tensor, v: Tensor, *, backend: str, cancelled: CancelFlag
+    ) -> tuple[Tensor, Tensor]:
         assert backend == "triton"
+        assert not cancelled.is_set()
         together(q, k, v)
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
 

@@ -10,14 +10,17 @@ import pytest
 
 from colm.errors import CapacityExceeded, ColmError, FingerprintMismatch, LeaseExpired, PeerFailed, PeerUnavailable
 from colm.events import PrefillProgress, Queued, WaitsFor
+from colm.kv_position import KvPosition
 from colm.line import Beat
 from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder, KvTransfer, RetryPolicy
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PagePool
 from decode_node.prefill_pool import PrefillLease
+from decode_node.transfer_ledger import Arrival, TransferLedger
 from tests.clock import FakeClock
 
 NUM_TOKENS = 100
+TILE_TOKENS = 10  # what each attempt brings
 BYTES = 4096
 AT_ONCE = RetryPolicy(max_attempts=8, first_pause_s=0.0, last_pause_s=0.0)
 LIMIT_S = 30.0
@@ -26,14 +29,15 @@ LIMIT_S = 30.0
 class ScriptedReceiver:
     """A receiver that waits, starts and ends as its test says, and moves the clock meanwhile."""
 
-    def __init__(self, clock: FakeClock, error: Exception | None, starts: bool = True) -> None:
+    def __init__(self, clock: FakeClock, error: Exception | None, starts: bool = True, silence_s: float = 0.0) -> None:
         self._clock = clock
         self._error = error
         self._starts = starts
+        self.silence_s = silence_s
         self.num_ahead: int | None = None
         self.started_s: float | None = None
-        self.num_tokens_done = 0
-        self.payload_bytes = 0
+        self.heard_s: float | None = None
+        self.ledger: TransferLedger | None = None
         self.was_cancelled = threading.Event()
 
     def run(self) -> None:
@@ -41,7 +45,19 @@ class ScriptedReceiver:
         if self._starts:
             self.started_s = self._clock.now()
         self._clock.now_s += 2.0
-        self.payload_bytes = BYTES
+        self.heard_s = self._clock.now() - self.silence_s
+        assert self.ledger is not None
+        layer, first_token = self.ledger.position
+        self.ledger.admit(
+            Arrival(
+                transfer_id=self.ledger.transfer_id,
+                epoch=self.ledger.epoch,
+                layer=layer,
+                first_token=first_token,
+                num_tokens=TILE_TOKENS,
+                payload_bytes=BYTES,
+            )
+        )
         if self._error is not None:
             raise self._error
 
@@ -66,6 +82,9 @@ class Bench:
     def __init__(self, receivers: Sequence[ScriptedReceiver | Exception], clock: FakeClock) -> None:
         self.clock = clock
         self.transfers: list[KvTransfer] = []
+        self.preferred: list[str | None] = []
+        self.epochs: list[int] = []
+        self.positions: list[KvPosition] = []
         self.events: list[PrefillProgress | Queued] = []
         self.account = KvAccount()
         self.page_line = PageLine(PagePool(4), max_waiting=4)
@@ -77,14 +96,16 @@ class Bench:
             receive=self._receive,
             page_line=self.page_line,
             fingerprint="f",
+            num_layers=1,
             max_transfers=2,
             clock=clock,
             retry=AT_ONCE,
         )
 
     @asynccontextmanager
-    async def lease(self, *, num_tokens: int, beat: Beat) -> AsyncIterator[PrefillLease]:
+    async def lease(self, *, num_tokens: int, beat: Beat, preferred: str | None) -> AsyncIterator[PrefillLease]:
         assert num_tokens == NUM_TOKENS
+        self.preferred.append(preferred)
         await beat(4)
         self.clock.now_s += 1.0
         step = self._script.pop(0)
@@ -95,7 +116,10 @@ class Bench:
 
     def _receive(self, transfer: KvTransfer, _: PrefillLease) -> ScriptedReceiver:
         self.transfers.append(transfer)
+        self.epochs.append(transfer.ledger.epoch)
+        self.positions.append(transfer.ledger.position)
         assert self._next is not None
+        self._next.ledger = transfer.ledger
         return self._next
 
     async def fetch(self) -> None:
@@ -136,9 +160,18 @@ async def test_one_attempt_is_enough_when_nothing_fails(make: Callable[..., Benc
     bench = make(None)
     await bench.fetch()
     (transfer,) = bench.transfers
-    assert (transfer.transfer_id, transfer.epoch, transfer.fingerprint) == ("r", 1, "f")
+    assert (bench.epochs, transfer.fingerprint) == ([1], "f")
     assert bench.account.num_kv_streams == 1
     assert bench.events[-1] == PrefillProgress(num_tokens_done=NUM_TOKENS, num_tokens_total=NUM_TOKENS)
+
+
+async def test_requests_of_one_id_on_two_decode_nodes_are_two_transfers(make: Callable[..., Bench]) -> None:
+    benches = [make(None) for _ in range(2)]
+    for bench in benches:
+        await bench.fetch()
+    ids = [bench.transfers[0].ledger.transfer_id for bench in benches]
+    assert len(set(ids)) == 2
+    assert all(transfer_id.startswith("r.") for transfer_id in ids)
 
 
 @pytest.mark.parametrize("kind", [PeerUnavailable, PeerFailed])
@@ -148,7 +181,9 @@ async def test_a_node_that_fails_is_replaced_under_a_new_epoch(
     """Bug: a MemoryError on one of two prefill nodes was INTERNAL to the client."""
     bench = make(kind("x"), kind("y"), None)
     await bench.fetch()
-    assert [transfer.epoch for transfer in bench.transfers] == [1, 2, 3]
+    assert bench.epochs == [1, 2, 3]
+    assert bench.positions == [(0, 0), (0, TILE_TOKENS), (0, 2 * TILE_TOKENS)]
+    assert len({transfer.ledger.transfer_id for transfer in bench.transfers}) == 1
     assert bench.account.num_kv_streams == 3
     assert bench.account.kv_received_bytes == 3 * BYTES
 
@@ -182,7 +217,7 @@ async def test_a_lease_that_cannot_be_had_is_asked_for_again_and_is_no_stream(ma
     bench = make(None, refusals=[PeerUnavailable("died"), PeerUnavailable("died")])
     await bench.fetch()
     assert bench.account.num_kv_streams == 1
-    assert [transfer.epoch for transfer in bench.transfers] == [1]
+    assert bench.epochs == [1]
 
 
 async def test_waiting_is_not_booked_as_prefill(make: Callable[..., Bench]) -> None:
@@ -199,6 +234,20 @@ async def test_a_stream_that_never_started_was_waiting_all_along(make: Callable[
     await bench.fetch()
     assert bench.account.queue_s == pytest.approx(1.0 + 5.0 + 1.0 + 3.0)
     assert bench.account.prefill_s == pytest.approx(2.0)
+
+
+async def test_the_node_that_holds_the_job_is_preferred_once(make: Callable[..., Bench]) -> None:
+    bench = make(PeerUnavailable("x"), PeerUnavailable("y"), None)
+    await bench.fetch()
+    assert bench.preferred == [None, "a", None]
+
+
+async def test_a_node_that_fell_silent_is_not_preferred(make: Callable[..., Bench]) -> None:
+    """It may have been stopped, and would be waited for once more."""
+    bench = make(None)
+    bench._script = [ScriptedReceiver(bench.clock, PeerUnavailable("x"), silence_s=5.0), *bench._script]
+    await bench.fetch()
+    assert bench.preferred == [None, None]
 
 
 async def test_the_place_in_both_lines_is_passed_on(make: Callable[..., Bench]) -> None:

@@ -1,114 +1,360 @@
-"""The engine runs one prompt at a time, until its thread has ended; a cancellation ends it inside a tile."""
+"""Jobs and the one engine: whose step is next, who reads, what is kept for whom, and the end in mid-tile."""
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from colm_kernels.native import CancelFlag, Cancelled
+from numpy.typing import NDArray
 
-from colm.errors import CapacityExceeded
-from colm.kv import KvFormat
+from colm.errors import CapacityExceeded, TransferSuperseded
+from colm.kv import KvFormat, KvTile
+from colm.kv_position import KV_START, KvPosition
 from colm.model.ffn import ChainFFN
 from prefill_node import engine as engine_module
+from prefill_node import prefill_job
+from prefill_node.encoded_tile import EncodedTile
 from prefill_node.engine import PrefillEngine
-from prefill_node.handoff import Handoff
+from prefill_node.prefill_job import JobStream, PrefillOrder
 from prefill_node.prefill_loop import PrefillLoop
-from tests.gates import LIMIT_S
-from tests.tiny import tiny_checkpoint
+from tests.clock import FakeClock
+from tests.gates import LIMIT_S, Gate
+from tests.tiny import tiny_checkpoint, tiny_config
 from tests.unit.test_line import settle
 
+NUM_TOKENS = 100
+NUM_STEPS = 8  # two layers of four tiles
+LEASE_S = 20.0
+PROMPTS = {name: np.random.default_rng(seed).integers(0, 320, NUM_TOKENS) for seed, name in enumerate("abcd")}
 
-class Job:
-    """A job that yields a message, and another one when the test allows it."""
 
-    def __init__(self) -> None:
-        self.has_begun = threading.Event()
-        self.may_end = threading.Event()
+class SteppedEngine(PrefillEngine):
+    """Notes whose step it makes, and waits at a gate of that prompt before each."""
 
-    def __call__(self, _: Handoff) -> Iterator[bytes]:
-        self.has_begun.set()
-        yield b"first"
-        assert self.may_end.wait(LIMIT_S)
-        yield b"second"
+    def prepare(self) -> None:
+        self.steps: list[str] = []
+        self.gates = {name: Gate() for name in PROMPTS}
+        for gate in self.gates.values():
+            gate.open()
+
+    def run(self, token_ids: NDArray[np.int64], *, cancelled: CancelFlag | None = None) -> Iterator[KvTile]:
+        name = next(name for name, prompt in PROMPTS.items() if np.array_equal(prompt, token_ids))
+        tiles = super().run(token_ids, cancelled=cancelled)
+        for _ in range(NUM_STEPS):
+            self.gates[name].pass_through()
+            self.steps.append(name)
+            yield next(tiles)
+
+
+def order(name: str, epoch: int = 1, resume_from: KvPosition = KV_START) -> PrefillOrder:
+    return PrefillOrder(transfer_id=name, epoch=epoch, token_ids=PROMPTS[name], resume_from=resume_from)
 
 
 async def no_beat(_: int) -> None:
     pass
 
 
-async def until_idle(loop: PrefillLoop) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while loop.load.num_active:
-            await asyncio.sleep(0.005)
+class Bench:
+    """A loop over a real engine, and readers of its jobs."""
+
+    def __init__(self, engine: SteppedEngine, **options: Any) -> None:
+        self.engine = engine
+        self.clock = FakeClock()
+        self.loop = PrefillLoop(
+            engine, self.clock, **{"max_queued": 4, "max_started": 2, "lease_s": LEASE_S, **options}
+        )
+
+    async def read(self, stream: JobStream, num_tiles: int | None = None) -> list[EncodedTile]:
+        """Take, store and acknowledge tiles; all of them, or so many."""
+        await self.loop.turn(stream, no_beat)
+        read: list[EncodedTile] = []
+        async with asyncio.timeout(LIMIT_S):
+            async for tile in stream.tiles():
+                stream.acknowledge(tile.end)
+                read.append(tile)
+                if len(read) == num_tiles:
+                    break
+        return read
+
+    async def whole(self, name: str) -> list[EncodedTile]:
+        stream = self.loop.attach(order(name))
+        try:
+            return await self.read(stream)
+        finally:
+            self.loop.detach(stream)
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(LIMIT_S):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    @property
+    def load(self) -> tuple[int, int]:
+        return self.loop.load.num_active, self.loop.load.num_queued
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> SteppedEngine:
+    checkpoint = tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+    return SteppedEngine(checkpoint, KvFormat.of(checkpoint.config, torch.float32), tile_tokens=25)
+
+
+@asynccontextmanager
+async def a_bench(engine: SteppedEngine, **options: Any) -> AsyncIterator[Bench]:
+    engine.prepare()
+    bench = Bench(engine, **options)
+    try:
+        yield bench
+    finally:
+        for gate in engine.gates.values():
+            gate.open()
+        await bench.loop.stop()
 
 
 @pytest.fixture
-async def loop() -> AsyncIterator[PrefillLoop]:
-    loop = PrefillLoop(max_queued=1)
-    yield loop
-    await loop.stop()
+async def bench(engine: SteppedEngine) -> AsyncIterator[Bench]:
+    async with a_bench(engine) as bench:
+        yield bench
 
 
-async def test_a_job_runs_to_its_end_and_its_messages_come(loop: PrefillLoop) -> None:
-    job = Job()
-    job.may_end.set()
-    handoff = await loop.begin(job, no_beat)
-    assert [message async for message in handoff.items()] == [b"first", b"second"]
-    await until_idle(loop)
+@pytest.fixture
+def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tile fills it."""
+    monkeypatch.setattr(prefill_job, "WINDOW_BYTES", 1)
 
 
-async def test_the_next_job_begins_when_the_thread_has_ended_not_when_its_reader_left(loop: PrefillLoop) -> None:
-    first, second = Job(), Job()
-    handoff = await loop.begin(first, no_beat)
-    handoff.close()
-    waiting = asyncio.create_task(loop.begin(second, no_beat))
+async def test_a_job_runs_to_its_end_and_is_forgotten(bench: Bench) -> None:
+    tiles = await bench.whole("a")
+    assert [tile.begin for tile in tiles] == [(layer, token) for layer in (0, 1) for token in (0, 25, 50, 75)]
+    assert tiles[-1].end == (2, 0)
+    assert bench.engine.steps == ["a"] * NUM_STEPS
+    assert bench.load == (0, 0)
+
+
+async def test_first_come_first_served(bench: Bench) -> None:
+    bench.engine.gates["a"].close()
+    first = asyncio.create_task(bench.whole("a"))
+    await bench.engine.gates["a"].until_reached()
+    second = asyncio.create_task(bench.whole("b"))
     await settle()
-    assert (loop.load.num_active, loop.load.num_queued) == (1, 1)
-    assert not second.has_begun.is_set()
-    first.may_end.set()
-    second.may_end.set()
-    assert [message async for message in (await waiting).items()] == [b"first", b"second"]
+    assert bench.load == (1, 1)
+    bench.engine.gates["a"].open()
+    await asyncio.gather(first, second)
+    assert bench.engine.steps == ["a"] * NUM_STEPS + ["b"] * NUM_STEPS
 
 
-async def test_a_job_whose_asker_gave_up_never_begins(loop: PrefillLoop) -> None:
-    first, given_up, last = Job(), Job(), Job()
-    await loop.begin(first, no_beat)
-    waiting = asyncio.create_task(loop.begin(given_up, no_beat))
+@pytest.mark.usefixtures("small_window")
+async def test_the_next_one_uses_the_engine_while_a_window_is_full_and_no_longer(bench: Bench) -> None:
+    slow = bench.loop.attach(order("a"))
+    await bench.until(lambda: not slow.job.has_room)
+    assert len(await bench.whole("b")) == NUM_STEPS
+    assert bench.engine.steps == ["a"] + ["b"] * NUM_STEPS
+    assert len(await bench.read(slow)) == NUM_STEPS
+    assert bench.load == (0, 0)
+
+
+@pytest.mark.usefixtures("small_window")
+async def test_at_most_so_many_have_begun(bench: Bench) -> None:
+    slow = [bench.loop.attach(order(name)) for name in "ab"]
+    await bench.until(lambda: bench.engine.steps == ["a", "b"])
+    third = asyncio.create_task(bench.whole("c"))
     await settle()
-    waiting.cancel()
+    assert bench.load == (2, 1)
+    await bench.read(slow[0])
+    assert len(await third) == NUM_STEPS
+    await bench.read(slow[1])
+
+
+@pytest.mark.usefixtures("small_window")
+async def test_a_job_that_nobody_reads_gives_way_when_the_engine_would_idle(bench: Bench) -> None:
+    """Two callers that went away would keep everybody else waiting until their leases end."""
+    for name in "ab":
+        stream = bench.loop.attach(order(name))
+        await bench.until(lambda stream=stream: not stream.job.has_room)
+        bench.loop.detach(stream)
+    assert bench.load == (2, 0)
+    assert len(await bench.whole("c")) == NUM_STEPS
+    assert bench.load == (1, 0)
+
+
+async def test_everybody_who_waits_hears_how_many_come_before(bench: Bench) -> None:
+    bench.engine.gates["a"].close()
+    first = asyncio.create_task(bench.whole("a"))
+    await bench.engine.gates["a"].until_reached()
+    told: dict[str, list[int]] = {"b": [], "c": []}
+
+    async def wait(name: str) -> None:
+        async def beat(num_ahead: int) -> None:
+            told[name].append(num_ahead)
+
+        stream = bench.loop.attach(order(name))
+        await bench.loop.turn(stream, beat)
+        await bench.read(stream)
+        bench.loop.detach(stream)
+
+    waiting = [asyncio.create_task(wait(name)) for name in told]
     await settle()
-    first.may_end.set()
-    last.may_end.set()
-    handoff = await loop.begin(last, no_beat)
-    assert [message async for message in handoff.items()] == [b"first", b"second"]
-    assert not given_up.has_begun.is_set()
+    bench.engine.gates["a"].open()
+    await asyncio.gather(first, *waiting)
+    assert told["b"] == [0]
+    assert told["c"] == [1, 0]
 
 
-async def test_the_line_is_bounded(loop: PrefillLoop) -> None:
-    first, second = Job(), Job()
-    await loop.begin(first, no_beat)
-    waiting = asyncio.create_task(loop.begin(second, no_beat))
+async def test_the_line_is_bounded_and_a_refused_job_leaves_nothing(engine: SteppedEngine) -> None:
+    async with a_bench(engine, max_queued=1) as bench:
+        bench.engine.gates["a"].close()
+        first = asyncio.create_task(bench.whole("a"))
+        await bench.engine.gates["a"].until_reached()
+        second = asyncio.create_task(bench.whole("b"))
+        await settle()
+        with pytest.raises(CapacityExceeded, match="1 requests wait for this prefill node already"):
+            bench.loop.attach(order("c"))
+        assert bench.load == (1, 1)
+        bench.engine.gates["a"].open()
+        await asyncio.gather(first, second)
+
+
+async def test_the_next_job_begins_when_a_given_up_step_has_ended_and_not_before(bench: Bench) -> None:
+    bench.engine.gates["a"].close()
+    stream = bench.loop.attach(order("a"))
+    await bench.engine.gates["a"].until_reached()
+    bench.loop.detach(stream)
+    bench.clock.now_s += LEASE_S
+    bench.loop.look_again()
+    waiting = asyncio.create_task(bench.whole("b"))
     await settle()
-    with pytest.raises(CapacityExceeded, match="1 requests wait for this prefill node already"):
-        await loop.begin(Job(), no_beat)
-    waiting.cancel()
-    first.may_end.set()
+    assert bench.load == (1, 1)
+    assert bench.engine.steps == []
+    bench.engine.gates["a"].open()
+    assert len(await waiting) == NUM_STEPS
+    assert bench.engine.steps.count("a") == 1
 
 
-async def test_a_failure_is_the_readers_and_leaves_the_engine_free(loop: PrefillLoop) -> None:
-    def fail(_: Handoff) -> Iterator[bytes]:
-        yield b"first"
+async def test_a_job_whose_reader_left_before_its_turn_never_begins(bench: Bench) -> None:
+    bench.engine.gates["a"].close()
+    first = asyncio.create_task(bench.whole("a"))
+    await bench.engine.gates["a"].until_reached()
+    bench.loop.detach(bench.loop.attach(order("b")))
+    bench.engine.gates["a"].open()
+    await first
+    await bench.whole("c")
+    assert "b" not in bench.engine.steps
+
+
+@pytest.mark.usefixtures("small_window")
+async def test_a_job_waits_for_its_reader_and_goes_on_where_that_one_was(bench: Bench) -> None:
+    """Bug: a broken connection cost the whole computation."""
+    broken = bench.loop.attach(order("a"))
+    read = await bench.read(broken, 3)
+    bench.loop.detach(broken)
+    bench.clock.now_s += LEASE_S - 1
+    bench.loop.look_again()
+    again = bench.loop.attach(order("a", epoch=2, resume_from=read[-1].end))
+    read += await bench.read(again)
+    assert [tile.begin for tile in read] == [(layer, token) for layer in (0, 1) for token in (0, 25, 50, 75)]
+    assert bench.engine.steps == ["a"] * NUM_STEPS
+
+
+@pytest.mark.usefixtures("small_window")
+async def test_a_job_without_a_reader_is_cancelled_and_forgotten_when_its_lease_is_over(bench: Bench) -> None:
+    stream = bench.loop.attach(order("a"))
+    await bench.read(stream, 3)
+    await bench.until(lambda: not stream.job.has_room)
+    bench.loop.detach(stream)
+    bench.clock.now_s += LEASE_S - 1
+    bench.loop.look_again()
+    assert not stream.job.cancelled.is_set()
+    bench.clock.now_s += 1
+    bench.loop.look_again()
+    assert stream.job.cancelled.is_set()
+    assert stream.job.run is None
+    assert bench.load == (0, 0)
+
+
+@pytest.mark.usefixtures("small_window")
+async def test_a_lease_ends_by_itself(engine: SteppedEngine) -> None:
+    async with a_bench(engine, lease_s=0.01) as bench:
+        stream = bench.loop.attach(order("a"))
+        bench.clock.now_s += 1000
+        await bench.until(lambda: not stream.job.has_room)
+        bench.loop.detach(stream)
+        bench.clock.now_s += 1000
+        await bench.until(lambda: bench.load == (0, 0))
+
+
+async def test_a_newer_stream_takes_the_job_over_and_the_older_one_is_told(bench: Bench) -> None:
+    older = bench.loop.attach(order("a"))
+    read = await bench.read(older, 2)
+    reading = asyncio.create_task(bench.read(older))
+    bench.engine.gates["a"].close()
+    newer = bench.loop.attach(order("a", epoch=2, resume_from=read[-1].end))
+    with pytest.raises(TransferSuperseded, match="in epoch 2 by now"):
+        await reading
+    bench.loop.detach(older)
+    bench.engine.gates["a"].open()
+    rest = await bench.read(newer)
+    assert {tile.epoch for tile in rest} == {2}
+    assert rest[0].begin == read[-1].end
+    assert bench.engine.steps == ["a"] * NUM_STEPS
+
+
+async def test_a_reader_that_has_lost_what_it_acknowledged_gets_all_of_it_anew(bench: Bench) -> None:
+    older = bench.loop.attach(order("a"))
+    await bench.read(older, 2)
+    newer = bench.loop.attach(order("a", epoch=2))
+    with pytest.raises(TransferSuperseded, match="begins anew in epoch 2"):
+        await bench.read(older)
+    assert len(await bench.read(newer)) == NUM_STEPS
+
+
+async def test_another_node_computes_what_it_must_and_brings_only_the_rest(bench: Bench) -> None:
+    since = KvPosition(0, 60)
+    rest = await bench.read(bench.loop.attach(order("a", epoch=2, resume_from=since)))
+    assert [tile.begin for tile in rest] == [since, (0, 75), (1, 0), (1, 25), (1, 50), (1, 75)]
+    assert bench.engine.steps == ["a"] * NUM_STEPS
+
+
+async def test_a_failure_is_the_readers_and_leaves_the_engine_free(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
-    handoff = await loop.begin(fail, no_beat)
-    with pytest.raises(MemoryError):
-        async for _ in handoff.items():
-            pass
-    await until_idle(loop)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "prefill_attention", fail)
+        stream = bench.loop.attach(order("a"))
+        await bench.until(lambda: stream.job.error)
+        with pytest.raises(MemoryError):
+            await bench.read(stream)
+        bench.loop.detach(stream)
+    assert bench.load == (0, 0)
+    assert len(await bench.whole("b")) == NUM_STEPS
+
+
+def tiny_engine(folder: Path, **options: Any) -> PrefillEngine:
+    checkpoint = tiny_checkpoint(folder / "tiny", tiny_config(**options))
+    return PrefillEngine(
+        checkpoint, KvFormat.of(checkpoint.config, torch.float32), tile_tokens=options.get("max_context", 32)
+    )
+
+
+def noting(patch: pytest.MonkeyPatch, owner: Any, name: str, done: list[str]) -> None:
+    """Note each call that returns."""
+    original = getattr(owner, name)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        done.append(name)
+        return result
+
+    patch.setattr(owner, name, noted)
 
 
 @pytest.mark.parametrize("looks_left", [0, 1, 2])
@@ -116,29 +362,52 @@ def test_a_cancelled_engine_ends_between_two_operations_of_its_tile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks_left: int
 ) -> None:
     """Bug: a cancelled engine went on to the end of its tile, which takes seconds at long contexts."""
-    checkpoint = tiny_checkpoint(tmp_path / "tiny")
-    kv_format = KvFormat.of(checkpoint.config, torch.float32)
-    engine = PrefillEngine(checkpoint, kv_format, tile_tokens=32)
-    done: list[str] = []
+    engine, done = tiny_engine(tmp_path), list[str]()
+    attention = engine_module.prefill_attention
+    # Without the flag, which attention looks at as often as its variant has blocks.
+    monkeypatch.setattr(engine_module, "prefill_attention", lambda *tensors, cancelled, backend: attention(*tensors))  # noqa: ARG005
+    noting(monkeypatch, engine_module, "prefill_attention", done)
+    noting(monkeypatch, ChainFFN, "forward", done)
 
-    def noting(owner: Any, name: str) -> None:
-        original = getattr(owner, name)
+    class Flag(CancelFlag):
+        """Found set after some looks from Python."""
 
-        def noted(*args: Any, **options: Any) -> Any:
-            done.append(name)
-            return original(*args, **options)
+        num_looks = 0
 
-        monkeypatch.setattr(owner, name, noted)
+        def is_set(self) -> bool:
+            self.num_looks += 1
+            return self.num_looks > looks_left
 
-    noting(engine_module, "prefill_attention")
-    noting(ChainFFN, "forward")
-    looks = 0
-
-    def is_cancelled() -> bool:
-        nonlocal looks
-        looks += 1
-        return looks > looks_left
-
-    tiles = list(engine.run(np.arange(100), is_cancelled=is_cancelled))
-    assert len(tiles) == 1
+    run = engine.run(np.arange(100), cancelled=Flag())
+    next(run)
+    with pytest.raises(Cancelled):
+        next(run)
     assert done == ["prefill_attention", "forward"][:looks_left]
+
+
+def test_a_cancelled_engine_does_not_finish_the_attention_that_it_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: one call over a long prefix, which takes seconds, was computed to its end for nobody."""
+    engine, flag, events = tiny_engine(tmp_path, max_context=1 << 15), CancelFlag(), list[str]()
+    noting(monkeypatch, engine_module, "prefill_attention", events)
+    attention, is_inside = engine_module.prefill_attention, threading.Event()
+
+    def entered(*args: Any, **kwargs: Any) -> Any:
+        is_inside.set()
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(engine_module, "prefill_attention", entered)
+    run = engine.run(np.arange(1 << 15) % 320, cancelled=flag)
+    next(run)
+
+    def cancel() -> None:
+        assert is_inside.wait(LIMIT_S)
+        flag.set()
+
+    with ThreadPoolExecutor() as threads:
+        cancelling = threads.submit(cancel)
+        with pytest.raises(Cancelled):
+            next(run)
+        cancelling.result()
+    assert events == []

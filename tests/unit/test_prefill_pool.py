@@ -15,8 +15,8 @@ async def no_beat(_: int) -> None:
     pass
 
 
-def borrow(pool: StaticPrefillPool) -> AbstractAsyncContextManager[PrefillLease]:
-    return pool.lease(num_tokens=1, beat=no_beat)
+def borrow(pool: StaticPrefillPool, preferred: str | None = None) -> AbstractAsyncContextManager[PrefillLease]:
+    return pool.lease(num_tokens=1, beat=no_beat, preferred=preferred)
 
 
 async def lend(pool: StaticPrefillPool, error: Exception | None = None) -> str:
@@ -46,6 +46,15 @@ async def test_a_node_that_failed_is_asked_again_only_after_a_rest(error: Except
     assert [await lend(pool) for _ in range(5)] == ["healthy"] * 5
     clock.now_s += 60
     assert {await lend(pool), await lend(pool)} == {"dead", "healthy"}
+
+
+async def test_a_node_that_holds_the_prompt_already_is_lent_although_it_failed_unless_it_is_busy() -> None:
+    pool = StaticPrefillPool(["holder", "other"], FakeClock())
+    await lend(pool, PeerUnavailable("broke off"))
+    async with borrow(pool, "holder") as lease:
+        assert lease.address == "holder"
+        async with borrow(pool, "holder") as another:
+            assert another.address == "other"
 
 
 async def test_a_dead_node_is_passed_over_although_the_healthy_one_was_busy_all_along() -> None:

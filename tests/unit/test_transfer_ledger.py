@@ -23,12 +23,10 @@ class Stream:
     arrivals: tuple[Arrival, ...]
 
     def ledger(self) -> TransferLedger:
-        return TransferLedger(
-            transfer_id="t-1",
-            epoch=3,
-            num_layers=self.num_layers,
-            num_tokens=self.num_tokens,
-        )
+        """In epoch 3, as after two streams that brought nothing."""
+        ledger = TransferLedger(transfer_id="t-1", num_layers=self.num_layers, num_tokens=self.num_tokens)
+        assert [ledger.begin() for _ in range(3)] == [1, 2, 3]
+        return ledger
 
     @property
     def payload_bytes(self) -> int:
@@ -91,6 +89,24 @@ def test_the_right_sequence_is_admitted_and_counted(stream: Stream) -> None:
     assert ledger.is_whole
     assert ledger.num_tokens_done == stream.num_tokens
     ledger.complete(transfer_id="t-1", epoch=3, num_tiles=len(stream.arrivals), payload_bytes=stream.payload_bytes)
+
+
+@given(streams(), st.data())
+def test_what_one_stream_brought_is_not_asked_of_the_next(stream: Stream, data: st.DataObject) -> None:
+    """Streams break anywhere; each counts its own tiles, and the last one says how many those were."""
+    breaks = data.draw(st.sets(st.integers(0, len(stream.arrivals))))
+    ledger, epoch, num_tiles, payload_bytes = stream.ledger(), 3, 0, 0
+    for number, arrival in enumerate(stream.arrivals):
+        if number in breaks:
+            late = replace(arrival, epoch=epoch)
+            epoch, num_tiles, payload_bytes = ledger.begin(), 0, 0
+            with pytest.raises(PeerUnavailable, match=f"tile of epoch {epoch - 1}, this is {epoch}"):
+                ledger.admit(late)
+        assert ledger.position == (arrival.layer, arrival.first_token)
+        ledger.admit(replace(arrival, epoch=epoch))
+        num_tiles, payload_bytes = num_tiles + 1, payload_bytes + arrival.payload_bytes
+    assert ledger.position == (stream.num_layers, 0)
+    ledger.complete(transfer_id="t-1", epoch=epoch, num_tiles=num_tiles, payload_bytes=payload_bytes)
 
 
 @given(streams(), st.data(), st.sampled_from(["layer", "first_token", "epoch"]), st.integers(-4, 4).filter(bool))

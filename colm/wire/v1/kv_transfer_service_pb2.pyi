@@ -15,28 +15,46 @@ CODEC_UNSPECIFIED: Codec
 CODEC_RAW: Codec
 
 class PullKvRequest(_message.Message):
-    __slots__ = ("open", "token_ids", "end_of_prompt")
+    __slots__ = ("open", "token_ids", "end_of_prompt", "acknowledged", "give_up")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     END_OF_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
+    GIVE_UP_FIELD_NUMBER: _ClassVar[int]
     open: OpenKvTransfer
     token_ids: _common_pb2.TokenIds
     end_of_prompt: _common_pb2.EndOfPrompt
-    def __init__(self, open: _Optional[_Union[OpenKvTransfer, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ...) -> None: ...
+    acknowledged: KvPosition
+    give_up: GiveUp
+    def __init__(self, open: _Optional[_Union[OpenKvTransfer, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., acknowledged: _Optional[_Union[KvPosition, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ...) -> None: ...
+
+class KvPosition(_message.Message):
+    __slots__ = ("layer", "token")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    token: int
+    def __init__(self, layer: _Optional[int] = ..., token: _Optional[int] = ...) -> None: ...
+
+class GiveUp(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class OpenKvTransfer(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id")
+    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id", "resume_from")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     fingerprint: str
     num_tokens: int
     lease_id: str
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ...) -> None: ...
+    resume_from: KvPosition
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ...) -> None: ...
 
 class PullKvResponse(_message.Message):
     __slots__ = ("tile", "complete", "queued", "started", "payload")

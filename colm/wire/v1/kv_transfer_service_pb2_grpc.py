@@ -49,7 +49,8 @@ class KvTransferServiceServicer:
     def PullKv(self, request_iterator, context):
         """The first request is `open`; token ids follow; `end_of_prompt` starts the work, whether or not the caller then
         closes its side. `queued` comes while the prompt waits, `started` once it does no longer. Tiles come layer by
-        layer, within a layer in token order, without gaps; `complete` follows the last one.
+        layer, within a layer in token order, without gaps; `complete` follows the last one, and the call ends once all is
+        acknowledged. A transfer whose stream broke goes on in another one, on this node for 20 s with what it had computed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

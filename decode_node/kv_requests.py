@@ -1,0 +1,101 @@
+"""What the decode node says on a KV stream: what it wants, the prompt, and then how far it has stored what came."""
+
+import threading
+from collections.abc import Callable, Iterator
+
+from colm.kv_position import KvPosition
+from colm.wire.messages import token_id_pieces
+from colm.wire.tile_codec import ACKNOWLEDGE_BYTES
+from colm.wire.v1 import common_pb2
+from colm.wire.v1 import kv_transfer_service_pb2 as pb
+from decode_node.kv_fetch import KvTransfer
+
+_GIVE_UP_S = 1.0
+
+
+class KvRequests:
+    """The requests of one stream, read by a thread of gRPC's and steered by the receiving thread.
+
+    Only the newest position waits to be said: one slot is all the memory it takes.
+
+    Args:
+        transfer: what is wanted.
+        lease_id: under which the prefill node expects the stream.
+        on_silence: called where the node does not end a stream that was given up.
+    """
+
+    def __init__(self, transfer: KvTransfer, lease_id: str, on_silence: Callable[[], None]) -> None:
+        self._transfer = transfer
+        self._lease_id = lease_id
+        self._on_silence = on_silence
+        self._changed = threading.Condition()
+        self._stored = self._said = transfer.ledger.position
+        self._unsaid_bytes = 0
+        self._is_sent = False
+        self._is_given_up = False
+        self._is_closed = False
+
+    def stored(self, position: KvPosition, num_bytes: int, *, is_last: bool) -> None:
+        """So many bytes more have been stored, up to a position; said once they are worth a message."""
+        self._unsaid_bytes += num_bytes
+        if self._unsaid_bytes >= ACKNOWLEDGE_BYTES or is_last:
+            self._unsaid_bytes = 0
+            with self._changed:
+                self._stored = position
+                self._changed.notify()
+
+    def give_up(self) -> bool:
+        """Tell the node that nobody wants its work any more, where it can be told.
+
+        Returns:
+            False where the prompt is still on its way, or the stream at its end: there is no work to give up.
+        """
+        with self._changed:
+            if not self._is_sent or self._is_closed:
+                return False
+            self._is_given_up = True
+            self._changed.notify()
+            return True
+
+    def close(self) -> None:
+        """The stream has ended: nothing more is said."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+
+    def __iter__(self) -> Iterator[pb.PullKvRequest]:
+        transfer, ledger = self._transfer, self._transfer.ledger
+        yield pb.PullKvRequest(
+            open=pb.OpenKvTransfer(
+                transfer_id=ledger.transfer_id,
+                epoch=ledger.epoch,
+                fingerprint=transfer.fingerprint,
+                num_tokens=len(transfer.token_ids),
+                lease_id=self._lease_id,
+                resume_from=_position(self._said),
+            )
+        )
+        for piece in token_id_pieces(transfer.token_ids):
+            yield pb.PullKvRequest(token_ids=piece)
+        yield pb.PullKvRequest(end_of_prompt=common_pb2.EndOfPrompt())
+        while (position := self._next()) is not None:
+            yield pb.PullKvRequest(acknowledged=_position(position))
+        if self._is_given_up:
+            yield pb.PullKvRequest(give_up=pb.GiveUp())
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._is_closed, _GIVE_UP_S):
+                    self._on_silence()
+
+    def _next(self) -> KvPosition | None:
+        """Wait for the next position to say; None once there is none."""
+        with self._changed:
+            self._is_sent = True
+            self._changed.wait_for(lambda: self._stored != self._said or self._is_given_up or self._is_closed)
+            if self._is_given_up or self._stored == self._said:
+                return None
+            self._said = self._stored
+            return self._said
+
+
+def _position(position: KvPosition) -> pb.KvPosition:
+    return pb.KvPosition(layer=position.layer, token=position.token)

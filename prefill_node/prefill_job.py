@@ -1,0 +1,274 @@
+"""A prompt on its way through the engine, apart from whoever reads what comes out.
+
+[0, acknowledged)          the reader has stored it; forgotten here
+[acknowledged, produced)   in the window, as messages
+[produced, end)            not computed yet
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from colm_kernels.native import CancelFlag
+from numpy.typing import NDArray
+
+from colm.errors import InvalidRequest, TransferSuperseded
+from colm.kv import KvFormat, KvTile
+from colm.kv_position import KV_START, KvPosition
+from colm.wire.tile_codec import WINDOW_BYTES
+from prefill_node.encoded_tile import EncodedTile, TileEncoder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillOrder:
+    """What a stream asks for."""
+
+    transfer_id: str
+    epoch: int
+    token_ids: NDArray[np.int64]
+    resume_from: KvPosition = KV_START
+    """The first thing that the stream has to bring."""
+
+
+class PrefillJob:
+    """Bookkeeping of one prompt. Lives on one event loop; the engine's thread never touches it.
+
+    Args:
+        order: of the stream that asks first.
+        place: in line.
+        kv_format: of the engine.
+        on_change: told whenever another job may be next.
+    """
+
+    def __init__(self, order: PrefillOrder, *, place: int, kv_format: KvFormat, on_change: Callable[[], None]) -> None:
+        self.transfer_id = order.transfer_id
+        self.token_ids = order.token_ids
+        self.place = place
+        self.epoch = -1
+        """Of the stream that came last."""
+        self.cancelled = CancelFlag()
+        self.encoder = TileEncoder(transfer_id=order.transfer_id, num_tokens=len(order.token_ids), kv_format=kv_format)
+        self.run: Iterator[KvTile] | None = None
+        """The engine's; None before the job has begun and after its last tile."""
+        self.lease_ends_s: float | None = None
+        """When the job is given up; None while a stream is attached."""
+        self.stream: JobStream | None = None
+        self.error: BaseException | None = None
+        """What the job failed with."""
+        self.is_started = False
+        self.acknowledged = order.resume_from
+        self.end = KvPosition(kv_format.num_layers, 0)
+        self._produced = KV_START
+        self._window: deque[EncodedTile] = deque()
+        self._num_dropped = 0
+        self._window_bytes = 0
+        self._on_change = on_change
+
+    @property
+    def is_computed(self) -> bool:
+        """There is nothing to compute any more."""
+        return self.end in (self._produced, self.acknowledged)
+
+    @property
+    def is_over(self) -> bool:
+        """Every tile has been stored by the reader."""
+        return self.acknowledged == self.end
+
+    @property
+    def has_reader(self) -> bool:
+        """A stream is attached."""
+        return self.stream is not None
+
+    @property
+    def has_room(self) -> bool:
+        """The window takes another tile."""
+        return self._window_bytes < WINDOW_BYTES
+
+    def start(self, run: Iterator[KvTile]) -> None:
+        """The first step is about to be made."""
+        self.is_started, self.run = True, run
+        self._tell()
+
+    def produce(self, tiles: list[EncodedTile], produced: KvPosition) -> None:
+        """Note what a step has brought: messages of what had not been acknowledged, and how far it went."""
+        self._produced = produced
+        if self.is_computed:
+            self.run = None
+        self._window += tiles
+        self._window_bytes += sum(len(tile.message) for tile in tiles)
+        self._drop_stored()
+        self._tell()
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error, which the reader gets after the tiles that there are."""
+        self.error = error
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Give the work up, wherever it is; nothing of it is held but by a step that still runs."""
+        self.cancelled.set()
+        self.run = None
+        self._tell()
+
+    def can_resume(self, order: PrefillOrder) -> bool:
+        """Whether what is held, and what is still to come, is all that the order asks for."""
+        return self.acknowledged <= order.resume_from and np.array_equal(self.token_ids, order.token_ids)
+
+    def attach(self, order: PrefillOrder) -> "JobStream":
+        """Let a stream read from the order's position on; an older one ends.
+
+        Raises:
+            TransferSuperseded: the order is not newer than the stream that came last.
+        """
+        self.require_newer(order)
+        older, self.epoch, self.lease_ends_s = self.stream, order.epoch, None
+        self.acknowledged = order.resume_from
+        self._drop_stored()
+        self.stream = JobStream(self, order)
+        if older is not None:
+            older.news.set()
+        return self.stream
+
+    def require_newer(self, order: PrefillOrder) -> None:
+        """Refuse an order that is older than the stream that came last, or the same.
+
+        Raises:
+            TransferSuperseded: it is.
+        """
+        if order.epoch <= self.epoch:
+            raise TransferSuperseded(
+                f"transfer {self.transfer_id!r} is read in epoch {self.epoch} already, this is {order.epoch}"
+            )
+
+    def acknowledge(self, position: KvPosition) -> None:
+        """Forget what lies before a position; the reader has stored it."""
+        self.acknowledged = position
+        self._drop_stored()
+        self._on_change()
+
+    def tile(self, number: int) -> EncodedTile | None:
+        """A tile of the window by its number, counted over all that were produced; None if it is yet to come."""
+        index = number - self._num_dropped
+        return self._window[index] if index < len(self._window) else None
+
+    @property
+    def first_number(self) -> int:
+        """Number of the window's first tile, be it there or still to come."""
+        return self._num_dropped
+
+    def check_integrity(self) -> None:
+        """Assert that the window is what lies between `acknowledged` and what was produced, once and in order."""
+        assert self._window_bytes == sum(len(tile.message) for tile in self._window)
+        position = self.acknowledged
+        for tile in self._window:
+            assert tile.begin <= position < tile.end
+            position = tile.end
+        assert position == max(self._produced, self.acknowledged)
+
+    def _drop_stored(self) -> None:
+        while self._window and self._window[0].end <= self.acknowledged:
+            self._window_bytes -= len(self._window.popleft().message)
+            self._num_dropped += 1
+
+    def _tell(self) -> None:
+        if self.stream is not None:
+            self.stream.news.set()
+
+
+class JobStream:
+    """One reader of a job's tiles, from a position on."""
+
+    def __init__(self, job: PrefillJob, order: PrefillOrder) -> None:
+        self.job = job
+        self.news = asyncio.Event()
+        """Set whenever there may be something to take or to say."""
+        self._epoch = order.epoch
+        self._read = order.resume_from
+        self._number = job.first_number
+        self._has_ended = False
+        self._error: BaseException | None = None
+
+    def end(self, error: BaseException | None) -> None:
+        """The reader acknowledges nothing more; with an error, it gets nothing more either."""
+        self._has_ended, self._error = True, error
+        self.news.set()
+
+    def require_current(self) -> None:
+        """Refuse to go on for a stream whose job has been taken over, or given up.
+
+        Raises:
+            TransferSuperseded: a newer stream reads the job.
+            BaseException: what the stream ended with, or what the job failed with.
+        """
+        if self._error is not None:
+            raise self._error
+        if self.job.stream is not self:
+            raise TransferSuperseded(f"transfer {self.job.transfer_id!r} is read in epoch {self.job.epoch} by now")
+        if self.job.error is not None:
+            raise self.job.error
+
+    def take(self) -> EncodedTile | None:
+        """The next tile, if it is there.
+
+        Raises:
+            TransferSuperseded: a newer stream reads the job.
+        """
+        if self.job.stream is not self or (tile := self.job.tile(self._number)) is None:
+            self.require_current()
+            return None
+        if tile.epoch != self._epoch or tile.begin < self._read:
+            tile = self.job.encoder.reissue(tile, epoch=self._epoch, since=self._read)
+        self._number += 1
+        self._read = tile.end
+        return tile
+
+    async def tiles(self) -> AsyncIterator[EncodedTile]:
+        """Read to the end.
+
+        Raises:
+            TransferSuperseded: a newer stream reads the job.
+            InvalidRequest: the window is full, and the reader will not acknowledge anything more.
+            BaseException: what the stream ended with; what the job failed with, after its tiles.
+        """
+        while self._read < self.job.end:
+            self.news.clear()
+            if (tile := self.take()) is not None:
+                yield tile
+            elif self._has_ended and not self.job.has_room:
+                raise InvalidRequest(
+                    "acknowledged",
+                    self.job.acknowledged,
+                    f"the caller closed its side; with {WINDOW_BYTES} bytes that are not acknowledged no more is sent",
+                )
+            else:
+                await self.news.wait()
+
+    async def until_stored(self) -> None:
+        """Wait until the reader has acknowledged everything, or will acknowledge nothing more.
+
+        Raises:
+            TransferSuperseded: a newer stream reads the job.
+            BaseException: what the stream ended with.
+        """
+        while not self.job.is_over:
+            self.news.clear()
+            self.require_current()
+            if self._has_ended:
+                return
+            await self.news.wait()
+
+    def acknowledge(self, position: KvPosition) -> None:
+        """Everything before a position has been stored.
+
+        Raises:
+            InvalidRequest: it lies before an earlier one, or was not sent on this stream.
+            TransferSuperseded: a newer stream reads the job.
+        """
+        self.require_current()
+        if not self.job.acknowledged <= position <= self._read:
+            raise InvalidRequest(
+                "acknowledged", position, f"must lie between {self.job.acknowledged} and {self._read}, which was sent"
+            )
+        self.job.acknowledge(position)

@@ -1,0 +1,172 @@
+"""A job and its readers: whoever comes, leaves and stores what, each tile is brought once, in order, bit for bit."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from colm.errors import InvalidRequest, TransferSuperseded
+from colm.kv import KvFormat, KvTile
+from colm.kv_position import KV_START, KvPosition
+from colm.wire.tile_codec import decode_message, decode_tile
+from prefill_node import prefill_job
+from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder
+
+FORMAT = KvFormat(num_layers=2, num_kv_heads=2, head_dim=4, dtype=torch.float32)
+NUM_TOKENS = 12
+END = KvPosition(FORMAT.num_layers, 0)
+
+
+def order(epoch: int, resume_from: KvPosition = KV_START) -> PrefillOrder:
+    return PrefillOrder(transfer_id="t", epoch=epoch, token_ids=np.arange(NUM_TOKENS), resume_from=resume_from)
+
+
+def new_job(first: PrefillOrder) -> PrefillJob:
+    return PrefillJob(first, place=0, kv_format=FORMAT, on_change=lambda: None)
+
+
+def positions(first: KvPosition, last: KvPosition) -> st.SearchStrategy[KvPosition]:
+    every = [KvPosition(layer, token) for layer in range(FORMAT.num_layers) for token in range(NUM_TOKENS)]
+    return st.sampled_from([position for position in [*every, END] if first <= position <= last])
+
+
+class JobMachine(RuleBasedStateMachine):
+    """Against a reader that stores what it gets and says so whenever it likes."""
+
+    @initialize(seed=st.integers(0, 9))
+    def create(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (FORMAT.num_layers, 2, FORMAT.num_kv_heads, NUM_TOKENS, FORMAT.head_dim)
+        self.truth = torch.randn(shape, generator=generator)
+        self.stored = torch.zeros(shape)
+        self.position = KV_START
+        self.produced = KV_START
+        self.epoch = 1
+        self.job = new_job(order(1))
+        self.stream: JobStream | None = self.job.attach(order(1))
+        self.older: list[JobStream] = []
+
+    @precondition(lambda self: self.produced < END)
+    @rule(num_tokens=st.integers(1, 5))
+    def compute(self, num_tokens: int) -> None:
+        layer, first = self.produced
+        last = min(first + num_tokens, NUM_TOKENS)
+        tile = KvTile(layer, first, *self.truth[layer, :, :, first:last])
+        self.produced = self.produced.after(last - first, NUM_TOKENS)
+        encoded = self.job.encoder.encode(tile, epoch=self.job.epoch, since=self.job.acknowledged)
+        self.job.produce(encoded, self.produced)
+
+    @precondition(lambda self: self.stream is not None)
+    @rule()
+    def read(self) -> None:
+        assert self.stream is not None
+        tile = self.stream.take()
+        assert (tile is None) == (self.position >= self.produced)
+        if tile is None:
+            return
+        header, payload = decode_message(tile.message)
+        got = decode_tile(header.tile, payload, FORMAT)
+        assert header.tile.epoch == self.epoch
+        assert (got.layer, got.first_token) == self.position == tile.begin
+        assert tile.payload_bytes == len(payload)
+        self.stored[got.layer, :, :, got.first_token : got.first_token + got.num_tokens] = torch.stack(
+            [got.k_KTD, got.v_KTD]
+        )
+        self.position = tile.end
+
+    @precondition(lambda self: self.stream is not None)
+    @rule(data=st.data())
+    def acknowledge(self, data: st.DataObject) -> None:
+        assert self.stream is not None
+        self.stream.acknowledge(data.draw(positions(self.job.acknowledged, self.position)))
+
+    @precondition(lambda self: self.stream is not None and self.position < END)
+    @rule()
+    def acknowledge_what_was_not_sent(self) -> None:
+        assert self.stream is not None
+        with pytest.raises(InvalidRequest, match="must lie between"):
+            self.stream.acknowledge(END)
+
+    @rule(data=st.data(), breaks_off=st.booleans())
+    def resume(self, data: st.DataObject, breaks_off: bool) -> None:
+        """By the reader itself, which knows what it has; it may have got more elsewhere meanwhile."""
+        if self.stream is not None:
+            self.older.append(self.stream)
+        if breaks_off:
+            self.job.stream = None
+        self.epoch += 1
+        resume_from = data.draw(positions(self.position, END))
+        for layer in range(FORMAT.num_layers):
+            for token in range(NUM_TOKENS):
+                if self.position <= (layer, token) < resume_from:
+                    self.stored[layer, :, :, token] = self.truth[layer, :, :, token]
+        self.position = resume_from
+        again = order(self.epoch, resume_from)
+        assert self.job.can_resume(again)
+        self.stream = self.job.attach(again)
+
+    @rule()
+    def an_older_stream_gets_nothing_more(self) -> None:
+        for stream in self.older:
+            with pytest.raises(TransferSuperseded):
+                stream.take()
+            with pytest.raises(TransferSuperseded):
+                stream.acknowledge(self.position)
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        if hasattr(self, "job"):
+            self.job.check_integrity()
+            assert self.job.is_computed == (END in (self.produced, self.job.acknowledged))
+            for layer in range(FORMAT.num_layers):
+                num_stored = (
+                    NUM_TOKENS if layer < self.position.layer else self.position.token * (layer == self.position.layer)
+                )
+                stored, truth = self.stored[layer, :, :, :num_stored], self.truth[layer, :, :, :num_stored]
+                assert torch.equal(stored, truth)
+
+
+TestPrefillJob = JobMachine.TestCase
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_stream_that_is_not_newer_is_refused_and_changes_nothing(epoch: int) -> None:
+    job = new_job(order(2))
+    stream = job.attach(order(2))
+    with pytest.raises(TransferSuperseded, match=f"in epoch 2 already, this is {epoch}"):
+        job.attach(order(epoch))
+    stream.require_current()
+
+
+def test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt() -> None:
+    job = new_job(order(1))
+    job.attach(order(1, KvPosition(0, 5)))
+    assert job.can_resume(order(2, KvPosition(0, 5)))
+    assert not job.can_resume(order(2, KvPosition(0, 4)))
+    other = PrefillOrder(transfer_id="t", epoch=2, token_ids=np.arange(NUM_TOKENS) + 1, resume_from=KvPosition(0, 5))
+    assert not job.can_resume(other)
+
+
+def test_a_full_window_has_room_again_when_enough_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_job, "WINDOW_BYTES", 500)
+    job = new_job(order(1))
+    stream = job.attach(order(1))
+    tile = KvTile(0, 0, *torch.zeros(2, FORMAT.num_kv_heads, NUM_TOKENS, FORMAT.head_dim))
+    job.produce(job.encoder.encode(tile, epoch=1, since=KV_START), KvPosition(1, 0))
+    assert not job.has_room
+    assert stream.take() is not None
+    stream.acknowledge(KvPosition(0, NUM_TOKENS - 1))
+    assert not job.has_room
+    stream.acknowledge(KvPosition(1, 0))
+    assert job.has_room
+
+
+def test_positions_follow_the_order_of_travel() -> None:
+    places = [KV_START]
+    while places[-1] < END:
+        places.append(places[-1].after(4, NUM_TOKENS))
+    assert places == [(0, 0), (0, 4), (0, 8), (1, 0), (1, 4), (1, 8), (2, 0)]
+    assert all(one < other for one, other in pairwise(places))
