@@ -11,7 +11,7 @@ from colm_kernels.prefill_attention import prefill_attention
 from colm_kernels.rotary import rotate_, write_kv
 from numpy.typing import NDArray
 
-from colm.checkpoint import Checkpoint, assign, prefill_tensor_names
+from colm.checkpoint import WeightSource, assign, prefill_tensor_names
 from colm.errors import InvalidRequest
 from colm.kv import KvFormat, KvTile, require_shared_kv
 from colm.model import ChainTransformer
@@ -22,22 +22,22 @@ class PrefillEngine:
     """Holds chain 1's weights and, while it works, one layer's keys and values and the hidden states.
 
     Args:
-        checkpoint: only the tensors that a prefill needs are read from it.
+        source: only the tensors that a prefill needs are read from it.
         kv_format: what the keys and values shall be; its dtype is also that of the computation.
         tile_tokens: tokens computed and sent at a time.
     """
 
-    def __init__(self, checkpoint: Checkpoint, kv_format: KvFormat, *, tile_tokens: int) -> None:
+    def __init__(self, source: WeightSource, kv_format: KvFormat, *, tile_tokens: int) -> None:
         if tile_tokens < 1:
             raise ValueError(f"tile_tokens={tile_tokens} must be at least 1")
-        require_shared_kv(checkpoint.config)
-        self.config = checkpoint.config
+        require_shared_kv(source.config)
+        self.config = source.config
         self.kv_format = kv_format
         self.tile_tokens = tile_tokens
         with torch.device("meta"):
-            self._model = ChainTransformer(checkpoint.config, 1)
-        assign(self._model, checkpoint.tensors(prefill_tensor_names(checkpoint.config)), kv_format.dtype)
-        self._inverse_frequencies = inverse_frequencies(checkpoint.config)
+            self._model = ChainTransformer(source.config, 1)
+        assign(self._model, source.tensors(prefill_tensor_names(source.config)), kv_format.dtype)
+        self._inverse_frequencies = inverse_frequencies(source.config)
 
     @torch.inference_mode()
     def run(
