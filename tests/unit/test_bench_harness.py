@@ -160,6 +160,21 @@ def test_the_record_is_the_last_line_and_says_what_a_reader_needs(capsys: pytest
     assert "num_tokens 2K; density 0.250" in text
 
 
+def test_a_wide_table_cuts_off_no_name(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = [f"part{letter}_fraction" for letter in "abcdefghij"]
+    names = [f"a-model-with-quite-a-long-name_{count}K" for count in (2, 8)]
+    turns = iter(range(1, 7))
+
+    def turn() -> Mapping[str, float]:
+        return dict.fromkeys(metrics, next(turns) / 7)
+
+    contest = Contest(check=lambda: None, contenders=dict.fromkeys(names, turn))
+    run([ScriptedCase(num_tokens=1, make=lambda _: contest)], options("--rounds", "2"))
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
+    assert "…" not in out
+
+
 def test_a_record_is_written_where_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole, lines = tmp_path / "results" / "whole.json", tmp_path / "results" / "lines.jsonl"
     for _ in range(2):
