@@ -21,6 +21,7 @@ import torch
 from bench.harness.contest import Case, Contest
 from bench.harness.environment import in_fresh_process, peak_memory_bytes
 from bench.harness.suite import Options, arguments, run
+from bench.random_weights import RandomWeights
 from colm.checkpoint import Checkpoint, load, save
 from colm.model import parameter_shapes
 from colm.model.config import ChainConfig
@@ -61,13 +62,9 @@ class LoadCase(Case):
 
 
 def write_random(path: Path, config: ChainConfig, seed: int) -> Checkpoint:
-    """A checkpoint of normal weights, small enough that activations stay finite."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        name: torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
-        for name, shape in parameter_shapes(config).items()
-    }
-    return save(path, config, tensors)
+    """A checkpoint of random weights."""
+    weights = RandomWeights(config=config, dtype=torch.bfloat16, seed=seed)
+    return save(path, config, weights.tensors(parameter_shapes(config)))
 
 
 def check(checkpoint: Checkpoint) -> None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,6 +41,17 @@ class TextConfig:
     """Raw completions start with `bos_token_id`; a chat template writes its own."""
     chat_template: str | None = None
     """Jinja template over `messages`; None for a base model."""
+
+
+class WeightSource(Protocol):
+    """What a prefill reads a model from: a checkpoint, or a benchmark's random weights."""
+
+    @property
+    def config(self) -> ChainConfig:
+        """Shape of the model."""
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, of the shapes that `parameter_shapes` gives."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from colm_kernels.rotary import write_kv
 from numpy.typing import NDArray
 from torch import Tensor
 
-from colm.checkpoint import Checkpoint, assign, prefill_tensor_names
+from colm.checkpoint import WeightSource, assign, prefill_tensor_names
 from colm.errors import InvalidRequest
 from colm.kv import KvFormat, KvTile, require_shared_kv
 from colm.model import ChainTransformer
@@ -28,7 +28,7 @@ class PrefillEngine:
     """Holds chain 1's weights and, while it works, one layer's keys and values and the hidden states.
 
     Args:
-        checkpoint: only the tensors that a prefill needs are read from it.
+        source: only the tensors that a prefill needs are read from it.
         kv_format: what the keys and values shall be; its dtype is also that of the computation.
         tile_tokens: tokens computed and sent at a time.
         device: where weights, hidden states, keys and values lie.
@@ -37,7 +37,7 @@ class PrefillEngine:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        source: WeightSource,
         kv_format: KvFormat,
         *,
         tile_tokens: int,
@@ -46,16 +46,16 @@ class PrefillEngine:
     ) -> None:
         if tile_tokens < 1:
             raise ValueError(f"tile_tokens={tile_tokens} must be at least 1")
-        require_shared_kv(checkpoint.config)
-        self.config = checkpoint.config
+        require_shared_kv(source.config)
+        self.config = source.config
         self.kv_format = kv_format
         self.tile_tokens = tile_tokens
         self._device = device
         self._attention_backend = attention_backend
         with torch.device("meta"):
-            self._model = ChainTransformer(checkpoint.config, 1)
-        assign(self._model, checkpoint.tensors(prefill_tensor_names(checkpoint.config)), kv_format.dtype, device)
-        self._rope = Rope(checkpoint.config, device)
+            self._model = ChainTransformer(source.config, 1)
+        assign(self._model, source.tensors(prefill_tensor_names(source.config)), kv_format.dtype, device)
+        self._rope = Rope(source.config, device)
 
     @torch.inference_mode()
     def run(self, token_ids: NDArray[np.int64], *, cancelled: CancelFlag | None = None) -> Iterator[KvTile]:

@@ -12,7 +12,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from bench.harness.contest import Case, Result, Spread, measure
 from bench.harness.environment import environment, peak_memory_bytes
@@ -106,9 +106,9 @@ def _entry(case: Case, result: Result) -> dict[str, Any]:
 def _print(out: Console, case: Case, result: Result, num_rounds: int) -> None:
     metrics = list(dict.fromkeys(metric for each in result.seen.values() for metric in each))
     facts = [f"{name} {show(name, value)}" for name, value in result.facts.items()]
-    table = Table("", box=SIMPLE_HEAD)
+    table = Table(Column("", no_wrap=True), box=SIMPLE_HEAD)
     for metric in metrics:
-        table.add_column(metric, justify="right")
+        table.add_column(metric, justify="right", overflow="fold")
     if result.ratios:
         table.add_column(f"{result.ours} over it", justify="right")
     for name, each in result.seen.items():

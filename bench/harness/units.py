@@ -32,6 +32,18 @@ def length(count: int) -> str:
     return f"{count:,}"
 
 
+def parse_length(text: str) -> int:
+    """The count that `length` prints so: 2K is 2048; plain digits are a count too.
+
+    Raises:
+        ValueError: it is neither, or below 1.
+    """
+    found = re.fullmatch(r"([1-9][0-9]*)([KM]?)", text)
+    if found is None:
+        raise ValueError(f"length {text!r} is not one; write e.g. 2K, 1M or 1000")
+    return int(found[1]) << {"": 0, "K": 10, "M": 20}[found[2]]
+
+
 UNITS: Mapping[str, Callable[[float], str]] = {
     "s": duration,
     "bytes": human_bytes,
@@ -39,9 +51,10 @@ UNITS: Mapping[str, Callable[[float], str]] = {
     "gb_per_s": lambda rate: f"{digits(rate)} GB/s",
     "tokens_per_s": lambda rate: f"{digits(rate)} tokens/s",
     "x": lambda ratio: f"{digits(ratio)}x",
+    "fraction": digits,
     "density": digits,
 }
-"""Each unit under the last words of a metric's name. `gflops` and `gb` count 10^9, `density` is a share of one."""
+"""Each unit under the last words of a metric's name. `gflops` and `gb` count 10^9; `fraction` and `density` are shares."""
 
 
 def unit_of(metric: str) -> str:

@@ -44,9 +44,8 @@ def timed_variants(dtype: torch.dtype) -> list[native.Variant]:
     return [each for each in native.available_variants() if each != "torch" and timed_as(each, dtype) == each]
 
 
-def gemm_ceiling(dtype: torch.dtype) -> Run:
+def gemm_ceiling(dtype: torch.dtype, rows: int = 2048, inner: int = 1024, columns: int = 2048) -> Run:
     """A matrix product at PyTorch's full rate."""
-    rows, inner, columns = 2048, 1024, 2048
     x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
     return timed(lambda: F.linear(x, weight), gflops=2.0 * rows * inner * columns / 1e9)
 

@@ -12,6 +12,7 @@ from colm_kernels.prefill_attention import prefill_attention
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.flops import causal_attention_flops
 from bench.harness.contest import Contest, timed
 from bench.kernels.common import KernelCase, gemm_ceiling, short, timed_as, timed_variants
 
@@ -38,11 +39,11 @@ class PrefillCase(KernelCase):
         )
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> int:
         """Floating point operations on the scores and values that the causal mask leaves."""
-        prefix = self.num_keys - self.num_queries
-        pairs = self.num_queries * prefix + self.num_queries * (self.num_queries + 1) / 2
-        return 4.0 * self.num_heads * self.head_dim * pairs
+        return causal_attention_flops(
+            num_queries=self.num_queries, num_keys=self.num_keys, num_heads=self.num_heads, head_dim=self.head_dim
+        )
 
     def inputs(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """q_THD, k_KSD, v_KSD."""

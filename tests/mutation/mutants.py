@@ -673,4 +673,26 @@ MUTANTS = (
         "",
         "tests/contract/test_endpoint.py::test_a_refusal_in_the_middle_of_an_upload_arrives_as_itself",
     ),
+    # What the prefill benchmark says.
+    Mutant(
+        "the last layer's attention counts as work",
+        "bench/flops.py",
+        "(config.num_layers - 1) * attention",
+        "config.num_layers * attention",
+        "tests/unit/test_flops.py::test_a_prefill_is_counted_as_the_engine_runs_it",
+    ),
+    Mutant(
+        "a prefill has the memory that other models' weights take",
+        "bench/prefill/memory.py",
+        "sum((held | {model: weights_bytes(config, dtype)}).values())",
+        "weights_bytes(config, dtype)",
+        "tests/unit/test_bench_prefill.py::test_a_length_runs_where_its_bytes_fit_beside_all_weights",
+    ),
+    Mutant(
+        "an operation inside another is timed twice",
+        "bench/prefill/parts.py",
+        "            if is_inside:\n",
+        "            if False:\n",
+        "tests/unit/test_bench_prefill.py::test_each_operation_of_the_engine_is_timed_once_under_its_part",
+    ),
 )

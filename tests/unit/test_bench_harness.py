@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bench.harness.contest import Case, Contest, Measured, Run, Spread, measure, timed
 from bench.harness.environment import in_fresh_process, peak_memory_bytes, processor
 from bench.harness.suite import Options, arguments, run
-from bench.harness.units import show, show_shape, unit_of
+from bench.harness.units import length, parse_length, show, show_shape, unit_of
 
 MIB = 1 << 20
 
@@ -158,6 +160,21 @@ def test_the_record_is_the_last_line_and_says_what_a_reader_needs(capsys: pytest
     assert "num_tokens 2K; density 0.250" in text
 
 
+def test_a_wide_table_cuts_off_no_name(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = [f"part{letter}_fraction" for letter in "abcdefghij"]
+    names = [f"a-model-with-quite-a-long-name_{count}K" for count in (2, 8)]
+    turns = iter(range(1, 7))
+
+    def turn() -> Mapping[str, float]:
+        return dict.fromkeys(metrics, next(turns) / 7)
+
+    contest = Contest(check=lambda: None, contenders=dict.fromkeys(names, turn))
+    run([ScriptedCase(num_tokens=1, make=lambda _: contest)], options("--rounds", "2"))
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
+    assert "…" not in out
+
+
 def test_a_record_is_written_where_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole, lines = tmp_path / "results" / "whole.json", tmp_path / "results" / "lines.jsonl"
     for _ in range(2):
@@ -218,6 +235,7 @@ def test_one_spelling_for_each_unit(metric: str) -> None:
         ("prefill_tokens_per_s", 299.5, "300 tokens/s"),
         ("over_sdpa_x", 3.1, "3.10x"),
         ("density", 0.25, "0.250"),
+        ("gemm_fraction", 0.8125, "0.812"),
     ],
 )
 def test_each_unit_is_shown_one_way(metric: str, value: float, shown: str) -> None:
@@ -232,6 +250,24 @@ def test_shapes_are_shown_as_people_say_them() -> None:
         "dim": 64,
     }
     assert show_shape("", shape) == "num_keys 8K, num_queries 1M, context_len 1,000, message_bytes 4.0 MiB, dim 64"
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("2K", 2048), ("1M", 1 << 20), ("96K", 96 << 10), ("1", 1), ("1000", 1000), ("512", 512)]
+)
+def test_lengths_are_read_as_people_say_them(text: str, count: int) -> None:
+    assert parse_length(text) == count
+
+
+@given(st.integers(1, 1 << 12), st.sampled_from([1 << 10, 1 << 20]))
+def test_lengths_are_read_as_they_are_shown(number: int, unit: int) -> None:
+    assert parse_length(length(number * unit)) == number * unit
+
+
+@pytest.mark.parametrize("text", ["", "0", "0K", "-2K", "2k", "2KiB", "2.5K", "K", " 2K", "1G"])
+def test_what_is_no_length_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not one; write e\.g\. 2K, 1M or 1000"):
+        parse_length(text)
 
 
 def test_a_processor_is_known_by_family_model_and_features() -> None:

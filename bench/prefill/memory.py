@@ -1,0 +1,109 @@
+"""Which prefills this machine has room for, said before any memory is taken."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bench.harness.units import length
+from cluster.cli.output import human_bytes
+from colm.checkpoint import prefill_tensor_names
+from colm.kv import KvFormat
+from colm.model import parameter_shapes
+from colm.model.config import ChainConfig
+from colm.model.transformer import slice_config
+
+SCRATCH_BYTES = 64 << 20
+"""Room for what the threads of one operation work in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefill:
+    """One prompt's length on one model."""
+
+    model: str
+    config: ChainConfig
+    num_tokens: int
+
+    @property
+    def name(self) -> str:
+        """E.g. `llama_8K`."""
+        return f"{self.model}_{length(self.num_tokens)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A prefill that does not run, and why."""
+
+    model: str
+    num_tokens: int
+    reason: str
+
+
+def weights_bytes(config: ChainConfig, dtype: torch.dtype) -> int:
+    """Of the tensors that a prefill engine holds."""
+    shapes = parameter_shapes(config, 1)
+    return sum(shapes[name].numel() for name in prefill_tensor_names(config)) * dtype.itemsize
+
+
+def working_bytes(config: ChainConfig, dtype: torch.dtype, *, num_tokens: int, tile_tokens: int) -> int:
+    """What a prefill engine takes beside its weights; an upper bound, and a close one for long prompts.
+
+    Of the whole prompt: token ids, hidden states, one layer's keys and values. Of a tile: everything that a layer
+    makes of it, as if none were let go before the end, and the widest once more in fp32. Of one operation: a copy of
+    its weight, as libraries pack it, and the threads' own.
+    """
+    chain1 = slice_config(config, 1)
+    query_dim = chain1.num_heads * chain1.head_dim
+    whole = 8 + chain1.dim * dtype.itemsize + KvFormat.of(config, dtype).layer_token_bytes
+    features = 4 * chain1.dim + 2 * query_dim + 2 * chain1.kv_dim + 2 * chain1.hidden_dim
+    in_fp32 = 4 * chain1.head_dim + chain1.num_heads + max(query_dim, chain1.dim, chain1.hidden_dim)
+    of_tile = features * dtype.itemsize + 4 * in_fp32
+    packed = chain1.dim * max(query_dim, chain1.hidden_dim) * dtype.itemsize
+    return num_tokens * whole + min(num_tokens, tile_tokens) * of_tile + packed + SCRATCH_BYTES
+
+
+def choose(
+    models: Mapping[str, ChainConfig],
+    lengths: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    tile_tokens: int,
+    available_bytes: int,
+) -> tuple[list[Prefill], list[Skipped]]:
+    """Every model at every length, as far as they fit.
+
+    Models take turns, so their weights are held together. One whose weights do not fit beside those of the models
+    before it does not run.
+
+    Args:
+        models: configs by name.
+        lengths: of prompts, in tokens.
+        dtype: of weights and computation.
+        tile_tokens: of the engine.
+        available_bytes: what may be taken.
+
+    Returns:
+        Those that run and those that do not, models in order within each length.
+    """
+    held: dict[str, int] = {}
+    for model, config in models.items():
+        if sum(held.values()) + (needed_bytes := weights_bytes(config, dtype)) <= available_bytes:
+            held[model] = needed_bytes
+    runs, skipped = [], []
+    for num_tokens in lengths:
+        for model, config in models.items():
+            needed_bytes = sum((held | {model: weights_bytes(config, dtype)}).values())
+            needed_bytes += working_bytes(config, dtype, num_tokens=num_tokens, tile_tokens=tile_tokens)
+            if num_tokens > config.max_context:
+                reason = f"its context is {length(config.max_context)}"
+            elif needed_bytes > available_bytes:
+                reason = (
+                    f"needs {human_bytes(needed_bytes)}, weights of {len(held.keys() | {model})} models among them; "
+                    f"{human_bytes(available_bytes)} are available"
+                )
+            else:
+                runs.append(Prefill(model=model, config=config, num_tokens=num_tokens))
+                continue
+            skipped.append(Skipped(model=model, num_tokens=num_tokens, reason=reason))
+    return runs, skipped
