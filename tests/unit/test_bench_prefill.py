@@ -23,6 +23,7 @@ from colm.checkpoint import prefill_tensor_names
 from colm.dtypes import fastest_dtype
 from colm.model import parameter_shapes
 from colm.model.config import ChainConfig
+from colm.placement import CPU
 from prefill_node.engine import PrefillEngine
 from tests.tiny import tiny_config
 
@@ -213,7 +214,7 @@ def test_the_command_ends_with_a_record_of_what_ran_and_what_did_not(
     main("--preset", "tiny", "--lengths", "32,2K", "--tile-tokens", "16", "--rounds", "1", "--json")
     out, err = capsys.readouterr()
     record = json.loads(out.splitlines()[-1])
-    assert [case["name"] for case in record["cases"]] == [f"prefill_{short(fastest_dtype())}_t16"]
+    assert [case["name"] for case in record["cases"]] == [f"prefill_{short(fastest_dtype(CPU))}_t16"]
     assert record["skipped"] == [{"model": "tiny", "num_tokens": 2048, "reason": "its context is 512"}]
     assert record["cases"][0]["metrics"]["tiny_32_tokens_per_s"]["n"] == 1
     assert err == "skipping tiny at 2K: its context is 512\n"
