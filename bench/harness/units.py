@@ -54,7 +54,8 @@ UNITS: Mapping[str, Callable[[float], str]] = {
     "fraction": digits,
     "density": digits,
 }
-"""The unit of a metric, by the last words of its name. `gflops` and `gb` count 10^9; fraction, density: a share of one."""
+"""The unit of a metric, by the last words of its name. `gflops` and `gb` count 10^9; fraction and density are shares of
+one."""
 
 
 def unit_of(metric: str) -> str:
