@@ -24,10 +24,10 @@ if sys.byteorder != "little":
 
 SERVICE = "colm.wire.v1.KvTransferService"
 METHOD = "PullKv"
-WINDOW_BYTES = 16 << 20
+WINDOW_BYTES = 64 << 20
 """What a sender holds of tiles that are not acknowledged; with so much it computes no further. Enough to keep the wire
 busy, little enough to notice a slow reader."""
-ACKNOWLEDGE_BYTES = WINDOW_BYTES // 4
+ACKNOWLEDGE_BYTES = 4 << 20
 """A receiver acknowledges at least as often: well before the window is full."""
 _PAYLOAD_TAG = 15 << 3 | 2
 _EVENT_TAGS = {field.number << 3 | 2 for field in pb.PullKvResponse.DESCRIPTOR.oneofs_by_name["event"].fields}

@@ -29,7 +29,7 @@ from colm.wire.tile_codec import decode_message, pull_kv_stub
 from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 from decode_node import node as node_module
 from decode_node.kv_fetch import RetryPolicy
-from prefill_node import encoded_tile
+from prefill_node import encoded_tile, prefill_job
 from prefill_node.engine import PrefillEngine
 from tests.gates import LIMIT_S, gate_before
 from tests.nodes import (
@@ -230,8 +230,8 @@ async def test_a_real_tile_of_a_broken_stream_is_void_in_the_next_one(checkpoint
         if attempt == 1:
             kept.append(data)
             return [data] if number < 4 else None
-        is_its_place = attempt == 2 and number == 2
-        return [kept[2]] if is_its_place else [data]
+        # Message 4 never arrived, so the second attempt begins with its place, behind `started`.
+        return [kept[4]] if (attempt, number) == (2, 1) else [data]
 
     path = str(checkpoint.path)
     async with (
@@ -240,7 +240,7 @@ async def test_a_real_tile_of_a_broken_stream_is_void_in_the_next_one(checkpoint
         decode_node(path, [address]) as node,
     ):
         answer = await decode(node.address, PROMPT, num_chains=3)
-    header, _ = decode_message(kept[2])
+    header, _ = decode_message(kept[4])
     assert (header.WhichOneof("event"), header.tile.epoch) == ("tile", 1)
     assert answer.usage.num_kv_streams == 3
     assert_greedy(checkpoint.load(), PROMPT, answer.token_ids, 3)
@@ -272,6 +272,7 @@ async def test_one_prefill_node_out_of_memory_is_replaced_by_another(
 async def test_a_reader_that_stores_nothing_stops_the_engine_and_gets_all_when_it_does(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(prefill_job, "WINDOW_BYTES", 8 << 20)
     prompt = np.arange(500) % 320
     # 50 MB of keys and values: far more than gRPC keeps on the way.
     config = replace(checkpoint.config, num_layers=48, explicit_head_dim=128)
