@@ -15,7 +15,7 @@ from prefill_node.sparse.patterns import VerticalSlash
 from prefill_node.sparse.policy import KEY_BLOCK, SLASH_KEYS, SparsePolicy
 
 _TINY = 1e-30
-"""Divides what neither explains in halves."""
+"""Keeps what nobody looks at from being divided by nothing."""
 
 
 class Lines(NamedTuple):
@@ -74,24 +74,14 @@ def _explained(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy) -> tuple[Tens
     """Attention on what every row is given, and how much of the rest each column and each 64 diagonals explain.
 
     To a few neighbouring rows, a diagonal looks like as many columns, and a column like as many diagonals. Only one of
-    them is there for other rows. So a pair's weight is divided between the two by what the earlier and the later half
-    of the rows both have on each: next to nothing on the wrong one, while a wide stripe counts as both.
+    them is there for other rows. So a pair's weight is divided between its column and its diagonal in the ratio of the
+    attention on each: next to nothing goes to the wrong one, while what is as wide as the rows are many counts as both.
 
     Returns:
         (given_G, gain_GC), float64: sums over the rows. C is the S columns, then the diagonals 0-63, 64-127, ..
     """
     (num_rows, group, _), num_keys = q_RGE.shape, k_1SE.shape[1]
-    half = num_rows // 2
-    vertical_GS, slash_GS = vertical_slash_mass(q_RGE, k_1SE, num_lists=group, num_rows=num_rows - half)
-    if half:
-        for of_later_GS, of_earlier_GX in zip(
-            (vertical_GS, slash_GS),
-            vertical_slash_mass(q_RGE[:half], k_1SE[:, : num_keys - num_rows + half], num_lists=group, num_rows=half),
-            strict=True,
-        ):
-            num_seen = of_earlier_GX.shape[1]
-            of_later_GS[:, :num_seen].clamp_max_(of_earlier_GX)
-            of_later_GS[:, num_seen:] = 0.0
+    vertical_GS, slash_GS = vertical_slash_mass(q_RGE, k_1SE, num_lists=group, num_rows=num_rows)
     given_G = torch.zeros(group, dtype=torch.float64, device=k_1SE.device)
     gain_GC = given_G.new_zeros(group, num_keys + -(-num_keys // KEY_BLOCK))
     key_S = torch.arange(num_keys, device=k_1SE.device)
