@@ -19,7 +19,7 @@ class SparsePolicy:
     mass: float | None = 0.95
     """Share of every head's attention that is kept, as the prompt's last rows have it."""
     keys_per_row: int | None = None
-    """Keys that a row of a kv head is given at most, those that every row is given included."""
+    """Keys that a row of a kv head is given at most, those that every row is given included; dense rows have all."""
     sink_tokens: int = 64
     """First keys that every row attends to; block 0 is always there."""
     local_tokens: int = 128
