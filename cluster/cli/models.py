@@ -1,8 +1,9 @@
-"""colm import, expand, slice, export, inspect: making checkpoints and looking at them.
+"""colm import, expand, slice, export, inspect, search-patterns: making checkpoints and looking at them.
 
 PyTorch is imported only when one of them runs: the other commands should not wait for it.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command("slice")(slice_model)
     app.command("export")(export_model)
     app.command("inspect")(inspect_model)
+    app.command("search-patterns")(search_patterns)
 
 
 def import_model(
@@ -184,3 +186,64 @@ def inspect_model(
     rows += [(f"scale {scale}", f"{count:,} parameters") for scale, count in scales.items()]
     for name, value in rows:
         typer.echo(f"{name:<13} {value}")
+
+
+def search_patterns(
+    model: CheckpointSource,
+    text: Annotated[Path, typer.Argument(help="A text like those to be served, UTF-8; the longer, the better.")],
+    output: Annotated[Path, typer.Option(help="Pattern file to write, in the format of MInference's configs.")],
+    objective: Annotated[str, typer.Option(help="mass: recall the most attention; output: err the least.")] = "mass",
+    budget: Annotated[float, typer.Option(help="Products of sparse attention as a share of the dense one's.")] = 0.25,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text that are looked at.")] = 8192,
+    json: JsonFlag = False,
+) -> None:
+    """Find the sparse attention pattern that serves each head of chain 1 best."""
+    from colm.checkpoint import Checkpoint
+    from colm.text.tokenizer import Tokenizer
+    from prefill_node.sparse.search import SearchOptions
+    from prefill_node.sparse.search import search_patterns as search
+
+    checkpoint = Checkpoint.open(model)
+    tokenizer = Tokenizer.load(checkpoint)
+    if tokenizer is None:
+        raise ConfigError(f"{model} has no tokenizer, so it cannot read {text}")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output={output}: {output.parent} is not a directory")
+    try:
+        content = text.read_text(encoding="utf-8")
+    except OSError as err:
+        raise ConfigError(f"{text} cannot be read: {err.strerror}") from err
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"{text} is not UTF-8: {err}") from err
+    token_ids = tokenizer.encode(content)
+    limit = min(max_tokens, checkpoint.config.max_context)
+    if len(token_ids) > limit:
+        note(f"using the first {limit} of {len(token_ids)} tokens")
+        token_ids = token_ids[:limit]
+    if not len(token_ids):
+        raise ConfigError(f"{text} is empty")
+    try:
+        options = SearchOptions(objective=objective, budget=budget)  # type: ignore[arg-type]  # checked there
+    except ValueError as err:
+        raise ConfigError(f"--{err}") from err
+    with progress_bar("searching") as report:
+        patterns = search(checkpoint.load(1), token_ids, options, progress=report)
+    patterns.write(output)
+    found = [pattern for layer in patterns.layers for pattern in layer]
+    counts = dict(Counter(pattern.kind for pattern in found).most_common())
+    recall = sum(pattern.score for pattern in found) / len(found)
+    if json:
+        print_json(
+            {
+                "path": str(model),
+                "output": str(output),
+                "num_tokens": len(token_ids),
+                "objective": objective,
+                "budget": budget,
+                "heads_by_pattern": counts,
+                "mean_recall": round(recall, 4),
+            }
+        )
+        return
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    note(f"wrote {output}: {kinds}; {recall:.1%} of the attention recalled, over {len(token_ids)} tokens")

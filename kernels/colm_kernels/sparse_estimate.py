@@ -4,12 +4,48 @@ Shapes: T queries of the tile, S keys (prefix and tile), H query heads, K kv hea
 H), N row blocks, B key blocks, R sampled rows.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from colm_kernels.prefill_attention import check_prefill
 from colm_kernels.sparse_index import Tiling
+
+SCORES_AT_ONCE = 1 << 22
+"""Scores of sampled rows held at a time, 16 MiB of them."""
+
+
+def last_rows_attention(q_THD: Tensor, k_KSD: Tensor, *, num_rows: int = 64) -> Iterator[tuple[int, Tensor]]:
+    """Attention of the tile's last rows, a few of one head at a time: R x S numbers are much at a million keys.
+
+    Args:
+        q_THD: rotated queries.
+        k_KSD: rotated keys of the prefix and the tile.
+        num_rows: how many of the last queries are asked.
+
+    Yields:
+        (query head, weights_RX) in fp32: of R consecutive queries, over the X keys up to the last one's own. Heads come
+        in order, and a head's rows.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    group = _check(q_THD, k_KSD, q_THD.shape[1])
+    rows_RHD = q_THD[-num_rows:]
+    num_rows, _, head_dim = rows_RHD.shape
+    num_kv_heads, num_keys, _ = k_KSD.shape
+    step = max(1, SCORES_AT_ONCE // num_keys)
+    for kv_head in range(num_kv_heads):
+        k_SD = k_KSD[kv_head].float()
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            for start in range(0, num_rows, step):
+                q_RD = rows_RHD[start : start + step, head].float()
+                num_seen = num_keys - num_rows + start + len(q_RD)
+                scores_RX = q_RD @ k_SD[:num_seen].T * head_dim**-0.5
+                future_RX = torch.ones_like(scores_RX, dtype=torch.bool).triu_(num_seen - len(q_RD) + 1)
+                yield head, scores_RX.masked_fill_(future_RX, float("-inf")).softmax(dim=1)
 
 
 def vertical_slash_mass(q_THD: Tensor, k_KSD: Tensor, *, num_lists: int, num_rows: int = 64) -> tuple[Tensor, Tensor]:
@@ -28,24 +64,19 @@ def vertical_slash_mass(q_THD: Tensor, k_KSD: Tensor, *, num_lists: int, num_row
     Raises:
         ValueError: shapes that do not fit together.
     """
-    group = _check(q_THD, k_KSD, num_lists)
-    rows_RHD = q_THD[-num_rows:].float()
-    num_rows, num_heads, head_dim = rows_RHD.shape
-    num_keys = k_KSD.shape[1]
-    vertical_HS = torch.empty(num_heads, num_keys, device=q_THD.device)
-    slash_HS = torch.empty_like(vertical_HS)
-    future_RS = torch.ones(num_rows, num_keys, dtype=torch.bool, device=q_THD.device).triu(num_keys - num_rows + 1)
-    # Head by head: R x S numbers take much memory at a million keys.
-    for head in range(num_heads):
-        scores_RS = rows_RHD[:, head] @ k_KSD[head // group].float().T * head_dim**-0.5
-        weights_RS = scores_RS.masked_fill_(future_RS, float("-inf")).softmax(dim=1)
-        vertical_HS[head] = weights_RS.sum(dim=0)
+    _check(q_THD, k_KSD, num_lists)
+    heads_per_list = q_THD.shape[1] // num_lists
+    vertical_LS = torch.zeros(num_lists, k_KSD.shape[1], device=q_THD.device)
+    slash_LS = torch.zeros_like(vertical_LS)
+    for head, weights_RX in last_rows_attention(q_THD, k_KSD, num_rows=num_rows):
+        rows, num_seen = weights_RX.shape
+        vertical_LS[head // heads_per_list, :num_seen] += weights_RX.sum(dim=0)
         # Read from the last key back, row r begins at distance -(R - 1 - r), so entries of equal distance lie a fixed
         # step apart in memory.
-        padded_RX = F.pad(weights_RS.flip(1), (0, num_rows))
-        width = num_keys + num_rows
-        slash_HS[head] = padded_RX.as_strided((num_rows, num_keys), (width - 1, 1), num_rows - 1).sum(dim=0)
-    return _by_list(vertical_HS, num_lists), _by_list(slash_HS, num_lists)
+        padded_RX = F.pad(weights_RX.flip(1), (0, rows))
+        by_distance_RX = padded_RX.as_strided((rows, num_seen), (num_seen + rows - 1, 1), rows - 1)
+        slash_LS[head // heads_per_list, :num_seen] += by_distance_RX.sum(dim=0)
+    return vertical_LS, slash_LS
 
 
 def pooled_block_mass(q_THD: Tensor, k_KSD: Tensor, tiling: Tiling, *, num_lists: int) -> Tensor:
@@ -66,13 +97,14 @@ def pooled_block_mass(q_THD: Tensor, k_KSD: Tensor, tiling: Tiling, *, num_lists
     group = _check(q_THD, k_KSD, num_lists)
     if (tiling.num_queries, tiling.num_keys) != (q_THD.shape[0], k_KSD.shape[1]):
         raise ValueError(f"tiling={tiling} does not fit {q_THD.shape[0]} queries and {k_KSD.shape[1]} keys")
-    q_HND = _block_means(q_THD.transpose(0, 1), tiling.row_block)
-    k_HBD = _block_means(k_KSD, tiling.key_block).repeat_interleave(group, dim=0)
+    q_HND = block_means(q_THD.transpose(0, 1), tiling.row_block)
+    k_HBD = block_means(k_KSD, tiling.key_block).repeat_interleave(group, dim=0)
     scores_HNB = q_HND @ k_HBD.transpose(1, 2) * q_THD.shape[2] ** -0.5
     _, last_N = tiling.diagonal(q_THD.device)
     future_NB = torch.arange(tiling.num_key_blocks, device=q_THD.device) > last_N.unsqueeze(1)
     mass_HNB = scores_HNB.masked_fill_(future_NB, float("-inf")).softmax(dim=2)
-    return _by_list(mass_HNB, num_lists) * (num_lists / len(mass_HNB))
+    mass_LNB: Tensor = mass_HNB.unflatten(0, (num_lists, -1)).mean(dim=1)
+    return mass_LNB
 
 
 def _check(q_THD: Tensor, k_KSD: Tensor, num_lists: int) -> int:
@@ -83,12 +115,7 @@ def _check(q_THD: Tensor, k_KSD: Tensor, num_lists: int) -> int:
     return num_heads // num_kv_heads
 
 
-def _by_list(x_H: Tensor, num_lists: int) -> Tensor:
-    x_L: Tensor = x_H.unflatten(0, (num_lists, -1)).sum(dim=1)
-    return x_L
-
-
-def _block_means(x_HXD: Tensor, block: int) -> Tensor:
+def block_means(x_HXD: Tensor, block: int) -> Tensor:
     """Mean of every run of `block` tokens in fp32; the last run may be shorter."""
     whole = x_HXD.shape[1] // block * block
     means = [x_HXD[:, :whole].float().unflatten(1, (-1, block)).mean(dim=2)]

@@ -51,19 +51,45 @@ def vertical_slash(tiling: Tiling, *, verticals_LV: Tensor, slashes_LW: Tensor) 
             f"both need one row a list"
         )
     device = slashes_LW.device
-    # A spare entry at the end takes the marks of padding and of distances past the first key.
-    edges_LNB = torch.zeros(
-        (len(slashes_LW), tiling.num_row_blocks, tiling.num_key_blocks + 1), dtype=torch.int32, device=device
+    mask_LNB = blocks_at_distances(
+        tiling.first_positions(device),
+        tiling.last_positions(device),
+        slashes_LW,
+        slashes_LW,
+        num_key_blocks=tiling.num_key_blocks,
+        key_block=tiling.key_block,
     )
-    slashes_LNW = slashes_LW.unsqueeze(1).expand(-1, tiling.num_row_blocks, -1)
-    last_key_LNW = tiling.last_positions(device).unsqueeze(1) - slashes_LNW
-    first_key_LNW = (tiling.first_positions(device).unsqueeze(1) - slashes_LNW).clamp_min(0)
-    is_there_LNW = (slashes_LNW >= 0) & (last_key_LNW >= 0)
+    return lower(tiling, mask_LNB, verticals_LV)
+
+
+def blocks_at_distances(
+    first_N: Tensor, last_N: Tensor, nearest_LW: Tensor, farthest_LW: Tensor, *, num_key_blocks: int, key_block: int
+) -> Tensor:
+    """Key blocks that hold a key at one of the listed distances from some query of a row block.
+
+    Args:
+        first_N: int64 position of each row block's first query.
+        last_N: of its last one.
+        nearest_LW: int64 distances at which ranges begin; negative ones are padding.
+        farthest_LW: the last distance of each range.
+        num_key_blocks: B.
+        key_block: keys of a block.
+
+    Returns:
+        mask_LNB, bool. Keys before the first are not there.
+    """
+    device = nearest_LW.device
+    # A spare entry at the end takes the marks of padding and of distances past the first key.
+    edges_LNB = torch.zeros((len(nearest_LW), len(first_N), num_key_blocks + 1), dtype=torch.int32, device=device)
+    nearest_LNW, farthest_LNW = (bound_LW.unsqueeze(1) for bound_LW in (nearest_LW, farthest_LW))
+    last_key_LNW = last_N.unsqueeze(1) - nearest_LNW
+    first_key_LNW = (first_N.unsqueeze(1) - farthest_LNW).clamp_min(0)
+    is_there_LNW = (nearest_LNW >= 0) & (last_key_LNW >= 0)
     ones_LNW = is_there_LNW.to(torch.int32)
-    begins_LNW = torch.where(is_there_LNW, first_key_LNW // tiling.key_block, tiling.num_key_blocks)
-    ends_LNW = torch.where(is_there_LNW, last_key_LNW // tiling.key_block + 1, tiling.num_key_blocks)
+    begins_LNW = torch.where(is_there_LNW, first_key_LNW // key_block, num_key_blocks)
+    ends_LNW = torch.where(is_there_LNW, last_key_LNW // key_block + 1, num_key_blocks)
     edges_LNB.scatter_add_(2, begins_LNW, ones_LNW).scatter_add_(2, ends_LNW, -ones_LNW)
-    return lower(tiling, edges_LNB.cumsum(2)[:, :, :-1] > 0, verticals_LV)
+    return edges_LNB.cumsum(2)[:, :, :-1] > 0
 
 
 def block_sparse(tiling: Tiling, scores_LNB: Tensor, *, num_blocks: int) -> SparseIndex:

@@ -205,6 +205,13 @@ def prefill_attention(
     return _rounded(exact, error, dtype), _rounded(exact_lse, lse_error, torch.float32)
 
 
+def recall(q_THD: Tensor, k_KSD: Tensor, index: SparseIndex) -> Expected:
+    """Of exp(lse over what an index lists - lse over all), in float64, both from scores in fp32."""
+    (_, listed), (_, dense) = (prefill_attention(q_THD, k_KSD, k_KSD, of) for of in (index, None))
+    exact = (listed.exact - dense.exact).exp()
+    return Expected(exact, exact * torch.expm1(listed.allowed + dense.allowed), torch.float64)
+
+
 def decode_attention(
     q_TKGD: Tensor,
     k_pages_BPKD: Tensor,

@@ -33,6 +33,8 @@ _FRONT_DOOR = "tests/unit/test_front_door.py::"
 _CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
 _END = "tests/fault/test_end_of_prompt.py::"
+_PLAN = "tests/unit/test_sparse_plan.py::"
+_AUDIT = "tests/unit/test_sparse_audit.py::"
 
 MUTANTS = (
     # Who holds pages and engines.
@@ -694,5 +696,48 @@ MUTANTS = (
         "            if is_inside:\n",
         "            if False:\n",
         "tests/unit/test_bench_prefill.py::test_each_operation_of_the_engine_is_timed_once_under_its_part",
+    ),
+    # Sparse attention.
+    Mutant(
+        "columns pass for diagonals and diagonals for columns",
+        "prefill_node/sparse/lines.py",
+        "rest_RX * (vertical_X / (vertical_X + slash_RX))",
+        "rest_RX * 0.5",
+        _PLAN + "test_a_planted_needle_is_a_vertical_and_a_planted_echo_a_slash",
+    ),
+    Mutant(
+        "one head of a list has its share, the others what comes with it",
+        "prefill_node/sparse/lines.py",
+        "sum(dim=1).max())",
+        "sum(dim=1).min())",
+        _PLAN + "test_every_head_recalls_its_share_on_the_rows_that_were_asked",
+    ),
+    Mutant(
+        "the last rows are as sparse as the others",
+        "prefill_node/sparse/plan.py",
+        " | (last_X1 >= self.dense_from)",
+        "",
+        _PLAN + "test_sinks_nearest_keys_and_all_keys_of_the_last_rows_are_listed",
+    ),
+    Mutant(
+        "an audit does not see the columns",
+        "prefill_node/sparse/audit.py",
+        " | is_column_N[key_C]",
+        "",
+        _PLAN + "test_recall_of_rows_is_that_of_the_indexs_own_mask",
+    ),
+    Mutant(
+        "an audit trusts a small sample",
+        "prefill_node/sparse/audit.py",
+        " - 7.0 * log / (3.0 * (num_rows - 1))",
+        "",
+        _AUDIT + "test_the_bound_holds_as_often_as_it_says",
+    ),
+    Mutant(
+        "a search takes what is over its budget",
+        "prefill_node/sparse/search.py",
+        '.masked_fill(~fits_CH, float("-inf"))',
+        "",
+        "tests/unit/test_sparse_search.py::test_no_pattern_is_over_the_budget",
     ),
 )

@@ -19,7 +19,7 @@ from colm.model.embedding import ChainTable
 from colm.model.ffn import ChainFFN
 from colm.model.linear import ChainLinear
 from colm.model.norm import ChainRMSNorm
-from colm.model.rope import inverse_frequencies, rotation
+from colm.model.rope import Rope
 from tests.tiny import tiny_config, tiny_model
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -52,7 +52,7 @@ def inputs(form: str) -> tuple[ChainBlock, Tensor, Rows]:
     config = tiny_config(**FORMS[form])
     x_RD = torch.randn(NUM_ROWS, config.dim, generator=torch.Generator().manual_seed(3))
     chain_rows = [NUM_ROWS, 3, 1][: config.num_chains]
-    cos_sin = rotation(inverse_frequencies(config), torch.arange(NUM_ROWS))
+    cos_sin = Rope(config).tables(torch.arange(NUM_ROWS))
     return tiny_model(config).blocks[0], x_RD, Rows(chain_rows, *cos_sin)
 
 

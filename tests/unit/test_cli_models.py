@@ -12,6 +12,7 @@ from cluster.cli import app
 from colm.checkpoint import Checkpoint
 from colm.errors import CheckpointError, ConfigError, UnsupportedModel
 from colm.model.config import RopeScaling
+from prefill_node.sparse.patterns import PatternFile
 from tests.tiny import edit_json, flip_last_byte, tiny_checkpoint, tiny_config, tiny_llama, without_digest
 
 runner = CliRunner()
@@ -155,3 +156,66 @@ def test_weights_of_an_older_build_have_nothing_to_verify_until_they_are_written
         run("inspect", source, "--verify")
     run("slice", source, str(tmp_path / "again"), "--chains", "2")
     run("inspect", str(tmp_path / "again"), "--verify")
+
+
+@pytest.fixture
+def long_model(tmp_path: Path) -> str:
+    config = tiny_config(chains=(4, 2), max_context=1024)
+    return str(tiny_checkpoint(tmp_path / "long", config, tokenizer=True).path)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"Line {line} of the text, and {line * line} of it.\n" for line in range(60)))
+    return path
+
+
+def test_search_patterns_writes_a_file_for_the_model(long_model, text, tmp_path):
+    output = tmp_path / "patterns.json"
+    said = run(
+        "search-patterns", long_model, str(text), "--output", str(output), "--budget", "0.8", "--max-tokens", "900"
+    )
+    assert "using the first 900 of" in said
+    assert "recalled, over 900 tokens" in said
+    patterns = PatternFile.read(output, Checkpoint.open(long_model).config)
+    arguments = ("--budget", "0.8", "--objective", "output", "--json")
+    record = json.loads(
+        run("search-patterns", long_model, str(text), "--output", str(output), *arguments).splitlines()[-1]
+    )
+    assert record["num_tokens"] == 1024  # as many as the model reads
+    assert sum(record["heads_by_pattern"].values()) == sum(map(len, patterns.layers)) == 8
+    assert 0 < record["mean_recall"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "1.5"], "--budget=1.5 must be above 0 and below 1"),
+        (["--objective", "speed"], "--objective='speed' is unknown; use mass or output"),
+        (["--budget", "0.01"], "budget=0.01 has no room for any pattern"),
+        (["--output", "nowhere/patterns.json"], "--output=nowhere/patterns.json: nowhere is not a directory"),
+    ],
+)
+def test_search_patterns_refuses_options_by_name(long_model, text, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        run("search-patterns", long_model, str(text), "--output", str(tmp_path / "patterns.json"), *options)
+    assert not (tmp_path / "patterns.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read: No such file"), (b"", "is empty"), (b"\xff\xfe", "is not UTF-8")],
+)
+def test_search_patterns_refuses_a_text_that_it_cannot_read(long_model, text, tmp_path, content, message):
+    text.unlink()
+    if content is not None:
+        text.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"text\.txt {message}"):
+        run("search-patterns", long_model, str(text), "--output", str(tmp_path / "patterns.json"))
+
+
+def test_search_patterns_needs_a_tokenizer(text, tmp_path):
+    path = str(tiny_checkpoint(tmp_path / "mute").path)
+    with pytest.raises(ConfigError, match=r"mute has no tokenizer, so it cannot read .*text\.txt"):
+        run("search-patterns", path, str(text), "--output", str(tmp_path / "patterns.json"))

@@ -2,9 +2,17 @@
 
 import pytest
 import torch
+from colm_kernels import sparse_estimate
 from colm_kernels.sparse_estimate import pooled_block_mass, vertical_slash_mass
 from colm_kernels.sparse_index import SparseIndex, Tiling
-from colm_kernels.sparse_patterns import a_shape, block_sparse, top_p, vertical_slash, vertical_slash_top_p
+from colm_kernels.sparse_patterns import (
+    a_shape,
+    block_sparse,
+    blocks_at_distances,
+    top_p,
+    vertical_slash,
+    vertical_slash_top_p,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -76,6 +84,24 @@ def test_vertical_slash_covers_every_column_and_diagonal(tiling, num_lists, num_
     assert columns <= set(verticals.flatten().tolist())
 
 
+@given(tilings(), st.lists(st.tuples(st.integers(0, 900), st.integers(0, 200)), max_size=6))
+def test_ranges_of_distances_mark_the_blocks_of_their_keys_and_no_other(tiling, ranges):
+    nearest, farthest = [near for near, _ in ranges], [near + width for near, width in ranges]
+    blocks = blocks_at_distances(
+        tiling.first_positions(),
+        tiling.last_positions(),
+        torch.tensor([[-1, *nearest]]),
+        torch.tensor([[-1, *farthest]]),
+        num_key_blocks=tiling.num_key_blocks,
+        key_block=tiling.key_block,
+    )
+    distance_TS = distances(tiling)
+    wanted_TS = torch.zeros_like(distance_TS, dtype=torch.bool)
+    for near, far in zip(nearest, farthest, strict=True):
+        wanted_TS |= (distance_TS >= near) & (distance_TS <= far)
+    assert torch.equal(blocks, by_block(tiling, wanted_TS[None]))
+
+
 @given(tilings(), st.integers(1, 12), st.integers(0, 1 << 30))
 def test_block_sparse_lists_the_best_blocks(tiling, num_blocks, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -131,6 +157,15 @@ def test_vertical_slash_mass_is_the_attention_of_the_last_rows():
         torch.testing.assert_close(slash[head], expected)
     by_kv_head, _ = vertical_slash_mass(q, k, num_lists=2, num_rows=10)
     torch.testing.assert_close(by_kv_head[1], vertical[2] + vertical[3])
+
+
+def test_a_few_rows_at_a_time_add_up_to_the_same_mass(monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    q, k = torch.randn(64, 4, 16, generator=generator), torch.randn(2, 500, 16, generator=generator)
+    at_once = vertical_slash_mass(q, k, num_lists=2)
+    monkeypatch.setattr(sparse_estimate, "SCORES_AT_ONCE", 7 * 500)
+    for few, whole in zip(vertical_slash_mass(q, k, num_lists=2), at_once, strict=True):
+        torch.testing.assert_close(few, whole)
 
 
 def test_pooled_block_mass_is_the_attention_between_means():
