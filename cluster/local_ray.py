@@ -99,17 +99,34 @@ def stop_ray(token_path: Path) -> None:
     Raises:
         ClusterError: a process outlives even SIGKILL.
     """
+    known: set[psutil.Process] = set()
     heads = _heads(_sessions(token_path))
+    _living(token_path, known)
     _send(signal.SIGTERM, heads)  # a head node takes down in order what it started
-    if heads and _ends(token_path, _STOP_GRACE_S):
+    if heads and _ends(token_path, known, _STOP_GRACE_S):
         return
     give_up_s = time.monotonic() + _KILL_TIMEOUT_S
     # Round after round: what is killed may have just started another.
-    while left := [process for members in _sessions(token_path).values() for process in members]:
+    while left := _living(token_path, known):
         if time.monotonic() > give_up_s:
             raise ClusterError(f"processes {sorted(process.pid for process in left)} of Ray outlive SIGKILL")
         _send(signal.SIGKILL, left)
         time.sleep(_POLL_S)
+
+
+def _living(token_path: Path, known: set[psutil.Process]) -> set[psutil.Process]:
+    """Processes of a head node that live; `known` remembers them.
+
+    A process that ends loses its environment, the mark included, a moment before it is gone.
+    """
+    known |= {process for members in _sessions(token_path).values() for process in members}
+    return {process for process in known if _lives(process)}
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _sessions(token_path: Path) -> dict[int, list[psutil.Process]]:
@@ -142,9 +159,9 @@ def _send(number: signal.Signals, processes: Iterable[psutil.Process]) -> None:
             process.send_signal(number)
 
 
-def _ends(token_path: Path, within_s: float) -> bool:
+def _ends(token_path: Path, known: set[psutil.Process], within_s: float) -> bool:
     give_up_s = time.monotonic() + within_s
-    while is_left(token_path):
+    while _living(token_path, known):
         if time.monotonic() > give_up_s:
             return False
         time.sleep(_POLL_S)
