@@ -1,4 +1,4 @@
-"""How a decode node keeps keys and values: in pages, which nobody else knows of."""
+"""The pages in which a decode node keeps keys and values; no other node knows of them."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from colm.kv import KvFormat
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """Tokens of a format, in pages of one size."""
+    """A KV format, divided into pages of `page_tokens` tokens."""
 
     kv_format: KvFormat
     page_tokens: int
-    """Tokens in one page, all layers of them."""
+    """Tokens in one page; a page holds all their layers."""
 
     def __post_init__(self) -> None:
         if self.page_tokens < 1:
@@ -20,7 +20,7 @@ class KvLayout:
 
     @property
     def page_bytes(self) -> int:
-        """Keys and values of one page, all layers."""
+        """Bytes of one page: keys and values of all layers."""
         return self.page_tokens * self.kv_format.token_bytes
 
     def pages(self, num_tokens: int) -> int:
