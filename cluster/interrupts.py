@@ -8,7 +8,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
-    """Raises KeyboardInterrupt in the block at the first signal, and ignores later ones: they break no clean-up off.
+    """Raises KeyboardInterrupt in the block at the first signal. Later ones are ignored, so a clean-up runs to its end.
 
     Only for the main thread. After a block that ends with KeyboardInterrupt, signals stay ignored until the process
     ends; after any other block the earlier handlers are back.

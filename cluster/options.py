@@ -126,7 +126,7 @@ class RaySection(_Section):
 
 
 class ClusterConfig(_Section):
-    """The whole file."""
+    """All options of a cluster, section by section."""
 
     model: ModelSection = ModelSection()
     prefill: PrefillSection = PrefillSection()
@@ -218,7 +218,7 @@ def _check_devices(config: ClusterConfig) -> None:
 
 
 def default_toml() -> str:
-    """Every option with its meaning and its default, as a file to start from."""
+    """Return TOML that lists every option with its description and its default, commented out."""
     lines = ["# Options of `colm up --config FILE`. What is commented out shows the default."]
     for section, field in ClusterConfig.model_fields.items():
         lines += ["", f"[{section}]"]

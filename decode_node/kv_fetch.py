@@ -211,7 +211,7 @@ class _Holder:
     address: str | None = None
 
     def note(self, address: str, silence_s: float | None) -> None:
-        """Note that an attempt at an address has ended, so long after its last message; None if none came.
+        """Note that an attempt at an address has ended, `silence_s` after its last message; None if none came.
 
         The node is preferred for the next attempt if it brought tiles, was not silent, and was not preferred already.
         A silent node may have been stopped; waiting for it would delay the prompt while another node could compute.

@@ -24,11 +24,11 @@ class KvLayout:
         return self.page_tokens * self.kv_format.token_bytes
 
     def pages(self, num_tokens: int) -> int:
-        """Pages that hold `num_tokens` tokens."""
+        """Number of pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_tokens)
 
     def pages_within(self, kv_cache_bytes: int) -> int:
-        """Pages that a cache of that size holds.
+        """Number of pages that a cache of `kv_cache_bytes` bytes holds.
 
         Raises:
             ConfigError: it holds none.

@@ -38,6 +38,6 @@ class PageLine:
         self.pool.retain(lease)
 
     def release(self, lease: PageLease) -> None:
-        """Remove a holder; without holders the pages are free for the next in line."""
+        """Remove a holder; when the last one goes, the pages are free for the next in line."""
         if self.pool.release(lease):
             self._line.look_again()

@@ -1,4 +1,4 @@
-"""What one decode step computes: query tokens row by row, and which of them get logits. No tensors, no asyncio.
+"""Describes a decode step: query tokens row by row, and which of them get logits. No tensors, no asyncio.
 
 Shapes: M pages of a request.
 """

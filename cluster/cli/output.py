@@ -37,7 +37,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr while the context lasts; call what it yields with (done, total)."""
+    """Show a progress bar on stderr during the block; yields a function to call with (done, total)."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -54,7 +54,7 @@ class FrontDoor:
     async def generate(
         self, request: GenerateRequest, prompt: AsyncIterator[PromptPart], *, caller_waits_s: float | None = None
     ) -> AsyncIterator[AsyncIterator[Event]]:
-        """One request's events: `Accepted` is the first, `Finished` the last.
+        """Serve one request: yields an iterator over its events, `Accepted` first and `Finished` last.
 
         The request lasts as long as the block, and counts towards `max_requests` until the block ends. The deadline
         cancels whatever the block waits for, the reader's own work included. However the block is left, no node works
