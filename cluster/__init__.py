@@ -1,1 +1,1 @@
-"""Everything that knows there is more than one process."""
+"""The cluster: the gateway, the application that Ray Serve runs, and the `colm` command."""

@@ -1,4 +1,4 @@
-"""An answer as it comes in: a progress bar, the text, and at the end a record of what happened."""
+"""Shows an answer on the terminal while it arrives, and records what was measured."""
 
 import sys
 import time
@@ -69,7 +69,7 @@ class AnswerView:
                 pass
 
     def record(self) -> dict[str, object]:
-        """Everything measured, for a program."""
+        """Return what was measured, as one flat object for JSON."""
         accepted, finished = self._ends()
         usage, timings = finished.usage, finished.timings
         return {
@@ -93,7 +93,7 @@ class AnswerView:
         }
 
     def print_summary(self) -> None:
-        """Everything measured, in one line for a human, on stderr."""
+        """Print what was measured, as one line on stderr."""
         record = self.record()
         Console(stderr=True, highlight=False).print(
             f"\n{record['prompt_tokens']} prompt tokens, first token after {record['ttft_s']:.2f} s "
@@ -130,5 +130,5 @@ class AnswerView:
 
 
 def _rate(count: int, seconds: float) -> float | None:
-    """Per second; None where nothing was measured."""
+    """Events per second; None where none were counted or no time was measured."""
     return round(count / seconds, 1) if count > 0 and seconds > 0 else None

@@ -1,4 +1,4 @@
-"""Decode nodes as the front door calls them: over gRPC, on channels that outlive the calls."""
+"""The front door's calls to decode nodes: gRPC, over channels that all calls to a node share."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 
@@ -19,7 +19,7 @@ class GrpcDecodeCalls:
     """`DecodeNodeCalls` over gRPC. Lives on one event loop; `close` it.
 
     Args:
-        security: what the nodes demand.
+        security: token and TLS that the nodes demand.
     """
 
     def __init__(self, security: Security) -> None:

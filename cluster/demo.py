@@ -1,4 +1,4 @@
-"""The main job, end to end: a chapter of the Python manual goes in, an answer comes out."""
+"""The demo: a cluster reads a chapter of the Python manual and answers a question about it."""
 
 import tempfile
 from pathlib import Path
@@ -17,14 +17,14 @@ from colm.errors import ConfigError
 from colm.text.tokenizer import Tokenizer
 
 QUESTION = "In a few sentences, explain what the with statement of Python does and why it is useful."
-# A small model looks best at what it read last, so the topic asked about ends the document.
+# A small model attends best to what it read last, so the topic asked about ends the document.
 _LAST_TOPICS = ("context-managers", "with")
 _FILL_TOPICS = ("exceptions", "try", "while", "for", "if", "assignment", "function", "import", "class")
 _TARGET_DOCUMENT_TOKENS = 6400
 
 
 def manual_chapter(tokenizer: Tokenizer) -> str:
-    """Topics of Python's language reference, as every Python ships them, somewhat above 6,000 tokens."""
+    """Join topics of Python's language reference, which every Python ships, up to about 6,400 tokens."""
     last = "\n\n".join(topics[name] for name in _LAST_TOPICS)
     room = _TARGET_DOCUMENT_TOKENS - len(tokenizer.encode(last))
     parts: list[str] = []

@@ -1,4 +1,4 @@
-"""Onto a running Ray and off it again. Importing this file imports Ray."""
+"""Deploys the application on a running Ray cluster, and removes it. Importing this file imports Ray."""
 
 import logging
 import signal
@@ -28,7 +28,7 @@ class Deployed:
     gateway_address: str
     ray_address: str
     security: Security
-    """What clients must show."""
+    """Token and TLS that clients need."""
 
 
 def deploy(
@@ -40,7 +40,8 @@ def deploy(
         config: what to run.
         checkpoint: the model.
         ray_address: the cluster to join.
-        before_placing: told Ray's own address; from then on there is something to `remove`, even after a failure.
+        before_placing: called with Ray's own address before anything is placed; from then on a failure leaves something
+            to `remove`.
 
     Raises:
         ClusterError: Ray cannot be joined, lacks a role's resource, or a replica did not start.
@@ -49,12 +50,12 @@ def deploy(
         _connect(ray_address)
         return _deploy(config, checkpoint, ray_address, before_placing)
     finally:
-        # A driver that is still connected when its Ray stops is killed by it.
+        # Ray kills a driver that is still connected when Ray stops.
         ray.shutdown()
 
 
 def remove(ray_address: str) -> None:
-    """Take the application off a Ray cluster, and Serve with it if nothing else uses it.
+    """Remove the application from a Ray cluster; shut Serve down as well if no other application runs.
 
     Raises:
         ClusterError: Ray cannot be reached.
@@ -82,7 +83,7 @@ def _deploy(
     application = build(config, checkpoint.path.absolute(), security)
     gcs_address = ray.get_runtime_context().gcs_address
     before_placing(gcs_address)
-    # Serve's own waiting has no end and hides the reason; ours ends with what went wrong.
+    # Serve's own wait has no timeout and hides the cause of a failure; ours has the one and reports the other.
     target = serve.RunTarget(target=application, name=APPLICATION, route_prefix=None)
     handle: Any
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
@@ -100,7 +101,7 @@ def _connect(ray_address: str) -> None:
         ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as err:
         raise ClusterError(f"cannot join Ray at {ray_address}: {err}") from err
-    except SystemExit as err:  # what Ray's own handler makes of a SIGTERM
+    except SystemExit as err:  # Ray's own handler turns SIGTERM into this
         raise KeyboardInterrupt from err
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -108,11 +109,11 @@ def _connect(ray_address: str) -> None:
 
 
 def check_resources(config: ClusterConfig, carried: Mapping[str, float]) -> None:
-    """Refuse a Ray cluster that does not carry what every replica takes.
+    """Refuse a Ray cluster that lacks resources or GPUs for the replicas.
 
     Args:
-        config: what shall run.
-        carried: amounts by resource, of the whole cluster.
+        config: what to run.
+        carried: amount of each resource in the whole cluster.
 
     Raises:
         ClusterError: names the resource and the way out.
@@ -154,5 +155,5 @@ def _wait_until_running(timeout_s: float) -> None:
 
 
 def _reason(message: str) -> str:
-    """What went wrong, out of a deployment's message: the last line of its trace, or all of it without one."""
+    """The cause in a deployment's message: the last line of a traceback, or the whole message without one."""
     return message.strip().splitlines()[-1] if "Traceback" in message else message

@@ -1,4 +1,4 @@
-"""GenerationService: messages in, events out; everything in between is the front door's."""
+"""GenerationService, the gRPC adapter of the front door: messages become requests, events become messages."""
 
 from collections.abc import AsyncIterator
 
@@ -35,7 +35,7 @@ class GenerationService(GenerationServiceServicer):
     async def Generate(
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext
     ) -> None:
-        """One request; see the .proto file."""
+        """Serve one request; see the .proto file."""
         async with answering(context, "generate"):
             request = generate_request_from_pb(await read_open(request_iterator))
             prompt, waits_s = _prompt(request_iterator), context.time_remaining()
@@ -48,7 +48,7 @@ class GenerationService(GenerationServiceServicer):
         request: pb.GetClusterStatusRequest,  # noqa: ARG002
         context: grpc.aio.ServicerContext,  # noqa: ARG002
     ) -> pb.GetClusterStatusResponse:
-        """Models, nodes and load."""
+        """Report models, nodes and load."""
         return cluster_status_to_pb(self._front_door.status())
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and the other signals that ask a process to end, as one KeyboardInterrupt."""
+"""Turns SIGINT, SIGTERM and SIGHUP into one KeyboardInterrupt."""
 
 import signal
 from types import FrameType, TracebackType
@@ -8,14 +8,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
-    """Within the block such a signal raises KeyboardInterrupt, the first time only: no later one breaks a clean-up off.
+    """Raises KeyboardInterrupt in the block at the first signal. Later ones are ignored, so a clean-up runs to its end.
 
-    Only for the main thread. A block that KeyboardInterrupt leaves takes the process with it: it stays deaf until then.
+    Only for the main thread. After a block that ends with KeyboardInterrupt, signals stay ignored until the process
+    ends; after any other block the earlier handlers are back.
     """
 
     def __init__(self) -> None:
         self.deaf = False
-        """Set it where a clean-up begins: from there on nothing is raised."""
+        """While true, signals raise nothing. Set it where a clean-up begins."""
         self._came = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -32,10 +33,10 @@ class Interrupts:
             signal.signal(number, handler)
 
     def finish(self) -> None:
-        """Be deaf from here on, if nothing came so far.
+        """Ignore signals from here on; raise now if one came before.
 
         Raises:
-            KeyboardInterrupt: a signal came, and what it raised was lost, as it is in a finalizer.
+            KeyboardInterrupt: a signal came, and its own KeyboardInterrupt was lost, e.g. in a finalizer.
         """
         self.deaf = True
         if self._came:

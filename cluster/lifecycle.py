@@ -1,4 +1,4 @@
-"""Up and down: Ray, the application, and the state file."""
+"""`colm up` and `colm down`: start and stop Ray, the application and the state file."""
 
 import os
 from collections.abc import Callable
@@ -24,12 +24,12 @@ Say = Callable[[str], None]
 
 
 def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
-    """Bring a cluster up; on any failure or interruption nothing of it is left.
+    """Bring a cluster up; a failure or an interruption stops all of it again.
 
     Args:
         config: what to run.
-        state_dir: where to keep what the other commands need.
-        say: told of each step, for a human.
+        state_dir: holds what the other commands need.
+        say: called with a line for each step.
 
     Raises:
         ClusterError, CheckpointError, ConfigError: what is wrong and what to do.
@@ -78,13 +78,13 @@ def down(state_dir: Path, say: Say) -> bool:
             say("stopping the replicas")
         if state is not None and is_running(state_dir / _RAY_TOKEN):
             show_token(state_dir / _RAY_TOKEN)
-            _remove(state.ray_address, say)  # in order; without it their Ray just ends them
+            _remove(state.ray_address, say)  # an orderly stop; without it their Ray would just kill them
         _clear(state_dir, say)
     return may_run or state is not None
 
 
 def _clear(state_dir: Path, say: Say) -> None:
-    """End what runs of a cluster, on a Ray of its own or on one that it joined, and forget it."""
+    """Stop what runs of a cluster, on its own Ray or on one that it joined, and delete its state files."""
     joined = read_joined(state_dir)
     if joined is not None:
         _remove(joined, say)
@@ -103,13 +103,13 @@ def _remove(ray_address: str, say: Say) -> None:
 
 
 def _check_kv(config: ClusterConfig, checkpoint: Checkpoint) -> None:
-    """What the replicas would refuse later: their own check, before anything starts."""
+    """Check the KV cache's size as the replicas will, before anything starts."""
     kv_format = KvFormat.of(checkpoint.config, parse_dtype(config.resolved_dtype))
     KvLayout(kv_format, config.decode.page_tokens).pages_within(config.decode.kv_cache_bytes)
 
 
 def _check_devices(config: ClusterConfig) -> None:
-    """The same of devices, where the replicas will be on this machine."""
+    """Check the devices of replicas on this machine, before anything starts."""
     num_gpus = 0
     for name, section in config.placed.items():
         if (reason := why_unusable(parse_device(section.resolved_device))) is not None:
@@ -123,7 +123,7 @@ def _check_devices(config: ClusterConfig) -> None:
 
 
 def _with_port(config: ClusterConfig) -> ClusterConfig:
-    """Turn port 0 into a number, so that a gateway that is restarted comes back where its clients look for it.
+    """Replace port 0 by a free port, so that a restarted gateway comes back at the same address.
 
     Raises:
         ClusterError: the port is taken, or the host is not this machine's.

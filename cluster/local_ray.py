@@ -1,4 +1,4 @@
-"""A Ray head node of our own on this machine, started, found and stopped with all it starts."""
+"""Starts, finds and stops a Ray head node on this machine, with every process that it started."""
 
 import os
 import re
@@ -18,16 +18,17 @@ from colm.errors import ClusterError
 from colm.wire.security import new_token
 
 _START_TIMEOUT_S = 60.0
-# A bare head node ends in two seconds. One with replicas takes its time, and nobody waits for their work any more.
+# A head node without replicas stops in 2 s. One with replicas takes longer, for work that nobody wants any more.
 _STOP_GRACE_S = 5.0
 _KILL_TIMEOUT_S = 30.0
 _POLL_S = 0.1
-# In the environment of a head node, and so of all it starts: the path of its token, one for each state directory.
+# Environment variable of a head node, and so of all that it starts. Its value is the token's path, which is another
+# one for each state directory.
 _MARK = "COLM_RAY_TOKEN"
 
 
 def show_token(token_path: Path) -> None:
-    """Let this process, and what it starts, into the Ray of that token.
+    """Give this process, and those that it starts, access to the Ray with that token.
 
     Must come before `import ray`, which reads the environment once.
 
@@ -40,18 +41,18 @@ def show_token(token_path: Path) -> None:
 
 
 def start_ray(resources: Mapping[str, float], token_path: Path, log_path: Path) -> tuple[str, int]:
-    """Start a head node that outlives this process; whatever comes of it, `stop_ray` finds it by its token's path.
+    """Start a head node that outlives this process. Even after a failure, `stop_ray` finds it by its token's path.
 
     Args:
         resources: custom resources of the node, e.g. {"prefill": 1}.
-        token_path: where to put the token that Ray will demand of whoever connects.
-        log_path: where Ray's own words go.
+        token_path: file for the token that Ray will demand of everybody who connects.
+        log_path: file for Ray's output.
 
     Returns:
         (address to join, pid of the head node).
 
     Raises:
-        ClusterError: Ray did not come up; the message ends with its last words.
+        ClusterError: Ray did not come up; the message ends with the end of Ray's output.
     """
     write_private(token_path, new_token())
     show_token(token_path)
@@ -84,12 +85,12 @@ def start_ray(resources: Mapping[str, float], token_path: Path, log_path: Path) 
 
 
 def is_running(token_path: Path) -> bool:
-    """Whether the head node of the token at that path lives."""
+    """Whether the head node with that token is running."""
     return bool(_heads(_sessions(token_path)))
 
 
 def is_left(token_path: Path) -> bool:
-    """Whether anything lives of what a head node started, itself included."""
+    """Whether the head node with that token, or any process that it started, is running."""
     return bool(_sessions(token_path))
 
 
@@ -102,11 +103,11 @@ def stop_ray(token_path: Path) -> None:
     known: set[psutil.Process] = set()
     heads = _heads(_sessions(token_path))
     _living(token_path, known)
-    _send(signal.SIGTERM, heads)  # a head node takes down in order what it started
+    _send(signal.SIGTERM, heads)  # a head node then stops its processes in order
     if heads and _ends(token_path, known, _STOP_GRACE_S):
         return
     give_up_s = time.monotonic() + _KILL_TIMEOUT_S
-    # Round after round: what is killed may have just started another.
+    # Repeated: a process may have started another one just before it was killed.
     while left := _living(token_path, known):
         if time.monotonic() > give_up_s:
             raise ClusterError(f"processes {sorted(process.pid for process in left)} of Ray outlive SIGKILL")
@@ -130,10 +131,10 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _sessions(token_path: Path) -> dict[int, list[psutil.Process]]:
-    """What lives of a head node: the sessions in which a process carries its mark, each with all its processes.
+    """Running processes of a head node, by session: all processes of the sessions where one carries its mark.
 
-    A mark is there from the first moment, needs nobody to write it down, tells a stranger with a recycled pid apart,
-    and stays with processes that lost their parent.
+    A mark exists from a process's first moment and needs no pid file. It rules out a stranger with a recycled pid, and
+    processes that lost their parent keep it.
     """
     mark = str(token_path.resolve())
     sessions: dict[int, list[psutil.Process]] = {}
@@ -169,7 +170,7 @@ def _ends(token_path: Path, known: set[psutil.Process], within_s: float) -> bool
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now, at whatever address of this machine."""
+    """A TCP port on which nobody listens now, at any address of this machine."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as probe:

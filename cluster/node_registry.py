@@ -1,4 +1,4 @@
-"""Which nodes there are: those that reported lately."""
+"""The nodes of the cluster: those that reported lately."""
 
 from colm.clock import Clock
 from colm.nodes import REPORT_INTERVAL_S, NodeReport, NodeStatus, Role
@@ -7,23 +7,23 @@ _EXPIRES_S = 10 * REPORT_INTERVAL_S
 
 
 class NodeRegistry:
-    """Keeps each node's last report until it is too old to believe."""
+    """Keeps each node's last report, for 10 report intervals."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._seen: dict[str, tuple[NodeReport, float]] = {}
 
     def report(self, report: NodeReport) -> None:
-        """A node has spoken."""
+        """Store a node's report in place of its last one."""
         self._seen[report.replica_id] = (report, self._clock.now())
 
     def nodes(self) -> list[NodeStatus]:
-        """Nodes heard of lately, prefill first."""
+        """Nodes that reported lately, prefill nodes first."""
         now = self._clock.now()
         self._seen = {key: seen for key, seen in self._seen.items() if now - seen[1] < _EXPIRES_S}
         nodes = [NodeStatus(report=report, age_s=now - at_s) for report, at_s in self._seen.values()]
         return sorted(nodes, key=lambda node: (node.report.role.value != "prefill", node.report.replica_id))
 
     def count(self, role: Role) -> int:
-        """Nodes of a role, heard of lately."""
+        """Number of nodes of a role that reported lately."""
         return sum(node.report.role is role for node in self.nodes())

@@ -1,4 +1,4 @@
-"""What a user may set, in TOML; every option has a default that serves."""
+"""The options of a cluster, read from TOML. Every option but the model's path has a working default."""
 
 import tomllib
 from pathlib import Path
@@ -27,20 +27,20 @@ class ModelSection(_Section):
     """Section [model]."""
 
     path: Path | None = None
-    """Checkpoint directory, on every node at the same place."""
+    """Checkpoint directory, at the same path on every machine; required here or as --model."""
     name: str | None = None
-    """What clients call it; the directory's name by default."""
+    """Name of the model in clients' requests; by default the directory's name."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights, computation and KV cache; auto is bfloat16 where both roles' devices are fast at it."""
+    """Dtype of weights, computation and KV cache; auto: bfloat16 if fast on both roles' devices, else float32."""
 
 
 class _PlacedSection(_Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]?))?)$")] = "auto"
-    """Where a replica computes: "cpu", "cuda" or "cuda:N"; auto is the GPU set aside, or the CPU without one."""
+    """Device of each replica: "cpu", "cuda" or "cuda:N"; auto: the GPU that Ray sets aside, or the CPU without one."""
     num_gpus: NonNegativeInt = Field(default=0, le=1)
-    """GPUs that Ray sets aside for a replica; with 0 any may be chosen by `device`, and shared."""
+    """GPUs that Ray sets aside for each replica, 0 or 1; with 0, replicas may share the GPU that `device` names."""
     num_threads: PositiveInt | None = None
-    """CPU threads of a replica; all cores by default."""
+    """CPU threads of each replica; by default one for each core that it may run on."""
 
     @property
     def resolved_device(self) -> str:
@@ -54,56 +54,56 @@ class PrefillSection(_PlacedSection):
     """Section [prefill]."""
 
     replicas: PositiveInt = 1
-    """Each takes one of Ray's resource "prefill"."""
+    """Number of prefill replicas; each takes 1 of Ray's custom resource "prefill"."""
     tile_tokens: PositiveInt = defaults.TILE_TOKENS
-    """Tokens computed and sent at a time."""
+    """Tokens that a prefill replica computes and sends at a time."""
     attention_backend: Literal["auto", "flash_attn", "triton"] = "auto"
-    """Of dense attention on a GPU; auto is flash-attn where it can be imported, Triton else."""
+    """Implementation of dense attention on a GPU; auto: flash-attn if it can be imported, else Triton."""
     max_queued: PositiveInt = defaults.MAX_QUEUED
-    """Prompts of a decode replica that may wait for a prefill replica."""
+    """Prompts that may wait for a prefill replica, for each decode replica; the next is refused."""
 
 
 class DecodeSection(_PlacedSection):
     """Section [decode]."""
 
     replicas: PositiveInt = 1
-    """Each takes one of Ray's resource "decode"."""
+    """Number of decode replicas; each takes 1 of Ray's custom resource "decode"."""
     kv_cache_bytes: ByteSize = ByteSize(defaults.KV_CACHE_BYTES)
-    """Memory of a replica for keys and values, e.g. "4GiB"."""
+    """Memory of each decode replica for keys and values, in bytes or with a unit, e.g. "4GiB"."""
     page_tokens: PositiveInt = defaults.PAGE_TOKENS
-    """Tokens in a KV page."""
+    """Tokens in a KV page; a request reserves whole pages."""
     max_batch_size: PositiveInt = defaults.MAX_BATCH_SIZE
-    """Answers advanced together."""
+    """Answers that a decode replica advances in one step; more wait."""
     max_requests: PositiveInt = defaults.MAX_REQUESTS
-    """Requests at once on a replica, waiting and prefilling ones included."""
+    """Requests at once on a decode replica, waiting and prefilling ones included; the next is refused."""
 
 
 class GatewaySection(_Section):
     """Section [gateway]."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; "0.0.0.0" lets other machines in, and "::" those of both IP versions."""
+    """Address that the gateway listens on; "0.0.0.0" admits other machines by IPv4, "::" by both IP versions."""
     port: NonNegativeInt = Field(default=50051, le=65535)
-    """0 picks a free port."""
+    """TCP port of the gateway; 0 picks a free one."""
     max_document_bytes: ByteSize = ByteSize(64 << 20)
-    """Longest document, e.g. "64MiB"."""
+    """Largest document of a request, in bytes or with a unit, e.g. "64MiB"."""
     max_requests: PositiveInt = defaults.MAX_REQUESTS
-    """Requests inside the gateway at once."""
+    """Requests at once inside the gateway; the next is refused."""
     default_max_new_tokens: PositiveInt = 256
-    """Length of an answer for which the client asks none."""
+    """Most tokens of an answer if the client sets no limit."""
     max_new_tokens: PositiveInt = 16384
-    """The most a client may ask for."""
+    """Most tokens of an answer that a client may ask for."""
     default_timeout_s: PositiveFloat = 3600.0
-    """Deadline of a request whose client sets none, before its work is added."""
+    """Seconds that a request may take without a client's deadline, plus its work at the two speeds below."""
     min_prefill_tokens_per_s: PositiveFloat = 15.0
-    """Slowest prefill that such a deadline allows for."""
+    """Slowest prefill, in prompt tokens/s, that such a request is given time for."""
     min_decode_tokens_per_s: PositiveFloat = 2.0
-    """Slowest decoding that such a deadline allows for."""
+    """Slowest decoding, in new tokens/s, that such a request is given time for."""
     max_timeout_s: PositiveFloat = 24 * 3600.0
-    """The longest deadline a client may set."""
+    """Longest timeout_s that a client may ask for, and longest deadline without one, in seconds."""
 
 
-# What a request gets whose client asks for nothing, and the most that a client may ask for.
+# Each option that is a default, and the option that limits it.
 _LIMITED_DEFAULTS = {"default_max_new_tokens": "max_new_tokens", "default_timeout_s": "max_timeout_s"}
 
 
@@ -111,22 +111,22 @@ class SecuritySection(_Section):
     """Section [security]."""
 
     token: Literal["auto", "off"] = "auto"
-    """auto makes a fresh token for clients; `colm submit` on this machine finds it by itself."""
+    """auto makes a token that clients must send, and `colm submit` on this machine finds; off admits every client."""
     tls: Literal["auto", "off"] = "auto"
-    """auto makes fresh certificates for the gateway and between nodes."""
+    """auto makes certificates, and encrypts the gateway's and the nodes' connections; off leaves them in plaintext."""
 
 
 class RaySection(_Section):
     """Section [ray]."""
 
     address: str | None = None
-    """A running Ray cluster to join, e.g. "auto" or "10.0.0.1:6379"; by default `colm up` starts one here."""
+    """Running Ray cluster to join, e.g. "auto" or "10.0.0.1:6379"; by default `colm up` starts one here."""
     ready_timeout_s: PositiveFloat = 300.0
-    """How long replicas may take to load."""
+    """Seconds that replicas may take to load before `colm up` gives up."""
 
 
 class ClusterConfig(_Section):
-    """The whole file."""
+    """All options of a cluster, section by section."""
 
     model: ModelSection = ModelSection()
     prefill: PrefillSection = PrefillSection()
@@ -137,7 +137,7 @@ class ClusterConfig(_Section):
 
     @property
     def placed(self) -> "dict[str, PrefillSection | DecodeSection]":
-        """The roles that compute, by the names of their sections."""
+        """The sections of the roles that compute, by their names."""
         return {"prefill": self.prefill, "decode": self.decode}
 
     @property
@@ -197,7 +197,7 @@ def _check_limits(config: ClusterConfig) -> None:
 
 
 def _check_devices(config: ClusterConfig) -> None:
-    """Refuse a GPU that would stand idle beside its replica, and a backend that has no GPU."""
+    """Refuse a GPU that its replica would leave idle, and an attention backend without a GPU."""
     for name, section in config.placed.items():
         if section.num_gpus and section.device == "cpu":
             raise ConfigError(
@@ -218,7 +218,7 @@ def _check_devices(config: ClusterConfig) -> None:
 
 
 def default_toml() -> str:
-    """Every option with its meaning and its default, as a file to start from."""
+    """Return TOML that lists every option with its description and its default, commented out."""
     lines = ["# Options of `colm up --config FILE`. What is commented out shows the default."]
     for section, field in ClusterConfig.model_fields.items():
         lines += ["", f"[{section}]"]

@@ -1,4 +1,4 @@
-"""What `colm up` leaves for `colm submit`, `status` and `down`: where the cluster is and how to be let in."""
+"""The state file that `colm up` writes for `submit`, `status` and `down`: the cluster's addresses and secrets."""
 
 import fcntl
 import json
@@ -18,7 +18,7 @@ _LOCK_FILE = "lock"
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a whole file that only this user can read; it appears complete or not at all."""
+    """Write a file that only this user can read; it appears complete or not at all."""
     partial = path.with_name(f"{path.name}.new")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
@@ -29,10 +29,12 @@ def write_private(path: Path, text: str) -> None:
 
 @contextmanager
 def alone(state_dir: Path) -> Iterator[None]:
-    """Keep every other `colm up` and `colm down` off a directory; the system lets go when this process ends, however.
+    """Hold the lock of a directory, which keeps every other `colm up` and `colm down` off it.
+
+    The system releases the lock when this process ends, even if it is killed.
 
     Raises:
-        ClusterError: another is at work.
+        ClusterError: another command holds the lock.
     """
     with (state_dir / _LOCK_FILE).open("w") as lock:
         try:
@@ -43,12 +45,12 @@ def alone(state_dir: Path) -> Iterator[None]:
 
 
 def note_joined(state_dir: Path, ray_address: str) -> None:
-    """From here on there may be something of ours on a Ray that is not."""
+    """Record the address of a joined Ray cluster, on which a replica of ours may run from now on."""
     write_private(state_dir / _JOINED_FILE, ray_address)
 
 
 def read_joined(state_dir: Path) -> str | None:
-    """Address of the Ray where there may be something of ours; None if there is none."""
+    """Address of the joined Ray cluster on which replicas of ours may run; None without one."""
     path = state_dir / _JOINED_FILE
     return path.read_text() if path.exists() else None
 
@@ -60,7 +62,7 @@ def default_state_dir() -> Path:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterState:
-    """A running cluster."""
+    """Where a running cluster is, and what its clients must show."""
 
     gateway_address: str
     ray_address: str
@@ -68,23 +70,23 @@ class ClusterState:
     """Process of the Ray that `colm up` started; None where it joined one."""
     client_token: str | None = field(repr=False)
     ca_pem: str | None
-    """Authority of the gateway's certificate; None is plaintext."""
+    """Authority of the gateway's certificate; None without TLS."""
 
     @property
     def security(self) -> Security:
-        """What a client needs to be let in."""
+        """Token and TLS of a client."""
         tls = None if self.ca_pem is None else Tls(ca_pem=self.ca_pem.encode())
         return Security(token=self.client_token, tls=tls)
 
     def write(self, state_dir: Path) -> None:
-        """Keep it where only this user can read it."""
+        """Write the state file, which only this user can read."""
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         body = json.dumps({name: getattr(self, name) for name in self.__slots__}, indent=2)
         write_private(state_dir / _FILE, body + "\n")
 
     @classmethod
     def read(cls, state_dir: Path) -> "ClusterState | None":
-        """The cluster that is up, as far as this directory knows.
+        """Read the state file; None if there is none.
 
         Raises:
             ClusterError: the file is damaged.
@@ -100,7 +102,11 @@ class ClusterState:
 
     @classmethod
     def require(cls, state_dir: Path) -> "ClusterState":
-        """As `read`, for commands that need a cluster."""
+        """Read the state file of a cluster that must be up.
+
+        Raises:
+            ClusterError: there is no state file, or it is damaged.
+        """
         state = cls.read(state_dir)
         if state is None:
             raise ClusterError(f"no cluster is known in {state_dir}; run `colm up --model DIR` first")
@@ -108,6 +114,6 @@ class ClusterState:
 
     @staticmethod
     def forget(state_dir: Path) -> None:
-        """The cluster is down."""
+        """Delete the state files."""
         for name in (_FILE, _JOINED_FILE):
             (state_dir / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""All running answers, advanced together, step by step."""
+"""Advances all running answers together, step by step."""
 
 import asyncio
 import logging
@@ -35,13 +35,13 @@ class _Member:
 class DecodeLoop:
     """Owns the decode engine and its thread. Create it on the event loop, then keep `run` going as a task.
 
-    Who takes part in a step is the scheduler's to say; the loop holds the pages of every answer that joined until the
-    scheduler has let it out.
+    The scheduler decides who takes part in a step. The loop holds an answer's pages until the scheduler says that the
+    answer is out.
 
     Args:
         engine: runs one step at a time in a thread of its own.
-        page_line: where the loop holds pages.
-        max_batch_size: answers advanced together; more wait their turn.
+        page_line: holds the answers' pages for the loop.
+        max_batch_size: answers advanced in one step; more wait their turn.
     """
 
     def __init__(self, engine: DecodeEngine, page_line: PageLine, *, max_batch_size: int) -> None:
@@ -53,7 +53,7 @@ class DecodeLoop:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
     async def events(self, answer: RunningAnswer, pages: PageLease) -> AsyncGenerator[Token | Queued]:
-        """Join the batch and yield the answer's tokens; where the batch is full, first that it waits.
+        """Join the batch and yield the answer's tokens; while the batch is full, yield `Queued`.
 
         Closing the generator, with `contextlib.aclosing`, ends the answer after the step that may be running.
 
@@ -87,7 +87,7 @@ class DecodeLoop:
             self._leave(member)
 
     async def run(self) -> None:
-        """Advance whoever is there, for ever; cancel the task to stop."""
+        """Run step after step, until the task is cancelled."""
         try:
             while True:
                 self._wake.clear()
@@ -118,7 +118,7 @@ class DecodeLoop:
             self._advance(member, choices)
 
     def _compute(self, plan: StepPlan, samplers: Sequence[Sampler]) -> list[list[Choice | ColmError]]:
-        """For each row a choice for each of its tokens that gets logits."""
+        """Run a step and sample: for each row, one choice for each of its tokens that gets logits."""
         logits_QV = self._engine.step(plan)
         sampler_of_Q = [s for s, row in zip(samplers, plan.rows, strict=True) for _ in range(row.num_logits)]
         choices = iter(choose(sampler_of_Q, logits_QV))

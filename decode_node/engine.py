@@ -1,4 +1,4 @@
-"""One decode step: a few tokens of each of several answers, each at its own scale.
+"""Computes a decode step: a few tokens of each of several answers, each answer at its own scale.
 
 Shapes: R rows of the plan, R1 = R + 1, T tokens of all rows, Q those that get logits, L layers, B pages, P tokens of a
 page, M page table columns, D active model features, K kv heads, G query heads of the active chains per kv head, E head
@@ -25,7 +25,7 @@ from decode_node.plan import PlanRow, StepPlan
 
 
 class DecodeEngine:
-    """All chains' weights over a store of pages, on the store's device."""
+    """Runs decode steps: all chains' weights over a store of pages, on the store's device."""
 
     def __init__(self, checkpoint: Checkpoint, store: KvStore) -> None:
         require_shared_kv(checkpoint.config)
@@ -37,10 +37,10 @@ class DecodeEngine:
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> Tensor:
-        """Feed every row's tokens through its chains; keys and values come from chain 1 at every scale.
+        """Run each row's tokens through the row's chains; keys and values come from chain 1 at every scale.
 
         Returns:
-            logits_QV of the tokens for which the plan asks, row by row and within a row in the order of its tokens.
+            logits_QV of the tokens that the plan asks for: row by row, within a row in the order of its tokens.
         """
         num_chains = plan.rows[0].num_chains
         num_tokens_R = [len(row.token_ids) for row in plan.rows]
@@ -86,14 +86,14 @@ class DecodeEngine:
             yield int(row.table_M[position // page_tokens]) * page_tokens + position % page_tokens
 
     def _moved(self, *lists: Sequence[int]) -> tuple[Tensor, ...]:
-        """Lists of numbers as int64 tensors on the device: made on the host, and all in one copy."""
+        """Lists of numbers as int64 tensors on the device, moved in one copy."""
         numbers = torch.tensor([number for each in lists for number in each], dtype=torch.int64)
         moved: tuple[Tensor, ...] = numbers.to(self._store.device).split([len(each) for each in lists])
         return moved
 
 
 def _chain_rows(plan: StepPlan, counts_R: Sequence[int]) -> list[int]:
-    """For each active chain, how many leading ones run it, where each row counts for as many as given."""
+    """For each active chain, how many leading tokens run it; row r counts for counts_R[r] tokens."""
     return [
         sum(count for row, count in zip(plan.rows, counts_R, strict=True) if row.num_chains > chain)
         for chain in range(plan.rows[0].num_chains)
@@ -106,14 +106,14 @@ class _Batch:
 
     table_RM: Tensor
     context_lens_R: Tensor
-    """Of each row, its tokens of this step included."""
+    """Tokens in each row's cache, those of this step included."""
     cu_seqlens_q_R1: Tensor
     """Row r has the tokens cu_seqlens_q[r] .. cu_seqlens_q[r + 1] - 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class _LayerPages:
-    """One layer's pages, as the tokens of a step write and read them."""
+    """One layer's pages: the cache that a block writes and reads in a step."""
 
     store: KvStore
     layer: int
@@ -135,9 +135,9 @@ class _LayerPages:
 
 
 class _BatchTable:
-    """The page tables of a batch, row by row; made anew only where another request is in a row.
+    """Keeps the page tables of a batch on the device; copies them again only where a row has another request.
 
-    With a million tokens a row, and steps of milliseconds, a copy at each step would show.
+    A row of a million tokens has thousands of pages. Copying them would show in steps of milliseconds.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -146,7 +146,7 @@ class _BatchTable:
         self._table_RM = torch.empty(0, 0, dtype=torch.int32, device=device)
 
     def of(self, rows: Sequence[PlanRow]) -> Tensor:
-        """table_RM, int32, ragged ends padded with page 0, which nobody reads there."""
+        """The rows' tables as table_RM, int32; short rows are padded with page 0, which is not read there."""
         tables = [row.table_M for row in rows]
         if len(tables) != len(self._tables) or any(map(is_not, tables, self._tables)):
             table_RM = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)

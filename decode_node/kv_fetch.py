@@ -1,4 +1,4 @@
-"""A prompt's keys and values, from whichever prefill node brings them whole."""
+"""Fetches a prompt's keys and values, from one prefill node after another until all have arrived."""
 
 import asyncio
 import logging
@@ -33,7 +33,7 @@ class KvTransfer:
     """One attempt to fetch a prompt's keys and values."""
 
     ledger: TransferLedger
-    """Of all attempts; this one is its newest epoch, and goes on at its position."""
+    """The ledger of all attempts. This attempt is its newest epoch, and begins at its position."""
     fingerprint: str
     token_ids: NDArray[np.int64]
     table_M: NDArray[np.int32]
@@ -41,14 +41,14 @@ class KvTransfer:
 
 
 class Receiver(Protocol):
-    """Runs a transfer: `KvReceiver`, or what stands for it in a test."""
+    """Runs one transfer in a thread; `KvReceiver` is the real one. Its attributes are described there."""
 
     num_ahead: int | None
     started_s: float | None
     heard_s: float | None
 
     def run(self) -> None:
-        """Receive everything, in a thread; nothing is written once it has returned."""
+        """Receive everything; called in a thread. Once it has returned, nothing is written any more."""
 
     def cancel(self) -> None:
         """Make `run` return soon; from any thread, at any time."""
@@ -56,7 +56,7 @@ class Receiver(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KvOrder:
-    """What a request needs fetched."""
+    """A prompt whose keys and values are wanted, and the pages for them."""
 
     request_id: str
     token_ids: NDArray[np.int64]
@@ -66,7 +66,7 @@ class KvOrder:
 
 @dataclass(kw_only=True, slots=True)
 class KvAccount:
-    """What the fetching has come to."""
+    """Streams, bytes and seconds of one request's fetching, over all attempts."""
 
     num_kv_streams: int = 0
     kv_received_bytes: int = 0
@@ -76,7 +76,7 @@ class KvAccount:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
-    """When a prefill node fails, another is asked, after a pause that doubles."""
+    """How often a fetch is attempted, and the pause after a failure, which doubles each time."""
 
     max_attempts: int = 8
     first_pause_s: float = 0.25
@@ -84,14 +84,14 @@ class RetryPolicy:
 
 
 class KvFetcher:
-    """Fetches for many requests at once.
+    """Fetches the keys and values of many requests at once.
 
     Args:
         prefill_pool: lends a prefill node for each attempt.
         receive: makes the receiver of an attempt.
-        page_line: where the receiving thread holds the pages it writes.
-        fingerprint: what a prefill node must serve to be of use here.
-        num_layers: of its keys and values.
+        page_line: holds the pages that a receiving thread writes, until the thread has ended.
+        fingerprint: `colm.kv.fingerprint` that a prefill node must serve.
+        num_layers: layers of keys and values.
         max_transfers: threads that may receive at once.
     """
 
@@ -124,7 +124,7 @@ class KvFetcher:
         """Bring every token's keys and values into the order's pages.
 
         Raises:
-            PeerUnavailable, PeerFailed: the last attempt's failure, after all that the policy allows.
+            PeerUnavailable, PeerFailed: all attempts that the policy allows have failed; how the last one did.
             FingerprintMismatch: the prefill nodes serve something else.
         """
         ledger = TransferLedger(
@@ -179,7 +179,7 @@ class KvFetcher:
         await emit(PrefillProgress(num_tokens_done=num_tokens, num_tokens_total=num_tokens))
 
     def _start(self, receiver: Receiver, pages: PageLease) -> "Future[None]":
-        """Run the receiver in a thread that holds the pages until it has ended, whatever becomes of the request."""
+        """Run the receiver in a thread. The thread holds the pages until it has ended, whatever the request does."""
         loop = asyncio.get_running_loop()
         self._page_line.retain(pages)
         thread = self._threads.submit(receiver.run)
@@ -205,16 +205,16 @@ class KvFetcher:
 
 @dataclass(slots=True)
 class _Holder:
-    """Which prefill node may still hold a transfer's job, after an attempt there that failed."""
+    """Remembers which prefill node may still hold a transfer's job after a failed attempt."""
 
     ledger: TransferLedger
     address: str | None = None
 
     def note(self, address: str, silence_s: float | None) -> None:
-        """An attempt has ended at an address, so long after its last message.
+        """Note that an attempt at an address has ended, `silence_s` after its last message; None if none came.
 
-        A node that was silent before may have been stopped, and one is not asked twice in a row for a job's sake: it
-        would be waited for where another node computes.
+        The node is preferred for the next attempt if it brought tiles, was not silent, and was not preferred already.
+        A silent node may have been stopped; waiting for it would delay the prompt while another node could compute.
         """
         is_alive = silence_s is not None and silence_s < endpoint.KEEPALIVE.timeout_ms / 2e3
         self.address = address if is_alive and self.ledger.payload_bytes and self.address != address else None

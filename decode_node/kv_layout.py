@@ -1,4 +1,4 @@
-"""How a decode node keeps keys and values: in pages, which nobody else knows of."""
+"""The pages in which a decode node keeps keys and values; no other node knows of them."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from colm.kv import KvFormat
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """Tokens of a format, in pages of one size."""
+    """A KV format, divided into pages of `page_tokens` tokens."""
 
     kv_format: KvFormat
     page_tokens: int
-    """Tokens in one page, all layers of them."""
+    """Tokens in one page; a page holds all their layers."""
 
     def __post_init__(self) -> None:
         if self.page_tokens < 1:
@@ -20,15 +20,15 @@ class KvLayout:
 
     @property
     def page_bytes(self) -> int:
-        """Keys and values of one page, all layers."""
+        """Bytes of one page: keys and values of all layers."""
         return self.page_tokens * self.kv_format.token_bytes
 
     def pages(self, num_tokens: int) -> int:
-        """Pages that hold `num_tokens` tokens."""
+        """Number of pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_tokens)
 
     def pages_within(self, kv_cache_bytes: int) -> int:
-        """Pages that a cache of that size holds.
+        """Number of pages that a cache of `kv_cache_bytes` bytes holds.
 
         Raises:
             ConfigError: it holds none.

@@ -1,4 +1,4 @@
-"""The decode node's end of a KV stream: verify each tile, put it into its pages."""
+"""The decode node's end of a KV stream: verifies each tile and writes it into its pages."""
 
 import threading
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from decode_node.transfer_ledger import Arrival
 class KvReceiver:
     """Runs one transfer in a thread of its own: a blocking reader moves three times what an event loop can.
 
-    What it has come to may be read from any thread.
+    `num_ahead`, `started_s` and `heard_s` may be read from any thread.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class KvReceiver:
         self._cancelled = False
         self._clock = clock
         self.num_ahead: int | None = None
-        """Prompts before this one at the prefill node, as it last said."""
+        """Prompts before this one at the prefill node, as the node last reported."""
         self.started_s: float | None = None
-        """When the computation began."""
+        """When `started` came, by the clock; None before."""
         self.heard_s: float | None = None
-        """When the last message came."""
+        """When the last message came, by the clock; None before the first."""
         self._ledger = transfer.ledger
         self._requests = KvRequests(transfer, lease.lease_id, self._break_off)
 
@@ -90,7 +90,7 @@ class KvReceiver:
     def _receive(self, call: Iterator[bytes]) -> bool:
         for data in call:
             if self._cancelled:
-                continue  # what is on its way has to pass before the node can end the call
+                continue  # the node can end the call only after what is on its way has been read
             self.heard_s = self._clock.now()
             message, payload = decode_message(data)
             match message.WhichOneof("event"):
@@ -113,7 +113,7 @@ class KvReceiver:
         return False
 
     def _see_off(self, call: Iterator[bytes]) -> None:
-        """Let the last acknowledgement reach the node; everything is here, however the call ends."""
+        """Read until the node ends the call, so that the last acknowledgement reaches it; errors no longer matter."""
         with suppress(grpc.RpcError):
             for _ in call:
                 pass

@@ -1,4 +1,4 @@
-"""What the decode node says on a KV stream: what it wants, the prompt, and then how far it has stored what came."""
+"""The messages of a decode node on a KV stream: `open`, the prompt, then acknowledgements or `give_up`."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -14,14 +14,14 @@ _GIVE_UP_S = 1.0
 
 
 class KvRequests:
-    """The requests of one stream, read by a thread of gRPC's and steered by the receiving thread.
+    """Iterates over the requests of one stream; gRPC's thread reads them, the receiving thread steers them.
 
-    Only the newest position waits to be said: one slot is all the memory it takes.
+    Only the newest position waits to be sent, so one slot is enough.
 
     Args:
-        transfer: what is wanted.
-        lease_id: under which the prefill node expects the stream.
-        on_silence: called where the node does not end a stream that was given up.
+        transfer: what the stream shall bring.
+        lease_id: the prefill node's lease for the stream.
+        on_silence: called if the node does not end the stream within 1 s of `give_up`.
     """
 
     def __init__(self, transfer: KvTransfer, lease_id: str, on_silence: Callable[[], None]) -> None:
@@ -36,7 +36,7 @@ class KvRequests:
         self._is_closed = False
 
     def stored(self, position: KvPosition, num_bytes: int, *, is_last: bool) -> None:
-        """So many bytes more have been stored, up to a position; said once they are worth a message."""
+        """Note more stored bytes, up to a position; acknowledged every `ACKNOWLEDGE_BYTES` and at the last tile."""
         self._unsaid_bytes += num_bytes
         if self._unsaid_bytes >= ACKNOWLEDGE_BYTES or is_last:
             self._unsaid_bytes = 0
@@ -45,10 +45,10 @@ class KvRequests:
                 self._changed.notify()
 
     def give_up(self) -> bool:
-        """Tell the node that nobody wants its work any more, where it can be told.
+        """Tell the node that nobody wants its work any more.
 
         Returns:
-            False where the prompt is still on its way, or the stream at its end: there is no work to give up.
+            False if nothing is told: the prompt is still being sent, or the stream has ended.
         """
         with self._changed:
             if not self._is_sent or self._is_closed:
@@ -58,7 +58,7 @@ class KvRequests:
             return True
 
     def close(self) -> None:
-        """The stream has ended: nothing more is said."""
+        """Send nothing more, since the stream has ended."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -87,7 +87,7 @@ class KvRequests:
                     self._on_silence()
 
     def _next(self) -> KvPosition | None:
-        """Wait for the next position to say; None once there is none."""
+        """Wait for the next position to acknowledge; None once the stream is given up or closed."""
         with self._changed:
             self._is_sent = True
             self._changed.wait_for(lambda: self._stored != self._said or self._is_given_up or self._is_closed)

@@ -1,4 +1,4 @@
-"""The memory behind the pages.
+"""The memory of the pages: one tensor of keys and one of values.
 
 Shapes: L layers, B pages of the pool, P tokens of a page, K kv heads, D head dim, M pages of a request, T tokens of a
 tile or of a step, S = B * P rows.
@@ -45,7 +45,7 @@ class KvStore:
         """Copy a tile into its pages. It may begin and end anywhere inside them.
 
         Args:
-            table_M: of `page_table`.
+            table_M: the request's page ids, from `page_table`.
             tile: in the store's format, on the host.
         """
         runs = list(self._runs(table_M, tile.first_token, tile.num_tokens))
@@ -56,9 +56,9 @@ class KvStore:
                 cache_SKD[slot : slot + count] = tokens_TKD[first : first + count]
 
     def _written(self, tensor: Tensor) -> Any:
-        """What slices are copied of: on the CPU NumPy's view, which copies in the calling thread alone.
+        """A tensor as `write` copies it: on the CPU a NumPy view, which copies in the calling thread alone.
 
-        On a device every thread's copies go to its one default stream, before the steps that read them.
+        On a device, the copies of all threads go to its default stream, ahead of the steps that read them.
         """
         words = tensor.view(self._width)
         return words.numpy() if self.device.type == "cpu" else words.to(self.device)
@@ -81,7 +81,7 @@ class KvStore:
         """Store a step's tokens in one layer: their keys, rotated on the way, and values.
 
         Args:
-            layer: which one.
+            layer: the layer to write.
             slot_mapping_T: int64, page * P + slot.
             k_TKD: unrotated.
             v_TKD: stored as they are.

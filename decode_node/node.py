@@ -1,4 +1,4 @@
-"""A decode node, whole: weights, pages, loop, service and server, with or without a cluster around it."""
+"""Assembles a decode node: weights, pages, loop, service and server. It runs with or without a cluster."""
 
 import asyncio
 import logging
@@ -38,13 +38,13 @@ class DecodeOptions:
     model_path: str
     """Checkpoint directory; all chains are read."""
     placement: Placement
-    """Where it computes, and in what."""
+    """Its device, dtype and CPU threads."""
     page_tokens: int
     """Tokens in a KV page."""
     kv_cache_bytes: int = defaults.KV_CACHE_BYTES
-    """Memory for keys and values; on the CPU backed by the system as it is first used."""
+    """Memory for keys and values; on the CPU the system provides it as it is first used."""
     max_batch_size: int = defaults.MAX_BATCH_SIZE
-    """Answers advanced together."""
+    """Answers advanced in one step."""
     max_requests: int = defaults.MAX_REQUESTS
     """Requests at once, waiting and prefilling ones included; the next is refused."""
     host: str = "127.0.0.1"
@@ -63,10 +63,10 @@ class DecodeLoad:
 
 
 class DecodeNode:
-    """Create on the event loop, then `start`; end with `stop`.
+    """A decode node. Create it on the event loop, then `start` it; end it with `stop`.
 
     Args:
-        leases: None serves any caller that has the token.
+        leases: the leases that callers must hold; None serves any caller with the token.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class DecodeNode:
 
     @property
     def load(self) -> DecodeLoad:
-        """Requests decoding, requests before that, and pages."""
+        """Requests that decode, requests that wait or prefill, and pages."""
         stages, pool = self.owner.stages(), self.page_line.pool
         return DecodeLoad(
             num_active=stages[Stage.DECODING],
@@ -151,11 +151,11 @@ class DecodeNode:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the decode loop still turns."""
+        """Whether the decode loop is running."""
         return self._loop_task is not None and not self._loop_task.done()
 
     async def stop(self) -> None:
-        """Let running requests end within a grace period, then break them off."""
+        """Let running requests end within `STOP_GRACE_S` seconds, then cancel them."""
         await self._server.stop(defaults.STOP_GRACE_S)
         if self._loop_task is not None:
             self._loop_task.cancel()

@@ -1,11 +1,11 @@
-"""Who gets pages next: first come, first served, each as soon as the pages for its whole answer are free."""
+"""Lends pages: first come, first served, to each request as soon as pages for its whole answer are free."""
 
 from colm.line import Beat, Line
 from decode_node.page_pool import PageLease, PagePool
 
 
 class PageLine:
-    """The one way to pages and back. Lives on one event loop.
+    """Reserves and releases the pages of a pool. Lives on one event loop.
 
     Args:
         pool: the pages; nobody else takes from it.
@@ -26,7 +26,7 @@ class PageLine:
         return None if len(self._line) else self.pool.reserve(owner, num_pages)
 
     async def reserve(self, owner: str, num_pages: int, beat: Beat) -> PageLease:
-        """Take pages, in order of asking. They must exist: see `PagePool.num_pages`.
+        """Take pages, in order of asking; `num_pages` must be at most the pool's.
 
         Raises:
             CapacityExceeded: too many wait already.
@@ -34,10 +34,10 @@ class PageLine:
         return await self._line.turn(lambda: self.pool.reserve(owner, num_pages), beat)
 
     def retain(self, lease: PageLease) -> None:
-        """One more may write into the pages."""
+        """Add a holder, who may write into the pages."""
         self.pool.retain(lease)
 
     def release(self, lease: PageLease) -> None:
-        """One may no longer write into them; the last one's word frees them for the next in line."""
+        """Remove a holder; when the last one goes, the pages are free for the next in line."""
         if self.pool.release(lease):
             self._line.look_again()

@@ -1,4 +1,4 @@
-"""Counting pages: which are free, and how many hold the others. No tensors here."""
+"""Counts pages: which are free, and how many holders the others have. No tensors here."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        """Pages nobody holds."""
+        """Pages without a holder."""
         return sum(count for _, count in self._free)
 
     @property
@@ -54,7 +54,7 @@ class PagePool:
         return lease
 
     def retain(self, lease: PageLease) -> None:
-        """One more holds the pages.
+        """Add a holder.
 
         Raises:
             KeyError: nobody holds them.
@@ -62,10 +62,10 @@ class PagePool:
         self._num_holders[lease] += 1
 
     def release(self, lease: PageLease) -> bool:
-        """One holder lets go.
+        """Remove a holder.
 
         Returns:
-            Whether it was the last, and the pages are free.
+            Whether it was the last one, so that the pages are free.
 
         Raises:
             KeyError: nobody holds them.

@@ -1,4 +1,4 @@
-"""What one decode step computes: query tokens row by row, and which of them get logits. No tensors, no asyncio.
+"""Describes a decode step: query tokens row by row, and which of them get logits. No tensors, no asyncio.
 
 Shapes: M pages of a request.
 """
@@ -14,9 +14,9 @@ class PlanRow:
     """One answer's share of a step: the next tokens of its text, which attend to its cache and to one another."""
 
     token_ids: tuple[int, ...]
-    """Read in this step, 1 to `MAX_QUERY_TOKENS`; their keys and values are written at `position` and behind it."""
+    """The tokens to read, 1 to `MAX_QUERY_TOKENS`; their keys and values are written from `position` on."""
     position: int
-    """Tokens before them in the cache."""
+    """How many tokens precede them in the cache."""
     num_chains: int
     """The scale at which they run."""
     table_M: NDArray[np.int32]

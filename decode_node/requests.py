@@ -1,4 +1,4 @@
-"""The owner of every request on this node, from its place in the line for pages to its last token."""
+"""Owns every request on this node, from its place in the line for pages to its last token."""
 
 import asyncio
 import logging
@@ -39,11 +39,11 @@ class DecodeJob:
     sampling: SamplingParams
     deadline: Deadline | None
     only_if_room: bool = False
-    """Be refused instead of waiting for pages."""
+    """Refuse the job, rather than let it wait, unless its pages are free now."""
 
 
 class Stage(Enum):
-    """Where a request stands; the last three are its only ends."""
+    """Stages of a request; the last three are its only ends."""
 
     WAITING = "waiting for KV pages"
     PREFILLING = "prefilling"
@@ -63,7 +63,7 @@ class _Request:
 
 
 class RequestOwner:
-    """Runs requests and holds what they hold.
+    """Runs requests, and releases what each holds when it ends.
 
     Args:
         page_line: lends pages.
@@ -97,16 +97,16 @@ class RequestOwner:
         self._requests: dict[str, _Request] = {}
 
     def stages(self) -> Counter[Stage]:
-        """How many requests stand where."""
+        """The number of requests in each stage."""
         return Counter(request.stage for request in self._requests.values())
 
     async def run(self, job: DecodeJob, emit: Emit) -> None:
-        """Serve one request; returns after its `Finished` was emitted.
+        """Serve one request; returns after its `Finished` was emitted. However it ends, it holds nothing any more.
 
         Raises:
-            InvalidRequest: it can never be served here; nothing was kept.
-            CapacityExceeded: no room, and no waiting; nothing was kept.
-            DeadlineExceeded, PeerUnavailable, PeerFailed, FingerprintMismatch: as their names say; nothing was kept.
+            InvalidRequest: it can never be served here.
+            CapacityExceeded: there is no room, and it may not wait, or the line is full.
+            DeadlineExceeded, PeerUnavailable, PeerFailed, FingerprintMismatch: as their names say.
         """
         request = self._admit(job)
         outcome = Stage.FAILED
@@ -143,7 +143,7 @@ class RequestOwner:
         return self._store.layout.pages(len(job.token_ids) + job.max_new_tokens)
 
     def _finish(self, request: _Request, outcome: Stage) -> None:
-        """The one way out. Nothing is awaited here, so a second cancellation changes nothing.
+        """Release what a request holds, whatever its end. Nothing is awaited, so a second cancellation changes nothing.
 
         A step or a receiving thread that still runs holds the pages for itself.
         """

@@ -1,4 +1,4 @@
-"""An answer in the making: what to feed next, what has come out, and whether it is over."""
+"""The state of one answer: which token to read next, the text held back, and whether the answer has finished."""
 
 from collections.abc import Collection, Sequence
 
@@ -47,17 +47,17 @@ class RunningAnswer:
         self.num_new_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.tail = ""
-        """Text that was held back and is due once the answer has finished."""
+        """Text that was held back, and belongs to the answer once it has finished."""
 
     def next_row(self) -> PlanRow:
-        """What the next step reads."""
+        """The row that the next step reads."""
         return PlanRow((self._next_token_id,), self._position, self._num_chains, self._table_M)
 
     def advance(self, choices: Sequence[Choice]) -> list[Token]:
-        """Take a step's choices, each for the token behind the one before it; sets `finish_reason` at the last token.
+        """Append a step's choices to the answer, in order; sets `finish_reason` at the last token.
 
         Returns:
-            A token for each choice, up to the one that ends the answer; what was chosen behind that is dropped.
+            A token for each choice, up to the one that ends the answer; later choices are dropped.
         """
         tokens = []
         for choice in choices:

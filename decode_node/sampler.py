@@ -1,8 +1,9 @@
-"""From the logits of a step to the tokens of its requests.
+"""Chooses the next tokens of a step's requests from their logits.
 
-What a request gets follows from its own seed, parameters and logits, to the bit, whoever shares the step and however
-its tokens are divided into steps: only the log probabilities are computed together. NumPy has the vectorised argmax and
-comparisons that PyTorch has not: 0.3 ms against 5.7 ms for the argmax of 32 rows of 128K (2 cores of an AMD Zen 4).
+A request's tokens depend, to the bit, on its own seed, parameters and logits alone: not on the other requests of a
+step, and not on how its tokens are divided into steps. Only log probabilities are computed for all rows at once. NumPy
+has a vectorised argmax and comparisons, PyTorch has not: 0.3 ms against 5.7 ms for the argmax of 32 rows of 128K (2
+cores of an AMD Zen 4).
 
 Shapes: Q rows of logits, one or more a request, V vocabulary, C candidates: the tokens that may still be drawn.
 """
@@ -24,7 +25,7 @@ _MAX_SORTED = 1024
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A chosen token with its log probability under the model, before temperature and cuts."""
+    """A chosen token with its log probability under the model, before temperature, top-k and top-p."""
 
     token_id: int
     logprob: float
@@ -32,7 +33,7 @@ class Choice:
 
 
 class Sampler:
-    """One request's share of `choose`: its parameters and its random numbers, one for each token drawn."""
+    """One request's sampling parameters and random numbers, one number for each token drawn."""
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
@@ -48,15 +49,15 @@ class Sampler:
 
 
 def choose(samplers: Sequence[Sampler], logits_QV: Tensor) -> list[Choice | ColmError]:
-    """Pick the token behind each row.
+    """Choose the token that follows each row.
 
     Args:
-        samplers: one a row. A request's own stands beside each of its rows, which are in the order of their tokens, so
-            that it draws for them one after the other.
+        samplers: one a row. All rows of a request have its one sampler, and come in the order of their tokens, so that
+            it draws for them one after the other.
         logits_QV: of the model, on any device; the host reads them.
 
     Returns:
-        One a row; a ColmError where the model's output is not finite.
+        One choice a row; a ColmError where the logits are not finite.
     """
     logits_QV = logits_QV.cpu().float()
     finite_Q = logits_QV.amax(dim=1).isfinite().tolist()
@@ -89,7 +90,8 @@ def _draw(sampler: Sampler, logits_V: NDArray[np.float32]) -> int:
         ids_C = kept_C if ids_C is None else ids_C[kept_C]
         weights_C = weights_C[kept_C]
     mass_C = weights_C.cumsum()
-    # The first token where the mass reaches a number above 0 has a weight above 0; at most all of it is asked.
+    # The number drawn is above 0, so the first token at which the mass reaches it has a weight above 0. It is at most
+    # the whole mass, so there is such a token.
     drawn = int(mass_C.searchsorted(sampler.uniform() * mass_C[-1]))
     return drawn if ids_C is None else int(ids_C[drawn])
 
@@ -107,9 +109,9 @@ def _likeliest(logits_V: NDArray[np.float32], count: int) -> NDArray[np.int64]:
 
 
 def _nucleus(logits_C: NDArray[np.float32], weights_C: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Which candidates make up `top_p` of the weight: the likeliest, down to the one that crosses the line.
+    """Indices of the likeliest candidates, down to the one with which their weight reaches `top_p` of the whole.
 
-    The line is searched for by halving the range of logits that it lies in; only the last few are sorted.
+    That one is searched for by halving the range of logits in which it lies; only the last few are sorted.
     """
     mass = float(weights_C.sum())
     needed = top_p * mass

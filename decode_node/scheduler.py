@@ -1,11 +1,12 @@
-"""Who waits, who takes part, who leaves, and what the next step computes. No tensors, no asyncio, no threads.
+"""Decides which answers take part in the next decode step, and plans it. No tensors, no asyncio, no threads.
 
-An answer goes one way, and may leave from anywhere:
+An answer moves from left to right, and may leave at any time:
 
-    waiting -> active -> out          no step holds it as it leaves: it is out at once
-               active -> leaving -> out    a step does: it is out when that step has ended
+    waiting -> out                         it leaves before it had a place
+    waiting -> active -> out               it leaves while no step has it: it is out at once
+    waiting -> active -> leaving -> out    it leaves while a step has it: it is out when that step has ended
 
-Whoever is out is in no step any more, so nothing writes into its pages for it.
+No step has an answer that is out, so nothing writes into its pages any more.
 """
 
 from collections.abc import Hashable
@@ -16,10 +17,10 @@ from decode_node.plan import PlanRow, StepPlan
 
 
 class Answer(Hashable, Protocol):
-    """What the scheduler asks of those who take part. They are told apart by hash and equality."""
+    """An answer, as the scheduler sees it; answers are told apart by hash and equality."""
 
     def next_row(self) -> PlanRow:
-        """What it reads in the next step."""
+        """The row that it reads in the next step."""
 
 
 A = TypeVar("A", bound=Answer)
@@ -30,7 +31,7 @@ class Step(Generic[A]):
     """A step that has begun."""
 
     answers: tuple[A, ...]
-    """Whose row of the plan is whose, in this order."""
+    """The answers in the order of the plan's rows."""
     plan: StepPlan
 
 
@@ -45,29 +46,30 @@ class Scheduler(Generic[A]):
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size} must be at least 1")
         self._max_batch_size = max_batch_size
-        # Dicts of no values: sets in order of coming.
+        # Dicts without values: sets in the order of arrival.
         self._waiting: dict[A, None] = {}
         self._active: dict[A, None] = {}
         self._leaving: set[A] = set()
         self._step: Step[A] | None = None
 
     def join(self, answer: A) -> None:
-        """Wait for a place in the next step that has one."""
+        """Let an answer wait for a place in the batch."""
         assert not self._holds(answer), "an answer that is here already"
         self._waiting[answer] = None
 
     def num_ahead(self, answer: A) -> int | None:
-        """How many who wait for a place will get one before it; None where it has one, or has one in the next step."""
+        """How many answers get a place before this one; None if it has one now, or will in the next step."""
         if answer not in self._waiting:
             return None
         place = list(self._waiting).index(answer) - (self._max_batch_size - len(self._active))
         return place if place >= 0 else None
 
     def leave(self, answer: A) -> bool:
-        """Take part in no further step; nothing where it leaves or has left already.
+        """Let an answer take part in no further step; does nothing if it has left before.
 
         Returns:
-            Whether it is out with this word. Where not, `end_step` says so.
+            True if this call lets it out. False if a running step has it, and `end_step` will return it, or if it has
+            left before.
         """
         if answer in self._waiting:
             del self._waiting[answer]
@@ -81,7 +83,7 @@ class Scheduler(Generic[A]):
         return False
 
     def begin_step(self) -> Step[A] | None:
-        """Admit who has a place now, and plan a step of all who are active; None where nobody is."""
+        """Give free places to waiting answers, and plan a step of all active ones; None if there are none."""
         assert self._step is None, "a step is running"
         while self._waiting and len(self._active) < self._max_batch_size:
             first = next(iter(self._waiting))
@@ -93,10 +95,10 @@ class Scheduler(Generic[A]):
         return self._step
 
     def end_step(self) -> list[A]:
-        """The step has ended, well or not.
+        """Note that the step has ended, successfully or not.
 
         Returns:
-            Who is out with it: those who left while it ran.
+            The answers that left while it ran, and are out now.
         """
         assert self._step is not None, "no step is running"
         out = [answer for answer in self._step.answers if answer in self._leaving]
@@ -105,10 +107,10 @@ class Scheduler(Generic[A]):
         return out
 
     def close(self) -> list[A]:
-        """No step runs, and none will.
+        """Let everybody out; no step runs, and none will.
 
         Returns:
-            Who is out with it: everybody.
+            All answers that were not out.
         """
         out = [*self._waiting, *self._active, *self._leaving]
         self._waiting.clear()
@@ -118,13 +120,13 @@ class Scheduler(Generic[A]):
         return out
 
     def check_integrity(self) -> None:
-        """Everybody is in one place, and whoever a running step holds is not out; true after every call."""
+        """Assert what holds after every call: an answer is in one place, and none in a running step is out."""
         places = (self._waiting.keys(), self._active.keys(), self._leaving)
         assert sum(map(len, places)) == len(set().union(*places)), "an answer in two places"
         assert len(self._active) <= self._max_batch_size, "more are active than the batch holds"
         in_step = set() if self._step is None else set(self._step.answers)
         assert in_step <= self._active.keys() | self._leaving, "a step with somebody who is out"
-        assert in_step >= self._leaving, "somebody stays for a step that is not his"
+        assert in_step >= self._leaving, "an answer waits for the end of a step that does not have it"
 
     def _holds(self, answer: A) -> bool:
         return answer in self._waiting or answer in self._active or answer in self._leaving

@@ -1,4 +1,4 @@
-"""DecodeService: messages in, events out; everything in between is the request owner's."""
+"""DecodeService, the gRPC adapter of the request owner: messages become jobs, events become messages."""
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -22,7 +22,7 @@ class DecodeService(DecodeServiceServicer):
     """Serves `Decode`.
 
     Args:
-        leases: where a call must hold a lease, the table of them; None serves any caller.
+        leases: the leases that calls must hold; None serves any caller.
     """
 
     def __init__(self, owner: RequestOwner, config: ChainConfig, clock: Clock, leases: LeaseTable | None) -> None:
@@ -38,7 +38,7 @@ class DecodeService(DecodeServiceServicer):
     async def Decode(
         self, request_iterator: AsyncIterator[pb.DecodeRequest], context: grpc.aio.ServicerContext
     ) -> None:
-        """One request; see the .proto file."""
+        """Serve one request; see the .proto file."""
         async with answering(context, "decode"), AsyncExitStack() as stack:
             opened = await read_open(request_iterator)
             if self._leases is not None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Feed text piece by piece; what comes out is safe to show."""
+    """Takes text piece by piece, and returns what is safe to show."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
@@ -12,7 +12,7 @@ class StopMatcher:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """Text that can no longer belong to a stop string; sets `stopped` where one has appeared."""
+        """Add text, and return what can no longer belong to a stop string; sets `stopped` once one has appeared."""
         pending = self._held + text
         found = [(start + len(stop), start) for stop in self._stops if (start := pending.find(stop)) >= 0]
         if found:
@@ -24,7 +24,7 @@ class StopMatcher:
         return pending[: len(pending) - held]
 
     def flush(self) -> str:
-        """What was held back, once it is sure that no text follows."""
+        """Return what was held back; to be called when no more text follows."""
         held, self._held = self._held, ""
         return held
 

@@ -1,4 +1,4 @@
-"""What the KV streams of a transfer must bring, in which order, and what they have brought. No tensors, no gRPC.
+"""Checks the order of a transfer's tiles, over all of its KV streams. No tensors, no gRPC.
 
 Tiles come layer by layer and, within a layer, in token order:
 
@@ -7,7 +7,7 @@ Tiles come layer by layer and, within a layer, in token order:
     layer: [token, N)    expected next
     (layer, L)           not begun
 
-A stream that breaks leaves the ledger as it is; the next one, of a newer epoch, brings the rest.
+A broken stream leaves the ledger as it is. The next stream has a newer epoch and brings the rest.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from colm.kv_position import KV_START
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrival:
-    """A tile's header, as far as the ledger cares."""
+    """The fields of a tile's header that the ledger checks."""
 
     transfer_id: str
     epoch: int
@@ -29,7 +29,7 @@ class Arrival:
 
 
 class TransferLedger:
-    """Admits exactly the tiles of one transfer, each from the stream of the newest epoch, without gaps or overlaps."""
+    """Admits the tiles of one transfer: from its newest stream only, in order, without gaps or overlaps."""
 
     def __init__(
         self,
@@ -40,25 +40,25 @@ class TransferLedger:
     ) -> None:
         self.transfer_id = transfer_id
         self.epoch = 0
-        """Of the stream that is admitted now; 0 before the first."""
+        """Epoch of the newest stream; 0 before the first."""
         self.position = KV_START
-        """What lies before it has arrived."""
+        """Everything before this position has arrived."""
         self.num_tiles = 0
-        """Of this epoch."""
+        """Tiles admitted in this epoch."""
         self.payload_bytes = 0
-        """Of this epoch."""
+        """Bytes of those tiles."""
         self._num_layers = num_layers
         self._num_tokens = num_tokens
 
     def begin(self) -> int:
-        """Expect a new stream; tiles of older ones are void from here on. Returns its epoch."""
+        """Begin a new epoch and return it; tiles of older ones are refused from here on."""
         self.epoch += 1
         self.num_tiles = self.payload_bytes = 0
         return self.epoch
 
     @property
     def is_whole(self) -> bool:
-        """Every layer of every token has arrived."""
+        """Whether every layer of every token has arrived."""
         return self.position.layer == self._num_layers
 
     @property
@@ -68,10 +68,10 @@ class TransferLedger:
         return (layer * self._num_tokens + token) // self._num_layers
 
     def admit(self, arrival: Arrival) -> None:
-        """Note a tile that is about to be stored.
+        """Admit a tile that is about to be stored.
 
         Raises:
-            PeerUnavailable: it is not the tile that must come next; nothing is noted.
+            PeerUnavailable: another tile must come next; the ledger stays as it is.
         """
         self._expect_ours("tile", arrival.transfer_id, arrival.epoch)
         self._expect(not self.is_whole, "tile after the last one")
@@ -87,7 +87,7 @@ class TransferLedger:
         self.payload_bytes += arrival.payload_bytes
 
     def complete(self, *, transfer_id: str, epoch: int, num_tiles: int, payload_bytes: int) -> None:
-        """Note the sender's last word.
+        """Check the sender's counts, its last message, against what has arrived.
 
         Raises:
             PeerUnavailable: something is missing, or the counts differ.

@@ -1,4 +1,4 @@
-"""How commands speak: prose for people, one JSON object for programs."""
+"""Output of the commands: notes on stderr, results on stdout, one JSON object for programs."""
 
 import json
 import os
@@ -21,23 +21,23 @@ StateDir = Annotated[
 DEFAULT_STATE_DIR = default_state_dir()
 
 INTERRUPTED = 130
-"""What a shell expects of a command that Ctrl-C ended."""
+"""Exit status that a shell expects of a command that Ctrl-C ended."""
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def print_json(record: Mapping[str, object]) -> None:
-    """The last line of a `--json` run."""
+    """Print one JSON object as a line of stdout: the last one of a `--json` run."""
     typer.echo(json.dumps(record, ensure_ascii=False))
 
 
 def note(text: str) -> None:
-    """A word on what is going on; goes to stderr, so that stdout stays the result."""
+    """Print a progress message to stderr; stdout holds only the result."""
     typer.echo(text, err=True)
 
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr while the context lasts; call what it yields with (done, total)."""
+    """Show a progress bar on stderr during the block; yields a function to call with (done, total)."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
@@ -45,7 +45,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def interruptible(word: str) -> Iterator[None]:
-    """KeyboardInterrupt within ends the process with that line and the status that a shell expects of Ctrl-C."""
+    """Turn a KeyboardInterrupt in the block into the end of the process: print `word`, exit with `INTERRUPTED`."""
     try:
         yield
     except KeyboardInterrupt:
@@ -55,7 +55,7 @@ def interruptible(word: str) -> Iterator[None]:
 
 
 def human_bytes(num_bytes: float) -> str:
-    """E.g. 23.4 KiB."""
+    """A number of bytes in a unit that suits it, e.g. 23.4 KiB."""
     for unit in _UNITS[:-1]:
         if abs(num_bytes) < 1024:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"

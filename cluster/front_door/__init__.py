@@ -1,1 +1,1 @@
-"""The front door: whatever the protocol, a request comes in here and one answer goes out."""
+"""The front door: the gateway's core, which serves a request whatever its protocol."""

@@ -1,4 +1,4 @@
-"""One request: admitted, checked, tokenised, placed on a decode node, answered once."""
+"""Takes a request through the gateway: admits, checks and tokenises it, places it, and relays its answer."""
 
 import asyncio
 import logging
@@ -24,12 +24,12 @@ class FrontDoor:
     """Serves requests in the project's own types; protocols are adapters in front of it.
 
     Args:
-        model: the one that is served.
-        limits: of each request, and of all together.
+        model: the model that is served.
+        limits: limits of each request, and of all together.
         decode_pool: lends decode nodes.
-        calls: the way to them.
-        registry: which nodes there are.
-        clock: of deadlines.
+        calls: calls decode nodes.
+        registry: knows the nodes that reported lately.
+        clock: measures deadlines.
     """
 
     def __init__(
@@ -54,18 +54,19 @@ class FrontDoor:
     async def generate(
         self, request: GenerateRequest, prompt: AsyncIterator[PromptPart], *, caller_waits_s: float | None = None
     ) -> AsyncIterator[AsyncIterator[Event]]:
-        """One request's events: `Accepted` is the first, `Finished` the last.
+        """Serve one request: yields an iterator over its events, `Accepted` first and `Finished` last.
 
-        The block is the request. It has a place inside from its beginning to its end. The deadline breaks off whatever
-        it waits for, its reader's own work included. However the block is left, no node works for it any more.
+        The request lasts as long as the block, and counts towards `max_requests` until the block ends. The deadline
+        cancels whatever the block waits for, the reader's own work included. However the block is left, no node works
+        for the request any more.
 
         Args:
             request: the options.
             prompt: the document, or the whole prompt as token ids.
-            caller_waits_s: until the caller's own call is over; None for ever.
+            caller_waits_s: seconds until the caller's own deadline; None without one.
 
         Raises:
-            ColmError: the one reason why there is no answer; `InvalidRequest` names the field at fault.
+            ColmError: why there is no answer; `InvalidRequest` names the field at fault.
         """
         with self._admitted():
             plan = Plan.of(request, self._model, self._limits, caller_waits_s)

@@ -1,4 +1,4 @@
-"""A job finds a decode node that has room for it, and its answer comes from there."""
+"""Finds a decode node with room for a job, and relays the answer from it."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
@@ -23,7 +23,7 @@ Emit = Callable[[Event], Awaitable[None]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeLease:
-    """One decode node, ours for one request."""
+    """A decode node, lent for one request."""
 
     address: str
     lease_id: str
@@ -36,14 +36,14 @@ class DecodePool(Protocol):
         """Borrow a node for one request, in order of asking.
 
         Raises:
-            PeerUnavailable: none can be had.
+            PeerUnavailable: no node can be lent.
             CapacityExceeded: too many wait already.
         """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeJob:
-    """What a decode node is asked for."""
+    """A prompt, and how a decode node shall continue it."""
 
     request_id: str
     token_ids: NDArray[np.int64]
@@ -53,18 +53,18 @@ class DecodeJob:
 
 
 class DecodeNodeCalls(Protocol):
-    """The way to decode nodes."""
+    """Calls decode nodes."""
 
     def decode(
         self, lease: DecodeLease, job: DecodeJob, *, only_if_room: bool, deadline: Deadline
     ) -> AsyncGenerator[Event]:
-        """Have a node do a job; closing the generator ends that.
+        """Run a job on a node and yield its events; closing the generator cancels the job.
 
         Args:
-            lease: the node's.
-            job: the whole prompt, and what to make of it.
-            only_if_room: refuse it, rather than wait, where its pages are not free at once.
-            deadline: until then the answer is wanted.
+            lease: names the node.
+            job: the whole prompt and its options.
+            only_if_room: the node refuses the job, rather than let it wait, unless its pages are free now.
+            deadline: when the answer must be complete.
 
         Raises:
             CapacityExceeded: the node has no room.
@@ -75,7 +75,11 @@ class DecodeNodeCalls(Protocol):
 
 
 class Placement:
-    """Asks each node once for room at once; only then does a job take its place in the line of one."""
+    """Brings a job to a decode node with room for it, or else into the line of one.
+
+    With N nodes, a job is refused at most N - 1 times because its pages are not free at once. The node that it gets
+    next lets it wait.
+    """
 
     def __init__(self, pool: DecodePool, calls: DecodeNodeCalls, registry: NodeRegistry) -> None:
         self._pool = pool
@@ -83,11 +87,12 @@ class Placement:
         self._registry = registry
 
     async def run(self, job: DecodeJob, deadline: Deadline, emit: Emit) -> None:
-        """Bring a job to its end; `Finished` is the last event.
+        """Run a job on some node and emit its events; `Finished` is the last.
 
         Raises:
-            CapacityExceeded: no node has room, nor a place where to wait for it.
-            PeerUnavailable: the node broke off, or one call after the other was lost; who asked may ask again.
+            CapacityExceeded: no node has room, nor a place in its line.
+            PeerUnavailable: the node broke off after its first event, or too many calls failed before theirs; the
+                request may be submitted again.
             ColmError: whatever else the node refuses or fails with.
         """
 
@@ -104,7 +109,7 @@ class Placement:
         refusals_left = max(1, self._registry.count(Role.DECODE)) - 1
         num_lost = 0
         while True:
-            # The node of a lost call may still be about to let go of its id.
+            # After a lost call its node may still hold the id that was used there.
             attempt = replace(job, request_id=f"{job.request_id}-{num_lost}") if num_lost else job
             try:
                 async with self._pool.lease(beat=beat) as lease:
@@ -114,7 +119,7 @@ class Placement:
                     raise
                 refusals_left -= 1
             except PeerUnavailable:
-                # A lease that ran out, or a connection that had broken unnoticed: nothing has come of it yet.
+                # The lease had run out, or the connection was dead: without an event, another call repeats nothing.
                 if has_begun or num_lost == _MAX_LOST_CALLS:
                     raise
                 num_lost += 1
@@ -126,7 +131,7 @@ class Placement:
         async with aclosing(self._calls.decode(lease, job, only_if_room=only_if_room, deadline=deadline)) as events:
             async for event in events:
                 is_finished = isinstance(event, Finished)
-                if not isinstance(event, Reserved):  # between the nodes
+                if not isinstance(event, Reserved):  # between nodes, not for clients
                     await emit(event)
         if not is_finished:
             raise PeerUnavailable(

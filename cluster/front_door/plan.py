@@ -1,4 +1,4 @@
-"""A request's options, held against the model and the limits."""
+"""Checks a request's options against the model and the gateway's limits, and fills in defaults."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from colm.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedModel:
-    """What the gateway must know of the model."""
+    """What the gateway needs to know of the model."""
 
     name: str
     config: ChainConfig
@@ -21,7 +21,7 @@ class ServedModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayLimits:
-    """What one request, and all together, may ask for."""
+    """Limits of one request, and of all together."""
 
     max_document_bytes: int
     max_requests: int
@@ -33,14 +33,14 @@ class GatewayLimits:
     max_timeout_s: float
 
     def timeout_s(self, *, num_prompt_tokens: int, max_new_tokens: int) -> float:
-        """Deadline of a request whose client set none: it grows with the work."""
+        """Seconds that a request may take if its client set no deadline; they grow with the work."""
         work_s = num_prompt_tokens / self.min_prefill_tokens_per_s + max_new_tokens / self.min_decode_tokens_per_s
         return min(self.default_timeout_s + work_s, self.max_timeout_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A request as it will be served; the document is still to come."""
+    """A request's options as they will be served. The document is not part of them."""
 
     prompt: str
     chat: bool | None
@@ -48,19 +48,19 @@ class Plan:
     max_new_tokens: int
     sampling: SamplingParams
     timeout_s: float | None
-    """The client's own; None leaves it to the gateway, once the prompt's length is known."""
+    """The client's deadline; None lets the gateway choose one, once it knows the prompt's length."""
 
     @classmethod
     def of(
         cls, request: GenerateRequest, model: ServedModel, limits: GatewayLimits, caller_waits_s: float | None
     ) -> "Plan":
-        """Choose what the request leaves open.
+        """Check a request's options and fill in defaults.
 
         Args:
-            request: its values are of the right kinds.
-            model: the one that is served.
-            limits: of the gateway.
-            caller_waits_s: until the caller's own call is over; None for ever.
+            request: its values have the right types.
+            model: the model that is served.
+            limits: the gateway's limits.
+            caller_waits_s: seconds until the caller's own deadline; None without one.
 
         Raises:
             InvalidRequest: names the field, its value and the limit.

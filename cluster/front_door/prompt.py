@@ -1,4 +1,4 @@
-"""A prompt as it is uploaded: checked while it comes, then tokenised."""
+"""Reads an uploaded prompt: checks it while it arrives, then tokenises it."""
 
 from collections.abc import AsyncIterator, Callable
 
@@ -17,7 +17,7 @@ class PromptReader:
     """Reads the prompts of one model's requests.
 
     Args:
-        model: the one that is served.
+        model: the model that is served.
         max_document_bytes: longer documents are refused.
     """
 
@@ -29,10 +29,10 @@ class PromptReader:
         self._threads = TokenisingThreads()
 
     async def read(self, plan: Plan, parts: AsyncIterator[PromptPart]) -> NDArray[np.int64]:
-        """All token ids of a prompt, at least one.
+        """Read a prompt to its end and return its token ids, at least one.
 
         Raises:
-            InvalidRequest: the prompt cannot be served; as soon as that is known, whatever is still to come.
+            InvalidRequest: the prompt cannot be served. It is raised as soon as that is known, even during the upload.
         """
         document, extent = bytearray(), TextExtent(self._bound)
         pieces, num_ids = [np.empty(0, dtype=np.int64)], 0
@@ -59,7 +59,7 @@ class PromptReader:
         return token_ids
 
     def _check_extent(self, extent: TextExtent, plan: Plan) -> None:
-        """Refuse a document that cannot fit whatever it says, before the rest of it arrives."""
+        """Refuse a document with more bytes than the most tokens could stand for, before the rest of it arrives."""
         if self._bound is None:
             return
         limit = self._max_prompt_tokens(plan) * self._bound.max_token_bytes

@@ -1,4 +1,4 @@
-"""From whoever emits events to whoever asks for them."""
+"""Turns a coroutine that emits events into an iterator over them."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
@@ -10,9 +10,10 @@ from colm.events import Event
 
 @asynccontextmanager
 async def pulled(run: Callable[[Emit], Coroutine[None, None, None]]) -> AsyncIterator[AsyncIterator[Event]]:
-    """The events that `run` emits; they end as it ends, with its error if it has one.
+    """Run `run` as a task, and iterate over the events that it emits; its error is raised after the last one.
 
-    One event at a time is under way, so a slow reader holds `run` up. At the end of the block `run` has ended.
+    At most one event waits for the reader, so a slow reader holds `run` up. The end of the block cancels `run` and
+    waits until it has ended.
     """
     emitted: asyncio.Queue[Event | None] = asyncio.Queue()
     may_emit = asyncio.Semaphore(1)
@@ -30,7 +31,7 @@ async def pulled(run: Callable[[Emit], Coroutine[None, None, None]]) -> AsyncIte
     def ended(task: asyncio.Task[None]) -> None:
         emitted.put_nowait(None)
         if not task.cancelled():
-            task.exception()  # or asyncio complains of an error that no reader was left to see
+            task.exception()  # marks it as seen: asyncio logs an error that no reader was left to get
 
     running = asyncio.create_task(run(emit))
     running.add_done_callback(ended)

@@ -1,4 +1,4 @@
-"""What stands between an upload and its token ids: few threads, and a bound that bytes alone can pass."""
+"""Threads that tokenise prompts, and a count of the bytes in a text that must become tokens."""
 
 import asyncio
 import codecs
@@ -10,20 +10,20 @@ from typing import TypeVar
 from colm.text.bound import TokenBound
 
 NUM_THREADS = 2
-"""More would keep more windows of text in memory, and take cores from the event loop that relays tokens."""
+"""Texts tokenised at once. More would hold more text in memory, and take cores from the loop that relays tokens."""
 
 _Result = TypeVar("_Result")
 
 
 class _Abandoned(Exception):
-    """Nobody waits for the result any more. Raised in a worker alone."""
+    """Ends work whose caller has gone. Raised only in a worker thread."""
 
 
 class TokenisingThreads:
-    """Runs work that asks, again and again, whether it is still wanted.
+    """Runs work in a few threads; work whose caller has gone stops at its next check.
 
-    A thread cannot be cancelled, only asked to stop. So a place is free again once its work has really ended, not
-    when its caller has gone. Those who wait for a place are the gateway's requests, which are bounded.
+    A thread cannot be cancelled. So a place is free when its work has ended, not when its caller has gone. Only the
+    gateway's requests wait for a place, and their number is bounded.
     """
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
@@ -37,10 +37,10 @@ class TokenisingThreads:
         return self._num_running
 
     async def run(self, work: Callable[[Callable[[], None]], _Result]) -> _Result:
-        """Wait for a place, then for the work.
+        """Wait for a place, run the work in a thread, and return its result.
 
         Args:
-            work: is given a function to call between its steps; what that raises must end the work.
+            work: gets a function to call between its steps; an exception from that function must end the work.
         """
         await self._places.acquire()
         abandoned = threading.Event()
@@ -53,7 +53,7 @@ class TokenisingThreads:
         ended = asyncio.get_running_loop().run_in_executor(self._threads, work, check)
         ended.add_done_callback(self._ended)
         try:
-            # Shielded, so that it ends when the thread does.
+            # Shielded: the future ends when its thread does, not when the caller is cancelled.
             return await asyncio.shield(ended)
         finally:
             abandoned.set()
@@ -61,17 +61,17 @@ class TokenisingThreads:
     def _ended(self, ended: asyncio.Future[_Result]) -> None:
         self._num_running -= 1
         self._places.release()
-        ended.exception()  # or asyncio complains of an error that no caller was left to see
+        ended.exception()  # marks it as seen: asyncio logs an error that no caller was left to get
 
 
 class TextExtent:
-    """How much of a text that arrives in chunks must become tokens.
+    """Counts the bytes that must become tokens, in a text that arrives in chunks.
 
-    It reaches from the first to the last character that is not whitespace, since chat templates may trim the
-    rest, and leaves out what the tokenizer passes over.
+    Whitespace at both ends does not count, since chat templates may trim it. Nor do bytes that the tokenizer passes
+    over.
 
     Args:
-        bound: of the tokenizer; None for one that passes over nothing.
+        bound: the tokenizer's; None for one that passes over nothing.
     """
 
     def __init__(self, bound: TokenBound | None = None) -> None:
@@ -82,11 +82,11 @@ class TextExtent:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of UTF-8, up to the last chunk added."""
+        """Bytes of UTF-8 that count, of all chunks so far."""
         return self._num_bytes
 
     def add(self, chunk: bytes) -> None:
-        """The next chunk; it may end inside a character."""
+        """Add the next chunk; it may end inside a character."""
         text = self._utf8.decode(chunk)
         if not self._num_bytes:
             text = text.lstrip()

@@ -20,7 +20,7 @@ from decode_node.prefill_pool import PrefillLease
 
 
 class ServePrefillPool:
-    """Prefill nodes as Ray Serve knows them."""
+    """Lends the prefill nodes that Ray Serve runs."""
 
     def __init__(self, handle: Any, *, max_waiting: int) -> None:
         self._lender = ServeLender(handle, Role.PREFILL, max_waiting=max_waiting)
@@ -39,13 +39,13 @@ class ServePrefillPool:
 
 
 class DecodeReplica:
-    """Shell around `DecodeNode`.
+    """Runs a `DecodeNode` as a Serve replica.
 
     Args:
         options: host is replaced by this machine's address.
         prefill: handle of the prefill deployment.
         max_waiting_for_prefill: prompts of this node that may wait for a prefill node.
-        gateway: (deployment, application) that wants to know how this node is.
+        gateway: (deployment, application) to which this node reports.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -67,15 +67,15 @@ class DecodeReplica:
         self._reporting = asyncio.create_task(keep_reporting(handle.report.remote, self._report))
 
     async def lease(self) -> AsyncIterator[tuple[str, str]]:
-        """Promise to serve one request: (address, lease id).
+        """Grant a lease for one request: yields (address, lease id).
 
-        The call stays open until the request has ended, so that Serve sees the work.
+        The call stays open until the request has ended, so that Serve counts it as load.
         """
         async for grant in self._leases.offer(self._node.address):
             yield grant
 
     async def check_health(self) -> None:
-        """Tell Serve to replace this replica once its decode loop has died."""
+        """Raise once the decode loop has ended, so that Serve replaces this replica."""
         if not self._node.is_healthy:
             raise RuntimeError("the decode loop has ended")
 

@@ -50,7 +50,7 @@ class GatewayOptions:
 
 
 class ServeDecodePool:
-    """Decode nodes as Ray Serve knows them."""
+    """Lends the decode nodes that Ray Serve runs."""
 
     def __init__(self, handle: Any, *, max_waiting: int) -> None:
         self._lender = ServeLender(handle, Role.DECODE, max_waiting=max_waiting)
@@ -63,11 +63,11 @@ class ServeDecodePool:
 
 
 class GatewayReplica:
-    """Shell around the front door, its gRPC service, the health service and reflection.
+    """Runs the front door behind a gRPC server, with health service and reflection.
 
     Args:
-        client_security: what clients must show.
-        node_security: what this gateway shows to decode nodes.
+        client_security: token and TLS that are demanded of clients.
+        node_security: token and TLS for calls to decode nodes.
         decode: handle of the decode deployment.
     """
 
@@ -108,7 +108,7 @@ class GatewayReplica:
         return self._address
 
     async def report(self, report: NodeReport) -> None:
-        """A node tells how it is."""
+        """Take a node's report."""
         self._registry.report(report)
 
     async def __del__(self) -> None:

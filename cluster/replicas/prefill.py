@@ -17,11 +17,11 @@ from prefill_node.node import PrefillNode, PrefillOptions
 
 
 class PrefillReplica:
-    """Shell around `PrefillNode`.
+    """Runs a `PrefillNode` as a Serve replica.
 
     Args:
         options: host is replaced by this machine's address.
-        gateway: (deployment, application) that wants to know how this node is.
+        gateway: (deployment, application) to which this node reports.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -37,9 +37,9 @@ class PrefillReplica:
         self._reporting = asyncio.create_task(keep_reporting(handle.report.remote, self._report))
 
     async def lease(self) -> AsyncIterator[tuple[str, str]]:
-        """Promise to serve one stream: (address, lease id).
+        """Grant a lease for one stream: yields (address, lease id).
 
-        The call stays open until the stream has ended, so that Serve sees the work.
+        The call stays open until the stream has ended, so that Serve counts it as load.
         """
         async for grant in self._leases.offer(self._node.address):
             yield grant

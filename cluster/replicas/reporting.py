@@ -1,4 +1,4 @@
-"""What every replica does besides its work: it says how it is, and writes its log where Serve's lines go."""
+"""Reports a replica's state to the gateway, and sends its log lines where Serve's go."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ def log_beside(other: str) -> None:
 
 
 async def keep_reporting(send: Callable[[NodeReport], Awaitable[object]], look: Callable[[], NodeReport]) -> None:
-    """Report now and every `REPORT_INTERVAL_S`, for ever. A report that fails is dropped: the next one replaces it."""
+    """Report now and every `REPORT_INTERVAL_S` seconds, until cancelled. A report that fails is dropped."""
     while True:
         try:
             async with asyncio.timeout(_SEND_TIMEOUT_S):

@@ -19,7 +19,7 @@ from colm.model.norm import ChainRMSNorm
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What every layer needs to know of the rows that it runs."""
+    """The rows that a layer runs: how many at each scale, and their rotation."""
 
     chain_rows: Sequence[int]
     """For each active chain, how many of the leading rows run it."""
@@ -30,22 +30,24 @@ class Rows:
 
 
 class LayerCache(Protocol):
-    """Where the rows' keys and values of one layer go, and how their queries read it."""
+    """The KV cache of one layer, as a block writes and reads it."""
 
     def write(self, k_RKE: Tensor, v_RKE: Tensor, rows: Rows) -> None:
-        """Store keys, rotated on the way, and values as they are."""
+        """Store the rows' keys, rotated on the way, and their values as they are."""
 
     def attend(self, q_RKGE: Tensor) -> Tensor:
-        """What each rotated query gathers from the cache: out_RKGE, contiguous."""
+        """Attend each row's rotated queries to the cache; returns out_RKGE, contiguous."""
 
 
 class ChainBlock(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream.
 
-    `by_chain` is the oracle. The other methods are the serving forward, chains side by side and without gradients:
-    `step` where a row's keys and values are written and read at once, its two halves where others come in between. The
-    caller normalises x by `attention_norm` before, and adds what comes back to x after: where a next layer follows
-    at once, its norm does both in one pass.
+    `by_chain` is the oracle. The other methods are the serving forward: chains side by side, without gradients. `step`
+    runs the whole layer. `write_keys_values` and `attend` are its halves, for a caller that sends the keys and values
+    off in between.
+
+    The caller applies `attention_norm` to x before, and adds what comes back to x after. Where another layer follows at
+    once, that layer's norm does both in one pass.
     """
 
     def __init__(self, config: ChainConfig) -> None:
@@ -63,7 +65,7 @@ class ChainBlock(nn.Module):
         return self._after_queries(x_RD, q_RHE, rows, cache)
 
     def write_keys_values(self, normed_RD: Tensor, rows: Rows, cache: LayerCache) -> None:
-        """The first half: no query of these rows has to wait for it."""
+        """The first half: write the rows' keys and values; their queries are not needed for it."""
         cache.write(*self.attention.keys_values(normed_RD), rows)
 
     def attend(self, x_RD: Tensor, normed_RD: Tensor, rows: Rows, cache: LayerCache) -> Tensor:
@@ -72,8 +74,8 @@ class ChainBlock(nn.Module):
         Args:
             x_RD: the residual stream, chains side by side; the attention's part is added in place.
             normed_RD: x after `attention_norm`.
-            rows: how many run each chain, and their rotation.
-            cache: of this layer.
+            rows: how many run each chain, and their rotation tables.
+            cache: this layer's.
 
         Returns:
             The feed-forward's part, still to be added to x.
@@ -89,7 +91,7 @@ class ChainBlock(nn.Module):
         return out_RD
 
     def by_chain(self, xs: Sequence[Tensor], cos_TE: Tensor, sin_TE: Tensor, num_sequences: int) -> list[Tensor]:
-        """The oracle's layer, one tensor a chain, differentiable; it must share no code with the serving forward."""
+        """Run the oracle's layer: one tensor a chain, differentiable, sharing no code with the serving forward."""
         attended = self.attention.by_chain(self.attention_norm.by_chain(xs), cos_TE, sin_TE, num_sequences)
         xs = [x + out for x, out in zip(xs, attended, strict=True)]
         outputs = self.ffn.by_chain(self.ffn_norm.by_chain(xs))

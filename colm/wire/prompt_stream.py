@@ -1,4 +1,4 @@
-"""A prompt as it arrives: one `open`, the prompt in pieces, `end_of_prompt`."""
+"""Reads a prompt from a call's messages: one `open`, the prompt in pieces, `end_of_prompt`."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,7 +11,7 @@ from colm.errors import DeadlineExceeded, InvalidRequest
 from colm.wire.v1 import common_pb2 as pb
 
 OPEN_TIMEOUT_S = 10.0
-"""How long a call may stay silent before its `open`; it holds a place of the server's meanwhile."""
+"""Seconds within which a call must send its `open`; until then it takes up one of the server's calls."""
 
 _Open = TypeVar("_Open", covariant=True)
 _Part = TypeVar("_Part", bound="PromptPart[object]")
@@ -33,7 +33,7 @@ class PromptPart(Protocol[_Open]):
 
 
 async def read_open(requests: AsyncIterator[PromptPart[_Open]]) -> _Open:
-    """The first message of a call.
+    """Read the first message of a call, which must be `open`.
 
     Raises:
         InvalidRequest: the call ended before it, or begins with something else.
@@ -52,7 +52,7 @@ async def read_open(requests: AsyncIterator[PromptPart[_Open]]) -> _Open:
 
 
 async def read_pieces(requests: AsyncIterator[_Part]) -> AsyncIterator[_Part]:
-    """The messages between `open` and `end_of_prompt`. What follows is left unread, the caller's half-close too.
+    """Iterate over the messages between `open` and `end_of_prompt`; nothing is read after that.
 
     Raises:
         InvalidRequest: the half-close came first.
@@ -66,10 +66,10 @@ async def read_pieces(requests: AsyncIterator[_Part]) -> AsyncIterator[_Part]:
 
 
 async def read_token_ids(requests: AsyncIterator[PromptPart[object]], num_tokens: int) -> NDArray[np.int64]:
-    """A prompt of token ids up to its `end_of_prompt`: exactly the announced number.
+    """Read a prompt of exactly `num_tokens` token ids, and its `end_of_prompt`.
 
     Raises:
-        InvalidRequest: more, fewer, something else, or no end.
+        InvalidRequest: it has more or fewer, holds another kind of message, or is cut off before `end_of_prompt`.
     """
     token_ids = np.empty(num_tokens, dtype=np.int64)
     filled = 0

@@ -4,9 +4,9 @@ Shapes: R rows, I input features of the active chains, O output features of the 
 
 The staircase is cut into tiles that lie in one chain each, listed from the longest sum to the shortest: an output tile
 sums over the inputs of its own and earlier chains, an input's gradient over the outputs of its own and later chains, a
-weight's gradient over the rows that its chain serves. What is empty is in no list. Weights are tensors of their own,
-parameters or slices of them, so lists hold addresses: they are copied to the device once for each set of weights and
-chain_rows, while packing would copy the weights themselves, at every step of training.
+weight's gradient over the rows that its chain serves. Empty tiles are not listed. Each chain's weights are a tensor,
+so lists hold addresses. A list is copied to the device once for each set of weights and chain_rows; packing would copy
+the weights themselves, at every step of training.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, power_of_tw
 from colm_kernels.gpu.table import pointer, to_device, word
 
 GROUP: Final = tl.constexpr(8)
-"""Row tiles that go through all column tiles together: what they read of x stays in the second-level cache."""
+"""Row tiles that take each column tile in turn together, so that their part of x stays in the second-level cache."""
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _forward_kernel(
     rows_R = first_row + tl.arange(0, BLOCK_R)
     columns_O = tl.arange(0, BLOCK_O)
     inputs_I = tl.arange(0, BLOCK_I)
-    # Past the last row and column the first ones are read again, and nothing of it is stored.
+    # Indices past the last row or column wrap around to the first ones; their results are not stored.
     x_RI = x + (rows_R % num_rows).to(tl.int64)[:, None] * x_stride + inputs_I[None, :]
     weight_OI = weight + (columns_O % num_columns)[:, None] * weight_stride + inputs_I[None, :]
     y_RO = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
@@ -134,10 +134,10 @@ def _weight_gradient_kernel(
 
 
 def config(arch: Arch, dtype: torch.dtype, aligned: bool, num_rows: int, *block_names: str) -> Config:
-    """Sides of a tile and, last, the block that is summed at a time, for the names of a kernel's blocks.
+    """Two sides of a tile and the elements summed at a time, in this order under the kernel's block names.
 
-    The tiles are the largest whose sums leave registers free, in powers of two; 64 of a sum in bf16 are one line of the
-    cache. Few rows, of which only a tile's first side can consist, take a lower tile.
+    Tiles are the largest powers of two whose sums leave registers free. 64 elements in bf16 are one cache line. Only a
+    tile's first side can consist of rows; few rows take a lower tile.
     """
     if dtype == torch.float32 or not aligned:  # elements that are loaded one by one take registers too
         return Config(blocks=dict(zip(block_names, (64, 64, 32), strict=True)), num_warps=4, num_stages=2)
@@ -233,7 +233,7 @@ def _weight_gradients(
     grad_RO: Tensor, weights: list[Tensor], chain_rows: tuple[int, ...], x_RI: Tensor, needed: list[int]
 ) -> list[Tensor]:
     sizes = [weights[chain].numel() for chain in needed]
-    # One buffer, so that the list of tiles stays the same from step to step.
+    # One buffer for all gradients, so that the list of tiles holds no addresses and is the same at every step.
     buffer = x_RI.new_empty(sum(sizes))
     aligned = _is_aligned(grad_RO, x_RI, weights)
     chosen = config(arch_of(x_RI), x_RI.dtype, aligned, len(x_RI), "BLOCK_O", "BLOCK_I", "BLOCK_R")
@@ -256,7 +256,7 @@ def _shapes(weights: Sequence[Tensor]) -> Shapes:
 
 
 def _is_aligned(a: Tensor, b: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether every row and every tile starts at 16 elements or more: then loads are of 16 bytes."""
+    """Whether every row and tile starts at a multiple of 16 elements, so that loads are of 16 bytes."""
     words = [a.stride(0), b.stride(0)]
     for weight in weights:
         words += (*weight.shape, weight.stride(0), weight.data_ptr())

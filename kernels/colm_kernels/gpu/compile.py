@@ -1,4 +1,4 @@
-"""Compiles every kernel ahead of time for sm_80 and sm_90, without a GPU, and prints what each takes of a processor.
+"""Compiles every kernel ahead of time for sm_80 and sm_90, without a GPU, and prints what each takes of a GPU.
 
 python -m colm_kernels.gpu.compile            # the table of kernels/README.md
 python -m colm_kernels.gpu.compile --json     # the same, a record a specimen
@@ -52,21 +52,21 @@ OPERATIONS: Final = (
 )
 
 MAX_SHARED_BYTES: Final[dict[Arch, int]] = {80: 163 << 10, 90: 227 << 10}
-"""What one block of threads may have on an A100 and on an H100."""
+"""Shared memory that one block of threads may take on an A100 and on an H100."""
 MAX_REGISTERS: Final = 1 << 16
-"""Of one processor, all its threads together."""
+"""Registers of one multiprocessor, which a block's threads share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What the compiler made of a specimen."""
+    """What the compiler reports of one specimen."""
 
     kernel: str
     arch: Arch
     config: str
     num_warps: int
     registers: int
-    """Of one thread."""
+    """Registers of one thread."""
     local_bytes: int
     """Stack and local memory of one thread: what was spilled."""
     shared_bytes: int
@@ -74,13 +74,13 @@ class Report:
     wgmma: int
     """Tensor-core instructions in the PTX."""
     element_loads: int
-    """Loads of one element of 1 or 2 bytes in the PTX: what a row becomes whose alignment is not known."""
+    """Loads of one element of 1 or 2 bytes in the PTX; a row of unknown alignment is loaded by these."""
     needs_mma: bool
     needs_wgmma: bool
     may_load_elements: bool
 
     def faults(self) -> list[str]:
-        """Which bars it misses."""
+        """The limits that it exceeds and the demands that it misses, one message each."""
         threads = 32 * self.num_warps
         bars = {
             f"{self.local_bytes} bytes spilled": self.local_bytes == 0,
@@ -148,7 +148,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def reports() -> list[Report]:
-    """Every specimen, compiled on every core."""
+    """Compile every specimen, on every core."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(_compile, range(len(_specimens()))))
 
@@ -176,7 +176,7 @@ def table(made: Sequence[Report]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 1 where a specimen misses a bar."""
+    """Compile, print and perhaps write the table; exit status 1 if any specimen has a fault."""
     parser = argparse.ArgumentParser(prog="python -m colm_kernels.gpu.compile", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="records instead of the table")
     parser.add_argument("--write", action="store_true", help="put the table into kernels/README.md")

@@ -22,9 +22,9 @@ from colm_kernels.gpu.softmax import LOG2_E, attend
 from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, power_of_two
 
 TARGET_PROGRAMS: Final = 4 * 132
-"""As many as the registers of an H100 hold at once where rows are few; an A100 has 108 processors."""
+"""Programs that a launch aims at: with few rows, the registers of an H100's 132 multiprocessors hold that many."""
 MIN_PART_TOKENS: Final = 512
-"""Fewer cost more in writing and merging a part's output in fp32 than a further processor saves."""
+"""Shortest part of a context. With shorter ones, writing and merging their fp32 outputs costs more than it saves."""
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _decode_kernel(
         )  # fmt: skip
 
     part_at_X = tl.program_id(1).to(tl.int64) * num_tokens * num_kv_heads * group + at_X
-    # Early query tokens may see nothing of the last part: it weighs exp2(-inf), and must not be NaN.
+    # Early query tokens may see nothing of the last part, which then weighs exp2(-inf); its output must not be NaN.
     is_nothing_X = (total_X == 0.0) & (tl.num_programs(1) > 1)
     out_XD = out_XD / tl.where(is_nothing_X, 1.0, total_X)[:, None]
     tl.store(
@@ -136,9 +136,9 @@ MERGE: Final = Config(blocks={"BLOCK_X": 16}, num_warps=4, num_stages=1)
 
 
 def config(dtype: torch.dtype, block_d: int, rows: int) -> Config:
-    """Rows of a program, up to 64, and tokens of a block: 8 KiB of keys in bf16, with which int8 does not spill either.
+    """Rows of a program, 16 to 64, and tokens of a block: 8 KiB of keys in bf16, for which int8 does not spill either.
 
-    16 rows are what a tensor core takes at least; below, rows are padding that costs nothing while memory is the bound.
+    A tensor core takes at least 16 rows. Padding to 16 costs nothing while memory is the bound.
     """
     block_x = min(max(16, power_of_two(rows)), 32 if dtype == torch.float32 else 64)
     block_n = (32 if dtype == torch.float32 else 64) * 64 // max(block_d, 64)
@@ -159,8 +159,8 @@ def decode_attention(
 ) -> Tensor:
     """`decode_attention` of checked arguments, in one launch or two.
 
-    What block_table_RM, context_lens_R and cu_seqlens_q_R1 hold is not looked at from the host, which would wait for
-    the device: page ids must lie in the pool, and a request must have 1 to `MAX_QUERY_TOKENS` query tokens.
+    The values of block_table_RM, context_lens_R and cu_seqlens_q_R1 are not checked: reading them on the host would
+    wait for the device. Page ids must lie in the pool, and a request must have 1 to `MAX_QUERY_TOKENS` query tokens.
 
     Raises:
         ValueError: the head dim is more than a program holds.
@@ -201,7 +201,7 @@ def decode_attention(
 
 
 def _part_tokens(max_context_tokens: int, programs_per_part: int) -> int:
-    """Tokens of a part: what fills the processors when every context is as long as the table allows."""
+    """Tokens of a part, such that the parts of contexts as long as the table allows make `TARGET_PROGRAMS`."""
     num_parts = -(-TARGET_PROGRAMS // programs_per_part)
     return max(MIN_PART_TOKENS, -(-max_context_tokens // (num_parts * 64)) * 64)
 

@@ -1,4 +1,4 @@
-"""Which implementation of dense prefill attention a GPU runs: the one place that chooses.
+"""Chooses the implementation of dense prefill attention that a GPU runs; no other file does.
 
 Shapes: as in colm_kernels/prefill_attention.py.
 """
@@ -14,10 +14,10 @@ from colm_kernels.prefill_attention import Backend
 
 
 def prefill_attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """By the backend named; for "auto" by flash-attn where it is there and takes the queries, in Triton else.
+    """Attend with the backend named; "auto" is flash-attn if it is installed and takes the queries, else Triton.
 
     Raises:
-        ValueError: the backend does not take dtype or head dim, or is not there.
+        ValueError: the backend does not take the dtype or head dim, or is not installed.
     """
     return choose(backend, q_THD.dtype, q_THD.shape[2])(q_THD, k_KSD, v_KSD)
 
@@ -25,10 +25,10 @@ def prefill_attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, backend: Back
 def choose(
     backend: Backend, dtype: torch.dtype, head_dim: int
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What attends for such queries.
+    """Return the function that attends for queries of a dtype and head dim.
 
     Raises:
-        ValueError: the backend named is not there or does not take them, and why.
+        ValueError: the backend named is not installed or does not take them; the message says why.
     """
     if backend == "triton":
         return in_triton

@@ -1,4 +1,4 @@
-"""Where a launch goes: the device of its tensors, and which architecture's configs suit it."""
+"""Launches a kernel on its tensors' device, and names the architecture whose configs suit that device."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 def on_its_device(
     function: Callable[Concatenate[Tensor, Rest], Result],
 ) -> Callable[Concatenate[Tensor, Rest], Result]:
-    """Run with the first argument's device as the current one, on which Triton launches whatever the tensors say."""
+    """Make the first argument's device the current one during a call: Triton launches on the current device."""
 
     @wraps(function)
     def wrapper(first: Tensor, /, *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
@@ -27,5 +27,5 @@ def on_its_device(
 
 
 def arch_of(tensor: Tensor) -> Arch:
-    """The architecture whose configs suit a tensor's device; sm_80's off CUDA, where kernels are interpreted."""
+    """90 on a GPU of compute capability 9 or more, else 80; also 80 off CUDA, where kernels are interpreted."""
     return 90 if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9 else 80

@@ -1,4 +1,4 @@
-"""Dense prefill attention by the package flash-attn, where it is installed (extra `gpu`) and there is a GPU.
+"""Dense prefill attention by the package flash-attn, if it is installed (extra `gpu`) and there is a GPU.
 
 Shapes: T queries of the tile, S keys (prefix and tile, S >= T), H query heads, K kv heads, D head dim.
 """
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 MIN_VERSION: Final = (2, 1)
-"""Since then the causal mask is aligned at the bottom right, as ours is."""
+"""From this version on, the causal mask is aligned at the bottom right, as ours is."""
 MAX_HEAD_DIM: Final = 256
 
 
 def why_not(dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why flash-attn does not compute attention of such queries here; None where it does."""
+    """Why flash-attn cannot attend for queries of a dtype and head dim here; None if it can."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"flash-attn takes float16 and bfloat16, not {dtype}"
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:
@@ -41,7 +41,7 @@ def _flash_attn_func() -> Callable[..., Any] | str:
 
 
 def prefill_attention(q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor) -> tuple[Tensor, Tensor]:
-    """`prefill_attention` of checked arguments that `why_not` has nothing against."""
+    """`prefill_attention` of checked arguments, for which `why_not` is None."""
     function = _flash_attn_func()
     assert not isinstance(function, str)
     # A batch of one, tokens before heads: views, which the package reads in place where D is contiguous.

@@ -16,7 +16,7 @@ from colm_kernels.gpu.specimen import ARCHS, Arch, Config, Specimen, power_of_tw
 INFINITY_BITS: Final = tl.constexpr(0x7F800000)
 BF16_NAN_BITS: Final = tl.constexpr(0x7FC0)
 ROUND_TO_INTEGER: Final = tl.constexpr(1.5 * 2**23)
-"""Added and taken away again, it leaves a small float rounded to an integer, half to even."""
+"""Adding it to a small float and subtracting it again rounds that float to an integer, half to even."""
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _quantise_kernel(
     x_KD = tl.load(
         x + token * x_stride_t + heads_K[:, None] * x_stride_k + dims_D[None, :], mask=is_inside_KD, other=0.0
     ).to(tl.float32)
-    # Magnitudes compare like their bits, and NaN above infinity, which a maximum of floats would pass over.
+    # The bits of magnitudes compare as the magnitudes do, with NaN above infinity; a maximum of floats would skip NaN.
     amax_bits_K = tl.max(x_KD.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     scale_K = tl.div_rn(amax_bits_K.to(tl.float32, bitcast=True), 127.0)
     # Rounded up to bf16: 0xffff carries into the upper half wherever the lower is not zero.
@@ -49,7 +49,7 @@ def _quantise_kernel(
 
 
 def config(block_d: int, num_heads: int) -> Config:
-    """Heads of a program: up to 1024 elements, 8 a thread, one load of 16 bytes in bf16."""
+    """Heads of a program: up to 1024 elements; 8 elements a thread are one load of 16 bytes in bf16."""
     block_k = max(min(power_of_two(num_heads), 1024 // block_d), 1)
     return Config(blocks={"BLOCK_K": block_k}, num_warps=max(block_k * block_d // 256, 1), num_stages=1)
 
@@ -66,10 +66,12 @@ def quantise_kv(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
 def write_quantised_kv(
     x_TKD: Tensor, q_cache_SKD: Tensor, scale_cache_SK: Tensor, slot_mapping_T: Tensor | None = None
 ) -> None:
-    """`write_quantised_kv` of checked arguments, in one launch; slots are not looked at, which would wait for it.
+    """`write_quantised_kv` of checked arguments, in one launch; slots are not checked.
+
+    Reading the slots on the host would wait for the device.
 
     Raises:
-        ValueError: a cache whose last dimension is not contiguous.
+        ValueError: the cache's last dimension is not contiguous.
     """
     if q_cache_SKD.stride(2) != 1:
         raise ValueError(f"q_cache_SKD has strides {q_cache_SKD.stride()}; its last dimension must be contiguous")

@@ -27,7 +27,7 @@ def _prefill_kernel(
     q_stride_t, q_stride_h, k_stride_k, k_stride_s, v_stride_k, v_stride_s,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # The last rows see the most keys; starting with them leaves short programs to even out the processors.
+    # The last rows see the most keys. They start first, so that short programs fill the gaps at the end.
     tile = tl.cdiv(num_queries * group, BLOCK_M) - 1 - tl.program_id(0) // num_kv_heads
     kv_head = (tl.program_id(0) % num_kv_heads).to(tl.int64)
     rows_M = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -87,9 +87,9 @@ def _load(pointers, mask, WHOLE: tl.constexpr):
 
 
 def config(arch: Arch, dtype: torch.dtype, block_d: int) -> Config:
-    """Rows and keys of a program: the largest blocks, in powers of two, that the compiler fits without spilling.
+    """Rows and keys of a program: the largest powers of two that the compiler fits without spilling.
 
-    What is full are the registers: a row's output, scores and weights lie in them, and on sm_80 its query as well.
+    Registers are the limit. They hold a row's output, scores and weights, and on sm_80 its query as well.
     """
     if dtype == torch.float32:
         return Config(blocks={"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=2)
@@ -98,7 +98,7 @@ def config(arch: Arch, dtype: torch.dtype, block_d: int) -> Config:
 
 
 def block_dim(head_dim: int) -> int:
-    """The power of two that holds a head dim, which a tile's side must be.
+    """The side of a tile that holds a head dim: the smallest power of two, at least 16.
 
     Raises:
         ValueError: the head dim is over `MAX_HEAD_DIM`.

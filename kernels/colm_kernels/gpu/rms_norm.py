@@ -35,7 +35,7 @@ def _rms_norm_kernel(
         tl.store(x_N, sum_N, mask=is_column_N)
         wide_N = sum_N.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide_N * wide_N) / dim.to(tl.float32) + eps)
-    # Rounded before the gain, as the definition is.
+    # Rounded before the gain is applied, as in the definition.
     normed_N = (wide_N * scale).to(x.dtype.element_ty).to(tl.float32)
     gain_N = tl.load(gain + columns_N, mask=is_column_N, other=0.0).to(tl.float32)
     tl.store(y + row * y_stride + first + columns_N, (normed_N * gain_N).to(y.dtype.element_ty), mask=is_column_N)

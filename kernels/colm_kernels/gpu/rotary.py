@@ -43,7 +43,7 @@ def _rotary_kernel(
 
 
 def config(block_j: int, num_heads: int) -> Config:
-    """Heads of a program: up to 1024 elements of either half, 8 a thread, one load of 16 bytes in bf16."""
+    """Heads of a program: up to 1024 elements of either half; 8 a thread are one load of 16 bytes in bf16."""
     block_n = max(min(power_of_two(num_heads), 1024 // block_j), 1)
     return Config(blocks={"BLOCK_N": block_n}, num_warps=max(block_n * block_j // 256, 1), num_stages=1)
 
@@ -65,10 +65,12 @@ def write_kv(
     v_cache_SKD: Tensor,
     slot_mapping_T: Tensor | None = None,
 ) -> None:
-    """`write_kv` of checked arguments, in one launch; slots are not looked at, which would wait for the device.
+    """`write_kv` of checked arguments, in one launch; slots are not checked.
+
+    Reading the slots on the host would wait for the device.
 
     Raises:
-        ValueError: a cache whose last dimension is not contiguous.
+        ValueError: a cache's last dimension is not contiguous.
     """
     for name, cache in (("k_cache_SKD", k_cache_SKD), ("v_cache_SKD", v_cache_SKD)):
         if cache.stride(2) != 1:

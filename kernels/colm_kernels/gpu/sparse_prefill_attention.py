@@ -34,7 +34,7 @@ def _sparse_prefill_kernel(
     program = tl.program_id(0)
     tile = program % tiles_per_block
     number = program // tiles_per_block % num_lists
-    # The last row blocks list the most keys, as a rule; starting with them evens out the processors.
+    # The last row blocks usually list the most keys. They start first, so that short programs fill the gaps at the end.
     row_block = num_row_blocks - 1 - program // tiles_per_block // num_lists
     first_token = row_block * ROW_BLOCK + tile * BLOCK_M // heads_per_list
     if first_token >= num_queries:
@@ -43,7 +43,7 @@ def _sparse_prefill_kernel(
     tokens_M = (row_block * ROW_BLOCK + rows_M // heads_per_list).to(tl.int64)
     heads_M = number.to(tl.int64) * heads_per_list + rows_M % heads_per_list
     dims_D = tl.arange(0, BLOCK_D)
-    # Where a row block has fewer rows than a program, the rest are the next block's.
+    # A row block may have fewer rows than a program; the rest belong to the next block.
     is_row_M = (tokens_M < num_queries) & (rows_M < ROW_BLOCK * heads_per_list)
     is_dim_D = dims_D < D
     q_MD = tl.load(
@@ -80,7 +80,7 @@ def _sparse_prefill_kernel(
         out_MD, maximum_M, total_M = attend(
             q_MD, keys_ND, values_ND, None, None, None, scale_log2, out_MD, maximum_M, total_M, False, False
         )
-    # What is left are the keys around the diagonal, all of them listed.
+    # The keys around the diagonal remain; all of them are listed.
     last_token = tl.minimum(
         (row_block * ROW_BLOCK + (tile * BLOCK_M + BLOCK_M - 1) // heads_per_list), row_block_end - 1
     )
@@ -126,7 +126,7 @@ def _sparse_prefill_kernel(
 def config(arch: Arch, dtype: torch.dtype, block_d: int, rows: int) -> Config:
     """Rows and keys of a program: as many as a row block has, up to what the compiler fits without spilling.
 
-    A listed block is BLOCK_N keys or a multiple; columns come BLOCK_N at a time, the last group of a list in part.
+    A listed block is a multiple of BLOCK_N keys. Columns come BLOCK_N at a time; a list's last group may be shorter.
     """
     if dtype == torch.float32:
         return Config(blocks={"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=8, num_stages=2)

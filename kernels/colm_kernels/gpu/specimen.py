@@ -1,4 +1,4 @@
-"""What the ahead-of-time compiler needs to know of a kernel: types, alignment and constants as at a launch."""
+"""Specimens: a kernel's types, alignments and constants as at a launch, for compilation ahead of time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ ARCHS: Final[tuple[Arch, ...]] = (80, 90)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """Block sizes of a kernel, as its constants of these names, and how it is launched."""
+    """A kernel's block sizes, by the names of its constants, with the warps and stages of a launch."""
 
     blocks: Mapping[str, int]
     num_warps: int
@@ -30,27 +30,27 @@ class Specimen:
     name: str
     arch: Arch
     signature: Mapping[str, str]
-    """Triton's type of every argument that is no constant; pointers and, of the integers, those in `aligned` are
-    multiples of 16, as at a launch on tensors of the allocator with head dims and widths that are."""
+    """Triton's type of every argument that is no constant. Pointers, and the integers named in `aligned`, are multiples
+    of 16, as they are at a launch where head dims and widths are."""
     constants: Mapping[str, Any]
     config: Config
     aligned: frozenset[str] = frozenset()
     tensor_cores: bool = True
-    """Whether the code must hold tensor-core instructions; small operations and merges multiply no matrices."""
+    """Whether the code must have tensor-core instructions; small operations and merges multiply no matrices."""
     wgmma: bool = True
-    """Whether sm_90 must use wgmma, which takes 64 rows at least: decode has fewer, and uses mma.sync."""
+    """Whether sm_90 must use wgmma, which takes at least 64 rows; with fewer, mma.sync is used."""
 
     loads_elements: bool = False
-    """Whether single elements may be loaded, as a key's scale is; rows must be loaded 16 bytes at a time."""
+    """Whether single elements may be loaded, e.g. a key's scale; otherwise all loads must be wider."""
 
     @property
     def settings(self) -> str:
-        """The constants in short, with warps and stages."""
+        """The constants, warps and stages in one line."""
         constants = {**self.constants, **self.config.blocks}
         listed = " ".join(f"{name}={int(value)}" for name, value in constants.items())
         return f"{listed} warps={self.config.num_warps} stages={self.config.num_stages}".strip()
 
 
 def power_of_two(least: int) -> int:
-    """The smallest that is no less: what a block's side must be."""
+    """The smallest power of two that is at least `least`; a block's sides must be powers of two."""
     return 1 << (least - 1).bit_length()
