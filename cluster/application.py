@@ -86,6 +86,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         security.nodes,
         prefill,
         config.prefill.max_queued,
+        config.decode.replicas == 1,
         report_to,
     )
     gateway = config.gateway

@@ -58,17 +58,25 @@ class LeaseTable:
         lease.closed.set()
         self._leases.pop(lease.lease_id, None)
 
-    async def offer(self, address: str) -> AsyncIterator[tuple[str, str]]:
+    async def offer(self, address: str, *, again: bool) -> AsyncIterator[tuple[str, str]]:
         """Grant a lease, yield (address, lease id), and stay until it has ended.
 
         This is the body of a replica's `lease` call: while it is open, Ray Serve counts the work.
+
+        Args:
+            address: of this node.
+            again: grant the next lease as soon as the stream of the last has ended, until its holder ends the call.
         """
-        lease = self.grant()
-        try:
-            yield address, lease.lease_id
-            await asyncio.wait_for(lease.opened.wait(), self._ttl_s)
-            await lease.closed.wait()
-        except TimeoutError:
-            logger.info("lease.expired lease=%s ttl_s=%g", lease.lease_id, self._ttl_s)
-        finally:
-            self.release(lease)
+        while True:
+            lease = self.grant()
+            try:
+                yield address, lease.lease_id
+                await asyncio.wait_for(lease.opened.wait(), self._ttl_s)
+                await lease.closed.wait()
+            except TimeoutError:
+                logger.info("lease.expired lease=%s ttl_s=%g", lease.lease_id, self._ttl_s)
+                return
+            finally:
+                self.release(lease)
+            if not again:
+                return

@@ -22,8 +22,12 @@ from decode_node.prefill_pool import PrefillLease
 class ServePrefillPool:
     """Lends the prefill nodes that Ray Serve runs."""
 
-    def __init__(self, handle: Any, *, max_waiting: int) -> None:
-        self._lender = ServeLender(handle, Role.PREFILL, max_waiting=max_waiting)
+    def __init__(self, handle: Any, *, max_waiting: int, is_alone: bool) -> None:
+        self._lender = ServeLender(handle, Role.PREFILL, max_waiting=max_waiting, is_alone=is_alone)
+
+    def close(self) -> None:
+        """Give back the nodes that nobody uses."""
+        self._lender.close()
 
     @asynccontextmanager
     async def lease(
@@ -45,6 +49,7 @@ class DecodeReplica:
         options: host is replaced by this machine's address.
         prefill: handle of the prefill deployment.
         max_waiting_for_prefill: prompts of this node that may wait for a prefill node.
+        is_alone: there is no other decode replica.
         gateway: (deployment, application) to which this node reports.
     """
 
@@ -54,24 +59,25 @@ class DecodeReplica:
         security: Security,
         prefill: Any,
         max_waiting_for_prefill: int,
+        is_alone: bool,
         gateway: tuple[str, str],
     ) -> None:
         log_beside("ray.serve")
         self._leases = LeaseTable(LEASE_TTL_S)
         here = replace(options, host=ray.util.get_node_ip_address())
-        pool = ServePrefillPool(prefill, max_waiting=max_waiting_for_prefill)
-        self._node = DecodeNode(here, security, pool, self._leases)
+        self._prefill_pool = ServePrefillPool(prefill, max_waiting=max_waiting_for_prefill, is_alone=is_alone)
+        self._node = DecodeNode(here, security, self._prefill_pool, self._leases)
         await self._node.start()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         handle: Any = serve.get_deployment_handle(*gateway)
         self._reporting = asyncio.create_task(keep_reporting(handle.report.remote, self._report))
 
-    async def lease(self) -> AsyncIterator[tuple[str, str]]:
-        """Grant a lease for one request: yields (address, lease id).
+    async def lease(self, again: bool) -> AsyncIterator[tuple[str, str]]:
+        """Grant a lease for one request: yields (address, lease id); with `again`, another one after each.
 
         The call stays open until the request has ended, so that Serve counts it as load.
         """
-        async for grant in self._leases.offer(self._node.address):
+        async for grant in self._leases.offer(self._node.address, again=again):
             yield grant
 
     async def check_health(self) -> None:
@@ -83,6 +89,7 @@ class DecodeReplica:
         if (reporting := getattr(self, "_reporting", None)) is not None:
             reporting.cancel()
             await self._node.stop()
+            self._prefill_pool.close()
 
     def _report(self) -> NodeReport:
         load = self._node.load

@@ -53,7 +53,12 @@ class ServeDecodePool:
     """Lends the decode nodes that Ray Serve runs."""
 
     def __init__(self, handle: Any, *, max_waiting: int) -> None:
-        self._lender = ServeLender(handle, Role.DECODE, max_waiting=max_waiting)
+        # There is one gateway.
+        self._lender = ServeLender(handle, Role.DECODE, max_waiting=max_waiting, is_alone=True)
+
+    def close(self) -> None:
+        """Give back the nodes that nobody uses."""
+        self._lender.close()
 
     @asynccontextmanager
     async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:
@@ -77,11 +82,12 @@ class GatewayReplica:
         log_beside("ray.serve")
         model = await asyncio.to_thread(_load, options)
         self._registry = NodeRegistry(MonotonicClock())
+        self._decode_pool = ServeDecodePool(decode, max_waiting=options.limits.max_requests)
         self._decode_calls = GrpcDecodeCalls(node_security)
         front_door = FrontDoor(
             model=model,
             limits=options.limits,
-            decode_pool=ServeDecodePool(decode, max_waiting=options.limits.max_requests),
+            decode_pool=self._decode_pool,
             calls=self._decode_calls,
             registry=self._registry,
             clock=MonotonicClock(),
@@ -115,6 +121,7 @@ class GatewayReplica:
         if hasattr(self, "_address"):
             await self._health.enter_graceful_shutdown()
             await self._server.stop(defaults.STOP_GRACE_S)
+            self._decode_pool.close()
             await self._decode_calls.close()
 
 

@@ -36,12 +36,12 @@ class PrefillReplica:
         handle: Any = serve.get_deployment_handle(*gateway)
         self._reporting = asyncio.create_task(keep_reporting(handle.report.remote, self._report))
 
-    async def lease(self) -> AsyncIterator[tuple[str, str]]:
-        """Grant a lease for one stream: yields (address, lease id).
+    async def lease(self, again: bool) -> AsyncIterator[tuple[str, str]]:
+        """Grant a lease for one stream: yields (address, lease id); with `again`, another one after each.
 
         The call stays open until the stream has ended, so that Serve counts it as load.
         """
-        async for grant in self._leases.offer(self._node.address):
+        async for grant in self._leases.offer(self._node.address, again=again):
             yield grant
 
     async def __del__(self) -> None:

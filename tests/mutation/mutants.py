@@ -526,6 +526,41 @@ MUTANTS = (
         "tests/unit/test_serve_lender.py::test_only_the_first_asks_and_the_others_know_their_places",
     ),
     Mutant(
+        "a replica that another lender may wait for is kept unused",
+        "cluster/replicas/lender.py",
+        "        return self._is_alone and call.is_in_term and is_unused\n",
+        "        return call.is_in_term and is_unused\n",
+        "tests/unit/test_serve_lender.py::test_a_lender_that_is_not_alone_gives_back_at_once",
+    ),
+    Mutant(
+        "a call that is kept has no end",
+        "cluster/replicas/lender.py",
+        "        call.is_in_term = False\n        self._let_go(call)\n",
+        "        call.is_in_term = False\n",
+        "tests/unit/test_serve_lender.py::test_a_call_that_is_kept_ends_with_its_term",
+    ),
+    Mutant(
+        "a grant that comes as its borrower gives up stays open",
+        "cluster/replicas/lender.py",
+        "                if taken is not call:\n",
+        "                if not call.has_lease:\n",
+        "tests/unit/test_serve_lender.py::test_who_gives_up_as_the_grant_comes_leaves_no_call_open",
+    ),
+    Mutant(
+        "whoever asks Serve does not see what another has left",
+        "cluster/replicas/lender.py",
+        "                        taken = self._take_kept()\n",
+        "                        taken = None\n",
+        "tests/unit/test_serve_lender.py::test_whoever_asks_serve_is_given_what_another_leaves",
+    ),
+    Mutant(
+        "a call brings one lease, whatever its holder wants",
+        "colm/leases.py",
+        "            if not again:\n                return\n",
+        "            return\n",
+        "tests/unit/test_leases.py::test_an_offer_goes_on_with_a_lease_of_its_own_for_each_stream",
+    ),
+    Mutant(
         "a grant that never comes is waited for",
         "cluster/replicas/lender.py",
         "                for _ in range(_BEATS_PER_GRANT):\n",
@@ -535,8 +570,8 @@ MUTANTS = (
     Mutant(
         "a replica is never given back",
         "cluster/replicas/lender.py",
-        "            yield granted\n        finally:\n            grants.cancel()\n",
-        "            yield granted\n        finally:\n            pass\n",
+        "            else:\n                call.end()\n",
+        "            else:\n                pass\n",
         "tests/unit/test_serve_lender.py::test_a_granted_replica_is_held_until_it_is_given_back",
     ),
     # The gateway.
