@@ -139,6 +139,9 @@ class Finished:
     timings: Timings
     text: str = ""
     """Text held back until no stop string could follow; goes after the last token's."""
+    sparse: SparseReport | None = None
+    """Where sparse attention was asked for; None with dense attention, where there was nothing to prefill, and where
+    the prefill node was lost between its last tile and its last word."""
 
 
 Event = Accepted | Queued | Reserved | PrefillProgress | Token | Finished

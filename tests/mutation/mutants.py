@@ -428,8 +428,8 @@ MUTANTS = (
     Mutant(
         "every stream brings everything",
         "prefill_node/service.py",
-        "token_ids=token_ids, resume_from=position\n",
-        "token_ids=token_ids\n",
+        "            resume_from=position,\n",
+        "",
         "tests/fault/test_resume.py::test_the_node_that_holds_the_job_goes_on_and_computes_nothing_twice",
     ),
     Mutant(
@@ -518,6 +518,28 @@ MUTANTS = (
         "torch.arange(max(0, num_tokens - ESTIMATION_ROWS), num_tokens)",
         "torch.arange(min(num_tokens, ESTIMATION_ROWS))",
         "tests/unit/test_prompt_plans.py::test_a_plan_is_made_of_the_last_rows",
+    ),
+    Mutant(
+        "a sparse transfer goes on with dense tiles",
+        "prefill_node/prefill_job.py",
+        "(self.sparse is None) == (order.sparse is None) and np",
+        "np",
+        "tests/unit/test_prefill_job.py::"
+        "test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_nor_another_attention",
+    ),
+    Mutant(
+        "a decode node asks for dense attention whatever was ordered",
+        "decode_node/kv_fetch.py",
+        "                attention=order.attention,\n",
+        "",
+        _FETCH + "test_every_attempt_asks_for_the_same_attention_and_the_last_one_says_what_became_of_it",
+    ),
+    Mutant(
+        "nobody learns what the audits said",
+        "prefill_node/service.py",
+        "if (report := stream.job.sparse_report) is not None:",
+        "if (report := None) is not None:",
+        "tests/fault/test_sparse_requests.py::test_a_sparse_request_gets_sparse_tiles_and_learns_what_they_recall",
     ),
     # Waiting in line.
     Mutant(
