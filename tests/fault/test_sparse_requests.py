@@ -1,17 +1,22 @@
 """Requests for sparse attention, from a decode node's caller to the engine and back, also over broken streams."""
 
 import asyncio
+import json
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from google.protobuf.message import Message
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from colm.checkpoint import Checkpoint
 from colm.errors import InvalidRequest
 from colm.kv import KvFormat, KvTile
+from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import open_channel
 from colm.wire.messages import sparse_report_from_pb
 from colm.wire.outcome import Outcome
@@ -25,6 +30,7 @@ from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.policy import ROW_BLOCK, SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans
 from tests.gates import LIMIT_S
+from tests.gateway import TakingTurns, gateway
 from tests.nodes import Answer, decode, decode_node, decode_requests, prefill_node, pull_kv_requests, spoilt_prefill
 from tests.oracle import assert_greedy
 from tests.tiny import tiny_checkpoint, tiny_config
@@ -39,7 +45,7 @@ SPARSE = common_pb2.ATTENTION_MODE_SPARSE
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny", CONFIG)
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny", CONFIG, tokenizer=True)
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +146,33 @@ async def test_a_short_prompt_is_dense_whatever_is_asked_and_its_report_says_so(
     layers = sparse_report_from_pb(answer.responses[-1].finished.sparse).layers
     assert [(layer.num_rows, layer.recall, layer.num_dense_heads) for layer in layers] == [(0, 1.0, 4)] * 2
     assert not dense.responses[-1].finished.HasField("sparse")
+
+
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
+async def test_the_command_asks_for_sparse_attention_and_shows_what_the_layers_recall(
+    checkpoint: Checkpoint, tmp_path: Path, attention: str
+) -> None:
+    """Through command, client, gateway, decode node and prefill node."""
+    document = tmp_path / "document.txt"
+    document.write_text("".join(chr(65 + token_id % 26) for token_id in PROMPT))
+    path = str(checkpoint.path)
+    async with (
+        prefill_node(path, tile_tokens=ROW_BLOCK, sparse=POLICY) as prefill,
+        decode_node(path, [prefill.address]) as node,
+        gateway(CONFIG, TakingTurns([node.address]), Tokenizer.load(checkpoint)) as address,
+    ):
+        words = ["submit", str(document), "--address", address, "--attention", attention, "--json"]
+        done = await asyncio.wait_for(asyncio.to_thread(CliRunner().invoke, app, words), LIMIT_S)
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.output.splitlines()[-1])
+    if attention == "dense":
+        assert "sparse_layers" not in record
+        return
+    for number, layer in enumerate(record["sparse_layers"]):
+        assert (layer["layer"], layer["num_dense_heads"]) == (number, 0)
+        assert layer["num_rows"] > 0
+        assert 0 < layer["recall_bound"] < layer["recall"] < 1
+    assert len(record["sparse_layers"]) == 2
 
 
 async def test_a_mode_that_is_not_known_is_refused_by_name_at_every_node(checkpoint: Checkpoint) -> None:

@@ -541,6 +541,14 @@ MUTANTS = (
         "if (report := None) is not None:",
         "tests/fault/test_sparse_requests.py::test_a_sparse_request_gets_sparse_tiles_and_learns_what_they_recall",
     ),
+    Mutant(
+        "the gateway drops the client's choice of attention",
+        "cluster/decode_calls.py",
+        "            attention=attention_to_pb(job.attention),\n",
+        "",
+        "tests/fault/test_sparse_requests.py::"
+        "test_the_command_asks_for_sparse_attention_and_shows_what_the_layers_recall",
+    ),
     # Waiting in line.
     Mutant(
         "whoever looks first is first",
