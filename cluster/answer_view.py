@@ -2,13 +2,14 @@
 
 import sys
 import time
+from dataclasses import asdict
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from colm.events import Accepted, Event, Finished, PrefillProgress, Queued, Token
+from colm.events import Accepted, Event, Finished, LayerRecall, PrefillProgress, Queued, Token
 
 
 class AnswerView:
@@ -72,7 +73,7 @@ class AnswerView:
         """Return what was measured, as one flat object for JSON."""
         accepted, finished = self._ends()
         usage, timings = finished.usage, finished.timings
-        return {
+        record: dict[str, object] = {
             "request_id": accepted.request_id,
             "model": accepted.model,
             "num_chains": accepted.num_chains,
@@ -91,6 +92,9 @@ class AnswerView:
             "decode_tokens_per_s": _rate(usage.num_new_tokens - 1, timings.decode_s),
             "text": "".join(self._text),
         }
+        if finished.sparse is not None:
+            record["sparse_layers"] = [_layer(layer) for layer in finished.sparse.layers]
+        return record
 
     def print_summary(self) -> None:
         """Print what was measured, as one line on stderr."""
@@ -127,6 +131,10 @@ class AnswerView:
         if self._stream_text:
             sys.stdout.write(text)
             sys.stdout.flush()
+
+
+def _layer(layer: LayerRecall) -> dict[str, object]:
+    return asdict(layer) | {"recall": round(layer.recall, 4), "recall_bound": round(layer.recall_bound, 4)}
 
 
 def _rate(count: int, seconds: float) -> float | None:

@@ -51,6 +51,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
     dtype = config.resolved_dtype
     model = str(model_path)
     report_to = (GATEWAY, APPLICATION)
+    patterns = config.prefill.sparse_patterns
     prefill = _deployment(
         PrefillReplica,
         name=PREFILL,
@@ -63,6 +64,8 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
             placement=Placement.of(config.prefill.resolved_device, dtype, config.prefill.num_threads),
             tile_tokens=config.prefill.tile_tokens,
             attention_backend=config.prefill.attention_backend,
+            sparse=config.prefill.sparse_policy,
+            sparse_patterns=None if patterns is None else str(patterns.resolve()),
             max_queued=config.prefill.max_queued,
         ),
         security.nodes,

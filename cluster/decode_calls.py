@@ -7,7 +7,7 @@ from colm.clock import Deadline
 from colm.errors import PeerUnavailable
 from colm.events import Event
 from colm.wire.channels import Channels
-from colm.wire.messages import event_from_pb, sampling_to_pb, token_id_pieces
+from colm.wire.messages import attention_to_pb, event_from_pb, sampling_to_pb, token_id_pieces
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
 from colm.wire.v1 import common_pb2
@@ -42,6 +42,7 @@ class GrpcDecodeCalls:
             num_prompt_tokens=len(job.token_ids),
             lease_id=lease.lease_id,
             only_if_room=only_if_room,
+            attention=attention_to_pb(job.attention),
         )
 
         async def requests() -> AsyncIterator[pb.DecodeRequest]:

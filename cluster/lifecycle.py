@@ -17,6 +17,7 @@ from colm.kv import KvFormat
 from colm.placement import parse_device, why_unusable
 from colm.wire.endpoint import why_not
 from decode_node.kv_layout import KvLayout
+from prefill_node.sparse.patterns import PatternFile
 
 _RAY_TOKEN = "ray_token"
 
@@ -39,6 +40,8 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
         raise ConfigError("model.path is not set; give --model DIR or [model] path in the config file")
     checkpoint = Checkpoint.open(config.model.path)
     _check_kv(config, checkpoint)
+    if config.prefill.sparse_patterns is not None:
+        PatternFile.read(config.prefill.sparse_patterns, checkpoint.config)
     if config.ray.address is None:
         _check_devices(config)
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -17,6 +17,7 @@ from pydantic import (
 
 from colm import defaults
 from colm.errors import ConfigError
+from prefill_node.sparse.policy import SparsePolicy
 
 
 class _Section(BaseModel):
@@ -59,8 +60,30 @@ class PrefillSection(_PlacedSection):
     """Tokens that a prefill replica computes and sends at a time."""
     attention_backend: Literal["auto", "flash_attn", "triton"] = "auto"
     """Implementation of dense attention on a GPU; auto: flash-attn if it can be imported, else Triton."""
+    sparse_mass: float | None = None
+    """Share of every head's attention that sparse attention keeps, for requests that ask for it; 0.95 by default."""
+    sparse_keys_per_row: PositiveInt | None = None
+    """Keys that sparse attention gives to a row at most, instead of a share of the attention."""
+    sparse_dense_below_tokens: NonNegativeInt = SparsePolicy().dense_below_tokens
+    """Shorter prompts are dense whatever their requests ask for."""
+    sparse_patterns: Path | None = None
+    """File of `colm search-patterns`, at the same place on every node; each head has its pattern instead of a share."""
     max_queued: PositiveInt = defaults.MAX_QUEUED
     """Prompts that may wait for a prefill replica, for each decode replica; the next is refused."""
+
+    @property
+    def sparse_policy(self) -> SparsePolicy:
+        """What the replicas' sparse attention may leave out.
+
+        Raises:
+            ValueError: names the field without its prefix.
+        """
+        default = SparsePolicy().mass if self.sparse_keys_per_row is None else None
+        return SparsePolicy(
+            mass=default if self.sparse_mass is None else self.sparse_mass,
+            keys_per_row=self.sparse_keys_per_row,
+            dense_below_tokens=self.sparse_dense_below_tokens,
+        )
 
 
 class DecodeSection(_PlacedSection):
@@ -184,6 +207,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
         raise ConfigError("; ".join(_explain(dict(error)) for error in err.errors())) from err
     _check_limits(config)
     _check_devices(config)
+    _check_sparse(config.prefill)
     return config
 
 
@@ -215,6 +239,18 @@ def _check_devices(config: ClusterConfig) -> None:
             f"prefill.attention_backend={backend!r} needs a GPU, and the prefill replicas compute on the CPU; "
             'set attention_backend = "auto", or prefill.num_gpus = 1'
         )
+
+
+def _check_sparse(section: PrefillSection) -> None:
+    if section.sparse_mass is not None and section.sparse_keys_per_row is not None:
+        raise ConfigError(
+            f"prefill.sparse_mass={section.sparse_mass} and prefill.sparse_keys_per_row={section.sparse_keys_per_row}: "
+            "one of them says how much is kept; leave the other out"
+        )
+    try:
+        section.sparse_policy  # noqa: B018 - it checks itself
+    except ValueError as err:
+        raise ConfigError(f"prefill.sparse_{err}") from err
 
 
 def default_toml() -> str:

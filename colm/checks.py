@@ -44,6 +44,17 @@ def flag(field: str, value: object) -> bool:
     return value
 
 
+def choice(field: str, value: object, allowed: tuple[str, ...]) -> str:
+    """One of some words.
+
+    Raises:
+        InvalidRequest: it is something else.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        raise InvalidRequest(field, value, f"must be {' or '.join(allowed)}")
+    return value
+
+
 def utf8(field: str, value: object) -> bytes:
     """The bytes of a text.
 

@@ -18,7 +18,7 @@ from colm import checks
 from colm.errors import ColmError, InvalidRequest
 from colm.events import Event, Finished, Token
 from colm.nodes import ClusterStatus
-from colm.request import GenerateRequest
+from colm.request import AttentionMode, GenerateRequest
 from colm.sampling import TOKEN_IDS, SamplingParams
 from colm.wire.endpoint import open_blocking_channel, open_channel
 from colm.wire.messages import cluster_status_from_pb, event_from_pb, generate_request_to_pb, token_id_pieces
@@ -120,6 +120,8 @@ class GenerateOptions(TypedDict, total=False):
     """Default: greedy."""
     timeout_s: float | None
     """Seconds until the answer is worthless."""
+    attention: AttentionMode
+    """`dense`, or `sparse` for long prompts: the prefill skips what each layer's plan finds light. Default: dense."""
 
 
 def _upload(document: Document, prompt: str, options: GenerateOptions) -> _Upload:

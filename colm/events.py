@@ -102,6 +102,35 @@ class Timings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRecall:
+    """How much of a layer's attention its sparse plan recalls, estimated before the plan was used."""
+
+    layer: int
+    num_rows: int
+    """Sampled rows that the estimate is of; 0 where the whole layer was dense."""
+    recall: float
+    """Mean share of the attention that the plan recalls, over rows and heads."""
+    recall_bound: float
+    """With 95% probability the mean over all rows is no less."""
+    num_dense_heads: int
+    """Query heads that attended to everything instead, because they might recall too little; the recall is without
+    this, so what was used recalls no less."""
+
+    @classmethod
+    def of_dense(cls, layer: int, *, num_heads: int) -> "LayerRecall":
+        """Of a layer that attended to everything."""
+        return cls(layer=layer, num_rows=0, recall=1.0, recall_bound=1.0, num_dense_heads=num_heads)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparseReport:
+    """What became of a prompt's sparse attention."""
+
+    layers: tuple[LayerRecall, ...]
+    """All that attend at the prefill: every layer but the last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
     """The end of an answer; nothing follows."""
 
@@ -110,6 +139,9 @@ class Finished:
     timings: Timings
     text: str = ""
     """Text held back until no stop string could follow; goes after the last token's."""
+    sparse: SparseReport | None = None
+    """Where sparse attention was asked for; None with dense attention, where there was nothing to prefill, and where
+    the prefill node was lost between its last tile and its last word."""
 
 
 Event = Accepted | Queued | Reserved | PrefillProgress | Token | Finished

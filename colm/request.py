@@ -1,10 +1,15 @@
 """What a client asks for, checked where it is made."""
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from colm import checks
 from colm.errors import InvalidRequest
 from colm.sampling import SamplingParams
+
+AttentionMode = Literal["dense", "sparse"]
+"""What a prompt's tokens attend to at the prefill: everything before them, or what a plan made for the prompt lists."""
+ATTENTION_MODES: tuple[AttentionMode, ...] = get_args(AttentionMode)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +32,8 @@ class GenerateRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     timeout_s: float | None = None
     """Seconds until the client no longer needs the answer."""
+    attention: AttentionMode = "dense"
+    """Of the prompt, at the prefill."""
 
     def __post_init__(self) -> None:
         checks.utf8("model", self.model)
@@ -43,3 +50,4 @@ class GenerateRequest:
             raise InvalidRequest("sampling", self.sampling, "must be a SamplingParams")
         if self.timeout_s is not None:
             checks.number("timeout_s", self.timeout_s, "must be a finite number of seconds")
+        checks.choice("attention", self.attention, ATTENTION_MODES)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from colm.clock import Clock
 from colm.errors import PeerFailed, PeerUnavailable
-from colm.events import PrefillProgress, Queued, WaitsFor
+from colm.events import PrefillProgress, Queued, SparseReport, WaitsFor
 from colm.line import BEAT_INTERVAL_S, wait_at_most
+from colm.request import AttentionMode
 from colm.wire import endpoint
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease
@@ -38,6 +39,7 @@ class KvTransfer:
     token_ids: NDArray[np.int64]
     table_M: NDArray[np.int32]
     """Page ids; see `KvStore.page_table`."""
+    attention: AttentionMode = "dense"
 
 
 class Receiver(Protocol):
@@ -46,6 +48,7 @@ class Receiver(Protocol):
     num_ahead: int | None
     started_s: float | None
     heard_s: float | None
+    sparse: SparseReport | None
 
     def run(self) -> None:
         """Receive everything; called in a thread. Once it has returned, nothing is written any more."""
@@ -62,6 +65,8 @@ class KvOrder:
     token_ids: NDArray[np.int64]
     pages: PageLease
     table_M: NDArray[np.int32]
+    attention: AttentionMode = "dense"
+    """The same in every attempt: dense and sparse tiles do not fit together above layer 0."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,6 +77,7 @@ class KvAccount:
     kv_received_bytes: int = 0
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    sparse: SparseReport | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,11 +169,13 @@ class KvFetcher:
                 fingerprint=self._fingerprint,
                 token_ids=order.token_ids,
                 table_M=order.table_M,
+                attention=order.attention,
             )
             receiver = self._receive(transfer, lease)
             thread = self._start(receiver, order.pages)
             try:
                 await self._follow(thread, receiver, ledger, num_tokens, emit)
+                account.sparse = receiver.sparse
             finally:
                 receiver.cancel()
                 ended_s = self._clock.now()

@@ -8,7 +8,9 @@ import grpc
 
 from colm.clock import Clock
 from colm.errors import PeerUnavailable
+from colm.events import SparseReport
 from colm.wire.channels import BlockingChannels
+from colm.wire.messages import sparse_report_from_pb
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors
 from colm.wire.tile_codec import decode_message, decode_tile, pull_kv_stub
@@ -50,6 +52,8 @@ class KvReceiver:
         """When `started` came, by the clock; None before."""
         self.heard_s: float | None = None
         """When the last message came, by the clock; None before the first."""
+        self.sparse: SparseReport | None = None
+        """What became of sparse attention, once the node has said it."""
         self._ledger = transfer.ledger
         self._requests = KvRequests(transfer, lease.lease_id, self._break_off)
 
@@ -107,6 +111,8 @@ class KvReceiver:
                         num_tiles=message.complete.num_tiles,
                         payload_bytes=message.complete.payload_bytes,
                     )
+                    if message.complete.HasField("sparse"):
+                        self.sparse = sparse_report_from_pb(message.complete.sparse)
                     self._requests.close()
                     self._see_off(call)
                     return True

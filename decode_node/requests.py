@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from colm.clock import Clock, Deadline
 from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, InvalidRequest
 from colm.events import Event, Finished, Queued, Reserved, Timings, Token, Usage, WaitsFor
+from colm.request import AttentionMode
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 from decode_node.decode_loop import DecodeLoop
@@ -40,6 +41,8 @@ class DecodeJob:
     deadline: Deadline | None
     only_if_room: bool = False
     """Refuse the job, rather than let it wait, unless its pages are free now."""
+    attention: AttentionMode = "dense"
+    """How the prefill attends."""
 
 
 class Stage(Enum):
@@ -170,7 +173,13 @@ class RequestOwner:
         prefill_token_ids = job.token_ids[:-1]
         if len(prefill_token_ids):
             request.stage = Stage.PREFILLING
-            order = KvOrder(request_id=job.request_id, token_ids=prefill_token_ids, pages=pages, table_M=table_M)
+            order = KvOrder(
+                request_id=job.request_id,
+                token_ids=prefill_token_ids,
+                pages=pages,
+                table_M=table_M,
+                attention=job.attention,
+            )
             await self._fetcher.fetch(order, request.account, emit)
         request.stage = Stage.DECODING
         await self._decode(request, pages, table_M, emit)
@@ -232,5 +241,6 @@ class RequestOwner:
                     decode_s=last_token_s - first_token_s,
                 ),
                 text=answer.tail,
+                sparse=account.sparse,
             )
         )

@@ -10,7 +10,7 @@ from colm.errors import InvalidRequest
 from colm.events import Event
 from colm.leases import LeaseTable
 from colm.model.config import ChainConfig
-from colm.wire.messages import decode_response, sampling_from_pb
+from colm.wire.messages import attention_from_pb, decode_response, sampling_from_pb
 from colm.wire.prompt_stream import read_open, read_token_ids
 from colm.wire.status import answering
 from colm.wire.v1 import decode_service_pb2 as pb
@@ -56,6 +56,7 @@ class DecodeService(DecodeServiceServicer):
                 sampling=sampling_from_pb(opened.sampling),
                 deadline=None if remaining_s is None else Deadline.after(self._clock, remaining_s),
                 only_if_room=opened.only_if_room,
+                attention=attention_from_pb(opened.attention),
             )
 
             async def emit(event: Event) -> None:

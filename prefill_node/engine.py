@@ -1,17 +1,18 @@
 """Chain 1 over a prompt, layer by layer, tile by tile.
 
-Shapes: N prompt tokens, T tokens of a tile, D chain-1 model features, H chain-1 query heads, K kv heads, G query heads
-per kv head, E head dim.
+Shapes: N prompt tokens, T tokens of a tile, S keys up to its end, D chain-1 model features, H chain-1 query heads, K kv
+heads, E head dim, X rows anywhere.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from colm_kernels.native import CancelFlag
 from colm_kernels.prefill_attention import Backend, prefill_attention
-from colm_kernels.rotary import write_kv
+from colm_kernels.rotary import rotate_
+from colm_kernels.sparse_prefill_attention import sparse_prefill_attention
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,9 +20,13 @@ from colm.checkpoint import WeightSource, assign, prefill_tensor_names
 from colm.errors import InvalidRequest
 from colm.kv import KvFormat, KvTile, require_shared_kv
 from colm.model import ChainTransformer
-from colm.model.block import Rows
+from colm.model.block import ChainBlock, Rows
 from colm.model.rope import Rope
 from colm.placement import CPU
+from prefill_node.sparse.plan import LayerPlan
+from prefill_node.sparse.policy import ROW_BLOCK
+from prefill_node.sparse.prompt_plans import PromptPlans
+from prefill_node.tile_cache import TileCache
 
 
 class PrefillEngine:
@@ -58,15 +63,26 @@ class PrefillEngine:
         self._rope = Rope(source.config, device)
 
     @torch.inference_mode()
-    def run(self, token_ids: NDArray[np.int64], *, cancelled: CancelFlag | None = None) -> Iterator[KvTile]:
+    def run(
+        self,
+        token_ids: NDArray[np.int64],
+        *,
+        sparse: PromptPlans | None = None,
+        cancelled: CancelFlag | None = None,
+    ) -> Iterator[KvTile]:
         """Compute the keys and values of every token.
 
         Tiles come layer by layer, in token order. A tile's tensors are views that the next layer overwrites: use
-        or copy them before asking for the next tile. Dropping the iterator stops the work.
+        or copy them before asking for the next tile. A sparse layer is planned when all its keys and values are there;
+        its attention then follows tile by tile, and each step of it brings a tile without tokens, which says only that
+        there is more to do. Dropping the iterator stops the work.
 
         Args:
             token_ids: the prompt.
-            cancelled: looked at inside attention and between a tile's operations; once it is set, no tile follows.
+            sparse: plans the prompt's attention, layer by layer; tiles are then whole row blocks. None attends to
+                everything.
+            cancelled: looked at inside attention and plans, and between a tile's operations; once it is set, no tile
+                follows.
 
         Raises:
             InvalidRequest: no tokens, more than the model's context, or an id outside the vocabulary.
@@ -80,25 +96,53 @@ class PrefillEngine:
         shape = (kv_format.num_kv_heads, num_tokens, kv_format.head_dim)
         k_KNE = torch.empty(shape, dtype=kv_format.dtype, device=device)
         v_KNE = torch.empty_like(k_KNE)
+        step = self.tile_tokens if sparse is None else max(1, self.tile_tokens // ROW_BLOCK) * ROW_BLOCK
+        tiles = [(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step)]
+        dense = partial(self._dense, cancelled=cancelled)
         for index, layer in enumerate(self._model.blocks):
+            # The last layer's output would only feed the head, which is the decode node's work.
             is_last = index == kv_format.num_layers - 1
-            for start in range(0, num_tokens, self.tile_tokens):
-                stop = min(start + self.tile_tokens, num_tokens)
-                cache = _TileCache(k_KNE, v_KNE, start, stop, self._attention_backend, cancelled)
-                # Made anew for each tile and layer: kept for a million tokens, the tables would be as large as a
-                # layer's keys, and they are a small part of the work.
-                positions_T = torch.arange(start, stop, device=device)
-                rows = Rows((stop - start,), *self._rope.tables(positions_T))
-                x_TD = hidden_ND[start:stop]
+            is_planned = not is_last and sparse is not None and sparse.covers(index, num_tokens)
+            for start, stop in tiles:
+                rows, x_TD = self._rows(start, stop), hidden_ND[start:stop]
+                cache = TileCache(k_KNE, v_KNE, start, stop, dense)
                 normed_TD = layer.attention_norm(x_TD, 1)
                 layer.write_keys_values(normed_TD, rows, cache)
                 # Before attention: the wire has them while the tile's larger half is still computed.
                 yield KvTile(index, start, k_KNE[:, start:stop], v_KNE[:, start:stop])
                 cancelled.raise_if_set()
-                # The last layer's output would only feed the head, which is the decode node's work.
-                if not is_last:
+                if not (is_last or is_planned):
                     x_TD += layer.attend(x_TD, normed_TD, rows, cache)
                     cancelled.raise_if_set()
+            if sparse is not None and is_planned:
+                queries_of = partial(self._queries, layer, hidden_ND)
+                plan = sparse.plan(index, queries_of, k_KNE, cancelled=cancelled)
+                attention = dense if plan is None else partial(_sparse, plan=plan, cancelled=cancelled)
+                for start, stop in tiles:
+                    # Others may have the engine between two tiles of a layer, as they have between dense ones.
+                    yield KvTile(index + 1, 0, k_KNE[:, :0], v_KNE[:, :0])
+                    cancelled.raise_if_set()
+                    cache, x_TD = TileCache(k_KNE, v_KNE, start, stop, attention), hidden_ND[start:stop]
+                    # Computed twice: kept for all tiles, these rows would be as large as the hidden states.
+                    x_TD += layer.attend(x_TD, layer.attention_norm(x_TD, 1), self._rows(start, stop), cache)
+                    cancelled.raise_if_set()
+
+    def _rows(self, start: int, stop: int) -> Rows:
+        # Made anew for each tile and layer: kept for a million tokens, the tables would be as large as a layer's keys,
+        # and they are a small part of the work.
+        return Rows((stop - start,), *self._rope.tables(torch.arange(start, stop, device=self._device)))
+
+    def _queries(self, layer: ChainBlock, hidden_ND: Tensor, position_X: Tensor) -> Tensor:
+        """q_XHE of any positions, rotated."""
+        position_X = position_X.to(self._device)
+        normed_XD = layer.attention_norm(hidden_ND[position_X], 1)
+        q_XHE = layer.attention.queries(normed_XD, (len(position_X),))
+        return rotate_(q_XHE, *self._rope.tables(position_X))
+
+    def _dense(self, q_THE: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, cancelled: CancelFlag) -> Tensor:
+        out_THE, _ = prefill_attention(q_THE, k_KSE, v_KSE, backend=self._attention_backend, cancelled=cancelled)
+        cancelled.raise_if_set()
+        return out_THE
 
     def check(self, token_ids: NDArray[np.int64]) -> None:
         """Refuse a prompt that this model cannot read."""
@@ -108,25 +152,8 @@ class PrefillEngine:
             raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {self.config.vocab_size}")
 
 
-@dataclass(frozen=True, slots=True)
-class _TileCache:
-    """One layer's keys and values, of which a tile writes its own and reads all up to its end."""
-
-    k_KNE: Tensor
-    v_KNE: Tensor
-    start: int
-    stop: int
-    backend: Backend
-    cancelled: CancelFlag
-
-    def write(self, k_TKE: Tensor, v_TKE: Tensor, rows: Rows) -> None:
-        k_KTE, v_KTE = self.k_KNE[:, self.start : self.stop], self.v_KNE[:, self.start : self.stop]
-        write_kv(k_TKE, v_TKE, rows.cos_RE, rows.sin_RE, k_KTE.transpose(0, 1), v_KTE.transpose(0, 1))
-
-    def attend(self, q_TKGE: Tensor) -> Tensor:
-        k_KSE, v_KSE = self.k_KNE[:, : self.stop], self.v_KNE[:, : self.stop]
-        out_THE, _ = prefill_attention(
-            q_TKGE.flatten(1, 2), k_KSE, v_KSE, backend=self.backend, cancelled=self.cancelled
-        )
-        self.cancelled.raise_if_set()
-        return out_THE.view_as(q_TKGE)
+def _sparse(q_THE: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, plan: LayerPlan, cancelled: CancelFlag) -> Tensor:
+    index = plan.index(k_KSE.shape[1] - len(q_THE), q_THE)
+    out_THE, _ = sparse_prefill_attention(q_THE, k_KSE, v_KSE, index, cancelled=cancelled)
+    cancelled.raise_if_set()
+    return out_THE

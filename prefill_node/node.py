@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 from colm_kernels.prefill_attention import Backend, check_backend
@@ -19,6 +20,9 @@ from colm.wire.security import Security
 from prefill_node.engine import PrefillEngine
 from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.service import PrefillService
+from prefill_node.sparse.patterns import PatternFile
+from prefill_node.sparse.planner import SparsePlanner
+from prefill_node.sparse.policy import SparsePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,10 @@ class PrefillOptions:
     """Tokens computed and sent at a time."""
     attention_backend: Backend = "auto"
     """What attends to the prompt so far, on CUDA."""
+    sparse: SparsePolicy = field(default_factory=SparsePolicy)
+    """What sparse attention may leave out, for requests that ask for it."""
+    sparse_patterns: str | None = None
+    """File of each head's pattern, instead of the policy's budget."""
     max_queued: int = defaults.MAX_QUEUED
     """Streams that may wait; the next is refused."""
     max_started: int = defaults.MAX_STARTED
@@ -68,11 +76,11 @@ class PrefillNode:
 
         Raises:
             CheckpointError: the checkpoint cannot be served.
-            ConfigError: the device or the attention backend is not there.
+            ConfigError: the device or the attention backend is not there, or the file of patterns cannot be used.
             OSError: the port is taken, or the host is not this machine's.
         """
         options = self._options
-        engine, self.fingerprint = await asyncio.to_thread(_load, options)
+        engine, planner, self.fingerprint = await asyncio.to_thread(_load, options)
         self._loop = PrefillLoop(
             engine,
             MonotonicClock(),
@@ -80,7 +88,9 @@ class PrefillNode:
             max_started=options.max_started,
             lease_s=options.job_lease_s,
         )
-        self.service = PrefillService(engine, self._loop, fingerprint=self.fingerprint, leases=self._leases)
+        self.service = PrefillService(
+            engine, self._loop, fingerprint=self.fingerprint, planner=planner, leases=self._leases
+        )
         self.service.add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()
@@ -103,7 +113,7 @@ class PrefillNode:
         await self._server.wait_for_termination()
 
 
-def _load(options: PrefillOptions) -> tuple[PrefillEngine, str]:
+def _load(options: PrefillOptions) -> tuple[PrefillEngine, SparsePlanner, str]:
     placement = options.placement
     placement.take()
     checkpoint = Checkpoint.open(options.model_path)
@@ -119,4 +129,6 @@ def _load(options: PrefillOptions) -> tuple[PrefillEngine, str]:
         device=placement.device,
         attention_backend=options.attention_backend,
     )
-    return engine, fingerprint(checkpoint, kv_format)
+    path, config = options.sparse_patterns, checkpoint.config
+    patterns = None if path is None else PatternFile.read(Path(path), config)
+    return engine, SparsePlanner(config, options.sparse, patterns), fingerprint(checkpoint, kv_format)

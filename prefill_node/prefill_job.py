@@ -15,10 +15,12 @@ from colm_kernels.native import CancelFlag
 from numpy.typing import NDArray
 
 from colm.errors import InvalidRequest, TransferSuperseded
+from colm.events import SparseReport
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KV_START, KvPosition
 from colm.wire.tile_codec import WINDOW_BYTES
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
+from prefill_node.sparse.prompt_plans import PromptPlans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +32,8 @@ class PrefillOrder:
     token_ids: NDArray[np.int64]
     resume_from: KvPosition = KV_START
     """The first thing that the stream has to bring."""
+    sparse: PromptPlans | None = None
+    """Plans the prompt's attention; None for dense. A job keeps those of the order that it began with."""
 
 
 class PrefillJob:
@@ -45,6 +49,7 @@ class PrefillJob:
     def __init__(self, order: PrefillOrder, *, place: int, kv_format: KvFormat, on_change: Callable[[], None]) -> None:
         self.transfer_id = order.transfer_id
         self.token_ids = order.token_ids
+        self.sparse = order.sparse
         self.place = place
         self.epoch = -1
         """Of the stream that came last."""
@@ -75,6 +80,11 @@ class PrefillJob:
     def is_over(self) -> bool:
         """Every tile has been stored by the reader."""
         return self.acknowledged == self.end
+
+    @property
+    def sparse_report(self) -> SparseReport | None:
+        """What became of sparse attention; None with dense attention, and where nothing had to be computed."""
+        return self.sparse.report() if self.sparse is not None and self.is_started else None
 
     @property
     def has_reader(self) -> bool:
@@ -114,7 +124,9 @@ class PrefillJob:
 
     def can_resume(self, order: PrefillOrder) -> bool:
         """Whether what is held, and what is still to come, is all that the order asks for."""
-        return self.acknowledged <= order.resume_from and np.array_equal(self.token_ids, order.token_ids)
+        # Dense and sparse tiles do not fit together above layer 0.
+        is_same = (self.sparse is None) == (order.sparse is None) and np.array_equal(self.token_ids, order.token_ids)
+        return is_same and self.acknowledged <= order.resume_from
 
     def attach(self, order: PrefillOrder) -> "JobStream":
         """Let a stream read from the order's position on; an older one ends.

@@ -19,6 +19,7 @@ from prefill_node.encoded_tile import EncodedTile, TileEncoder
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import job_in_the_way, next_job
 from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder
+from prefill_node.sparse.prompt_plans import PromptPlans
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ class PrefillLoop:
         if job is None:
             return
         if not job.is_started:
-            job.start(_begin(self._engine, job.token_ids, job.cancelled))
+            job.start(_begin(self._engine, job.token_ids, job.sparse, job.cancelled))
             for other in self._waiting():
                 if other.stream is not None:
                     other.stream.news.set()
@@ -187,9 +188,11 @@ class PrefillLoop:
         self._timer = self._events.call_later(min(ends_s) - now_s, self.look_again) if ends_s else None
 
 
-def _begin(engine: PrefillEngine, token_ids: NDArray[np.int64], cancelled: CancelFlag) -> Iterator[KvTile]:
+def _begin(
+    engine: PrefillEngine, token_ids: NDArray[np.int64], sparse: PromptPlans | None, cancelled: CancelFlag
+) -> Iterator[KvTile]:
     """The engine's run, called by whoever asks for its first tile: the engine's thread."""
-    yield from engine.run(token_ids, cancelled=cancelled)
+    yield from engine.run(token_ids, sparse=sparse, cancelled=cancelled)
 
 
 def _step(

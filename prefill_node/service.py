@@ -14,7 +14,7 @@ from colm.errors import FingerprintMismatch, InvalidRequest
 from colm.events import Queued, WaitsFor
 from colm.kv_position import KvPosition
 from colm.leases import LeaseTable
-from colm.wire.messages import queued_to_pb
+from colm.wire.messages import attention_from_pb, queued_to_pb, sparse_report_to_pb
 from colm.wire.prompt_stream import read_open, read_token_ids
 from colm.wire.status import answering
 from colm.wire.tile_codec import pull_kv_handlers
@@ -22,6 +22,8 @@ from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from prefill_node.engine import PrefillEngine
 from prefill_node.prefill_job import JobStream, PrefillOrder
 from prefill_node.prefill_loop import PrefillLoad, PrefillLoop
+from prefill_node.sparse.planner import SparsePlanner
+from prefill_node.sparse.prompt_plans import PromptPlans
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +39,23 @@ class PrefillService:
         engine: says which prompts it can read.
         loop: runs the engine.
         fingerprint: `colm.kv.fingerprint` of what the engine serves.
+        planner: of sparse attention, for those who ask for it.
         leases: where a stream must hold a lease, the table of them; None serves any caller.
     """
 
     def __init__(
-        self, engine: PrefillEngine, loop: PrefillLoop, *, fingerprint: str, leases: LeaseTable | None = None
+        self,
+        engine: PrefillEngine,
+        loop: PrefillLoop,
+        *,
+        fingerprint: str,
+        planner: SparsePlanner,
+        leases: LeaseTable | None = None,
     ) -> None:
         self._engine = engine
         self._loop = loop
         self._fingerprint = fingerprint
+        self._planner = planner
         self._leases = leases
 
     @property
@@ -87,7 +97,11 @@ class PrefillService:
         if position.token >= opened.num_tokens or position > end:
             raise InvalidRequest("resume_from", position, f"must lie within {opened.num_tokens} tokens before {end}")
         return PrefillOrder(
-            transfer_id=opened.transfer_id, epoch=opened.epoch, token_ids=token_ids, resume_from=position
+            transfer_id=opened.transfer_id,
+            epoch=opened.epoch,
+            token_ids=token_ids,
+            resume_from=position,
+            sparse=PromptPlans(self._planner) if attention_from_pb(opened.attention) == "sparse" else None,
         )
 
     async def _listen(self, requests: AsyncIterator[pb.PullKvRequest], stream: JobStream) -> None:
@@ -117,6 +131,8 @@ class PrefillService:
                 await context.write(tile.message)
                 complete.num_tiles += 1
                 complete.payload_bytes += tile.payload_bytes
+            if (report := stream.job.sparse_report) is not None:
+                complete.sparse.CopyFrom(sparse_report_to_pb(report))
             await context.write(pb.PullKvResponse(complete=complete).SerializeToString())
             await stream.until_stored()
             ended = "complete"

@@ -148,6 +148,7 @@ def decode_requests(
     sampling: SamplingParams | None = None,
     only_if_room: bool = False,
     lease_id: str = "",
+    attention: common_pb2.AttentionMode = common_pb2.ATTENTION_MODE_UNSPECIFIED,
 ) -> list[decode_service_pb2.DecodeRequest]:
     opened = decode_service_pb2.OpenDecode(
         request_id=request_id,
@@ -157,6 +158,7 @@ def decode_requests(
         num_prompt_tokens=len(token_ids),
         only_if_room=only_if_room,
         lease_id=lease_id,
+        attention=attention,
     )
     pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(np.array(token_ids))]
     end = decode_service_pb2.DecodeRequest(end_of_prompt=common_pb2.EndOfPrompt())

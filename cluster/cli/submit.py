@@ -12,6 +12,7 @@ from cluster.cli.output import DEFAULT_STATE_DIR, INTERRUPTED, JsonFlag, StateDi
 from cluster.state import ClusterState
 from colm.client import Client, Document
 from colm.errors import ClusterError
+from colm.request import AttentionMode
 from colm.sampling import SamplingParams
 from colm.wire.security import Security, Tls
 
@@ -33,6 +34,9 @@ def submit(
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Plain completion, without the chat template.")] = False,
     timeout_s: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
+    attention: Annotated[
+        AttentionMode, typer.Option(help="sparse skips what each layer's plan finds light; for long documents.")
+    ] = "dense",
     model: Annotated[str, typer.Option(help="Model name; the cluster's only one by default.")] = "",
     address: Annotated[str | None, typer.Option(help="Gateway host:port; this machine's cluster by default.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="With --address: file with the client token.")] = None,
@@ -54,6 +58,7 @@ def submit(
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
                 timeout_s=timeout_s,
+                attention=attention,
             )
             with closing(answer) as events:  # leaving early cancels the request on every node
                 for event in events:

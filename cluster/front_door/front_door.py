@@ -124,6 +124,7 @@ class FrontDoor:
             num_chains=plan.num_chains,
             max_new_tokens=plan.max_new_tokens,
             sampling=plan.sampling,
+            attention=plan.attention,
         )
 
     def _accepted(self, job: DecodeJob, timeout_s: float) -> Accepted:

@@ -14,6 +14,7 @@ from colm.errors import CapacityExceeded, PeerUnavailable
 from colm.events import Event, Finished, Queued, Reserved, WaitsFor
 from colm.line import Beat
 from colm.nodes import Role
+from colm.request import AttentionMode
 from colm.sampling import SamplingParams
 
 _MAX_LOST_CALLS = 3
@@ -50,6 +51,7 @@ class DecodeJob:
     num_chains: int
     max_new_tokens: int
     sampling: SamplingParams
+    attention: AttentionMode
 
 
 class DecodeNodeCalls(Protocol):

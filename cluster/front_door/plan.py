@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from colm.errors import DeadlineExceeded, InvalidRequest, UnknownModel
 from colm.model.config import ChainConfig
-from colm.request import GenerateRequest
+from colm.request import AttentionMode, GenerateRequest
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 
@@ -49,6 +49,7 @@ class Plan:
     sampling: SamplingParams
     timeout_s: float | None
     """The client's deadline; None lets the gateway choose one, once it knows the prompt's length."""
+    attention: AttentionMode
 
     @classmethod
     def of(
@@ -93,4 +94,5 @@ class Plan:
             max_new_tokens=max_new_tokens,
             sampling=request.sampling,
             timeout_s=min((s for s in (timeout_s, caller_waits_s) if s is not None), default=None),
+            attention=request.attention,
         )

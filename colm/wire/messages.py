@@ -8,21 +8,24 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
+from colm.errors import InvalidRequest
 from colm.events import (
     Accepted,
     Event,
     Finished,
     FinishReason,
+    LayerRecall,
     PrefillProgress,
     Queued,
     Reserved,
+    SparseReport,
     Timings,
     Token,
     Usage,
     WaitsFor,
 )
 from colm.nodes import ClusterStatus, ModelStatus, NodeReport, NodeStatus, ProcessFacts, Role
-from colm.request import GenerateRequest
+from colm.request import ATTENTION_MODES, AttentionMode, GenerateRequest
 from colm.sampling import SamplingParams
 from colm.wire.v1 import common_pb2 as pb
 from colm.wire.v1 import decode_service_pb2 as decode_pb
@@ -40,6 +43,10 @@ _ROLES = {Role.PREFILL: generation_pb.ROLE_PREFILL, Role.DECODE: generation_pb.R
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+_ATTENTION_MODES: dict[AttentionMode, pb.AttentionMode] = {
+    "dense": pb.ATTENTION_MODE_DENSE,
+    "sparse": pb.ATTENTION_MODE_SPARSE,
 }
 _WAITS_FOR = {
     WaitsFor.DECODE_NODE: pb.WAITS_FOR_DECODE_NODE,
@@ -94,6 +101,35 @@ def sampling_from_pb(message: pb.Sampling) -> SamplingParams:
     )
 
 
+def attention_to_pb(mode: AttentionMode) -> pb.AttentionMode:
+    """Domain to wire."""
+    return _ATTENTION_MODES[mode]
+
+
+def attention_from_pb(value: pb.AttentionMode) -> AttentionMode:
+    """Wire to domain.
+
+    Raises:
+        InvalidRequest: a mode of a newer client.
+    """
+    if value == pb.ATTENTION_MODE_UNSPECIFIED:
+        return "dense"
+    for mode, known in _ATTENTION_MODES.items():
+        if value == known:
+            return mode
+    raise InvalidRequest("attention", value, f"must be {' or '.join(ATTENTION_MODES)}")
+
+
+def sparse_report_to_pb(report: SparseReport) -> pb.SparseReport:
+    """Domain to wire."""
+    return pb.SparseReport(layers=[_to_pb(pb.LayerRecall, layer) for layer in report.layers])
+
+
+def sparse_report_from_pb(message: pb.SparseReport) -> SparseReport:
+    """Wire to domain."""
+    return SparseReport(layers=tuple(_from_pb(LayerRecall, layer) for layer in message.layers))
+
+
 def _to_pb(message_type: type[_Message], record: "DataclassInstance") -> _Message:
     """A message from a flat record, whose fields have the same names on both sides."""
     return message_type(**asdict(record))
@@ -126,13 +162,17 @@ def finished_to_pb(event: Finished) -> pb.Finished:
         usage=_to_pb(pb.Usage, event.usage),
         timings=_to_pb(pb.Timings, event.timings),
         text=event.text,
+        sparse=None if event.sparse is None else sparse_report_to_pb(event.sparse),
     )
 
 
 def generate_request_to_pb(request: GenerateRequest) -> generation_pb.OpenGenerate:
     """Domain to wire."""
     message = generation_pb.OpenGenerate(
-        model=request.model, prompt=request.prompt, sampling=sampling_to_pb(request.sampling)
+        model=request.model,
+        prompt=request.prompt,
+        sampling=sampling_to_pb(request.sampling),
+        attention=attention_to_pb(request.attention),
     )
     if request.chat is not None:
         message.chat = request.chat
@@ -157,7 +197,11 @@ def generate_request_from_pb(message: generation_pb.OpenGenerate) -> GenerateReq
         if message.HasField(name)
     }
     return GenerateRequest(
-        model=message.model, prompt=message.prompt, sampling=sampling_from_pb(message.sampling), **chosen
+        model=message.model,
+        prompt=message.prompt,
+        sampling=sampling_from_pb(message.sampling),
+        attention=attention_from_pb(message.attention),
+        **chosen,
     )
 
 
@@ -275,4 +319,5 @@ def _finished(finished: pb.Finished) -> Finished:
         usage=_from_pb(Usage, finished.usage),
         timings=_from_pb(Timings, finished.timings),
         text=finished.text,
+        sparse=sparse_report_from_pb(finished.sparse) if finished.HasField("sparse") else None,
     )

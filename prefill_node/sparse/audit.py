@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from colm_kernels.native import CancelFlag
 from colm_kernels.sparse_estimate import SCORES_AT_ONCE
 from torch import Tensor
 
@@ -69,6 +70,7 @@ def audit(
     dim: int,
     policy: AuditPolicy,
     generator: torch.Generator,
+    cancelled: CancelFlag | None = None,
 ) -> Audit | None:
     """Look at rows drawn with replacement, each as likely as any other.
 
@@ -82,9 +84,13 @@ def audit(
         dim: width that queries are projected from; a projected query costs as much as so many keys.
         policy: the promise and its price.
         generator: on the CPU, draws the rows.
+        cancelled: looked at between some keys and the next.
 
     Returns:
         What the rows say; None where not even two may be looked at for the price, and the layer had better be dense.
+
+    Raises:
+        Cancelled: `cancelled` was set before the end.
     """
     num_tokens = plan.num_tokens
     # In products of one query with one key, for every head; attention makes two, with the key and with its value.
@@ -94,7 +100,7 @@ def audit(
     if num_rows < 2:
         return None
     position_R = torch.randint(num_tokens, (num_rows,), generator=generator)
-    recall_RH = recall_of_rows(plan, position_R, queries_of, k_KNE)
+    recall_RH = recall_of_rows(plan, position_R, queries_of, k_KNE, cancelled=cancelled)
     bound_H = lower_bound(recall_RH, policy.confidence)
     mean_R1 = recall_RH.mean(dim=1, keepdim=True)
     is_below_L = (bound_H < policy.floor).view(len(plan.lists), -1).any(dim=1).tolist()
@@ -128,7 +134,12 @@ def lower_bound(values_RX: Tensor, confidence: float) -> Tensor:
 
 
 def recall_of_rows(
-    plan: LayerPlan, position_R: Tensor, queries_of: Callable[[Tensor], Tensor], k_KNE: Tensor
+    plan: LayerPlan,
+    position_R: Tensor,
+    queries_of: Callable[[Tensor], Tensor],
+    k_KNE: Tensor,
+    *,
+    cancelled: CancelFlag | None = None,
 ) -> Tensor:
     """Share of each row's attention that a plan recalls: exp(lse over what is listed - lse over all).
 
@@ -140,17 +151,22 @@ def recall_of_rows(
         position_R: int64, the rows.
         queries_of: as of `audit`.
         k_KNE: rotated keys of the whole prompt.
+        cancelled: as of `audit`.
 
     Returns:
         recall_RH, float64, from 0 to 1.
     """
+    cancelled = cancelled or CancelFlag()
     device = k_KNE.device
     first_R = position_R // ROW_BLOCK * ROW_BLOCK
     last_R = (first_R + ROW_BLOCK - 1).clamp_max(plan.num_tokens - 1)
     means_RHE = None
     if plan.chooses_by_queries:
         pairs = zip(first_R.tolist(), last_R.tolist(), strict=True)
-        means = [queries_of(torch.arange(first, last + 1)).float().mean(dim=0) for first, last in pairs]
+        means = []
+        for first, last in pairs:
+            cancelled.raise_if_set()
+            means.append(queries_of(torch.arange(first, last + 1)).float().mean(dim=0))
         means_RHE = torch.stack(means)
     q_RHE = queries_of(position_R).float() * k_KNE.shape[2] ** -0.5
     group = q_RHE.shape[1] // len(plan.lists)
@@ -162,17 +178,25 @@ def recall_of_rows(
         is_column_N[of_list.verticals()] = True
         k_NE = k_KNE[number * len(k_KNE) // len(plan.lists)]
         q_GRE = q_RHE[:, number * group : (number + 1) * group].transpose(0, 1)
-        recalls.append(_recall(q_GRE, k_NE, position_R1, listed_RB, is_column_N))
+        recalls.append(_recall(q_GRE, k_NE, position_R1, listed_RB, is_column_N, cancelled))
     return torch.cat(recalls, dim=1)
 
 
-def _recall(q_GRE: Tensor, k_NE: Tensor, position_R1: Tensor, listed_RB: Tensor, is_column_N: Tensor) -> Tensor:
+def _recall(
+    q_GRE: Tensor,
+    k_NE: Tensor,
+    position_R1: Tensor,
+    listed_RB: Tensor,
+    is_column_N: Tensor,
+    cancelled: CancelFlag,
+) -> Tensor:
     """recall_RG of one list, some keys after the others."""
     group, num_rows, _ = q_GRE.shape
     all_GR = torch.full((group, num_rows), float("-inf"), dtype=torch.float64, device=k_NE.device)
     listed_GR = all_GR.clone()
     step = max(1, SCORES_AT_ONCE // (group * num_rows * KEY_BLOCK)) * KEY_BLOCK
     for start in range(0, int(position_R1.max()) + 1, step):
+        cancelled.raise_if_set()
         k_CE = k_NE[start : start + step].float()
         key_C = torch.arange(start, start + len(k_CE), device=k_NE.device)
         is_listed_RC = listed_RB[:, key_C // KEY_BLOCK] | is_column_N[key_C]

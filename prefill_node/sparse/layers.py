@@ -1,15 +1,16 @@
 """Queries, keys and values of chain 1's layers, for what looks at attention itself.
 
-Shapes: N tokens, T tokens of a tile, D model features of chain 1, H query heads of chain 1, K kv heads, E head dim.
+Shapes: N tokens, T tokens of a tile, S keys up to its end, D model features of chain 1, H query heads of chain 1, K kv
+heads, E head dim.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from colm_kernels.prefill_attention import prefill_attention
-from colm_kernels.rotary import write_kv
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from colm.defaults import TILE_TOKENS
 from colm.model import ChainTransformer
 from colm.model.block import Rows
 from colm.model.rope import Rope
+from prefill_node.tile_cache import TileCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +53,16 @@ def layer_attentions(model: ChainTransformer, token_ids: NDArray[np.int64]) -> I
     for layer in model.blocks:
         for tile in tiles:
             rows = Rows((tile.stop - tile.start,), *rope.tables(torch.arange(tile.start, tile.stop)))
-            cache, x_TD = _Recorder(attention, tile), hidden_ND[tile]
+            cache = TileCache(k_KNE, attention.v_KNE, tile.start, tile.stop, partial(_record, attention, tile))
+            x_TD = hidden_ND[tile]
             normed_TD = layer.attention_norm(x_TD, 1)
             layer.write_keys_values(normed_TD, rows, cache)
             x_TD += layer.attend(x_TD, normed_TD, rows, cache)
         yield attention
 
 
-@dataclass(frozen=True, slots=True)
-class _Recorder:
-    """A layer's cache that keeps what its attention reads and makes."""
-
-    attention: LayerAttention
-    tile: slice
-
-    def write(self, k_TKE: Tensor, v_TKE: Tensor, rows: Rows) -> None:
-        k_KTE, v_KTE = (x_KNE[:, self.tile] for x_KNE in (self.attention.k_KNE, self.attention.v_KNE))
-        write_kv(k_TKE, v_TKE, rows.cos_RE, rows.sin_RE, k_KTE.transpose(0, 1), v_KTE.transpose(0, 1))
-
-    def attend(self, q_TKGE: Tensor) -> Tensor:
-        attention, tile = self.attention, self.tile
-        attention.q_NHE[tile] = q_TKGE.flatten(1, 2)
-        k_KSE, v_KSE = attention.k_KNE[:, : tile.stop], attention.v_KNE[:, : tile.stop]
-        out_THE, attention.lse_NH[tile] = prefill_attention(attention.q_NHE[tile], k_KSE, v_KSE)
-        attention.out_NHE[tile] = out_THE
-        return out_THE.view_as(q_TKGE)
+def _record(attention: LayerAttention, tile: slice, q_THE: Tensor, k_KSE: Tensor, v_KSE: Tensor) -> Tensor:
+    """Dense attention of a tile, kept."""
+    attention.q_NHE[tile] = q_THE
+    attention.out_NHE[tile], attention.lse_NH[tile] = prefill_attention(q_THE, k_KSE, v_KSE)
+    return attention.out_NHE[tile]

@@ -6,6 +6,7 @@ Shapes: R rows, S keys, H query heads, K kv heads, G = H / K, E head dim.
 from collections.abc import Sequence
 
 import torch
+from colm_kernels.native import CancelFlag
 from colm_kernels.sparse_estimate import block_means, vertical_slash_mass
 from torch import Tensor
 
@@ -34,10 +35,13 @@ class SparsePlanner:
     def __init__(self, config: ChainConfig, policy: SparsePolicy, patterns: PatternFile | None = None) -> None:
         if max(policy.dense_layers, default=0) >= config.num_layers:
             raise ValueError(f"dense_layers={policy.dense_layers} names a layer past the model's {config.num_layers}")
+        self.config = config
         self.policy = policy
         self._patterns = patterns
 
-    def plan(self, layer: int, q_RHE: Tensor, k_KSE: Tensor) -> LayerPlan | None:
+    def plan(
+        self, layer: int, q_RHE: Tensor, k_KSE: Tensor, *, cancelled: CancelFlag | None = None
+    ) -> LayerPlan | None:
         """What a layer attends to.
 
         Holds the attention of a few rows of one head at a time, and no more than numbers by key beside it.
@@ -46,9 +50,13 @@ class SparsePlanner:
             layer: its number.
             q_RHE: rotated queries of the prompt's last tokens, `ESTIMATION_ROWS` or all.
             k_KSE: rotated keys of the whole prompt.
+            cancelled: looked at between kv heads.
 
         Returns:
             The plan, one list a kv head; None where the layer is to be dense.
+
+        Raises:
+            Cancelled: `cancelled` was set before the end.
         """
         num_kv_heads, num_tokens, _ = k_KSE.shape
         if self.policy.is_dense(layer, num_tokens):
@@ -56,6 +64,8 @@ class SparsePlanner:
         group = q_RHE.shape[1] // num_kv_heads
         lists = []
         for kv_head in range(num_kv_heads):
+            if cancelled is not None:
+                cancelled.raise_if_set()
             heads = slice(kv_head * group, (kv_head + 1) * group)
             q_RGE, k_1SE = q_RHE[:, heads], k_KSE[kv_head : kv_head + 1]
             if self._patterns is None:

@@ -30,6 +30,9 @@ class SparsePolicy:
     """Shorter prompts are dense: there the estimates cost more than they save."""
     dense_layers: tuple[int, ...] = ()
     """Layers that attend to everything."""
+    max_density: float = 0.9
+    """Share of the causal pairs above which a layer attends to everything after all: a sparse call
+    costs up to 1.1 times its share of the dense one."""
 
     def __post_init__(self) -> None:
         for name, least in (("sink_tokens", 0), ("local_tokens", 1), ("last_rows_dense", 0), ("dense_below_tokens", 0)):
@@ -47,6 +50,8 @@ class SparsePolicy:
                 f"keys_per_row={self.keys_per_row} covers nothing beside the {self.given_keys} keys that every row is "
                 "given; raise it, or lower sink_tokens or local_tokens"
             )
+        if not 0.0 < self.max_density <= 1.0:
+            raise ValueError(f"max_density={self.max_density} must be above 0 and at most 1")
         if len(set(self.dense_layers)) < len(self.dense_layers) or min(self.dense_layers, default=0) < 0:
             raise ValueError(f"dense_layers={self.dense_layers} must be layers from 0 on, each once")
 

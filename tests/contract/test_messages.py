@@ -34,15 +34,17 @@ from colm.events import (
     Event,
     Finished,
     FinishReason,
+    LayerRecall,
     PrefillProgress,
     Queued,
     Reserved,
+    SparseReport,
     Timings,
     Token,
     Usage,
     WaitsFor,
 )
-from colm.request import GenerateRequest
+from colm.request import ATTENTION_MODES, GenerateRequest
 from colm.sampling import (
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
@@ -105,7 +107,28 @@ TOKENS = st.builds(
     num_chains=U32,
     top_logprobs=st.lists(st.tuples(U32, NUMBERS), max_size=4).map(tuple),
 )
-FINISHED = st.builds(Finished, reason=st.sampled_from(FinishReason), usage=USAGES, timings=TIMINGS, text=TEXT)
+REPORTS = st.builds(
+    SparseReport,
+    layers=st.lists(
+        st.builds(
+            LayerRecall,
+            layer=U32,
+            num_rows=U32,
+            recall=st.floats(0, 1),
+            recall_bound=st.floats(0, 1),
+            num_dense_heads=U32,
+        ),
+        max_size=3,
+    ).map(tuple),
+)
+FINISHED = st.builds(
+    Finished,
+    reason=st.sampled_from(FinishReason),
+    usage=USAGES,
+    timings=TIMINGS,
+    text=TEXT,
+    sparse=st.none() | REPORTS,
+)
 SAMPLING = st.builds(
     SamplingParams,
     temperature=st.floats(0, MAX_TEMPERATURE),
@@ -129,6 +152,7 @@ REQUESTS = st.builds(
     max_new_tokens=st.none() | st.integers(-1 << 63, (1 << 63) - 1),
     sampling=SAMPLING,
     timeout_s=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    attention=st.sampled_from(ATTENTION_MODES),
 )
 
 
@@ -150,6 +174,21 @@ def test_an_event_of_a_decode_node_reaches_the_gateway(event: Event) -> None:
 @given(REQUESTS)
 def test_a_request_reaches_the_gateway(request: GenerateRequest) -> None:
     assert generate_request_from_pb(sent(generate_request_to_pb(request))) == request
+
+
+def test_a_request_without_an_attention_mode_is_dense() -> None:
+    assert generate_request_from_pb(generation_service_pb2.OpenGenerate()).attention == "dense"
+
+
+def test_an_attention_mode_that_is_not_known_is_refused_by_name() -> None:
+    message = sent(generation_service_pb2.OpenGenerate(attention=3))  # type: ignore[arg-type]  # of a newer client
+    with pytest.raises(InvalidRequest) as refusal:
+        generate_request_from_pb(message)
+    assert (refusal.value.field, refusal.value.value, refusal.value.limit) == (
+        "attention",
+        "3",
+        "must be dense or sparse",
+    )
 
 
 def test_a_client_names_an_event_that_it_does_not_know() -> None:

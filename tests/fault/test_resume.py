@@ -11,7 +11,6 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from colm_kernels.native import CancelFlag
 from numpy.typing import NDArray
 
 from colm.checkpoint import Checkpoint
@@ -51,10 +50,8 @@ def counted_tiles(gate: Gate | None = None, num_before_gate: int = 0) -> Iterato
     tiles: list[KvTile] = []
     run = PrefillEngine.run
 
-    def counting(
-        engine: PrefillEngine, token_ids: NDArray[np.int64], *, cancelled: CancelFlag | None = None
-    ) -> Iterator[KvTile]:
-        for tile in run(engine, token_ids, cancelled=cancelled):
+    def counting(engine: PrefillEngine, token_ids: NDArray[np.int64], **options: Any) -> Iterator[KvTile]:
+        for tile in run(engine, token_ids, **options):
             if gate is not None and len(tiles) == num_before_gate:
                 gate.pass_through()
             tiles.append(tile)

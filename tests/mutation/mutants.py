@@ -34,6 +34,7 @@ _CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
 _END = "tests/fault/test_end_of_prompt.py::"
 _PLAN = "tests/unit/test_sparse_plan.py::"
+_SPARSE_ENGINE = "tests/numerics/test_sparse_prefill_engine.py::"
 _AUDIT = "tests/unit/test_sparse_audit.py::"
 
 MUTANTS = (
@@ -420,15 +421,15 @@ MUTANTS = (
     Mutant(
         "a cancelled engine computes its tile to the end",
         "prefill_node/engine.py",
-        "        self.cancelled.raise_if_set()\n",
-        "",
+        "        cancelled.raise_if_set()\n        return out_THE\n",
+        "        return out_THE\n",
         _PREFILL + "test_a_cancelled_engine_ends_between_two_operations_of_its_tile",
     ),
     Mutant(
         "every stream brings everything",
         "prefill_node/service.py",
-        "token_ids=token_ids, resume_from=position\n",
-        "token_ids=token_ids\n",
+        "            resume_from=position,\n",
+        "",
         "tests/fault/test_resume.py::test_the_node_that_holds_the_job_goes_on_and_computes_nothing_twice",
     ),
     Mutant(
@@ -485,9 +486,68 @@ MUTANTS = (
     Mutant(
         "a cancelled attention is finished",
         "prefill_node/engine.py",
-        "backend=self.backend, cancelled=self.cancelled\n",
-        "backend=self.backend\n",
+        "backend=self._attention_backend, cancelled=cancelled)",
+        "backend=self._attention_backend)",
         _PREFILL + "test_a_cancelled_engine_does_not_finish_the_attention_that_it_is_in",
+    ),
+    # Sparse attention in the prefill engine.
+    Mutant(
+        "a sparse tile lists the keys of the prompt's first rows",
+        "prefill_node/engine.py",
+        "plan.index(k_KSE.shape[1] - len(q_THE), q_THE)",
+        "plan.index(0, q_THE)",
+        _SPARSE_ENGINE + "test_keys_and_values_are_those_of_the_plans_masks",
+    ),
+    Mutant(
+        "sparse tiles begin inside row blocks",
+        "prefill_node/engine.py",
+        "max(1, self.tile_tokens // ROW_BLOCK) * ROW_BLOCK",
+        "self.tile_tokens",
+        _SPARSE_ENGINE + "test_tiles_are_whole_row_blocks",
+    ),
+    Mutant(
+        "lists below the floor stay sparse",
+        "prefill_node/sparse/prompt_plans.py",
+        "plan = plan.with_dense(found.below_floor)",
+        "plan = plan.with_dense(())",
+        _SPARSE_ENGINE + "test_where_nothing_is_sparse_the_bits_are_those_of_a_dense_prefill",
+    ),
+    Mutant(
+        "a plan is made of the prompt's first rows",
+        "prefill_node/sparse/prompt_plans.py",
+        "torch.arange(max(0, num_tokens - ESTIMATION_ROWS), num_tokens)",
+        "torch.arange(min(num_tokens, ESTIMATION_ROWS))",
+        "tests/unit/test_prompt_plans.py::test_a_plan_is_made_of_the_last_rows",
+    ),
+    Mutant(
+        "a sparse transfer goes on with dense tiles",
+        "prefill_node/prefill_job.py",
+        "(self.sparse is None) == (order.sparse is None) and np",
+        "np",
+        "tests/unit/test_prefill_job.py::"
+        "test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_nor_another_attention",
+    ),
+    Mutant(
+        "a decode node asks for dense attention whatever was ordered",
+        "decode_node/kv_fetch.py",
+        "                attention=order.attention,\n",
+        "",
+        _FETCH + "test_every_attempt_asks_for_the_same_attention_and_the_last_one_says_what_became_of_it",
+    ),
+    Mutant(
+        "nobody learns what the audits said",
+        "prefill_node/service.py",
+        "if (report := stream.job.sparse_report) is not None:",
+        "if (report := None) is not None:",
+        "tests/fault/test_sparse_requests.py::test_a_sparse_request_gets_sparse_tiles_and_learns_what_they_recall",
+    ),
+    Mutant(
+        "the gateway drops the client's choice of attention",
+        "cluster/decode_calls.py",
+        "            attention=attention_to_pb(job.attention),\n",
+        "",
+        "tests/fault/test_sparse_requests.py::"
+        "test_the_command_asks_for_sparse_attention_and_shows_what_the_layers_recall",
     ),
     # Waiting in line.
     Mutant(

@@ -12,6 +12,7 @@ from colm.errors import ConfigError
 from colm.model import num_parameters, parameter_shapes
 from colm.model.config import ChainConfig, RopeScaling
 from colm.model.transformer import slice_config
+from prefill_node.sparse.policy import SparsePolicy
 from tests.tiny import tiny_config
 
 BAD_SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -218,6 +219,35 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not valid TOML") as refusal:
         load_config(path, {})
     assert str(path) in str(refusal.value)
+
+
+BAD_SPARSE = {
+    "sparse_mass = 0.0": "prefill.sparse_mass=0.0 must be above 0",
+    "sparse_mass = 1.5": "prefill.sparse_mass=1.5 must be above 0, where nothing is covered, and at most 1",
+    "sparse_keys_per_row = 320": "prefill.sparse_keys_per_row=320 covers nothing beside the 320 keys",
+    "sparse_mass = 0.9\nsparse_keys_per_row = 4096": "prefill.sparse_mass=0.9 and prefill.sparse_keys_per_row",
+    "sparse_dense_below_tokens = -1": "prefill.sparse_dense_below_tokens=-1",
+}
+
+
+@pytest.mark.parametrize(("text", "fragment"), BAD_SPARSE.items(), ids=BAD_SPARSE)
+def test_a_sparse_option_out_of_range_is_refused_by_name(tmp_path: Path, text: str, fragment: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config(written(tmp_path, f"[prefill]\n{text}"), {})
+    assert fragment in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("", SparsePolicy()),
+        ("sparse_mass = 0.9", SparsePolicy(mass=0.9)),
+        ("sparse_keys_per_row = 4096", SparsePolicy(mass=None, keys_per_row=4096)),
+        ("sparse_dense_below_tokens = 0", SparsePolicy(dense_below_tokens=0)),
+    ],
+)
+def test_sparse_options_are_a_policy(tmp_path: Path, text: str, policy: SparsePolicy) -> None:
+    assert load_config(written(tmp_path, f"[prefill]\n{text}"), {}).prefill.sparse_policy == policy
 
 
 def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from colm.errors import CapacityExceeded, ColmError, FingerprintMismatch, LeaseExpired, PeerFailed, PeerUnavailable
-from colm.events import PrefillProgress, Queued, WaitsFor
+from colm.events import LayerRecall, PrefillProgress, Queued, SparseReport, WaitsFor
 from colm.kv_position import KvPosition
 from colm.line import Beat
+from colm.request import AttentionMode
 from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder, KvTransfer, RetryPolicy
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PagePool
@@ -37,6 +38,7 @@ class ScriptedReceiver:
         self.num_ahead: int | None = None
         self.started_s: float | None = None
         self.heard_s: float | None = None
+        self.sparse: SparseReport | None = None
         self.ledger: TransferLedger | None = None
         self.was_cancelled = threading.Event()
 
@@ -122,13 +124,14 @@ class Bench:
         self._next.ledger = transfer.ledger
         return self._next
 
-    async def fetch(self) -> None:
+    async def fetch(self, attention: AttentionMode = "dense") -> None:
         assert self.pages is not None
         order = KvOrder(
             request_id="r",
             token_ids=np.arange(NUM_TOKENS),
             pages=self.pages,
             table_M=np.zeros(4, dtype=np.int32),
+            attention=attention,
         )
 
         async def emit(event: PrefillProgress | Queued) -> None:
@@ -218,6 +221,20 @@ async def test_a_lease_that_cannot_be_had_is_asked_for_again_and_is_no_stream(ma
     await bench.fetch()
     assert bench.account.num_kv_streams == 1
     assert bench.epochs == [1]
+
+
+async def test_every_attempt_asks_for_the_same_attention_and_the_last_one_says_what_became_of_it(
+    make: Callable[..., Bench],
+) -> None:
+    """Dense and sparse tiles do not fit together above layer 0."""
+    report = SparseReport(layers=(LayerRecall.of_dense(0, num_heads=4),))
+    bench = make(PeerUnavailable("x"), None)
+    last = bench._script[-1]
+    assert isinstance(last, ScriptedReceiver)
+    last.sparse = report
+    await bench.fetch(attention="sparse")
+    assert [transfer.attention for transfer in bench.transfers] == ["sparse", "sparse"]
+    assert bench.account.sparse == report
 
 
 async def test_waiting_is_not_booked_as_prefill(make: Callable[..., Bench]) -> None:

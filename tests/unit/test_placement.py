@@ -120,6 +120,21 @@ def test_up_refuses_a_gpu_that_this_machine_has_not(
         bring_up(checkpoint, tmp_path, **{f"{role}__{name}": value})
 
 
+def test_up_refuses_a_file_of_patterns_of_another_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "patterns.json"
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match=r"patterns\.json is of a model of 0 layers"):
+        bring_up(checkpoint, tmp_path, prefill__sparse_patterns=path)
+
+
+async def test_a_prefill_node_refuses_a_file_of_patterns_that_it_cannot_use(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.json cannot be read"):
+        async with prefill_node(str(checkpoint.path), sparse_patterns=str(tmp_path / "absent.json")):
+            pytest.fail("started")
+
+
 def test_up_refuses_more_gpus_than_this_machine_has(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """A job and its readers: whoever comes, leaves and stores what, each tile is brought once, in order, bit for bit."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +15,10 @@ from colm.kv_position import KV_START, KvPosition
 from colm.wire.tile_codec import decode_message, decode_tile
 from prefill_node import prefill_job
 from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder
+from prefill_node.sparse.planner import SparsePlanner
+from prefill_node.sparse.policy import SparsePolicy
+from prefill_node.sparse.prompt_plans import PromptPlans
+from tests.tiny import tiny_config
 
 FORMAT = KvFormat(num_layers=2, num_kv_heads=2, head_dim=4, dtype=torch.float32)
 NUM_TOKENS = 12
@@ -141,11 +146,14 @@ def test_a_stream_that_is_not_newer_is_refused_and_changes_nothing(epoch: int) -
     stream.require_current()
 
 
-def test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt() -> None:
+def test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_nor_another_attention() -> None:
     job = new_job(order(1))
     job.attach(order(1, KvPosition(0, 5)))
     assert job.can_resume(order(2, KvPosition(0, 5)))
     assert not job.can_resume(order(2, KvPosition(0, 4)))
+    sparse = PromptPlans(SparsePlanner(tiny_config(), SparsePolicy()))
+    assert not job.can_resume(replace(order(2, KvPosition(0, 5)), sparse=sparse))
+    assert new_job(replace(order(1), sparse=sparse)).can_resume(replace(order(2), sparse=sparse))
     other = PrefillOrder(transfer_id="t", epoch=2, token_ids=np.arange(NUM_TOKENS) + 1, resume_from=KvPosition(0, 5))
     assert not job.can_resume(other)
 

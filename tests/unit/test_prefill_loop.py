@@ -44,9 +44,9 @@ class SteppedEngine(PrefillEngine):
         for gate in self.gates.values():
             gate.open()
 
-    def run(self, token_ids: NDArray[np.int64], *, cancelled: CancelFlag | None = None) -> Iterator[KvTile]:
+    def run(self, token_ids: NDArray[np.int64], **options: Any) -> Iterator[KvTile]:
         name = next(name for name, prompt in PROMPTS.items() if np.array_equal(prompt, token_ids))
-        tiles = super().run(token_ids, cancelled=cancelled)
+        tiles = super().run(token_ids, **options)
         for _ in range(NUM_STEPS):
             self.gates[name].pass_through()
             self.steps.append(name)

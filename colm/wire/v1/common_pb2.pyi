@@ -7,6 +7,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class AttentionMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ATTENTION_MODE_UNSPECIFIED: _ClassVar[AttentionMode]
+    ATTENTION_MODE_DENSE: _ClassVar[AttentionMode]
+    ATTENTION_MODE_SPARSE: _ClassVar[AttentionMode]
+
 class WaitsFor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     WAITS_FOR_UNSPECIFIED: _ClassVar[WaitsFor]
@@ -20,6 +26,9 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+ATTENTION_MODE_UNSPECIFIED: AttentionMode
+ATTENTION_MODE_DENSE: AttentionMode
+ATTENTION_MODE_SPARSE: AttentionMode
 WAITS_FOR_UNSPECIFIED: WaitsFor
 WAITS_FOR_DECODE_NODE: WaitsFor
 WAITS_FOR_PAGES: WaitsFor
@@ -97,6 +106,26 @@ class PrefillProgress(_message.Message):
     num_tokens_total: int
     def __init__(self, num_tokens_done: _Optional[int] = ..., num_tokens_total: _Optional[int] = ...) -> None: ...
 
+class LayerRecall(_message.Message):
+    __slots__ = ("layer", "num_rows", "recall", "recall_bound", "num_dense_heads")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    RECALL_FIELD_NUMBER: _ClassVar[int]
+    RECALL_BOUND_FIELD_NUMBER: _ClassVar[int]
+    NUM_DENSE_HEADS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    num_rows: int
+    recall: float
+    recall_bound: float
+    num_dense_heads: int
+    def __init__(self, layer: _Optional[int] = ..., num_rows: _Optional[int] = ..., recall: _Optional[float] = ..., recall_bound: _Optional[float] = ..., num_dense_heads: _Optional[int] = ...) -> None: ...
+
+class SparseReport(_message.Message):
+    __slots__ = ("layers",)
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerRecall]
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerRecall, _Mapping]]] = ...) -> None: ...
+
 class Usage(_message.Message):
     __slots__ = ("num_prompt_tokens", "num_prefill_tokens", "num_decode_prompt_tokens", "num_new_tokens", "kv_received_bytes", "num_kv_streams")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -126,16 +155,18 @@ class Timings(_message.Message):
     def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., decode_s: _Optional[float] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("reason", "usage", "timings", "text")
+    __slots__ = ("reason", "usage", "timings", "text", "sparse")
     REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_FIELD_NUMBER: _ClassVar[int]
     reason: FinishReason
     usage: Usage
     timings: Timings
     text: str
-    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., text: _Optional[str] = ...) -> None: ...
+    sparse: SparseReport
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., text: _Optional[str] = ..., sparse: _Optional[_Union[SparseReport, _Mapping]] = ...) -> None: ...
 
 class ErrorDetail(_message.Message):
     __slots__ = ("kind", "field", "value", "limit")

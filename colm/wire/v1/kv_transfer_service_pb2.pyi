@@ -41,20 +41,22 @@ class GiveUp(_message.Message):
     def __init__(self) -> None: ...
 
 class OpenKvTransfer(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id", "resume_from")
+    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id", "resume_from", "attention")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     fingerprint: str
     num_tokens: int
     lease_id: str
     resume_from: KvPosition
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ...) -> None: ...
+    attention: _common_pb2.AttentionMode
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ...) -> None: ...
 
 class PullKvResponse(_message.Message):
     __slots__ = ("tile", "complete", "queued", "started", "payload")
@@ -93,13 +95,15 @@ class TileHeader(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class TransferComplete(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "num_tiles", "payload_bytes")
+    __slots__ = ("transfer_id", "epoch", "num_tiles", "payload_bytes", "sparse")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_TILES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SPARSE_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     num_tiles: int
     payload_bytes: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tiles: _Optional[int] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
+    sparse: _common_pb2.SparseReport
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tiles: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., sparse: _Optional[_Union[_common_pb2.SparseReport, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,94 @@
+"""One prompt's sparse attention: each layer planned, audited, and where it missed too much made dense again.
+
+Shapes: X rows, N tokens of the prompt, H query heads, K kv heads, E head dim.
+"""
+
+from collections.abc import Callable
+
+import torch
+from colm_kernels.native import CancelFlag
+from torch import Tensor
+
+from colm.events import LayerRecall, SparseReport
+from prefill_node.sparse.audit import AuditPolicy, audit
+from prefill_node.sparse.plan import LayerPlan
+from prefill_node.sparse.planner import ESTIMATION_ROWS, SparsePlanner
+
+
+class PromptPlans:
+    """Plans one prompt, and remembers what its audits said.
+
+    Args:
+        planner: of the model.
+        audit_policy: what a plan must recall.
+    """
+
+    def __init__(self, planner: SparsePlanner, audit_policy: AuditPolicy | None = None) -> None:
+        self._planner = planner
+        self._audit_policy = audit_policy or AuditPolicy()
+        # The same for every prompt, so that a node that computes one again looks at the same rows and decides alike.
+        self._generator = torch.Generator().manual_seed(0)
+        self._audited: dict[int, LayerRecall] = {}
+
+    def covers(self, layer: int, num_tokens: int) -> bool:
+        """Whether a layer may be sparse, of a prompt of that length."""
+        return not self._planner.policy.is_dense(layer, num_tokens)
+
+    def plan(
+        self, layer: int, queries_of: Callable[[Tensor], Tensor], k_KNE: Tensor, *, cancelled: CancelFlag
+    ) -> LayerPlan | None:
+        """What a layer attends to; heads that the audit finds below its floor attend to everything.
+
+        Args:
+            layer: its number; each is planned once, in order.
+            queries_of: rotated queries q_XHE of int64 positions, in any order and more than once.
+            k_KNE: rotated keys of the whole prompt.
+            cancelled: looked at all along.
+
+        Returns:
+            The plan; None where the layer had better be dense.
+
+        Raises:
+            Cancelled: `cancelled` was set before the end.
+        """
+        num_tokens = k_KNE.shape[1]
+        q_RHE = queries_of(torch.arange(max(0, num_tokens - ESTIMATION_ROWS), num_tokens))
+        plan = self._planner.plan(layer, q_RHE, k_KNE, cancelled=cancelled)
+        if plan is None or self._is_too_dense(plan):
+            return None
+        found = audit(
+            plan,
+            queries_of,
+            k_KNE,
+            dim=self._planner.config.chain_dims[0],
+            policy=self._audit_policy,
+            generator=self._generator,
+            cancelled=cancelled,
+        )
+        if found is None:
+            return None
+        plan = plan.with_dense(found.below_floor)
+        if self._is_too_dense(plan):
+            return None
+        num_dense = sum(of_list.is_dense for of_list in plan.lists) * q_RHE.shape[1] // len(plan.lists)
+        self._audited[layer] = LayerRecall(
+            layer=layer,
+            num_rows=found.num_rows,
+            recall=found.recall,
+            recall_bound=found.recall_bound,
+            num_dense_heads=num_dense,
+        )
+        return plan
+
+    def report(self) -> SparseReport:
+        """What became of every layer that attends; one without an audit was dense."""
+        config = self._planner.config
+        layers = range(config.num_layers - 1)
+        return SparseReport(
+            layers=tuple(
+                self._audited.get(layer) or LayerRecall.of_dense(layer, num_heads=config.chains[0]) for layer in layers
+            )
+        )
+
+    def _is_too_dense(self, plan: LayerPlan) -> bool:
+        return plan.density() > self._planner.policy.max_density
