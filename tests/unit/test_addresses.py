@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -116,7 +117,8 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
             """Serve awaits this method in place of the interpreter; the test calls it by its name."""
 
     gateway = Gateway.__new__(Gateway)
-    await gateway.__init__(options, security, Security(), None)  # type: ignore[misc]
+    handle = SimpleNamespace(options=lambda **_: None)  # nobody decodes here
+    await gateway.__init__(options, security, Security(), handle)  # type: ignore[misc]
     address = await gateway.address()
     assert address == dial_address(EVERYWHERE, int(address.rpartition(":")[2]))
     stranger = Security(tls=security.tls)  # a health checker has no token
