@@ -100,6 +100,16 @@ class PrefillEngine:
                     x_TD += layer.attend(x_TD, normed_TD, rows, cache)
                     cancelled.raise_if_set()
 
+    @torch.inference_mode()
+    def probe_attention(self, *, num_queries: int, num_keys: int) -> None:
+        """Attend once as `run` does with a tile's queries over a prompt so far, of ones; for its time."""
+        kv_format = self.kv_format
+        shapes = [(num_queries, self.config.chains[0], kv_format.head_dim)]
+        shapes += 2 * [(kv_format.num_kv_heads, num_keys, kv_format.head_dim)]
+        q_THE, k_KSE, v_KSE = (torch.ones(shape, dtype=kv_format.dtype, device=self._device) for shape in shapes)
+        out_THE, _ = prefill_attention(q_THE, k_KSE, v_KSE, backend=self._attention_backend)
+        out_THE.cpu()
+
     def check(self, token_ids: NDArray[np.int64]) -> None:
         """Refuse a prompt that this model cannot read."""
         if not 1 <= len(token_ids) <= self.config.max_context:

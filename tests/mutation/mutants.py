@@ -676,8 +676,8 @@ MUTANTS = (
     # What the prefill benchmark says.
     Mutant(
         "the last layer's attention counts as work",
-        "bench/flops.py",
-        "(config.num_layers - 1) * attention",
+        "colm/flops.py",
+        "num_whole * attention",
         "config.num_layers * attention",
         "tests/unit/test_flops.py::test_a_prefill_is_counted_as_the_engine_runs_it",
     ),
