@@ -22,6 +22,7 @@ from colm.model import ChainTransformer
 from colm.model.block import Rows
 from colm.model.rope import Rope
 from colm.placement import CPU
+from prefill_node.memory import run_bytes
 
 
 class PrefillEngine:
@@ -109,6 +110,10 @@ class PrefillEngine:
         q_THE, k_KSE, v_KSE = (torch.ones(shape, dtype=kv_format.dtype, device=self._device) for shape in shapes)
         out_THE, _ = prefill_attention(q_THE, k_KSE, v_KSE, backend=self._attention_backend)
         out_THE.cpu()
+
+    def memory_bytes(self, num_tokens: int) -> int:
+        """Predicted peak of a `run` over so many tokens, beside the weights; see `prefill_node.memory`."""
+        return run_bytes(self.config, self.kv_format.dtype, num_tokens=num_tokens, tile_tokens=self.tile_tokens)
 
     def check(self, token_ids: NDArray[np.int64]) -> None:
         """Refuse a prompt that this model cannot read."""

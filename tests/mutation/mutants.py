@@ -29,6 +29,7 @@ _WAITING = "tests/fault/test_waiting.py::"
 _GATEWAY = "tests/fault/test_gateway.py::"
 _STREAM = "tests/fault/test_kv_stream_faults.py::"
 _PREFILL = "tests/unit/test_prefill_loop.py::"
+_POLICY = "tests/unit/test_job_policy.py::"
 _FRONT_DOOR = "tests/unit/test_front_door.py::"
 _CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
@@ -453,11 +454,46 @@ MUTANTS = (
         "test_a_node_that_holds_the_prompt_already_is_lent_although_it_failed_unless_it_is_busy",
     ),
     Mutant(
-        "a later prompt goes before an earlier one",
+        "of equal prompts a later one goes first",
         "prefill_node/job_policy.py",
-        "    in_line = sorted(jobs, key=lambda job: job.place)\n    may_start",
-        "    in_line = sorted(jobs, key=lambda job: -job.place)\n    may_start",
-        _PREFILL + "test_first_come_first_served",
+        "    return job.remaining_s, job.place\n",
+        "    return job.remaining_s, -job.place\n",
+        _POLICY + "test_the_shortest_remaining_work_goes_first_and_of_equals_the_first_in_line",
+    ),
+    Mutant(
+        "a long prompt starves under a flood of short ones",
+        "prefill_node/job_policy.py",
+        "        first.owed_s += FIRST_SHARE * step_s\n",
+        "        pass\n",
+        _POLICY + "test_a_long_job_ends_in_time_under_a_flood_of_short_ones",
+    ),
+    Mutant(
+        "short prompts begin in the memory that a large one waits for",
+        "prefill_node/job_policy.py",
+        "        fitting = [job for job in fitting if job.is_started]\n",
+        "",
+        _PREFILL + "test_a_long_prompt_that_waits_for_memory_is_not_passed_for_ever",
+    ),
+    Mutant(
+        "a prompt begins without memory",
+        "prefill_node/job_policy.py",
+        "job.is_started or job.memory_bytes <= free_bytes]",
+        "True]",
+        _PREFILL + "test_at_most_so_many_have_begun",
+    ),
+    Mutant(
+        "a quantum goes on although the window is full",
+        "prefill_node/prefill_loop.py",
+        "        if num_bytes >= order.room_bytes:\n            break\n",
+        "",
+        _PREFILL + "test_a_full_window_ends_a_quantum",
+    ),
+    Mutant(
+        "a step attends with its own tile",
+        "prefill_node/cost_model.py",
+        "(num_tiles - 1) * self.tile_tokens if",
+        "num_tiles * self.tile_tokens if",
+        "tests/unit/test_cost_model.py::test_a_step_attends_with_the_tile_before_it",
     ),
     Mutant(
         "a job that nobody reads keeps the others waiting",
