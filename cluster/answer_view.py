@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -112,6 +113,8 @@ class AnswerView:
     def _wait(self, event: Queued) -> None:
         if self._bar is not None:
             place = f"{event.num_ahead} ahead" if event.num_ahead else "next"
+            if event.estimated_wait_s is not None:
+                place += f", about {timedelta(seconds=round(event.estimated_wait_s))}"
             self._progress.update(self._bar, description=f"waiting for {event.waits_for.value}", speed=place)
 
     def _advance(self, event: PrefillProgress) -> None:

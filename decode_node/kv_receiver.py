@@ -8,7 +8,9 @@ import grpc
 
 from colm.clock import Clock
 from colm.errors import PeerUnavailable
+from colm.events import Queued
 from colm.wire.channels import BlockingChannels
+from colm.wire.messages import queued_from_pb
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors
 from colm.wire.tile_codec import decode_message, decode_tile, pull_kv_stub
@@ -44,8 +46,8 @@ class KvReceiver:
         self._call: grpc.Call | None = None
         self._cancelled = False
         self._clock = clock
-        self.num_ahead: int | None = None
-        """Prompts before this one at the prefill node, as it last said."""
+        self.queued: Queued | None = None
+        """What goes before this prompt at the prefill node, as it last said."""
         self.started_s: float | None = None
         """When the computation began."""
         self.heard_s: float | None = None
@@ -95,7 +97,7 @@ class KvReceiver:
             message, payload = decode_message(data)
             match message.WhichOneof("event"):
                 case "queued":
-                    self.num_ahead = message.queued.num_ahead
+                    self.queued = queued_from_pb(message.queued)
                 case "started":
                     self.started_s = self._clock.now()
                 case "tile":

@@ -106,8 +106,10 @@ class PrefillService:
 
     async def _send(self, opened: pb.OpenKvTransfer, stream: JobStream, context: grpc.aio.ServicerContext) -> None:
         async def beat(wait: Wait) -> None:
-            queued = queued_to_pb(Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=wait.num_ahead))
-            await context.write(pb.PullKvResponse(queued=queued).SerializeToString())
+            queued = Queued(
+                waits_for=WaitsFor.PREFILL_NODE, num_ahead=wait.num_ahead, estimated_wait_s=wait.estimated_s
+            )
+            await context.write(pb.PullKvResponse(queued=queued_to_pb(queued)).SerializeToString())
 
         complete = pb.TransferComplete(transfer_id=opened.transfer_id, epoch=opened.epoch)
         started_s, ended = time.monotonic(), "cancelled"
