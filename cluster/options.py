@@ -61,6 +61,12 @@ class PrefillSection(_PlacedSection):
     """Of dense attention on a GPU; auto is flash-attn where it can be imported, Triton else."""
     max_queued: PositiveInt = defaults.MAX_QUEUED
     """Prompts of a decode replica that may wait for a prefill replica."""
+    max_streams: PositiveInt = defaults.MAX_STREAMS
+    """Prompts on a prefill replica at once; they take turns."""
+    max_queued_s: PositiveFloat = defaults.MAX_QUEUED_S
+    """Longest wait on a prefill replica, as estimated, that a new prompt is let into."""
+    memory_bytes: ByteSize | None = None
+    """Memory for the prompts that a replica has begun, e.g. "8GiB"; by default half of what is free as it starts."""
 
 
 class DecodeSection(_PlacedSection):

@@ -330,11 +330,25 @@ MUTANTS = (
         "tests/unit/test_prefill_pool.py::test_a_node_that_failed_is_asked_again_only_after_a_rest",
     ),
     Mutant(
-        "a prompt is sent to a node that computes another one",
+        "a node takes any number of prompts",
         "decode_node/prefill_pool.py",
-        "free = [node for node in self._nodes if not node.is_lent]",
-        "free = self._nodes",
-        _WAITING + "test_prompts_of_one_node_wait_where_any_free_prefill_node_can_take_them",
+        " if node.num_streams < self._max_streams)",
+        ")",
+        "tests/unit/test_prefill_pool.py::test_a_prompt_that_finds_every_node_full_goes_to_the_next_that_has_room",
+    ),
+    Mutant(
+        "the node with the most tokens is lent first",
+        "decode_node/prefill_pool.py",
+        "now_s), node.num_tokens\n",
+        "now_s), -node.num_tokens\n",
+        "tests/unit/test_prefill_pool.py::test_the_node_with_the_fewest_tokens_is_lent_first",
+    ),
+    Mutant(
+        "nobody is told how long a prompt will wait",
+        "prefill_node/service.py",
+        "estimated_wait_s=wait.estimated_s\n",
+        "estimated_wait_s=None\n",
+        _GATEWAY + "test_a_request_behind_another_prefill_hears_that_it_waits_and_for_how_long",
     ),
     Mutant(
         "a damaged payload is stored",
@@ -448,8 +462,8 @@ MUTANTS = (
     Mutant(
         "the node that holds the job is no better than another",
         "decode_node/prefill_pool.py",
-        "(node.address != preferred, max(",
-        "(False, max(",
+        "return node.address != preferred, max(",
+        "return False, max(",
         "tests/unit/test_prefill_pool.py::"
         "test_a_node_that_holds_the_prompt_already_is_lent_although_it_failed_unless_it_is_busy",
     ),
