@@ -14,6 +14,7 @@ from colm.wire.messages import queued_from_pb
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors
 from colm.wire.tile_codec import decode_message, decode_tile, pull_kv_stub
+from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_fetch import KvTransfer
 from decode_node.kv_requests import KvRequests
@@ -97,7 +98,7 @@ class KvReceiver:
             message, payload = decode_message(data)
             match message.WhichOneof("event"):
                 case "queued":
-                    self.queued = queued_from_pb(message.queued)
+                    self.queued = self._read_queued(message.queued)
                 case "started":
                     self.started_s = self._clock.now()
                 case "tile":
@@ -113,6 +114,12 @@ class KvReceiver:
                     self._see_off(call)
                     return True
         return False
+
+    def _read_queued(self, message: common_pb2.Queued) -> Queued:
+        try:
+            return queued_from_pb(message)
+        except ValueError as err:
+            raise PeerUnavailable(f"the KV stream broke its format: {err}") from err
 
     def _see_off(self, call: Iterator[bytes]) -> None:
         """Let the last acknowledgement reach the node; everything is here, however the call ends."""

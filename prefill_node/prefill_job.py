@@ -77,6 +77,7 @@ class PrefillJob:
         self._costs = costs
         self._begun_bytes = begun_bytes
         self._produced = KV_START
+        self._work_left = costs.shape.work(len(order.token_ids))
         self._window: deque[EncodedTile] = deque()
         self._num_dropped = 0
         self._window_bytes = 0
@@ -110,7 +111,7 @@ class PrefillJob:
     @property
     def remaining_s(self) -> float:
         """Engine time that is still to come."""
-        return 0.0 if self.is_computed else self._costs.seconds(self._work_between(self._produced, self.end))
+        return 0.0 if self.is_computed else self._costs.seconds(self._work_left)
 
     @property
     def memory_bytes(self) -> int:
@@ -140,7 +141,7 @@ class PrefillJob:
             What the engine has done for it.
         """
         work = self._work_between(self._produced, produced)
-        self._produced = produced
+        self._produced, self._work_left = produced, self._work_left - work
         if self.is_computed:
             self.run = None
         self._window += tiles
