@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -116,6 +117,8 @@ class AnswerView:
     def _wait(self, event: Queued) -> None:
         if self._bar is not None:
             place = f"{event.num_ahead} ahead" if event.num_ahead else "next"
+            if event.estimated_wait_s is not None:
+                place += f", about {timedelta(seconds=round(event.estimated_wait_s))}"
             self._progress.update(self._bar, description=f"waiting for {event.waits_for.value}", speed=place)
 
     def _advance(self, event: PrefillProgress) -> None:

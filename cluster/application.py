@@ -23,9 +23,7 @@ GATEWAY, DECODE, PREFILL = "gateway", "decode", "prefill"
 PREFILL_RESOURCE, DECODE_RESOURCE = "prefill", "decode"
 _HEAD_RESOURCE = "node:__internal_head__"
 
-# A replica computes one prompt at a time. One that waited there would be bound to it while another becomes free.
-_PREFILL_ONGOING = 1
-# How often Serve looks for a replica that has become free: what a prefill replica idles between two prompts.
+# How often Serve looks for a replica that has become free, where all are full.
 _ROUTING = RequestRouterConfig(initial_backoff_s=0.005, backoff_multiplier=2, max_backoff_s=0.04)
 _HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 30.0}
 _SHUTDOWN = {"graceful_shutdown_timeout_s": 8.0, "graceful_shutdown_wait_loop_s": 0.2}
@@ -56,7 +54,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         PrefillReplica,
         name=PREFILL,
         replicas=config.prefill.replicas,
-        max_ongoing=_PREFILL_ONGOING,
+        max_ongoing=config.prefill.max_streams,
         actor=_actor(PREFILL_RESOURCE, config.prefill.num_gpus),
     ).bind(
         PrefillOptions(
@@ -67,6 +65,8 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
             sparse=config.prefill.sparse_policy,
             sparse_patterns=None if patterns is None else str(patterns.resolve()),
             max_queued=config.prefill.max_queued,
+            max_queued_s=config.prefill.max_queued_s,
+            memory_bytes=config.prefill.memory_bytes,
         ),
         security.nodes,
         report_to,

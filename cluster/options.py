@@ -70,6 +70,12 @@ class PrefillSection(_PlacedSection):
     """File of `colm search-patterns`, at the same place on every node; each head has its pattern instead of a share."""
     max_queued: PositiveInt = defaults.MAX_QUEUED
     """Prompts that may wait for a prefill replica, for each decode replica; the next is refused."""
+    max_streams: PositiveInt = defaults.MAX_STREAMS
+    """Prompts that a prefill replica takes at once; they take turns."""
+    max_queued_s: PositiveFloat = defaults.MAX_QUEUED_S
+    """Seconds of work, as estimated, that may lie before a new prompt on a prefill replica; with more it is refused."""
+    memory_bytes: ByteSize | None = None
+    """Memory for the prompts that a prefill replica has begun, e.g. "8GiB"; default: half of what is free then."""
 
     @property
     def sparse_policy(self) -> SparsePolicy:

@@ -12,8 +12,10 @@ MAX_REQUESTS = 64
 """Most requests at one time, on a decode node and inside a gateway."""
 MAX_QUEUED = 64
 """Prompts that may wait for a prefill node."""
-MAX_STARTED = 2
-"""Prompts of a prefill node that have begun and not ended; each holds hidden states and one layer's keys and values."""
+MAX_STREAMS = 16
+"""Prompts that a prefill node is lent for at a time."""
+MAX_QUEUED_S = 3600.0
+"""Engine time that may go before a new prompt on a prefill node, as estimated."""
 JOB_LEASE_S = 20.0
 """How long a prefill node keeps a prompt whose stream has broken; a lost peer is noticed within 15 s."""
 STOP_GRACE_S = 5.0

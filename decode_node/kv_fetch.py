@@ -45,7 +45,7 @@ class KvTransfer:
 class Receiver(Protocol):
     """Runs one transfer in a thread; `KvReceiver` is the real one. Its attributes are described there."""
 
-    num_ahead: int | None
+    queued: Queued | None
     started_s: float | None
     heard_s: float | None
     sparse: SparseReport | None
@@ -231,6 +231,4 @@ class _Holder:
 def _news(receiver: Receiver, ledger: TransferLedger, num_tokens: int) -> PrefillProgress | Queued | None:
     if receiver.started_s is not None:
         return PrefillProgress(num_tokens_done=ledger.num_tokens_done, num_tokens_total=num_tokens)
-    if receiver.num_ahead is not None:
-        return Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=receiver.num_ahead)
-    return None
+    return receiver.queued

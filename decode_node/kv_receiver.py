@@ -8,12 +8,13 @@ import grpc
 
 from colm.clock import Clock
 from colm.errors import PeerUnavailable
-from colm.events import SparseReport
+from colm.events import Queued, SparseReport
 from colm.wire.channels import BlockingChannels
-from colm.wire.messages import sparse_report_from_pb
+from colm.wire.messages import queued_from_pb, sparse_report_from_pb
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors
 from colm.wire.tile_codec import decode_message, decode_tile, pull_kv_stub
+from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_fetch import KvTransfer
 from decode_node.kv_requests import KvRequests
@@ -46,8 +47,8 @@ class KvReceiver:
         self._call: grpc.Call | None = None
         self._cancelled = False
         self._clock = clock
-        self.num_ahead: int | None = None
-        """Prompts before this one at the prefill node, as the node last reported."""
+        self.queued: Queued | None = None
+        """What goes before this prompt at the prefill node, as it last said."""
         self.started_s: float | None = None
         """When `started` came, by the clock; None before."""
         self.heard_s: float | None = None
@@ -99,7 +100,7 @@ class KvReceiver:
             message, payload = decode_message(data)
             match message.WhichOneof("event"):
                 case "queued":
-                    self.num_ahead = message.queued.num_ahead
+                    self.queued = self._read_queued(message.queued)
                 case "started":
                     self.started_s = self._clock.now()
                 case "tile":
@@ -117,6 +118,12 @@ class KvReceiver:
                     self._see_off(call)
                     return True
         return False
+
+    def _read_queued(self, message: common_pb2.Queued) -> Queued:
+        try:
+            return queued_from_pb(message)
+        except ValueError as err:
+            raise PeerUnavailable(f"the KV stream broke its format: {err}") from err
 
     def _see_off(self, call: Iterator[bytes]) -> None:
         """Read until the node ends the call, so that the last acknowledgement reaches it; errors no longer matter."""

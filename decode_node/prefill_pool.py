@@ -5,6 +5,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from colm import defaults
 from colm.clock import Clock
 from colm.errors import PeerFailed, PeerUnavailable
 from colm.line import Beat, Line
@@ -15,7 +16,7 @@ _LAST_REST_S = 30.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefillLease:
-    """One prefill node, ours for one stream."""
+    """A prefill node's promise to take one stream."""
 
     address: str
     lease_id: str
@@ -41,42 +42,53 @@ class PrefillPool(Protocol):
 @dataclass(slots=True)
 class _Node:
     address: str
-    is_lent: bool = False
+    num_streams: int = 0
+    num_tokens: int = 0
+    """Of the prompts on those streams."""
     num_failures: int = 0
     """In a row."""
     rests_until_s: float = 0.0
-    """After a failure: the node is asked only if no other is free."""
+    """After a failure: the node is asked only if no other has room."""
 
 
 class StaticPrefillPool:
-    """Prefill nodes at fixed addresses, each lent for one of our streams at a time.
+    """Prefill nodes at fixed addresses, each lent for so many of our streams at a time.
 
-    A prompt is never sent to a node that computes another one of ours: it waits here, where the next node that becomes
-    free can take it.
+    The node that has the fewest tokens of ours is lent first. Prompts take turns there, so a short one is never held up
+    by a long one; a prompt that finds all nodes full waits here, where the next one that has room can take it.
 
     Args:
         addresses: host:port of each.
         clock: measures how long a node that failed rests.
+        max_streams: prompts of ours on a node at once.
         max_waiting: prompts that may wait; the next is refused.
     """
 
-    def __init__(self, addresses: Sequence[str], clock: Clock, *, max_waiting: int = 1024) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        clock: Clock,
+        *,
+        max_streams: int = defaults.MAX_STREAMS,
+        max_waiting: int = 1024,
+    ) -> None:
         if not addresses:
             raise ValueError("a decode node needs the address of at least one prefill node")
         self._nodes = [_Node(address) for address in dict.fromkeys(addresses)]
         self._clock = clock
+        self._max_streams = max_streams
         self._line = Line("a prefill node", max_waiting=max_waiting)
 
     @asynccontextmanager
     async def lease(
         self,
         *,
-        num_tokens: int,  # noqa: ARG002 - the pool's contract
+        num_tokens: int,
         beat: Beat,
         preferred: str | None,
     ) -> AsyncIterator[PrefillLease]:
-        """Borrow a free node; the preferred one first, one that failed lately only where no other is free."""
-        node = await self._line.turn(lambda: self._take(preferred), beat)
+        """Borrow a node with room; the preferred one first, one that failed lately only where no other has room."""
+        node = await self._line.turn(lambda: self._take(num_tokens, preferred), beat)
         try:
             yield PrefillLease(address=node.address, lease_id="")
             node.num_failures, node.rests_until_s = 0, 0.0
@@ -86,16 +98,20 @@ class StaticPrefillPool:
             node.rests_until_s = self._clock.now() + rest_s
             raise
         finally:
-            node.is_lent = False
+            node.num_streams -= 1
+            node.num_tokens -= num_tokens
             # The least recently used is first among equals.
             self._nodes.append(self._nodes.pop(self._nodes.index(node)))
             self._line.look_again()
 
-    def _take(self, preferred: str | None) -> _Node | None:
-        free = [node for node in self._nodes if not node.is_lent]
-        if not free:
-            return None
+    def _take(self, num_tokens: int, preferred: str | None) -> _Node | None:
         now_s = self._clock.now()
-        node = min(free, key=lambda node: (node.address != preferred, max(0.0, node.rests_until_s - now_s)))
-        node.is_lent = True
+
+        def worth(node: _Node) -> tuple[bool, float, int]:
+            return node.address != preferred, max(0.0, node.rests_until_s - now_s), node.num_tokens
+
+        with_room = (node for node in self._nodes if node.num_streams < self._max_streams)
+        if (node := min(with_room, key=worth, default=None)) is not None:
+            node.num_streams += 1
+            node.num_tokens += num_tokens
         return node

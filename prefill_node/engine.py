@@ -23,6 +23,7 @@ from colm.model import ChainTransformer
 from colm.model.block import ChainBlock, Rows
 from colm.model.rope import Rope
 from colm.placement import CPU
+from prefill_node.memory import run_bytes
 from prefill_node.sparse.plan import LayerPlan
 from prefill_node.sparse.policy import ROW_BLOCK
 from prefill_node.sparse.prompt_plans import PromptPlans
@@ -143,6 +144,20 @@ class PrefillEngine:
         out_THE, _ = prefill_attention(q_THE, k_KSE, v_KSE, backend=self._attention_backend, cancelled=cancelled)
         cancelled.raise_if_set()
         return out_THE
+
+    @torch.inference_mode()
+    def probe_attention(self, *, num_queries: int, num_keys: int) -> None:
+        """Attend once as `run` does with a tile's queries over a prompt so far, of ones; for its time."""
+        kv_format = self.kv_format
+        shapes = [(num_queries, self.config.chains[0], kv_format.head_dim)]
+        shapes += 2 * [(kv_format.num_kv_heads, num_keys, kv_format.head_dim)]
+        q_THE, k_KSE, v_KSE = (torch.ones(shape, dtype=kv_format.dtype, device=self._device) for shape in shapes)
+        out_THE, _ = prefill_attention(q_THE, k_KSE, v_KSE, backend=self._attention_backend)
+        out_THE.cpu()
+
+    def memory_bytes(self, num_tokens: int) -> int:
+        """Predicted peak of a `run` over so many tokens, beside the weights; see `prefill_node.memory`."""
+        return run_bytes(self.config, self.kv_format.dtype, num_tokens=num_tokens, tile_tokens=self.tile_tokens)
 
     def check(self, token_ids: NDArray[np.int64]) -> None:
         """Refuse a prompt that this model cannot read."""

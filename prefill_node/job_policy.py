@@ -1,15 +1,30 @@
-"""Whose step is next. No tensors, no I/O: a job is what it says about itself."""
+"""Whose step is next, and how long the others wait. No tensors, no I/O: a job is what it says about itself."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
+
+FIRST_SHARE = 0.25
+"""Of the engine's time, for the first in line."""
 
 
 class Candidate(Protocol):
     """A job, as far as its turn depends on it."""
 
+    owed_s: float
+    """Engine time that the job has not had while it was the first in line; written by `charge` alone."""
+
     @property
     def place(self) -> int:
         """Its place in line; lower ones came before."""
+
+    @property
+    def remaining_s(self) -> float:
+        """Engine time that its steps will still take; 0 where none is left."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it holds, or will hold once it has begun."""
 
     @property
     def is_started(self) -> bool:
@@ -31,32 +46,94 @@ class Candidate(Protocol):
 _Job = TypeVar("_Job", bound=Candidate)
 
 
-def next_job(
-    jobs: Iterable[_Job],
-    now_s: float,  # noqa: ARG001 - for policies under which jobs take turns
-    *,
-    max_started: int,
-) -> _Job | None:
-    """The job whose next step, one tile of one layer, the engine runs; None where no job can make use of it.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wait:
+    """What lies before a job that has not begun."""
 
-    First come, first served: a job runs to its end, unless its window is full or nobody reads it. Then the next one
-    may use the engine, as long as at most `max_started` have begun.
+    num_ahead: int
+    """Jobs that will begin before it."""
+    estimated_s: float
+    """Engine time of what goes before it, jobs that have begun among them."""
+
+
+def next_job(jobs: Collection[_Job], *, memory_bytes: int) -> _Job | None:
+    """The job whose steps the engine makes next; None where no job can make use of it.
+
+    The shortest remaining work goes first. But the first in line, of those that can use the engine, gets a quarter of
+    its time, and where it is owed some and waits for memory, no later one takes what becomes free. Hence, whatever
+    arrives and with memory for all:
+
+    - A job of R seconds that finds jobs of W seconds in line has ended after 4 (W + R) seconds of engine time, and the
+      longest step once for itself and for each of those jobs.
+    - A job that is shorter than all others begins after the step that is being made and at most a third of the longest
+      step, which the first in line may be owed.
+
+    Args:
+        jobs: all that there are.
+        memory_bytes: what those that have begun may hold together.
     """
-    in_line = sorted(jobs, key=lambda job: job.place)
-    may_start = sum(job.is_started for job in in_line) < max_started
-    for job in in_line:
-        if not job.is_computed and job.has_reader and job.has_room and (job.is_started or may_start):
-            return job
-    return None
+    able = _able(jobs)
+    if not able:
+        return None
+    free_bytes = memory_bytes - sum(job.memory_bytes for job in jobs if job.is_started)
+    fitting = [job for job in able if job.is_started or job.memory_bytes <= free_bytes]
+    first = min(able, key=_place)
+    if first.owed_s > 0:
+        if first in fitting:
+            return first
+        # Not even where the engine idles: short jobs that begin in each gap would keep a large one out for ever.
+        fitting = [job for job in fitting if job.is_started]
+    return min(fitting, key=_shortest, default=None)
 
 
-def job_in_the_way(jobs: Iterable[_Job], *, max_started: int) -> _Job | None:
+def charge(jobs: Iterable[Candidate], chosen: Candidate, step_s: float) -> None:
+    """Note that the engine will work for the chosen job so long; before it does."""
+    first = min(_able(jobs), key=_place)
+    if first is chosen:
+        # What it gets beyond its share, because it is the shortest as well, is no debt: only the last step counts.
+        own_s = (1 - FIRST_SHARE) * step_s
+        first.owed_s = max(first.owed_s, 0.0) - own_s
+    else:
+        first.owed_s += FIRST_SHARE * step_s
+
+
+def job_in_the_way(jobs: Iterable[_Job]) -> _Job | None:
     """The job to give up where the engine idles for its sake; to be asked when `next_job` has found none.
 
-    It has begun, nobody reads it, and somebody who could begin waits for its place. Of several, the last in line.
+    It has begun, nobody reads it, and somebody who could begin waits for its memory. Of several, the last in line.
     """
-    in_line = sorted(jobs, key=lambda job: job.place)
-    started = [job for job in in_line if job.is_started]
-    if len(started) < max_started or not any(job.has_reader and not job.is_started for job in in_line):
+    in_line = sorted(jobs, key=_place)
+    if not any(job.has_reader and not job.is_started for job in in_line):
         return None
-    return next((job for job in reversed(started) if not job.has_reader), None)
+    return next((job for job in reversed(in_line) if job.is_started and not job.has_reader), None)
+
+
+def wait_of(job: Candidate, others: Iterable[Candidate], *, memory_bytes: int) -> Wait:
+    """What goes before a job that has not begun: shorter ones, and longer ones that hold the memory that it needs."""
+    able = [other for other in _able(others) if other is not job]
+    before = [other for other in able if _shortest(other) < _shortest(job)]
+    held = sorted((other for other in others if other.is_started), key=_shortest)
+    free_bytes = memory_bytes - sum(other.memory_bytes for other in held)
+    for other in held:
+        if job.memory_bytes <= free_bytes:
+            break
+        free_bytes += other.memory_bytes
+        if other not in before:
+            before.append(other)
+    return Wait(
+        num_ahead=sum(not other.is_started for other in before),
+        estimated_s=sum(other.remaining_s for other in before),
+    )
+
+
+def _able(jobs: Iterable[_Job]) -> list[_Job]:
+    """Those that can use the engine, were there memory for all."""
+    return [job for job in jobs if not job.is_computed and job.has_reader and job.has_room]
+
+
+def _place(job: Candidate) -> int:
+    return job.place
+
+
+def _shortest(job: Candidate) -> tuple[float, int]:
+    return job.remaining_s, job.place

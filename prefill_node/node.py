@@ -10,14 +10,16 @@ from colm_kernels.prefill_attention import Backend, check_backend
 
 from colm import defaults
 from colm.checkpoint import Checkpoint
-from colm.clock import MonotonicClock
+from colm.clock import Clock, MonotonicClock
 from colm.errors import ConfigError
 from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
 from colm.placement import Placement
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
+from prefill_node.cost_model import CostModel, calibrate
 from prefill_node.engine import PrefillEngine
+from prefill_node.memory import default_memory_bytes
 from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.service import PrefillService
 from prefill_node.sparse.patterns import PatternFile
@@ -45,8 +47,10 @@ class PrefillOptions:
     """File of each head's pattern, instead of the policy's budget."""
     max_queued: int = defaults.MAX_QUEUED
     """Streams that may wait; the next is refused."""
-    max_started: int = defaults.MAX_STARTED
-    """Prompts that may have begun and not ended; each holds its hidden states and one layer's keys and values."""
+    max_queued_s: float = defaults.MAX_QUEUED_S
+    """Engine time that may go before a new prompt, as estimated; with more it is refused."""
+    memory_bytes: int | None = None
+    """What prompts that have begun may hold together; None is half of what the device has free at the start."""
     job_lease_s: float = defaults.JOB_LEASE_S
     """How long a prompt is kept whose stream has broken."""
     host: str = "127.0.0.1"
@@ -80,16 +84,20 @@ class PrefillNode:
             OSError: the port is taken, or the host is not this machine's.
         """
         options = self._options
-        engine, planner, self.fingerprint = await asyncio.to_thread(_load, options)
+        clock = MonotonicClock()
+        loaded = await asyncio.to_thread(_load, options, clock)
+        self.fingerprint, memory_bytes = loaded.fingerprint, options.memory_bytes
         self._loop = PrefillLoop(
-            engine,
-            MonotonicClock(),
+            loaded.engine,
+            loaded.costs,
+            clock,
             max_queued=options.max_queued,
-            max_started=options.max_started,
+            max_queued_s=options.max_queued_s,
+            memory_bytes=default_memory_bytes(options.placement.device) if memory_bytes is None else memory_bytes,
             lease_s=options.job_lease_s,
         )
         self.service = PrefillService(
-            engine, self._loop, fingerprint=self.fingerprint, planner=planner, leases=self._leases
+            loaded.engine, self._loop, fingerprint=self.fingerprint, planner=loaded.planner, leases=self._leases
         )
         self.service.add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
@@ -113,7 +121,15 @@ class PrefillNode:
         await self._server.wait_for_termination()
 
 
-def _load(options: PrefillOptions) -> tuple[PrefillEngine, SparsePlanner, str]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Loaded:
+    engine: PrefillEngine
+    costs: CostModel
+    planner: SparsePlanner
+    fingerprint: str
+
+
+def _load(options: PrefillOptions, clock: Clock) -> _Loaded:
     placement = options.placement
     placement.take()
     checkpoint = Checkpoint.open(options.model_path)
@@ -131,4 +147,9 @@ def _load(options: PrefillOptions) -> tuple[PrefillEngine, SparsePlanner, str]:
     )
     path, config = options.sparse_patterns, checkpoint.config
     patterns = None if path is None else PatternFile.read(Path(path), config)
-    return engine, SparsePlanner(config, options.sparse, patterns), fingerprint(checkpoint, kv_format)
+    return _Loaded(
+        engine=engine,
+        costs=calibrate(engine, clock),
+        planner=SparsePlanner(config, options.sparse, patterns),
+        fingerprint=fingerprint(checkpoint, kv_format),
+    )

@@ -19,7 +19,9 @@ from colm.events import SparseReport
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KV_START, KvPosition
 from colm.wire.tile_codec import WINDOW_BYTES
+from prefill_node.cost_model import CostModel, Work
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
+from prefill_node.engine import PrefillEngine
 from prefill_node.sparse.prompt_plans import PromptPlans
 
 
@@ -43,14 +45,26 @@ class PrefillJob:
         order: of the stream that asks first.
         place: in line.
         kv_format: of the engine.
+        costs: of the engine.
+        begun_bytes: of `job_bytes`.
         on_change: told whenever another job may be next.
     """
 
-    def __init__(self, order: PrefillOrder, *, place: int, kv_format: KvFormat, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        order: PrefillOrder,
+        *,
+        place: int,
+        kv_format: KvFormat,
+        costs: CostModel,
+        begun_bytes: int,
+        on_change: Callable[[], None],
+    ) -> None:
         self.transfer_id = order.transfer_id
         self.token_ids = order.token_ids
         self.sparse = order.sparse
         self.place = place
+        self.owed_s = 0.0
         self.epoch = -1
         """Of the stream that came last."""
         self.cancelled = CancelFlag()
@@ -65,7 +79,10 @@ class PrefillJob:
         self.is_started = False
         self.acknowledged = order.resume_from
         self.end = KvPosition(kv_format.num_layers, 0)
+        self._costs = costs
+        self._begun_bytes = begun_bytes
         self._produced = KV_START
+        self._work_left = costs.shape.work(len(order.token_ids))
         self._window: deque[EncodedTile] = deque()
         self._num_dropped = 0
         self._window_bytes = 0
@@ -96,20 +113,52 @@ class PrefillJob:
         """The window takes another tile."""
         return self._window_bytes < WINDOW_BYTES
 
+    @property
+    def room_bytes(self) -> int:
+        """What the window takes before it is full; the tile that fills it may be larger."""
+        return WINDOW_BYTES - self._window_bytes
+
+    @property
+    def remaining_s(self) -> float:
+        """Engine time that is still to come."""
+        return 0.0 if self.is_computed else self._costs.seconds(self._work_left)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the job holds; before its last tile, as much as it will hold at most."""
+        return self._window_bytes if self.is_computed else self._begun_bytes
+
+    def steps_within(self, quantum_s: float) -> tuple[int, float]:
+        """How many steps fit into a time, and what they take together; at least one."""
+        position, num_steps, steps_s = self._produced, 0, 0.0
+        while position < self.end:
+            after = self._costs.shape.after_step(position, len(self.token_ids))
+            step_s = self._costs.seconds(self._work_between(position, after))
+            if num_steps and steps_s + step_s > quantum_s:
+                break
+            position, num_steps, steps_s = after, num_steps + 1, steps_s + step_s
+        return num_steps, steps_s
+
     def start(self, run: Iterator[KvTile]) -> None:
         """The first step is about to be made."""
         self.is_started, self.run = True, run
         self._tell()
 
-    def produce(self, tiles: list[EncodedTile], produced: KvPosition) -> None:
-        """Note what a step has brought: messages of what had not been acknowledged, and how far it went."""
-        self._produced = produced
+    def produce(self, tiles: list[EncodedTile], produced: KvPosition) -> Work:
+        """Note what steps have brought: messages of what had not been acknowledged, and how far they went.
+
+        Returns:
+            What the engine has done for it.
+        """
+        work = self._work_between(self._produced, produced)
+        self._produced, self._work_left = produced, self._work_left - work
         if self.is_computed:
             self.run = None
         self._window += tiles
         self._window_bytes += sum(len(tile.message) for tile in tiles)
         self._drop_stored()
         self._tell()
+        return work
 
     def fail(self, error: BaseException) -> None:
         """End with an error, which the reader gets after the tiles that there are."""
@@ -179,6 +228,10 @@ class PrefillJob:
             position = tile.end
         assert position == max(self._produced, self.acknowledged)
 
+    def _work_between(self, begin: KvPosition, end: KvPosition) -> Work:
+        shape, num_tokens = self._costs.shape, len(self.token_ids)
+        return shape.work_before(end, num_tokens) - shape.work_before(begin, num_tokens)
+
     def _drop_stored(self) -> None:
         while self._window and self._window[0].end <= self.acknowledged:
             self._window_bytes -= len(self._window.popleft().message)
@@ -187,6 +240,12 @@ class PrefillJob:
     def _tell(self) -> None:
         if self.stream is not None:
             self.stream.news.set()
+
+
+def job_bytes(engine: PrefillEngine, num_tokens: int) -> int:
+    """What a job of so many tokens holds at most once it has begun: the engine's run, and a full window."""
+    kv_format, tile_bytes = engine.kv_format, min(num_tokens, engine.tile_tokens) * engine.kv_format.layer_token_bytes
+    return engine.memory_bytes(num_tokens) + min(num_tokens * kv_format.token_bytes, WINDOW_BYTES + tile_bytes)
 
 
 class JobStream:

@@ -1,7 +1,7 @@
-"""The engine and its thread, and the jobs that use it: one step at a time, whose is decided before each."""
+"""The engine and its thread, and the jobs that use it: a few steps at a time, whose is decided before."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -11,15 +11,22 @@ from colm_kernels.native import CancelFlag
 from numpy.typing import NDArray
 
 from colm.clock import Clock
-from colm.errors import CapacityExceeded, PeerUnavailable, TransferSuperseded
+from colm.errors import CapacityExceeded, InvalidRequest, PeerUnavailable, TransferSuperseded
 from colm.kv import KvTile
 from colm.kv_position import KvPosition
-from colm.line import BEAT_INTERVAL_S, Beat, wait_at_most
+from colm.line import BEAT_INTERVAL_S, wait_at_most
+from prefill_node.cost_model import CostModel
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
 from prefill_node.engine import PrefillEngine
-from prefill_node.job_policy import job_in_the_way, next_job
-from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder
+from prefill_node.job_policy import Wait, charge, job_in_the_way, next_job, wait_of
+from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder, job_bytes
 from prefill_node.sparse.prompt_plans import PromptPlans
+
+QUANTUM_S = 0.010
+"""Work for which the policy is not asked again: of a short prompt, several steps. A step is never divided."""
+
+WaitBeat = Callable[[Wait], Awaitable[None]]
+"""Told of a wait as it begins, when a job has begun, and every `BEAT_INTERVAL_S`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +38,36 @@ class PrefillLoad:
 
 
 class PrefillLoop:
-    """Owns the engine and every job. Lives on one event loop; only a step runs in the engine's thread.
+    """Owns the engine and every job. Lives on one event loop; only steps run in the engine's thread.
 
     Args:
         engine: computes the tiles.
-        clock: measures leases.
+        costs: of the engine; corrected by what steps take.
+        clock: measures leases and steps; the engine's thread reads it too.
         max_queued: jobs that may wait to begin; the next is refused.
-        max_started: jobs that may have begun and not ended: each holds its prompt's hidden states, one layer of its
+        max_queued_s: engine time that may go before a new job, as estimated; with more it is refused.
+        memory_bytes: what jobs that have begun may hold together: each its prompt's hidden states, one layer of its
             keys and values, and a window of tiles.
         lease_s: how long a job without a stream is kept.
     """
 
     def __init__(
-        self, engine: PrefillEngine, clock: Clock, *, max_queued: int, max_started: int, lease_s: float
+        self,
+        engine: PrefillEngine,
+        costs: CostModel,
+        clock: Clock,
+        *,
+        max_queued: int,
+        max_queued_s: float,
+        memory_bytes: int,
+        lease_s: float,
     ) -> None:
         self._engine = engine
+        self._costs = costs
         self._clock = clock
         self._max_queued = max_queued
-        self._max_started = max_started
+        self._max_queued_s = max_queued_s
+        self._memory_bytes = memory_bytes
         self._lease_s = lease_s
         self._events = asyncio.get_running_loop()
         self._jobs: dict[str, PrefillJob] = {}
@@ -66,13 +85,27 @@ class PrefillLoop:
             started.add(self._stepping)
         return PrefillLoad(num_active=len(started), num_queued=len(self._waiting()))
 
+    def check(self, num_tokens: int) -> None:
+        """Refuse a prompt that could never begin.
+
+        Raises:
+            InvalidRequest: it needs more memory than there is.
+        """
+        if (needed_bytes := job_bytes(self._engine, num_tokens)) > self._memory_bytes:
+            raise InvalidRequest(
+                "num_tokens",
+                num_tokens,
+                f"needs {needed_bytes} bytes on the prefill node, and its prompts have {self._memory_bytes} in all; "
+                "shorten it, or raise prefill.memory_bytes",
+            )
+
     def attach(self, order: PrefillOrder) -> JobStream:
         """Take the order's job over from an older stream, or make a new job that waits for its turn.
 
         Give the stream back with `detach`.
 
         Raises:
-            CapacityExceeded: too many wait already.
+            CapacityExceeded: too many wait already, or too much would go before it.
             TransferSuperseded: a stream of the same or a newer epoch has come before.
         """
         job = self._jobs.get(order.transfer_id)
@@ -81,7 +114,20 @@ class PrefillLoop:
             if job.can_resume(order):
                 return self._attached(job, order)
             job.fail(TransferSuperseded(f"transfer {order.transfer_id!r} begins anew in epoch {order.epoch}"))
-        job = PrefillJob(order, place=next(self._places), kv_format=self._engine.kv_format, on_change=self.look_again)
+            del self._jobs[order.transfer_id]
+        job = PrefillJob(
+            order,
+            place=next(self._places),
+            kv_format=self._engine.kv_format,
+            costs=self._costs,
+            begun_bytes=job_bytes(self._engine, len(order.token_ids)),
+            on_change=self.look_again,
+        )
+        if (estimated_s := self._wait_of(job).estimated_s) > self._max_queued_s:
+            raise CapacityExceeded(
+                f"this prompt would wait about {estimated_s:.0f} s at this prefill node, longer than "
+                f"prefill.max_queued_s={self._max_queued_s:g}; try again later"
+            )
         self._jobs[order.transfer_id] = job
         stream = self._attached(job, order)
         if job in self._waiting() and (num_others := len(self._waiting()) - 1) >= self._max_queued:
@@ -89,7 +135,7 @@ class PrefillLoop:
             raise CapacityExceeded(f"{num_others} requests wait for this prefill node already; try again later")
         return stream
 
-    async def turn(self, stream: JobStream, beat: Beat) -> None:
+    async def turn(self, stream: JobStream, beat: WaitBeat) -> None:
         """Wait until the stream's job has begun.
 
         Args:
@@ -101,7 +147,7 @@ class PrefillLoop:
         """
         while not (stream.job.is_started or stream.job.is_over):
             stream.news.clear()
-            await beat(sum(job.place < stream.job.place for job in self._waiting()))
+            await beat(self._wait_of(stream.job))
             if not stream.news.is_set():
                 await wait_at_most(stream.news, BEAT_INTERVAL_S)
             stream.require_current()
@@ -128,7 +174,7 @@ class PrefillLoop:
             if job.is_over or (job.lease_ends_s is not None and job.lease_ends_s <= now_s):
                 self._forget(job)
         if self._stepping is None:
-            self._step_next(now_s)
+            self._step_next()
         self._watch_leases(now_s)
 
     async def stop(self) -> None:
@@ -149,13 +195,17 @@ class PrefillLoop:
     def _waiting(self) -> list[PrefillJob]:
         return [job for job in self._jobs.values() if not job.is_started]
 
-    def _step_next(self, now_s: float) -> None:
-        job = next_job(self._jobs.values(), now_s, max_started=self._max_started)
-        if job is None and (idle := job_in_the_way(self._jobs.values(), max_started=self._max_started)) is not None:
+    def _wait_of(self, job: PrefillJob) -> Wait:
+        return wait_of(job, self._jobs.values(), memory_bytes=self._memory_bytes)
+
+    def _step_next(self) -> None:
+        jobs = self._jobs.values()
+        while (job := next_job(jobs, memory_bytes=self._memory_bytes)) is None:
+            if (idle := job_in_the_way(jobs)) is None:
+                return
             self._forget(idle)
-            job = next_job(self._jobs.values(), now_s, max_started=self._max_started)
-        if job is None:
-            return
+        num_steps, steps_s = job.steps_within(QUANTUM_S)
+        charge(jobs, job, steps_s)
         if not job.is_started:
             job.start(_begin(self._engine, job.token_ids, job.sparse, job.cancelled))
             for other in self._waiting():
@@ -163,15 +213,26 @@ class PrefillLoop:
                     other.stream.news.set()
         assert job.run is not None
         self._stepping = job
-        step = self._executor.submit(_step, job.run, job.encoder, job.epoch, job.acknowledged)
+        order = _StepOrder(
+            run=job.run,
+            encoder=job.encoder,
+            epoch=job.epoch,
+            since=job.acknowledged,
+            num_steps=num_steps,
+            room_bytes=job.room_bytes,
+        )
+        step = self._executor.submit(_steps, order, self._clock)
         step.add_done_callback(lambda done: self._events.call_soon_threadsafe(self._stepped, job, done))
 
-    def _stepped(self, job: PrefillJob, done: "Future[tuple[list[EncodedTile], KvPosition]]") -> None:
+    def _stepped(self, job: PrefillJob, done: "Future[_Steps]") -> None:
         self._stepping = None
         error = done.exception()
         if self._jobs.get(job.transfer_id) is job:
             if error is None:
-                job.produce(*done.result())
+                steps = done.result()
+                work = job.produce(steps.tiles, steps.end)
+                if job.sparse is None:  # a plan leaves out what the model counts
+                    self._costs.observe(work, steps.took_s)
             else:
                 del self._jobs[job.transfer_id]
                 job.fail(error)
@@ -195,11 +256,40 @@ def _begin(
     yield from engine.run(token_ids, sparse=sparse, cancelled=cancelled)
 
 
-def _step(
-    run: Iterator[KvTile], encoder: TileEncoder, epoch: int, since: KvPosition
-) -> tuple[list[EncodedTile], KvPosition]:
-    """Compute the next tile; (its messages, from `since` on, and where it ends)."""
-    tile = next(run, None)
-    assert tile is not None, "the engine ended before its last tile"
-    end = KvPosition(tile.layer, tile.first_token).after(tile.num_tokens, encoder.num_tokens)
-    return encoder.encode(tile, epoch=epoch, since=since), end
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _StepOrder:
+    """What the engine's thread is to do for one job."""
+
+    run: Iterator[KvTile]
+    encoder: TileEncoder
+    epoch: int
+    since: KvPosition
+    """Messages begin here."""
+    num_steps: int
+    room_bytes: int
+    """Messages that fill the window."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Steps:
+    """What it has done."""
+
+    tiles: list[EncodedTile]
+    end: KvPosition
+    """Of the last tile."""
+    took_s: float
+
+
+def _steps(order: _StepOrder, clock: Clock) -> _Steps:
+    """Compute tiles and make their messages, until there are enough or the window is full."""
+    began_s, tiles, num_bytes = clock.now(), list[EncodedTile](), 0
+    for _ in range(order.num_steps):
+        tile = next(order.run, None)
+        assert tile is not None, "the engine ended before its last tile"
+        end = KvPosition(tile.layer, tile.first_token).after(tile.num_tokens, order.encoder.num_tokens)
+        encoded = order.encoder.encode(tile, epoch=order.epoch, since=order.since)
+        tiles += encoded
+        num_bytes += sum(len(each.message) for each in encoded)
+        if num_bytes >= order.room_bytes:
+            break
+    return _Steps(tiles=tiles, end=end, took_s=clock.now() - began_s)

@@ -20,6 +20,7 @@ from colm.wire.status import answering
 from colm.wire.tile_codec import pull_kv_handlers
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from prefill_node.engine import PrefillEngine
+from prefill_node.job_policy import Wait
 from prefill_node.prefill_job import JobStream, PrefillOrder
 from prefill_node.prefill_loop import PrefillLoad, PrefillLoop
 from prefill_node.sparse.planner import SparsePlanner
@@ -81,6 +82,7 @@ class PrefillService:
             limit = self._engine.config.max_context
             if not 1 <= opened.num_tokens <= limit:
                 raise InvalidRequest("num_tokens", opened.num_tokens, f"must be between 1 and {limit}")
+            self._loop.check(opened.num_tokens)
             token_ids = await read_token_ids(requests, opened.num_tokens)
             self._engine.check(token_ids)
             stream = self._loop.attach(self._order(opened, token_ids))
@@ -117,9 +119,11 @@ class PrefillService:
                     raise InvalidRequest("part", part, "only `acknowledged` or `give_up` may follow `end_of_prompt`")
 
     async def _send(self, opened: pb.OpenKvTransfer, stream: JobStream, context: grpc.aio.ServicerContext) -> None:
-        async def beat(num_ahead: int) -> None:
-            queued = queued_to_pb(Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=num_ahead))
-            await context.write(pb.PullKvResponse(queued=queued).SerializeToString())
+        async def beat(wait: Wait) -> None:
+            queued = Queued(
+                waits_for=WaitsFor.PREFILL_NODE, num_ahead=wait.num_ahead, estimated_wait_s=wait.estimated_s
+            )
+            await context.write(pb.PullKvResponse(queued=queued_to_pb(queued)).SerializeToString())
 
         complete = pb.TransferComplete(transfer_id=opened.transfer_id, epoch=opened.epoch)
         started_s, ended = time.monotonic(), "cancelled"

@@ -12,9 +12,9 @@ from colm_kernels.prefill_attention import prefill_attention
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.flops import causal_attention_flops
 from bench.harness.contest import Contest, timed
 from bench.kernels.common import KernelCase, gemm_ceiling, short, timed_as, timed_variants
+from colm.flops import causal_attention_flops
 
 CHECKED_ROWS = 32
 """Last query rows of a case that are compared with the definition."""

@@ -18,13 +18,13 @@ from colm_kernels.rotary import rotate_reference
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.flops import prefill_flops
 from bench.harness.contest import Case, Contest, Run, timed
 from bench.kernels.common import gemm_ceiling, short
 from bench.prefill.memory import Prefill
 from bench.prefill.parts import parts_timed
 from bench.random_weights import RandomWeights
 from colm.checkpoint import assign, prefill_tensor_names
+from colm.flops import prefill_flops
 from colm.kv import KvFormat
 from colm.model import ChainTransformer
 from colm.model.config import ChainConfig

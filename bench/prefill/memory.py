@@ -8,13 +8,13 @@ import torch
 from bench.harness.units import length
 from cluster.cli.output import human_bytes
 from colm.checkpoint import prefill_tensor_names
-from colm.kv import KvFormat
 from colm.model import parameter_shapes
 from colm.model.config import ChainConfig
 from colm.model.transformer import slice_config
+from prefill_node.memory import run_bytes
 
 SCRATCH_BYTES = 64 << 20
-"""Room for what the threads of one operation work in."""
+"""Room for what the threads of one operation work in, whatever the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +47,14 @@ def weights_bytes(config: ChainConfig, dtype: torch.dtype) -> int:
 
 
 def working_bytes(config: ChainConfig, dtype: torch.dtype, *, num_tokens: int, tile_tokens: int) -> int:
-    """What a prefill engine takes beside its weights; an upper bound, and a close one for long prompts.
+    """What a process with one prefill engine takes beside the weights: the run, and what libraries take once.
 
-    Of the whole prompt: token ids, hidden states, one layer's keys and values. Of a tile: everything that a layer
-    makes of it, as if none were let go before the end, and the widest once more in fp32. Of one operation: a copy of
-    its weight, as libraries pack it, and the threads' own.
+    That is a copy of one operation's weight, as libraries pack it, and the threads' own.
     """
     chain1 = slice_config(config, 1)
-    query_dim = chain1.num_heads * chain1.head_dim
-    whole = 8 + chain1.dim * dtype.itemsize + KvFormat.of(config, dtype).layer_token_bytes
-    features = 4 * chain1.dim + 2 * query_dim + 2 * chain1.kv_dim + 2 * chain1.hidden_dim
-    in_fp32 = 4 * chain1.head_dim + chain1.num_heads + max(query_dim, chain1.dim, chain1.hidden_dim)
-    of_tile = features * dtype.itemsize + 4 * in_fp32
-    packed = chain1.dim * max(query_dim, chain1.hidden_dim) * dtype.itemsize
-    return num_tokens * whole + min(num_tokens, tile_tokens) * of_tile + packed + SCRATCH_BYTES
+    packed = chain1.dim * max(chain1.num_heads * chain1.head_dim, chain1.hidden_dim) * dtype.itemsize
+    run = run_bytes(config, dtype, num_tokens=num_tokens, tile_tokens=tile_tokens)
+    return run + packed + SCRATCH_BYTES
 
 
 def choose(

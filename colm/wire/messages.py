@@ -141,7 +141,9 @@ def _from_pb(record_type: type[_Record], message: Message) -> _Record:
 
 def queued_to_pb(event: Queued) -> pb.Queued:
     """Domain to wire."""
-    return pb.Queued(waits_for=_WAITS_FOR[event.waits_for], num_ahead=event.num_ahead)
+    return pb.Queued(
+        waits_for=_WAITS_FOR[event.waits_for], num_ahead=event.num_ahead, estimated_wait_s=event.estimated_wait_s
+    )
 
 
 def token_to_pb(event: Token) -> pb.Token:
@@ -280,7 +282,7 @@ def event_from_pb(message: generation_pb.GenerateResponse | decode_pb.DecodeResp
         case "accepted":
             return _from_pb(Accepted, body)
         case "queued":
-            return _queued(body)
+            return queued_from_pb(body)
         case "reserved":
             return _from_pb(Reserved, body)
         case "prefill_progress":
@@ -293,11 +295,17 @@ def event_from_pb(message: generation_pb.GenerateResponse | decode_pb.DecodeResp
             raise ValueError(f"the server sent an event of unknown kind {kind!r}")
 
 
-def _queued(queued: pb.Queued) -> Queued:
+def queued_from_pb(queued: pb.Queued) -> Queued:
+    """Wire to domain.
+
+    Raises:
+        ValueError: the request waits for nothing that is known here.
+    """
     waits_for = {value: key for key, value in _WAITS_FOR.items()}
     if queued.waits_for not in waits_for:
         raise ValueError(f"the server queued the request for an unknown thing {queued.waits_for}")
-    return Queued(waits_for=waits_for[queued.waits_for], num_ahead=queued.num_ahead)
+    estimated_wait_s = queued.estimated_wait_s if queued.HasField("estimated_wait_s") else None
+    return Queued(waits_for=waits_for[queued.waits_for], num_ahead=queued.num_ahead, estimated_wait_s=estimated_wait_s)
 
 
 def _token(token: pb.Token) -> Token:

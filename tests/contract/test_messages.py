@@ -97,7 +97,7 @@ ACCEPTED = st.builds(
     Accepted, request_id=TEXT, model=TEXT, num_prompt_tokens=U32, num_chains=U32, max_new_tokens=U32, timeout_s=SECONDS
 )
 RESERVED = st.builds(Reserved, num_pages=U64)
-QUEUED = st.builds(Queued, waits_for=st.sampled_from(WaitsFor), num_ahead=U32)
+QUEUED = st.builds(Queued, waits_for=st.sampled_from(WaitsFor), num_ahead=U32, estimated_wait_s=st.none() | SECONDS)
 PROGRESS = st.builds(PrefillProgress, num_tokens_done=U32, num_tokens_total=U32)
 TOKENS = st.builds(
     Token,

@@ -177,7 +177,7 @@ async def test_the_deadline_reaches_the_decode_node_and_frees_it(checkpoint: Che
             gate.open()
 
 
-async def test_a_request_behind_a_long_prefill_hears_that_it_waits(
+async def test_a_request_behind_another_prefill_hears_that_it_waits_and_for_how_long(
     checkpoint: Checkpoint, prefill: PrefillNode
 ) -> None:
     async with (
@@ -187,13 +187,19 @@ async def test_a_request_behind_a_long_prefill_hears_that_it_waits(
         with gate_before(PrefillEngine, "run") as gate:
             first = asyncio.create_task(ask(address))
             await gate.until_reached()
-            second = asyncio.create_task(ask(address))
-            await until(lambda: node.load.num_queued == 2)
-            gate.open()
-            events = await second
+            events = []
+            async with AsyncClient(address) as client:
+                async for event in client.generate(token_ids=PROMPT):
+                    events.append(event)
+                    if isinstance(event, Queued):
+                        gate.open()
             await first
     kinds = [type(event) for event in events]
-    assert Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=0) in events
+    queued = events[kinds.index(Queued)]
+    assert isinstance(queued, Queued)
+    assert (queued.waits_for, queued.num_ahead) == (WaitsFor.PREFILL_NODE, 0)
+    assert queued.estimated_wait_s is not None
+    assert queued.estimated_wait_s > 0
     assert kinds.index(Queued) < kinds.index(PrefillProgress) < kinds.index(Token)
 
 

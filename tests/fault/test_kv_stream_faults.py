@@ -26,6 +26,7 @@ from colm.wire.endpoint import open_blocking_channel
 from colm.wire.security import Security
 from colm.wire.status import error_of
 from colm.wire.tile_codec import decode_message, pull_kv_stub
+from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 from decode_node import node as node_module
 from decode_node.kv_fetch import RetryPolicy
@@ -84,7 +85,12 @@ def end_early(_: int, __: int, data: bytes) -> list[bytes]:
     return [kv_pb.PullKvResponse(complete=complete).SerializeToString()]
 
 
+def wait_for_nothing_known(_: int, __: int, data: bytes) -> list[bytes]:
+    return [kv_pb.PullKvResponse(queued=common_pb2.Queued()).SerializeToString(), data]
+
+
 FAULTS = {
+    "queued for nothing that is known": first_attempt(0, wait_for_nothing_known),
     "connection lost before the first tile": first_attempt(0, lambda *_: None),
     "connection lost in the middle": first_attempt(4, lambda *_: None),
     "payload damaged": first_attempt(3, flip_payload_bit),

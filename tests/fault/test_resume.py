@@ -46,12 +46,15 @@ def token_bytes(checkpoint: Checkpoint) -> int:
 
 @contextmanager
 def counted_tiles(gate: Gate | None = None, num_before_gate: int = 0) -> Iterator[list[KvTile]]:
-    """Every tile that any engine computes; after so many it waits at the gate."""
+    """Every tile that any engine computes for a job; after so many it waits at the gate."""
     tiles: list[KvTile] = []
     run = PrefillEngine.run
 
     def counting(engine: PrefillEngine, token_ids: NDArray[np.int64], **options: Any) -> Iterator[KvTile]:
         for tile in run(engine, token_ids, **options):
+            if "cancelled" not in options:  # a node that starts takes its own measure
+                yield tile
+                continue
             if gate is not None and len(tiles) == num_before_gate:
                 gate.pass_through()
             tiles.append(tile)

@@ -1,15 +1,19 @@
 """Requests that must wait: in order, told where they stand, refused only where waiting is useless."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 
 import grpc
+import numpy as np
 import pytest
 import torch
+from colm_kernels.native import CancelFlag
+from numpy.typing import NDArray
 
 from colm.checkpoint import Checkpoint
 from colm.errors import ColmError, DeadlineExceeded, LeaseExpired
+from colm.kv import KvTile
 from colm.leases import LeaseTable
 from colm.wire import prompt_stream
 from colm.wire.endpoint import open_channel
@@ -21,7 +25,9 @@ from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
 from decode_node.engine import DecodeEngine
 from decode_node.node import DecodeNode
 from decode_node.requests import DecodeJob, Emit, RequestOwner
+from prefill_node import prefill_loop
 from prefill_node.engine import PrefillEngine
+from prefill_node.job_policy import FIRST_SHARE
 from tests.gates import LIMIT_S, gate_before
 from tests.nodes import decode, decode_node, pages_bytes, prefill_node
 from tests.tiny import tiny_checkpoint
@@ -163,6 +169,8 @@ async def test_waiting_for_a_busy_prefill_node_is_told_and_is_no_prefill(checkpo
             answer = await second
             await first
     assert (pb.WAITS_FOR_PREFILL_NODE, 0) in answer.waits
+    queued = [response.queued for response in answer.responses if response.WhichOneof("event") == "queued"]
+    assert any(event.estimated_wait_s > 0 for event in queued)
     assert answer.timings.queue_s >= 1.0
     assert 0 < answer.timings.prefill_s < answer.timings.queue_s
     assert answer.timings.first_token_s >= answer.timings.queue_s + answer.timings.prefill_s
@@ -185,6 +193,57 @@ async def test_prompts_of_one_node_wait_where_any_free_prefill_node_can_take_the
             assert not held.done()
             gate.open()
             await held
+
+
+async def test_short_prompts_go_before_a_long_one_that_their_only_node_has_begun(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: with one prefill node, everybody waited for the end of the prompt that it computed."""
+    monkeypatch.setattr(prefill_loop, "QUANTUM_S", 0.0)
+    path, long, steps = str(checkpoint.path), PROMPT * 8, list[int]()
+    run = PrefillEngine.run
+
+    def noted(
+        engine: PrefillEngine, token_ids: NDArray[np.int64], *, cancelled: CancelFlag | None = None
+    ) -> Iterator[KvTile]:
+        for tile in run(engine, token_ids, cancelled=cancelled):
+            steps.append(len(token_ids))
+            yield tile
+
+    async with prefill_node(path) as prefill, decode_node(path, [prefill.address]) as node:
+        monkeypatch.setattr(PrefillEngine, "run", noted)
+        with gate_before(PrefillEngine, "run") as gate:
+            held = asyncio.create_task(decode(node.address, long, request_id="long"))
+            await gate.until_reached()
+            shorts = [asyncio.create_task(decode(node.address, PROMPT, request_id=str(i))) for i in range(4)]
+            await until(lambda: prefill.service.load.num_queued == len(shorts))
+            gate.open()
+            answers = await asyncio.gather(*shorts)
+            await held
+    assert len({answer.token_ids for answer in answers}) == 1
+    num_short_steps = steps.count(len(PROMPT) - 1)
+    assert num_short_steps == len(shorts) * 2 * 2  # layers of tiles
+    last = len(steps) - 1 - steps[::-1].index(len(PROMPT) - 1)
+    # The long one's first step, and its share.
+    assert last <= 1 + num_short_steps / (1 - FIRST_SHARE)
+
+
+async def test_what_a_prefill_node_refuses_is_the_requests_answer(checkpoint: Checkpoint) -> None:
+    path = str(checkpoint.path)
+    async with prefill_node(path, memory_bytes=100_000) as prefill, decode_node(path, [prefill.address]) as node:
+        error = await failure(node.address, PROMPT * 8)
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "prefill.memory_bytes" in error.details()
+    async with prefill_node(path, max_queued_s=1e-9) as prefill, AsyncExitStack() as stack:
+        node = await stack.enter_async_context(decode_node(path, [prefill.address]))
+        with gate_before(PrefillEngine, "run") as gate:
+            first = asyncio.create_task(decode(node.address, PROMPT, request_id="first"))
+            await gate.until_reached()
+            error = await failure(node.address, request_id="second")
+            gate.open()
+            await first
+    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "would wait about 0 s at this prefill node" in error.details()
 
 
 async def test_a_full_batch_is_waited_for_with_a_word(checkpoint: Checkpoint) -> None:

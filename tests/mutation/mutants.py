@@ -29,6 +29,7 @@ _WAITING = "tests/fault/test_waiting.py::"
 _GATEWAY = "tests/fault/test_gateway.py::"
 _STREAM = "tests/fault/test_kv_stream_faults.py::"
 _PREFILL = "tests/unit/test_prefill_loop.py::"
+_POLICY = "tests/unit/test_job_policy.py::"
 _FRONT_DOOR = "tests/unit/test_front_door.py::"
 _CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
@@ -332,11 +333,25 @@ MUTANTS = (
         "tests/unit/test_prefill_pool.py::test_a_node_that_failed_is_asked_again_only_after_a_rest",
     ),
     Mutant(
-        "a prompt is sent to a node that computes another one",
+        "a node takes any number of prompts",
         "decode_node/prefill_pool.py",
-        "free = [node for node in self._nodes if not node.is_lent]",
-        "free = self._nodes",
-        _WAITING + "test_prompts_of_one_node_wait_where_any_free_prefill_node_can_take_them",
+        " if node.num_streams < self._max_streams)",
+        ")",
+        "tests/unit/test_prefill_pool.py::test_a_prompt_that_finds_every_node_full_goes_to_the_next_that_has_room",
+    ),
+    Mutant(
+        "the node with the most tokens is lent first",
+        "decode_node/prefill_pool.py",
+        "now_s), node.num_tokens\n",
+        "now_s), -node.num_tokens\n",
+        "tests/unit/test_prefill_pool.py::test_the_node_with_the_fewest_tokens_is_lent_first",
+    ),
+    Mutant(
+        "nobody is told how long a prompt will wait",
+        "prefill_node/service.py",
+        "estimated_wait_s=wait.estimated_s\n",
+        "estimated_wait_s=None\n",
+        _GATEWAY + "test_a_request_behind_another_prefill_hears_that_it_waits_and_for_how_long",
     ),
     Mutant(
         "a damaged payload is stored",
@@ -450,17 +465,52 @@ MUTANTS = (
     Mutant(
         "the node that holds the job is no better than another",
         "decode_node/prefill_pool.py",
-        "(node.address != preferred, max(",
-        "(False, max(",
+        "return node.address != preferred, max(",
+        "return False, max(",
         "tests/unit/test_prefill_pool.py::"
         "test_a_node_that_holds_the_prompt_already_is_lent_although_it_failed_unless_it_is_busy",
     ),
     Mutant(
-        "a later prompt goes before an earlier one",
+        "of equal prompts a later one goes first",
         "prefill_node/job_policy.py",
-        "    in_line = sorted(jobs, key=lambda job: job.place)\n    may_start",
-        "    in_line = sorted(jobs, key=lambda job: -job.place)\n    may_start",
-        _PREFILL + "test_first_come_first_served",
+        "    return job.remaining_s, job.place\n",
+        "    return job.remaining_s, -job.place\n",
+        _POLICY + "test_the_shortest_remaining_work_goes_first_and_of_equals_the_first_in_line",
+    ),
+    Mutant(
+        "a long prompt starves under a flood of short ones",
+        "prefill_node/job_policy.py",
+        "        first.owed_s += FIRST_SHARE * step_s\n",
+        "        pass\n",
+        _POLICY + "test_a_long_job_ends_in_time_under_a_flood_of_short_ones",
+    ),
+    Mutant(
+        "short prompts begin in the memory that a large one waits for",
+        "prefill_node/job_policy.py",
+        "        fitting = [job for job in fitting if job.is_started]\n",
+        "",
+        _PREFILL + "test_a_long_prompt_that_waits_for_memory_is_not_passed_for_ever",
+    ),
+    Mutant(
+        "a prompt begins without memory",
+        "prefill_node/job_policy.py",
+        "job.is_started or job.memory_bytes <= free_bytes]",
+        "True]",
+        _PREFILL + "test_at_most_so_many_have_begun",
+    ),
+    Mutant(
+        "a quantum goes on although the window is full",
+        "prefill_node/prefill_loop.py",
+        "        if num_bytes >= order.room_bytes:\n            break\n",
+        "",
+        _PREFILL + "test_a_full_window_ends_a_quantum",
+    ),
+    Mutant(
+        "a step attends with its own tile",
+        "prefill_node/cost_model.py",
+        "(num_tiles - 1) * self.tile_tokens if",
+        "num_tiles * self.tile_tokens if",
+        "tests/unit/test_cost_model.py::test_a_step_attends_with_the_tile_before_it",
     ),
     Mutant(
         "a job that nobody reads keeps the others waiting",
@@ -773,8 +823,8 @@ MUTANTS = (
     # What the prefill benchmark says.
     Mutant(
         "the last layer's attention counts as work",
-        "bench/flops.py",
-        "(config.num_layers - 1) * attention",
+        "colm/flops.py",
+        "num_whole * attention",
         "config.num_layers * attention",
         "tests/unit/test_flops.py::test_a_prefill_is_counted_as_the_engine_runs_it",
     ),

@@ -6,12 +6,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
-import psutil
 import pytest
 import torch
 
-from bench.harness.environment import in_fresh_process, peak_memory_bytes
 from bench.harness.suite import Options, arguments, run
 from bench.kernels.common import short
 from bench.prefill import __main__ as command
@@ -160,24 +157,6 @@ def test_what_does_not_run_says_why() -> None:
     assert [(each.model, each.num_tokens) for each in skipped] == [("huge", 512), ("tiny", 1024), ("huge", 1024)]
     assert skipped[0].reason.startswith("needs 128.1 GiB, weights of 2 models among them; 100.0 MiB are available")
     assert skipped[1].reason == "its context is 512"
-
-
-def test_a_prefill_takes_no_more_memory_than_was_said() -> None:
-    """In a process of its own, whose peak before the prompt is known; what grows with the prompt is all taken."""
-    num_tokens = 32 << 10
-    half, whole = (
-        working_bytes(WIDE, torch.float32, num_tokens=each, tile_tokens=512) for each in (num_tokens // 2, num_tokens)
-    )
-    assert 2 * (whole - half) <= in_fresh_process(growth_bytes, num_tokens) <= whole
-
-
-def growth_bytes(num_tokens: int) -> int:
-    """The body of the process above: one layer and a tile, of one tile first, for what libraries set up once."""
-    engine = engine_of_random(WIDE, torch.float32, 512, 0)
-    for each in (512, num_tokens):
-        before = psutil.Process().memory_info().rss
-        list(itertools.islice(engine.run(np.zeros(each, dtype=np.int64)), each // 512 + 1))
-    return peak_memory_bytes() - before
 
 
 def test_random_weights_depend_on_name_and_seed_alone() -> None:

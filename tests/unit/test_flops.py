@@ -9,8 +9,8 @@ import torch
 from colm_kernels.few_rows_linear import MAX_ROWS
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.flops import causal_attention_flops, prefill_flops
 from bench.prefill.case import engine_of_random, prompt
+from colm.flops import causal_attention_flops, prefill_flops
 from tests.tiny import tiny_config
 
 # Heads of a width and tiles of a size that the library leaves to PyTorch, whose products can be counted.

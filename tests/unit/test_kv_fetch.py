@@ -35,7 +35,7 @@ class ScriptedReceiver:
         self._error = error
         self._starts = starts
         self.silence_s = silence_s
-        self.num_ahead: int | None = None
+        self.queued: Queued | None = None
         self.started_s: float | None = None
         self.heard_s: float | None = None
         self.sparse: SparseReport | None = None
@@ -270,7 +270,7 @@ async def test_a_node_that_fell_silent_is_not_preferred(make: Callable[..., Benc
 async def test_the_place_in_both_lines_is_passed_on(make: Callable[..., Bench]) -> None:
     bench = make()
     receiver = BlockedReceiver(bench.clock)
-    receiver.num_ahead = 2
+    receiver.queued = Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=2, estimated_wait_s=7.5)
     bench._script = [receiver]
     fetching = asyncio.create_task(bench.fetch())
     async with asyncio.timeout(LIMIT_S):
@@ -278,7 +278,7 @@ async def test_the_place_in_both_lines_is_passed_on(make: Callable[..., Bench]) 
             await asyncio.sleep(0.01)
     receiver.may_end.set()
     await fetching
-    assert bench.events[:2] == [Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=ahead) for ahead in (4, 2)]
+    assert bench.events[:2] == [Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=4), receiver.queued]
 
 
 async def test_a_thread_holds_the_pages_until_it_has_ended_however_often_its_request_is_cancelled(

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from colm.errors import InvalidRequest, TransferSuperseded
+from colm.flops import LayerFlops
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KV_START, KvPosition
 from colm.wire.tile_codec import decode_message, decode_tile
 from prefill_node import prefill_job
+from prefill_node.cost_model import CostModel, PrefillShape
 from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.policy import SparsePolicy
@@ -30,7 +32,15 @@ def order(epoch: int, resume_from: KvPosition = KV_START) -> PrefillOrder:
 
 
 def new_job(first: PrefillOrder) -> PrefillJob:
-    return PrefillJob(first, place=0, kv_format=FORMAT, on_change=lambda: None)
+    shape = PrefillShape(
+        layer=LayerFlops(keys_values=1, rest=1),
+        num_layers=FORMAT.num_layers,
+        num_heads=1,
+        head_dim=FORMAT.head_dim,
+        tile_tokens=5,
+    )
+    costs = CostModel(shape=shape, linear_flop_s=1.0, attention_flop_s=1.0, step_s=1.0)
+    return PrefillJob(first, place=0, kv_format=FORMAT, costs=costs, begun_bytes=1000, on_change=lambda: None)
 
 
 def positions(first: KvPosition, last: KvPosition) -> st.SearchStrategy[KvPosition]:
@@ -125,6 +135,7 @@ class JobMachine(RuleBasedStateMachine):
     def nothing_is_lost(self) -> None:
         if hasattr(self, "job"):
             self.job.check_integrity()
+            assert (self.job.remaining_s > 0) == (not self.job.is_computed)
             assert self.job.is_computed == (END in (self.produced, self.job.acknowledged))
             for layer in range(FORMAT.num_layers):
                 num_stored = (

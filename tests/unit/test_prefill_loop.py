@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ import torch
 from colm_kernels.native import CancelFlag, Cancelled
 from numpy.typing import NDArray
 
-from colm.errors import CapacityExceeded, TransferSuperseded
+from colm.errors import CapacityExceeded, InvalidRequest, TransferSuperseded
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KV_START, KvPosition
 from colm.model.ffn import ChainFFN
 from prefill_node import engine as engine_module
 from prefill_node import prefill_job
+from prefill_node.cost_model import CostModel, PrefillShape
 from prefill_node.encoded_tile import EncodedTile
 from prefill_node.engine import PrefillEngine
-from prefill_node.prefill_job import JobStream, PrefillOrder
-from prefill_node.prefill_loop import PrefillLoop
+from prefill_node.job_policy import Wait
+from prefill_node.prefill_job import JobStream, PrefillOrder, job_bytes
+from prefill_node.prefill_loop import QUANTUM_S, PrefillLoop
 from tests.clock import FakeClock
 from tests.gates import LIMIT_S, Gate
 from tests.tiny import tiny_checkpoint, tiny_config
@@ -32,7 +35,10 @@ from tests.unit.test_line import settle
 NUM_TOKENS = 100
 NUM_STEPS = 8  # two layers of four tiles
 LEASE_S = 20.0
-PROMPTS = {name: np.random.default_rng(seed).integers(0, 320, NUM_TOKENS) for seed, name in enumerate("abcd")}
+SHORT, NUM_SHORT_STEPS = "s", 2  # two layers of a tile
+LENGTHS = dict.fromkeys("abcd", NUM_TOKENS) | {SHORT: 10}
+PROMPTS = {name: np.random.default_rng(seed).integers(0, 320, LENGTHS[name]) for seed, name in enumerate(LENGTHS)}
+STEP_S = 1.0
 
 
 class SteppedEngine(PrefillEngine):
@@ -47,7 +53,7 @@ class SteppedEngine(PrefillEngine):
     def run(self, token_ids: NDArray[np.int64], **options: Any) -> Iterator[KvTile]:
         name = next(name for name, prompt in PROMPTS.items() if np.array_equal(prompt, token_ids))
         tiles = super().run(token_ids, **options)
-        for _ in range(NUM_STEPS):
+        while True:
             self.gates[name].pass_through()
             self.steps.append(name)
             yield next(tiles)
@@ -57,19 +63,21 @@ def order(name: str, epoch: int = 1, resume_from: KvPosition = KV_START) -> Pref
     return PrefillOrder(transfer_id=name, epoch=epoch, token_ids=PROMPTS[name], resume_from=resume_from)
 
 
-async def no_beat(_: int) -> None:
+async def no_beat(_: Wait) -> None:
     pass
 
 
 class Bench:
     """A loop over a real engine, and readers of its jobs."""
 
-    def __init__(self, engine: SteppedEngine, **options: Any) -> None:
+    def __init__(self, engine: SteppedEngine, *, num_begun: int = 2, step_s: float = STEP_S, **options: Any) -> None:
         self.engine = engine
         self.clock = FakeClock()
-        self.loop = PrefillLoop(
-            engine, self.clock, **{"max_queued": 4, "max_started": 2, "lease_s": LEASE_S, **options}
-        )
+        shape = PrefillShape.of(engine.config, engine.tile_tokens)
+        self.costs = CostModel(shape=shape, linear_flop_s=0.0, attention_flop_s=0.0, step_s=step_s)
+        memory_bytes = num_begun * job_bytes(engine, NUM_TOKENS)
+        chosen = {"max_queued": 4, "max_queued_s": 1e6, "memory_bytes": memory_bytes, "lease_s": LEASE_S, **options}
+        self.loop = PrefillLoop(engine, self.costs, self.clock, **chosen)
 
     async def read(self, stream: JobStream, num_tiles: int | None = None) -> list[EncodedTile]:
         """Take, store and acknowledge tiles; all of them, or so many."""
@@ -150,6 +158,100 @@ async def test_first_come_first_served(bench: Bench) -> None:
     assert bench.engine.steps == ["a"] * NUM_STEPS + ["b"] * NUM_STEPS
 
 
+@pytest.mark.parametrize(("step_s", "num_before"), [(QUANTUM_S, 1), (QUANTUM_S / 3, 3), (QUANTUM_S / 100, NUM_STEPS)])
+async def test_a_short_prompt_goes_before_the_rest_of_a_long_one_after_a_quantum(
+    engine: SteppedEngine, step_s: float, num_before: int
+) -> None:
+    """Bug: whoever came behind a million tokens waited for all of them."""
+    async with a_bench(engine, step_s=step_s * 0.999) as bench:
+        engine.gates["a"].close()
+        long = asyncio.create_task(bench.whole("a"))
+        await engine.gates["a"].until_reached()
+        short = asyncio.create_task(bench.whole(SHORT))
+        await settle()
+        engine.gates["a"].open()
+        assert len(await short) == NUM_SHORT_STEPS
+        await long
+        num_after = NUM_STEPS - num_before
+        assert engine.steps == ["a"] * num_before + [SHORT] * NUM_SHORT_STEPS + ["a"] * num_after
+
+
+async def test_short_prompts_without_end_leave_a_long_one_its_share(bench: Bench) -> None:
+    bench.engine.gates["a"].close()
+    long = asyncio.create_task(bench.whole("a"))
+    await bench.engine.gates["a"].until_reached()
+    waiting = asyncio.create_task(bench.whole("b"))
+    await settle()
+    bench.engine.gates["a"].open()
+    num_shorts = 0
+    while not long.done():
+        stream = bench.loop.attach(replace(order(SHORT), transfer_id=f"short-{num_shorts}"))
+        await bench.read(stream)
+        bench.loop.detach(stream)
+        num_shorts += 1
+    await waiting
+    assert len(await long) == NUM_STEPS
+    assert num_shorts * NUM_SHORT_STEPS <= 3 * NUM_STEPS + NUM_SHORT_STEPS
+
+
+async def test_a_long_prompt_that_waits_for_memory_is_not_passed_for_ever(engine: SteppedEngine) -> None:
+    """Bug to be kept out: short ones that begin in whatever becomes free would keep it out."""
+    async with a_bench(engine, memory_bytes=job_bytes(engine, NUM_TOKENS)) as bench:
+        engine.gates[SHORT].close()
+        first = bench.loop.attach(replace(order(SHORT), transfer_id="short-0"))
+        await engine.gates[SHORT].until_reached()
+        long = bench.loop.attach(order("a"))
+        shorts = [bench.loop.attach(replace(order(SHORT), transfer_id=f"short-{number}")) for number in (1, 2, 3)]
+        engine.gates[SHORT].open()
+        await asyncio.gather(*map(bench.read, (first, long, *shorts)))
+        # The second one begins before the long one is owed anything.
+        assert engine.steps == [SHORT] * 2 * NUM_SHORT_STEPS + ["a"] * NUM_STEPS + [SHORT] * 2 * NUM_SHORT_STEPS
+
+
+@pytest.mark.usefixtures("small_window")
+async def test_a_full_window_ends_a_quantum(engine: SteppedEngine) -> None:
+    async with a_bench(engine, step_s=QUANTUM_S / 100) as bench:
+        slow = bench.loop.attach(order("a"))
+        await bench.until(lambda: not slow.job.has_room)
+        await bench.whole("b")
+        assert engine.steps == ["a"] + ["b"] * NUM_STEPS
+        await bench.read(slow)
+
+
+async def test_what_steps_take_corrects_the_costs(bench: Bench) -> None:
+    gate = bench.engine.gates["a"]
+    gate.close()
+    reading = asyncio.create_task(bench.whole("a"))
+    await gate.until_reached()
+    bench.clock.now_s += 3 * STEP_S
+    gate.open()
+    await reading
+    assert STEP_S < bench.costs.step_s < 3 * STEP_S
+
+
+async def test_a_prompt_that_never_fits_is_refused_with_the_numbers(engine: SteppedEngine) -> None:
+    needed_bytes = job_bytes(engine, NUM_TOKENS)
+    async with a_bench(engine, memory_bytes=needed_bytes - 1) as bench:
+        with pytest.raises(InvalidRequest, match=rf"=100: needs {needed_bytes} bytes .* have {needed_bytes - 1} in"):
+            bench.loop.check(NUM_TOKENS)
+        bench.loop.check(NUM_TOKENS - 1)
+
+
+async def test_a_prompt_that_would_wait_too_long_is_refused_and_a_shorter_one_is_not(engine: SteppedEngine) -> None:
+    async with a_bench(engine, max_queued_s=STEP_S * (NUM_STEPS - 0.5)) as bench:
+        engine.gates["a"].close()
+        first = asyncio.create_task(bench.whole("a"))
+        await engine.gates["a"].until_reached()
+        with pytest.raises(CapacityExceeded, match=r"about 8 s at this prefill node, .*max_queued_s=7\.5"):
+            bench.loop.attach(order("b"))
+        short = asyncio.create_task(bench.whole(SHORT))
+        await settle()
+        assert bench.load == (1, 1)
+        engine.gates["a"].open()
+        await asyncio.gather(first, short)
+        assert bench.load == (0, 0)
+
+
 @pytest.mark.usefixtures("small_window")
 async def test_the_next_one_uses_the_engine_while_a_window_is_full_and_no_longer(bench: Bench) -> None:
     slow = bench.loop.attach(order("a"))
@@ -163,7 +265,7 @@ async def test_the_next_one_uses_the_engine_while_a_window_is_full_and_no_longer
 @pytest.mark.usefixtures("small_window")
 async def test_at_most_so_many_have_begun(bench: Bench) -> None:
     slow = [bench.loop.attach(order(name)) for name in "ab"]
-    await bench.until(lambda: bench.engine.steps == ["a", "b"])
+    await bench.until(lambda: not any(stream.job.has_room for stream in slow))
     third = asyncio.create_task(bench.whole("c"))
     await settle()
     assert bench.load == (2, 1)
@@ -188,11 +290,11 @@ async def test_everybody_who_waits_hears_how_many_come_before(bench: Bench) -> N
     bench.engine.gates["a"].close()
     first = asyncio.create_task(bench.whole("a"))
     await bench.engine.gates["a"].until_reached()
-    told: dict[str, list[int]] = {"b": [], "c": []}
+    told: dict[str, list[Wait]] = {"b": [], "c": []}
 
     async def wait(name: str) -> None:
-        async def beat(num_ahead: int) -> None:
-            told[name].append(num_ahead)
+        async def beat(wait: Wait) -> None:
+            told[name].append(wait)
 
         stream = bench.loop.attach(order(name))
         await bench.loop.turn(stream, beat)
@@ -203,8 +305,9 @@ async def test_everybody_who_waits_hears_how_many_come_before(bench: Bench) -> N
     await settle()
     bench.engine.gates["a"].open()
     await asyncio.gather(first, *waiting)
-    assert told["b"] == [0]
-    assert told["c"] == [1, 0]
+    whole_s = NUM_STEPS * STEP_S
+    assert told["b"] == [Wait(num_ahead=0, estimated_s=whole_s)]
+    assert told["c"] == [Wait(num_ahead=1, estimated_s=2 * whole_s), Wait(num_ahead=0, estimated_s=whole_s)]
 
 
 async def test_the_line_is_bounded_and_a_refused_job_leaves_nothing(engine: SteppedEngine) -> None:

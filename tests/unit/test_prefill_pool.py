@@ -1,4 +1,4 @@
-"""Prefill nodes at fixed addresses take one stream each; a free node is lent at once, a failed one last."""
+"""Prefill nodes at fixed addresses take so many streams each; the one with the least work first, a failed one last."""
 
 import asyncio
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -15,8 +15,10 @@ async def no_beat(_: int) -> None:
     pass
 
 
-def borrow(pool: StaticPrefillPool, preferred: str | None = None) -> AbstractAsyncContextManager[PrefillLease]:
-    return pool.lease(num_tokens=1, beat=no_beat, preferred=preferred)
+def borrow(
+    pool: StaticPrefillPool, preferred: str | None = None, num_tokens: int = 1
+) -> AbstractAsyncContextManager[PrefillLease]:
+    return pool.lease(num_tokens=num_tokens, beat=no_beat, preferred=preferred)
 
 
 async def lend(pool: StaticPrefillPool, error: Exception | None = None) -> str:
@@ -33,7 +35,7 @@ async def lend(pool: StaticPrefillPool, error: Exception | None = None) -> str:
 
 
 async def test_equal_nodes_take_turns() -> None:
-    pool = StaticPrefillPool(["a", "b", "c"], FakeClock())
+    pool = StaticPrefillPool(["a", "b", "c"], FakeClock(), max_streams=1)
     assert [await lend(pool) for _ in range(6)] == ["a", "b", "c", "a", "b", "c"]
 
 
@@ -41,7 +43,7 @@ async def test_equal_nodes_take_turns() -> None:
 async def test_a_node_that_failed_is_asked_again_only_after_a_rest(error: Exception) -> None:
     """Bug: the dead node always had the fewest streams, so it was asked again and again beside a healthy one."""
     clock = FakeClock()
-    pool = StaticPrefillPool(["dead", "healthy"], clock)
+    pool = StaticPrefillPool(["dead", "healthy"], clock, max_streams=1)
     assert await lend(pool, error) == "dead"
     assert [await lend(pool) for _ in range(5)] == ["healthy"] * 5
     clock.now_s += 60
@@ -49,7 +51,7 @@ async def test_a_node_that_failed_is_asked_again_only_after_a_rest(error: Except
 
 
 async def test_a_node_that_holds_the_prompt_already_is_lent_although_it_failed_unless_it_is_busy() -> None:
-    pool = StaticPrefillPool(["holder", "other"], FakeClock())
+    pool = StaticPrefillPool(["holder", "other"], FakeClock(), max_streams=1)
     await lend(pool, PeerUnavailable("broke off"))
     async with borrow(pool, "holder") as lease:
         assert lease.address == "holder"
@@ -58,7 +60,7 @@ async def test_a_node_that_holds_the_prompt_already_is_lent_although_it_failed_u
 
 
 async def test_a_dead_node_is_passed_over_although_the_healthy_one_was_busy_all_along() -> None:
-    pool = StaticPrefillPool(["dead", "healthy"], FakeClock())
+    pool = StaticPrefillPool(["dead", "healthy"], FakeClock(), max_streams=1)
     await lend(pool, PeerUnavailable("dead"))
     async with AsyncExitStack() as stack:
         assert (await stack.enter_async_context(borrow(pool))).address == "healthy"
@@ -68,7 +70,7 @@ async def test_a_dead_node_is_passed_over_although_the_healthy_one_was_busy_all_
 
 async def test_each_failure_in_a_row_doubles_the_rest_and_a_success_ends_it() -> None:
     clock = FakeClock()
-    pool = StaticPrefillPool(["bad", "good"], clock)
+    pool = StaticPrefillPool(["bad", "good"], clock, max_streams=1)
     assert await lend(pool, PeerUnavailable("")) == "bad"
     clock.now_s += 1.01
     await lend(pool)
@@ -81,7 +83,7 @@ async def test_each_failure_in_a_row_doubles_the_rest_and_a_success_ends_it() ->
 
 
 async def test_a_cancelled_stream_says_nothing_about_its_node() -> None:
-    pool = StaticPrefillPool(["a", "b"], FakeClock())
+    pool = StaticPrefillPool(["a", "b"], FakeClock(), max_streams=1)
 
     async def hold() -> None:
         async with borrow(pool):
@@ -94,9 +96,18 @@ async def test_a_cancelled_stream_says_nothing_about_its_node() -> None:
     assert [await lend(pool) for _ in range(4)] == ["b", "a", "b", "a"]
 
 
-async def test_a_prompt_is_not_sent_to_a_node_that_computes_another_one() -> None:
+async def test_the_node_with_the_fewest_tokens_is_lent_first() -> None:
+    pool = StaticPrefillPool(["a", "b"], FakeClock(), max_streams=3)
+    async with AsyncExitStack() as stack:
+        lent = [(await stack.enter_async_context(borrow(pool, None, num))).address for num in (1000, 10, 20, 30, 40)]
+        assert lent == ["a", "b", "b", "b", "a"]
+    async with borrow(pool, None, 5) as lease, borrow(pool) as other:
+        assert {lease.address, other.address} == {"a", "b"}
+
+
+async def test_a_prompt_that_finds_every_node_full_goes_to_the_next_that_has_room() -> None:
     """Bug: a prompt was bound to the busy node and stayed there while the other node was idle."""
-    pool = StaticPrefillPool(["a", "b"], FakeClock())
+    pool = StaticPrefillPool(["a", "b"], FakeClock(), max_streams=1)
     async with AsyncExitStack() as long, AsyncExitStack() as short:
         assert (await long.enter_async_context(borrow(pool))).address == "a"
         assert (await short.enter_async_context(borrow(pool))).address == "b"
@@ -108,7 +119,7 @@ async def test_a_prompt_is_not_sent_to_a_node_that_computes_another_one() -> Non
 
 
 async def test_the_places_before_the_nodes_are_bounded() -> None:
-    pool = StaticPrefillPool(["a"], FakeClock(), max_waiting=1)
+    pool = StaticPrefillPool(["a"], FakeClock(), max_streams=1, max_waiting=1)
     async with borrow(pool):
         waiting = asyncio.create_task(lend(pool))
         await settle()

@@ -91,12 +91,14 @@ class Token(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., num_chains: _Optional[int] = ...) -> None: ...
 
 class Queued(_message.Message):
-    __slots__ = ("waits_for", "num_ahead")
+    __slots__ = ("waits_for", "num_ahead", "estimated_wait_s")
     WAITS_FOR_FIELD_NUMBER: _ClassVar[int]
     NUM_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATED_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     waits_for: WaitsFor
     num_ahead: int
-    def __init__(self, waits_for: _Optional[_Union[WaitsFor, str]] = ..., num_ahead: _Optional[int] = ...) -> None: ...
+    estimated_wait_s: float
+    def __init__(self, waits_for: _Optional[_Union[WaitsFor, str]] = ..., num_ahead: _Optional[int] = ..., estimated_wait_s: _Optional[float] = ...) -> None: ...
 
 class PrefillProgress(_message.Message):
     __slots__ = ("num_tokens_done", "num_tokens_total")

@@ -1,0 +1,32 @@
+"""What a prefill takes beside the engine's weights, said before any memory is taken."""
+
+import psutil
+import torch
+
+from colm.kv import KvFormat
+from colm.model.config import ChainConfig
+from colm.model.transformer import slice_config
+
+FREE_SHARE = 0.5
+"""Of what is free when a node starts, for the prompts that it computes; the rest is for everybody else."""
+
+
+def run_bytes(config: ChainConfig, dtype: torch.dtype, *, num_tokens: int, tile_tokens: int) -> int:
+    """Peak of one `PrefillEngine.run`; an upper bound, and a close one for long prompts.
+
+    Of the whole prompt: token ids, hidden states, one layer's keys and values. Of a tile: everything that a layer
+    makes of it, as if none were let go before the end, and the widest once more in fp32.
+    """
+    chain1 = slice_config(config, 1)
+    query_dim = chain1.num_heads * chain1.head_dim
+    whole = 8 + chain1.dim * dtype.itemsize + KvFormat.of(config, dtype).layer_token_bytes
+    features = 4 * chain1.dim + 2 * query_dim + 2 * chain1.kv_dim + 2 * chain1.hidden_dim
+    in_fp32 = 4 * chain1.head_dim + chain1.num_heads + max(query_dim, chain1.dim, chain1.hidden_dim)
+    of_tile = features * dtype.itemsize + 4 * in_fp32
+    return num_tokens * whole + min(num_tokens, tile_tokens) * of_tile
+
+
+def default_memory_bytes(device: torch.device) -> int:
+    """`FREE_SHARE` of what the device has free now."""
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(FREE_SHARE * free_bytes)

@@ -1,0 +1,40 @@
+"""What a prefill was said to take, against what it takes in a process of its own."""
+
+import itertools
+from collections import deque
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from bench.harness.environment import in_fresh_process, peak_memory_bytes
+from bench.prefill.case import engine_of_random
+from prefill_node.engine import PrefillEngine
+from tests.tiny import tiny_config
+
+# Hidden states as large as keys and values, and little attention to wait for.
+WIDE = tiny_config(
+    chains=(8,), dim=1024, hidden_dim=1024, explicit_head_dim=32, num_kv_heads=8, num_layers=2, max_context=1 << 20
+)
+TILE_TOKENS = 512
+
+
+def wide_engine(dtype: torch.dtype) -> PrefillEngine:
+    return engine_of_random(WIDE, dtype, TILE_TOKENS, 0)
+
+
+def growth_bytes(num_tokens: int, dtype: torch.dtype) -> int:
+    """The body of the process: one layer and a tile, of a short prompt first, for what libraries set up once."""
+    engine = wide_engine(dtype)
+    for each in (2 * TILE_TOKENS, num_tokens):
+        before = psutil.Process().memory_info().rss
+        steps = itertools.islice(engine.run(np.zeros(each, dtype=np.int64)), each // TILE_TOKENS + 1)
+        deque(steps, maxlen=0)
+    return peak_memory_bytes() - before
+
+
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(16 << 10, torch.float32), (32 << 10, torch.bfloat16)])
+def test_the_predicted_peak_of_a_run_is_the_measured_one(num_tokens: int, dtype: torch.dtype) -> None:
+    predicted_bytes = wide_engine(dtype).memory_bytes(num_tokens)
+    assert in_fresh_process(growth_bytes, num_tokens, dtype) == pytest.approx(predicted_bytes, rel=0.15)
