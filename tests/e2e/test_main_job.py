@@ -245,6 +245,18 @@ def test_status_shows_roles_addresses_and_load(cluster: RunningCluster) -> None:
     assert "SmolLM2" in table
 
 
+def test_submit_asks_for_sparse_attention_and_a_short_document_is_dense_all_the_same(
+    cluster: RunningCluster, expanded_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    document = tmp_path / "document.txt"
+    document.write_text(DOCUMENT)
+    words = ("submit", str(document), "--prompt", PROMPT, "--max-new-tokens", "4", "--json")
+    dense, sparse = (last_json(cluster.colm(*words, "--attention", mode).stdout) for mode in ("dense", "sparse"))
+    assert sparse["text"] == dense["text"]
+    assert "sparse_layers" not in dense
+    assert [layer["recall"] for layer in sparse["sparse_layers"]] == [1.0] * (expanded_checkpoint.config.num_layers - 1)
+
+
 def test_submit_prints_the_answer_or_one_json_object(cluster: RunningCluster, tmp_path: Path) -> None:
     document = tmp_path / "document.txt"
     document.write_text(DOCUMENT)
