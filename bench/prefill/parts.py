@@ -13,12 +13,12 @@ from colm.model.ffn import ChainFFN
 from colm.model.linear import ChainLinear
 from colm.model.norm import ChainRMSNorm
 from colm.model.rope import Rope
-from prefill_node import engine
+from prefill_node import engine, tile_cache
 
 PARTS: Mapping[str, Sequence[tuple[object, str]]] = {
     "norms": ((ChainRMSNorm, "forward"), (ChainRMSNorm, "add_")),
     "qkv": tuple((ChainAttention, name) for name in ("queries", "keys_values", "queries_keys_values")),
-    "rotation": ((Rope, "tables"), (block, "rotate_"), (engine, "write_kv")),
+    "rotation": ((Rope, "tables"), (block, "rotate_"), (tile_cache, "write_kv")),
     "attention": ((engine, "prefill_attention"),),
     "ffn": ((ChainFFN, "forward"),),
     # The output projection is the one linear that none of the others calls.

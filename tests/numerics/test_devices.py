@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import decode_node.engine
 import decode_node.kv_store
 import prefill_node.engine
+import prefill_node.tile_cache
 from colm.checkpoint import Checkpoint
 from colm.kv import KvFormat, KvTile
 from colm.model.attention import _head_order
@@ -86,7 +87,7 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         together(*tensors)
 
     monkeypatch.setattr(prefill_node.engine, "prefill_attention", attend_to_prefix)
-    monkeypatch.setattr(prefill_node.engine, "write_kv", write)
+    monkeypatch.setattr(prefill_node.tile_cache, "write_kv", write)
     monkeypatch.setattr(decode_node.engine, "decode_attention", attend_to_pages)
     monkeypatch.setattr(decode_node.kv_store, "write_kv", write)
     _head_order.cache_clear()
