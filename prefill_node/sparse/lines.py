@@ -7,6 +7,7 @@ C candidates.
 from typing import NamedTuple
 
 import torch
+from colm_kernels.native import CancelFlag
 from colm_kernels.sparse_estimate import last_rows_attention, vertical_slash_mass
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,7 +42,7 @@ def heaviest(vertical_S: Tensor, slash_S: Tensor, pattern: VerticalSlash) -> Lin
     return Lines(verticals_V, *_ranges(distances_X, 1))
 
 
-def lines_within(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy) -> Lines:
+def lines_within(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy, *, cancelled: CancelFlag | None = None) -> Lines:
     """The lines that a kv head's query heads share, as few as the policy's budget asks for.
 
     Candidates are single columns, and diagonals 64 at a time, which together list no more than one of them alone
@@ -52,8 +53,12 @@ def lines_within(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy) -> Lines:
         q_RGE: queries of the prompt's last rows.
         k_1SE: keys of the whole prompt.
         policy: the budget, and what every row is given anyway.
+        cancelled: looked at between some rows and the next.
+
+    Raises:
+        Cancelled: `cancelled` was set before the end.
     """
-    given_G, gain_GC = _explained(q_RGE, k_1SE, policy)
+    given_G, gain_GC = _explained(q_RGE, k_1SE, policy, cancelled or CancelFlag())
     num_keys = k_1SE.shape[1]
     cost_C = torch.ones(gain_GC.shape[1], dtype=torch.int64, device=gain_GC.device)
     cost_C[num_keys:] = SLASH_KEYS
@@ -70,7 +75,7 @@ def lines_within(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy) -> Lines:
     return Lines(taken_X[is_vertical_X], *_ranges((taken_X[~is_vertical_X] - num_keys) * KEY_BLOCK, KEY_BLOCK))
 
 
-def _explained(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy) -> tuple[Tensor, Tensor]:
+def _explained(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy, cancelled: CancelFlag) -> tuple[Tensor, Tensor]:
     """Attention on what every row is given, and how much of the rest each column and each 64 diagonals explain.
 
     To a few neighbouring rows, a diagonal looks like as many columns, and a column like as many diagonals. Only one of
@@ -87,6 +92,7 @@ def _explained(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy) -> tuple[Tens
     key_S = torch.arange(num_keys, device=k_1SE.device)
     is_sink_S = key_S < max(KEY_BLOCK, policy.sink_tokens)
     for head, weights_RX in last_rows_attention(q_RGE, k_1SE, num_rows=num_rows):
+        cancelled.raise_if_set()
         rows, num_seen = weights_RX.shape
         # Those of the future have no weight.
         distance_RX = (key_S[num_seen - rows : num_seen].unsqueeze(1) - key_S[:num_seen]).clamp_min_(0)

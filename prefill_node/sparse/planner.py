@@ -50,7 +50,7 @@ class SparsePlanner:
             layer: its number.
             q_RHE: rotated queries of the prompt's last tokens, `ESTIMATION_ROWS` or all.
             k_KSE: rotated keys of the whole prompt.
-            cancelled: looked at between kv heads.
+            cancelled: looked at between kv heads, and between some rows of one.
 
         Returns:
             The plan, one list a kv head; None where the layer is to be dense.
@@ -69,7 +69,7 @@ class SparsePlanner:
             heads = slice(kv_head * group, (kv_head + 1) * group)
             q_RGE, k_1SE = q_RHE[:, heads], k_KSE[kv_head : kv_head + 1]
             if self._patterns is None:
-                lists.append(_list_within(q_RGE, k_1SE, self.policy))
+                lists.append(_list_within(q_RGE, k_1SE, self.policy, cancelled))
             else:
                 masses = vertical_slash_mass(q_RGE, k_1SE, num_lists=group, num_rows=len(q_RGE))
                 lists.append(list_of(self._patterns.layers[layer][heads], *masses, self.policy))
@@ -110,12 +110,13 @@ def list_of(patterns: Sequence[HeadPattern], vertical_GS: Tensor, slash_GS: Tens
     )
 
 
-def _list_within(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy) -> ListPlan:
+def _list_within(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy, cancelled: CancelFlag | None) -> ListPlan:
     window = _window(policy.local_tokens, k_1SE.device)
     # Nothing is left out, so there is nothing to choose.
     if policy.mass == 1.0 or (policy.keys_per_row is not None and policy.keys_per_row >= k_1SE.shape[1]):
         return ListPlan(sink_tokens=policy.sink_tokens, lines=(window,), is_dense=True)
-    return ListPlan(sink_tokens=policy.sink_tokens, lines=(window, lines_within(q_RGE, k_1SE, policy)))
+    chosen = lines_within(q_RGE, k_1SE, policy, cancelled=cancelled)
+    return ListPlan(sink_tokens=policy.sink_tokens, lines=(window, chosen))
 
 
 def _window(local_tokens: int, device: torch.device) -> Lines:

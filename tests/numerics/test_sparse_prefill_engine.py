@@ -24,6 +24,7 @@ from colm.model.rope import Rope
 from prefill_node import engine as engine_module
 from prefill_node.engine import PrefillEngine
 from prefill_node.sparse import audit as audit_module
+from prefill_node.sparse import lines as lines_module
 from prefill_node.sparse import planner as planner_module
 from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.patterns import AShape, BlockSparse, HeadPattern, PatternFile, VerticalSlash
@@ -244,12 +245,13 @@ def test_between_two_tiles_of_a_sparse_layer_the_engine_may_be_given_to_others(c
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (planner_module, "lines_within"),
+        (planner_module, "vertical_slash_mass"),
+        (lines_module, "vertical_slash_mass"),
         (audit_module, "_recall"),
         (engine_module, "sparse_prefill_attention"),
         (engine_module.PrefillEngine, "_queries"),
     ],
-    ids=["planning", "auditing", "attending", "asking for queries"],
+    ids=["planning by patterns", "planning", "auditing", "attending", "asking for queries"],
 )
 def test_a_cancelled_engine_ends_wherever_a_sparse_layer_is(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
@@ -263,6 +265,7 @@ def test_a_cancelled_engine_ends_wherever_a_sparse_layer_is(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(module, name, cancelling)
+    patterns = PATTERNS["patterns"] if module is planner_module else None
     with pytest.raises(Cancelled):
-        list(engine_of(checkpoint).run(prompt(), sparse=plans(), cancelled=flag))
+        list(engine_of(checkpoint).run(prompt(), sparse=plans(patterns), cancelled=flag))
     assert calls == [name]

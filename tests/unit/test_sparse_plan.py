@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from colm_kernels import sparse_estimate, tolerance
+from colm_kernels.native import CancelFlag, Cancelled
 from colm_kernels.sparse_estimate import block_means
 from colm_kernels.sparse_index import SparseIndex, Tiling
 from colm_kernels.sparse_patterns import a_shape, block_sparse, vertical_slash
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prefill_node.sparse import lines as lines_module
 from prefill_node.sparse.audit import recall_of_rows
 from prefill_node.sparse.patterns import AShape, BlockSparse, HeadPattern, PatternFile, VerticalSlash
 from prefill_node.sparse.plan import LayerPlan
@@ -258,3 +260,20 @@ def test_a_policy_names_what_it_refuses(options, message):
 def test_a_planner_refuses_a_layer_that_the_model_does_not_have():
     with pytest.raises(ValueError, match=r"dense_layers=\(2,\) names a layer past the model's 2"):
         SparsePlanner(CONFIG, SparsePolicy(dense_layers=(2,)))
+
+
+def test_a_cancelled_estimate_ends_between_two_heads(monkeypatch):
+    """Of a million keys, a few rows of one head are much work."""
+    flag, seen, attention = CancelFlag(), [], lines_module.last_rows_attention
+
+    def cancelling(*args, **options):
+        for head, weights_RX in attention(*args, **options):
+            seen.append(head)
+            flag.set()
+            yield head, weights_RX
+
+    monkeypatch.setattr(lines_module, "last_rows_attention", cancelling)
+    q, k, _ = prefill_inputs(64, 512, 4, 1, 16, torch.float32)
+    with pytest.raises(Cancelled):
+        lines_module.lines_within(q, k, SparsePolicy(), cancelled=flag)
+    assert seen == [0]
