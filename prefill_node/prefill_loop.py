@@ -218,6 +218,7 @@ class PrefillLoop:
             encoder=job.encoder,
             epoch=job.epoch,
             since=job.acknowledged,
+            last=job.end,
             num_steps=num_steps,
             room_bytes=job.room_bytes,
         )
@@ -265,6 +266,8 @@ class _StepOrder:
     epoch: int
     since: KvPosition
     """Messages begin here."""
+    last: KvPosition
+    """Where the job ends."""
     num_steps: int
     room_bytes: int
     """Messages that fill the window."""
@@ -290,6 +293,7 @@ def _steps(order: _StepOrder, clock: Clock) -> _Steps:
         encoded = order.encoder.encode(tile, epoch=order.epoch, since=order.since)
         tiles += encoded
         num_bytes += sum(len(each.message) for each in encoded)
-        if num_bytes >= order.room_bytes:
+        # A plan's tiles may be longer than those that were counted.
+        if num_bytes >= order.room_bytes or end == order.last:
             break
     return _Steps(tiles=tiles, end=end, took_s=clock.now() - began_s)

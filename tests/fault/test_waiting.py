@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 import torch
-from colm_kernels.native import CancelFlag
 from numpy.typing import NDArray
 
 from colm.checkpoint import Checkpoint
@@ -203,10 +203,8 @@ async def test_short_prompts_go_before_a_long_one_that_their_only_node_has_begun
     path, long, steps = str(checkpoint.path), PROMPT * 8, list[int]()
     run = PrefillEngine.run
 
-    def noted(
-        engine: PrefillEngine, token_ids: NDArray[np.int64], *, cancelled: CancelFlag | None = None
-    ) -> Iterator[KvTile]:
-        for tile in run(engine, token_ids, cancelled=cancelled):
+    def noted(engine: PrefillEngine, token_ids: NDArray[np.int64], **options: Any) -> Iterator[KvTile]:
+        for tile in run(engine, token_ids, **options):
             steps.append(len(token_ids))
             yield tile
 

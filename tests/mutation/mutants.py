@@ -501,9 +501,16 @@ MUTANTS = (
     Mutant(
         "a quantum goes on although the window is full",
         "prefill_node/prefill_loop.py",
-        "        if num_bytes >= order.room_bytes:\n            break\n",
-        "",
+        "num_bytes >= order.room_bytes or end == order.last",
+        "end == order.last",
         _PREFILL + "test_a_full_window_ends_a_quantum",
+    ),
+    Mutant(
+        "a quantum goes on behind the last tile",
+        "prefill_node/prefill_loop.py",
+        " or end == order.last",
+        "",
+        "tests/fault/test_sparse_requests.py::test_a_short_prompt_is_dense_whatever_is_asked_and_its_report_says_so",
     ),
     Mutant(
         "a step attends with its own tile",
