@@ -391,10 +391,17 @@ MUTANTS = (
     # The prefill node.
     Mutant(
         "the prompts that wait for the engine are not bounded",
+        "prefill_node/prefill_loop.py",
+        ">= self._max_queued:",
+        "> 1000:",
+        _STREAM + "test_a_prefill_node_whose_line_is_full_refuses",
+    ),
+    Mutant(
+        "a line is not bounded",
         "colm/line.py",
         "        if len(self._places) >= self._max_waiting:\n",
         "        if False:\n",
-        _STREAM + "test_a_prefill_node_whose_line_is_full_refuses",
+        "tests/unit/test_line.py::test_one_too_many_is_refused_and_the_others_keep_their_places",
     ),
     Mutant(
         "a reader that does not read stops nobody",
@@ -510,7 +517,7 @@ MUTANTS = (
         "prefill_node/prefill_loop.py",
         " or end == order.last",
         "",
-        "tests/fault/test_sparse_requests.py::test_a_short_prompt_is_dense_whatever_is_asked_and_its_report_says_so",
+        _PREFILL + "test_a_quantum_ends_with_the_last_tile_however_many_were_counted",
     ),
     Mutant(
         "a step attends with its own tile",

@@ -158,6 +158,15 @@ async def test_first_come_first_served(bench: Bench) -> None:
     assert bench.engine.steps == ["a"] * NUM_STEPS + ["b"] * NUM_STEPS
 
 
+async def test_a_quantum_ends_with_the_last_tile_however_many_were_counted(engine: SteppedEngine) -> None:
+    """Bug: a plan's tiles are longer than those that the cost model counts; one more was asked for than there were."""
+    async with a_bench(engine) as bench:
+        shape = PrefillShape.of(engine.config, engine.tile_tokens // 5)
+        bench.loop._costs = CostModel(shape=shape, linear_flop_s=0.0, attention_flop_s=0.0, step_s=QUANTUM_S / 100)
+        assert len(await bench.whole("a")) == NUM_STEPS
+        assert bench.load == (0, 0)
+
+
 @pytest.mark.parametrize(("step_s", "num_before"), [(QUANTUM_S, 1), (QUANTUM_S / 3, 3), (QUANTUM_S / 100, NUM_STEPS)])
 async def test_a_short_prompt_goes_before_the_rest_of_a_long_one_after_a_quantum(
     engine: SteppedEngine, step_s: float, num_before: int
