@@ -116,10 +116,6 @@ class CostModel:
         """What the engine will take for it."""
         return sum(self._parts_s(work))
 
-    def prompt_s(self, num_tokens: int) -> float:
-        """What the engine will take for a whole prompt."""
-        return self.seconds(self.shape.work(num_tokens))
-
     def observe(self, work: Work, took_s: float) -> None:
         """Learn from what work has taken; nothing where nothing was measured."""
         parts_s = self._parts_s(work)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from colm_kernels import tolerance
-from colm_kernels.rotary import rotate_reference
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,12 +22,11 @@ from bench.kernels.common import gemm_ceiling, short
 from bench.prefill.memory import Prefill
 from bench.prefill.parts import parts_timed
 from bench.random_weights import RandomWeights
-from colm.checkpoint import assign, prefill_tensor_names
+from colm.checkpoint import assign
 from colm.flops import prefill_flops
 from colm.kv import KvFormat
-from colm.model import ChainTransformer
+from colm.model import ChainTransformer, parameter_shapes
 from colm.model.config import ChainConfig
-from colm.model.rope import Rope
 from colm.model.transformer import slice_config
 from prefill_node.engine import PrefillEngine
 
@@ -159,16 +157,8 @@ def exact_keys_values(
     with torch.device("meta"):
         model = ChainTransformer(config, 1)
     weights = RandomWeights(config=config, dtype=dtype, seed=seed)
-    assign(model, weights.tensors(prefill_tensor_names(config)), torch.float64)
-    cos, sin = Rope(config).tables(torch.arange(len(token_ids)))
-    x_ND = model.embedding.embed(torch.from_numpy(token_ids), 1)
-    layers = []
-    for index, layer in enumerate(model.blocks):
-        k_NKE, v_NKE = layer.attention.keys_values(layer.attention_norm(x_ND, 1))
-        layers.append((rotate_reference(k_NKE, cos, sin).transpose(0, 1), v_NKE.transpose(0, 1)))
-        if index < config.num_layers - 1:
-            (x_ND,) = layer.by_chain([x_ND], cos, sin, 1)
-    return layers
+    assign(model, weights.tensors(parameter_shapes(config, 1)), torch.float64)
+    return [(k_KNE, v_KNE) for _, k_KNE, v_KNE in model.chain1_heads(torch.from_numpy(token_ids))]
 
 
 def _chain1(config: ChainConfig) -> dict[str, int]:

@@ -68,30 +68,40 @@ class ChainAttention(nn.Module):
         out_RHD = out_RKGD.flatten(1, 2)
         return (out_RHD if num_chains == 1 else out_RHD.index_select(1, place_H)).flatten(1)
 
+    def heads_by_chain(
+        self, xs: Sequence[Tensor], cos_RD: Tensor, sin_RD: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The oracle's rotated queries and keys, and its values: (R, heads, D) for each chain that has its own."""
+
+        def heads(x_R: Tensor) -> Tensor:
+            return x_R.view(len(x_R), -1, self.config.head_dim)
+
+        of_kv = xs[: self.kv_chains]
+        return (
+            [rotate_reference(heads(q_R), cos_RD, sin_RD) for q_R in self.wq.by_chain(xs)],
+            [rotate_reference(heads(k_R), cos_RD, sin_RD) for k_R in self.wk.by_chain(of_kv)],
+            [heads(v_R) for v_R in self.wv.by_chain(of_kv)],
+        )
+
     def by_chain(self, xs: Sequence[Tensor], cos_TD: Tensor, sin_TD: Tensor, num_sequences: int) -> list[Tensor]:
         """The oracle: causal self-attention of whole sequences of equal length, one (R, D_i) a chain, differentiable.
 
         It must share no code with the serving forward, which is held against it.
         """
-        cos, sin = cos_TD.repeat(num_sequences, 1), sin_TD.repeat(num_sequences, 1)
-        head_dim, num_tokens = self.config.head_dim, len(cos_TD)
-
-        def heads(x_R: Tensor) -> Tensor:
-            return x_R.view(len(x_R), -1, head_dim)
+        queries, keys, values = self.heads_by_chain(
+            xs, cos_TD.repeat(num_sequences, 1), sin_TD.repeat(num_sequences, 1)
+        )
 
         def sequences(x_RHD: Tensor) -> Tensor:
-            return x_RHD.view(num_sequences, num_tokens, -1, head_dim).transpose(1, 2)
+            return x_RHD.view(num_sequences, len(cos_TD), -1, self.config.head_dim).transpose(1, 2)
 
-        keys = [sequences(rotate_reference(heads(k), cos, sin)) for k in self.wk.by_chain(xs[: self.kv_chains])]
-        values = [sequences(heads(v)) for v in self.wv.by_chain(xs[: self.kv_chains])]
         attended = []
-        for chain, q in enumerate(self.wq.by_chain(xs)):
+        for chain, q_RHD in enumerate(queries):
             source = min(chain, self.kv_chains - 1)
-            q_BHTD = sequences(rotate_reference(heads(q), cos, sin))
             out_BHTD = F.scaled_dot_product_attention(
-                q_BHTD, keys[source], values[source], is_causal=True, enable_gqa=True
+                sequences(q_RHD), sequences(keys[source]), sequences(values[source]), is_causal=True, enable_gqa=True
             )
-            attended.append(out_BHTD.transpose(1, 2).reshape(q.shape))
+            attended.append(out_BHTD.transpose(1, 2).reshape(len(q_RHD), -1))
         return self.wo.by_chain(attended)
 
 

@@ -1,9 +1,10 @@
 """ChainTransformer: LLaMA (one chain), CoLM (several), and CoLM-Air (several over one set of keys and values).
 
-Shapes: B sequences, T tokens, R = B*T rows, D model features of one chain, V vocabulary.
+Shapes: B sequences, T tokens, R = B*T rows, D model features of one chain, V vocabulary; N tokens of one sequence, H query
+heads and K kv heads of chain 1, E head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -78,6 +79,19 @@ class ChainTransformer(nn.Module):
         for layer in self.blocks:
             xs = layer.by_chain(xs, cos_TD, sin_TD, num_sequences)
         return self.final_norm.by_chain(xs)
+
+    def chain1_heads(self, tokens_N: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(q_NHE, k_KNE, v_KNE) of chain 1 in every layer, rotated: what a prefill is compared with.
+
+        Args:
+            tokens_N: int64 token ids of one sequence.
+        """
+        cos_NE, sin_NE = Rope(self.config, tokens_N.device).tables(torch.arange(len(tokens_N), device=tokens_N.device))
+        xs = self.embedding.embed_by_chain(tokens_N, 1)
+        for layer in self.blocks:
+            queries, keys, values = layer.attention.heads_by_chain(layer.attention_norm.by_chain(xs), cos_NE, sin_NE)
+            yield queries[0], keys[0].transpose(0, 1), values[0].transpose(0, 1)
+            xs = layer.by_chain(xs, cos_NE, sin_NE, 1)
 
 
 def slice_config(config: ChainConfig, num_chains: int) -> ChainConfig:

@@ -1,7 +1,7 @@
 """Estimates of where attention goes, from a few products; `sparse_patterns` takes them as masses and scores.
 
 Shapes: T queries of the tile, S keys (prefix and tile), H query heads, K kv heads, G = H / K, D head dim, L lists (K or
-H), N row blocks, B key blocks, R sampled rows.
+H), R sampled rows.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colm_kernels.prefill_attention import check_prefill
-from colm_kernels.sparse_index import Tiling
 
 SCORES_AT_ONCE = 1 << 22
 """Scores of sampled rows held at a time, 16 MiB of them."""
@@ -77,34 +76,6 @@ def vertical_slash_mass(q_THD: Tensor, k_KSD: Tensor, *, num_lists: int, num_row
         by_distance_RX = padded_RX.as_strided((rows, num_seen), (num_seen + rows - 1, 1), rows - 1)
         slash_LS[head // heads_per_list, :num_seen] += by_distance_RX.sum(dim=0)
     return vertical_LS, slash_LS
-
-
-def pooled_block_mass(q_THD: Tensor, k_KSD: Tensor, tiling: Tiling, *, num_lists: int) -> Tensor:
-    """Attention by key block between mean queries and mean keys of the blocks.
-
-    Args:
-        q_THD: rotated queries.
-        k_KSD: rotated keys of the prefix and the tile.
-        tiling: of this T and S.
-        num_lists: H, or K to average the query heads of a kv head.
-
-    Returns:
-        mass_LNB in fp32; each row block's masses sum to 1 over the key blocks that it can see.
-
-    Raises:
-        ValueError: shapes that do not fit together.
-    """
-    group = _check(q_THD, k_KSD, num_lists)
-    if (tiling.num_queries, tiling.num_keys) != (q_THD.shape[0], k_KSD.shape[1]):
-        raise ValueError(f"tiling={tiling} does not fit {q_THD.shape[0]} queries and {k_KSD.shape[1]} keys")
-    q_HND = block_means(q_THD.transpose(0, 1), tiling.row_block)
-    k_HBD = block_means(k_KSD, tiling.key_block).repeat_interleave(group, dim=0)
-    scores_HNB = q_HND @ k_HBD.transpose(1, 2) * q_THD.shape[2] ** -0.5
-    _, last_N = tiling.diagonal(q_THD.device)
-    future_NB = torch.arange(tiling.num_key_blocks, device=q_THD.device) > last_N.unsqueeze(1)
-    mass_HNB = scores_HNB.masked_fill_(future_NB, float("-inf")).softmax(dim=2)
-    mass_LNB: Tensor = mass_HNB.unflatten(0, (num_lists, -1)).mean(dim=1)
-    return mass_LNB
 
 
 def _check(q_THD: Tensor, k_KSD: Tensor, num_lists: int) -> int:

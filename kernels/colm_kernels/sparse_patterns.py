@@ -134,33 +134,6 @@ def top_p(tiling: Tiling, mass_LNB: Tensor, *, p: float) -> SparseIndex:
     return lower(tiling, torch.zeros_like(taken_LNB).scatter_(2, order_LNB, taken_LNB))
 
 
-def vertical_slash_top_p(tiling: Tiling, vertical_mass_LS: Tensor, slash_mass_LS: Tensor, *, p: float) -> SparseIndex:
-    """The fewest verticals and the fewest slashes that hold a share p of their masses each (Lai et al. 2025).
-
-    Args:
-        tiling: positions and blocks.
-        vertical_mass_LS: attention by key position, as estimated; not negative.
-        slash_mass_LS: attention by distance; not negative.
-        p: between 0 and 1.
-
-    Raises:
-        ValueError: p out of its range, or masses that are not one for each key.
-    """
-    _check_share(p)
-    for name, mass_LS in (("vertical_mass_LS", vertical_mass_LS), ("slash_mass_LS", slash_mass_LS)):
-        if mass_LS.dim() != 2 or mass_LS.shape[1] != tiling.num_keys:
-            raise ValueError(f"{name} has shape {tuple(mass_LS.shape)}, expected (*, {tiling.num_keys})")
-    return vertical_slash(tiling, verticals_LV=_nucleus(vertical_mass_LS, p), slashes_LW=_nucleus(slash_mass_LS, p))
-
-
-def _nucleus(mass_LS: Tensor, p: float) -> Tensor:
-    """Positions of the fewest entries that hold a share p of each row; -1 where other rows need more."""
-    sorted_LS, order_LS = mass_LS.sort(dim=1, descending=True)
-    taken_LS = sorted_LS.cumsum(dim=1) - sorted_LS < p * mass_LS.sum(dim=1, keepdim=True)
-    width = int(taken_LS.sum(dim=1).max()) if len(mass_LS) else 0
-    return order_LS.masked_fill(~taken_LS, -1)[:, :width]
-
-
 def _check_share(p: float) -> None:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p={p} must be between 0 and 1")

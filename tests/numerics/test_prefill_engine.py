@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from colm_kernels import tolerance
-from colm_kernels.rotary import rotate_reference
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,7 +19,6 @@ from colm.errors import InvalidRequest
 from colm.kv import KvFormat
 from colm.model import ChainTransformer
 from colm.model.config import RopeScaling
-from colm.model.rope import Rope
 from prefill_node.engine import PrefillEngine
 from tests.tiny import tiny_checkpoint, tiny_config
 
@@ -77,18 +75,7 @@ def computed(engine: PrefillEngine, token_ids: NDArray[np.int64]) -> list[tuple[
 @torch.inference_mode()
 def oracles(model: ChainTransformer, token_ids: NDArray[np.int64]) -> list[tuple[Tensor, Tensor]]:
     """(k_KNE, v_KNE) of each layer by the model's own layers, whole sequences at a time."""
-    cos, sin = Rope(model.config).tables(torch.arange(len(token_ids)))
-    xs = model.embedding.embed_by_chain(torch.from_numpy(token_ids), 1)
-    layers = []
-    for layer in model.blocks:
-        normed = layer.attention_norm.by_chain(xs)
-        k_NKE, v_NKE = (
-            linear.by_chain(normed)[0].view(len(token_ids), -1, model.config.head_dim)
-            for linear in (layer.attention.wk, layer.attention.wv)
-        )
-        layers.append((rotate_reference(k_NKE, cos, sin).transpose(0, 1), v_NKE.transpose(0, 1)))
-        xs = layer.by_chain(xs, cos, sin, 1)
-    return layers
+    return [(k_KNE, v_KNE) for _, k_KNE, v_KNE in model.chain1_heads(torch.from_numpy(token_ids))]
 
 
 def assert_equals_oracle(engine: PrefillEngine, checkpoint: Checkpoint, token_ids: NDArray[np.int64]) -> None:

@@ -73,7 +73,8 @@ def test_a_step_attends_with_the_tile_before_it() -> None:
 
 @given(models, TOKENS)
 def test_a_longer_prompt_takes_longer(model: CostModel, tokens: int) -> None:
-    assert 0 < model.prompt_s(tokens) < model.prompt_s(tokens + 1)
+    shorter, longer = (model.seconds(model.shape.work(num_tokens)) for num_tokens in (tokens, tokens + 1))
+    assert 0 < shorter < longer
 
 
 @given(models, WORK, TIMES)
@@ -127,4 +128,4 @@ def test_a_real_engine_is_calibrated_whatever_its_shape(tmp_path: Path, num_laye
     engine = PrefillEngine(checkpoint, KvFormat.of(checkpoint.config, torch.float32), tile_tokens=tile_tokens)
     model = calibrate(engine, MonotonicClock())
     assert min(model.linear_flop_s, model.attention_flop_s, model.step_s) > 0
-    assert model.prompt_s(1) > 0
+    assert model.seconds(model.shape.work(1)) > 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from colm_kernels import sparse_estimate
-from colm_kernels.sparse_estimate import pooled_block_mass, vertical_slash_mass
+from colm_kernels.sparse_estimate import vertical_slash_mass
 from colm_kernels.sparse_index import SparseIndex, Tiling
 from colm_kernels.sparse_patterns import (
     a_shape,
@@ -11,7 +11,6 @@ from colm_kernels.sparse_patterns import (
     blocks_at_distances,
     top_p,
     vertical_slash,
-    vertical_slash_top_p,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,20 +129,6 @@ def test_top_p_reaches_its_share_with_the_fewest_blocks(tiling, p, seed):
     assert ((reached - smallest < p * total + slack) | ~listed.any(dim=2)).all()
 
 
-@given(tilings(), st.floats(0, 1), st.integers(0, 1 << 30))
-def test_vertical_slash_top_p_covers_the_heaviest_of_both(tiling, p, seed):
-    generator = torch.Generator().manual_seed(seed)
-    vertical, slash = (torch.rand(2, tiling.num_keys, generator=generator, dtype=torch.float64) ** 8 for _ in range(2))
-    mask = vertical_slash_top_p(tiling, vertical, slash, p=p).mask()
-    distance_TS = distances(tiling)
-    for number in range(2):
-        for mass, of_pair in ((vertical, torch.arange(tiling.num_keys).expand_as(distance_TS)), (slash, distance_TS)):
-            # The entries covered for every query that the causal mask allows hold the share.
-            missed = of_pair[(distance_TS >= 0) & ~mask[number]].unique()
-            kept = torch.ones(tiling.num_keys, dtype=torch.bool).index_fill(0, missed, False)
-            assert mass[number, kept].sum() >= (p - 1e-12) * mass[number].sum()
-
-
 def test_vertical_slash_mass_is_the_attention_of_the_last_rows():
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(150, 4, 16, generator=generator), torch.randn(2, 333, 16, generator=generator)
@@ -168,19 +153,6 @@ def test_a_few_rows_at_a_time_add_up_to_the_same_mass(monkeypatch):
         torch.testing.assert_close(few, whole)
 
 
-def test_pooled_block_mass_is_the_attention_between_means():
-    generator = torch.Generator().manual_seed(0)
-    tiling = Tiling(num_queries=150, num_keys=333)
-    q, k = torch.randn(150, 4, 16, generator=generator), torch.randn(2, 333, 16, generator=generator)
-    mass = pooled_block_mass(q, k, tiling, num_lists=2)
-    torch.testing.assert_close(mass.sum(dim=2), torch.ones(2, 2))
-    rows = [slice(0, 128), slice(128, 150)]
-    for row_block, visible in ((0, 5), (1, 6)):  # the first row block ends at position 310, in block 4
-        means = torch.stack([block.mean(dim=0) for block in k[1].split(64)])[:visible]
-        weights = torch.stack([(q[rows[row_block], h].mean(dim=0) @ means.T / 4).softmax(dim=0) for h in (2, 3)])
-        torch.testing.assert_close(mass[1, row_block, :visible], weights.mean(dim=0))
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -190,11 +162,6 @@ def test_pooled_block_mass_is_the_attention_between_means():
         (lambda t: block_sparse(t, torch.zeros(1, 1, 2), num_blocks=0), "num_blocks=0"),
         (lambda t: block_sparse(t, torch.zeros(1, 1, 3), num_blocks=1), "scores have shape"),
         (lambda t: top_p(t, torch.zeros(1, 1, 2), p=1.5), "p=1.5"),
-        (
-            lambda t: vertical_slash_top_p(t, torch.zeros(1, 9), torch.zeros(1, 100), p=0.5),
-            "vertical_mass_LS has shape",
-        ),
-        (lambda t: pooled_block_mass(torch.zeros(9, 1, 16), torch.zeros(1, 100, 16), t, num_lists=1), "tiling="),
         (lambda _: vertical_slash_mass(torch.zeros(9, 4, 16), torch.zeros(2, 9, 16), num_lists=3), "num_lists=3"),
     ],
 )

@@ -10,11 +10,9 @@ import pytest
 import torch
 from colm_kernels import tolerance
 from colm_kernels.prefill_attention import prefill_attention, prefill_attention_reference
-from colm_kernels.rotary import rotate_reference
 from torch import Tensor
 
 from colm.errors import ConfigError
-from colm.model.rope import Rope
 from prefill_node.sparse.layers import LayerAttention, layer_attentions
 from prefill_node.sparse.patterns import AShape, BlockSparse, HeadPattern, PatternFile, VerticalSlash
 from prefill_node.sparse.planner import ESTIMATION_ROWS, SparsePlanner
@@ -165,13 +163,5 @@ def test_the_layers_are_those_of_the_model(shape, num_tokens):
 @torch.inference_mode()
 def exact_layers(model: Any, token_ids: Any) -> list[tuple[Tensor, ...]]:
     """The same by the model's own layers, whole sequences at a time."""
-    cos, sin = Rope(model.config).tables(torch.arange(len(token_ids)))
-    x_ND, layers = model.embedding.embed(torch.from_numpy(token_ids), 1), []
-    for layer in model.blocks:
-        normed = layer.attention_norm(x_ND, 1)
-        k_NKE, v_NKE = layer.attention.keys_values(normed)
-        q_NHE = rotate_reference(layer.attention.queries(normed, (len(x_ND),)), cos, sin)
-        k_KNE, v_KNE = rotate_reference(k_NKE, cos, sin).transpose(0, 1), v_NKE.transpose(0, 1)
-        layers.append((q_NHE, k_KNE, v_KNE, prefill_attention_reference(q_NHE, k_KNE, v_KNE)[0]))
-        (x_ND,) = layer.by_chain([x_ND], cos, sin, 1)
-    return layers
+    heads = model.chain1_heads(torch.from_numpy(token_ids))
+    return [(*qkv, prefill_attention_reference(*qkv)[0]) for qkv in heads]
