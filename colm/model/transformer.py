@@ -1,7 +1,7 @@
 """ChainTransformer: LLaMA (one chain), CoLM (several), and CoLM-Air (several over one set of keys and values).
 
-Shapes: B sequences, T tokens, R = B*T rows, D model features of one chain, V vocabulary; N tokens of one sequence, H query
-heads and K kv heads of chain 1, E head dim.
+Shapes: B sequences, T tokens, R = B*T rows, D model features of one chain, V vocabulary; N tokens of one sequence, H
+query heads and K kv heads of chain 1, E head dim.
 """
 
 from collections.abc import Iterator, Sequence
