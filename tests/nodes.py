@@ -186,11 +186,8 @@ async def decode(
     """Call a decode node and read its answer to the end."""
     async with open_channel(address, Security()) as channel:
         call = DecodeServiceStub(channel).Decode(iter(decode_requests(token_ids, **request)), timeout=timeout_s)  # type: ignore[arg-type]
-        outcome = Outcome(call)
-        try:
+        with Outcome(call).statuses():
             responses = [response async for response in call]
-        except grpc.aio.AioRpcError as err:
-            raise outcome.status(err) from None
     tokens = [r.token for r in responses if r.WhichOneof("event") == "token"]
     kinds = [r.WhichOneof("event") for r in responses]
     assert kinds.count("finished") == 1

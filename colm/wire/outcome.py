@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import grpc
 
-from colm.errors import PeerUnavailable
 from colm.wire.status import error_of
 
 _T = TypeVar("_T")
@@ -32,36 +31,44 @@ class Outcome:
         self._sent: grpc.aio.AioRpcError | None = None
         call.add_done_callback(self._remember)
 
-    def status(self, raised: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
-        """The real error behind the one that the call raised."""
-        if self._sent is not None:
-            return self._sent
-        if not _is_local(raised.code(), raised.details()):
-            return raised
-        remaining_s = self._call.time_remaining()
-        is_over = remaining_s is not None and remaining_s <= 0
-        code = grpc.StatusCode.DEADLINE_EXCEEDED if is_over else grpc.StatusCode.UNAVAILABLE
-        details = "a message was on its way as the call ended"
-        return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
-
     @contextmanager
-    def errors(self, peer: str) -> Iterator[None]:
-        """Turn whatever the call fails with into one typed error; `peer` is who was called, for its message.
+    def statuses(self) -> Iterator[None]:
+        """Whatever the call fails with becomes an `AioRpcError` with the status to believe.
 
-        The task's own cancellation passes through. gRPC raises CancelledError too when it gives up a call or its
-        channel is closed; that becomes an error, since a TaskGroup would swallow it.
+        A cancellation passes through where it is the task's own. gRPC raises the same of itself, when it gives a call
+        up or its channel is closed: no wish of the task's, and a TaskGroup would swallow it.
         """
         try:
             yield
         except grpc.aio.AioRpcError as err:
-            raise error_of(self.status(err), peer) from err
+            if self._sent is not None:
+                raise self._sent from err
+            if _is_local(err.code(), err.details()):
+                raise self._unsaid("a message was on its way as the call ended") from err
+            raise
         except asyncio.CancelledError as err:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
             if self._sent is not None and self._sent.code() is not grpc.StatusCode.CANCELLED:
-                raise error_of(self._sent, peer) from err
-            raise PeerUnavailable(f"the call to {peer} was given up: it was lost, or its channel closed") from err
+                raise self._sent from err
+            raise self._unsaid("the call was given up: it was lost, or its channel closed") from err
+
+    @contextmanager
+    def errors(self, peer: str) -> Iterator[None]:
+        """As `statuses`, but the one typed error; `peer` is who was called, for its message."""
+        try:
+            with self.statuses():
+                yield
+        except grpc.aio.AioRpcError as err:
+            raise error_of(err, peer) from err
+
+    def _unsaid(self, details: str) -> grpc.aio.AioRpcError:
+        """The status of a call that ended without the server's word: its deadline, or else the peer has gone."""
+        remaining_s = self._call.time_remaining()
+        is_over = remaining_s is not None and remaining_s <= 0
+        code = grpc.StatusCode.DEADLINE_EXCEEDED if is_over else grpc.StatusCode.UNAVAILABLE
+        return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details)
 
     def _remember(self, call: grpc.aio.Call) -> None:
         code, details = _result(call.code()), _result(call.details())

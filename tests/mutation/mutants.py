@@ -830,9 +830,16 @@ MUTANTS = (
     Mutant(
         "a refusal in mid-upload is an internal error",
         "colm/wire/outcome.py",
-        "        if self._sent is not None:\n            return self._sent\n",
+        "            if self._sent is not None:\n                raise self._sent from err\n",
         "",
         "tests/contract/test_endpoint.py::test_a_refusal_in_the_middle_of_an_upload_arrives_as_itself",
+    ),
+    Mutant(
+        "a deadline passes for a lost peer where gRPC gives the call up",
+        "colm/wire/outcome.py",
+        "is_over = remaining_s is not None and remaining_s <= 0",
+        "is_over = False",
+        "tests/contract/test_endpoint.py::test_a_message_that_fails_before_the_servers_word_is_no_internal_error",
     ),
     # What the prefill benchmark says.
     Mutant(
