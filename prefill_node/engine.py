@@ -4,7 +4,7 @@ Shapes: N prompt tokens, T tokens of a tile, S keys up to its end, D chain-1 mod
 heads, E head dim, X rows anywhere.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 
 import numpy as np
@@ -13,6 +13,7 @@ from colm_kernels.native import CancelFlag
 from colm_kernels.prefill_attention import Backend, prefill_attention
 from colm_kernels.rotary import rotate_
 from colm_kernels.sparse_prefill_attention import sparse_prefill_attention
+from colm_kernels.steps import Steps
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -75,15 +76,15 @@ class PrefillEngine:
 
         Tiles come layer by layer, in token order. A tile's tensors are views that the next layer overwrites: use
         or copy them before asking for the next tile. A sparse layer is planned when all its keys and values are there;
-        its attention then follows tile by tile, and each step of it brings a tile without tokens, which says only that
+        its attention then follows tile by tile. Each step of either brings a tile without tokens, which says only that
         there is more to do. Dropping the iterator stops the work.
 
         Args:
             token_ids: the prompt.
             sparse: plans the prompt's attention, layer by layer; tiles are then whole row blocks. None attends to
                 everything.
-            cancelled: looked at inside attention and plans, and between a tile's operations; once it is set, no tile
-                follows.
+            cancelled: looked at inside attention, and between the operations of a tile and the steps of a plan; once it
+                is set, no tile follows.
 
         Raises:
             InvalidRequest: no tokens, more than the model's context, or an id outside the vocabulary.
@@ -117,11 +118,12 @@ class PrefillEngine:
                     cancelled.raise_if_set()
             if sparse is not None and is_planned:
                 queries_of = partial(self._queries, layer, hidden_ND)
-                plan = sparse.plan(index, queries_of, k_KNE, cancelled=cancelled)
+                more = KvTile(index + 1, 0, k_KNE[:, :0], v_KNE[:, :0])
+                plan = yield from _with_tiles(sparse.plan(index, queries_of, k_KNE), more, cancelled)
                 attention = dense if plan is None else partial(_sparse, plan=plan, cancelled=cancelled)
                 for start, stop in tiles:
                     # Others may have the engine between two tiles of a layer, as they have between dense ones.
-                    yield KvTile(index + 1, 0, k_KNE[:, :0], v_KNE[:, :0])
+                    yield more
                     cancelled.raise_if_set()
                     cache, x_TD = TileCache(k_KNE, v_KNE, start, stop, attention), hidden_ND[start:stop]
                     # Computed twice: kept for all tiles, these rows would be as large as the hidden states.
@@ -165,6 +167,20 @@ class PrefillEngine:
             raise InvalidRequest("num_tokens", len(token_ids), f"must be between 1 and {self.config.max_context}")
         if (worst := int(token_ids.max())) >= self.config.vocab_size or (worst := int(token_ids.min())) < 0:
             raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {self.config.vocab_size}")
+
+
+def _with_tiles(
+    planning: Steps[LayerPlan | None], tile: KvTile, cancelled: CancelFlag
+) -> Generator[KvTile, None, LayerPlan | None]:
+    """A plan's steps, each with a tile; returns the plan."""
+    while True:
+        try:
+            next(planning)
+        except StopIteration as end:
+            plan: LayerPlan | None = end.value
+            return plan
+        yield tile
+        cancelled.raise_if_set()
 
 
 def _sparse(q_THE: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, plan: LayerPlan, cancelled: CancelFlag) -> Tensor:

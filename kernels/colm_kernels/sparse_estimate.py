@@ -1,7 +1,7 @@
 """Estimates of where attention goes, from a few products; `sparse_patterns` takes them as masses and scores.
 
 Shapes: T queries of the tile, S keys (prefix and tile), H query heads, K kv heads, G = H / K, D head dim, L lists (K or
-H), R sampled rows.
+H), R last rows, C keys at a time.
 """
 
 from collections.abc import Iterator
@@ -11,43 +11,90 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from colm_kernels.prefill_attention import check_prefill
+from colm_kernels.steps import Steps
 
-SCORES_AT_ONCE = 1 << 22
-"""Scores of sampled rows held at a time, 16 MiB of them."""
+SCORES_AT_ONCE = 1 << 19
+"""Scores held at a time, 2 MiB of them: what is done to them stays in the caches, and a step takes milliseconds."""
 
 
-def last_rows_attention(q_THD: Tensor, k_KSD: Tensor, *, num_rows: int = 64) -> Iterator[tuple[int, Tensor]]:
-    """Attention of the tile's last rows, a few of one head at a time: R x S numbers are much at a million keys.
+class LastRows:
+    """The attention of the last rows of a prompt to the keys of one kv head, some keys at a time.
+
+    Rows are held newest first. Then a key's distance from a row depends on the sum of their numbers alone: the key of
+    number s lies S - 1 - (r + s) before row r, and is in its future where that is negative.
 
     Args:
-        q_THD: rotated queries.
-        k_KSD: rotated keys of the prefix and the tile.
-        num_rows: how many of the last queries are asked.
-
-    Yields:
-        (query head, weights_RX) in fp32: of R consecutive queries, over the X keys up to the last one's own. Heads come
-        in order, and a head's rows.
-
-    Raises:
-        ValueError: shapes that do not fit together.
+        q_RGD: rotated queries of the kv head's query heads.
+        k_SD: its rotated keys; the last R are the rows' own.
     """
-    group = _check(q_THD, k_KSD, q_THD.shape[1])
-    rows_RHD = q_THD[-num_rows:]
-    num_rows, _, head_dim = rows_RHD.shape
-    num_kv_heads, num_keys, _ = k_KSD.shape
-    step = max(1, SCORES_AT_ONCE // num_keys)
-    for kv_head in range(num_kv_heads):
-        k_SD = k_KSD[kv_head].float()
-        for head in range(kv_head * group, (kv_head + 1) * group):
-            for start in range(0, num_rows, step):
-                q_RD = rows_RHD[start : start + step, head].float()
-                num_seen = num_keys - num_rows + start + len(q_RD)
-                scores_RX = q_RD @ k_SD[:num_seen].T * head_dim**-0.5
-                future_RX = torch.ones_like(scores_RX, dtype=torch.bool).triu_(num_seen - len(q_RD) + 1)
-                yield head, scores_RX.masked_fill_(future_RX, float("-inf")).softmax(dim=1)
+
+    def __init__(self, q_RGD: Tensor, k_SD: Tensor) -> None:
+        self.num_rows, self.group, head_dim = q_RGD.shape
+        self.num_keys = len(k_SD)
+        self._q_GRD = (q_RGD.float() * head_dim**-0.5).flip(0).transpose(0, 1).contiguous()
+        self._k_SD = k_SD
+        self._lse_GR1 = q_RGD.new_empty(self.group, self.num_rows, 1, dtype=torch.float32)
+
+    def normalise(self) -> Steps[None]:
+        """To be run once, before `weights`: each row's sum over its keys."""
+        maximum_GR1 = torch.full_like(self._lse_GR1, float("-inf"))
+        sum_GR1 = torch.zeros_like(maximum_GR1)
+        for _, scores_GRC in self._scores():
+            new_GR1 = torch.maximum(maximum_GR1, scores_GRC.amax(dim=2, keepdim=True))
+            sum_GR1.mul_(maximum_GR1.sub_(new_GR1).exp_())
+            sum_GR1.add_(scores_GRC.sub_(new_GR1).exp_().sum(dim=2, keepdim=True))
+            maximum_GR1 = new_GR1
+            yield
+        torch.add(maximum_GR1, sum_GR1.log_(), out=self._lse_GR1)
+
+    def weights(self) -> Iterator[tuple[int, Tensor]]:
+        """(number of the first key, weights_GRC in fp32) of some keys after the others; those of the future are 0."""
+        for start, scores_GRC in self._scores():
+            yield start, scores_GRC.sub_(self._lse_GR1).exp_()
+
+    def masses(self) -> Steps[tuple[Tensor, Tensor]]:
+        """Attention by key, and by the sum of row's and key's number: (vertical_GS, diagonal_GX), X = S + R."""
+        vertical_GS = self._lse_GR1.new_zeros(self.group, self.num_keys)
+        diagonal_GX = self._lse_GR1.new_zeros(self.group, self.num_keys + self.num_rows)
+        for start, weights_GRC in self.weights():
+            vertical_GS[:, start : start + weights_GRC.shape[2]] = weights_GRC.sum(dim=1)
+            self.add_by_diagonal(weights_GRC, start, diagonal_GX)
+            yield
+        return vertical_GS, diagonal_GX
+
+    def add_by_diagonal(self, weights_GRC: Tensor, start: int, diagonal_GX: Tensor) -> None:
+        """Add weights of the keys from a number on to the sums of their diagonals."""
+        group, num_rows, num_keys = weights_GRC.shape
+        padded_GRX = F.pad(weights_GRC, (0, num_rows))
+        width = num_keys + num_rows
+        # A row's entries one place further on than those of the row before: equal sums stand below one another.
+        shifted_GRX = padded_GRX.as_strided((group, num_rows, width - 1), (num_rows * width, width - 1, 1))
+        diagonal_GX[:, start : start + width - 1] += shifted_GRX.sum(dim=1)
+
+    def by_row(self, diagonal_GX: Tensor, start: int, num_keys: int) -> Tensor:
+        """The entry of each row and key's diagonal, as a view [G, R, num_keys]."""
+        shape = (self.group, self.num_rows, num_keys)
+        return diagonal_GX.as_strided(shape, (diagonal_GX.stride(0), 1, 1), diagonal_GX.storage_offset() + start)
+
+    def are_nearer(self, start: int, num_keys: int, distance: int) -> Tensor:
+        """Whether keys lie less than so far before a row, or in its future: bool [R, num_keys]."""
+        row_R1 = torch.arange(self.num_rows, device=self._k_SD.device).unsqueeze(1)
+        key_C = torch.arange(start, start + num_keys, device=self._k_SD.device)
+        return row_R1 + key_C >= self.num_keys - distance
+
+    def _scores(self) -> Iterator[tuple[int, Tensor]]:
+        step = max(1, SCORES_AT_ONCE // (self.group * self.num_rows))
+        for start in range(0, self.num_keys, step):
+            scores_GRC = self._q_GRD @ self._k_SD[start : start + step].float().T
+            if start + step > self.num_keys - self.num_rows:
+                is_future_RC = self.are_nearer(start, scores_GRC.shape[2], 0)
+                scores_GRC.masked_fill_(is_future_RC, float("-inf"))
+            yield start, scores_GRC
 
 
-def vertical_slash_mass(q_THD: Tensor, k_KSD: Tensor, *, num_lists: int, num_rows: int = 64) -> tuple[Tensor, Tensor]:
+def vertical_slash_mass(
+    q_THD: Tensor, k_KSD: Tensor, *, num_lists: int, num_rows: int = 64
+) -> Steps[tuple[Tensor, Tensor]]:
     """Attention of the tile's last rows by key position and by distance (Jiang et al. 2024, algorithm 2).
 
     Args:
@@ -63,33 +110,30 @@ def vertical_slash_mass(q_THD: Tensor, k_KSD: Tensor, *, num_lists: int, num_row
     Raises:
         ValueError: shapes that do not fit together.
     """
-    _check(q_THD, k_KSD, num_lists)
-    heads_per_list = q_THD.shape[1] // num_lists
-    vertical_LS = torch.zeros(num_lists, k_KSD.shape[1], device=q_THD.device)
-    slash_LS = torch.zeros_like(vertical_LS)
-    for head, weights_RX in last_rows_attention(q_THD, k_KSD, num_rows=num_rows):
-        rows, num_seen = weights_RX.shape
-        vertical_LS[head // heads_per_list, :num_seen] += weights_RX.sum(dim=0)
-        # Read from the last key back, row r begins at distance -(R - 1 - r), so entries of equal distance lie a fixed
-        # step apart in memory.
-        padded_RX = F.pad(weights_RX.flip(1), (0, rows))
-        by_distance_RX = padded_RX.as_strided((rows, num_seen), (num_seen + rows - 1, 1), rows - 1)
-        slash_LS[head // heads_per_list, :num_seen] += by_distance_RX.sum(dim=0)
-    return vertical_LS, slash_LS
-
-
-def _check(q_THD: Tensor, k_KSD: Tensor, num_lists: int) -> int:
     check_prefill(q_THD, k_KSD, k_KSD)
     num_heads, num_kv_heads = q_THD.shape[1], k_KSD.shape[0]
     if num_lists not in (num_kv_heads, num_heads):
         raise ValueError(f"num_lists={num_lists} must be the {num_kv_heads} kv heads or the {num_heads} query heads")
-    return num_heads // num_kv_heads
+    group = num_heads // num_kv_heads
+    verticals, slashes = [], []
+    for kv_head, k_SD in enumerate(k_KSD):
+        rows = LastRows(q_THD[-num_rows:, kv_head * group : (kv_head + 1) * group], k_SD)
+        yield from rows.normalise()
+        vertical_GS, diagonal_GX = yield from rows.masses()
+        verticals.append(vertical_GS)
+        slashes.append(diagonal_GX[:, : rows.num_keys].flip(1))
+    if num_lists == num_heads:
+        return torch.cat(verticals), torch.cat(slashes)
+    return torch.stack([each.sum(dim=0) for each in verticals]), torch.stack([each.sum(dim=0) for each in slashes])
 
 
 def block_means(x_HXD: Tensor, block: int) -> Tensor:
     """Mean of every run of `block` tokens in fp32; the last run may be shorter."""
-    whole = x_HXD.shape[1] // block * block
-    means = [x_HXD[:, :whole].float().unflatten(1, (-1, block)).mean(dim=2)]
-    if whole < x_HXD.shape[1]:
-        means.append(x_HXD[:, whole:].float().mean(dim=1, keepdim=True))
-    return torch.cat(means, dim=1)
+    num_heads, num_tokens, head_dim = x_HXD.shape
+    means_HBD = torch.empty(num_heads, -(-num_tokens // block), head_dim, device=x_HXD.device)
+    for of_head_BD, x_XD in zip(means_HBD, x_HXD, strict=True):  # one after the other: in fp32 they are large
+        whole = num_tokens // block * block
+        torch.mean(x_XD[:whole].float().unflatten(0, (-1, block)), dim=1, out=of_head_BD[: whole // block])
+        if whole < num_tokens:
+            of_head_BD[-1] = x_XD[whole:].float().mean(dim=0)
+    return means_HBD

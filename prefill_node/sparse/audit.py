@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from colm_kernels.native import CancelFlag
 from colm_kernels.sparse_estimate import SCORES_AT_ONCE
+from colm_kernels.steps import Steps
 from torch import Tensor
+from torch.nn import functional as F
 
 from prefill_node.sparse.plan import LayerPlan
 from prefill_node.sparse.policy import KEY_BLOCK, ROW_BLOCK
@@ -70,8 +72,7 @@ def audit(
     dim: int,
     policy: AuditPolicy,
     generator: torch.Generator,
-    cancelled: CancelFlag | None = None,
-) -> Audit | None:
+) -> Steps[Audit | None]:
     """Look at rows drawn with replacement, each as likely as any other.
 
     A row costs its products with all keys before it, and projections to queries. `plan.with_dense(below_floor)` is what
@@ -84,13 +85,9 @@ def audit(
         dim: width that queries are projected from; a projected query costs as much as so many keys.
         policy: the promise and its price.
         generator: on the CPU, draws the rows.
-        cancelled: looked at between some keys and the next.
 
     Returns:
         What the rows say; None where not even two may be looked at for the price, and the layer had better be dense.
-
-    Raises:
-        Cancelled: `cancelled` was set before the end.
     """
     num_tokens = plan.num_tokens
     # In products of one query with one key, for every head; attention makes two, with the key and with its value.
@@ -100,7 +97,7 @@ def audit(
     if num_rows < 2:
         return None
     position_R = torch.randint(num_tokens, (num_rows,), generator=generator)
-    recall_RH = recall_of_rows(plan, position_R, queries_of, k_KNE, cancelled=cancelled)
+    recall_RH = yield from recall_of_rows(plan, position_R, queries_of, k_KNE)
     bound_H = lower_bound(recall_RH, policy.confidence)
     mean_R1 = recall_RH.mean(dim=1, keepdim=True)
     is_below_L = (bound_H < policy.floor).view(len(plan.lists), -1).any(dim=1).tolist()
@@ -134,13 +131,8 @@ def lower_bound(values_RX: Tensor, confidence: float) -> Tensor:
 
 
 def recall_of_rows(
-    plan: LayerPlan,
-    position_R: Tensor,
-    queries_of: Callable[[Tensor], Tensor],
-    k_KNE: Tensor,
-    *,
-    cancelled: CancelFlag | None = None,
-) -> Tensor:
+    plan: LayerPlan, position_R: Tensor, queries_of: Callable[[Tensor], Tensor], k_KNE: Tensor
+) -> Steps[Tensor]:
     """Share of each row's attention that a plan recalls: exp(lse over what is listed - lse over all).
 
     One pass over the keys gives both sums, so they are of the same scores. Row blocks are taken to begin at multiples
@@ -151,56 +143,72 @@ def recall_of_rows(
         position_R: int64, the rows.
         queries_of: as of `audit`.
         k_KNE: rotated keys of the whole prompt.
-        cancelled: as of `audit`.
 
     Returns:
         recall_RH, float64, from 0 to 1.
     """
-    cancelled = cancelled or CancelFlag()
     device = k_KNE.device
+    # The last rows first: those that see the keys from some place on are then the first of them.
+    descending_R = position_R.argsort(descending=True)
+    position_R = position_R[descending_R]
     first_R = position_R // ROW_BLOCK * ROW_BLOCK
     last_R = (first_R + ROW_BLOCK - 1).clamp_max(plan.num_tokens - 1)
     means_RHE = None
     if plan.chooses_by_queries:
-        pairs = zip(first_R.tolist(), last_R.tolist(), strict=True)
         means = []
-        for first, last in pairs:
-            cancelled.raise_if_set()
+        for first, last in zip(first_R.tolist(), last_R.tolist(), strict=True):
             means.append(queries_of(torch.arange(first, last + 1)).float().mean(dim=0))
+            yield
         means_RHE = torch.stack(means)
     q_RHE = queries_of(position_R).float() * k_KNE.shape[2] ** -0.5
+    yield
     group = q_RHE.shape[1] // len(plan.lists)
-    position_R1, first_R, last_R = position_R.to(device).unsqueeze(1), first_R.to(device), last_R.to(device)
+    first_R, last_R = first_R.to(device), last_R.to(device)
     recalls = []
     for number, of_list in enumerate(plan.lists):
         listed_RB = plan.blocks(number, first_R, last_R, means_RHE)
-        is_column_N = torch.zeros(plan.num_tokens, dtype=torch.bool, device=device)
-        is_column_N[of_list.verticals()] = True
+        q_GRE = q_RHE[:, number * group : (number + 1) * group].transpose(0, 1).contiguous()
         k_NE = k_KNE[number * len(k_KNE) // len(plan.lists)]
-        q_GRE = q_RHE[:, number * group : (number + 1) * group].transpose(0, 1)
-        recalls.append(_recall(q_GRE, k_NE, position_R1, listed_RB, is_column_N, cancelled))
-    return torch.cat(recalls, dim=1)
+        recalls.append((yield from _recall(q_GRE, k_NE, position_R, listed_RB, of_list.verticals().unique())))
+    recall_RH = torch.empty(len(position_R), q_RHE.shape[1], dtype=torch.float64, device=device)
+    recall_RH[descending_R.to(device)] = torch.cat(recalls).T
+    return recall_RH
 
 
-def _recall(
-    q_GRE: Tensor,
-    k_NE: Tensor,
-    position_R1: Tensor,
-    listed_RB: Tensor,
-    is_column_N: Tensor,
-    cancelled: CancelFlag,
-) -> Tensor:
-    """recall_RG of one list, some keys after the others."""
+def _recall(q_GRE: Tensor, k_NE: Tensor, position_R: Tensor, listed_RB: Tensor, columns_V: Tensor) -> Steps[Tensor]:
+    """recall_GR of one list, some keys after the others.
+
+    Args:
+        q_GRE: scaled queries.
+        k_NE: keys.
+        position_R: of the rows, on the CPU, the last ones first.
+        listed_RB: key blocks.
+        columns_V: listed keys, in order; those in listed blocks count once.
+    """
     group, num_rows, _ = q_GRE.shape
-    all_GR = torch.full((group, num_rows), float("-inf"), dtype=torch.float64, device=k_NE.device)
-    listed_GR = all_GR.clone()
+    maximum_GR = torch.full((group, num_rows), float("-inf"), dtype=torch.float64, device=k_NE.device)
+    all_GR, listed_GR = torch.zeros_like(maximum_GR), torch.zeros_like(maximum_GR)
+    positions, position_R1 = position_R.numpy(), position_R.to(k_NE.device).unsqueeze(1)
     step = max(1, SCORES_AT_ONCE // (group * num_rows * KEY_BLOCK)) * KEY_BLOCK
-    for start in range(0, int(position_R1.max()) + 1, step):
-        cancelled.raise_if_set()
-        k_CE = k_NE[start : start + step].float()
-        key_C = torch.arange(start, start + len(k_CE), device=k_NE.device)
-        is_listed_RC = listed_RB[:, key_C // KEY_BLOCK] | is_column_N[key_C]
-        scores_GRC = (q_GRE @ k_CE.T).double().masked_fill_(key_C > position_R1, float("-inf"))
-        all_GR = all_GR.logaddexp(scores_GRC.logsumexp(dim=2))
-        listed_GR = listed_GR.logaddexp(scores_GRC.masked_fill_(~is_listed_RC, float("-inf")).logsumexp(dim=2))
-    return (listed_GR - all_GR).exp_().clamp_max_(1.0).T
+    for start in range(0, int(positions[0]) + 1, step):
+        stop = min(start + step, len(k_NE))
+        seeing, seeing_all = (int(np.searchsorted(-positions, -at, side="right")) for at in (start, stop - 1))
+        scores_GXC = q_GRE[:, :seeing] @ k_NE[start:stop].float().T
+        key_C = torch.arange(start, stop, device=k_NE.device)
+        is_future_XC = key_C > position_R1[seeing_all:seeing]
+        scores_GXC[:, seeing_all:].masked_fill_(is_future_XC, float("-inf"))
+        old_GX = maximum_GR[:, :seeing].clone()
+        new_GX = torch.maximum(old_GX, scores_GXC.amax(dim=2).double())
+        weights_GXC = scores_GXC.sub_(new_GX.float().unsqueeze(2)).exp_()
+        in_blocks_GXB = F.pad(weights_GXC, (0, (start - stop) % KEY_BLOCK)).unflatten(2, (-1, KEY_BLOCK)).sum(dim=3)
+        listed_XB = listed_RB[:seeing, start // KEY_BLOCK : -(-stop // KEY_BLOCK)]
+        column_V = columns_V[(columns_V >= start) & (columns_V < stop)] - start
+        alone_XV = ~listed_XB[:, column_V // KEY_BLOCK]
+        shrink_GX = (old_GX - new_GX).exp_()
+        maximum_GR[:, :seeing] = new_GX
+        all_GX, listed_GX = all_GR[:, :seeing], listed_GR[:, :seeing]
+        all_GX.mul_(shrink_GX).add_(in_blocks_GXB.sum(dim=2))
+        listed_GX.mul_(shrink_GX).add_((in_blocks_GXB * listed_XB).sum(dim=2))
+        listed_GX.add_((weights_GXC[:, :, column_V] * alone_XV).sum(dim=2))
+        yield
+    return (listed_GR / all_GR).clamp_max_(1.0)

@@ -7,8 +7,8 @@ C candidates.
 from typing import NamedTuple
 
 import torch
-from colm_kernels.native import CancelFlag
-from colm_kernels.sparse_estimate import last_rows_attention, vertical_slash_mass
+from colm_kernels.sparse_estimate import LastRows
+from colm_kernels.steps import Steps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,7 +42,7 @@ def heaviest(vertical_S: Tensor, slash_S: Tensor, pattern: VerticalSlash) -> Lin
     return Lines(verticals_V, *_ranges(distances_X, 1))
 
 
-def lines_within(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy, *, cancelled: CancelFlag | None = None) -> Lines:
+def lines_within(q_RGE: Tensor, k_SE: Tensor, policy: SparsePolicy) -> Steps[Lines]:
     """The lines that a kv head's query heads share, as few as the policy's budget asks for.
 
     Candidates are single columns, and diagonals 64 at a time, which together list no more than one of them alone
@@ -51,31 +51,32 @@ def lines_within(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy, *, cancelle
 
     Args:
         q_RGE: queries of the prompt's last rows.
-        k_1SE: keys of the whole prompt.
+        k_SE: keys of the whole prompt.
         policy: the budget, and what every row is given anyway.
-        cancelled: looked at between some rows and the next.
-
-    Raises:
-        Cancelled: `cancelled` was set before the end.
     """
-    given_G, gain_GC = _explained(q_RGE, k_1SE, policy, cancelled or CancelFlag())
-    num_keys = k_1SE.shape[1]
-    cost_C = torch.ones(gain_GC.shape[1], dtype=torch.int64, device=gain_GC.device)
-    cost_C[num_keys:] = SLASH_KEYS
-    order_C = (gain_GC.sum(dim=0) / cost_C).argsort(descending=True)
+    given_G, gain_GC = yield from _explained(q_RGE, k_SE, policy)
+    num_keys = len(k_SE)
+    worth_C = gain_GC.sum(dim=0)
+    worth_C[num_keys:] /= SLASH_KEYS
     if policy.mass is not None:
+        order_C = worth_C.argsort(descending=True)
+        yield
         reached_GC = gain_GC[:, order_C].cumsum(dim=1) + given_G.unsqueeze(1)
         reached_GX = torch.cat((given_G.unsqueeze(1), reached_GC), dim=1)
         num_taken = int((reached_GX < policy.mass * len(q_RGE)).sum(dim=1).max())
     else:
         assert policy.keys_per_row is not None, "a policy has one of the two"
-        num_taken = int((cost_C[order_C].cumsum(0) <= policy.keys_per_row - policy.given_keys).sum())
+        room_keys = policy.keys_per_row - policy.given_keys
+        # No more than there are keys, and to find the best few is quicker than to sort a million.
+        order_C = worth_C.topk(min(room_keys, len(worth_C))).indices
+        cost_C = torch.where(order_C < num_keys, 1, SLASH_KEYS)
+        num_taken = int((cost_C.cumsum(0) <= room_keys).sum())
     taken_X = order_C[:num_taken]
     is_vertical_X = taken_X < num_keys
     return Lines(taken_X[is_vertical_X], *_ranges((taken_X[~is_vertical_X] - num_keys) * KEY_BLOCK, KEY_BLOCK))
 
 
-def _explained(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy, cancelled: CancelFlag) -> tuple[Tensor, Tensor]:
+def _explained(q_RGE: Tensor, k_SE: Tensor, policy: SparsePolicy) -> Steps[tuple[Tensor, Tensor]]:
     """Attention on what every row is given, and how much of the rest each column and each 64 diagonals explain.
 
     To a few neighbouring rows, a diagonal looks like as many columns, and a column like as many diagonals. Only one of
@@ -85,26 +86,34 @@ def _explained(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy, cancelled: Ca
     Returns:
         (given_G, gain_GC), float64: sums over the rows. C is the S columns, then the diagonals 0-63, 64-127, ..
     """
-    (num_rows, group, _), num_keys = q_RGE.shape, k_1SE.shape[1]
-    vertical_GS, slash_GS = vertical_slash_mass(q_RGE, k_1SE, num_lists=group, num_rows=num_rows)
-    given_G = torch.zeros(group, dtype=torch.float64, device=k_1SE.device)
-    gain_GC = given_G.new_zeros(group, num_keys + -(-num_keys // KEY_BLOCK))
-    key_S = torch.arange(num_keys, device=k_1SE.device)
-    is_sink_S = key_S < max(KEY_BLOCK, policy.sink_tokens)
-    for head, weights_RX in last_rows_attention(q_RGE, k_1SE, num_rows=num_rows):
-        cancelled.raise_if_set()
-        rows, num_seen = weights_RX.shape
-        # Those of the future have no weight.
-        distance_RX = (key_S[num_seen - rows : num_seen].unsqueeze(1) - key_S[:num_seen]).clamp_min_(0)
-        is_given_RX = is_sink_S[:num_seen] | (distance_RX < policy.local_tokens)
-        rest_RX = weights_RX.masked_fill(is_given_RX, 0.0)
-        given_G[head] += weights_RX.sum(dtype=torch.float64) - rest_RX.sum(dtype=torch.float64)
-        vertical_X, slash_RX = vertical_GS[head, :num_seen] + _TINY, slash_GS[head][distance_RX] + _TINY
-        of_vertical_RX = rest_RX * (vertical_X / (vertical_X + slash_RX))
-        gain_GC[head, :num_seen] += of_vertical_RX.sum(dim=0)
-        of_slash_X = (rest_RX - of_vertical_RX).flatten().double()
-        gain_GC[head, num_keys:].scatter_add_(0, (distance_RX // KEY_BLOCK).flatten(), of_slash_X)
-    return given_G, gain_GC
+    rows = LastRows(q_RGE, k_SE)
+    num_keys, num_rows = rows.num_keys, rows.num_rows
+    yield from rows.normalise()
+    vertical_GS, diagonal_GX = yield from rows.masses()
+    vertical_GS += _TINY
+    diagonal_GX += _TINY
+    # Weight w of column v and diagonal d is divided into v * w / (v + d) and d * w / (v + d): v and d are the same for
+    # a whole column and a whole diagonal, so they can wait until the quotients have been added up.
+    by_column_GS, by_diagonal_GX = torch.zeros_like(vertical_GS), torch.zeros_like(diagonal_GX)
+    given_G = torch.zeros(rows.group, dtype=torch.float64, device=k_SE.device)
+    num_sinks = max(KEY_BLOCK, policy.sink_tokens)
+    for start, rest_GRC in rows.weights():
+        stop = start + rest_GRC.shape[2]
+        sinks_GRX = rest_GRC[:, :, : max(0, num_sinks - start)]
+        given_G += sinks_GRX.sum(dim=(1, 2), dtype=torch.float64)
+        sinks_GRX.zero_()
+        if stop + num_rows > num_keys - policy.local_tokens:
+            is_local_RC = rows.are_nearer(start, stop - start, policy.local_tokens)
+            given_G += (rest_GRC * is_local_RC).sum(dim=(1, 2), dtype=torch.float64)
+            rest_GRC.masked_fill_(is_local_RC, 0.0)
+        rest_GRC /= rows.by_row(diagonal_GX, start, stop - start) + vertical_GS[:, None, start:stop]
+        by_column_GS[:, start:stop] = rest_GRC.sum(dim=1)
+        rows.add_by_diagonal(rest_GRC, start, by_diagonal_GX)
+        yield
+    by_distance_GS = (by_diagonal_GX * diagonal_GX)[:, :num_keys].flip(1)
+    in_slashes_GBX = F.pad(by_distance_GS, (0, -num_keys % KEY_BLOCK)).unflatten(1, (-1, KEY_BLOCK))
+    gain_GC = torch.cat((by_column_GS * vertical_GS, in_slashes_GBX.sum(dim=2)), dim=1)
+    return given_G, gain_GC.double()
 
 
 def _ranges(starts_X: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ Shapes: R rows, S keys, H query heads, K kv heads, G = H / K, E head dim.
 from collections.abc import Sequence
 
 import torch
-from colm_kernels.native import CancelFlag
 from colm_kernels.sparse_estimate import block_means, vertical_slash_mass
+from colm_kernels.steps import Steps
 from torch import Tensor
 
 from colm.model.config import ChainConfig
@@ -39,24 +39,18 @@ class SparsePlanner:
         self.policy = policy
         self._patterns = patterns
 
-    def plan(
-        self, layer: int, q_RHE: Tensor, k_KSE: Tensor, *, cancelled: CancelFlag | None = None
-    ) -> LayerPlan | None:
+    def plan(self, layer: int, q_RHE: Tensor, k_KSE: Tensor) -> Steps[LayerPlan | None]:
         """What a layer attends to.
 
-        Holds the attention of a few rows of one head at a time, and no more than numbers by key beside it.
+        Holds the attention of a few rows to a few keys at a time, and no more than numbers by key beside it.
 
         Args:
             layer: its number.
             q_RHE: rotated queries of the prompt's last tokens, `ESTIMATION_ROWS` or all.
             k_KSE: rotated keys of the whole prompt.
-            cancelled: looked at between kv heads, and between some rows of one.
 
         Returns:
             The plan, one list a kv head; None where the layer is to be dense.
-
-        Raises:
-            Cancelled: `cancelled` was set before the end.
         """
         num_kv_heads, num_tokens, _ = k_KSE.shape
         if self.policy.is_dense(layer, num_tokens):
@@ -64,14 +58,13 @@ class SparsePlanner:
         group = q_RHE.shape[1] // num_kv_heads
         lists = []
         for kv_head in range(num_kv_heads):
-            if cancelled is not None:
-                cancelled.raise_if_set()
             heads = slice(kv_head * group, (kv_head + 1) * group)
-            q_RGE, k_1SE = q_RHE[:, heads], k_KSE[kv_head : kv_head + 1]
+            q_RGE = q_RHE[:, heads]
             if self._patterns is None:
-                lists.append(_list_within(q_RGE, k_1SE, self.policy, cancelled))
+                lists.append((yield from _list_within(q_RGE, k_KSE[kv_head], self.policy)))
             else:
-                masses = vertical_slash_mass(q_RGE, k_1SE, num_lists=group, num_rows=len(q_RGE))
+                k_1SE = k_KSE[kv_head : kv_head + 1]
+                masses = yield from vertical_slash_mass(q_RGE, k_1SE, num_lists=group, num_rows=len(q_RGE))
                 lists.append(list_of(self._patterns.layers[layer][heads], *masses, self.policy))
         return layer_plan(lists, k_KSE, self.policy)
 
@@ -110,12 +103,12 @@ def list_of(patterns: Sequence[HeadPattern], vertical_GS: Tensor, slash_GS: Tens
     )
 
 
-def _list_within(q_RGE: Tensor, k_1SE: Tensor, policy: SparsePolicy, cancelled: CancelFlag | None) -> ListPlan:
-    window = _window(policy.local_tokens, k_1SE.device)
+def _list_within(q_RGE: Tensor, k_SE: Tensor, policy: SparsePolicy) -> Steps[ListPlan]:
+    window = _window(policy.local_tokens, k_SE.device)
     # Nothing is left out, so there is nothing to choose.
-    if policy.mass == 1.0 or (policy.keys_per_row is not None and policy.keys_per_row >= k_1SE.shape[1]):
+    if policy.mass == 1.0 or (policy.keys_per_row is not None and policy.keys_per_row >= len(k_SE)):
         return ListPlan(sink_tokens=policy.sink_tokens, lines=(window,), is_dense=True)
-    chosen = lines_within(q_RGE, k_1SE, policy, cancelled=cancelled)
+    chosen = yield from lines_within(q_RGE, k_SE, policy)
     return ListPlan(sink_tokens=policy.sink_tokens, lines=(window, chosen))
 
 

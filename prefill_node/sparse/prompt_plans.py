@@ -6,7 +6,7 @@ Shapes: X rows, N tokens of the prompt, H query heads, K kv heads, E head dim.
 from collections.abc import Callable
 
 import torch
-from colm_kernels.native import CancelFlag
+from colm_kernels.steps import Steps
 from torch import Tensor
 
 from colm.events import LayerRecall, SparseReport
@@ -34,36 +34,30 @@ class PromptPlans:
         """Whether a layer may be sparse, of a prompt of that length."""
         return not self._planner.policy.is_dense(layer, num_tokens)
 
-    def plan(
-        self, layer: int, queries_of: Callable[[Tensor], Tensor], k_KNE: Tensor, *, cancelled: CancelFlag
-    ) -> LayerPlan | None:
+    def plan(self, layer: int, queries_of: Callable[[Tensor], Tensor], k_KNE: Tensor) -> Steps[LayerPlan | None]:
         """What a layer attends to; heads that the audit finds below its floor attend to everything.
 
         Args:
             layer: its number; each is planned once, in order.
             queries_of: rotated queries q_XHE of int64 positions, in any order and more than once.
             k_KNE: rotated keys of the whole prompt.
-            cancelled: looked at all along.
 
         Returns:
             The plan; None where the layer had better be dense.
-
-        Raises:
-            Cancelled: `cancelled` was set before the end.
         """
         num_tokens = k_KNE.shape[1]
         q_RHE = queries_of(torch.arange(max(0, num_tokens - ESTIMATION_ROWS), num_tokens))
-        plan = self._planner.plan(layer, q_RHE, k_KNE, cancelled=cancelled)
+        yield
+        plan = yield from self._planner.plan(layer, q_RHE, k_KNE)
         if plan is None or self._is_too_dense(plan):
             return None
-        found = audit(
+        found = yield from audit(
             plan,
             queries_of,
             k_KNE,
             dim=self._planner.config.chain_dims[0],
             policy=self._audit_policy,
             generator=self._generator,
-            cancelled=cancelled,
         )
         if found is None:
             return None

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from colm_kernels.sparse_estimate import vertical_slash_mass
 from colm_kernels.sparse_prefill_attention import sparse_prefill_attention
+from colm_kernels.steps import all_at_once
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -96,7 +97,8 @@ class _Tried:
 def search_layer(attention: LayerAttention, options: SearchOptions) -> tuple[HeadPattern, ...]:
     """The best pattern of each head of one layer; see `search_patterns`."""
     num_tokens, num_heads, _ = attention.q_NHE.shape
-    masses = vertical_slash_mass(attention.q_NHE, attention.k_KNE, num_lists=num_heads, num_rows=ESTIMATION_ROWS)
+    q_NHE, k_KNE = attention.q_NHE, attention.k_KNE
+    masses = all_at_once(vertical_slash_mass(q_NHE, k_KNE, num_lists=num_heads, num_rows=ESTIMATION_ROWS))
     tried = [_try(candidate, attention, masses, options) for candidate in CANDIDATES]
     fits_CH = torch.stack([of_candidate.fits_H for of_candidate in tried])
     if not fits_CH.any(dim=0).all():

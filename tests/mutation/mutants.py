@@ -867,8 +867,8 @@ MUTANTS = (
     Mutant(
         "columns pass for diagonals and diagonals for columns",
         "prefill_node/sparse/lines.py",
-        "rest_RX * (vertical_X / (vertical_X + slash_RX))",
-        "rest_RX * 0.5",
+        "rows.by_row(diagonal_GX, start, stop - start) + vertical_GS",
+        "vertical_GS",
         _PLAN + "test_a_planted_needle_is_a_vertical_and_a_planted_echo_a_slash",
     ),
     Mutant(
@@ -888,7 +888,7 @@ MUTANTS = (
     Mutant(
         "an audit does not see the columns",
         "prefill_node/sparse/audit.py",
-        " | is_column_N[key_C]",
+        "        listed_GX.add_((weights_GXC[:, :, column_V] * alone_XV).sum(dim=2))\n",
         "",
         _PLAN + "test_recall_of_rows_is_that_of_the_indexs_own_mask",
     ),

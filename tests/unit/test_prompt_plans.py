@@ -5,7 +5,7 @@ Shapes: N tokens of the prompt, X rows.
 
 import pytest
 import torch
-from colm_kernels.native import CancelFlag
+from colm_kernels.steps import all_at_once
 from torch import Tensor
 
 from colm.events import LayerRecall
@@ -41,7 +41,7 @@ def plans_of(audit_policy: AuditPolicy, patterns: PatternFile | None = LOCAL, **
 def test_heads_that_recall_too_little_attend_to_everything_and_are_counted() -> None:
     q, k = sharp_prompt()
     plans = plans_of(AuditPolicy(max_cost=0.049, max_rows=2000, floor=0.3))
-    plan = plans.plan(1, lambda position_X: q[position_X], k, cancelled=CancelFlag())
+    plan = all_at_once(plans.plan(1, lambda position_X: q[position_X], k))
     assert plan is not None
     assert [of_list.is_dense for of_list in plan.lists] == [False, True]
     without, found = plans.report().layers
@@ -58,9 +58,8 @@ def test_a_plan_is_made_of_the_last_rows() -> None:
         asked.append(position_X)
         return q[position_X]
 
-    plan = plans_of(AuditPolicy(max_cost=0.049, floor=0.1), None, mass=0.9).plan(
-        0, queries_of, k, cancelled=CancelFlag()
-    )
+    plans = plans_of(AuditPolicy(max_cost=0.049, floor=0.1), None, mass=0.9)
+    plan = all_at_once(plans.plan(0, queries_of, k))
     assert asked[0].tolist() == list(range(NUM_TOKENS - ESTIMATION_ROWS, NUM_TOKENS))
     assert plan is not None
     assert 300 in plan.lists[1].verticals().tolist()

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from colm_kernels.steps import all_at_once
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -88,14 +89,14 @@ def sharp_prompt() -> tuple[Tensor, Tensor]:
 
 def planned(q: Tensor, k: Tensor, patterns: PatternFile | None = None, **options) -> LayerPlan:
     policy = SparsePolicy(dense_below_tokens=0, **({"last_rows_dense": 0} | options))
-    plan = SparsePlanner(CONFIG, policy, patterns).plan(0, q[-ESTIMATION_ROWS:], k)
+    plan = all_at_once(SparsePlanner(CONFIG, policy, patterns).plan(0, q[-ESTIMATION_ROWS:], k))
     assert plan is not None
     return plan
 
 
 def audited(plan: LayerPlan, q: Tensor, k: Tensor, seed: int = 0, **options) -> Audit | None:
     policy, generator = AuditPolicy(**options), torch.Generator().manual_seed(seed)
-    return audit(plan, lambda position_X: q[position_X], k, dim=DIM, policy=policy, generator=generator)
+    return all_at_once(audit(plan, lambda position_X: q[position_X], k, dim=DIM, policy=policy, generator=generator))
 
 
 def local_only() -> PatternFile:
@@ -153,7 +154,7 @@ def test_the_price_is_computed_and_kept(patterns, max_cost):
 
     generator = torch.Generator().manual_seed(3)
     policy = AuditPolicy(max_cost=max_cost, max_rows=10_000)
-    found = audit(plan, queries_of, k, dim=1, policy=policy, generator=generator)
+    found = all_at_once(audit(plan, queries_of, k, dim=1, policy=policy, generator=generator))
     assert found is not None
     projected = sum(map(len, rows))
     assert projected == found.num_rows * (1 if patterns is None else 1 + ROW_BLOCK)

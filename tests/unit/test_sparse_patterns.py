@@ -12,6 +12,7 @@ from colm_kernels.sparse_patterns import (
     top_p,
     vertical_slash,
 )
+from colm_kernels.steps import all_at_once
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -132,7 +133,7 @@ def test_top_p_reaches_its_share_with_the_fewest_blocks(tiling, p, seed):
 def test_vertical_slash_mass_is_the_attention_of_the_last_rows():
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(150, 4, 16, generator=generator), torch.randn(2, 333, 16, generator=generator)
-    vertical, slash = vertical_slash_mass(q, k, num_lists=4, num_rows=10)
+    vertical, slash = all_at_once(vertical_slash_mass(q, k, num_lists=4, num_rows=10))
     distance_TS = distances(Tiling(num_queries=10, num_keys=333))
     for head in range(4):
         scores = (q[-10:, head] @ k[head // 2].T / 4).masked_fill(distance_TS < 0, float("-inf"))
@@ -140,16 +141,16 @@ def test_vertical_slash_mass_is_the_attention_of_the_last_rows():
         torch.testing.assert_close(vertical[head], weights.sum(dim=0))
         expected = torch.stack([weights[distance_TS == distance].sum() for distance in range(333)])
         torch.testing.assert_close(slash[head], expected)
-    by_kv_head, _ = vertical_slash_mass(q, k, num_lists=2, num_rows=10)
+    by_kv_head, _ = all_at_once(vertical_slash_mass(q, k, num_lists=2, num_rows=10))
     torch.testing.assert_close(by_kv_head[1], vertical[2] + vertical[3])
 
 
 def test_a_few_rows_at_a_time_add_up_to_the_same_mass(monkeypatch):
     generator = torch.Generator().manual_seed(1)
     q, k = torch.randn(64, 4, 16, generator=generator), torch.randn(2, 500, 16, generator=generator)
-    at_once = vertical_slash_mass(q, k, num_lists=2)
+    at_once = all_at_once(vertical_slash_mass(q, k, num_lists=2))
     monkeypatch.setattr(sparse_estimate, "SCORES_AT_ONCE", 7 * 500)
-    for few, whole in zip(vertical_slash_mass(q, k, num_lists=2), at_once, strict=True):
+    for few, whole in zip(all_at_once(vertical_slash_mass(q, k, num_lists=2)), at_once, strict=True):
         torch.testing.assert_close(few, whole)
 
 
@@ -162,7 +163,10 @@ def test_a_few_rows_at_a_time_add_up_to_the_same_mass(monkeypatch):
         (lambda t: block_sparse(t, torch.zeros(1, 1, 2), num_blocks=0), "num_blocks=0"),
         (lambda t: block_sparse(t, torch.zeros(1, 1, 3), num_blocks=1), "scores have shape"),
         (lambda t: top_p(t, torch.zeros(1, 1, 2), p=1.5), "p=1.5"),
-        (lambda _: vertical_slash_mass(torch.zeros(9, 4, 16), torch.zeros(2, 9, 16), num_lists=3), "num_lists=3"),
+        (
+            lambda _: all_at_once(vertical_slash_mass(torch.zeros(9, 4, 16), torch.zeros(2, 9, 16), num_lists=3)),
+            "num_lists=3",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(build, message):

@@ -8,17 +8,17 @@ from itertools import pairwise
 import pytest
 import torch
 from colm_kernels import sparse_estimate, tolerance
-from colm_kernels.native import CancelFlag, Cancelled
 from colm_kernels.sparse_estimate import block_means
 from colm_kernels.sparse_index import SparseIndex, Tiling
 from colm_kernels.sparse_patterns import a_shape, block_sparse, vertical_slash
 from colm_kernels.sparse_prefill_attention import sparse_prefill_attention
+from colm_kernels.steps import all_at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prefill_node.sparse import lines as lines_module
+from prefill_node.sparse import audit as audit_module
 from prefill_node.sparse.audit import recall_of_rows
 from prefill_node.sparse.patterns import AShape, BlockSparse, HeadPattern, PatternFile, VerticalSlash
 from prefill_node.sparse.plan import LayerPlan
@@ -40,7 +40,7 @@ def inputs(num_tokens: int, sharpness: float = 1.0) -> tuple[Tensor, Tensor, Ten
 
 def planned(q_NHE: Tensor, k_KNE: Tensor, patterns: PatternFile | None = None, **policy) -> LayerPlan:
     planner = SparsePlanner(CONFIG, SparsePolicy(**(NOTHING_GIVEN | policy)), patterns)
-    plan = planner.plan(0, q_NHE[-ESTIMATION_ROWS:], k_KNE)
+    plan = all_at_once(planner.plan(0, q_NHE[-ESTIMATION_ROWS:], k_KNE))
     assert plan is not None
     return plan
 
@@ -85,7 +85,7 @@ def test_every_head_recalls_its_share_on_the_rows_that_were_asked(num_tokens, ma
     q[:, ::2] *= 4
     plan = planned(q, k, mass=mass)
     asked_R = torch.arange(num_tokens - ESTIMATION_ROWS, num_tokens)
-    recall_H = recall_of_rows(plan, asked_R, lambda position_X: q[position_X], k).mean(dim=0)
+    recall_H = all_at_once(recall_of_rows(plan, asked_R, lambda position_X: q[position_X], k)).mean(dim=0)
     assert (recall_H >= mass - 1e-5).all()  # whole blocks only add to it; the share is of sums in fp32
 
 
@@ -158,7 +158,7 @@ def test_each_heads_own_pattern_is_in_its_lists():
     listed = mask(plan, q)
     tiling = Tiling(num_queries=900, num_keys=900)
     shape = a_shape(tiling, num_lists=1, sink_tokens=70, local_tokens=200).mask()[0]
-    vertical, slash = sparse_estimate.vertical_slash_mass(q[:, 1:2], k[:1], num_lists=1, num_rows=64)
+    vertical, slash = all_at_once(sparse_estimate.vertical_slash_mass(q[:, 1:2], k[:1], num_lists=1, num_rows=64))
     lines = vertical_slash(tiling, verticals_LV=vertical.topk(20).indices, slashes_LW=slash.topk(30).indices).mask()[0]
     assert torch.equal(listed[0], shape | lines)
     means = block_means(q[:, 2:].transpose(0, 1), 128) @ block_means(k[1:], 64).mT
@@ -181,7 +181,7 @@ def test_recall_of_rows_is_that_of_the_indexs_own_mask(patterns, num_tokens):
     q, k, _ = inputs(num_tokens, 2.0)
     plan = planned(q, k, patterns, mass=0.6, last_rows_dense=min(10, num_tokens // 2))
     row_R = torch.randint(num_tokens, (50,), generator=torch.Generator().manual_seed(0))
-    recall_RH = recall_of_rows(plan, row_R, lambda position_X: q[position_X], k)
+    recall_RH = all_at_once(recall_of_rows(plan, row_R, lambda position_X: q[position_X], k))
     index = plan.index(0, q)
     of_rows = tolerance.recall(q, k, index)
     tolerance.Expected(of_rows.exact[row_R], of_rows.allowed[row_R], of_rows.dtype).check(recall_RH)
@@ -195,14 +195,14 @@ def test_recall_of_rows_is_that_of_the_indexs_own_mask(patterns, num_tokens):
 def test_dense_lists_recall_everything():
     q, k, _ = inputs(500)
     plan = planned(q, k, mass=0.3).with_dense([1])
-    recall_RH = recall_of_rows(plan, torch.arange(128, 500, 7), lambda position_X: q[position_X], k)
+    recall_RH = all_at_once(recall_of_rows(plan, torch.arange(128, 500, 7), lambda position_X: q[position_X], k))
     assert (recall_RH[:, GROUP:] == 1.0).all()
     assert (recall_RH[:, :GROUP] < 0.99).any()
 
 
 def test_an_estimate_never_holds_the_scores_of_all_rows(monkeypatch):
     """Of 64 rows and N keys, let alone of every head: at a million keys that was a gigabyte a head."""
-    num_tokens = 4096
+    num_tokens = 16384
     monkeypatch.setattr(sparse_estimate, "SCORES_AT_ONCE", 2 * num_tokens)
     q, k, _ = inputs(num_tokens)
     largest = 0
@@ -217,16 +217,16 @@ def test_an_estimate_never_holds_the_scores_of_all_rows(monkeypatch):
 
     with Sizes():
         planned(q, k, mass=0.5)
-    assert 2 * num_tokens < largest <= k.numel() < ESTIMATION_ROWS * num_tokens
+    assert 2 * num_tokens <= largest <= k.numel() < ESTIMATION_ROWS * num_tokens
 
 
 @pytest.mark.parametrize(("layer", "num_tokens"), [(1, 200), (0, 99)])
 def test_short_prompts_and_chosen_layers_are_dense(layer, num_tokens):
     planner = SparsePlanner(CONFIG, SparsePolicy(dense_below_tokens=100, dense_layers=(1,)))
     q, k, _ = inputs(num_tokens)
-    assert planner.plan(layer, q[-64:], k) is None
+    assert all_at_once(planner.plan(layer, q[-64:], k)) is None
     q, k, _ = inputs(100)
-    assert planner.plan(0, q[-64:], k) is not None
+    assert all_at_once(planner.plan(0, q[-64:], k)) is not None
 
 
 def test_a_tile_outside_the_prompt_is_refused():
@@ -262,18 +262,39 @@ def test_a_planner_refuses_a_layer_that_the_model_does_not_have():
         SparsePlanner(CONFIG, SparsePolicy(dense_layers=(2,)))
 
 
-def test_a_cancelled_estimate_ends_between_two_heads(monkeypatch):
-    """Of a million keys, a few rows of one head are much work."""
-    flag, seen, attention = CancelFlag(), [], lines_module.last_rows_attention
+LINES = everywhere(*(VerticalSlash(num_verticals=9, num_slashes=5),) * 4)
 
-    def cancelling(*args, **options):
-        for head, weights_RX in attention(*args, **options):
-            seen.append(head)
-            flag.set()
-            yield head, weights_RX
 
-    monkeypatch.setattr(lines_module, "last_rows_attention", cancelling)
-    q, k, _ = prefill_inputs(64, 512, 4, 1, 16, torch.float32)
-    with pytest.raises(Cancelled):
-        lines_module.lines_within(q, k, SparsePolicy(), cancelled=flag)
-    assert seen == [0]
+@pytest.mark.parametrize("patterns", [None, LINES], ids=["by keys", "by pattern"])
+def test_planning_and_auditing_pause_after_so_many_scores(monkeypatch, patterns):
+    """Whoever waits has the engine at each pause, and a cancelled prompt ends there: of a million keys, one head's
+    estimate was seconds of work."""
+    num_tokens, at_once = 2048, 8192
+    for module in (sparse_estimate, audit_module):
+        monkeypatch.setattr(module, "SCORES_AT_ONCE", at_once)
+    q, k, _ = inputs(num_tokens)
+    scored, matmul = [], Tensor.__matmul__
+
+    def counting(a, b):
+        product = matmul(a, b)
+        scored.append(product.numel())
+        return product
+
+    monkeypatch.setattr(Tensor, "__matmul__", counting)
+    planner = SparsePlanner(CONFIG, SparsePolicy(**NOTHING_GIVEN, mass=None, keys_per_row=500), patterns)
+    num_pauses = 0
+
+    def finished(steps):
+        nonlocal num_pauses
+        while True:
+            scored.clear()
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+            num_pauses += 1
+            assert sum(scored) <= at_once
+
+    plan = finished(planner.plan(0, q[-ESTIMATION_ROWS:], k))
+    finished(recall_of_rows(plan, torch.arange(0, num_tokens, 41), lambda position_X: q[position_X], k))
+    assert num_pauses > 2 * ESTIMATION_ROWS * num_tokens * GROUP * NUM_KV_HEADS / at_once

@@ -10,6 +10,7 @@ import pytest
 import torch
 from colm_kernels import tolerance
 from colm_kernels.prefill_attention import prefill_attention, prefill_attention_reference
+from colm_kernels.steps import all_at_once
 from torch import Tensor
 
 from colm.errors import ConfigError
@@ -51,7 +52,7 @@ def density(pattern: HeadPattern, attention: LayerAttention, head: int) -> float
 
     config = tiny_config(chains=(1,), num_kv_heads=1, num_layers=1)
     q, k = attention.q_NHE[:, head : head + 1], attention.k_KNE[head : head + 1]
-    plan = SparsePlanner(config, BARE, PatternFile(((pattern,),))).plan(0, q[-ESTIMATION_ROWS:], k)
+    plan = all_at_once(SparsePlanner(config, BARE, PatternFile(((pattern,),))).plan(0, q[-ESTIMATION_ROWS:], k))
     assert plan is not None
     return plan.index(0, q).density()
 
@@ -101,9 +102,8 @@ def test_the_score_is_the_recalled_share():
     future = torch.ones(NUM_TOKENS, NUM_TOKENS, dtype=torch.bool).triu(1)
     weights_HNN = (q @ k.mT / HEAD_DIM**0.5).masked_fill(future, float("-inf")).softmax(dim=2)
 
-    plan = SparsePlanner(tiny_config(chains=(4,), num_kv_heads=4, num_layers=1), BARE, PatternFile((found,))).plan(
-        0, attention.q_NHE[-ESTIMATION_ROWS:], attention.k_KNE
-    )
+    planner = SparsePlanner(tiny_config(chains=(4,), num_kv_heads=4, num_layers=1), BARE, PatternFile((found,)))
+    plan = all_at_once(planner.plan(0, attention.q_NHE[-ESTIMATION_ROWS:], attention.k_KNE))
     assert plan is not None
     recalled_H = (weights_HNN * plan.index(0, attention.q_NHE).mask()).sum(dim=2).mean(dim=1)
     for pattern, recalled in zip(found, recalled_H.tolist(), strict=True):
