@@ -63,6 +63,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
             tile_tokens=config.prefill.tile_tokens,
             attention_backend=config.prefill.attention_backend,
             sparse=config.prefill.sparse_policy,
+            audit=config.prefill.audit_policy,
             sparse_patterns=None if patterns is None else str(patterns.resolve()),
             max_queued=config.prefill.max_queued,
             max_queued_s=config.prefill.max_queued_s,

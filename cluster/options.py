@@ -17,6 +17,7 @@ from pydantic import (
 
 from colm import defaults
 from colm.errors import ConfigError
+from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.policy import SparsePolicy
 
 
@@ -68,6 +69,14 @@ class PrefillSection(_PlacedSection):
     """Shorter prompts are dense whatever their requests ask for."""
     sparse_patterns: Path | None = None
     """File of `colm search-patterns`, at the same place on every node; each head has its pattern instead of a share."""
+    audit_floor: float = AuditPolicy().floor
+    """Mean recall that sampled rows must show for every head; heads below attend to everything. 0 only reports."""
+    audit_confidence: float = AuditPolicy().confidence
+    """Probability with which a head's recall is no less than its bound, which is held against the floor."""
+    audit_max_rows: int = AuditPolicy().max_rows
+    """Rows that are sampled of a layer at most."""
+    audit_max_cost: float = AuditPolicy().max_cost
+    """Products of an audit as a share of those of the layer's sparse attention; below 0.05."""
     max_queued: PositiveInt = defaults.MAX_QUEUED
     """Prompts that may wait for a prefill replica, for each decode replica; the next is refused."""
     max_streams: PositiveInt = defaults.MAX_STREAMS
@@ -89,6 +98,20 @@ class PrefillSection(_PlacedSection):
             mass=default if self.sparse_mass is None else self.sparse_mass,
             keys_per_row=self.sparse_keys_per_row,
             dense_below_tokens=self.sparse_dense_below_tokens,
+        )
+
+    @property
+    def audit_policy(self) -> AuditPolicy:
+        """What the replicas' sparse attention must recall.
+
+        Raises:
+            ValueError: names the field without its prefix.
+        """
+        return AuditPolicy(
+            floor=self.audit_floor,
+            confidence=self.audit_confidence,
+            max_rows=self.audit_max_rows,
+            max_cost=self.audit_max_cost,
         )
 
 
@@ -257,6 +280,10 @@ def _check_sparse(section: PrefillSection) -> None:
         section.sparse_policy  # noqa: B018 - it checks itself
     except ValueError as err:
         raise ConfigError(f"prefill.sparse_{err}") from err
+    try:
+        section.audit_policy  # noqa: B018 - it checks itself
+    except ValueError as err:
+        raise ConfigError(f"prefill.audit_{err}") from err
 
 
 def default_toml() -> str:

@@ -22,6 +22,7 @@ from prefill_node.engine import PrefillEngine
 from prefill_node.memory import default_memory_bytes
 from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.service import PrefillService
+from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.patterns import PatternFile
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.policy import SparsePolicy
@@ -43,6 +44,8 @@ class PrefillOptions:
     """What attends to the prompt so far, on CUDA."""
     sparse: SparsePolicy = field(default_factory=SparsePolicy)
     """What sparse attention may leave out, for requests that ask for it."""
+    audit: AuditPolicy = field(default_factory=AuditPolicy)
+    """What sparse attention must recall, and what finding out may cost."""
     sparse_patterns: str | None = None
     """File of each head's pattern, instead of the policy's budget."""
     max_queued: int = defaults.MAX_QUEUED
@@ -97,7 +100,12 @@ class PrefillNode:
             lease_s=options.job_lease_s,
         )
         self.service = PrefillService(
-            loaded.engine, self._loop, fingerprint=self.fingerprint, planner=loaded.planner, leases=self._leases
+            loaded.engine,
+            self._loop,
+            fingerprint=self.fingerprint,
+            planner=loaded.planner,
+            audit=options.audit,
+            leases=self._leases,
         )
         self.service.add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)

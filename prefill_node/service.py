@@ -23,6 +23,7 @@ from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait
 from prefill_node.prefill_job import JobStream, PrefillOrder
 from prefill_node.prefill_loop import PrefillLoad, PrefillLoop
+from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.prompt_plans import PromptPlans
 
@@ -41,6 +42,7 @@ class PrefillService:
         loop: runs the engine.
         fingerprint: `colm.kv.fingerprint` of what the engine serves.
         planner: of sparse attention, for those who ask for it.
+        audit: what its plans must recall.
         leases: where a stream must hold a lease, the table of them; None serves any caller.
     """
 
@@ -51,12 +53,14 @@ class PrefillService:
         *,
         fingerprint: str,
         planner: SparsePlanner,
+        audit: AuditPolicy | None = None,
         leases: LeaseTable | None = None,
     ) -> None:
         self._engine = engine
         self._loop = loop
         self._fingerprint = fingerprint
         self._planner = planner
+        self._audit = audit
         self._leases = leases
 
     @property
@@ -103,7 +107,7 @@ class PrefillService:
             epoch=opened.epoch,
             token_ids=token_ids,
             resume_from=position,
-            sparse=PromptPlans(self._planner) if attention_from_pb(opened.attention) == "sparse" else None,
+            sparse=PromptPlans(self._planner, self._audit) if attention_from_pb(opened.attention) == "sparse" else None,
         )
 
     async def _listen(self, requests: AsyncIterator[pb.PullKvRequest], stream: JobStream) -> None:

@@ -26,7 +26,7 @@ class AuditPolicy:
     """What an audit promises and what it may cost."""
 
     floor: float = 0.8
-    """Mean recall that every head must have; lists with a head below become dense."""
+    """Mean recall that every head must have; lists with a head below become dense. 0 only reports."""
     confidence: float = 0.95
     """With this probability a bound holds, for each head and for the layer's mean by itself."""
     max_rows: int = 512
@@ -35,9 +35,10 @@ class AuditPolicy:
     """Products of the audit as a share of those of the layer's sparse attention."""
 
     def __post_init__(self) -> None:
-        for name, below in (("floor", 1.0), ("confidence", 1.0)):
-            if not 0.0 < getattr(self, name) < below:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and below {below:g}")
+        if not 0.0 <= self.floor < 1.0:
+            raise ValueError(f"floor={self.floor} must be at least 0 and below 1")
+        if not 0.0 < self.confidence < 1.0:
+            raise ValueError(f"confidence={self.confidence} must be above 0 and below 1")
         if self.max_rows < 2:
             raise ValueError(f"max_rows={self.max_rows} must be at least 2: one row has no variance")
         if not 0.0 < self.max_cost < MAX_COST:

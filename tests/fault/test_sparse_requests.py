@@ -24,7 +24,6 @@ from colm.wire.security import Security
 from colm.wire.tile_codec import METHOD, SERVICE, decode_message, decode_tile
 from colm.wire.v1 import common_pb2
 from prefill_node.engine import PrefillEngine
-from prefill_node.sparse import prompt_plans
 from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.policy import ROW_BLOCK, SparsePolicy
@@ -39,6 +38,7 @@ CONFIG = tiny_config(num_layers=3, max_context=1024)
 PROMPT = torch.randint(0, 320, (700,), generator=torch.Generator().manual_seed(1)).tolist()
 POLICY = SparsePolicy(mass=None, keys_per_row=260, local_tokens=64, dense_below_tokens=0)
 LENIENT = AuditPolicy(floor=0.01, confidence=0.05, max_cost=0.049)
+"""Attention of a random model over a short prompt recalls little, from few rows."""
 NUM_MESSAGES = 3 * 6 + 2  # `started`, three layers of six tiles, `complete`
 SPARSE = common_pb2.ATTENTION_MODE_SPARSE
 
@@ -46,12 +46,6 @@ SPARSE = common_pb2.ATTENTION_MODE_SPARSE
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny", CONFIG, tokenizer=True)
-
-
-@pytest.fixture(autouse=True)
-def lenient_audits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention of a random model over a short prompt recalls little, from few rows."""
-    monkeypatch.setattr(prompt_plans, "AuditPolicy", lambda: LENIENT)
 
 
 class Line:
@@ -75,7 +69,7 @@ class Line:
 def assert_the_engines(tiles: Sequence[KvTile], checkpoint: Checkpoint) -> PromptPlans:
     """What passed is what an engine of the same policy computes, bit by bit; returns its plans."""
     engine = PrefillEngine(checkpoint, KvFormat.of(checkpoint.config, torch.float32), tile_tokens=ROW_BLOCK)
-    plans = PromptPlans(SparsePlanner(checkpoint.config, POLICY))
+    plans = PromptPlans(SparsePlanner(checkpoint.config, POLICY), LENIENT)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -96,7 +90,7 @@ def assert_the_engines(tiles: Sequence[KvTile], checkpoint: Checkpoint) -> Promp
 
 async def ask(checkpoint: Checkpoint, line: Line, second_line: Line | None = None) -> Answer:
     """A sparse request to a decode node before one prefill node, or before two."""
-    path, options = str(checkpoint.path), {"tile_tokens": ROW_BLOCK, "sparse": POLICY}
+    path, options = str(checkpoint.path), {"tile_tokens": ROW_BLOCK, "sparse": POLICY, "audit": LENIENT}
     async with AsyncExitStack() as stack:
         addresses = []
         for each in (line,) if second_line is None else (line, second_line):
@@ -157,7 +151,7 @@ async def test_the_command_asks_for_sparse_attention_and_shows_what_the_layers_r
     document.write_text("".join(chr(65 + token_id % 26) for token_id in PROMPT))
     path = str(checkpoint.path)
     async with (
-        prefill_node(path, tile_tokens=ROW_BLOCK, sparse=POLICY) as prefill,
+        prefill_node(path, tile_tokens=ROW_BLOCK, sparse=POLICY, audit=LENIENT) as prefill,
         decode_node(path, [prefill.address]) as node,
         gateway(CONFIG, TakingTurns([node.address]), Tokenizer.load(checkpoint)) as address,
     ):

@@ -12,6 +12,7 @@ from colm.errors import ConfigError
 from colm.model import num_parameters, parameter_shapes
 from colm.model.config import ChainConfig, RopeScaling
 from colm.model.transformer import slice_config
+from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.policy import SparsePolicy
 from tests.tiny import tiny_config
 
@@ -227,6 +228,10 @@ BAD_SPARSE = {
     "sparse_keys_per_row = 320": "prefill.sparse_keys_per_row=320 covers nothing beside the 320 keys",
     "sparse_mass = 0.9\nsparse_keys_per_row = 4096": "prefill.sparse_mass=0.9 and prefill.sparse_keys_per_row",
     "sparse_dense_below_tokens = -1": "prefill.sparse_dense_below_tokens=-1",
+    "audit_floor = 1.0": "prefill.audit_floor=1.0 must be at least 0 and below 1",
+    "audit_confidence = 1.0": "prefill.audit_confidence=1.0 must be above 0 and below 1",
+    "audit_max_rows = 1": "prefill.audit_max_rows=1 must be at least 2",
+    "audit_max_cost = 0.05": "prefill.audit_max_cost=0.05 must be above 0 and below 0.05",
 }
 
 
@@ -248,6 +253,14 @@ def test_a_sparse_option_out_of_range_is_refused_by_name(tmp_path: Path, text: s
 )
 def test_sparse_options_are_a_policy(tmp_path: Path, text: str, policy: SparsePolicy) -> None:
     assert load_config(written(tmp_path, f"[prefill]\n{text}"), {}).prefill.sparse_policy == policy
+
+
+def test_audit_options_are_a_policy(tmp_path: Path) -> None:
+    text = "audit_floor = 0.5\naudit_confidence = 0.9\naudit_max_rows = 9\naudit_max_cost = 0.01"
+    assert load_config(written(tmp_path, f"[prefill]\n{text}"), {}).prefill.audit_policy == AuditPolicy(
+        floor=0.5, confidence=0.9, max_rows=9, max_cost=0.01
+    )
+    assert load_config(written(tmp_path, ""), {}).prefill.audit_policy == AuditPolicy()
 
 
 def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:

@@ -176,10 +176,18 @@ def test_no_more_rows_are_looked_at_than_asked_for():
     assert found.num_rows == 7
 
 
+def test_a_floor_of_nothing_only_reports():
+    q, k = sharp_prompt()
+    found = audited(planned(q, k, local_only()), q, k, max_cost=0.049, floor=0.0)
+    assert found is not None
+    assert float(found.recall_H[2]) < 0.3
+    assert found.below_floor == ()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"floor": 0.0}, "floor=0.0 must be above 0 and below 1"),
+        ({"floor": -0.1}, "floor=-0.1 must be at least 0 and below 1"),
         ({"floor": 1.0}, "floor=1.0 must be"),
         ({"confidence": float("nan")}, "confidence=nan must be"),
         ({"max_rows": 1}, "max_rows=1 must be at least 2"),
