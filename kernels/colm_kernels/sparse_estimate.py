@@ -1,95 +1,220 @@
 """Estimates of where attention goes, from a few products; `sparse_patterns` takes them as masses and scores.
 
 Shapes: T queries of the tile, S keys (prefix and tile), H query heads, K kv heads, G = H / K, D head dim, L lists (K or
-H), R last rows, C keys at a time.
+H), R rows of one query head, C keys at a time, B blocks of `SCORE_BLOCK` keys, X = S + R.
 """
 
+import ctypes
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from colm_kernels.native import Variant, call, choose_variant, dtype_id, resolve_num_threads
 from colm_kernels.prefill_attention import check_prefill
 from colm_kernels.steps import Steps
 
-SCORES_AT_ONCE = 1 << 19
-"""Scores held at a time, 2 MiB of them: what is done to them stays in the caches, and a step takes milliseconds."""
+SCORES_AT_ONCE = 1 << 20
+"""Scores of a step: a millisecond's work. PyTorch holds them meanwhile, 4 MiB."""
+SCORE_BLOCK = 64
+"""Keys whose scores are added up together; `kScoreBlock` of abi.h."""
+_ITEM_KEYS = 1024
+"""`kScoreItemKeys` of abi.h."""
+
+
+class RowScoresArgs(ctypes.Structure):
+    """`RowScoresArgs` of abi.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "positions")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_keys", "head_dim", "k_stride", "begin", "end")),
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("maximum", "sum", "lse", "vertical", "diagonal", "by_key", "by_diagonal")
+        ),
+        *((name, ctypes.c_int64) for name in ("num_first", "num_nearest")),
+    )
+
+
+def block_scores(q_RD: Tensor, k_SD: Tensor, position_R: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """Each row's largest score, and the sum over exp(score - largest), in each block of some keys.
+
+    Args:
+        q_RD: rotated queries, contiguous.
+        k_SD: rotated keys of their kv head.
+        position_R: int64, descending, on the device of the keys; a row sees the keys up to its own position.
+        begin: first key, at a block.
+        end: after the last key, at a block or S.
+
+    Returns:
+        (maximum_RB, sum_RB) in fp32; where a row sees nothing of a block, the sum is 0.
+    """
+    variant = choose_variant(q_RD.shape[1], q_RD, k_SD) if q_RD.is_cpu else "torch"
+    if variant == "torch":
+        scores_RC = _scores(q_RD, k_SD, position_R, begin, end)
+        scores_RBC = F.pad(scores_RC, (0, -scores_RC.shape[1] % SCORE_BLOCK), value=float("-inf"))
+        scores_RBC = scores_RBC.unflatten(1, (-1, SCORE_BLOCK))
+        maximum_RB = scores_RBC.amax(dim=2).clamp_min_(torch.finfo(torch.float32).min)
+        return maximum_RB, (scores_RBC - maximum_RB.unsqueeze(2)).exp_().sum(dim=2)
+    maximum_BR = torch.empty(-(-(end - begin) // SCORE_BLOCK), len(q_RD))
+    sum_BR = torch.empty_like(maximum_BR)
+    args = _args(q_RD, k_SD, position_R, begin, end, maximum=maximum_BR.data_ptr(), sum=sum_BR.data_ptr())
+    _call(args, variant)
+    return maximum_BR.T * q_RD.shape[1] ** -0.5, sum_BR.T
 
 
 class LastRows:
-    """The attention of the last rows of a prompt to the keys of one kv head, some keys at a time.
+    """The attention of a prompt's last rows, those of one query head, to all keys, some at a time.
 
-    Rows are held newest first. Then a key's distance from a row depends on the sum of their numbers alone: the key of
-    number s lies S - 1 - (r + s) before row r, and is in its future where that is negative.
+    Rows are held last first. Then the row of number r and the key of number s are S - 1 - (r + s) apart: entries of a
+    distance have the same sum of numbers, and stand on one diagonal. A key in a row's future is at a negative distance.
 
     Args:
-        q_RGD: rotated queries of the kv head's query heads.
-        k_SD: its rotated keys; the last R are the rows' own.
+        q_RD: rotated queries.
+        k_SD: rotated keys of their kv head; the last R are the rows' own.
     """
 
-    def __init__(self, q_RGD: Tensor, k_SD: Tensor) -> None:
-        self.num_rows, self.group, head_dim = q_RGD.shape
-        self.num_keys = len(k_SD)
-        self._q_GRD = (q_RGD.float() * head_dim**-0.5).flip(0).transpose(0, 1).contiguous()
+    def __init__(self, q_RD: Tensor, k_SD: Tensor) -> None:
+        self.num_rows, self.num_keys = len(q_RD), len(k_SD)
+        self._q_RD = q_RD.flip(0).contiguous()
         self._k_SD = k_SD
-        self._lse_GR1 = q_RGD.new_empty(self.group, self.num_rows, 1, dtype=torch.float32)
+        self._position_R = torch.arange(self.num_keys - 1, self.num_keys - 1 - self.num_rows, -1, device=k_SD.device)
+        self._lse_R = torch.empty(0)
+        self._variant: Variant = choose_variant(q_RD.shape[1], q_RD, k_SD) if q_RD.is_cpu else "torch"
 
     def normalise(self) -> Steps[None]:
-        """To be run once, before `weights`: each row's sum over its keys."""
-        maximum_GR1 = torch.full_like(self._lse_GR1, float("-inf"))
-        sum_GR1 = torch.zeros_like(maximum_GR1)
-        for _, scores_GRC in self._scores():
-            new_GR1 = torch.maximum(maximum_GR1, scores_GRC.amax(dim=2, keepdim=True))
-            sum_GR1.mul_(maximum_GR1.sub_(new_GR1).exp_())
-            sum_GR1.add_(scores_GRC.sub_(new_GR1).exp_().sum(dim=2, keepdim=True))
-            maximum_GR1 = new_GR1
+        """To be run before the others: each row's sum over its keys."""
+        lse_R = torch.full((self.num_rows,), float("-inf"), device=self._k_SD.device)
+        for begin, end in self._ranges():
+            maximum_RB, sum_RB = block_scores(self._q_RD, self._k_SD, self._position_R, begin, end)
+            lse_R = lse_R.logaddexp((maximum_RB + sum_RB.log()).logsumexp(dim=1))
             yield
-        torch.add(maximum_GR1, sum_GR1.log_(), out=self._lse_GR1)
-
-    def weights(self) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first key, weights_GRC in fp32) of some keys after the others; those of the future are 0."""
-        for start, scores_GRC in self._scores():
-            yield start, scores_GRC.sub_(self._lse_GR1).exp_()
+        self._lse_R = lse_R
 
     def masses(self) -> Steps[tuple[Tensor, Tensor]]:
-        """Attention by key, and by the sum of row's and key's number: (vertical_GS, diagonal_GX), X = S + R."""
-        vertical_GS = self._lse_GR1.new_zeros(self.group, self.num_keys)
-        diagonal_GX = self._lse_GR1.new_zeros(self.group, self.num_keys + self.num_rows)
-        for start, weights_GRC in self.weights():
-            vertical_GS[:, start : start + weights_GRC.shape[2]] = weights_GRC.sum(dim=1)
-            self.add_by_diagonal(weights_GRC, start, diagonal_GX)
+        """Attention by key and by diagonal: (vertical_S, diagonal_X) in fp32, summed over the rows."""
+        return (yield from self._sums(None, 0, 0))
+
+    def quotients(
+        self, vertical_S: Tensor, diagonal_X: Tensor, *, num_first: int, num_nearest: int
+    ) -> Steps[tuple[Tensor, Tensor]]:
+        """The same of each weight divided by what its key and its diagonal have together.
+
+        Args:
+            vertical_S: of the keys; above 0.
+            diagonal_X: of the diagonals; above 0.
+            num_first: keys at the start that do not count.
+            num_nearest: keys nearest to a row, its own among them, that do not count.
+        """
+        return (yield from self._sums((vertical_S, diagonal_X), num_first, num_nearest))
+
+    def _sums(self, by: tuple[Tensor, Tensor] | None, num_first: int, num_nearest: int) -> Steps[tuple[Tensor, Tensor]]:
+        column_S = torch.zeros(self.num_keys, device=self._k_SD.device)
+        # Whole items may reach past the last diagonal, with nothing.
+        diagonal_X = torch.zeros(self.num_keys + self.num_rows + _ITEM_KEYS, device=self._k_SD.device)
+        for begin, end in self._ranges():
+            if self._variant == "torch":
+                self._add_up(by, num_first, num_nearest, begin, end, column_S, diagonal_X)
+            else:
+                self._add_up_in_library(by, num_first, num_nearest, begin, end, column_S, diagonal_X)
             yield
-        return vertical_GS, diagonal_GX
+        return column_S, diagonal_X[: self.num_keys + self.num_rows]
 
-    def add_by_diagonal(self, weights_GRC: Tensor, start: int, diagonal_GX: Tensor) -> None:
-        """Add weights of the keys from a number on to the sums of their diagonals."""
-        group, num_rows, num_keys = weights_GRC.shape
-        padded_GRX = F.pad(weights_GRC, (0, num_rows))
-        width = num_keys + num_rows
-        # A row's entries one place further on than those of the row before: equal sums stand below one another.
-        shifted_GRX = padded_GRX.as_strided((group, num_rows, width - 1), (num_rows * width, width - 1, 1))
-        diagonal_GX[:, start : start + width - 1] += shifted_GRX.sum(dim=1)
+    def _add_up(
+        self,
+        by: tuple[Tensor, Tensor] | None,
+        num_first: int,
+        num_nearest: int,
+        begin: int,
+        end: int,
+        column_S: Tensor,
+        diagonal_X: Tensor,
+    ) -> None:
+        scores_RC = _scores(self._q_RD, self._k_SD, self._position_R, begin, end)
+        weights_RC = scores_RC.sub_(self._lse_R.unsqueeze(1)).exp_()
+        num_rows, num_keys = weights_RC.shape
+        if begin < num_first:
+            weights_RC[:, : num_first - begin] = 0.0
+        if num_nearest:
+            number_C = torch.arange(begin, end, device=weights_RC.device)
+            weights_RC.masked_fill_(number_C > self._position_R.unsqueeze(1) - num_nearest, 0.0)
+        if by is not None:
+            vertical_S, of_diagonal_X = by
+            at = of_diagonal_X.storage_offset() + begin
+            weights_RC /= of_diagonal_X.as_strided((num_rows, num_keys), (1, 1), at) + vertical_S[begin:end]
+        column_S[begin:end] = weights_RC.sum(dim=0)
+        padded_RX = F.pad(weights_RC, (0, num_rows))
+        width = num_keys + num_rows - 1
+        # A row's entries one place further on than those of the row before: diagonals stand below one another.
+        diagonal_X[begin : begin + width] += padded_RX.as_strided((num_rows, width), (width, 1)).sum(dim=0)
 
-    def by_row(self, diagonal_GX: Tensor, start: int, num_keys: int) -> Tensor:
-        """The entry of each row and key's diagonal, as a view [G, R, num_keys]."""
-        shape = (self.group, self.num_rows, num_keys)
-        return diagonal_GX.as_strided(shape, (diagonal_GX.stride(0), 1, 1), diagonal_GX.storage_offset() + start)
+    def _add_up_in_library(
+        self,
+        by: tuple[Tensor, Tensor] | None,
+        num_first: int,
+        num_nearest: int,
+        begin: int,
+        end: int,
+        column_S: Tensor,
+        diagonal_X: Tensor,
+    ) -> None:
+        num_items = -(-(end - begin) // _ITEM_KEYS)
+        of_items_IX = torch.empty(num_items, _ITEM_KEYS + self.num_rows)
+        args = _args(
+            self._q_RD,
+            self._k_SD,
+            self._position_R,
+            begin,
+            end,
+            lse=self._lse_R.data_ptr(),
+            vertical=None if by is None else by[0].data_ptr(),
+            diagonal=None if by is None else by[1].data_ptr(),
+            by_key=column_S.data_ptr(),
+            by_diagonal=of_items_IX.data_ptr(),
+            num_first=num_first,
+            num_nearest=num_nearest,
+        )
+        _call(args, self._variant)
+        diagonal_X[begin : begin + num_items * _ITEM_KEYS] += of_items_IX[:, :_ITEM_KEYS].flatten()
+        # What reaches into the next item's diagonals; rows are fewer than an item's keys.
+        shape, at = (num_items, self.num_rows), begin + _ITEM_KEYS
+        diagonal_X.as_strided(shape, (_ITEM_KEYS, 1), at).add_(of_items_IX[:, _ITEM_KEYS:])
 
-    def are_nearer(self, start: int, num_keys: int, distance: int) -> Tensor:
-        """Whether keys lie less than so far before a row, or in its future: bool [R, num_keys]."""
-        row_R1 = torch.arange(self.num_rows, device=self._k_SD.device).unsqueeze(1)
-        key_C = torch.arange(start, start + num_keys, device=self._k_SD.device)
-        return row_R1 + key_C >= self.num_keys - distance
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        step = max(1, SCORES_AT_ONCE // (self.num_rows * _ITEM_KEYS)) * _ITEM_KEYS
+        for begin in range(0, self.num_keys, step):
+            yield begin, min(begin + step, self.num_keys)
 
-    def _scores(self) -> Iterator[tuple[int, Tensor]]:
-        step = max(1, SCORES_AT_ONCE // (self.group * self.num_rows))
-        for start in range(0, self.num_keys, step):
-            scores_GRC = self._q_GRD @ self._k_SD[start : start + step].float().T
-            if start + step > self.num_keys - self.num_rows:
-                is_future_RC = self.are_nearer(start, scores_GRC.shape[2], 0)
-                scores_GRC.masked_fill_(is_future_RC, float("-inf"))
-            yield start, scores_GRC
+
+def _scores(q_RD: Tensor, k_SD: Tensor, position_R: Tensor, begin: int, end: int) -> Tensor:
+    scores_RC: Tensor = (q_RD.float() * q_RD.shape[1] ** -0.5) @ k_SD[begin:end].float().T
+    is_future_RC = torch.arange(begin, end, device=k_SD.device) > position_R.unsqueeze(1)
+    return scores_RC.masked_fill_(is_future_RC, float("-inf"))
+
+
+def _args(q_RD: Tensor, k_SD: Tensor, position_R: Tensor, begin: int, end: int, **outputs: Any) -> RowScoresArgs:
+    return RowScoresArgs(
+        q=q_RD.data_ptr(),
+        k=k_SD.data_ptr(),
+        positions=position_R.data_ptr(),
+        num_rows=len(q_RD),
+        num_keys=len(k_SD),
+        head_dim=q_RD.shape[1],
+        k_stride=k_SD.stride(0),
+        begin=begin,
+        end=end,
+        scale=q_RD.shape[1] ** -0.5,
+        dtype=dtype_id(q_RD.dtype),
+        **outputs,
+    )
+
+
+def _call(args: RowScoresArgs, variant: Variant) -> None:
+    call("colm_row_scores", args, variant, resolve_num_threads(None))
 
 
 def vertical_slash_mass(
@@ -116,15 +241,16 @@ def vertical_slash_mass(
         raise ValueError(f"num_lists={num_lists} must be the {num_kv_heads} kv heads or the {num_heads} query heads")
     group = num_heads // num_kv_heads
     verticals, slashes = [], []
-    for kv_head, k_SD in enumerate(k_KSD):
-        rows = LastRows(q_THD[-num_rows:, kv_head * group : (kv_head + 1) * group], k_SD)
+    for head in range(num_heads):
+        rows = LastRows(q_THD[-num_rows:, head], k_KSD[head // group])
         yield from rows.normalise()
-        vertical_GS, diagonal_GX = yield from rows.masses()
-        verticals.append(vertical_GS)
-        slashes.append(diagonal_GX[:, : rows.num_keys].flip(1))
-    if num_lists == num_heads:
-        return torch.cat(verticals), torch.cat(slashes)
-    return torch.stack([each.sum(dim=0) for each in verticals]), torch.stack([each.sum(dim=0) for each in slashes])
+        vertical_S, diagonal_X = yield from rows.masses()
+        verticals.append(vertical_S)
+        slashes.append(diagonal_X[: rows.num_keys].flip(0))
+    vertical_LS, slash_LS = torch.stack(verticals), torch.stack(slashes)
+    if num_lists < num_heads:
+        vertical_LS, slash_LS = (mass_HS.unflatten(0, (-1, group)).sum(dim=1) for mass_HS in (vertical_LS, slash_LS))
+    return vertical_LS, slash_LS
 
 
 def block_means(x_HXD: Tensor, block: int) -> Tensor:

@@ -88,8 +88,12 @@ class SparseIndex:
     """int64 [L * N + 1]."""
     column_ids: Tensor
     """int32."""
+    is_checked: bool = False
+    """The rules are known to be kept; checking them takes ten times as long as making the lists."""
 
     def __post_init__(self) -> None:
+        if self.is_checked:
+            return
         if self.num_lists < 1:
             raise ValueError(f"num_lists={self.num_lists} must be at least 1")
         blocks_E, block_of_E = self._check_ascending("block", self.tiling.num_key_blocks)

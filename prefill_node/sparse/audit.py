@@ -8,12 +8,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from colm_kernels.sparse_estimate import SCORES_AT_ONCE
+from colm_kernels.sparse_estimate import SCORES_AT_ONCE, block_scores
 from colm_kernels.steps import Steps
 from torch import Tensor
-from torch.nn import functional as F
 
 from prefill_node.sparse.plan import LayerPlan
 from prefill_node.sparse.policy import KEY_BLOCK, ROW_BLOCK
@@ -43,6 +41,18 @@ class AuditPolicy:
             raise ValueError(f"max_rows={self.max_rows} must be at least 2: one row has no variance")
         if not 0.0 < self.max_cost < MAX_COST:
             raise ValueError(f"max_cost={self.max_cost} must be above 0 and below {MAX_COST}")
+
+    def num_rows(self, density: float, num_tokens: int, projected: int) -> int:
+        """Rows that may be looked at.
+
+        Args:
+            density: share of the causal pairs that the layer attends to.
+            num_tokens: of the prompt.
+            projected: what a row costs beside its products with keys, in such products.
+        """
+        # In products of one query with one key, for every head; attention makes two, with the key and with its value.
+        attention = density * num_tokens * (num_tokens + 1)
+        return min(self.max_rows, int(self.max_cost * attention / (num_tokens + projected)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,10 +101,9 @@ def audit(
         What the rows say; None where not even two may be looked at for the price, and the layer had better be dense.
     """
     num_tokens = plan.num_tokens
-    # In products of one query with one key, for every head; attention makes two, with the key and with its value.
-    attention = plan.density() * num_tokens * (num_tokens + 1)
+    density = plan.density()
     projected = dim * (1 + (ROW_BLOCK if plan.chooses_by_queries else 0))
-    num_rows = min(policy.max_rows, int(policy.max_cost * attention / (num_tokens + projected)))
+    num_rows = policy.num_rows(density, num_tokens, projected)
     if num_rows < 2:
         return None
     position_R = torch.randint(num_tokens, (num_rows,), generator=generator)
@@ -109,7 +118,7 @@ def audit(
         recall=float(mean_R1.mean()),
         recall_bound=float(lower_bound(mean_R1, policy.confidence)),
         below_floor=tuple(i for i, of_list in enumerate(plan.lists) if is_below_L[i] and not of_list.is_dense),
-        cost=(int((position_R + 1).sum()) + num_rows * projected) / attention,
+        cost=(int((position_R + 1).sum()) + num_rows * projected) / (density * num_tokens * (num_tokens + 1)),
     )
 
 
@@ -136,8 +145,8 @@ def recall_of_rows(
 ) -> Steps[Tensor]:
     """Share of each row's attention that a plan recalls: exp(lse over what is listed - lse over all).
 
-    One pass over the keys gives both sums, so they are of the same scores. Row blocks are taken to begin at multiples
-    of their size.
+    Both sums are of the same scores but for single columns, whose products are made once more. Row blocks are taken to
+    begin at multiples of their size.
 
     Args:
         plan: what is listed.
@@ -161,55 +170,51 @@ def recall_of_rows(
             means.append(queries_of(torch.arange(first, last + 1)).float().mean(dim=0))
             yield
         means_RHE = torch.stack(means)
-    q_RHE = queries_of(position_R).float() * k_KNE.shape[2] ** -0.5
+    q_RHE = queries_of(position_R)
     yield
     group = q_RHE.shape[1] // len(plan.lists)
-    first_R, last_R = first_R.to(device), last_R.to(device)
+    position_R, first_R, last_R = position_R.to(device), first_R.to(device), last_R.to(device)
     recalls = []
     for number, of_list in enumerate(plan.lists):
         listed_RB = plan.blocks(number, first_R, last_R, means_RHE)
-        q_GRE = q_RHE[:, number * group : (number + 1) * group].transpose(0, 1).contiguous()
-        k_NE = k_KNE[number * len(k_KNE) // len(plan.lists)]
-        recalls.append((yield from _recall(q_GRE, k_NE, position_R, listed_RB, of_list.verticals().unique())))
+        q_RGE, k_NE = q_RHE[:, number * group : (number + 1) * group], k_KNE[number * len(k_KNE) // len(plan.lists)]
+        recalls.append((yield from _recall(q_RGE, k_NE, position_R, listed_RB, of_list.verticals().unique())))
     recall_RH = torch.empty(len(position_R), q_RHE.shape[1], dtype=torch.float64, device=device)
-    recall_RH[descending_R.to(device)] = torch.cat(recalls).T
+    recall_RH[descending_R.to(device)] = torch.cat(recalls, dim=1)
     return recall_RH
 
 
-def _recall(q_GRE: Tensor, k_NE: Tensor, position_R: Tensor, listed_RB: Tensor, columns_V: Tensor) -> Steps[Tensor]:
-    """recall_GR of one list, some keys after the others.
+def _recall(q_RGE: Tensor, k_NE: Tensor, position_R: Tensor, listed_RB: Tensor, columns_V: Tensor) -> Steps[Tensor]:
+    """recall_RG of one list, some keys after the others.
 
     Args:
-        q_GRE: scaled queries.
+        q_RGE: queries.
         k_NE: keys.
-        position_R: of the rows, on the CPU, the last ones first.
+        position_R: of the rows, the last ones first.
         listed_RB: key blocks.
-        columns_V: listed keys, in order; those in listed blocks count once.
+        columns_V: listed keys, once each; those in listed blocks count once.
     """
-    group, num_rows, _ = q_GRE.shape
-    maximum_GR = torch.full((group, num_rows), float("-inf"), dtype=torch.float64, device=k_NE.device)
-    all_GR, listed_GR = torch.zeros_like(maximum_GR), torch.zeros_like(maximum_GR)
-    positions, position_R1 = position_R.numpy(), position_R.to(k_NE.device).unsqueeze(1)
-    step = max(1, SCORES_AT_ONCE // (group * num_rows * KEY_BLOCK)) * KEY_BLOCK
-    for start in range(0, int(positions[0]) + 1, step):
-        stop = min(start + step, len(k_NE))
-        seeing, seeing_all = (int(np.searchsorted(-positions, -at, side="right")) for at in (start, stop - 1))
-        scores_GXC = q_GRE[:, :seeing] @ k_NE[start:stop].float().T
-        key_C = torch.arange(start, stop, device=k_NE.device)
-        is_future_XC = key_C > position_R1[seeing_all:seeing]
-        scores_GXC[:, seeing_all:].masked_fill_(is_future_XC, float("-inf"))
-        old_GX = maximum_GR[:, :seeing].clone()
-        new_GX = torch.maximum(old_GX, scores_GXC.amax(dim=2).double())
-        weights_GXC = scores_GXC.sub_(new_GX.float().unsqueeze(2)).exp_()
-        in_blocks_GXB = F.pad(weights_GXC, (0, (start - stop) % KEY_BLOCK)).unflatten(2, (-1, KEY_BLOCK)).sum(dim=3)
-        listed_XB = listed_RB[:seeing, start // KEY_BLOCK : -(-stop // KEY_BLOCK)]
-        column_V = columns_V[(columns_V >= start) & (columns_V < stop)] - start
-        alone_XV = ~listed_XB[:, column_V // KEY_BLOCK]
-        shrink_GX = (old_GX - new_GX).exp_()
-        maximum_GR[:, :seeing] = new_GX
-        all_GX, listed_GX = all_GR[:, :seeing], listed_GR[:, :seeing]
-        all_GX.mul_(shrink_GX).add_(in_blocks_GXB.sum(dim=2))
-        listed_GX.mul_(shrink_GX).add_((in_blocks_GXB * listed_XB).sum(dim=2))
-        listed_GX.add_((weights_GXC[:, :, column_V] * alone_XV).sum(dim=2))
+    group, num_keys = q_RGE.shape[1], int(position_R[0]) + 1
+    q_XE = q_RGE.flatten(0, 1).contiguous()
+    position_X = position_R.repeat_interleave(group)
+    listed_XB = listed_RB.repeat_interleave(group, dim=0)
+    maximum_X = torch.full((len(q_XE),), float("-inf"), dtype=torch.float64, device=k_NE.device)
+    all_X, listed_X = torch.zeros_like(maximum_X), torch.zeros_like(maximum_X)
+    step = max(1, SCORES_AT_ONCE // (len(q_XE) * KEY_BLOCK)) * KEY_BLOCK
+    for begin in range(0, num_keys, step):
+        end = min(begin + step, num_keys)
+        maximum_XB, sum_XB = block_scores(q_XE, k_NE, position_X, begin, end)
+        new_X = torch.maximum(maximum_X, maximum_XB.amax(dim=1).double())
+        sum_XB = sum_XB.double() * (maximum_XB - new_X.unsqueeze(1)).exp_()
+        shrink_X, maximum_X = (maximum_X - new_X).exp_(), new_X
+        all_X = all_X * shrink_X + sum_XB.sum(dim=1)
+        is_listed_XB = listed_XB[:, begin // KEY_BLOCK : -(-end // KEY_BLOCK)]
+        listed_X = listed_X * shrink_X + (sum_XB * is_listed_XB).sum(dim=1)
         yield
-    return (listed_GR / all_GR).clamp_max_(1.0)
+    step = max(1, SCORES_AT_ONCE // len(q_XE))
+    for column_C in columns_V.split(step):
+        scores_XC = (q_XE.float() * q_XE.shape[1] ** -0.5) @ k_NE[column_C].float().T
+        is_alone_XC = (column_C <= position_X.unsqueeze(1)) & ~listed_XB[:, column_C // KEY_BLOCK]
+        listed_X += ((scores_XC - maximum_X.unsqueeze(1)).exp_() * is_alone_XC).sum(dim=1)
+        yield
+    return (listed_X / all_X).clamp_max_(1.0).view(-1, group)

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from prefill_node.sparse.patterns import VerticalSlash
 from prefill_node.sparse.policy import KEY_BLOCK, SLASH_KEYS, SparsePolicy
 
+NUM_PASSES = 3
+"""Over the keys, for a head: the rows' sums, columns and diagonals, and how each pair is divided between the two."""
 _TINY = 1e-30
 """Keeps what nobody looks at from being divided by nothing."""
 
@@ -86,34 +88,26 @@ def _explained(q_RGE: Tensor, k_SE: Tensor, policy: SparsePolicy) -> Steps[tuple
     Returns:
         (given_G, gain_GC), float64: sums over the rows. C is the S columns, then the diagonals 0-63, 64-127, ..
     """
-    rows = LastRows(q_RGE, k_SE)
-    num_keys, num_rows = rows.num_keys, rows.num_rows
-    yield from rows.normalise()
-    vertical_GS, diagonal_GX = yield from rows.masses()
-    vertical_GS += _TINY
-    diagonal_GX += _TINY
-    # Weight w of column v and diagonal d is divided into v * w / (v + d) and d * w / (v + d): v and d are the same for
-    # a whole column and a whole diagonal, so they can wait until the quotients have been added up.
-    by_column_GS, by_diagonal_GX = torch.zeros_like(vertical_GS), torch.zeros_like(diagonal_GX)
-    given_G = torch.zeros(rows.group, dtype=torch.float64, device=k_SE.device)
-    num_sinks = max(KEY_BLOCK, policy.sink_tokens)
-    for start, rest_GRC in rows.weights():
-        stop = start + rest_GRC.shape[2]
-        sinks_GRX = rest_GRC[:, :, : max(0, num_sinks - start)]
-        given_G += sinks_GRX.sum(dim=(1, 2), dtype=torch.float64)
-        sinks_GRX.zero_()
-        if stop + num_rows > num_keys - policy.local_tokens:
-            is_local_RC = rows.are_nearer(start, stop - start, policy.local_tokens)
-            given_G += (rest_GRC * is_local_RC).sum(dim=(1, 2), dtype=torch.float64)
-            rest_GRC.masked_fill_(is_local_RC, 0.0)
-        rest_GRC /= rows.by_row(diagonal_GX, start, stop - start) + vertical_GS[:, None, start:stop]
-        by_column_GS[:, start:stop] = rest_GRC.sum(dim=1)
-        rows.add_by_diagonal(rest_GRC, start, by_diagonal_GX)
-        yield
-    by_distance_GS = (by_diagonal_GX * diagonal_GX)[:, :num_keys].flip(1)
-    in_slashes_GBX = F.pad(by_distance_GS, (0, -num_keys % KEY_BLOCK)).unflatten(1, (-1, KEY_BLOCK))
-    gain_GC = torch.cat((by_column_GS * vertical_GS, in_slashes_GBX.sum(dim=2)), dim=1)
-    return given_G, gain_GC.double()
+    num_rows, group, _ = q_RGE.shape
+    num_first = max(KEY_BLOCK, policy.sink_tokens)
+    gains = []
+    for head in range(group):
+        rows = LastRows(q_RGE[:, head], k_SE)
+        yield from rows.normalise()
+        vertical_S, diagonal_X = yield from rows.masses()
+        vertical_S += _TINY
+        diagonal_X += _TINY
+        # Weight w of column v and diagonal d is divided into v * w / (v + d) and d * w / (v + d): v and d are the same
+        # for a whole column and a whole diagonal, so they can wait until the quotients have been added up.
+        by_column_S, by_diagonal_X = yield from rows.quotients(
+            vertical_S, diagonal_X, num_first=num_first, num_nearest=policy.local_tokens
+        )
+        by_distance_S = (by_diagonal_X * diagonal_X)[: rows.num_keys].flip(0)
+        in_slashes_BX = F.pad(by_distance_S, (0, -rows.num_keys % KEY_BLOCK)).unflatten(0, (-1, KEY_BLOCK))
+        gains.append(torch.cat((by_column_S * vertical_S, in_slashes_BX.sum(dim=1))).double())
+    gain_GC = torch.stack(gains)
+    # A row's weights add up to one, and each is either given or explained.
+    return num_rows - gain_GC.sum(dim=1), gain_GC
 
 
 def _ranges(starts_X: Tensor, width: int) -> tuple[Tensor, Tensor]:

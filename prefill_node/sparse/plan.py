@@ -5,12 +5,13 @@ head dim, B key blocks, V verticals, W ranges of distances, X row blocks.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from colm_kernels.sparse_estimate import block_means
 from colm_kernels.sparse_index import SparseIndex, Tiling, lower
+from colm_kernels.sparse_lines import ListLines, PackedLines
 from colm_kernels.sparse_patterns import blocks_at_distances
 from torch import Tensor
 
@@ -38,6 +39,16 @@ class ListPlan:
         """Every key column: int64 [V], with repetitions."""
         return torch.cat([lines.verticals_V for lines in self.lines])
 
+    def packed(self) -> ListLines:
+        """All lines, as the library wants them."""
+        return ListLines(
+            self.sink_tokens,
+            self.is_dense,
+            self.verticals().unique(),
+            torch.cat([lines.nearest_W for lines in self.lines]),
+            torch.cat([lines.farthest_W for lines in self.lines]),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerPlan:
@@ -51,6 +62,13 @@ class LayerPlan:
     """One a kv head; or one a query head."""
     k_means_KBE: Tensor
     """Mean key of every block, fp32; without blocks where no list chooses by them."""
+    packed: PackedLines | None = field(init=False)
+    """The lists as the library reads them; None where it cannot make their index."""
+
+    def __post_init__(self) -> None:
+        is_for_library = self.k_means_KBE.is_cpu and PackedLines.can_lower() and not self.chooses_by_queries
+        packed = PackedLines.of([plan.packed() for plan in self.lists]) if is_for_library else None
+        object.__setattr__(self, "packed", packed)
 
     @property
     def chooses_by_queries(self) -> bool:
@@ -129,6 +147,8 @@ class LayerPlan:
 
     def _index(self, start: int, stop: int, q_means_XHE: Tensor | None) -> SparseIndex:
         tiling = Tiling(num_queries=stop - start, num_keys=stop, row_block=ROW_BLOCK, key_block=KEY_BLOCK)
+        if self.packed is not None:
+            return self.packed.index(tiling, dense_from=self.dense_from)
         device = self.k_means_KBE.device
         rows = (tiling.first_positions(device), tiling.last_positions(device))
         masks = [

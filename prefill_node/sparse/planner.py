@@ -14,8 +14,10 @@ from colm.model.config import ChainConfig
 from prefill_node.sparse.lines import Lines, heaviest, lines_within
 from prefill_node.sparse.patterns import AShape, BlockSparse, HeadPattern, PatternFile, VerticalSlash
 from prefill_node.sparse.plan import LayerPlan, ListPlan
-from prefill_node.sparse.policy import KEY_BLOCK, SparsePolicy
+from prefill_node.sparse.policy import KEY_BLOCK, ROW_BLOCK, SparsePolicy
 
+_MARK_BYTES = 4 + 8 + 3
+"""Of a row and a key block, while blocks at listed distances are found: marks, their sums, and which are listed."""
 ESTIMATION_ROWS = 64
 """The prompt's last queries, of which a plan is made: all keys of a layer are there before its attention starts."""
 
@@ -38,6 +40,24 @@ class SparsePlanner:
         self.config = config
         self.policy = policy
         self._patterns = patterns
+
+    def memory_bytes(self, num_tokens: int, tile_tokens: int, *, audited_rows: int) -> int:
+        """Predicted peak of planning a layer, and of an index made from its plan."""
+        config, policy = self.config, self.policy
+        num_lists, group = config.num_kv_heads, config.chains[0] // config.num_kv_heads
+        # In bytes a token: columns and diagonals, their quotients and gains in fp32; gains of all heads in fp64, twice
+        # as they are put together.
+        of_head = 5 * 4 + 8 + 2 * 8 * group
+        if policy.mass is not None:
+            of_head += 2 * 8 + (3 * 8 + 1) * group  # they are sorted, and added up in that order
+        # Blocks given to each audited row, as marks and their sums.
+        num_blocks = num_tokens // KEY_BLOCK
+        of_audit = num_blocks * audited_rows * _MARK_BYTES
+        num_columns = num_tokens if policy.keys_per_row is None else min(policy.keys_per_row, num_tokens)
+        num_row_blocks = -(-min(num_tokens, tile_tokens) // ROW_BLOCK)
+        of_index = 4 * num_lists * num_row_blocks * (num_blocks + num_columns)
+        of_lists = 2 * 8 * num_lists * num_columns
+        return max(num_tokens * of_head, of_audit, of_index) + of_lists
 
     def plan(self, layer: int, q_RHE: Tensor, k_KSE: Tensor) -> Steps[LayerPlan | None]:
         """What a layer attends to.

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 ROW_BLOCK, KEY_BLOCK = 128, 64
 """Rows and keys of a block in every plan; row blocks begin at multiples of their size, as tiles do."""
+_TYPICAL_DENSITY = 0.25
+"""By mass, before any layer of a prompt has been planned."""
 SLASH_KEYS = 192
 """Keys that one diagonal lists for a row block: three key blocks, and they are its 63 neighbours' too."""
 
@@ -59,6 +61,13 @@ class SparsePolicy:
     def given_keys(self) -> int:
         """Keys that a row is given whatever its head: sinks and local ones in whole blocks, and its row block."""
         return _whole_blocks(max(1, self.sink_tokens)) + _whole_blocks(self.local_tokens - 1) + ROW_BLOCK
+
+    def expected_density(self, num_tokens: int) -> float:
+        """Share of the causal pairs that a layer lists, as far as it can be told before it is planned."""
+        if self.keys_per_row is None:
+            return _TYPICAL_DENSITY
+        keys = min(self.keys_per_row, num_tokens)
+        return keys * (2 * num_tokens - keys) / num_tokens**2
 
     def is_dense(self, layer: int, num_tokens: int) -> bool:
         """Whether a layer attends to everything, of a prompt of that length."""

@@ -4,15 +4,27 @@ Shapes: X rows, N tokens of the prompt, H query heads, K kv heads, E head dim.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import mean
 
 import torch
+from colm_kernels.sparse_estimate import SCORES_AT_ONCE
 from colm_kernels.steps import Steps
 from torch import Tensor
 
 from colm.events import LayerRecall, SparseReport
 from prefill_node.sparse.audit import AuditPolicy, audit
+from prefill_node.sparse.lines import NUM_PASSES
 from prefill_node.sparse.plan import LayerPlan
 from prefill_node.sparse.planner import ESTIMATION_ROWS, SparsePlanner
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What came of a layer's plan."""
+
+    density: float
+    num_steps: int
 
 
 class PromptPlans:
@@ -29,10 +41,34 @@ class PromptPlans:
         # The same for every prompt, so that a node that computes one again looks at the same rows and decides alike.
         self._generator = torch.Generator().manual_seed(0)
         self._audited: dict[int, LayerRecall] = {}
+        self._planned: dict[int, _Planned] = {}
 
     def covers(self, layer: int, num_tokens: int) -> bool:
         """Whether a layer may be sparse, of a prompt of that length."""
         return not self._planner.policy.is_dense(layer, num_tokens)
+
+    def density(self, layer: int, num_tokens: int) -> float:
+        """Share of the causal pairs that a planned layer attends to; before, as others of the prompt, or expected."""
+        if layer in self._planned:
+            return self._planned[layer].density
+        known = [planned.density for planned in self._planned.values()]
+        return mean(known) if known else self._planner.policy.expected_density(num_tokens)
+
+    def num_plan_steps(self, layer: int, num_tokens: int) -> int:
+        """Pauses of a layer's plan; before, as those of another, or expected."""
+        known = self._planned.get(layer) or next(iter(self._planned.values()), None)
+        return -(-self.plan_scores(num_tokens) // SCORES_AT_ONCE) if known is None else known.num_steps
+
+    def plan_scores(self, num_tokens: int) -> int:
+        """Products of a query and a key that a layer's plan and audit make."""
+        config, policy = self._planner.config, self._planner.policy
+        density = policy.expected_density(num_tokens)
+        num_rows = self._audit_policy.num_rows(density, num_tokens, config.chain_dims[0])
+        return config.chains[0] * num_tokens * (NUM_PASSES * ESTIMATION_ROWS + num_rows // 2)
+
+    def memory_bytes(self, num_tokens: int, tile_tokens: int) -> int:
+        """Predicted peak of planning, auditing and an index, beside what a dense run takes."""
+        return self._planner.memory_bytes(num_tokens, tile_tokens, audited_rows=self._audit_policy.max_rows)
 
     def plan(self, layer: int, queries_of: Callable[[Tensor], Tensor], k_KNE: Tensor) -> Steps[LayerPlan | None]:
         """What a layer attends to; heads that the audit finds below its floor attend to everything.
@@ -45,6 +81,19 @@ class PromptPlans:
         Returns:
             The plan; None where the layer had better be dense.
         """
+        num_steps, planning = 0, self._plan(layer, queries_of, k_KNE)
+        while True:
+            try:
+                next(planning)
+            except StopIteration as end:
+                plan: LayerPlan | None = end.value
+                density = 1.0 if plan is None else plan.density()
+                self._planned[layer] = _Planned(density, num_steps)
+                return plan
+            num_steps += 1
+            yield
+
+    def _plan(self, layer: int, queries_of: Callable[[Tensor], Tensor], k_KNE: Tensor) -> Steps[LayerPlan | None]:
         num_tokens = k_KNE.shape[1]
         q_RHE = queries_of(torch.arange(max(0, num_tokens - ESTIMATION_ROWS), num_tokens))
         yield

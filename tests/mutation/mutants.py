@@ -867,8 +867,8 @@ MUTANTS = (
     Mutant(
         "columns pass for diagonals and diagonals for columns",
         "prefill_node/sparse/lines.py",
-        "rows.by_row(diagonal_GX, start, stop - start) + vertical_GS",
-        "vertical_GS",
+        "(by_diagonal_X * diagonal_X)",
+        "by_diagonal_X",
         _PLAN + "test_a_planted_needle_is_a_vertical_and_a_planted_echo_a_slash",
     ),
     Mutant(
@@ -888,7 +888,7 @@ MUTANTS = (
     Mutant(
         "an audit does not see the columns",
         "prefill_node/sparse/audit.py",
-        "        listed_GX.add_((weights_GXC[:, :, column_V] * alone_XV).sum(dim=2))\n",
+        "        listed_X += ((scores_XC - maximum_X.unsqueeze(1)).exp_() * is_alone_XC).sum(dim=1)\n",
         "",
         _PLAN + "test_recall_of_rows_is_that_of_the_indexs_own_mask",
     ),

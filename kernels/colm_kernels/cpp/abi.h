@@ -44,6 +44,46 @@ struct SparsePrefillArgs {
     int64_t num_lists, row_block, key_block;
 };
 
+// Where the queries of a tile attend, from lines. Outputs are as large as they can get: every block, and every column, for
+// each list and row block.
+struct LowerArgs {
+    int64_t num_queries, num_keys, row_block, key_block, num_lists, dense_from;
+    const int64_t* sink_tokens;        // lists
+    const int64_t* is_dense;           // lists
+    const int64_t* range_offsets;      // lists + 1
+    const int64_t* nearest;            // ranges of distances
+    const int64_t* farthest;
+    const int64_t* column_offsets_in;  // lists + 1
+    const int64_t* columns_in;         // key positions, ascending strictly within a list
+    int64_t* block_offsets;            // lists * row blocks + 1
+    int32_t* block_ids;
+    int64_t* column_offsets;
+    int32_t* column_ids;
+};
+
+constexpr int kScoreBlock = 64;          // keys whose scores are added up together
+constexpr int kScoreItemKeys = 1024;     // keys of one item
+
+// Attention of R rows of one query head to the keys [begin, end), of which a row sees those up to its position. With a
+// null lse, each row's maximum and sum in every block of kScoreBlock keys. Else the weights are added up: by key, and by
+// the sum of row's and key's number; divided by vertical[key] + diagonal[row + key] before, where these are given.
+struct RowScoresArgs {
+    const void* q;             // R, D contiguous
+    const void* k;             // S, D
+    const int64_t* positions;  // R: descending; with an lse, each one less than the one before
+    int64_t num_rows, num_keys, head_dim, k_stride, begin, end;
+    float scale;
+    int32_t dtype;
+    float* maximum;            // blocks of [begin, end), R: of the unscaled scores
+    float* sum;                // blocks, R: of exp(scale * (score - maximum))
+    const float* lse;          // R, of the scaled scores; may be null
+    const float* vertical;     // S; may be null
+    const float* diagonal;     // S + R
+    float* by_key;             // S
+    float* by_diagonal;        // items, kScoreItemKeys + R
+    int64_t num_first, num_nearest;  // keys at the start, and nearest to each row, that do not count
+};
+
 // Shapes: R requests, T query tokens (packed), K kv heads, G query heads per kv head, D head dim, B pool pages, P tokens
 // per page, M table columns.
 struct DecodeArgs {
@@ -148,6 +188,13 @@ using DecodeFn = void (*)(const DecodeArgs&, const DecodeItem&, unsigned char* w
 
 using LinearFn = void (*)(const LinearArgs&, const LinearBlock&, int64_t begin, int64_t end);
 
+using RowScoresFn = Status (*)(const RowScoresArgs&, int64_t item, unsigned char* memory);
+
+struct RowScoresKernel {
+    RowScoresFn run;
+    int64_t (*workspace_bytes)(int64_t num_rows);
+};
+
 struct PrefillKernel {
     PrefillFn run;
     SparsePrefillFn run_sparse;
@@ -174,6 +221,7 @@ struct RowsKernel {
 // The kernels of one translation unit; a null `run` leaves the combination to another variant.
 struct Variant {
     PrefillKernel (*prefill)(int32_t dtype, int64_t head_dim);
+    RowScoresKernel (*row_scores)(int32_t dtype, int64_t head_dim);
     DecodeKernel (*decode)(int32_t page_dtype, int64_t head_dim);
     LinearKernel (*linear)(int32_t dtype);
     RowsKernel<NormArgs> (*norm)(int32_t dtype);

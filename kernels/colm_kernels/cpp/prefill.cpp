@@ -59,6 +59,15 @@ int32_t colm_prefill_attention(const PrefillArgs* given, int32_t variant, int32_
 }
 
 COLM_EXPORT
+int32_t colm_row_scores(const RowScoresArgs* args, int32_t variant, int32_t num_threads) {
+    const RowScoresKernel kernel =
+        select<RowScoresKernel>(variant, [&](const Variant& v) { return v.row_scores(args->dtype, args->head_dim); });
+    if (kernel.run == nullptr) return kUnsupported;
+    const int64_t num_items = (args->end - args->begin + kScoreItemKeys - 1) / kScoreItemKeys;
+    return run_all(*args, kernel.run, num_items, kernel.workspace_bytes(args->num_rows), num_threads);
+}
+
+COLM_EXPORT
 int32_t colm_sparse_prefill_attention(const SparsePrefillArgs* given, int32_t variant, int32_t num_threads) {
     SparsePrefillArgs args = *given;
     const PrefillKernel kernel = select_prefill(args.dense, variant);

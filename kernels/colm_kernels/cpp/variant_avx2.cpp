@@ -6,12 +6,18 @@
 #include "prefill.h"
 #include "quantise.h"
 #include "rotary.h"
+#include "row_scores.h"
 #include "swiglu.h"
 
 namespace {
 
 PrefillKernel prefill(int32_t dtype, int64_t head_dim) {
     return dtype == kBfloat16 ? prefill_of_dim<FloatWords, uint16_t>(head_dim) : prefill_of_dim<FloatWords, float>(head_dim);
+}
+
+RowScoresKernel row_scores(int32_t dtype, int64_t head_dim) {
+    return dtype == kBfloat16 ? row_scores_of_dim<FloatWords, uint16_t>(head_dim)
+                              : row_scores_of_dim<FloatWords, float>(head_dim);
 }
 
 DecodeKernel decode(int32_t page_dtype, int64_t head_dim) {
@@ -34,6 +40,6 @@ RowsKernel<Args> rows(int32_t dtype) {
 }  // namespace
 
 const Variant kAvx2Variant = {
-    prefill, decode, linear, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
+    prefill, row_scores, decode, linear, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
     rows<QuantiseArgs, Quantise>,
 };

@@ -3,11 +3,16 @@
 #include "vec_avx512.h"
 #include "decode.h"
 #include "prefill.h"
+#include "row_scores.h"
 
 namespace {
 
 PrefillKernel prefill(int32_t dtype, int64_t head_dim) {
     return dtype == kBfloat16 ? prefill_of_dim<Bf16Words, uint16_t>(head_dim) : PrefillKernel{nullptr, nullptr, nullptr};
+}
+
+RowScoresKernel row_scores(int32_t dtype, int64_t head_dim) {
+    return dtype == kBfloat16 ? row_scores_of_dim<Bf16Words, uint16_t>(head_dim) : RowScoresKernel{nullptr, nullptr};
 }
 
 DecodeKernel decode(int32_t page_dtype, int64_t head_dim) {
@@ -24,5 +29,5 @@ RowsKernel<Args> rows(int32_t) {
 }  // namespace
 
 const Variant kAvx512Bf16Variant = {
-    prefill, decode, linear, rows<NormArgs>, rows<RotaryArgs>, rows<SwigluArgs>, rows<QuantiseArgs>,
+    prefill, row_scores, decode, linear, rows<NormArgs>, rows<RotaryArgs>, rows<SwigluArgs>, rows<QuantiseArgs>,
 };
