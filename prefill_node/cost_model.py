@@ -1,8 +1,8 @@
 """How long a prompt takes: operations counted from the model's shape, at rates that are measured and corrected."""
 
 import math
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, fields
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -28,14 +28,30 @@ class Work:
     linear_flops: int = 0
     attention_flops: int = 0
     num_steps: int = 0
-    """Each is one tile of one layer."""
+    """Each is one tile of one layer; or, of a sparse layer, one of its attention or a part of its plan."""
+    sparse_flops: int = 0
+    """Of attention to what plans list."""
+    plan_flops: int = 0
+    """Scores of plans and audits."""
 
     def __sub__(self, other: "Work") -> "Work":
-        return Work(
-            linear_flops=self.linear_flops - other.linear_flops,
-            attention_flops=self.attention_flops - other.attention_flops,
-            num_steps=self.num_steps - other.num_steps,
-        )
+        return Work(**{each.name: getattr(self, each.name) - getattr(other, each.name) for each in fields(Work)})
+
+
+class SparsePrompt(Protocol):
+    """One prompt's sparse attention, as far as it is known: `PromptPlans`."""
+
+    def covers(self, layer: int, num_tokens: int) -> bool:
+        """Whether a layer is planned."""
+
+    def density(self, layer: int, num_tokens: int) -> float:
+        """Share of the causal pairs that it attends to; what is expected before it has been planned."""
+
+    def num_plan_steps(self, layer: int, num_tokens: int) -> int:
+        """Pauses of its plan and audit; what is expected before."""
+
+    def plan_scores(self, num_tokens: int) -> int:
+        """Products of a query and a key that a layer's plan and audit make."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +80,68 @@ class PrefillShape:
             head_dim=config.head_dim,
             tile_tokens=tile_tokens,
         )
+
+    def after_pause(
+        self, position: KvPosition, num_pauses: int, num_tokens: int, sparse: SparsePrompt | None
+    ) -> tuple[KvPosition, int]:
+        """Where the next step ends: (position, steps since that brought no tile)."""
+        if sparse is not None and self._is_planned(position, num_tokens, sparse):
+            layer = position.layer - 1
+            # One pause for each part of the plan, and one before each tile of the attention.
+            if num_pauses < sparse.num_plan_steps(layer, num_tokens) - (-num_tokens // self.tile_tokens):
+                return position, num_pauses + 1
+        return self.after_step(position, num_tokens), 0
+
+    def sparse_work_before(self, position: KvPosition, num_pauses: int, num_tokens: int, sparse: SparsePrompt) -> Work:
+        """The same as `work_before` of a sparse prompt, whose planned layers attend once all their tiles are there.
+
+        Args:
+            position: where the last tile ended.
+            num_pauses: steps since that brought no tile.
+            num_tokens: of the prompt.
+            sparse: its plans.
+        """
+        if position == KV_START:
+            return Work()
+        num_tiles = -(-num_tokens // self.tile_tokens)
+        layer, token = position if position.token else (position.layer - 1, num_tokens)
+        is_between = self._is_planned(position, num_tokens, sparse)
+        parts = [(each, 1.0, 1.0) for each in range(min(layer, self.num_layers - 1))]
+        if layer < self.num_layers - 1 and not sparse.covers(layer, num_tokens):
+            parts.append((layer, 1.0, max(0, -(-token // self.tile_tokens) - 1) / num_tiles))
+        elif is_between:
+            num_plan_steps = max(1, sparse.num_plan_steps(layer, num_tokens))
+            num_attended = max(0, num_pauses - num_plan_steps - 1)
+            parts.append((layer, min(1.0, num_pauses / num_plan_steps), min(1.0, num_attended / num_tiles)))
+        causal = causal_attention_flops(
+            num_queries=num_tokens, num_keys=num_tokens, num_heads=self.num_heads, head_dim=self.head_dim
+        )
+        plan_flops = 2 * self.head_dim * sparse.plan_scores(num_tokens)
+        rest, dense, listed, plans, extra = 0.0, 0.0, 0.0, 0.0, float(num_pauses if is_between else 0)
+        for each, planned, attended in parts:
+            rest += attended
+            if sparse.covers(each, num_tokens):
+                plans += planned
+                if (density := sparse.density(each, num_tokens)) < 1.0:
+                    listed += density * attended
+                else:
+                    dense += attended
+                extra += (each < layer) * (num_tiles + sparse.num_plan_steps(each, num_tokens))
+            else:
+                dense += attended
+        return Work(
+            linear_flops=(layer * num_tokens + token) * self.layer.keys_values
+            + int(rest * num_tokens) * self.layer.rest,
+            attention_flops=int(dense * causal),
+            sparse_flops=int(listed * causal),
+            plan_flops=int(plans * plan_flops),
+            num_steps=layer * num_tiles + -(-token // self.tile_tokens) + int(extra),
+        )
+
+    def _is_planned(self, position: KvPosition, num_tokens: int, sparse: SparsePrompt) -> bool:
+        """Whether a layer that is planned has all its tiles there, and the next one has none."""
+        layer = position.layer - 1
+        return not position.token and 0 <= layer < self.num_layers - 1 and sparse.covers(layer, num_tokens)
 
     def after_step(self, position: KvPosition, num_tokens: int) -> KvPosition:
         """Where the tile ends that begins at a position."""
@@ -102,7 +180,7 @@ class PrefillShape:
 class CostModel:
     """Seconds of engine time: so much for each operation of a linear and of attention, and for each step.
 
-    `observe` corrects the three by what work really took. Each is multiplied by a power of measured over predicted, in
+    `observe` corrects them by what work really took. Each is multiplied by a power of measured over predicted, in
     proportion to its share of the prediction: long prompts correct attention, short ones the steps. What is predicted
     for the same work then lies between what was and what was measured.
     """
@@ -111,6 +189,10 @@ class CostModel:
     linear_flop_s: float
     attention_flop_s: float
     step_s: float
+    sparse_factor: float = 1.1
+    """An operation of sparse attention, in those of dense attention."""
+    plan_factor: float = 2.0
+    """An operation of a plan, likewise: half as many are made of a score, and its exponential takes as long."""
 
     def seconds(self, work: Work) -> float:
         """What the engine will take for it."""
@@ -125,16 +207,20 @@ class CostModel:
         surprise = min(max(took_s / predicted_s, 1 / _MAX_SURPRISE), _MAX_SURPRISE)
         # [0, 1): a moving average over engine time, so a short step says little and a long one much.
         weight = -math.expm1(-took_s / CORRECTION_S)
-        linear, attention, step = (surprise ** (weight * part_s / predicted_s) for part_s in parts_s)
+        linear, attention, step, listed, plan = (surprise ** (weight * part_s / predicted_s) for part_s in parts_s)
         self.linear_flop_s *= linear
         self.attention_flop_s *= attention
         self.step_s *= step
+        self.sparse_factor *= listed
+        self.plan_factor *= plan
 
-    def _parts_s(self, work: Work) -> tuple[float, float, float]:
+    def _parts_s(self, work: Work) -> tuple[float, float, float, float, float]:
         return (
             work.linear_flops * self.linear_flop_s,
             work.attention_flops * self.attention_flop_s,
             work.num_steps * self.step_s,
+            work.sparse_flops * self.sparse_factor * self.attention_flop_s,
+            work.plan_flops * self.plan_factor * self.attention_flop_s,
         )
 
 

@@ -157,9 +157,10 @@ class PrefillEngine:
         out_THE, _ = prefill_attention(q_THE, k_KSE, v_KSE, backend=self._attention_backend)
         out_THE.cpu()
 
-    def memory_bytes(self, num_tokens: int) -> int:
+    def memory_bytes(self, num_tokens: int, sparse: PromptPlans | None = None) -> int:
         """Predicted peak of a `run` over so many tokens, beside the weights; see `prefill_node.memory`."""
-        return run_bytes(self.config, self.kv_format.dtype, num_tokens=num_tokens, tile_tokens=self.tile_tokens)
+        dense = run_bytes(self.config, self.kv_format.dtype, num_tokens=num_tokens, tile_tokens=self.tile_tokens)
+        return dense + (0 if sparse is None else sparse.memory_bytes(num_tokens, self.tile_tokens))
 
     def check(self, token_ids: NDArray[np.int64]) -> None:
         """Refuse a prompt that this model cannot read."""

@@ -82,7 +82,8 @@ class PrefillJob:
         self._costs = costs
         self._begun_bytes = begun_bytes
         self._produced = KV_START
-        self._work_left = costs.shape.work(len(order.token_ids))
+        self._num_pauses = 0
+        self._work_left = self._work_from(KV_START, 0)
         self._window: deque[EncodedTile] = deque()
         self._num_dropped = 0
         self._window_bytes = 0
@@ -130,13 +131,13 @@ class PrefillJob:
 
     def steps_within(self, quantum_s: float) -> tuple[int, float]:
         """How many steps fit into a time, and what they take together; at least one."""
-        position, num_steps, steps_s = self._produced, 0, 0.0
-        while position < self.end:
-            after = self._costs.shape.after_step(position, len(self.token_ids))
-            step_s = self._costs.seconds(self._work_between(position, after))
+        at, num_steps, steps_s = (self._produced, self._num_pauses), 0, 0.0
+        while at[0] < self.end:
+            after = self._costs.shape.after_pause(*at, len(self.token_ids), self.sparse)
+            step_s = self._costs.seconds(self._work_before(*after) - self._work_before(*at))
             if num_steps and steps_s + step_s > quantum_s:
                 break
-            position, num_steps, steps_s = after, num_steps + 1, steps_s + step_s
+            at, num_steps, steps_s = after, num_steps + 1, steps_s + step_s
         return num_steps, steps_s
 
     def start(self, run: Iterator[KvTile]) -> None:
@@ -144,14 +145,26 @@ class PrefillJob:
         self.is_started, self.run = True, run
         self._tell()
 
-    def produce(self, tiles: list[EncodedTile], produced: KvPosition) -> Work:
+    @property
+    def num_pauses(self) -> int:
+        """Steps since the last tile that brought none."""
+        return self._num_pauses
+
+    def produce(self, tiles: list[EncodedTile], produced: KvPosition, num_pauses: int = 0) -> Work:
         """Note what steps have brought: messages of what had not been acknowledged, and how far they went.
+
+        Args:
+            tiles: the messages.
+            produced: where the last tile ended.
+            num_pauses: steps since then that brought none.
 
         Returns:
             What the engine has done for it.
         """
-        work = self._work_between(self._produced, produced)
-        self._produced, self._work_left = produced, self._work_left - work
+        work = self._work_before(produced, num_pauses) - self._work_before(self._produced, self._num_pauses)
+        self._produced, self._num_pauses = produced, num_pauses
+        # Anew, since what is expected of a sparse layer changes once it has been planned.
+        self._work_left = self._work_from(produced, num_pauses)
         if self.is_computed:
             self.run = None
         self._window += tiles
@@ -228,9 +241,14 @@ class PrefillJob:
             position = tile.end
         assert position == max(self._produced, self.acknowledged)
 
-    def _work_between(self, begin: KvPosition, end: KvPosition) -> Work:
+    def _work_from(self, position: KvPosition, num_pauses: int) -> Work:
+        return self._work_before(self.end, 0) - self._work_before(position, num_pauses)
+
+    def _work_before(self, position: KvPosition, num_pauses: int) -> Work:
         shape, num_tokens = self._costs.shape, len(self.token_ids)
-        return shape.work_before(end, num_tokens) - shape.work_before(begin, num_tokens)
+        if self.sparse is None:
+            return shape.work_before(position, num_tokens)
+        return shape.sparse_work_before(position, num_pauses, num_tokens, self.sparse)
 
     def _drop_stored(self) -> None:
         while self._window and self._window[0].end <= self.acknowledged:
@@ -242,10 +260,10 @@ class PrefillJob:
             self.stream.news.set()
 
 
-def job_bytes(engine: PrefillEngine, num_tokens: int) -> int:
+def job_bytes(engine: PrefillEngine, num_tokens: int, sparse: PromptPlans | None = None) -> int:
     """What a job of so many tokens holds at most once it has begun: the engine's run, and a full window."""
     kv_format, tile_bytes = engine.kv_format, min(num_tokens, engine.tile_tokens) * engine.kv_format.layer_token_bytes
-    return engine.memory_bytes(num_tokens) + min(num_tokens * kv_format.token_bytes, WINDOW_BYTES + tile_bytes)
+    return engine.memory_bytes(num_tokens, sparse) + min(num_tokens * kv_format.token_bytes, WINDOW_BYTES + tile_bytes)
 
 
 class JobStream:

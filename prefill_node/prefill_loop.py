@@ -85,13 +85,13 @@ class PrefillLoop:
             started.add(self._stepping)
         return PrefillLoad(num_active=len(started), num_queued=len(self._waiting()))
 
-    def check(self, num_tokens: int) -> None:
+    def check(self, num_tokens: int, sparse: PromptPlans | None = None) -> None:
         """Refuse a prompt that could never begin.
 
         Raises:
             InvalidRequest: it needs more memory than there is.
         """
-        if (needed_bytes := job_bytes(self._engine, num_tokens)) > self._memory_bytes:
+        if (needed_bytes := job_bytes(self._engine, num_tokens, sparse)) > self._memory_bytes:
             raise InvalidRequest(
                 "num_tokens",
                 num_tokens,
@@ -120,7 +120,7 @@ class PrefillLoop:
             place=next(self._places),
             kv_format=self._engine.kv_format,
             costs=self._costs,
-            begun_bytes=job_bytes(self._engine, len(order.token_ids)),
+            begun_bytes=job_bytes(self._engine, len(order.token_ids), order.sparse),
             on_change=self.look_again,
         )
         if (estimated_s := self._wait_of(job).estimated_s) > self._max_queued_s:
@@ -218,6 +218,7 @@ class PrefillLoop:
             encoder=job.encoder,
             epoch=job.epoch,
             since=job.acknowledged,
+            num_pauses=job.num_pauses,
             last=job.end,
             num_steps=num_steps,
             room_bytes=job.room_bytes,
@@ -231,9 +232,7 @@ class PrefillLoop:
         if self._jobs.get(job.transfer_id) is job:
             if error is None:
                 steps = done.result()
-                work = job.produce(steps.tiles, steps.end)
-                if job.sparse is None:  # a plan leaves out what the model counts
-                    self._costs.observe(work, steps.took_s)
+                self._costs.observe(job.produce(steps.tiles, steps.end, steps.num_pauses), steps.took_s)
             else:
                 del self._jobs[job.transfer_id]
                 job.fail(error)
@@ -266,6 +265,8 @@ class _StepOrder:
     epoch: int
     since: KvPosition
     """Messages begin here."""
+    num_pauses: int
+    """Steps without a tile since the last tile."""
     last: KvPosition
     """Where the job ends."""
     num_steps: int
@@ -280,20 +281,23 @@ class _Steps:
     tiles: list[EncodedTile]
     end: KvPosition
     """Of the last tile."""
+    num_pauses: int
+    """Steps without a tile since that one."""
     took_s: float
 
 
 def _steps(order: _StepOrder, clock: Clock) -> _Steps:
     """Compute tiles and make their messages, until there are enough or the window is full."""
-    began_s, tiles, num_bytes = clock.now(), list[EncodedTile](), 0
+    began_s, tiles, num_bytes, num_pauses = clock.now(), list[EncodedTile](), 0, order.num_pauses
     for _ in range(order.num_steps):
         tile = next(order.run, None)
         assert tile is not None, "the engine ended before its last tile"
         end = KvPosition(tile.layer, tile.first_token).after(tile.num_tokens, order.encoder.num_tokens)
+        num_pauses = 0 if tile.num_tokens else num_pauses + 1
         encoded = order.encoder.encode(tile, epoch=order.epoch, since=order.since)
         tiles += encoded
         num_bytes += sum(len(each.message) for each in encoded)
         # A plan's tiles may be longer than those that were counted.
         if num_bytes >= order.room_bytes or end == order.last:
             break
-    return _Steps(tiles=tiles, end=end, took_s=clock.now() - began_s)
+    return _Steps(tiles=tiles, end=end, num_pauses=num_pauses, took_s=clock.now() - began_s)

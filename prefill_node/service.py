@@ -86,7 +86,7 @@ class PrefillService:
             limit = self._engine.config.max_context
             if not 1 <= opened.num_tokens <= limit:
                 raise InvalidRequest("num_tokens", opened.num_tokens, f"must be between 1 and {limit}")
-            self._loop.check(opened.num_tokens)
+            self._loop.check(opened.num_tokens, self._plans(opened))
             token_ids = await read_token_ids(requests, opened.num_tokens)
             self._engine.check(token_ids)
             stream = self._loop.attach(self._order(opened, token_ids))
@@ -107,8 +107,12 @@ class PrefillService:
             epoch=opened.epoch,
             token_ids=token_ids,
             resume_from=position,
-            sparse=PromptPlans(self._planner, self._audit) if attention_from_pb(opened.attention) == "sparse" else None,
+            sparse=self._plans(opened),
         )
+
+    def _plans(self, opened: pb.OpenKvTransfer) -> PromptPlans | None:
+        is_sparse = attention_from_pb(opened.attention) == "sparse"
+        return PromptPlans(self._planner, self._audit) if is_sparse else None
 
     async def _listen(self, requests: AsyncIterator[pb.PullKvRequest], stream: JobStream) -> None:
         """What the caller says once its prompt is here."""

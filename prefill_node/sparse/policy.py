@@ -63,11 +63,11 @@ class SparsePolicy:
         return _whole_blocks(max(1, self.sink_tokens)) + _whole_blocks(self.local_tokens - 1) + ROW_BLOCK
 
     def expected_density(self, num_tokens: int) -> float:
-        """Share of the causal pairs that a layer lists, as far as it can be told before it is planned."""
-        if self.keys_per_row is None:
-            return _TYPICAL_DENSITY
-        keys = min(self.keys_per_row, num_tokens)
-        return keys * (2 * num_tokens - keys) / num_tokens**2
+        """Share of the causal pairs that a layer lists, as far as it can be told before it is planned.
+
+        Columns and diagonals lie anywhere, and a row sees those before it: as many of them as of all keys.
+        """
+        return _TYPICAL_DENSITY if self.keys_per_row is None else min(1.0, self.keys_per_row / num_tokens)
 
     def is_dense(self, layer: int, num_tokens: int) -> bool:
         """Whether a layer attends to everything, of a prompt of that length."""

@@ -867,8 +867,8 @@ MUTANTS = (
     Mutant(
         "columns pass for diagonals and diagonals for columns",
         "prefill_node/sparse/lines.py",
-        "(by_diagonal_X * diagonal_X)",
-        "by_diagonal_X",
+        "by_column_S * vertical_S",
+        "by_column_S",
         _PLAN + "test_a_planted_needle_is_a_vertical_and_a_planted_echo_a_slash",
     ),
     Mutant(
@@ -881,8 +881,8 @@ MUTANTS = (
     Mutant(
         "the last rows are as sparse as the others",
         "prefill_node/sparse/plan.py",
-        " | (last_X1 >= self.dense_from)",
-        "",
+        "dense_from=self.dense_from)",
+        "dense_from=self.num_tokens)",
         _PLAN + "test_sinks_nearest_keys_and_all_keys_of_the_last_rows_are_listed",
     ),
     Mutant(
@@ -891,6 +891,27 @@ MUTANTS = (
         "        listed_X += ((scores_XC - maximum_X.unsqueeze(1)).exp_() * is_alone_XC).sum(dim=1)\n",
         "",
         _PLAN + "test_recall_of_rows_is_that_of_the_indexs_own_mask",
+    ),
+    Mutant(
+        "a plan is one long step",
+        "prefill_node/engine.py",
+        "        yield tile\n        cancelled.raise_if_set()\n",
+        "",
+        _SPARSE_ENGINE + "test_between_two_tiles_of_a_sparse_layer_the_engine_may_be_given_to_others",
+    ),
+    Mutant(
+        "a sparse prompt costs as much as a dense one",
+        "prefill_node/prefill_job.py",
+        "        if self.sparse is None:\n            return shape.work_before",
+        "        if True:\n            return shape.work_before",
+        "tests/unit/test_sparse_costs.py::test_a_sparse_job_takes_less_and_less_while_it_is_planned",
+    ),
+    Mutant(
+        "pauses of a plan are not counted",
+        "prefill_node/prefill_loop.py",
+        "num_pauses = 0 if tile.num_tokens else num_pauses + 1",
+        "num_pauses = 0",
+        "tests/unit/test_sparse_costs.py::test_a_sparse_job_takes_less_and_less_while_it_is_planned",
     ),
     Mutant(
         "an audit trusts a small sample",

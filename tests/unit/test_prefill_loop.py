@@ -27,6 +27,9 @@ from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait
 from prefill_node.prefill_job import JobStream, PrefillOrder, job_bytes
 from prefill_node.prefill_loop import QUANTUM_S, PrefillLoop
+from prefill_node.sparse.planner import SparsePlanner
+from prefill_node.sparse.policy import SparsePolicy
+from prefill_node.sparse.prompt_plans import PromptPlans
 from tests.clock import FakeClock
 from tests.gates import LIMIT_S, Gate
 from tests.tiny import tiny_checkpoint, tiny_config
@@ -244,6 +247,15 @@ async def test_a_prompt_that_never_fits_is_refused_with_the_numbers(engine: Step
         with pytest.raises(InvalidRequest, match=rf"=100: needs {needed_bytes} bytes .* have {needed_bytes - 1} in"):
             bench.loop.check(NUM_TOKENS)
         bench.loop.check(NUM_TOKENS - 1)
+
+
+async def test_a_sparse_prompt_whose_plan_does_not_fit_is_refused_with_the_numbers(engine: SteppedEngine) -> None:
+    sparse = PromptPlans(SparsePlanner(engine.config, SparsePolicy(dense_below_tokens=0)))
+    needed_bytes = job_bytes(engine, NUM_TOKENS, sparse)
+    async with a_bench(engine, memory_bytes=needed_bytes - 1) as bench:
+        bench.loop.check(NUM_TOKENS)
+        with pytest.raises(InvalidRequest, match=rf"=100: needs {needed_bytes} bytes .* have {needed_bytes - 1} in"):
+            bench.loop.check(NUM_TOKENS, sparse)
 
 
 async def test_a_prompt_that_would_wait_too_long_is_refused_and_a_shorter_one_is_not(engine: SteppedEngine) -> None:

@@ -11,6 +11,10 @@ import torch
 from bench.harness.environment import in_fresh_process, peak_memory_bytes
 from bench.prefill.case import engine_of_random
 from prefill_node.engine import PrefillEngine
+from prefill_node.sparse.audit import AuditPolicy
+from prefill_node.sparse.planner import SparsePlanner
+from prefill_node.sparse.policy import SparsePolicy
+from prefill_node.sparse.prompt_plans import PromptPlans
 from tests.tiny import tiny_config
 
 # Hidden states as large as keys and values, and little attention to wait for.
@@ -38,3 +42,32 @@ def growth_bytes(num_tokens: int, dtype: torch.dtype) -> int:
 def test_the_predicted_peak_of_a_run_is_the_measured_one(num_tokens: int, dtype: torch.dtype) -> None:
     predicted_bytes = wide_engine(dtype).memory_bytes(num_tokens)
     assert in_fresh_process(growth_bytes, num_tokens, dtype) == pytest.approx(predicted_bytes, rel=0.15)
+
+
+def sparse_growth_bytes(num_tokens: int, policy: SparsePolicy) -> int:
+    """The same of a sparse run, with the first layer's plan, audit and some of its attention."""
+    engine = wide_engine(torch.float32)
+    for each in (2 * TILE_TOKENS, num_tokens):
+        before = psutil.Process().memory_info().rss
+        run = engine.run(np.arange(each) % WIDE.vocab_size, sparse=sparse_plans(policy))
+        tile = next(run)
+        while tile.layer == 0:
+            tile = next(run)
+        while tile.num_tokens == 0:  # the plan, and every tile's attention
+            tile = next(run)
+    return peak_memory_bytes() - before
+
+
+def sparse_plans(policy: SparsePolicy) -> PromptPlans:
+    return PromptPlans(SparsePlanner(WIDE, policy), AuditPolicy(floor=0.0))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [SparsePolicy(mass=None, keys_per_row=1024, dense_below_tokens=0), SparsePolicy(mass=0.5, dense_below_tokens=0)],
+    ids=["by keys", "by mass"],
+)
+def test_the_predicted_peak_of_a_sparse_run_is_the_measured_one(policy: SparsePolicy) -> None:
+    num_tokens = 16 << 10
+    predicted_bytes = wide_engine(torch.float32).memory_bytes(num_tokens, sparse_plans(policy))
+    assert in_fresh_process(sparse_growth_bytes, num_tokens, policy) == pytest.approx(predicted_bytes, rel=0.15)
