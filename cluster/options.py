@@ -129,7 +129,7 @@ class GatewaySection(_Section):
     min_decode_tokens_per_s: PositiveFloat = 2.0
     """Slowest decoding, in new tokens/s, that such a request is given time for."""
     max_timeout_s: PositiveFloat = 24 * 3600.0
-    """Longest timeout_s that a client may ask for, and longest deadline without one, in seconds."""
+    """Longest timeout_s that a client may ask for, and longest deadline of any request, in seconds."""
 
 
 # Each option that is a default, and the option that limits it.

@@ -261,6 +261,13 @@ MUTANTS = (
         _WAITING + "test_a_call_that_never_says_what_it_wants_does_not_stay",
     ),
     Mutant(
+        "a caller's deadline is granted at any length",
+        "cluster/front_door/plan.py",
+        "limits.max_timeout_s if timeout_s is None else timeout_s)",
+        "caller_waits_s if timeout_s is None else timeout_s)",
+        _FRONT_DOOR + "test_the_deadline_is_the_nearer_of_the_requests_and_its_callers",
+    ),
+    Mutant(
         "a prompt that was cut off is served",
         "colm/wire/prompt_stream.py",
         '    raise InvalidRequest("end_of_prompt"',

@@ -385,10 +385,14 @@ async def test_a_slow_reader_holds_the_node_up() -> None:
         assert len(told) < 6
 
 
-@pytest.mark.parametrize(("own_s", "caller_s", "granted_s"), [(30.0, 20.0, 20.0), (30.0, None, 30.0), (None, 5.0, 5.0)])
+@pytest.mark.parametrize(
+    ("own_s", "caller_s", "granted_s"),
+    [(30.0, 20.0, 20.0), (30.0, None, 30.0), (None, 5.0, 5.0), (30.0, 5000.0, 30.0), (None, 5000.0, 1000.0)],
+)
 async def test_the_deadline_is_the_nearer_of_the_requests_and_its_callers(
     own_s: float | None, caller_s: float | None, granted_s: float
 ) -> None:
+    """Bug: a deadline of gRPC's above max_timeout_s was granted."""
     calls = Scripted(ANSWER)
     accepted = (await ask(door(calls, Pool()), timeout_s=own_s, caller_waits_s=caller_s))[0]
     assert isinstance(accepted, Accepted)
