@@ -11,6 +11,7 @@ from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
+from colm.model import parameter_shapes
 from colm.placement import Placement
 from colm.text.tokenizer import Tokenizer
 from colm.wire.channels import BlockingChannels
@@ -173,6 +174,7 @@ def _load(options: DecodeOptions) -> tuple[Checkpoint, Tokenizer | None, KvStore
     placement = options.placement
     placement.take()
     checkpoint = Checkpoint.open(options.model_path)
+    checkpoint.require_finite(parameter_shapes(checkpoint.config))
     layout = KvLayout(KvFormat.of(checkpoint.config, placement.dtype), options.page_tokens)
     store = KvStore(layout, layout.pages_within(options.kv_cache_bytes), placement.device)
     return checkpoint, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store)

@@ -9,7 +9,7 @@ import grpc
 from colm_kernels.prefill_attention import Backend, check_backend
 
 from colm import defaults
-from colm.checkpoint import Checkpoint
+from colm.checkpoint import Checkpoint, prefill_tensor_names
 from colm.clock import Clock, MonotonicClock
 from colm.errors import ConfigError
 from colm.kv import KvFormat, fingerprint
@@ -133,6 +133,7 @@ def _load(options: PrefillOptions, clock: Clock) -> _Loaded:
     placement = options.placement
     placement.take()
     checkpoint = Checkpoint.open(options.model_path)
+    checkpoint.require_finite(prefill_tensor_names(checkpoint.config))
     kv_format = KvFormat.of(checkpoint.config, placement.dtype)
     try:
         check_backend(options.attention_backend, placement.device, placement.dtype, kv_format.head_dim)

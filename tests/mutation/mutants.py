@@ -913,4 +913,20 @@ MUTANTS = (
         "",
         "tests/unit/test_sparse_search.py::test_no_pattern_is_over_the_budget",
     ),
+    # What is refused before it is served.
+    Mutant(
+        "only the least number is looked at",
+        "colm/finite.py",
+        "math.isfinite(lowest.item()) and math.isfinite(highest.item())",
+        "math.isfinite(lowest.item())",
+        "tests/unit/test_finite.py::test_one_is_found_wherever_it_stands",
+    ),
+    Mutant(
+        "the digest of an older build vouches for finite weights",
+        "colm/checkpoint.py",
+        "if _DIGEST_KEY in self._metadata():",
+        "if self.stored_digest() is not None:",
+        "tests/unit/test_checkpoint.py::"
+        "test_what_save_has_looked_at_is_not_read_again_but_what_an_older_build_wrote_is",
+    ),
 )
