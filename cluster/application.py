@@ -108,6 +108,8 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
             port=gateway.port,
             limits=GatewayLimits(
                 max_document_bytes=gateway.max_document_bytes,
+                max_upload_bytes=gateway.max_upload_bytes,
+                upload_idle_s=gateway.upload_idle_s,
                 max_requests=gateway.max_requests,
                 default_max_new_tokens=gateway.default_max_new_tokens,
                 max_new_tokens=gateway.max_new_tokens,

@@ -116,6 +116,10 @@ class GatewaySection(_Section):
     """TCP port of the gateway; 0 picks a free one."""
     max_document_bytes: ByteSize = ByteSize(64 << 20)
     """Largest document of a request, in bytes or with a unit, e.g. "64MiB"."""
+    max_upload_bytes: ByteSize = ByteSize(1 << 30)
+    """Bytes of all requests' documents at once, until they are tokens; a document that brings more is refused."""
+    upload_idle_s: PositiveFloat = defaults.UPLOAD_IDLE_S
+    """Longest pause between two pieces of an upload, in seconds; a longer one ends the request."""
     max_requests: PositiveInt = defaults.MAX_REQUESTS
     """Requests at once inside the gateway; the next is refused."""
     default_max_new_tokens: PositiveInt = 256
@@ -132,8 +136,12 @@ class GatewaySection(_Section):
     """Longest timeout_s that a client may ask for, and longest deadline of any request, in seconds."""
 
 
-# Each option that is a default, and the option that limits it.
-_LIMITED_DEFAULTS = {"default_max_new_tokens": "max_new_tokens", "default_timeout_s": "max_timeout_s"}
+# Options of the gateway, and those that limit them.
+_LIMITED = {
+    "default_max_new_tokens": "max_new_tokens",
+    "default_timeout_s": "max_timeout_s",
+    "max_document_bytes": "max_upload_bytes",
+}
 
 
 class SecuritySection(_Section):
@@ -218,11 +226,11 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
 
 
 def _check_limits(config: ClusterConfig) -> None:
-    for name, limit in _LIMITED_DEFAULTS.items():
-        default, highest = getattr(config.gateway, name), getattr(config.gateway, limit)
-        if default > highest:
+    for name, limit in _LIMITED.items():
+        value, highest = getattr(config.gateway, name), getattr(config.gateway, limit)
+        if value > highest:
             raise ConfigError(
-                f"gateway.{name}={default} is above gateway.{limit}={highest}; lower the one or raise the other"
+                f"gateway.{name}={value} is above gateway.{limit}={highest}; lower the one or raise the other"
             )
 
 

@@ -24,6 +24,8 @@ class GatewayLimits:
     """Limits of one request, and of all together."""
 
     max_document_bytes: int
+    max_upload_bytes: int
+    upload_idle_s: float
     max_requests: int
     default_max_new_tokens: int
     max_new_tokens: int

@@ -93,7 +93,7 @@ class GatewayReplica:
             clock=MonotonicClock(),
         )
         self._server: grpc.aio.Server = create_server(client_security)
-        GenerationService(front_door).add_to(self._server)
+        GenerationService(front_door, upload_idle_s=options.limits.upload_idle_s).add_to(self._server)
         self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for name in ("", _SERVICE):

@@ -268,6 +268,20 @@ MUTANTS = (
         _FRONT_DOOR + "test_the_deadline_is_the_nearer_of_the_requests_and_its_callers",
     ),
     Mutant(
+        "an upload may pause for ever",
+        "colm/wire/prompt_stream.py",
+        "asyncio.timeout(idle_s)",
+        "asyncio.timeout(None)",
+        _GATEWAY + "test_an_upload_that_falls_silent_does_not_keep_its_place",
+    ),
+    Mutant(
+        "an upload that is over still takes room",
+        "cluster/front_door/prompt.py",
+        "            self._num_held_bytes -= num_bytes\n",
+        "            pass\n",
+        _FRONT_DOOR + "test_the_uploads_of_all_requests_together_are_bounded",
+    ),
+    Mutant(
         "a prompt that was cut off is served",
         "colm/wire/prompt_stream.py",
         '    raise InvalidRequest("end_of_prompt"',

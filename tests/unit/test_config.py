@@ -193,6 +193,10 @@ BAD_FILES = {
         "[gateway]\nmax_timeout_s = 60",
         "gateway.default_timeout_s=3600.0 is above gateway.max_timeout_s=60.0; lower the one or raise the other",
     ),
+    "a document that all uploads together may not reach": (
+        "[gateway]\nmax_document_bytes = '2GiB'",
+        "gateway.max_document_bytes=2147483648 is above gateway.max_upload_bytes=1073741824; lower the one",
+    ),
     "a default length that no client may ask for": (
         "[gateway]\ndefault_max_new_tokens = 300\nmax_new_tokens = 299",
         "gateway.default_max_new_tokens=300 is above gateway.max_new_tokens=299; lower the one or raise the other",

@@ -295,6 +295,34 @@ async def test_the_requests_inside_are_bounded_and_a_place_is_free_when_its_bloc
     assert (await ask(front_door))[-1] == FINISHED
 
 
+async def test_the_uploads_of_all_requests_together_are_bounded() -> None:
+    """Bug: 64 clients that sent documents of 64 MiB took 4 GiB of the gateway."""
+    tokenizer = Tokenizer(tiny_tokenizer().to_str(), TextConfig(), lambda: NOW)
+    front_door = door(Scripted(ANSWER), Pool(), tokenizer=tokenizer, max_upload_bytes=100)
+    more, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> AsyncIterator[PromptPart]:
+        yield b"a" * 60
+        more.set()
+        await go_on.wait()
+        yield b"b" * 20
+
+    async def first() -> list[Event]:
+        async with front_door.generate(GenerateRequest(), slow()) as events:
+            return [event async for event in events]
+
+    async with asyncio.timeout(LIMIT_S):
+        uploading = asyncio.create_task(first())
+        await more.wait()
+        for parts in ((b"c" * 41,), (b"c" * 20, b"c" * 21), (IDS[:6],)):
+            with pytest.raises(CapacityExceeded, match=r"gateway\.max_upload_bytes=100"):
+                await ask(front_door, *parts)
+        assert (await ask(front_door, b"c" * 40))[-1] == FINISHED
+        go_on.set()
+        assert (await uploading)[-1] == FINISHED
+        assert (await ask(front_door, b"c" * 100))[-1] == FINISHED
+
+
 def waiting(where: str, never: asyncio.Event) -> tuple[Scripted, Callable[..., AsyncIterator[PromptPart]]]:
     async def stuck() -> AsyncIterator[PromptPart]:
         await never.wait()
