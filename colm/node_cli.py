@@ -10,7 +10,7 @@ from typing import Annotated, Protocol
 import typer
 
 from colm.errors import ColmError, ConfigError
-from colm.wire.security import Security, Tls
+from colm.wire.security import Security, Tls, read_token
 
 TokenFile = Annotated[
     Path | None,
@@ -38,10 +38,10 @@ def read_security(token_file: Path | None, tls_dir: Path | None) -> Security:
     """Security of a node that is started by hand.
 
     Raises:
-        ConfigError: a file cannot be read.
+        ConfigError: a file cannot be read, or holds no token.
     """
     try:
-        token = token_file.read_text().strip() if token_file else None
+        token = read_token(token_file) if token_file else None
         tls = None
         if tls_dir:
             ca, cert, key = ((tls_dir / name).read_bytes() for name in ("ca.pem", "cert.pem", "key.pem"))

@@ -6,12 +6,15 @@ import ipaddress
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from colm.errors import ConfigError
 
 AUTHORIZATION = "authorization"
 # Self-made certificates carry this name instead of addresses, so they stay valid wherever a replica lands.
@@ -44,6 +47,10 @@ class Security:
     tls: Tls | None = None
     """None is plaintext."""
 
+    def __post_init__(self) -> None:
+        if self.token == "":
+            raise ValueError("the token is empty; None leaves the server open")
+
     def __repr__(self) -> str:
         return f"Security(token={'set' if self.token else None}, tls={'set' if self.tls else None})"
 
@@ -67,6 +74,21 @@ class Security:
 def new_token() -> str:
     """A fresh random token, 256 bits."""
     return secrets.token_urlsafe(32)
+
+
+def read_token(path: Path) -> str:
+    """The token that a file holds, without space around it.
+
+    Raises:
+        ConfigError: the file has none, or something that no call can carry.
+        OSError: it cannot be read.
+    """
+    token = path.read_bytes().strip()
+    if not token:
+        raise ConfigError(f"{path} is empty; write a token into it, or leave the option out")
+    if not all(0x21 <= byte <= 0x7E for byte in token):
+        raise ConfigError(f"{path} must hold a token: one line of printable ASCII without spaces")
+    return token.decode("ascii")
 
 
 def new_tls() -> Tls:

@@ -929,6 +929,20 @@ MUTANTS = (
     ),
     # What is refused before it is served.
     Mutant(
+        "an empty file is a token",
+        "colm/wire/security.py",
+        "    if not token:\n        raise ConfigError",
+        "    if False:\n        raise ConfigError",
+        "tests/unit/test_token_files.py::test_a_file_without_a_token_is_refused",
+    ),
+    Mutant(
+        "a token is sent in clear",
+        "cluster/cli/submit.py",
+        "if token_file is not None and ca_file is None and not plaintext:",
+        "if False:",
+        "tests/unit/test_token_files.py::test_a_token_is_not_sent_in_clear",
+    ),
+    Mutant(
         "only the least number is looked at",
         "colm/finite.py",
         "math.isfinite(lowest.item()) and math.isfinite(highest.item())",
