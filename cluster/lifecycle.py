@@ -9,6 +9,7 @@ import torch
 from cluster.interrupts import Interrupts
 from cluster.local_ray import free_port, is_left, is_running, show_token, start_ray, stop_ray
 from cluster.options import ClusterConfig
+from cluster.ray_files import new_ray_root, remove_ray_root
 from cluster.state import ClusterState, alone, note_joined, read_joined
 from colm.checkpoint import Checkpoint
 from colm.dtypes import parse_dtype
@@ -93,6 +94,7 @@ def _clear(state_dir: Path, say: Say) -> None:
         _remove(joined, say)
     stop_ray(state_dir / _RAY_TOKEN)
     (state_dir / _RAY_TOKEN).unlink(missing_ok=True)
+    remove_ray_root(state_dir)
     ClusterState.forget(state_dir)
 
 
@@ -144,7 +146,7 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
         config = _with_port(config)
         say("starting Ray on this machine")
         roles = {"prefill": config.prefill.replicas, "decode": config.decode.replicas}
-        ray_address, ray_pid = start_ray(roles, state_dir / _RAY_TOKEN, state_dir / "ray.log")
+        ray_address, ray_pid = start_ray(roles, new_ray_root(state_dir), state_dir / _RAY_TOKEN, state_dir / "ray.log")
     # Ray reads these as it is imported; a user's own setting wins.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from cluster import deployment

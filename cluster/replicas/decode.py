@@ -11,6 +11,7 @@ from ray import serve
 
 from cluster.replicas.lender import LEASE_TTL_S, ServeLender
 from cluster.replicas.reporting import keep_reporting, log_beside
+from cluster.replicas.serve_port import keep_serve_port_shut
 from colm.leases import LeaseTable
 from colm.line import Beat
 from colm.nodes import NodeReport, ProcessFacts, Role
@@ -63,6 +64,7 @@ class DecodeReplica:
         gateway: tuple[str, str],
     ) -> None:
         log_beside("ray.serve")
+        keep_serve_port_shut()
         self._leases = LeaseTable(LEASE_TTL_S)
         here = replace(options, host=ray.util.get_node_ip_address())
         self._prefill_pool = ServePrefillPool(prefill, max_waiting=max_waiting_for_prefill, is_alone=is_alone)

@@ -20,6 +20,7 @@ from cluster.generation_service import GenerationService
 from cluster.node_registry import NodeRegistry
 from cluster.replicas.lender import ServeLender
 from cluster.replicas.reporting import log_beside
+from cluster.replicas.serve_port import keep_serve_port_shut
 from colm import defaults
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
@@ -80,6 +81,7 @@ class GatewayReplica:
         self, options: GatewayOptions, client_security: Security, node_security: Security, decode: Any
     ) -> None:
         log_beside("ray.serve")
+        keep_serve_port_shut()
         model = await asyncio.to_thread(_load, options)
         self._registry = NodeRegistry(MonotonicClock())
         self._decode_pool = ServeDecodePool(decode, max_waiting=options.limits.max_requests)

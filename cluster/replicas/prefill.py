@@ -10,6 +10,7 @@ from ray import serve
 
 from cluster.replicas.lender import LEASE_TTL_S
 from cluster.replicas.reporting import keep_reporting, log_beside
+from cluster.replicas.serve_port import keep_serve_port_shut
 from colm.leases import LeaseTable
 from colm.nodes import NodeReport, ProcessFacts, Role
 from colm.wire.security import Security
@@ -28,6 +29,7 @@ class PrefillReplica:
         self, options: PrefillOptions, security: Security, gateway: tuple[str, str]
     ) -> None:
         log_beside("ray.serve")
+        keep_serve_port_shut()
         self._leases = LeaseTable(LEASE_TTL_S)
         here = replace(options, host=ray.util.get_node_ip_address())
         self._node = PrefillNode(here, security, self._leases)

@@ -454,6 +454,20 @@ MUTANTS = (
         "tests/unit/test_placement.py::test_up_refuses_a_gpu_that_this_machine_has_not",
     ),
     Mutant(
+        "the last cluster's logs stay open to everybody",
+        "cluster/ray_files.py",
+        "        logs.chmod(0o700)\n",
+        "",
+        "tests/unit/test_ray_files.py::test_nothing_is_left_but_the_last_clusters_logs_for_this_user",
+    ),
+    Mutant(
+        "a stranger's folder is taken for Ray's",
+        "cluster/ray_files.py",
+        " and not found.st_mode & 0o077",
+        "",
+        "tests/unit/test_ray_files.py::test_a_folder_that_a_stranger_put_in_its_place_is_not_touched",
+    ),
+    Mutant(
         "a GPU is set aside for a replica on the CPU",
         "cluster/options.py",
         'if section.num_gpus and section.device == "cpu":',
