@@ -6,7 +6,8 @@ before has its first token; in the open loop at random times, so many that they 
 is wanted of the closed loop (`of_bar_fraction` up to 1): short prompts, 95 in 100 of them, take at most 3 times their
 time alone and a tile of the document; the document at most 1.1 times its own time alone and theirs together.
 
-Last, prompts that are there at once, through the engine alone: one after the other, and several as one.
+Last, prompts that are there at once, one after the other and several as one: packs of each size through the engine
+alone, and then through the loop, which decides who shares steps with whom.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from bench.harness.suite import Options, arguments, positive, run
 from bench.head_of_line.case import HeadOfLineCase
-from bench.head_of_line.packing import PackingCase
+from bench.head_of_line.packing import PackingCase, WaitingCase
 from cluster.options import load_config
 from colm.checkpoint import Checkpoint
 from colm.defaults import TILE_TOKENS
@@ -58,15 +59,18 @@ def main() -> None:
         num_shorts=options.shorts,
         load=options.load,
     )
-    packing = PackingCase(
-        model=options.model.name,
-        config=Checkpoint.open(options.model).config,
-        dtype=parse_dtype(load_config(None, {"model.path": options.model}).resolved_dtype),
-        tile_tokens=TILE_TOKENS,
-        num_prompts=options.shorts,
-        num_tokens=min(options.short_tokens),
-    )
-    run([waiting, packing], options)
+    at_once = [
+        case(
+            model=options.model.name,
+            config=Checkpoint.open(options.model).config,
+            dtype=parse_dtype(load_config(None, {"model.path": options.model}).resolved_dtype),
+            tile_tokens=TILE_TOKENS,
+            num_prompts=options.shorts,
+            num_tokens=min(options.short_tokens),
+        )
+        for case in (PackingCase, WaitingCase)
+    ]
+    run([waiting, *at_once], options)
 
 
 if __name__ == "__main__":

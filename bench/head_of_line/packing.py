@@ -1,13 +1,18 @@
-"""Short prompts through the engine alone: one after the other, and several as one.
+"""Short prompts that are there at once: one after the other and several as one, through the engine and the loop.
 
 Shapes: N prompt tokens, K kv heads, E head dim.
 """
 
-from collections.abc import Iterator, Sequence
+import asyncio
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import mean
+from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,9 +22,17 @@ from numpy.typing import NDArray
 from bench.harness.contest import Case, Contest, timed
 from bench.kernels.common import short
 from bench.prefill.case import CHECKED_LAYERS, CHECKED_VOCAB_SIZE, engine_of_random, exact_keys_values, prompt
+from colm import defaults
+from colm.clock import MonotonicClock
 from colm.model.config import ChainConfig
 from colm.model.transformer import slice_config
+from colm.placement import CPU
+from prefill_node import job_policy
+from prefill_node.cost_model import CostModel, calibrate
 from prefill_node.engine import PrefillEngine
+from prefill_node.memory import default_memory_bytes
+from prefill_node.prefill_job import PrefillOrder
+from prefill_node.prefill_loop import PrefillLoop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +77,59 @@ class PackingCase(Case):
             ours=f"packs_of_{sizes[-1]}",
             against=[f"packs_of_{size}" for size in sizes[:-1]],
         )
+
+
+class WaitingCase(PackingCase):
+    """The same prompts through the loop, which decides who shares steps with whom."""
+
+    @property
+    def name(self) -> str:
+        """As the other's."""
+        return f"waiting_{self.num_prompts}x{self.num_tokens}"
+
+    @contextmanager
+    def contest(self, seed: int) -> Iterator[Contest]:
+        """Steps shared as the policy says, and not at all."""
+        engine = engine_of_random(self.config, self.dtype, self.tile_tokens, seed)
+        prompts = [prompt(self.config, self.num_tokens, seed + number) for number in range(self.num_prompts)]
+        costs = calibrate(engine, MonotonicClock())
+
+        def turn(slowdown: float) -> Mapping[str, float]:
+            with patch.object(job_policy, "SLOWDOWN", slowdown):
+                ends_s = asyncio.run(wait_for_all(engine, costs, prompts))
+            return {"mean_s": mean(ends_s), "last_s": max(ends_s)}
+
+        yield Contest(
+            check=partial(check_packed, self.config, self.dtype, self.num_tokens, seed),
+            contenders={"shared": partial(turn, job_policy.SLOWDOWN), "alone": partial(turn, 1.0)},
+            ours="shared",
+            against=["alone"],
+            compared_by="mean_s",
+        )
+
+
+async def wait_for_all(engine: PrefillEngine, costs: CostModel, prompts: Sequence[NDArray[np.int64]]) -> list[float]:
+    """Ask for all prompts at once; when each one's last tile was there, in seconds from then."""
+    loop = PrefillLoop(
+        engine,
+        costs,
+        MonotonicClock(),
+        max_queued=len(prompts),
+        max_queued_s=math.inf,
+        memory_bytes=default_memory_bytes(CPU),
+        lease_s=defaults.JOB_LEASE_S,
+    )
+    began_s = perf_counter()
+
+    async def read(number: int) -> float:
+        stream = loop.attach(PrefillOrder(transfer_id=str(number), epoch=1, token_ids=prompts[number]))
+        async for tile in stream.tiles():
+            stream.acknowledge(tile.end)
+        return perf_counter() - began_s
+
+    ends_s = await asyncio.gather(*map(read, range(len(prompts))))
+    await loop.stop()
+    return list(ends_s)
 
 
 def prefill_all(engine: PrefillEngine, prompts: Sequence[NDArray[np.int64]], pack_size: int) -> None:

@@ -603,7 +603,7 @@ MUTANTS = (
         "prefill_node/job_policy.py",
         "FIRST_SHARE * steps_s - own_s[first]",
         "FIRST_SHARE * steps_s - steps_s",
-        _POLICY + "test_every_job_has_ended_in_time_whatever_arrives",
+        _POLICY + "test_the_first_in_line_pays_for_its_share_of_a_shared_step_with_what_its_own_step_brings",
     ),
     Mutant(
         "the price of a shared step is counted for each prompt",

@@ -114,10 +114,19 @@ def shares(chosen: Job, *others: Job, memory_bytes: int = ENOUGH, tile_tokens: i
 
 
 def test_steps_are_shared_by_whole_prompts_at_the_same_layer_in_the_order_of_the_policy() -> None:
-    chosen, second, third = sharing(3), sharing(5, remaining_s=6.0), sharing(1)
+    chosen, second, third = sharing(3, remaining_s=100.0), sharing(5, remaining_s=6.0), sharing(1)
     others = [second, third, sharing(6, layer=1), sharing(7, tile_rows=None), sharing(8, has_reader=False)]
     assert shares(chosen, *others) == [second, third]
     assert shares(Job(place=3), *others) == []
+
+
+def test_the_first_in_line_pays_for_its_share_of_a_shared_step_with_what_its_own_step_brings() -> None:
+    first, other = sharing(0, owed_s=-1.0), sharing(1)
+    charge([first, other], {other: 1.5, first: 1.0}, 2.0)
+    assert first.owed_s == pytest.approx(FIRST_SHARE * 2.0 - 1.0)
+    charge([first, other], {other: 1.5}, 1.5)
+    assert first.owed_s == pytest.approx(FIRST_SHARE * 3.5 - 1.0)
+    assert other.owed_s == 0.0
 
 
 def test_a_shared_step_has_no_more_rows_than_a_tile() -> None:
