@@ -198,10 +198,8 @@ class PrefillLoop:
             if (idle := job_in_the_way(jobs)) is None:
                 return
             self._forget(idle)
-        others = companions(
-            job, jobs, memory_bytes=self._memory_bytes, tile_tokens=self._costs.shape.tile_tokens
-        )  # fmt: skip
-        stepping = [job, *others]
+        tile_tokens = self._costs.shape.tile_tokens
+        stepping = [job, *companions(job, jobs, memory_bytes=self._memory_bytes, tile_tokens=tile_tokens)]
         quantum = steps_within(stepping, self._costs, QUANTUM_S)
         charge(jobs, quantum.own_s, quantum.steps_s)
         if beginning := [each for each in stepping if not each.is_started]:
