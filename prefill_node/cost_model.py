@@ -1,6 +1,7 @@
 """How long a prompt takes: operations counted from the model's shape, at rates that are measured and corrected."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -28,13 +29,22 @@ class Work:
     linear_flops: int = 0
     attention_flops: int = 0
     num_steps: int = 0
-    """Each is one tile of one layer."""
+    """Each is one tile of one layer; for several prompts at once, one tile of each."""
 
     def __sub__(self, other: "Work") -> "Work":
         return Work(
             linear_flops=self.linear_flops - other.linear_flops,
             attention_flops=self.attention_flops - other.attention_flops,
             num_steps=self.num_steps - other.num_steps,
+        )
+
+    @classmethod
+    def shared(cls, works: Sequence["Work"]) -> "Work":
+        """Several prompts' steps, made as one: their operations add up, each step counts once."""
+        return cls(
+            linear_flops=sum(work.linear_flops for work in works),
+            attention_flops=sum(work.attention_flops for work in works),
+            num_steps=max(work.num_steps for work in works),
         )
 
 
@@ -115,6 +125,10 @@ class CostModel:
     def seconds(self, work: Work) -> float:
         """What the engine will take for it."""
         return sum(self._parts_s(work))
+
+    def shared_s(self, work: Work) -> float:
+        """Of `seconds`, what it does not add to the steps of other work with which its own are made as one."""
+        return self._parts_s(work)[2]
 
     def observe(self, work: Work, took_s: float) -> None:
         """Learn from what work has taken; nothing where nothing was measured."""

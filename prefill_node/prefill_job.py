@@ -7,7 +7,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from colm.errors import InvalidRequest, TransferSuperseded
 from colm.events import SparseReport
-from colm.kv import KvFormat, KvTile
+from colm.kv import KvFormat
 from colm.kv_position import KV_START, KvPosition
 from colm.wire.tile_codec import WINDOW_BYTES
 from prefill_node.cost_model import CostModel, Work
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
 from prefill_node.engine import PrefillEngine
+from prefill_node.prefill_run import PrefillRun
 from prefill_node.sparse.prompt_plans import PromptPlans
 
 
@@ -69,7 +70,7 @@ class PrefillJob:
         """Of the stream that came last."""
         self.cancelled = CancelFlag()
         self.encoder = TileEncoder(transfer_id=order.transfer_id, num_tokens=len(order.token_ids), kv_format=kv_format)
-        self.run: Iterator[KvTile] | None = None
+        self.run: PrefillRun | None = None
         """The engine's; None before the job has begun and after its last tile."""
         self.lease_ends_s: float | None = None
         """When the job is given up; None while a stream is attached."""
@@ -124,22 +125,35 @@ class PrefillJob:
         return 0.0 if self.is_computed else self._costs.seconds(self._work_left)
 
     @property
+    def shared_s(self) -> float:
+        """Of `remaining_s`, what its steps do not add to another job's with which they are made as one."""
+        return self._costs.shared_s(self._work_left)
+
+    @property
+    def layer(self) -> int:
+        """Of the next step."""
+        return self._produced.layer
+
+    @property
+    def tile_rows(self) -> int | None:
+        """The prompt's length, where its steps may be shared: it is dense and one tile; None otherwise."""
+        num_tokens = len(self.token_ids)
+        return num_tokens if self.sparse is None and num_tokens <= self._costs.shape.tile_tokens else None
+
+    @property
     def memory_bytes(self) -> int:
         """What the job holds; before its last tile, as much as it will hold at most."""
         return self._window_bytes if self.is_computed else self._begun_bytes
 
-    def steps_within(self, quantum_s: float) -> tuple[int, float]:
-        """How many steps fit into a time, and what they take together; at least one."""
-        position, num_steps, steps_s = self._produced, 0, 0.0
+    def works_ahead(self) -> Iterator[Work]:
+        """What each step takes that is still to be made."""
+        position = self._produced
         while position < self.end:
             after = self._costs.shape.after_step(position, len(self.token_ids))
-            step_s = self._costs.seconds(self._work_between(position, after))
-            if num_steps and steps_s + step_s > quantum_s:
-                break
-            position, num_steps, steps_s = after, num_steps + 1, steps_s + step_s
-        return num_steps, steps_s
+            yield self._work_between(position, after)
+            position = after
 
-    def start(self, run: Iterator[KvTile]) -> None:
+    def start(self, run: PrefillRun) -> None:
         """The first step is about to be made."""
         self.is_started, self.run = True, run
         self._tell()
@@ -240,6 +254,29 @@ class PrefillJob:
     def _tell(self) -> None:
         if self.stream is not None:
             self.stream.news.set()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantum:
+    """Steps that the engine makes before anybody is asked again, of one job or of several as one."""
+
+    num_steps: int
+    steps_s: float
+    own_s: dict[PrefillJob, float]
+    """What each job's own steps would take alone."""
+
+
+def steps_within(jobs: Sequence[PrefillJob], costs: CostModel, quantum_s: float) -> Quantum:
+    """As many steps of jobs as fit into a time, and at least one; of several jobs, each step of all as one."""
+    num_steps, steps_s, own_s = 0, 0.0, dict.fromkeys(jobs, 0.0)
+    for works in zip(*(job.works_ahead() for job in jobs), strict=True):
+        step_s = costs.seconds(Work.shared(works))
+        if num_steps and steps_s + step_s > quantum_s:
+            break
+        num_steps, steps_s = num_steps + 1, steps_s + step_s
+        for job, work in zip(jobs, works, strict=True):
+            own_s[job] += costs.seconds(work)
+    return Quantum(num_steps=num_steps, steps_s=steps_s, own_s=own_s)
 
 
 def job_bytes(engine: PrefillEngine, num_tokens: int) -> int:

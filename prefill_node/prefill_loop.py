@@ -1,26 +1,22 @@
-"""The engine and its thread, and the jobs that use it: a few steps at a time, whose is decided before."""
+"""The engine and its thread, and the jobs that use it: a few steps at a time, of one job or of several as one."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
-
-import numpy as np
-from colm_kernels.native import CancelFlag
-from numpy.typing import NDArray
 
 from colm.clock import Clock
 from colm.errors import CapacityExceeded, InvalidRequest, PeerUnavailable, TransferSuperseded
 from colm.kv import KvTile
-from colm.kv_position import KvPosition
+from colm.kv_position import KV_START, KvPosition
 from colm.line import BEAT_INTERVAL_S, wait_at_most
-from prefill_node.cost_model import CostModel
+from prefill_node.cost_model import CostModel, Work
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
 from prefill_node.engine import PrefillEngine
-from prefill_node.job_policy import Wait, charge, job_in_the_way, next_job, wait_of
-from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder, job_bytes
-from prefill_node.sparse.prompt_plans import PromptPlans
+from prefill_node.job_policy import Wait, charge, companions, job_in_the_way, next_job, wait_of
+from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder, job_bytes, steps_within
+from prefill_node.prefill_run import PrefillRun
 
 QUANTUM_S = 0.010
 """Work for which the policy is not asked again: of a short prompt, several steps. A step is never divided."""
@@ -73,16 +69,14 @@ class PrefillLoop:
         self._jobs: dict[str, PrefillJob] = {}
         self._places = count()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefill")
-        self._stepping: PrefillJob | None = None
+        self._stepping: Sequence[PrefillJob] = ()
         self._timer: asyncio.TimerHandle | None = None
         self._has_stopped = False
 
     @property
     def load(self) -> PrefillLoad:
-        """Jobs that have begun, one that was given up and still ends included, and jobs that wait to begin."""
-        started = {job for job in self._jobs.values() if job.is_started}
-        if self._stepping is not None:
-            started.add(self._stepping)
+        """Jobs that have begun, those that were given up and still end included, and jobs that wait to begin."""
+        started = {job for job in self._jobs.values() if job.is_started}.union(self._stepping)
         return PrefillLoad(num_active=len(started), num_queued=len(self._waiting()))
 
     def check(self, num_tokens: int) -> None:
@@ -173,7 +167,7 @@ class PrefillLoop:
         for job in list(self._jobs.values()):
             if job.is_over or (job.lease_ends_s is not None and job.lease_ends_s <= now_s):
                 self._forget(job)
-        if self._stepping is None:
+        if not self._stepping:
             self._step_next()
         self._watch_leases(now_s)
 
@@ -204,39 +198,40 @@ class PrefillLoop:
             if (idle := job_in_the_way(jobs)) is None:
                 return
             self._forget(idle)
-        num_steps, steps_s = job.steps_within(QUANTUM_S)
-        charge(jobs, job, steps_s)
-        if not job.is_started:
-            job.start(_begin(self._engine, job.token_ids, job.sparse, job.cancelled))
+        tile_tokens = self._costs.shape.tile_tokens
+        stepping = [job, *companions(job, jobs, memory_bytes=self._memory_bytes, tile_tokens=tile_tokens)]
+        quantum = steps_within(stepping, self._costs, QUANTUM_S)
+        charge(jobs, quantum.own_s, quantum.steps_s)
+        if beginning := [each for each in stepping if not each.is_started]:
+            for each in beginning:
+                each.start(self._engine.begin(each.token_ids, sparse=each.sparse, cancelled=each.cancelled))
             for other in self._waiting():
                 if other.stream is not None:
                     other.stream.news.set()
-        assert job.run is not None
-        self._stepping = job
-        order = _StepOrder(
-            run=job.run,
-            encoder=job.encoder,
-            epoch=job.epoch,
-            since=job.acknowledged,
-            last=job.end,
-            num_steps=num_steps,
-            room_bytes=job.room_bytes,
+        self._stepping = stepping
+        step = self._executor.submit(
+            _steps, self._engine, [_Making.of(each) for each in stepping], quantum.num_steps, self._clock
         )
-        step = self._executor.submit(_steps, order, self._clock)
-        step.add_done_callback(lambda done: self._events.call_soon_threadsafe(self._stepped, job, done))
+        step.add_done_callback(lambda done: self._events.call_soon_threadsafe(self._stepped, done))
 
-    def _stepped(self, job: PrefillJob, done: "Future[_Steps]") -> None:
-        self._stepping = None
+    def _stepped(self, done: "Future[_Steps]") -> None:
+        jobs, self._stepping = self._stepping, ()
         error = done.exception()
-        if self._jobs.get(job.transfer_id) is job:
-            if error is None:
-                steps = done.result()
-                work = job.produce(steps.tiles, steps.end)
-                if job.sparse is None:  # a plan leaves out what the model counts
-                    self._costs.observe(work, steps.took_s)
+        makings = [None] * len(jobs) if error is not None else done.result().makings
+        works = []
+        for job, made in zip(jobs, makings, strict=True):
+            if self._jobs.get(job.transfer_id) is not job:
+                continue
+            failure = error if made is None else made.run.error
+            if failure is None:
+                assert made is not None
+                works.append(job.produce(made.tiles, made.end))
             else:
                 del self._jobs[job.transfer_id]
-                job.fail(error)
+                job.fail(failure)
+        # Neither what was given up on the way nor what a plan leaves out is what the model counts.
+        if len(works) == len(jobs) and all(job.sparse is None for job in jobs):
+            self._costs.observe(Work.shared(works), done.result().took_s)
         self.look_again()
 
     def _forget(self, job: PrefillJob) -> None:
@@ -250,50 +245,66 @@ class PrefillLoop:
         self._timer = self._events.call_later(min(ends_s) - now_s, self.look_again) if ends_s else None
 
 
-def _begin(
-    engine: PrefillEngine, token_ids: NDArray[np.int64], sparse: PromptPlans | None, cancelled: CancelFlag
-) -> Iterator[KvTile]:
-    """The engine's run, called by whoever asks for its first tile: the engine's thread."""
-    yield from engine.run(token_ids, sparse=sparse, cancelled=cancelled)
+@dataclass(kw_only=True, slots=True)
+class _Making:
+    """What the engine's thread makes for one job, and what it has made; nobody else's while it does."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _StepOrder:
-    """What the engine's thread is to do for one job."""
-
-    run: Iterator[KvTile]
+    run: PrefillRun
     encoder: TileEncoder
     epoch: int
     since: KvPosition
     """Messages begin here."""
     last: KvPosition
     """Where the job ends."""
-    num_steps: int
     room_bytes: int
     """Messages that fill the window."""
+    tiles: list[EncodedTile] = field(default_factory=list)
+    end: KvPosition = KV_START
+    """Of the last tile."""
+
+    @classmethod
+    def of(cls, job: PrefillJob) -> "_Making":
+        """Nothing yet."""
+        assert job.run is not None
+        return cls(
+            run=job.run,
+            encoder=job.encoder,
+            epoch=job.epoch,
+            since=job.acknowledged,
+            last=job.end,
+            room_bytes=job.room_bytes,
+        )
+
+    @property
+    def must_stop(self) -> bool:
+        """There is nothing more to make, or no room for it."""
+        return self.run.error is not None or self.room_bytes <= 0 or self.end == self.last
+
+    def keep(self, tile: KvTile) -> None:
+        """Make the tile's messages."""
+        self.end = KvPosition(tile.layer, tile.first_token).after(tile.num_tokens, self.encoder.num_tokens)
+        encoded = self.encoder.encode(tile, epoch=self.epoch, since=self.since)
+        self.tiles += encoded
+        self.room_bytes -= sum(len(each.message) for each in encoded)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Steps:
-    """What it has done."""
+    """What the engine's thread has done."""
 
-    tiles: list[EncodedTile]
-    end: KvPosition
-    """Of the last tile."""
+    makings: Sequence[_Making]
     took_s: float
 
 
-def _steps(order: _StepOrder, clock: Clock) -> _Steps:
-    """Compute tiles and make their messages, until there are enough or the window is full."""
-    began_s, tiles, num_bytes = clock.now(), list[EncodedTile](), 0
-    for _ in range(order.num_steps):
-        tile = next(order.run, None)
-        assert tile is not None, "the engine ended before its last tile"
-        end = KvPosition(tile.layer, tile.first_token).after(tile.num_tokens, order.encoder.num_tokens)
-        encoded = order.encoder.encode(tile, epoch=order.epoch, since=order.since)
-        tiles += encoded
-        num_bytes += sum(len(each.message) for each in encoded)
+def _steps(engine: PrefillEngine, makings: Sequence[_Making], num_steps: int, clock: Clock) -> _Steps:
+    """Compute tiles and make their messages, until there are enough or one of the jobs must stop."""
+    began_s = clock.now()
+    for _ in range(num_steps):
+        for making, tile in zip(makings, engine.step([each.run for each in makings]), strict=True):
+            if tile is not None:
+                with making.run.own_errors():
+                    making.keep(tile)
         # A plan's tiles may be longer than those that were counted.
-        if num_bytes >= order.room_bytes or end == order.last:
+        if any(making.must_stop for making in makings):
             break
-    return _Steps(tiles=tiles, end=end, took_s=clock.now() - began_s)
+    return _Steps(makings=makings, took_s=clock.now() - began_s)

@@ -141,7 +141,7 @@ async def test_the_whole_answer_comes_while_the_callers_side_stays_open(served: 
 async def test_what_follows_the_end_is_left_unread(served: Served) -> None:
     async with open_channel(served.address, Security()) as channel:
         call = served.stub(channel)(timeout=LIMIT_S)
-        with gate_before(PrefillEngine, "run") as gate:
+        with gate_before(PrefillEngine, "step") as gate:
             for request in served.requests:
                 await call.write(request)
             await gate.until_reached()
@@ -155,7 +155,7 @@ async def test_what_follows_the_end_is_left_unread(served: Served) -> None:
 
 async def test_a_side_that_is_closed_before_the_end_was_cut_off_and_starts_nothing(served: Served) -> None:
     """Half a document was answered as if it were the whole."""
-    with gate_before(PrefillEngine, "run") as gate:
+    with gate_before(PrefillEngine, "step") as gate:
         gate.open()
         error = await refusal(served, served.requests[:-1])
         assert gate.num_arrived == 0

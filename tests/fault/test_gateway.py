@@ -185,7 +185,7 @@ async def test_a_request_behind_another_prefill_hears_that_it_waits_and_for_how_
         decode_node(str(checkpoint.path), [prefill.address]) as node,
         gateway(checkpoint.config, TakingTurns([node.address])) as address,
     ):
-        with gate_before(PrefillEngine, "run") as gate:
+        with gate_before(PrefillEngine, "step") as gate:
             first = asyncio.create_task(ask(address))
             await gate.until_reached()
             events = []

@@ -30,6 +30,7 @@ _GATEWAY = "tests/fault/test_gateway.py::"
 _STREAM = "tests/fault/test_kv_stream_faults.py::"
 _PREFILL = "tests/unit/test_prefill_loop.py::"
 _POLICY = "tests/unit/test_job_policy.py::"
+_PACK = "tests/numerics/test_packed_prefill.py::"
 _FRONT_DOOR = "tests/unit/test_front_door.py::"
 _CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
@@ -79,7 +80,7 @@ MUTANTS = (
     Mutant(
         "the engine is given to the next while a late thread runs",
         "prefill_node/prefill_loop.py",
-        "        if self._stepping is None:\n",
+        "        if not self._stepping:\n",
         "        if True:\n",
         _PREFILL + "test_the_next_job_begins_when_a_given_up_step_has_ended_and_not_before",
     ),
@@ -522,7 +523,7 @@ MUTANTS = (
     Mutant(
         "a long prompt starves under a flood of short ones",
         "prefill_node/job_policy.py",
-        "        first.owed_s += FIRST_SHARE * step_s\n",
+        "        first.owed_s += FIRST_SHARE * steps_s\n",
         "        pass\n",
         _POLICY + "test_a_long_job_ends_in_time_under_a_flood_of_short_ones",
     ),
@@ -543,14 +544,14 @@ MUTANTS = (
     Mutant(
         "a quantum goes on although the window is full",
         "prefill_node/prefill_loop.py",
-        "num_bytes >= order.room_bytes or end == order.last",
-        "end == order.last",
+        "self.room_bytes <= 0 or self.end == self.last",
+        "self.end == self.last",
         _PREFILL + "test_a_full_window_ends_a_quantum",
     ),
     Mutant(
         "a quantum goes on behind the last tile",
         "prefill_node/prefill_loop.py",
-        " or end == order.last",
+        " or self.end == self.last",
         "",
         _PREFILL + "test_a_quantum_ends_with_the_last_tile_however_many_were_counted",
     ),
@@ -588,6 +589,63 @@ MUTANTS = (
         "backend=self._attention_backend, cancelled=cancelled)",
         "backend=self._attention_backend)",
         _PREFILL + "test_a_cancelled_engine_does_not_finish_the_attention_that_it_is_in",
+    ),
+    # Steps that prompts share.
+    Mutant(
+        "a pack that is kept attends in the order of the call",
+        "prefill_node/prefill_run.py",
+        "sorted(self.members, key=lambda member: member[0].pack_rows.start)",
+        "self.members",
+        _PACK + "test_keys_and_values_are_the_oracles_however_steps_are_shared",
+    ),
+    Mutant(
+        "a pack is kept although one has left it",
+        "prefill_node/prefill_run.py",
+        "(pack.num_runs, pack.start) == (len(runs), start)",
+        "pack.start == start",
+        _PACK + "test_keys_and_values_are_the_oracles_however_steps_are_shared",
+    ),
+    Mutant(
+        "a run that leaves a pack forgets its hidden states",
+        "prefill_node/prefill_run.py",
+        "            run.hidden_ND = pack.x_RD[first:last]\n",
+        "",
+        _PACK + "test_keys_and_values_are_the_oracles_however_steps_are_shared",
+    ),
+    Mutant(
+        "one error ends everybody's step",
+        "prefill_node/prefill_run.py",
+        "            self.error = error\n",
+        "            raise\n",
+        _PREFILL + "test_one_that_fails_inside_a_shared_step_ends_with_its_error_alone",
+    ),
+    Mutant(
+        "companions slow a prompt down without end",
+        "prefill_node/job_policy.py",
+        "added_s <= spare_s",
+        "True",
+        _POLICY + "test_companions_slow_nobody_down_by_more_than_that",
+    ),
+    Mutant(
+        "prompts of different layers share a step",
+        "prefill_node/job_policy.py",
+        " or job.layer != chosen.layer",
+        "",
+        _POLICY + "test_steps_are_shared_by_whole_prompts_at_the_same_layer_in_the_order_of_the_policy",
+    ),
+    Mutant(
+        "a shared step is charged as if the first in line had all of it",
+        "prefill_node/job_policy.py",
+        "FIRST_SHARE * steps_s - own_s[first]",
+        "FIRST_SHARE * steps_s - steps_s",
+        _POLICY + "test_the_first_in_line_pays_for_its_share_of_a_shared_step_with_what_its_own_step_brings",
+    ),
+    Mutant(
+        "the price of a shared step is counted for each prompt",
+        "prefill_node/cost_model.py",
+        "num_steps=max(work.num_steps for work in works)",
+        "num_steps=sum(work.num_steps for work in works)",
+        _PREFILL + "test_a_shared_step_is_predicted_and_learnt_from_once",
     ),
     # Sparse attention in the prefill engine.
     Mutant(
