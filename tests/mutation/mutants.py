@@ -929,6 +929,20 @@ MUTANTS = (
     ),
     # What is refused before it is served.
     Mutant(
+        "a group's flags lose their prefix",
+        "colm/node_cli.py",
+        "    name = kind.flag_prefix + option\n",
+        "    name = option\n",
+        "tests/unit/test_node_flags.py::test_every_option_of_a_node_is_a_flag_of_its_command",
+    ),
+    Mutant(
+        "two budgets of sparse attention are taken",
+        "prefill_node/settings.py",
+        "if self.sparse_mass is not None and self.sparse_keys_per_row is not None:",
+        "if False:",
+        "tests/unit/test_node_flags.py::test_a_bad_flag_is_refused_by_name",
+    ),
+    Mutant(
         "an empty file is a token",
         "colm/wire/security.py",
         "    if not token:\n        raise ConfigError",
