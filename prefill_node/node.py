@@ -18,7 +18,7 @@ from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from prefill_node.cost_model import CostModel, calibrate
 from prefill_node.engine import PrefillEngine
-from prefill_node.memory import default_memory_bytes
+from prefill_node.memory import default_memory_bytes, require_room_for_a_tile
 from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.service import PrefillService
 from prefill_node.settings import PrefillSettings
@@ -67,20 +67,21 @@ class PrefillNode:
 
         Raises:
             CheckpointError: the checkpoint cannot be served.
-            ConfigError: the device or the attention backend is not there, or the file of patterns cannot be used.
+            ConfigError: the device or the attention backend is not there, the file of patterns cannot be used, or
+                memory has no room for a tile.
             OSError: the port is taken, or the host is not this machine's.
         """
         options, settings = self._options, self._options.settings
         clock = MonotonicClock()
         loaded = await asyncio.to_thread(_load, options, clock)
-        self.fingerprint, memory_bytes = loaded.fingerprint, settings.memory_bytes
+        self.fingerprint = loaded.fingerprint
         self._loop = PrefillLoop(
             loaded.engine,
             loaded.costs,
             clock,
             max_queued=settings.max_queued,
             max_queued_s=settings.max_queued_s,
-            memory_bytes=default_memory_bytes(options.placement.device) if memory_bytes is None else memory_bytes,
+            memory_bytes=loaded.memory_bytes,
             lease_s=options.job_lease_s,
         )
         self.service = PrefillService(
@@ -113,6 +114,7 @@ class _Loaded:
     engine: PrefillEngine
     costs: CostModel
     planner: SparsePlanner
+    memory_bytes: int
     fingerprint: str
 
 
@@ -120,8 +122,10 @@ def _load(options: PrefillOptions, clock: Clock) -> _Loaded:
     placement, settings = options.placement, options.settings
     placement.take()
     checkpoint = Checkpoint.open(options.model_path)
-    checkpoint.require_finite(prefill_tensor_names(checkpoint.config))
-    kv_format = KvFormat.of(checkpoint.config, placement.dtype)
+    config, path = checkpoint.config, settings.sparse_patterns
+    patterns = None if path is None else PatternFile.read(path, config)
+    checkpoint.require_finite(prefill_tensor_names(config))
+    kv_format = KvFormat.of(config, placement.dtype)
     try:
         check_backend(settings.attention_backend, placement.device, placement.dtype, kv_format.head_dim)
     except ValueError as err:
@@ -133,11 +137,13 @@ def _load(options: PrefillOptions, clock: Clock) -> _Loaded:
         device=placement.device,
         attention_backend=settings.attention_backend,
     )
-    path, config = settings.sparse_patterns, checkpoint.config
-    patterns = None if path is None else PatternFile.read(path, config)
+    costs = calibrate(engine, clock)
+    memory_bytes = settings.memory_bytes or default_memory_bytes(placement.device)
+    require_room_for_a_tile(config, placement.dtype, tile_tokens=settings.tile_tokens, memory_bytes=memory_bytes)
     return _Loaded(
         engine=engine,
-        costs=calibrate(engine, clock),
+        costs=costs,
         planner=SparsePlanner(config, settings.sparse_policy, patterns),
+        memory_bytes=memory_bytes,
         fingerprint=fingerprint(checkpoint, kv_format),
     )

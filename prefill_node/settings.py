@@ -1,9 +1,9 @@
 """The options of a prefill node."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import ByteSize, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from colm import defaults
 from colm.settings import PrefillLineSettings
@@ -27,7 +27,7 @@ class PrefillSettings(PrefillLineSettings):
     """File of `colm search-patterns`, at the same place on every node; each head has its pattern instead of a share."""
     max_queued_s: PositiveFloat = defaults.MAX_QUEUED_S
     """Seconds of work, as estimated, that may lie before a new prompt on a prefill node; with more it is refused."""
-    memory_bytes: ByteSize | None = None
+    memory_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """Memory for the prompts that a prefill node has begun, e.g. "8GiB"; default: half of what is free then."""
 
     @property

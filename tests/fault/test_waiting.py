@@ -228,7 +228,7 @@ async def test_short_prompts_go_before_a_long_one_that_their_only_node_has_begun
 
 async def test_what_a_prefill_node_refuses_is_the_requests_answer(checkpoint: Checkpoint) -> None:
     path = str(checkpoint.path)
-    async with prefill_node(path, memory_bytes=100_000) as prefill, decode_node(path, [prefill.address]) as node:
+    async with prefill_node(path, memory_bytes=120_000) as prefill, decode_node(path, [prefill.address]) as node:
         error = await failure(node.address, PROMPT * 8)
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "prefill.memory_bytes" in error.details()

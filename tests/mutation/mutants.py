@@ -929,6 +929,13 @@ MUTANTS = (
     ),
     # What is refused before it is served.
     Mutant(
+        "a tile may be larger than memory",
+        "prefill_node/memory.py",
+        "tile_tokens=longest)) > memory_bytes:",
+        "tile_tokens=longest)) > 2 * memory_bytes:",
+        "tests/unit/test_prefill_limits.py::test_up_starts_nothing_with",
+    ),
+    Mutant(
         "a group's flags lose their prefix",
         "colm/node_cli.py",
         "    name = kind.flag_prefix + option\n",
