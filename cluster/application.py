@@ -78,6 +78,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         ),
         security.nodes,
         prefill,
+        config.prefill.replicas,
         config.prefill.max_queued,
         config.decode.replicas == 1,
         report_to,
