@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from cluster.front_door.plan import GatewayLimits
-from cluster.options import ClusterConfig
+from cluster.options import ClusterConfig, PrefillSection
 from cluster.replicas.decode import DecodeReplica
 from cluster.replicas.gateway import GatewayOptions, GatewayReplica
 from cluster.replicas.prefill import PrefillReplica
@@ -49,7 +49,6 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
     dtype = config.resolved_dtype
     model = str(model_path)
     report_to = (GATEWAY, APPLICATION)
-    patterns = config.prefill.sparse_patterns
     prefill = _deployment(
         PrefillReplica,
         name=PREFILL,
@@ -60,13 +59,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         PrefillOptions(
             model_path=model,
             placement=Placement.of(config.prefill.resolved_device, dtype, config.prefill.num_threads),
-            tile_tokens=config.prefill.tile_tokens,
-            attention_backend=config.prefill.attention_backend,
-            sparse=config.prefill.sparse_policy,
-            sparse_patterns=None if patterns is None else str(patterns.resolve()),
-            max_queued=config.prefill.max_queued,
-            max_queued_s=config.prefill.max_queued_s,
-            memory_bytes=config.prefill.memory_bytes,
+            settings=_with_whole_path(config.prefill),
         ),
         security.nodes,
         report_to,
@@ -81,13 +74,11 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         DecodeOptions(
             model_path=model,
             placement=Placement.of(config.decode.resolved_device, dtype, config.decode.num_threads),
-            page_tokens=config.decode.page_tokens,
-            kv_cache_bytes=config.decode.kv_cache_bytes,
-            max_batch_size=config.decode.max_batch_size,
-            max_requests=config.decode.max_requests,
+            settings=config.decode,
         ),
         security.nodes,
         prefill,
+        config.prefill.replicas,
         config.prefill.max_queued,
         config.decode.replicas == 1,
         report_to,
@@ -123,6 +114,12 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         security.nodes,
         decode,
     )
+
+
+def _with_whole_path(section: PrefillSection) -> PrefillSection:
+    """The same with a path that a replica, which has a folder of its own, can use."""
+    patterns = section.sparse_patterns
+    return section.model_copy(update={"sparse_patterns": patterns and patterns.resolve()})
 
 
 def _deployment(replica: type, *, name: str, replicas: int, max_ongoing: int, actor: dict[str, Any]) -> Any:

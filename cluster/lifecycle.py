@@ -18,6 +18,7 @@ from colm.kv import KvFormat
 from colm.placement import parse_device, why_unusable
 from colm.wire.endpoint import why_not
 from decode_node.kv_layout import KvLayout
+from prefill_node.memory import require_room_for_a_tile
 from prefill_node.sparse.patterns import PatternFile
 
 _RAY_TOKEN = "ray_token"
@@ -41,8 +42,7 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
         raise ConfigError("model.path is not set; give --model DIR or [model] path in the config file")
     checkpoint = Checkpoint.open(config.model.path)
     _check_kv(config, checkpoint)
-    if config.prefill.sparse_patterns is not None:
-        PatternFile.read(config.prefill.sparse_patterns, checkpoint.config)
+    _check_prefill(config, checkpoint)
     if config.ray.address is None:
         _check_devices(config)
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -111,6 +111,19 @@ def _check_kv(config: ClusterConfig, checkpoint: Checkpoint) -> None:
     """Check the KV cache's size as the replicas will, before anything starts."""
     kv_format = KvFormat.of(checkpoint.config, parse_dtype(config.resolved_dtype))
     KvLayout(kv_format, config.decode.page_tokens).pages_within(config.decode.kv_cache_bytes)
+
+
+def _check_prefill(config: ClusterConfig, checkpoint: Checkpoint) -> None:
+    """Check the file of patterns and the size of tiles as the replicas will, before anything starts."""
+    section, model = config.prefill, checkpoint.config
+    if section.sparse_patterns is not None:
+        PatternFile.read(section.sparse_patterns, model)
+    if section.memory_bytes is not None:
+        dtype = parse_dtype(config.resolved_dtype)
+        try:
+            require_room_for_a_tile(model, dtype, tile_tokens=section.tile_tokens, memory_bytes=section.memory_bytes)
+        except ConfigError as err:
+            raise ConfigError(f"prefill.{err}") from err
 
 
 def _check_devices(config: ClusterConfig) -> None:

@@ -2,112 +2,50 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ByteSize,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-)
+from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from colm import defaults
 from colm.errors import ConfigError
-from prefill_node.sparse.policy import SparsePolicy
+from colm.settings import DtypeSettings, PlacementSettings, Settings, explain
+from decode_node.settings import DecodeSettings, PrefillPoolSettings
+from prefill_node.settings import PrefillSettings
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ModelSection(_Section):
+class ModelSection(DtypeSettings):
     """Section [model]."""
 
     path: Path | None = None
     """Checkpoint directory, at the same path on every machine; required here or as --model."""
     name: str | None = None
     """Name of the model in clients' requests; by default the directory's name."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of weights, computation and KV cache; auto: bfloat16 if fast on both roles' devices, else float32."""
 
 
-class _PlacedSection(_Section):
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]?))?)$")] = "auto"
-    """Device of each replica: "cpu", "cuda" or "cuda:N"; auto: the GPU that Ray sets aside, or the CPU without one."""
+class _ReplicaSettings(PlacementSettings):
+    """How many replicas there are, and where."""
+
+    replicas: PositiveInt = 1
+    """Number of replicas; each takes 1 of Ray's custom resource of this section's name."""
     num_gpus: NonNegativeInt = Field(default=0, le=1)
     """GPUs that Ray sets aside for each replica, 0 or 1; with 0, replicas may share the GPU that `device` names."""
-    num_threads: PositiveInt | None = None
-    """CPU threads of each replica; by default one for each core that it may run on."""
 
     @property
     def resolved_device(self) -> str:
         """The device that auto stands for."""
-        if self.device != "auto":
-            return self.device
-        return "cuda" if self.num_gpus else "cpu"
+        return "cuda" if self.device == "auto" and self.num_gpus else super().resolved_device
 
 
-class PrefillSection(_PlacedSection):
+# Of several bases, the last one's options come first in the file.
+class PrefillSection(PrefillSettings, PrefillPoolSettings, _ReplicaSettings):
     """Section [prefill]."""
 
-    replicas: PositiveInt = 1
-    """Number of prefill replicas; each takes 1 of Ray's custom resource "prefill"."""
-    tile_tokens: PositiveInt = defaults.TILE_TOKENS
-    """Tokens that a prefill replica computes and sends at a time."""
-    attention_backend: Literal["auto", "flash_attn", "triton"] = "auto"
-    """Implementation of dense attention on a GPU; auto: flash-attn if it can be imported, else Triton."""
-    sparse_mass: float | None = None
-    """Share of every head's attention that sparse attention keeps, for requests that ask for it; 0.95 by default."""
-    sparse_keys_per_row: PositiveInt | None = None
-    """Keys that sparse attention gives to a row at most, instead of a share of the attention."""
-    sparse_dense_below_tokens: NonNegativeInt = SparsePolicy().dense_below_tokens
-    """Shorter prompts are dense whatever their requests ask for."""
-    sparse_patterns: Path | None = None
-    """File of `colm search-patterns`, at the same place on every node; each head has its pattern instead of a share."""
-    max_queued: PositiveInt = defaults.MAX_QUEUED
-    """Prompts that may wait for a prefill replica, for each decode replica; the next is refused."""
-    max_streams: PositiveInt = defaults.MAX_STREAMS
-    """Prompts that a prefill replica takes at once; they take turns."""
-    max_queued_s: PositiveFloat = defaults.MAX_QUEUED_S
-    """Seconds of work, as estimated, that may lie before a new prompt on a prefill replica; with more it is refused."""
-    memory_bytes: ByteSize | None = None
-    """Memory for the prompts that a prefill replica has begun, e.g. "8GiB"; default: half of what is free then."""
 
-    @property
-    def sparse_policy(self) -> SparsePolicy:
-        """What the replicas' sparse attention may leave out.
-
-        Raises:
-            ValueError: names the field without its prefix.
-        """
-        default = SparsePolicy().mass if self.sparse_keys_per_row is None else None
-        return SparsePolicy(
-            mass=default if self.sparse_mass is None else self.sparse_mass,
-            keys_per_row=self.sparse_keys_per_row,
-            dense_below_tokens=self.sparse_dense_below_tokens,
-        )
-
-
-class DecodeSection(_PlacedSection):
+class DecodeSection(DecodeSettings, _ReplicaSettings):
     """Section [decode]."""
 
-    replicas: PositiveInt = 1
-    """Number of decode replicas; each takes 1 of Ray's custom resource "decode"."""
-    kv_cache_bytes: ByteSize = ByteSize(defaults.KV_CACHE_BYTES)
-    """Memory of each decode replica for keys and values, in bytes or with a unit, e.g. "4GiB"."""
-    page_tokens: PositiveInt = defaults.PAGE_TOKENS
-    """Tokens in a KV page; a request reserves whole pages."""
-    max_batch_size: PositiveInt = defaults.MAX_BATCH_SIZE
-    """Answers that a decode replica advances in one step; more wait."""
-    max_requests: PositiveInt = defaults.MAX_REQUESTS
-    """Requests at once on a decode replica, waiting and prefilling ones included; the next is refused."""
 
-
-class GatewaySection(_Section):
+class GatewaySection(Settings):
     """Section [gateway]."""
 
     host: str = "127.0.0.1"
@@ -144,7 +82,7 @@ _LIMITED = {
 }
 
 
-class SecuritySection(_Section):
+class SecuritySection(Settings):
     """Section [security]."""
 
     token: Literal["auto", "off"] = "auto"
@@ -153,7 +91,7 @@ class SecuritySection(_Section):
     """auto makes certificates, and encrypts the gateway's and the nodes' connections; off leaves them in plaintext."""
 
 
-class RaySection(_Section):
+class RaySection(Settings):
     """Section [ray]."""
 
     address: str | None = None
@@ -162,7 +100,7 @@ class RaySection(_Section):
     """Seconds that replicas may take to load before `colm up` gives up."""
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Settings):
     """All options of a cluster, section by section."""
 
     model: ModelSection = ModelSection()
@@ -218,10 +156,9 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
     try:
         config = ClusterConfig.model_validate(values)
     except ValidationError as err:
-        raise ConfigError("; ".join(_explain(dict(error)) for error in err.errors())) from err
+        raise ConfigError(explain(err, str)) from err
     _check_limits(config)
     _check_devices(config)
-    _check_sparse(config.prefill)
     return config
 
 
@@ -255,18 +192,6 @@ def _check_devices(config: ClusterConfig) -> None:
         )
 
 
-def _check_sparse(section: PrefillSection) -> None:
-    if section.sparse_mass is not None and section.sparse_keys_per_row is not None:
-        raise ConfigError(
-            f"prefill.sparse_mass={section.sparse_mass} and prefill.sparse_keys_per_row={section.sparse_keys_per_row}: "
-            "one of them says how much is kept; leave the other out"
-        )
-    try:
-        section.sparse_policy  # noqa: B018 - it checks itself
-    except ValueError as err:
-        raise ConfigError(f"prefill.sparse_{err}") from err
-
-
 def default_toml() -> str:
     """Return TOML that lists every option with its description and its default, commented out."""
     lines = ["# Options of `colm up --config FILE`. What is commented out shows the default."]
@@ -288,10 +213,3 @@ def _toml(value: object) -> str:
             return f'"{value}"'
         case _:
             return str(value)
-
-
-def _explain(error: dict[str, Any]) -> str:
-    option = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{option} is not an option; `colm config` lists them"
-    return f"{option}={error['input']!r}: {error['msg']}"

@@ -3,6 +3,7 @@
 import psutil
 import torch
 
+from colm.errors import ConfigError
 from colm.kv import KvFormat
 from colm.model.config import ChainConfig
 from colm.model.transformer import slice_config
@@ -24,6 +25,20 @@ def run_bytes(config: ChainConfig, dtype: torch.dtype, *, num_tokens: int, tile_
     in_fp32 = 4 * chain1.head_dim + chain1.num_heads + max(query_dim, chain1.dim, chain1.hidden_dim)
     of_tile = features * dtype.itemsize + 4 * in_fp32
     return num_tokens * whole + min(num_tokens, tile_tokens) * of_tile
+
+
+def require_room_for_a_tile(config: ChainConfig, dtype: torch.dtype, *, tile_tokens: int, memory_bytes: int) -> None:
+    """Refuse tiles whose work alone has no room: no prompt of a tile's length could ever begin.
+
+    Raises:
+        ConfigError: begins with the option's name.
+    """
+    longest = min(tile_tokens, config.max_context)
+    if (needed_bytes := run_bytes(config, dtype, num_tokens=longest, tile_tokens=longest)) > memory_bytes:
+        raise ConfigError(
+            f"tile_tokens={tile_tokens} takes {needed_bytes} bytes for a tile's work, and prompts have "
+            f"memory_bytes={memory_bytes} in all; lower the one or raise the other"
+        )
 
 
 def default_memory_bytes(device: torch.device) -> int:

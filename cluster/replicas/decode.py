@@ -1,7 +1,7 @@
 """A decode node as a Ray Serve replica: placed, scaled, health-checked and restarted by Serve."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,14 +17,15 @@ from colm.line import Beat
 from colm.nodes import NodeReport, ProcessFacts, Role
 from colm.wire.security import Security
 from decode_node.node import DecodeNode, DecodeOptions
-from decode_node.prefill_pool import PrefillLease
+from decode_node.prefill_pool import PrefillLease, no_other
 
 
 class ServePrefillPool:
     """Lends the prefill nodes that Ray Serve runs."""
 
-    def __init__(self, handle: Any, *, max_waiting: int, is_alone: bool) -> None:
+    def __init__(self, handle: Any, *, num_replicas: int, max_waiting: int, is_alone: bool) -> None:
         self._lender = ServeLender(handle, Role.PREFILL, max_waiting=max_waiting, is_alone=is_alone)
+        self._num_replicas = num_replicas
 
     def close(self) -> None:
         """Give back the nodes that nobody uses."""
@@ -37,9 +38,12 @@ class ServePrefillPool:
         num_tokens: int,  # noqa: ARG002 - the pool's contract
         beat: Beat,
         preferred: str | None,  # noqa: ARG002 - Serve chooses
+        refused_by: Collection[str],
     ) -> AsyncIterator[PrefillLease]:
         """Borrow a node from Serve."""
-        async with self._lender.lease(beat) as (address, lease_id):
+        if len(refused_by) >= self._num_replicas:
+            raise no_other()
+        async with self._lender.lease(beat, refused_by=refused_by) as (address, lease_id):
             yield PrefillLease(address=address, lease_id=lease_id)
 
 
@@ -49,6 +53,7 @@ class DecodeReplica:
     Args:
         options: host is replaced by this machine's address.
         prefill: handle of the prefill deployment.
+        num_prefill: its replicas.
         max_waiting_for_prefill: prompts of this node that may wait for a prefill node.
         is_alone: there is no other decode replica.
         gateway: (deployment, application) to which this node reports.
@@ -59,6 +64,7 @@ class DecodeReplica:
         options: DecodeOptions,
         security: Security,
         prefill: Any,
+        num_prefill: int,
         max_waiting_for_prefill: int,
         is_alone: bool,
         gateway: tuple[str, str],
@@ -67,7 +73,9 @@ class DecodeReplica:
         keep_serve_port_shut()
         self._leases = LeaseTable(LEASE_TTL_S)
         here = replace(options, host=ray.util.get_node_ip_address())
-        self._prefill_pool = ServePrefillPool(prefill, max_waiting=max_waiting_for_prefill, is_alone=is_alone)
+        self._prefill_pool = ServePrefillPool(
+            prefill, num_replicas=num_prefill, max_waiting=max_waiting_for_prefill, is_alone=is_alone
+        )
         self._node = DecodeNode(here, security, self._prefill_pool, self._leases)
         await self._node.start()
         self._replica_id = serve.get_replica_context().replica_id.unique_id

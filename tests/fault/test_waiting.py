@@ -225,7 +225,7 @@ async def test_short_prompts_go_before_a_long_one_that_their_only_node_has_begun
 
 async def test_what_a_prefill_node_refuses_is_the_requests_answer(checkpoint: Checkpoint) -> None:
     path = str(checkpoint.path)
-    async with prefill_node(path, memory_bytes=100_000) as prefill, decode_node(path, [prefill.address]) as node:
+    async with prefill_node(path, memory_bytes=120_000) as prefill, decode_node(path, [prefill.address]) as node:
         error = await failure(node.address, PROMPT * 8)
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "prefill.memory_bytes" in error.details()
@@ -239,6 +239,39 @@ async def test_what_a_prefill_node_refuses_is_the_requests_answer(checkpoint: Ch
             await first
     assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "would wait about 0 s at this prefill node" in error.details()
+
+
+@pytest.mark.parametrize("another_has_room", [True, False])
+async def test_a_prefill_nodes_refusal_is_passed_on_only_when_the_others_have_been_asked(
+    checkpoint: Checkpoint, another_has_room: bool
+) -> None:
+    """Bug: a prompt was refused for the hours of work at one node, beside another that was idle."""
+    path = str(checkpoint.path)
+    async with (
+        prefill_node(path, max_queued_s=1e-9) as busy,
+        prefill_node(path, max_queued_s=1e9 if another_has_room else 1e-9) as other,
+        decode_node(path, [busy.address]) as first,
+        decode_node(path, [other.address]) as second,
+        decode_node(path, [busy.address, other.address]) as node,
+    ):
+        engines = [busy.service._engine, other.service._engine]
+        with gate_before(
+            PrefillEngine, "run", lambda engine, *_, **__: engine in engines[: 2 - another_has_room]
+        ) as gate:
+            holding = [asyncio.create_task(decode(first.address, PROMPT, request_id="first"))]
+            await gate.until_reached()
+            if another_has_room:
+                answer = await decode(node.address, PROMPT, request_id="second")
+                assert answer.usage.num_kv_streams == 2
+            else:
+                gate.reached.clear()
+                holding.append(asyncio.create_task(decode(second.address, PROMPT, request_id="holding")))
+                await gate.until_reached()
+                error = await failure(node.address, request_id="second")
+                assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert "at this prefill node, longer than prefill.max_queued_s" in error.details()
+            gate.open()
+            await asyncio.gather(*holding)
 
 
 async def test_a_full_batch_is_waited_for_with_a_word(checkpoint: Checkpoint) -> None:

@@ -687,7 +687,7 @@ MUTANTS = (
     Mutant(
         "a decode node asks for dense attention whatever was ordered",
         "decode_node/kv_fetch.py",
-        "                attention=order.attention,\n",
+        "            attention=order.attention,\n",
         "",
         _FETCH + "test_every_attempt_asks_for_the_same_attention_and_the_last_one_says_what_became_of_it",
     ),
@@ -999,7 +999,49 @@ MUTANTS = (
         "",
         "tests/unit/test_sparse_search.py::test_no_pattern_is_over_the_budget",
     ),
+    Mutant(
+        "one node's refusal is passed on at once",
+        "decode_node/kv_fetch.py",
+        "if err not in refusals.values():",
+        "if True:",
+        _FETCH + "test_what_one_node_has_no_room_for_is_asked_of_the_others_once_each",
+    ),
+    Mutant(
+        "a replica that refused is given back before Serve has found another",
+        "cluster/replicas/lender.py",
+        "                passed_over.append(call)\n",
+        "                call.end()\n                passed_over.append(call)\n",
+        "tests/unit/test_serve_lender.py::test_a_replica_that_refused_is_held_until_serve_has_found_another",
+    ),
+    Mutant(
+        "a node that rests is asked instead of one that refused",
+        "decode_node/prefill_pool.py",
+        " and n.rests_until_s <= now_s]",
+        "]",
+        "tests/unit/test_prefill_pool.py::test_a_node_that_rests_is_not_another_that_is_free",
+    ),
     # What is refused before it is served.
+    Mutant(
+        "a tile may be larger than memory",
+        "prefill_node/memory.py",
+        "tile_tokens=longest)) > memory_bytes:",
+        "tile_tokens=longest)) > 2 * memory_bytes:",
+        "tests/unit/test_prefill_limits.py::test_up_starts_nothing_with",
+    ),
+    Mutant(
+        "a group's flags lose their prefix",
+        "colm/node_cli.py",
+        "    name = kind.flag_prefix + option\n",
+        "    name = option\n",
+        "tests/unit/test_node_flags.py::test_every_option_of_a_node_is_a_flag_of_its_command",
+    ),
+    Mutant(
+        "two budgets of sparse attention are taken",
+        "prefill_node/settings.py",
+        "if self.sparse_mass is not None and self.sparse_keys_per_row is not None:",
+        "if False:",
+        "tests/unit/test_node_flags.py::test_a_bad_flag_is_refused_by_name",
+    ),
     Mutant(
         "an empty file is a token",
         "colm/wire/security.py",

@@ -229,7 +229,7 @@ BAD_SPARSE = {
     "sparse_mass = 0.0": "prefill.sparse_mass=0.0 must be above 0",
     "sparse_mass = 1.5": "prefill.sparse_mass=1.5 must be above 0, where nothing is covered, and at most 1",
     "sparse_keys_per_row = 320": "prefill.sparse_keys_per_row=320 covers nothing beside the 320 keys",
-    "sparse_mass = 0.9\nsparse_keys_per_row = 4096": "prefill.sparse_mass=0.9 and prefill.sparse_keys_per_row",
+    "sparse_mass = 0.9\nsparse_keys_per_row = 4096": "prefill.sparse_mass=0.9 and sparse_keys_per_row=4096",
     "sparse_dense_below_tokens = -1": "prefill.sparse_dense_below_tokens=-1",
 }
 
