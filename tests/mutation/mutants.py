@@ -36,6 +36,7 @@ _FETCH = "tests/unit/test_kv_fetch.py::"
 _END = "tests/fault/test_end_of_prompt.py::"
 _PLAN = "tests/unit/test_sparse_plan.py::"
 _SPARSE_ENGINE = "tests/numerics/test_sparse_prefill_engine.py::"
+_PACKED = "tests/numerics/test_packed_linear.py::"
 _AUDIT = "tests/unit/test_sparse_audit.py::"
 
 MUTANTS = (
@@ -905,5 +906,27 @@ MUTANTS = (
         '.masked_fill(~fits_CH, float("-inf"))',
         "",
         "tests/unit/test_sparse_search.py::test_no_pattern_is_over_the_budget",
+    ),
+    # What a prefill computes with.
+    Mutant(
+        "the library's products take the place of AMX",
+        "kernels/colm_kernels/packed_linear.py",
+        "return not has_amx and ",
+        "return ",
+        _PACKED + "test_amx_is_left_to_pytorch",
+    ),
+    Mutant(
+        "gate and up serve different rows",
+        "kernels/colm_kernels/chain_linear.py",
+        " or tuple(gate_rows) != tuple(up_rows)",
+        "",
+        _PACKED + "test_gate_and_up_that_differ_are_refused_by_name",
+    ),
+    Mutant(
+        "a row of odd width begins inside a word",
+        "kernels/colm_kernels/packed_linear.py",
+        " or x_RI.stride(0) % 2",
+        "",
+        _PACKED + "test_x_whose_rows_begin_inside_a_word_is_left_to_pytorch",
     ),
 )
