@@ -37,6 +37,7 @@ _FETCH = "tests/unit/test_kv_fetch.py::"
 _END = "tests/fault/test_end_of_prompt.py::"
 _PLAN = "tests/unit/test_sparse_plan.py::"
 _SPARSE_ENGINE = "tests/numerics/test_sparse_prefill_engine.py::"
+_PACKED = "tests/numerics/test_packed_linear.py::"
 _AUDIT = "tests/unit/test_sparse_audit.py::"
 
 MUTANTS = (
@@ -1070,5 +1071,27 @@ MUTANTS = (
         "if self.stored_digest() is not None:",
         "tests/unit/test_checkpoint.py::"
         "test_what_save_has_looked_at_is_not_read_again_but_what_an_older_build_wrote_is",
+    ),
+    # What a prefill computes with.
+    Mutant(
+        "the library's products take the place of AMX",
+        "kernels/colm_kernels/packed_linear.py",
+        "return not has_amx and ",
+        "return ",
+        _PACKED + "test_amx_is_left_to_pytorch",
+    ),
+    Mutant(
+        "gate and up serve different rows",
+        "kernels/colm_kernels/chain_linear.py",
+        " or tuple(gate_rows) != tuple(up_rows)",
+        "",
+        _PACKED + "test_gate_and_up_that_differ_are_refused_by_name",
+    ),
+    Mutant(
+        "a row of odd width begins inside a word",
+        "kernels/colm_kernels/packed_linear.py",
+        " or x_RI.stride(0) % 2",
+        "",
+        _PACKED + "test_x_whose_rows_begin_inside_a_word_is_left_to_pytorch",
     ),
 )

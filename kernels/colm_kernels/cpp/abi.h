@@ -81,6 +81,27 @@ struct LinearArgs {
     const float* words;            // x as the kernel reads it; set by the launcher
 };
 
+// Shapes: R rows, I input features, O output features of one block. y = x weight^T + bias, or with a gate
+// y = silu(x gate^T + gate_bias) * (x weight^T + bias).
+struct PackedBlock {
+    const void* weight;            // O, I contiguous
+    const void* gate;              // O, I contiguous; may be null
+    const void* bias;              // O contiguous; may be null
+    const void* gate_bias;         // O contiguous; null where `bias` or `gate` is
+    void* y;                       // R, O
+    int64_t y_stride;
+    int64_t num_rows;              // leading rows of x that compute this block; the others get zeros
+    int64_t in_dim, out_dim;       // its inputs are the first in_dim features of x
+};
+
+struct PackedArgs {
+    const void* x;                 // R, I
+    const PackedBlock* blocks;
+    int64_t num_blocks, num_rows;
+    int64_t x_stride;              // rows begin at a whole word
+    int64_t dtype;
+};
+
 // Shapes: R rows, D features of all chains.
 struct NormChain {
     const void* gain;  // dim contiguous
@@ -165,6 +186,15 @@ struct LinearKernel {
     int64_t (*words_per_row)(int64_t in_dim);
 };
 
+struct PackedKernel {
+    // Rows [begin, end) of a panel of a block.
+    void (*run)(const PackedArgs&, const PackedBlock&, int64_t panel, int64_t begin, int64_t end,
+                unsigned char* workspace);
+    int64_t (*workspace_bytes)(int64_t in_dim, int64_t rows_per_item);
+    int64_t panel;           // outputs, half of them where there is a gate
+    int64_t input_multiple;  // in_dim is a multiple of it
+};
+
 // Rows or tokens [begin, end) of an operation on independent rows.
 template <class Args>
 struct RowsKernel {
@@ -176,6 +206,7 @@ struct Variant {
     PrefillKernel (*prefill)(int32_t dtype, int64_t head_dim);
     DecodeKernel (*decode)(int32_t page_dtype, int64_t head_dim);
     LinearKernel (*linear)(int32_t dtype);
+    PackedKernel (*packed)(int32_t dtype);
     RowsKernel<NormArgs> (*norm)(int32_t dtype);
     RowsKernel<RotaryArgs> (*rotary)(int32_t dtype);
     RowsKernel<SwigluArgs> (*swiglu)(int32_t dtype);

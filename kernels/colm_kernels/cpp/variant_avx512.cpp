@@ -26,6 +26,8 @@ LinearKernel linear(int32_t dtype) {
     return dtype == kBfloat16 ? Linear<uint16_t>::kernel() : Linear<float>::kernel();
 }
 
+PackedKernel packed(int32_t) { return {nullptr, nullptr, 0, 0}; }
+
 template <class Args, template <class> class Kernel>
 RowsKernel<Args> rows(int32_t dtype) {
     return {dtype == kBfloat16 ? Kernel<uint16_t>::run : Kernel<float>::run};
@@ -34,6 +36,6 @@ RowsKernel<Args> rows(int32_t dtype) {
 }  // namespace
 
 const Variant kAvx512Variant = {
-    prefill, decode, linear, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
+    prefill, decode, linear, packed, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
     rows<QuantiseArgs, Quantise>,
 };

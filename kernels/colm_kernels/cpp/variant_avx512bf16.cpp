@@ -1,7 +1,8 @@
-// AVX-512 with VDPBF16PS: bf16 attention whose products are of bf16 pairs. The other operations have nothing to gain
-// from it, so they are left to the plain AVX-512 variant.
+// AVX-512 with VDPBF16PS: bf16 attention and Linear of many rows, whose products are of bf16 pairs. The other operations
+// have nothing to gain from it, so they are left to the plain AVX-512 variant.
 #include "vec_avx512.h"
 #include "decode.h"
+#include "packed.h"
 #include "prefill.h"
 
 namespace {
@@ -16,6 +17,10 @@ DecodeKernel decode(int32_t page_dtype, int64_t head_dim) {
 
 LinearKernel linear(int32_t) { return {nullptr, nullptr, nullptr}; }
 
+PackedKernel packed(int32_t dtype) {
+    return dtype == kBfloat16 ? Packed<Bf16Words, uint16_t>::kernel() : PackedKernel{nullptr, nullptr, 0, 0};
+}
+
 template <class Args>
 RowsKernel<Args> rows(int32_t) {
     return {nullptr};
@@ -24,5 +29,5 @@ RowsKernel<Args> rows(int32_t) {
 }  // namespace
 
 const Variant kAvx512Bf16Variant = {
-    prefill, decode, linear, rows<NormArgs>, rows<RotaryArgs>, rows<SwigluArgs>, rows<QuantiseArgs>,
+    prefill, decode, linear, packed, rows<NormArgs>, rows<RotaryArgs>, rows<SwigluArgs>, rows<QuantiseArgs>,
 };
