@@ -212,7 +212,10 @@ def test_where_nothing_fits_there_is_a_record_all_the_same(
     [
         (["--preset", "tiny", "--lengths", "2K,8k"], "length '8k' is not one; write e.g. 2K, 1M or 1000"),
         (["--preset", "CoLM"], "cannot be served"),
-        ([], "the following arguments are required: --preset"),
+        ([], "one of --budget-minutes and --preset is required"),
+        (["--budget-minutes", "0"], "0 is not above 0"),
+        (["--budget-minutes", "1", "--preset", "tiny"], "are not in the paper's prefill tables"),
+        (["--budget-minutes", "1", "--profile"], "--profile goes with --preset alone"),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_way_out(
