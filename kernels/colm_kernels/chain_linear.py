@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from colm_kernels.checks import check_dims, check_dtype, check_one_device, check_same_dtype
-from colm_kernels.few_rows_linear import few_rows_linear, variant_for
+from colm_kernels.few_rows_linear import few_rows_linear, library_variant, variant_for
 from colm_kernels.many_rows_linear import many_rows_linear, step_of_chain
 from colm_kernels.packed_linear import packed_linear, packed_swiglu
 from colm_kernels.packed_linear import takes as packed_takes
@@ -183,7 +183,8 @@ def swiglu_linear(x_RI: Tensor, gate: Staircase, up: Staircase) -> Tensor:
             f"gate and up differ: weights of {[tuple(w.shape) for w in gates]} and {[tuple(w.shape) for w in ups]}, "
             f"chain_rows {tuple(gate_rows)} and {tuple(up_rows)}, biases in both or in neither"
         )
-    if packed_takes(x_RI, (*gates, *ups), (*(gate_biases or ()), *(up_biases or ()))):
+    is_few = library_variant(len(x_RI), x_RI.dtype) != "torch"
+    if not is_few and packed_takes(x_RI, (*gates, *ups), (*(gate_biases or ()), *(up_biases or ()))):
         return packed_swiglu(x_RI, gate, up)
     return swiglu_(*joint_linear(x_RI, [gate, up]))
 

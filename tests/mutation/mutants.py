@@ -122,10 +122,31 @@ MUTANTS = (
         _ENGINE + "test_rows_of_several_tokens_give_every_token_the_oracles_logits_and_write_what_single_tokens_do",
     ),
     Mutant(
+        "the one call's biases are the first chain's",
+        "kernels/colm_kernels/decode_step.py",
+        "biases[chain].data_ptr(), in_dim",
+        "biases[0].data_ptr(), in_dim",
+        "tests/numerics/test_decode_step.py::test_one_call_gives_the_bits_of_the_models_own_modules",
+    ),
+    Mutant(
+        "the one call takes any number of tokens",
+        "kernels/colm_kernels/few_rows_linear.py",
+        'return variant if num_rows <= MAX_ROWS or is_in_pairs else "torch"',
+        "return variant",
+        "tests/numerics/test_decode_step.py::test_how_many_tokens_one_call_takes_is_what_linear_takes",
+    ),
+    Mutant(
+        "the one call is never made",
+        "decode_node/engine.py",
+        'one_call.variant_for(len(x_TD))) != "torch":',
+        'one_call.variant_for(len(x_TD))) == "none":',
+        "tests/numerics/test_decode_step.py::test_steps_that_the_library_takes_run_in_one_call",
+    ),
+    Mutant(
         "a chain runs as many tokens as it has rows",
         "decode_node/engine.py",
-        "chain_rows = _chain_rows(plan, num_tokens_R)",
-        "chain_rows = _chain_rows(plan, [1] * len(num_tokens_R))",
+        "chain_rows=_chain_rows(plan, num_tokens_R)",
+        "chain_rows=_chain_rows(plan, [1] * len(num_tokens_R))",
         _ENGINE + "test_rows_of_several_tokens_give_every_token_the_oracles_logits_and_write_what_single_tokens_do",
     ),
     Mutant(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from colm_kernels import native, packed_linear, tolerance
 from colm_kernels.chain_linear import chain_linear, joint_linear, swiglu_linear
-from colm_kernels.few_rows_linear import MAX_ROWS
+from colm_kernels.few_rows_linear import MAX_ROWS_OF_PAIRS
 from colm_kernels.native import use_variant
 from colm_kernels.packed_linear import INPUT_MULTIPLE, takes
 from torch import Tensor
@@ -19,7 +19,7 @@ from tests.kernel_inputs import staircase_inputs
 pytestmark = pytest.mark.kernels
 
 BF16 = torch.bfloat16
-MIN_ROWS = MAX_ROWS[BF16] + 1  # fewer are few_rows_linear's
+MIN_ROWS = MAX_ROWS_OF_PAIRS + 1  # fewer are few_rows_linear's
 PANEL, TILE_ROWS, DEPTH = 64, 6, 2048  # packed.h: outputs, rows and inputs taken at once
 NEEDS_LIBRARY = pytest.mark.skipif(
     "avx512_bf16" not in native.available_variants(), reason="this CPU or build has no avx512_bf16 variant"

@@ -156,6 +156,36 @@ struct QuantiseArgs {
     int64_t dtype;
 };
 
+// The weights of one chain in one linear, and its bias.
+struct StepMatrix {
+    const void* weight;  // out_dim, in_dim contiguous
+    const void* bias;    // out_dim contiguous; may be null
+    int64_t in_dim, out_dim;
+};
+
+// A decode step of a gated model. Shapes: T tokens (packed), R requests, L layers, N chains of the model, of which the
+// first num_active run, D features of these, K kv heads, E head dim, B pages, P tokens per page, M table columns.
+struct StepArgs {
+    const StepMatrix* matrices;   // L, 5 N + 2: queries, N each; keys; values; output, gate, up and down, N each
+    const NormChain* norms;       // 2 L + 1, N: each layer's before attention and before the feed-forward; the final one
+    const int64_t* chain_heads;   // N: query heads
+    const int64_t* chain_rows;    // num_active: leading tokens that run the chain
+    void* k_pages;                // L, B, P, K, E contiguous
+    void* v_pages;                // likewise
+    const float* cos;             // T, E contiguous
+    const float* sin;
+    const int64_t* slots;         // T: page * P + token
+    const int32_t* block_table;   // R, M contiguous
+    const int32_t* context_lens;  // R
+    const int32_t* cu_seqlens_q;  // R + 1
+    void* x;                      // T, D contiguous: embeddings; afterwards the residual stream
+    void* y;                      // T, D contiguous: x after the final norm
+    int64_t num_layers, num_chains, num_active, num_tokens, num_requests;
+    int64_t num_kv_heads, head_dim, num_pages, page_tokens, table_columns;
+    float eps, scale;
+    int32_t dtype, attention_variant;
+};
+
 // One item of decode work: tokens [begin, end) of one request, all its heads and query tokens. Rows of a kv head are
 // (query token, query head), token-major; N of them for all kv heads.
 struct DecodeItem {

@@ -23,7 +23,7 @@ DecodeKernel decode(int32_t page_dtype, int64_t head_dim) {
 }
 
 LinearKernel linear(int32_t dtype) {
-    return dtype == kBfloat16 ? Linear<uint16_t>::kernel() : Linear<float>::kernel();
+    return dtype == kBfloat16 ? Linear<uint16_t, Widened>::kernel() : Linear<float, Widened>::kernel();
 }
 
 PackedKernel packed(int32_t) { return {nullptr, nullptr, 0, 0}; }
