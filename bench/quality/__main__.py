@@ -1,20 +1,26 @@
-"""Quality of sparse prefill attention on a real model: `make model && python -m bench.quality`.
+"""Quality of sparse prefill attention on a real model: `make model && python -m bench.quality --write-docs`.
 
 Python's language reference with facts planted in it is prefilled, dense and sparse. A decode node's engine then reads
 how the text goes on, which gives a perplexity, and is asked for each fact. Cells that the record has are not run again.
 """
 
 import argparse
+import json
 import shlex
 import sys
 from pathlib import Path
+
+import torch
+from rich.console import Console
 
 from bench.harness.environment import environment
 from bench.harness.suite import positive
 from bench.harness.units import length, parse_length
 from bench.quality.cells import cells
 from bench.quality.experiment import STRETCH, Experiment
+from bench.quality.plot import write_plot
 from bench.quality.records import Records
+from bench.quality.report import print_table, rows, source_of, write_table
 from bench.quality.text import PLACES, Corpus, paragraphs
 from cluster.cli.output import note
 from colm.checkpoint import Checkpoint
@@ -24,6 +30,7 @@ from colm.placement import CPU
 from colm.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
+_WIDTH_OF_A_FILE = 140
 
 
 class QualityOptions(argparse.Namespace):
@@ -35,11 +42,15 @@ class QualityOptions(argparse.Namespace):
     facts: int
     seed: int
     dtype: str
+    threads: int | None
     record: Path
+    docs: Path
+    json: bool
+    write_docs: bool
 
 
 def main() -> None:
-    """Run what is missing."""
+    """Run what is missing, then show everything."""
     options = parser().parse_args(namespace=QualityOptions())
     try:
         run(options)
@@ -58,7 +69,11 @@ def parser() -> argparse.ArgumentParser:
     add("--facts", type=positive, default=10, help=f"planted in each text, at most {len(PLACES)}; 10")
     add("--seed", type=int, default=0, help="of the facts; 0")
     add("--dtype", default=dtype_name(fastest_dtype(CPU)), help="of weights, keys and values")
+    add("--threads", type=positive, help="of PyTorch and of the kernels; PyTorch's own setting")
     add("--record", type=Path, default=ROOT / "bench/results/quality.jsonl", metavar="FILE", help="a line a cell")
+    add("--docs", type=Path, default=ROOT / "docs", metavar="DIR", help="the folder of quality.md and of plots/")
+    add("--json", action="store_true", help="end with one JSON object")
+    add("--write-docs", action="store_true", help="write table and plot into the docs; needs matplotlib")
     return parser
 
 
@@ -77,6 +92,8 @@ def run(options: QualityOptions) -> None:
         ColmError: the model cannot be read, or not at such a length.
         ValueError: an option's value is impossible.
     """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     checkpoint = Checkpoint.open(options.model)
     tokenizer = Tokenizer.load(checkpoint)
     if tokenizer is None:
@@ -102,6 +119,15 @@ def run(options: QualityOptions) -> None:
     for number, cell in enumerate(missing, start=1):
         note(f"{number}/{len(missing)} {cell}")
         records.add(cell, experiment.run(cell), seen)
+    found = rows(records.outcomes)
+    print_table(Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE), found)
+    if options.write_docs:
+        source = source_of(experiment.setting, records.environments)
+        write_plot(options.docs / "plots" / "quality.png", found, source)
+        write_table(options.docs / "quality.md", found, source)
+    if options.json:
+        record = seen | {"setting": experiment.setting, "rows": [row.as_json() for row in found]}
+        sys.stdout.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":
