@@ -47,9 +47,8 @@ class Outcome:
     """Layers that attended to everything."""
 
     def as_json(self) -> dict[str, Any]:
-        """For a record, with six decimals."""
-        rounded = {"nll_blocks": [round(each, 6) for each in self.nll_blocks], "density": round(self.density, 4)}
-        return asdict(self) | rounded
+        """For a record."""
+        return asdict(self)
 
     @classmethod
     def of_json(cls, data: Mapping[str, Any]) -> Self:
@@ -138,22 +137,20 @@ class Experiment:
             checkpoint,
             self._format,
             num_tokens=len(paper.prompt_N),
-            num_text_tokens=NUM_CONTINUED,
-            num_texts=len(planted),
+            max_text_tokens=NUM_CONTINUED,
         )
         plans = self._plans(cell)
         for tile in engine.run(paper.prompt_N, sparse=plans):
             if tile.num_tokens:
                 reading.write(tile)
         nlls = reading.nlls(paper.continuation_N)[-NUM_SCORED:].tolist()
-        questions = [self._encode(fact.question) for fact in planted]
-        answers = [self._encode(f" {fact.number}") for fact in planted]
+        asked = [(self._encode(fact.question), self._encode(f" {fact.number}")) for fact in planted]
         densities: Sequence[float] = (1.0,) if plans is None else plans.densities
         num_layers = self._format.num_layers - 1
         return Outcome(
-            nll_blocks=tuple(block_means(nlls, NUM_BLOCKS)),
-            found=tuple(reading.are_answered(questions, answers)),
-            density=sum(densities) / len(densities),
+            nll_blocks=tuple(round(each, 6) for each in block_means(nlls, NUM_BLOCKS)),
+            found=tuple(reading.is_answered(question_T, answer_T) for question_T, answer_T in asked),
+            density=round(sum(densities) / len(densities), 4),
             num_dense_layers=num_layers if plans is None else sum(each == 1.0 for each in densities),
         )
 

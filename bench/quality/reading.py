@@ -1,9 +1,9 @@
 """A prefilled prompt in a decode node's pages, and what the node's engine makes of texts that follow it.
 
-Shapes: N tokens of the prompt, T tokens of a text behind it, Q tokens with logits, V vocabulary, M pages.
+Shapes: T tokens of a text behind the prompt, Q tokens of it that are read at once, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -22,66 +22,43 @@ from decode_node.plan import PlanRow, StepPlan
 
 
 class Reading:
-    """The prompt's pages, which every text shares, and pages of its own for each text.
+    """The prompt's pages and some behind them, into which each text writes in place of the one before it.
 
     Args:
         checkpoint: the model, of which chain 1 reads.
         kv_format: of the keys and values.
-        num_tokens: of the prompt; whole pages.
-        num_text_tokens: of the longest text.
-        num_texts: texts that are read at once.
+        num_tokens: of the prompt.
+        max_text_tokens: of the longest text.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, kv_format: KvFormat, *, num_tokens: int, num_text_tokens: int, num_texts: int
-    ) -> None:
-        if num_tokens % PAGE_TOKENS:
-            raise ValueError(f"num_tokens={num_tokens} must be a multiple of {PAGE_TOKENS}, whole pages")
+    def __init__(self, checkpoint: Checkpoint, kv_format: KvFormat, *, num_tokens: int, max_text_tokens: int) -> None:
         layout = KvLayout(kv_format, PAGE_TOKENS)
-        shared, own = layout.pages(num_tokens), layout.pages(num_text_tokens)
         self._num_tokens = num_tokens
-        self._store = KvStore(layout, shared + num_texts * own)
-        pages_M = np.arange(self._store.num_pages, dtype=np.int32)
-        texts = np.split(pages_M[shared:], num_texts)
-        self._tables = [np.concatenate([pages_M[:shared], text_M]) for text_M in texts]
+        self._store = KvStore(layout, layout.pages(num_tokens + max_text_tokens))
+        self._table_M = np.arange(self._store.num_pages, dtype=np.int32)
         self._engine = DecodeEngine(checkpoint, self._store)
 
     def write(self, tile: KvTile) -> None:
         """Keep a tile of the prompt."""
-        self._store.write(self._tables[0], tile)
+        self._store.write(self._table_M, tile)
 
     def nlls(self, token_ids_T: NDArray[np.int64]) -> Tensor:
-        """-ln p of every token of one text but the first, float64 [T - 1]."""
-        found = []
-        for start in range(0, len(token_ids_T) - 1, MAX_QUERY_TOKENS):
-            read = token_ids_T[start : min(start + MAX_QUERY_TOKENS, len(token_ids_T) - 1)]
-            logits_QV = self._step([read], self._num_tokens + start, len(read))
-            following_Q = torch.from_numpy(token_ids_T[start + 1 : start + 1 + len(read)])
-            found.append(negative_log_likelihoods(logits_QV, following_Q))
-        return torch.cat(found)
+        """-ln p of every token of a text but the first, float64 [T - 1]."""
+        following_T = torch.from_numpy(token_ids_T[1:])
+        pairs = zip(self._logits(token_ids_T[:-1]), following_T.split(MAX_QUERY_TOKENS), strict=True)
+        return torch.cat([negative_log_likelihoods(logits_QV, following_Q) for logits_QV, following_Q in pairs])
 
-    def are_answered(self, questions: Sequence[NDArray[np.int64]], answers: Sequence[NDArray[np.int64]]) -> list[bool]:
-        """Whether greedy decoding goes on from each question with its answer.
+    def is_answered(self, question_T: NDArray[np.int64], answer_T: NDArray[np.int64]) -> bool:
+        """Whether greedy decoding goes on from a question with its answer.
 
         It does exactly if every token of the answer is the likeliest after those before it, so all are read at once.
-
-        Args:
-            questions: with its answer, each has at most `MAX_QUERY_TOKENS` + 1 tokens.
-            answers: of equal length.
         """
-        (num_answer_tokens,) = {len(answer) for answer in answers}
-        texts = [np.concatenate([question, answer])[:-1] for question, answer in zip(questions, answers, strict=True)]
-        logits_QV = self._step(texts, self._num_tokens, num_answer_tokens)
-        chosen = logits_QV.argmax(dim=1).view(len(answers), num_answer_tokens)
-        return (chosen == torch.from_numpy(np.stack(answers))).all(dim=1).tolist()
+        logits_TV = torch.cat(list(self._logits(np.concatenate([question_T, answer_T])[:-1])))
+        return logits_TV[-len(answer_T) :].argmax(dim=1).tolist() == answer_T.tolist()
 
-    def _step(self, texts: Sequence[NDArray[np.int64]], position: int, num_logits: int) -> Tensor:
-        tables = self._tables[: len(texts)]
-        return self._engine.step(
-            StepPlan(
-                tuple(
-                    PlanRow(tuple(text.tolist()), position, 1, table_M, num_logits)
-                    for text, table_M in zip(texts, tables, strict=True)
-                )
-            )
-        )
+    def _logits(self, token_ids_T: NDArray[np.int64]) -> Iterator[Tensor]:
+        """logits_QV of a text's tokens, some after the others."""
+        for start in range(0, len(token_ids_T), MAX_QUERY_TOKENS):
+            read = tuple(token_ids_T[start : start + MAX_QUERY_TOKENS].tolist())
+            row = PlanRow(read, self._num_tokens + start, 1, self._table_M, num_logits=len(read))
+            yield self._engine.step(StepPlan((row,)))
