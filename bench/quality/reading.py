@@ -54,7 +54,8 @@ class Reading:
         It does exactly if every token of the answer is the likeliest after those before it, so all are read at once.
         """
         logits_TV = torch.cat(list(self._logits(np.concatenate([question_T, answer_T])[:-1])))
-        return logits_TV[-len(answer_T) :].argmax(dim=1).tolist() == answer_T.tolist()
+        chosen_T = logits_TV[-len(answer_T) :].argmax(dim=1)
+        return torch.equal(chosen_T, torch.from_numpy(answer_T))
 
     def _logits(self, token_ids_T: NDArray[np.int64]) -> Iterator[Tensor]:
         """logits_QV of a text's tokens, some after the others."""
