@@ -16,7 +16,7 @@ from rich.console import Console
 from bench.harness.environment import environment
 from bench.harness.suite import positive
 from bench.harness.units import length, parse_length
-from bench.quality.cells import cells
+from bench.quality.cells import BASELINE, BUDGETS, Budget, cells
 from bench.quality.experiment import STRETCH, Experiment
 from bench.quality.plot import write_plot
 from bench.quality.records import Records
@@ -38,6 +38,7 @@ class QualityOptions(argparse.Namespace):
 
     model: Path
     lengths: list[int]
+    attention: list[Budget] | None
     texts: int
     facts: int
     seed: int
@@ -65,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"), metavar="DIR", help="a checkpoint")
     add("--lengths", type=lengths, default="2K,4K,8K,16K,32K", help="of texts; longer than the context: with YaRN")
+    add("--attention", type=budgets, metavar="NAMES", help="e.g. 'mass 0.9,keys 1024': only these, beside dense")
     add("--texts", type=positive, default=1, help="of each length; 1")
     add("--facts", type=positive, default=10, help=f"planted in each text, at most {len(PLACES)}; 10")
     add("--seed", type=int, default=0, help="of the facts; 0")
@@ -83,6 +85,15 @@ def lengths(text: str) -> list[int]:
         return [parse_length(each) for each in text.split(",")]
     except ValueError as err:
         raise argparse.ArgumentTypeError(str(err)) from err
+
+
+def budgets(text: str) -> list[Budget]:
+    """An option's kinds of attention, by the names that the table has."""
+    known = {str(budget): budget for budget in BUDGETS}
+    names = text.split(",")
+    if unknown := sorted(set(names) - set(known)):
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; use some of {', '.join(known)}")
+    return [known[name] for name in names]
 
 
 def run(options: QualityOptions) -> None:
@@ -114,7 +125,8 @@ def run(options: QualityOptions) -> None:
     )
     records = Records(options.record, experiment.setting)
     wanted = cells(options.lengths, num_texts=options.texts, max_context=max_context)
-    missing = [cell for cell in wanted if cell not in records.outcomes]
+    chosen = BUDGETS if options.attention is None else options.attention
+    missing = [cell for cell in wanted if cell.budget in (BASELINE, *chosen) and cell not in records.outcomes]
     seen = environment() | {"command": shlex.join(["python", "-m", "bench.quality", *sys.argv[1:]])}
     for number, cell in enumerate(missing, start=1):
         note(f"{number}/{len(missing)} {cell}")

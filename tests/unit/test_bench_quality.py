@@ -322,10 +322,9 @@ def test_the_command_runs_what_the_record_has_not(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "paragraphs", lambda: PARTS)
-    monkeypatch.setattr("bench.quality.cells.BUDGETS", (KEYS.budget,))
-    monkeypatch.setattr("bench.quality.cells.AUDITED", ())
     words = ["--model", str(checkpoint.path), "--record", str(tmp_path / "q.jsonl"), "--facts", "2", "--lengths", "2K"]
-    monkeypatch.setattr(sys, "argv", ["bench.quality", *words, "--dtype", "float32", "--json"])
+    words += ["--attention", "keys 512", "--dtype", "float32", "--json"]
+    monkeypatch.setattr(sys, "argv", ["bench.quality", *words])
     command.main()
     out, err = capsys.readouterr()
     assert err == "1/2 2K, text 0, dense\n2/2 2K, text 0, keys 512\n"
@@ -335,6 +334,22 @@ def test_the_command_runs_what_the_record_has_not(
     again, err = capsys.readouterr()
     assert err == ""
     assert json.loads(again.splitlines()[-1])["rows"] == record["rows"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--attention", "mass 0.95,keys 1000"], "'keys 1000' is unknown; use some of mass 0.8, mass 0.9,"),
+        (["--lengths", "2K,8k"], "length '8k' is not one; write e.g. 2K, 1M or 1000"),
+    ],
+)
+def test_options_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.quality", *words])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_length_beyond_the_stretched_context_is_refused(
