@@ -39,6 +39,7 @@ _PLAN = "tests/unit/test_sparse_plan.py::"
 _SPARSE_ENGINE = "tests/numerics/test_sparse_prefill_engine.py::"
 _PACKED = "tests/numerics/test_packed_linear.py::"
 _AUDIT = "tests/unit/test_sparse_audit.py::"
+_QUALITY = "tests/unit/test_bench_quality.py::"
 
 MUTANTS = (
     # Who holds pages and engines.
@@ -977,6 +978,28 @@ MUTANTS = (
         "            if is_inside:\n",
         "            if False:\n",
         "tests/unit/test_bench_prefill.py::test_each_operation_of_the_engine_is_timed_once_under_its_part",
+    ),
+    # What the quality benchmark says.
+    Mutant(
+        "an interval of 95% is one of 90%",
+        "bench/quality/metrics.py",
+        "tail = (1.0 - confidence) / 2.0",
+        "tail = 1.0 - confidence",
+        _QUALITY + "test_the_interval_is_clopper_and_pearsons",
+    ),
+    Mutant(
+        "the first tokens behind a prompt are scored in place of the last",
+        "bench/quality/experiment.py",
+        "[-NUM_SCORED:]",
+        "[:NUM_SCORED]",
+        _QUALITY + "test_a_dense_cell_reads_the_last_tokens_as_the_whole_model_does",
+    ),
+    Mutant(
+        "facts take the room of the text's end",
+        "bench/quality/text.py",
+        "    stop = end - num_continued\n",
+        "    stop = end - num_continued - sum(map(len, sentences))\n",
+        _QUALITY + "test_facts_stand_between_paragraphs_at_even_depths",
     ),
     # Sparse attention.
     Mutant(
