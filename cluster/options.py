@@ -143,6 +143,8 @@ class SecuritySection(_Section):
     """auto makes a token that clients must send, and `colm submit` on this machine finds; off admits every client."""
     tls: Literal["auto", "off"] = "auto"
     """auto makes certificates, and encrypts the gateway's and the nodes' connections; off leaves them in plaintext."""
+    folder: Path | None = None
+    """Folder of `colm secrets`, at the same path on every machine; with ray.address only. Else `colm up` makes one."""
 
 
 class RaySection(_Section):
@@ -150,6 +152,8 @@ class RaySection(_Section):
 
     address: str | None = None
     """Running Ray cluster to join, e.g. "auto" or "10.0.0.1:6379"; by default `colm up` starts one here."""
+    insecure: bool = False
+    """Join a Ray that demands no token: whoever reaches its ports can then run code on every machine of it."""
     ready_timeout_s: PositiveFloat = 300.0
     """Seconds that replicas may take to load before `colm up` gives up."""
 
@@ -214,6 +218,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
     _check_limits(config)
     _check_devices(config)
     _check_sparse(config.prefill)
+    _check_secrets(config)
     return config
 
 
@@ -244,6 +249,19 @@ def _check_devices(config: ClusterConfig) -> None:
         raise ConfigError(
             f"prefill.attention_backend={backend!r} needs a GPU, and the prefill replicas compute on the CPU; "
             'set attention_backend = "auto", or prefill.num_gpus = 1'
+        )
+
+
+def _check_secrets(config: ClusterConfig) -> None:
+    address, folder = config.ray.address, config.security.folder
+    if address is not None and folder is None:
+        raise ConfigError(
+            f"ray.address={address!r} needs security.folder: make one with `colm secrets DIR`, copy it to the same "
+            "path on every machine, and give --secrets DIR"
+        )
+    if address is None and folder is not None:
+        raise ConfigError(
+            f"security.folder={str(folder)!r} needs ray.address; a Ray that `colm up` starts has secrets of its own"
         )
 
 

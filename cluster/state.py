@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from colm.wire.security import Security, Tls
 _FILE = "cluster.json"
 _JOINED_FILE = "joined"
 _LOCK_FILE = "lock"
+SECRETS = "secrets"
+"""Folder of the secrets that `colm up` makes for a Ray of its own."""
 
 
 def write_private(path: Path, text: str) -> None:
@@ -114,6 +117,7 @@ class ClusterState:
 
     @staticmethod
     def forget(state_dir: Path) -> None:
-        """Delete the state files."""
+        """Delete the state files and the cluster's own secrets."""
         for name in (_FILE, _JOINED_FILE):
             (state_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(state_dir / SECRETS, ignore_errors=True)

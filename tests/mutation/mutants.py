@@ -440,6 +440,27 @@ MUTANTS = (
         "tests/unit/test_ray_files.py::test_nothing_is_left_but_the_last_clusters_logs_for_this_user",
     ),
     Mutant(
+        "an empty token opens a server",
+        "cluster/secret_files.py",
+        "        if not text:\n",
+        "        if False:\n",
+        "tests/unit/test_secret_files.py::test_a_secret_that_is_missing_empty_or_open_is_refused_by_name",
+    ),
+    Mutant(
+        "clients have the nodes' token",
+        "cluster/secret_files.py",
+        "token=self._read(_CLIENT_TOKEN)",
+        "token=self._read(_NODE_TOKEN)",
+        "tests/unit/test_secret_files.py::test_clients_and_nodes_have_tokens_of_their_own_and_one_certificate",
+    ),
+    Mutant(
+        "a Ray that cannot be asked counts as closed",
+        "cluster/ray_guard.py",
+        "            if code is grpc.StatusCode.UNAUTHENTICATED:\n",
+        "            if code is not grpc.StatusCode.OK:\n",
+        "tests/e2e/test_open_ray.py::test_a_ray_that_cannot_be_asked_is_not_taken_for_a_closed_one",
+    ),
+    Mutant(
         "a stranger's folder is taken for Ray's",
         "cluster/ray_files.py",
         " and not found.st_mode & 0o077",
