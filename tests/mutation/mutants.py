@@ -440,6 +440,20 @@ MUTANTS = (
         "tests/unit/test_ray_files.py::test_nothing_is_left_but_the_last_clusters_logs_for_this_user",
     ),
     Mutant(
+        "a chat template writes as much as it likes",
+        "colm/text/chat_template_child.py",
+        'if len(answer.get("text", "")) > task["max_chars"]:',
+        "if False:",
+        "tests/unit/test_chat_template.py::test_a_template_that_takes_too_much_is_refused_at_load",
+    ),
+    Mutant(
+        "yesterday's date stays in the prompt",
+        "colm/text/chat_template.py",
+        "if any(now.strftime(pattern) != written for",
+        "if any(False for",
+        "tests/unit/test_chat_template.py::test_a_date_is_that_of_the_request_in_its_own_zone",
+    ),
+    Mutant(
         "an empty token opens a server",
         "cluster/secret_files.py",
         "        if not text:\n",
