@@ -12,13 +12,13 @@ from cluster.local_ray import free_port, is_left, is_running, show_token, start_
 from cluster.options import ClusterConfig, SecuritySection
 from cluster.ray_files import new_ray_root, remove_ray_root
 from cluster.secret_files import SecretFiles, write_secrets
-from cluster.state import SECRETS, ClusterState, alone, note_joined, read_joined
+from cluster.state import SECRETS, ClusterState, alone, make_state_dir, note_joined, read_joined
 from colm.checkpoint import Checkpoint
 from colm.dtypes import parse_dtype
 from colm.errors import ClusterError, ConfigError
 from colm.kv import KvFormat
 from colm.placement import parse_device, why_unusable
-from colm.wire.endpoint import why_not
+from colm.wire.endpoint import is_loopback, why_not
 from decode_node.kv_layout import KvLayout
 from prefill_node.sparse.patterns import PatternFile
 
@@ -47,7 +47,7 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
         PatternFile.read(config.prefill.sparse_patterns, checkpoint.config)
     if config.ray.address is None:
         _check_devices(config)
-    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_state_dir(state_dir)
     with alone(state_dir), Interrupts() as interrupts:
         if ClusterState.read(state_dir) is not None:
             raise ClusterError(f"a cluster is up already (state in {state_dir}); run `colm down` first")
@@ -142,6 +142,18 @@ def _with_port(config: ClusterConfig) -> ClusterConfig:
     return config.model_copy(update={"gateway": gateway.model_copy(update={"port": port})})
 
 
+def _dangers(config: ClusterConfig) -> list[str]:
+    dangers = []
+    if config.ray.insecure:
+        dangers.append("whoever reaches the ports of this Ray can run code on its machines")
+    if not is_loopback(host := config.gateway.host):
+        if config.security.token == "off":
+            dangers.append(f"gateway.host={host!r} admits other machines, and security.token='off' every one of them")
+        if config.security.tls == "off":
+            dangers.append(f"gateway.host={host!r} admits other machines, and security.tls='off' in plaintext")
+    return dangers
+
+
 def _secrets(section: SecuritySection, state_dir: Path) -> SecretFiles:
     folder = section.folder
     if folder is None:
@@ -170,8 +182,8 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
         if ray_pid is None:
             note_joined(state_dir, address)
 
-    if config.ray.insecure:
-        say("insecure: whoever reaches the ports of this Ray can run code on its machines")
+    for danger in _dangers(config):
+        say(f"insecure: {danger}")
     say(f"loading {checkpoint.path.name}: {config.prefill.replicas} prefill, {config.decode.replicas} decode")
     deployed = deployment.deploy(config, checkpoint, secrets, ray_address, note_address)
     return ClusterState(

@@ -23,11 +23,22 @@ SECRETS = "secrets"
 def write_private(path: Path, text: str) -> None:
     """Write a file that only this user can read; it appears complete or not at all."""
     partial = path.with_name(f"{path.name}.new")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        os.fchmod(descriptor, 0o600)  # a leftover keeps its own mode when it is opened
+    partial.unlink(missing_ok=True)  # a leftover, or a link to where others read
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
     partial.replace(path)
+
+
+def make_state_dir(state_dir: Path) -> None:
+    """Make the directory, or see that the one that is there is this user's.
+
+    Raises:
+        ClusterError: others may write into it, and so plant links in place of logs and secrets.
+    """
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = state_dir.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ClusterError(f"others may write into {state_dir}; make it yours and chmod it to 700, or name another one")
 
 
 @contextmanager
@@ -83,7 +94,7 @@ class ClusterState:
 
     def write(self, state_dir: Path) -> None:
         """Write the state file, which only this user can read."""
-        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_state_dir(state_dir)
         body = json.dumps({name: getattr(self, name) for name in self.__slots__}, indent=2)
         write_private(state_dir / _FILE, body + "\n")
 

@@ -454,6 +454,13 @@ MUTANTS = (
         "tests/unit/test_chat_template.py::test_a_date_is_that_of_the_request_in_its_own_zone",
     ),
     Mutant(
+        "others may plant links among the secrets",
+        "cluster/state.py",
+        "found.st_uid != os.getuid() or found.st_mode & 0o022",
+        "found.st_uid != os.getuid()",
+        "tests/unit/test_state.py::test_a_directory_into_which_others_may_write_is_refused",
+    ),
+    Mutant(
         "an empty token opens a server",
         "cluster/secret_files.py",
         "        if not text:\n",

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.lifecycle import up
+from cluster.lifecycle import _dangers, up
 from cluster.options import load_config
 from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError
@@ -88,6 +88,19 @@ def test_up_tells_a_host_that_is_not_ours_from_a_taken_port(checkpoint: Checkpoi
         assert "is taken" in refusal
     assert f"gateway.host='{ELSEWHERE}'" in (refusal := bring_up(ELSEWHERE, 0))
     assert "not an address of this machine" in refusal
+
+
+@pytest.mark.parametrize(
+    ("host", "dangers"), [("127.0.0.1", []), (LOOPBACK, []), (EVERYWHERE, ["token='off'", "tls='off'"])]
+)
+def test_a_gateway_that_admits_other_machines_without_token_or_tls_is_called_insecure(
+    host: str, dangers: list[str]
+) -> None:
+    """Bug: nobody was warned."""
+    switched_off = {"security.token": "off", "security.tls": "off"}
+    told = _dangers(load_config(None, {"gateway.host": host} | switched_off))
+    assert [danger.rpartition("security.")[2].split()[0] for danger in told] == dangers
+    assert not _dangers(load_config(None, {"gateway.host": host}))
 
 
 async def test_nodes_serve_each_other_over_ipv6(checkpoint: Checkpoint) -> None:
