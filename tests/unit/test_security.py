@@ -6,11 +6,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from colm.wire.endpoint import bind, create_server, open_blocking_channel, open_channel
-from colm.wire.security import AUTHORIZATION, Security, Tls, new_tls, new_token
+from colm.wire.security import AUTHORIZATION, CLUSTER_NAME, Security, Tls, new_tls, new_token
 from colm.wire.tile_codec import pull_kv_handlers
 from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
@@ -170,6 +172,18 @@ async def test_a_certificate_for_another_name_is_refused() -> None:
     async with serving(Security(token=TOKEN, tls=TLS)) as address:
         error = await refusal(ask_status, address, client)
     assert error.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_certificates_pass_strict_checks_for_what_they_are_made_for_and_not_for_ever() -> None:
+    """Bug: they had no key identifiers and no key usage, and lived ten years."""
+    assert TLS.cert_pem is not None
+    authority, certificate = (x509.load_pem_x509_certificate(pem) for pem in (TLS.ca_pem, TLS.cert_pem))
+    policy = PolicyBuilder().store(Store([authority]))
+    assert policy.build_server_verifier(x509.DNSName(CLUSTER_NAME)).verify(certificate, [])
+    with pytest.raises(VerificationError):
+        policy.build_client_verifier().verify(certificate, [])
+    for made in (authority, certificate):
+        assert (made.not_valid_after_utc - made.not_valid_before_utc).days < 400
 
 
 async def test_a_clients_token_does_not_open_a_node(tmp_path: Path) -> None:
