@@ -1,6 +1,5 @@
 """The Ray Serve application: a gateway over a decode pool over a prefill pool."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from cluster.options import ClusterConfig, PrefillSection
 from cluster.replicas.decode import DecodeReplica
 from cluster.replicas.gateway import GatewayOptions, GatewayReplica
 from cluster.replicas.prefill import PrefillReplica
+from cluster.secret_files import SecretFiles
 from colm.placement import Placement
-from colm.wire.security import Security, new_tls, new_token
 from decode_node.node import DecodeOptions
 from prefill_node.node import PrefillOptions
 
@@ -29,23 +28,8 @@ _HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 30.0}
 _SHUTDOWN = {"graceful_shutdown_timeout_s": 8.0, "graceful_shutdown_wait_loop_s": 0.2}
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterSecurity:
-    """Clients and nodes have tokens of their own, so a client cannot pull anybody's keys and values."""
-
-    clients: Security
-    nodes: Security
-
-
-def make_security(config: ClusterConfig) -> ClusterSecurity:
-    """Fresh secrets for a new cluster."""
-    tls = new_tls() if config.security.tls == "auto" else None
-    client_token = new_token() if config.security.token == "auto" else None
-    return ClusterSecurity(Security(token=client_token, tls=tls), Security(token=new_token(), tls=tls))
-
-
-def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) -> serve.Application:
-    """Bind the three deployments together."""
+def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serve.Application:
+    """Bind the three deployments together. Ray keeps what they are bound to, so no secret is among it."""
     dtype = config.resolved_dtype
     model = str(model_path)
     report_to = (GATEWAY, APPLICATION)
@@ -61,7 +45,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
             placement=Placement.of(config.prefill.resolved_device, dtype, config.prefill.num_threads),
             settings=_with_whole_path(config.prefill),
         ),
-        security.nodes,
+        secrets,
         report_to,
     )
     decode = _deployment(
@@ -76,7 +60,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
             placement=Placement.of(config.decode.resolved_device, dtype, config.decode.num_threads),
             settings=config.decode,
         ),
-        security.nodes,
+        secrets,
         prefill,
         config.prefill.replicas,
         config.prefill.max_queued,
@@ -110,8 +94,7 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
                 max_timeout_s=gateway.max_timeout_s,
             ),
         ),
-        security.clients,
-        security.nodes,
+        secrets,
         decode,
     )
 

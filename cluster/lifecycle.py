@@ -1,6 +1,7 @@
 """`colm up` and `colm down`: start and stop Ray, the application and the state file."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,15 +9,16 @@ import torch
 
 from cluster.interrupts import Interrupts
 from cluster.local_ray import free_port, is_left, is_running, show_token, start_ray, stop_ray
-from cluster.options import ClusterConfig
+from cluster.options import ClusterConfig, SecuritySection
 from cluster.ray_files import new_ray_root, remove_ray_root
-from cluster.state import ClusterState, alone, note_joined, read_joined
+from cluster.secret_files import SecretFiles, write_secrets
+from cluster.state import SECRETS, ClusterState, alone, make_state_dir, note_joined, read_joined
 from colm.checkpoint import Checkpoint
 from colm.dtypes import parse_dtype
 from colm.errors import ClusterError, ConfigError
 from colm.kv import KvFormat
 from colm.placement import parse_device, why_unusable
-from colm.wire.endpoint import why_not
+from colm.wire.endpoint import is_loopback, why_not
 from decode_node.kv_layout import KvLayout
 from prefill_node.memory import require_room_for_a_tile
 from prefill_node.sparse.patterns import PatternFile
@@ -45,7 +47,7 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
     _check_prefill(config, checkpoint)
     if config.ray.address is None:
         _check_devices(config)
-    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_state_dir(state_dir)
     with alone(state_dir), Interrupts() as interrupts:
         if ClusterState.read(state_dir) is not None:
             raise ClusterError(f"a cluster is up already (state in {state_dir}); run `colm down` first")
@@ -153,7 +155,32 @@ def _with_port(config: ClusterConfig) -> ClusterConfig:
     return config.model_copy(update={"gateway": gateway.model_copy(update={"port": port})})
 
 
+def _dangers(config: ClusterConfig) -> list[str]:
+    dangers = []
+    if config.ray.insecure:
+        dangers.append("whoever reaches the ports of this Ray can run code on its machines")
+    if not is_loopback(host := config.gateway.host):
+        if config.security.token == "off":
+            dangers.append(f"gateway.host={host!r} admits other machines, and security.token='off' every one of them")
+        if config.security.tls == "off":
+            dangers.append(f"gateway.host={host!r} admits other machines, and security.tls='off' in plaintext")
+    return dangers
+
+
+def _secrets(section: SecuritySection, state_dir: Path) -> SecretFiles:
+    folder = section.folder
+    if folder is None:
+        folder = state_dir / SECRETS
+        shutil.rmtree(folder, ignore_errors=True)  # a killed `up` may have left it
+        write_secrets(folder)
+    return SecretFiles(
+        folder=str(folder.absolute()), has_tls=section.tls == "auto", has_client_token=section.token == "auto"
+    )
+
+
 def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, say: Say) -> ClusterState:
+    secrets = _secrets(config.security, state_dir)
+    clients = secrets.of_clients()
     ray_address, ray_pid = config.ray.address, None
     if ray_address is None:
         config = _with_port(config)
@@ -168,13 +195,14 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
         if ray_pid is None:
             note_joined(state_dir, address)
 
+    for danger in _dangers(config):
+        say(f"insecure: {danger}")
     say(f"loading {checkpoint.path.name}: {config.prefill.replicas} prefill, {config.decode.replicas} decode")
-    deployed = deployment.deploy(config, checkpoint, ray_address, note_address)
-    tls = deployed.security.tls
+    deployed = deployment.deploy(config, checkpoint, secrets, ray_address, note_address)
     return ClusterState(
         gateway_address=deployed.gateway_address,
         ray_address=deployed.ray_address,
         ray_pid=ray_pid,
-        client_token=deployed.security.token,
-        ca_pem=None if tls is None else tls.ca_pem.decode(),
+        client_token=clients.token,
+        ca_pem=None if clients.tls is None else clients.tls.ca_pem.decode(),
     )

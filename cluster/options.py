@@ -89,6 +89,8 @@ class SecuritySection(Settings):
     """auto makes a token that clients must send, and `colm submit` on this machine finds; off admits every client."""
     tls: Literal["auto", "off"] = "auto"
     """auto makes certificates, and encrypts the gateway's and the nodes' connections; off leaves them in plaintext."""
+    folder: Path | None = None
+    """Folder of `colm secrets`, at the same path on every machine; with ray.address only. Else `colm up` makes one."""
 
 
 class RaySection(Settings):
@@ -96,6 +98,8 @@ class RaySection(Settings):
 
     address: str | None = None
     """Running Ray cluster to join, e.g. "auto" or "10.0.0.1:6379"; by default `colm up` starts one here."""
+    insecure: bool = False
+    """Join a Ray that demands no token: whoever reaches its ports can then run code on every machine of it."""
     ready_timeout_s: PositiveFloat = 300.0
     """Seconds that replicas may take to load before `colm up` gives up."""
 
@@ -159,6 +163,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
         raise ConfigError(explain(err, str)) from err
     _check_limits(config)
     _check_devices(config)
+    _check_secrets(config)
     return config
 
 
@@ -189,6 +194,19 @@ def _check_devices(config: ClusterConfig) -> None:
         raise ConfigError(
             f"prefill.attention_backend={backend!r} needs a GPU, and the prefill replicas compute on the CPU; "
             'set attention_backend = "auto", or prefill.num_gpus = 1'
+        )
+
+
+def _check_secrets(config: ClusterConfig) -> None:
+    address, folder = config.ray.address, config.security.folder
+    if address is not None and folder is None:
+        raise ConfigError(
+            f"ray.address={address!r} needs security.folder: make one with `colm secrets DIR`, copy it to the same "
+            "path on every machine, and give --secrets DIR"
+        )
+    if address is None and folder is not None:
+        raise ConfigError(
+            f"security.folder={str(folder)!r} needs ray.address; a Ray that `colm up` starts has secrets of its own"
         )
 
 

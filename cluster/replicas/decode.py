@@ -12,10 +12,10 @@ from ray import serve
 from cluster.replicas.lender import LEASE_TTL_S, ServeLender
 from cluster.replicas.reporting import keep_reporting, log_beside
 from cluster.replicas.serve_port import keep_serve_port_shut
+from cluster.secret_files import SecretFiles
 from colm.leases import LeaseTable
 from colm.line import Beat
 from colm.nodes import NodeReport, ProcessFacts, Role
-from colm.wire.security import Security
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import PrefillLease, no_other
 
@@ -62,7 +62,7 @@ class DecodeReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         options: DecodeOptions,
-        security: Security,
+        secrets: SecretFiles,
         prefill: Any,
         num_prefill: int,
         max_waiting_for_prefill: int,
@@ -76,7 +76,7 @@ class DecodeReplica:
         self._prefill_pool = ServePrefillPool(
             prefill, num_replicas=num_prefill, max_waiting=max_waiting_for_prefill, is_alone=is_alone
         )
-        self._node = DecodeNode(here, security, self._prefill_pool, self._leases)
+        self._node = DecodeNode(here, secrets.of_nodes(), self._prefill_pool, self._leases)
         await self._node.start()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         handle: Any = serve.get_deployment_handle(*gateway)

@@ -11,9 +11,9 @@ from ray import serve
 from cluster.replicas.lender import LEASE_TTL_S
 from cluster.replicas.reporting import keep_reporting, log_beside
 from cluster.replicas.serve_port import keep_serve_port_shut
+from cluster.secret_files import SecretFiles
 from colm.leases import LeaseTable
 from colm.nodes import NodeReport, ProcessFacts, Role
-from colm.wire.security import Security
 from prefill_node.node import PrefillNode, PrefillOptions
 
 
@@ -26,13 +26,13 @@ class PrefillReplica:
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, options: PrefillOptions, security: Security, gateway: tuple[str, str]
+        self, options: PrefillOptions, secrets: SecretFiles, gateway: tuple[str, str]
     ) -> None:
         log_beside("ray.serve")
         keep_serve_port_shut()
         self._leases = LeaseTable(LEASE_TTL_S)
         here = replace(options, host=ray.util.get_node_ip_address())
-        self._node = PrefillNode(here, security, self._leases)
+        self._node = PrefillNode(here, secrets.of_nodes(), self._leases)
         await self._node.start()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         handle: Any = serve.get_deployment_handle(*gateway)
