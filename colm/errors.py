@@ -51,6 +51,10 @@ class PeerFailed(ColmError):
     """Another process answered that it failed for a reason of its own; another replica may succeed."""
 
 
+class NotFinite(ColmError):
+    """The model's numbers have become NaN or infinite, and would on any other replica."""
+
+
 class FingerprintMismatch(ColmError):
     """The two ends of a KV stream do not serve the same chain 1, dtype or layout."""
 

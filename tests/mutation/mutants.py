@@ -950,6 +950,27 @@ MUTANTS = (
     ),
     # What is refused before it is served.
     Mutant(
+        "values that are not finite are sent",
+        "prefill_node/encoded_tile.py",
+        "if not (is_finite(tile.k_KTD) and is_finite(tile.v_KTD)):",
+        "if not is_finite(tile.k_KTD):",
+        "tests/fault/test_not_finite.py::test_a_tile_that_is_not_finite_is_not_sent",
+    ),
+    Mutant(
+        "negative infinities are finite",
+        "colm/finite.py",
+        " and bits.view(_UNSIGNED[tensor.dtype]).max() < sign + infinity",
+        "",
+        "tests/unit/test_finite.py::test_one_is_found_wherever_it_stands",
+    ),
+    Mutant(
+        "a model that overflows is tried on every node",
+        "colm/wire/status.py",
+        "    (NotFinite, grpc.StatusCode.INTERNAL, _Kind.KIND_NOT_FINITE),\n",
+        "",
+        "tests/fault/test_not_finite.py::test_a_request_ends_at_the_tile_and_is_not_tried_again",
+    ),
+    Mutant(
         "a tile may be larger than memory",
         "prefill_node/memory.py",
         "tile_tokens=longest)) > memory_bytes:",
