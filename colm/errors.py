@@ -47,6 +47,10 @@ class TransferSuperseded(PeerUnavailable):
     """A newer stream has taken over what this one was reading."""
 
 
+class ReaderStalled(PeerUnavailable):
+    """The reader of a stream has acknowledged nothing for too long, so what it was to read has been dropped."""
+
+
 class PeerFailed(ColmError):
     """Another process answered that it failed for a reason of its own; another replica may succeed."""
 

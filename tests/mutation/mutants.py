@@ -948,6 +948,27 @@ MUTANTS = (
         "]",
         "tests/unit/test_prefill_pool.py::test_a_node_that_rests_is_not_another_that_is_free",
     ),
+    Mutant(
+        "a reader may stall for ever while nobody waits",
+        "prefill_node/prefill_loop.py",
+        "if now_s < job.stalled_since_s + limit_s:",
+        "if not is_wanted or now_s < job.stalled_since_s + limit_s:",
+        "tests/unit/test_prefill_stalls.py::test_a_reader_has_longer_while_nobody_waits_for_its_memory",
+    ),
+    Mutant(
+        "a reader is hurried although nobody waits",
+        "prefill_node/prefill_loop.py",
+        "else (UNHURRIED_STALLS * self._stall_s",
+        "else (self._stall_s",
+        "tests/unit/test_prefill_stalls.py::test_a_reader_has_longer_while_nobody_waits_for_its_memory",
+    ),
+    Mutant(
+        "an acknowledgement of nothing begins a reader's time anew",
+        "prefill_node/prefill_job.py",
+        "        if position > self.acknowledged:\n            self.stalled_since_s = None\n",
+        "        self.stalled_since_s = None\n",
+        "tests/unit/test_prefill_stalls.py::test_each_acknowledgement_begins_the_time_anew_and_one_of_nothing_does_not",
+    ),
     # What is refused before it is served.
     Mutant(
         "values that are not finite are sent",
