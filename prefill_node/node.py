@@ -83,6 +83,7 @@ class PrefillNode:
             max_queued_s=settings.max_queued_s,
             memory_bytes=loaded.memory_bytes,
             lease_s=options.job_lease_s,
+            stall_s=settings.stall_s,
         )
         self.service = PrefillService(
             loaded.engine, self._loop, fingerprint=self.fingerprint, planner=loaded.planner, leases=self._leases

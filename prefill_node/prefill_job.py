@@ -78,6 +78,8 @@ class PrefillJob:
         self.error: BaseException | None = None
         """What the job failed with."""
         self.is_started = False
+        self.stalled_since_s: float | None = None
+        """Since when the reader alone can go on; None while the engine can. Written by the loop."""
         self.acknowledged = order.resume_from
         self.end = KvPosition(kv_format.num_layers, 0)
         self._costs = costs
@@ -113,6 +115,11 @@ class PrefillJob:
     def has_room(self) -> bool:
         """The window takes another tile."""
         return self._window_bytes < WINDOW_BYTES
+
+    @property
+    def waits_for_reader(self) -> bool:
+        """It holds tiles, and nothing can be done for it until its reader has stored some."""
+        return self.has_reader and self._window_bytes > 0 and (self.is_computed or not self.has_room)
 
     @property
     def room_bytes(self) -> int:
@@ -179,6 +186,14 @@ class PrefillJob:
         self.error = error
         self.cancel()
 
+    def drop(self, error: BaseException) -> None:
+        """End with an error at once: the tiles that there are go too, and a reader that does not take them."""
+        self._window.clear()
+        self._window_bytes = 0
+        self.fail(error)
+        if self.stream is not None:
+            self.stream.break_off()
+
     def cancel(self) -> None:
         """Give the work up, wherever it is; nothing of it is held but by a step that still runs."""
         self.cancelled.set()
@@ -199,6 +214,7 @@ class PrefillJob:
         """
         self.require_newer(order)
         older, self.epoch, self.lease_ends_s = self.stream, order.epoch, None
+        self.stalled_since_s = None
         self.acknowledged = order.resume_from
         self._drop_stored()
         self.stream = JobStream(self, order)
@@ -219,6 +235,8 @@ class PrefillJob:
 
     def acknowledge(self, position: KvPosition) -> None:
         """Forget what lies before a position; the reader has stored it."""
+        if position > self.acknowledged:
+            self.stalled_since_s = None
         self.acknowledged = position
         self._drop_stored()
         self._on_change()
@@ -292,6 +310,8 @@ class JobStream:
         self.job = job
         self.news = asyncio.Event()
         """Set whenever there may be something to take or to say."""
+        self.break_off: Callable[[], None] = lambda: None
+        """Called when the job is dropped, also while the reader is in the middle of a write."""
         self._epoch = order.epoch
         self._read = order.resume_from
         self._number = job.first_number

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from colm.clock import Clock
-from colm.errors import CapacityExceeded, InvalidRequest, PeerUnavailable, TransferSuperseded
+from colm.errors import CapacityExceeded, InvalidRequest, PeerUnavailable, ReaderStalled, TransferSuperseded
 from colm.kv import KvTile
 from colm.kv_position import KV_START, KvPosition
 from colm.line import BEAT_INTERVAL_S, wait_at_most
@@ -20,6 +20,8 @@ from prefill_node.prefill_run import PrefillRun
 
 QUANTUM_S = 0.010
 """Work for which the policy is not asked again: of a short prompt, several steps. A step is never divided."""
+UNHURRIED_STALLS = 10
+"""How many times as long a reader may store nothing while nobody waits for the memory of its job."""
 
 WaitBeat = Callable[[Wait], Awaitable[None]]
 """Told of a wait as it begins, when a job has begun, and every `BEAT_INTERVAL_S`."""
@@ -45,6 +47,8 @@ class PrefillLoop:
         memory_bytes: what jobs that have begun may hold together: each its prompt's hidden states, one layer of its
             keys and values, and a window of tiles.
         lease_s: how long a job without a stream is kept.
+        stall_s: how long a reader may store nothing while somebody waits for its job's memory; else
+            `UNHURRIED_STALLS` times as long.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class PrefillLoop:
         max_queued_s: float,
         memory_bytes: int,
         lease_s: float,
+        stall_s: float,
     ) -> None:
         self._engine = engine
         self._costs = costs
@@ -65,6 +70,7 @@ class PrefillLoop:
         self._max_queued_s = max_queued_s
         self._memory_bytes = memory_bytes
         self._lease_s = lease_s
+        self._stall_s = stall_s
         self._events = asyncio.get_running_loop()
         self._jobs: dict[str, PrefillJob] = {}
         self._places = count()
@@ -167,9 +173,10 @@ class PrefillLoop:
         for job in list(self._jobs.values()):
             if job.is_over or (job.lease_ends_s is not None and job.lease_ends_s <= now_s):
                 self._forget(job)
+        stalls_end_s = self._drop_stalled(now_s)
         if not self._stepping:
             self._step_next()
-        self._watch_leases(now_s)
+        self._look_again_when(stalls_end_s, now_s)
 
     async def stop(self) -> None:
         """End every job and the thread."""
@@ -238,10 +245,37 @@ class PrefillLoop:
         del self._jobs[job.transfer_id]
         job.cancel()
 
-    def _watch_leases(self, now_s: float) -> None:
+    def _drop_stalled(self, now_s: float) -> list[float]:
+        """Drop jobs whose readers have stored nothing for too long; returns when the others' time will be over."""
+        free_bytes = self._memory_bytes - sum(job.memory_bytes for job in self._jobs.values() if job.is_started)
+        is_wanted = any(job.has_reader and job.memory_bytes > free_bytes for job in self._waiting())
+        limit_s, why = (
+            (self._stall_s, " and others wait for its memory") if is_wanted else (UNHURRIED_STALLS * self._stall_s, "")
+        )
+        ends_s = []
+        for job in list(self._jobs.values()):
+            if not job.waits_for_reader:
+                job.stalled_since_s = None
+                continue
+            if job.stalled_since_s is None:
+                job.stalled_since_s = now_s
+            if now_s < job.stalled_since_s + limit_s:
+                ends_s.append(job.stalled_since_s + limit_s)
+                continue
+            del self._jobs[job.transfer_id]
+            job.drop(
+                ReaderStalled(
+                    f"the reader of transfer {job.transfer_id!r} has stored nothing for {limit_s:g} s{why}; "
+                    f"prefill.stall_s={self._stall_s:g}"
+                )
+            )
+        return ends_s
+
+    def _look_again_when(self, stalls_end_s: list[float], now_s: float) -> None:
+        """Look again when the next stall or lease is over."""
         if self._timer is not None:
             self._timer.cancel()
-        ends_s = [job.lease_ends_s for job in self._jobs.values() if job.lease_ends_s is not None]
+        ends_s = stalls_end_s + [job.lease_ends_s for job in self._jobs.values() if job.lease_ends_s is not None]
         self._timer = self._events.call_later(min(ends_s) - now_s, self.look_again) if ends_s else None
 
 

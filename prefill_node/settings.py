@@ -27,6 +27,8 @@ class PrefillSettings(PrefillLineSettings):
     """File of `colm search-patterns`, at the same place on every node; each head has its pattern instead of a share."""
     max_queued_s: PositiveFloat = defaults.MAX_QUEUED_S
     """Seconds of work, as estimated, that may lie before a new prompt on a prefill node; with more it is refused."""
+    stall_s: PositiveFloat = defaults.STALL_S
+    """Seconds for which a reader may store nothing while others wait for its prompt's memory; else ten times that."""
     memory_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """Memory for the prompts that a prefill node has begun, e.g. "8GiB"; default: half of what is free then."""
 

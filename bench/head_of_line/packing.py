@@ -114,6 +114,7 @@ async def wait_for_all(engine: PrefillEngine, costs: CostModel, prompts: Sequenc
         max_queued_s=math.inf,
         memory_bytes=default_memory_bytes(CPU),
         lease_s=defaults.JOB_LEASE_S,
+        stall_s=defaults.STALL_S,
     )
     began_s = perf_counter()
 

@@ -36,6 +36,7 @@ from tests.unit.test_line import settle
 NUM_TOKENS = 100
 NUM_STEPS = 8  # two layers of four tiles
 LEASE_S = 20.0
+STALL_S = 30.0
 SHORT, NUM_SHORT_STEPS = "s", 2  # two layers of a tile
 LENGTHS = dict.fromkeys("abcd", NUM_TOKENS) | {SHORT: 10, "t": 15, "u": 25}  # s and t fit into a tile of 25 tokens
 PROMPTS = {name: np.random.default_rng(seed).integers(0, 320, LENGTHS[name]) for seed, name in enumerate(LENGTHS)}
@@ -83,7 +84,14 @@ class Bench:
         shape = PrefillShape.of(engine.config, engine.tile_tokens)
         self.costs = CostModel(shape=shape, linear_flop_s=0.0, attention_flop_s=0.0, step_s=step_s)
         memory_bytes = num_begun * job_bytes(engine, NUM_TOKENS)
-        chosen = {"max_queued": 4, "max_queued_s": 1e6, "memory_bytes": memory_bytes, "lease_s": LEASE_S, **options}
+        chosen = {
+            "max_queued": 4,
+            "max_queued_s": 1e6,
+            "memory_bytes": memory_bytes,
+            "lease_s": LEASE_S,
+            "stall_s": STALL_S,
+            **options,
+        }
         self.loop = PrefillLoop(engine, self.costs, self.clock, **chosen)
 
     async def read(self, stream: JobStream, num_tiles: int | None = None) -> list[EncodedTile]:
