@@ -1222,4 +1222,34 @@ MUTANTS = (
         "",
         _PACKED + "test_x_whose_rows_begin_inside_a_word_is_left_to_pytorch",
     ),
+    Mutant(
+        "a sample misses what its fit misses",
+        "bench/prefill/estimate.py",
+        "        total += len(group) * math.fsum(missed) / len(missed)\n",
+        "",
+        "tests/unit/test_bench_prefill_suite.py::test_the_error_bar_holds_the_sum_of_costs_of_another_shape",
+    ),
+    Mutant(
+        "a modelled cell counts as run",
+        "bench/prefill/suite.py",
+        ' and record.measured != "modelled"',
+        "",
+        "tests/unit/test_bench_prefill_suite.py::test_records_of_another_commit_or_a_model_stand_for_nothing",
+    ),
+    Mutant(
+        "a modelled stream has no window",
+        "bench/roofline/model.py",
+        "                computed_s = max(computed_s, arrived_s)\n",
+        "",
+        "tests/unit/test_bench_roofline.py::"
+        "test_a_smaller_window_never_makes_a_stream_faster_and_an_empty_one_takes_turns",
+    ),
+    Mutant(
+        "a modelled cell is compared with the paper",
+        "bench/report/compare.py",
+        'if self.ours is None or self.ours.measured == "modelled" or self.paper_speedup is None:',
+        "if self.ours is None or self.paper_speedup is None:",
+        "tests/unit/test_bench_report.py::"
+        "test_modelled_cells_cells_not_run_and_cells_that_the_paper_has_wrong_are_not_judged",
+    ),
 )
