@@ -5,17 +5,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench.quality.cells import DENSE, KEYS
+from bench.quality.cells import DENSE, KEYS, MASS
 from bench.quality.report import Row
 from colm.errors import ConfigError
 
-_COLOURS = {DENSE: "#222222", "mass": "#0072b2", KEYS: "#d55e00"}
-_MARKERS = {DENSE: "D", "mass": "o", KEYS: "s"}
+_COLOURS = {DENSE: "#222222", MASS: "#0072b2", KEYS: "#d55e00"}
+_MARKERS = {DENSE: "D", MASS: "o", KEYS: "s"}
 _LABELS = {
     (DENSE, False): "dense",
-    ("mass", False): "mass, a share of the attention",
+    (MASS, False): "mass, a share of the attention",
     (KEYS, False): "keys a row",
-    ("mass", True): "mass, audited",
+    (MASS, True): "mass, audited",
     (KEYS, True): "keys a row, audited",
 }
 
