@@ -138,9 +138,10 @@ def write_table(page: Path, found: Sequence[Row], source: str) -> None:
 def source_of(setting: Mapping[str, Any], environments: Sequence[Mapping[str, Any]]) -> str:
     """Where the figures come from, in a sentence or two."""
     commits = sorted({each["commit"][:7] for each in environments})
-    machines = sorted({f"{each['cpu']}, {each['threads']} threads" for each in environments})
+    cpus = sorted({str(each["cpu"]) for each in environments})
+    threads = sorted({str(each["threads"]) for each in environments})
     pythons = sorted({each["versions"]["python"] for each in environments})
     return (
         f"{setting['model']}, chain 1, {setting['dtype']}; Python {', '.join(pythons)}'s text, SHA-256 "
-        f"{setting['text_sha256'][:12]}; {'; '.join(machines)}; commit {', '.join(commits)}."
+        f"{setting['text_sha256'][:12]}; {', '.join(cpus)}, threads: {', '.join(threads)}; commits {', '.join(commits)}."
     )
