@@ -1,21 +1,22 @@
 """The rows as a figure: a column for each length, perplexity above and facts found below."""
 
+import textwrap
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench.quality.cells import DENSE, KEYS
+from bench.quality.cells import DENSE, KEYS, MASS
 from bench.quality.report import Row
 from colm.errors import ConfigError
 
-_COLOURS = {DENSE: "#222222", "mass": "#0072b2", KEYS: "#d55e00"}
-_MARKERS = {DENSE: "D", "mass": "o", KEYS: "s"}
+_COLOURS = {DENSE: "#222222", MASS: "#0072b2", KEYS: "#d55e00"}
+_MARKERS = {DENSE: "D", MASS: "o", KEYS: "s"}
 _LABELS = {
     (DENSE, False): "dense",
-    ("mass", False): "mass, a share of the attention",
+    (MASS, False): "mass, a share of the attention",
     (KEYS, False): "keys a row",
-    ("mass", True): "mass, audited",
+    (MASS, True): "mass, audited",
     (KEYS, True): "keys a row, audited",
 }
 
@@ -51,9 +52,12 @@ def write_plot(path: Path, found: Sequence[Row], source: str) -> None:
         below.xaxis.set_minor_formatter(NullFormatter())
         below.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}"))
         below.set_ylim(-0.05, 1.05)
-    axes[0][0].set_ylabel("perplexity of the last 1,000 tokens,\nchange from dense in % (± 1 standard error)")
+    axes[0][0].set_ylabel("perplexity of the last 1,000 tokens:\nchange from dense, % (± 1 std. error)")
     axes[1][0].set_ylabel("share of planted facts found\n(95% interval)")
-    figure.supxlabel(f"share of the prompt's causal key pairs that attention lists (log scale)\n\n{source}", fontsize=8)
+    wrapped = textwrap.fill(source, 45 * len(columns))
+    figure.supxlabel(
+        f"share of the prompt's causal key pairs that attention lists (log scale)\n\n{wrapped}", fontsize=8
+    )
     handles = dict(pair for axis in axes[0] for pair in zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     order = [label for label in _LABELS.values() if label in handles]
     figure.legend([handles[label] for label in order], order, loc="outside upper center", ncols=len(order), fontsize=9)
@@ -75,7 +79,7 @@ def _point(above: Any, below: Any, row: Row) -> None:
     value, error = (1.0, 0.0) if row.over_dense is None else row.over_dense
     above.errorbar(row.density, 100.0 * (value - 1.0), yerr=100.0 * error, **style)
     if kind != DENSE:
-        at = (row.density, 100.0 * (value - 1.0))
-        above.annotate(f"{row.budget.size:g}", at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        at, offset = (row.density, 100.0 * (value - 1.0)), (3, 6) if kind == KEYS else (3, -11)
+        above.annotate(f"{row.budget.size:g}", at, xytext=offset, textcoords="offset points", fontsize=7)
     share, low, high = row.share_found
     below.errorbar(row.density, share, yerr=[[share - low], [high - share]], **style)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.harness.units import length
-from bench.quality.cells import DENSE, Budget, Cell
+from bench.quality.cells import DENSE, KEYS, MASS, Budget, Cell
 from bench.quality.experiment import Outcome
 from bench.quality.metrics import Ratio, clopper_pearson, perplexity, perplexity_ratio
 from colm.errors import ConfigError
@@ -75,16 +75,19 @@ class Row:
 
 
 def rows(outcomes: Mapping[Cell, Outcome]) -> list[Row]:
-    """Outcomes of all texts together, by length; within one, in the order in which they came."""
+    """Outcomes of all texts together, by length; within one dense, then shares, then keys, then what is audited."""
     groups: dict[tuple[bool, int, Budget, bool], list[Cell]] = {}
     for cell in outcomes:
         if cell.baseline in outcomes:
             key = (cell.is_stretched, cell.num_tokens, cell.budget, cell.is_audited)
             groups.setdefault(key, []).append(cell)
-    return [
-        _row(groups[key], outcomes)
-        for key in sorted(groups, key=lambda key: key[:2])  # stable: budgets keep their order
-    ]
+    kinds = (DENSE, MASS, KEYS)
+
+    def place(key: tuple[bool, int, Budget, bool]) -> tuple[bool, int, bool, int, float]:
+        is_stretched, num_tokens, budget, is_audited = key
+        return is_stretched, num_tokens, is_audited, kinds.index(budget.kind), budget.size
+
+    return [_row(groups[key], outcomes) for key in sorted(groups, key=place)]
 
 
 def _row(group: Sequence[Cell], outcomes: Mapping[Cell, Outcome]) -> Row:
@@ -135,9 +138,10 @@ def write_table(page: Path, found: Sequence[Row], source: str) -> None:
 def source_of(setting: Mapping[str, Any], environments: Sequence[Mapping[str, Any]]) -> str:
     """Where the figures come from, in a sentence or two."""
     commits = sorted({each["commit"][:7] for each in environments})
-    machines = sorted({f"{each['cpu']}, {each['threads']} threads" for each in environments})
+    cpus = sorted({str(each["cpu"]) for each in environments})
+    threads = sorted({str(each["threads"]) for each in environments})
     pythons = sorted({each["versions"]["python"] for each in environments})
     return (
         f"{setting['model']}, chain 1, {setting['dtype']}; Python {', '.join(pythons)}'s text, SHA-256 "
-        f"{setting['text_sha256'][:12]}; {'; '.join(machines)}; commit {', '.join(commits)}."
+        f"{setting['text_sha256'][:12]}; {', '.join(cpus)}, threads: {', '.join(threads)}; commits {', '.join(commits)}."
     )

@@ -293,6 +293,15 @@ def test_rows_put_texts_together_and_leave_out_what_has_no_baseline() -> None:
     assert [(row.num_texts, row.num_found, row.num_asked) for row in both] == [(2, 2, 4), (2, 1, 4)]
 
 
+def test_rows_stand_in_one_order_whatever_ran_first() -> None:
+    longer, audited = replace(DENSE, num_tokens=4096), replace(KEYS, is_audited=True)
+    shares = [replace(DENSE, budget=Budget(kind="mass", size=share)) for share in (0.8, 0.9)]
+    ordered = [DENSE, *shares, KEYS, audited, longer, replace(DENSE, is_stretched=True)]
+    found = rows(dict.fromkeys(reversed(ordered), OUTCOME))
+    keys = [(row.num_tokens, row.budget, row.is_audited, row.is_stretched) for row in found]
+    assert keys == [(cell.num_tokens, cell.budget, cell.is_audited, cell.is_stretched) for cell in ordered]
+
+
 def test_the_table_replaces_what_is_between_the_markers_and_nothing_else(tmp_path: Path) -> None:
     page = tmp_path / "quality.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
