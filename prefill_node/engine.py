@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from colm_kernels.native import CancelFlag
 from colm_kernels.prefill_attention import Backend, prefill_attention
+from colm_kernels.prefill_layer import PrefillLayers, PrefillTile
 from colm_kernels.rotary import rotate_
 from colm_kernels.sparse_prefill_attention import sparse_prefill_attention
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from colm.errors import InvalidRequest
 from colm.kv import KvFormat, KvTile, require_shared_kv
 from colm.model import ChainTransformer
 from colm.model.block import ChainBlock, Rows
+from colm.model.one_call import step_layers
 from colm.model.rope import Rope
 from colm.placement import CPU
 from prefill_node.memory import run_bytes
@@ -39,6 +41,8 @@ class PrefillEngine:
         tile_tokens: tokens computed and sent at a time.
         device: where weights, hidden states, keys and values lie.
         attention_backend: what attends to the prompt so far, on CUDA.
+        in_one_call: run each half of a layer in one call of the kernels' library where it can, for tiles of few rows;
+            else, and on GPUs, the model's modules run one by one. Both give the same bits.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class PrefillEngine:
         tile_tokens: int,
         device: torch.device = CPU,
         attention_backend: Backend = "auto",
+        in_one_call: bool = True,
     ) -> None:
         if tile_tokens < 1:
             raise ValueError(f"tile_tokens={tile_tokens} must be at least 1")
@@ -62,6 +67,10 @@ class PrefillEngine:
             self._model = ChainTransformer(source.config, 1)
         assign(self._model, source.tensors(prefill_tensor_names(source.config)), kv_format.dtype, device)
         self._rope = Rope(source.config, device)
+        self._one_call: PrefillLayers | None = None
+        if in_one_call and (layers := step_layers(self._model, device)) is not None:
+            heads = {"num_heads": source.config.chains[0], "num_kv_heads": kv_format.num_kv_heads}
+            self._one_call = PrefillLayers(layers, **heads, head_dim=kv_format.head_dim, eps=source.config.norm_eps)
 
     @torch.inference_mode()
     def run(
@@ -100,20 +109,21 @@ class PrefillEngine:
         step = self.tile_tokens if sparse is None else max(1, self.tile_tokens // ROW_BLOCK) * ROW_BLOCK
         tiles = [(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step)]
         dense = partial(self._dense, cancelled=cancelled)
+        whole = self._rows(*tiles[0]) if len(tiles) == 1 else None
         for index, layer in enumerate(self._model.blocks):
             # The last layer's output would only feed the head, which is the decode node's work.
             is_last = index == kv_format.num_layers - 1
             is_planned = not is_last and sparse is not None and sparse.covers(index, num_tokens)
             for start, stop in tiles:
-                rows, x_TD = self._rows(start, stop), hidden_ND[start:stop]
+                rows, x_TD = whole or self._rows(start, stop), hidden_ND[start:stop]
                 cache = TileCache(k_KNE, v_KNE, start, stop, dense)
-                normed_TD = layer.attention_norm(x_TD, 1)
-                layer.write_keys_values(normed_TD, rows, cache)
+                few = PrefillTile(rows.cos_RE, rows.sin_RE, k_KNE, v_KNE, start, cancelled)
+                normed_TD = self._write_keys_values(index, x_TD, rows, cache, few)
                 # Before attention: the wire has them while the tile's larger half is still computed.
                 yield KvTile(index, start, k_KNE[:, start:stop], v_KNE[:, start:stop])
                 cancelled.raise_if_set()
                 if not (is_last or is_planned):
-                    x_TD += layer.attend(x_TD, normed_TD, rows, cache)
+                    x_TD += self._attend(index, x_TD, normed_TD, rows, cache, few)
                     cancelled.raise_if_set()
             if sparse is not None and is_planned:
                 queries_of = partial(self._queries, layer, hidden_ND)
@@ -128,9 +138,27 @@ class PrefillEngine:
                     x_TD += layer.attend(x_TD, layer.attention_norm(x_TD, 1), self._rows(start, stop), cache)
                     cancelled.raise_if_set()
 
+    def _write_keys_values(self, index: int, x_TD: Tensor, rows: Rows, cache: TileCache, few: PrefillTile) -> Tensor:
+        """The first half of a layer; x after its norm."""
+        one_call, layer = self._one_call, self._model.blocks[index]
+        if one_call is not None and (variant := one_call.variant_for(len(x_TD))) != "torch":
+            return one_call.write_keys_values(index, x_TD, few, variant)
+        normed_TD: Tensor = layer.attention_norm(x_TD, 1)
+        layer.write_keys_values(normed_TD, rows, cache)
+        return normed_TD
+
+    def _attend(
+        self, index: int, x_TD: Tensor, normed_TD: Tensor, rows: Rows, cache: TileCache, few: PrefillTile
+    ) -> Tensor:
+        """The second half, over everything so far; what is still to be added to x."""
+        one_call = self._one_call
+        if one_call is not None and (variant := one_call.variant_for(len(x_TD))) != "torch":
+            return one_call.attend(index, x_TD, normed_TD, few, variant)
+        return self._model.blocks[index].attend(x_TD, normed_TD, rows, cache)
+
     def _rows(self, start: int, stop: int) -> Rows:
-        # Made anew for each tile and layer: kept for a million tokens, the tables would be as large as a layer's keys,
-        # and they are a small part of the work.
+        # Made anew for each of several tiles and layers: kept for a million tokens, the tables would be as large as a
+        # layer's keys, and they are a small part of the work.
         return Rows((stop - start,), *self._rope.tables(torch.arange(start, stop, device=self._device)))
 
     def _queries(self, layer: ChainBlock, hidden_ND: Tensor, position_X: Tensor) -> Tensor:
