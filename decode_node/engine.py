@@ -13,16 +13,16 @@ from operator import is_not
 import numpy as np
 import torch
 from colm_kernels.decode_attention import MAX_QUERY_TOKENS, decode_attention
-from colm_kernels.decode_step import StepRows
+from colm_kernels.decode_step import DecodeStep, StepRows
 from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint
 from colm.kv import require_shared_kv
 from colm.model.block import Rows
+from colm.model.one_call import all_gains, step_layers
 from colm.model.rope import Rope
 from decode_node.kv_store import KvStore
-from decode_node.one_call import step_in_one_call
 from decode_node.plan import PlanRow, StepPlan
 
 
@@ -43,7 +43,11 @@ class DecodeEngine:
         self._table = _BatchTable(store.device)
         self._model = checkpoint.load(dtype=store.layout.kv_format.dtype, device=store.device)
         self._rope = Rope(checkpoint.config, store.device)
-        self._one_call = step_in_one_call(self._model, store) if in_one_call else None
+        self._one_call: DecodeStep | None = None
+        if in_one_call and (layers := step_layers(self._model, store.device)) is not None:
+            pages = store.k_pages_LBPKD, store.v_pages_LBPKD
+            gains, config = all_gains(self._model.final_norm), checkpoint.config
+            self._one_call = DecodeStep(layers, gains, config.chains, *pages, eps=config.norm_eps)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> Tensor:

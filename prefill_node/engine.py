@@ -10,8 +10,9 @@ from functools import partial
 
 import numpy as np
 import torch
-from colm_kernels.native import CancelFlag
+from colm_kernels.native import CancelFlag, Variant
 from colm_kernels.prefill_attention import Backend, prefill_attention
+from colm_kernels.prefill_layer import PrefillLayers, PrefillTile
 from colm_kernels.rotary import rotate_
 from colm_kernels.sparse_prefill_attention import sparse_prefill_attention
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from colm.errors import InvalidRequest
 from colm.kv import KvFormat, KvTile, require_shared_kv
 from colm.model import ChainTransformer
 from colm.model.block import ChainBlock, Rows
+from colm.model.one_call import step_layers
 from colm.model.rope import Rope
 from colm.placement import CPU
 from prefill_node.memory import run_bytes
@@ -41,6 +43,8 @@ class PrefillEngine:
         tile_tokens: tokens computed and sent at a time.
         device: where weights, hidden states, keys and values lie.
         attention_backend: what attends to the prompt so far, on CUDA.
+        in_one_call: run each half of a layer in one call of the kernels' library where it can, for tiles of few rows;
+            else, and on GPUs, the model's modules run one by one. Both give the same bits.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class PrefillEngine:
         tile_tokens: int,
         device: torch.device = CPU,
         attention_backend: Backend = "auto",
+        in_one_call: bool = True,
     ) -> None:
         if tile_tokens < 1:
             raise ValueError(f"tile_tokens={tile_tokens} must be at least 1")
@@ -64,6 +69,10 @@ class PrefillEngine:
             self._model = ChainTransformer(source.config, 1)
         assign(self._model, source.tensors(prefill_tensor_names(source.config)), kv_format.dtype, device)
         self._rope = Rope(source.config, device)
+        self._layers: PrefillLayers | None = None
+        if in_one_call and (layers := step_layers(self._model, device)) is not None:
+            heads = {"num_heads": source.config.chains[0], "num_kv_heads": kv_format.num_kv_heads}
+            self._layers = PrefillLayers(layers, **heads, head_dim=kv_format.head_dim, eps=source.config.norm_eps)
 
     def begin(
         self,
@@ -157,12 +166,18 @@ class PrefillEngine:
     def _attend(self, runs: Sequence[PrefillRun]) -> None:
         """Do what is due, with everything behind it in the layer."""
         due = [(run, run.due) for run in runs if run.due is not None]
-        members = [(run, self._cache(run, each.start, each.stop, each.plan)) for run, each in due]
-        layer, pack = self._model.blocks[due[0][1].layer], self._pack(runs, due[0][1].start, due[0][1].stop)
+        _, first = due[0]
+        layer, pack = self._model.blocks[first.layer], self._pack(runs, first.start, first.stop)
         if pack.normed_RD is None:
             # In a second pass computed again: kept for all tiles, these rows would be as large as the hidden states.
             pack.normed_RD = layer.attention_norm(pack.x_RD, 1)
-        pack.x_RD += layer.attend(pack.x_RD, pack.normed_RD, pack.rows, PackCache(members))
+        if first.plan is None and (few := self._few_rows(runs, pack)) is not None:
+            layers, tile, variant = few
+            with runs[0].own_errors():
+                pack.x_RD += layers.attend(first.layer, pack.x_RD, pack.normed_RD, tile, variant)
+        else:
+            members = [(run, self._cache(run, each.start, each.stop, each.plan)) for run, each in due]
+            pack.x_RD += layer.attend(pack.x_RD, pack.normed_RD, pack.rows, PackCache(members))
         for run in runs:
             run.due = None
             with run.own_errors():
@@ -170,16 +185,35 @@ class PrefillEngine:
 
     def _write_keys_values(self, runs: Sequence[PrefillRun]) -> dict[PrefillRun, KvTile]:
         """The tiles of the layer at which the runs stand; before its attention, so that the wire has them meanwhile."""
-        layer, pack = self._model.blocks[runs[0].layer], self._pack(runs, runs[0].start, runs[0].stop)
-        pack.normed_RD = layer.attention_norm(pack.x_RD, 1)
-        cache = PackCache([(run, self._cache(run, run.start, run.stop, None)) for run in runs])
-        layer.write_keys_values(pack.normed_RD, pack.rows, cache)
+        index, pack = runs[0].layer, self._pack(runs, runs[0].start, runs[0].stop)
+        if (few := self._few_rows(runs, pack)) is not None:
+            layers, tile, variant = few
+            pack.normed_RD = layers.write_keys_values(index, pack.x_RD, tile, variant)
+        else:
+            layer = self._model.blocks[index]
+            pack.normed_RD = layer.attention_norm(pack.x_RD, 1)
+            cache = PackCache([(run, self._cache(run, run.start, run.stop, None)) for run in runs])
+            layer.write_keys_values(pack.normed_RD, pack.rows, cache)
         tiles = {}
         for run in _left(runs):
             k_KTE, v_KTE = run.k_KNE[:, run.start : run.stop], run.v_KNE[:, run.start : run.stop]
             tiles[run] = KvTile(run.layer, run.start, k_KTE, v_KTE)
             run.after_keys_values()
         return tiles
+
+    def _few_rows(self, runs: Sequence[PrefillRun], pack: Pack) -> tuple[PrefillLayers, PrefillTile, Variant] | None:
+        """What runs half a layer in one call; None for several runs, for many rows, and where modules must run it."""
+        if len(runs) > 1 or self._layers is None:
+            return None
+        (run,) = runs
+        if (variant := self._layers.variant_for(len(pack.x_RD))) == "torch":
+            return None
+        rows = pack.rows
+        return (
+            self._layers,
+            PrefillTile(rows.cos_RE, rows.sin_RE, run.k_KNE, run.v_KNE, pack.start, run.cancelled),
+            variant,
+        )
 
     def _plan_tile(self, run: PrefillRun) -> dict[PrefillRun, KvTile]:
         """A step of the second pass: plan the layer where it begins, and have the next tile's attention due."""

@@ -77,6 +77,29 @@ class StepRows:
     cu_seqlens_q_R1: Tensor
 
 
+class StepTable:
+    """Pointers to the weights of layers, as abi.h has them.
+
+    Args:
+        layers: contiguous tensors of one dtype on the CPU; they must not move as long as this object lives. On the meta
+            device are those that no call reads.
+        final_gains: of the norm behind the last layer.
+        chain_heads: query heads of each chain.
+    """
+
+    def __init__(self, layers: Sequence[StepLayer], final_gains: Sequence[Tensor], chain_heads: Sequence[int]) -> None:
+        gains = [each for layer in layers for each in (layer.attention_gains, layer.ffn_gains)] + [final_gains]
+        matrices = [each for layer in layers for each in layer.matrices]
+        self._tensors = [tensor for tensor in _tensors(gains, matrices) if not tensor.is_meta]
+        self.dtype = self._tensors[0].dtype
+        for tensor in self._tensors:
+            if tensor.dtype != self.dtype or not (tensor.is_contiguous() and tensor.is_cpu):
+                raise ValueError(f"a weight of {tensor.dtype}, expected contiguous {self.dtype} on the CPU")
+        self.norms = native.words([word for each in gains for gain in each for word in (_address(gain), len(gain))])
+        self.matrices = native.words([word for each in matrices for word in _words(*each)])
+        self.chain_heads = native.words(chain_heads)
+
+
 class DecodeStep:
     """The weights of a model and the pages of its cache, ready for the library.
 
@@ -99,15 +122,10 @@ class DecodeStep:
         *,
         eps: float,
     ) -> None:
-        gains = [each for layer in layers for each in (layer.attention_gains, layer.ffn_gains)] + [final_gains]
-        matrices = [each for layer in layers for each in layer.matrices]
-        self._tensors = [*_tensors(gains, matrices), k_pages_LBPKE, v_pages_LBPKE]
-        for tensor in self._tensors:
-            if tensor.dtype != k_pages_LBPKE.dtype or not (tensor.is_contiguous() and tensor.is_cpu):
-                raise ValueError(f"a tensor of {tensor.dtype}, expected contiguous {k_pages_LBPKE.dtype} on the CPU")
-        self._norms = native.words([word for each in gains for gain in each for word in (gain.data_ptr(), len(gain))])
-        self._matrices = native.words([word for each in matrices for word in _words(*each)])
-        self._chain_heads = native.words(chain_heads)
+        self._table = StepTable(layers, final_gains, chain_heads)
+        for name, pages in (("k_pages_LBPKE", k_pages_LBPKE), ("v_pages_LBPKE", v_pages_LBPKE)):
+            if pages.dtype != self._table.dtype or not (pages.is_contiguous() and pages.is_cpu):
+                raise ValueError(f"{name} is {pages.dtype}, expected contiguous {self._table.dtype} on the CPU")
         self._num_layers = len(layers)
         self._pages = (k_pages_LBPKE, v_pages_LBPKE)
         self._eps = eps
@@ -137,12 +155,12 @@ class DecodeStep:
         y_TD = torch.empty_like(x_TD)
         chain_rows = native.words(rows.chain_rows)
         args = StepArgs(
-            ctypes.addressof(self._matrices), ctypes.addressof(self._norms),
-            ctypes.addressof(self._chain_heads), ctypes.addressof(chain_rows),
+            ctypes.addressof(self._table.matrices), ctypes.addressof(self._table.norms),
+            ctypes.addressof(self._table.chain_heads), ctypes.addressof(chain_rows),
             k_pages_LBPKE.data_ptr(), v_pages_LBPKE.data_ptr(), rows.cos_TE.data_ptr(), rows.sin_TE.data_ptr(),
             rows.slot_mapping_T.data_ptr(), rows.block_table_RM.data_ptr(), rows.context_lens_R.data_ptr(),
             rows.cu_seqlens_q_R1.data_ptr(), x_TD.data_ptr(), y_TD.data_ptr(),
-            self._num_layers, len(self._chain_heads), len(rows.chain_rows), len(x_TD), num_requests,
+            self._num_layers, len(self._table.chain_heads), len(rows.chain_rows), len(x_TD), num_requests,
             num_kv_heads, head_dim, num_pages, page_tokens, table_columns,
             self._eps, head_dim**-0.5, native.dtype_id(x_TD.dtype),
             native.variant_id(native.choose_memory_bound_variant(head_dim, x_TD)),
@@ -163,4 +181,8 @@ def _words(weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> Iterat
     """The `StepMatrix` of each chain."""
     for chain, weight in enumerate(weights):
         out_dim, in_dim = weight.shape
-        yield from (weight.data_ptr(), 0 if biases is None else biases[chain].data_ptr(), in_dim, out_dim)
+        yield from (_address(weight), 0 if biases is None else _address(biases[chain]), in_dim, out_dim)
+
+
+def _address(tensor: Tensor) -> int:
+    return 0 if tensor.is_meta else tensor.data_ptr()

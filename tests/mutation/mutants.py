@@ -125,8 +125,8 @@ MUTANTS = (
     Mutant(
         "the one call's biases are the first chain's",
         "kernels/colm_kernels/decode_step.py",
-        "biases[chain].data_ptr(), in_dim",
-        "biases[0].data_ptr(), in_dim",
+        "_address(biases[chain]), in_dim",
+        "_address(biases[0]), in_dim",
         "tests/numerics/test_decode_step.py::test_one_call_gives_the_bits_of_the_models_own_modules",
     ),
     Mutant(
@@ -1251,5 +1251,19 @@ MUTANTS = (
         "if self.ours is None or self.paper_speedup is None:",
         "tests/unit/test_bench_report.py::"
         "test_modelled_cells_cells_not_run_and_cells_that_the_paper_has_wrong_are_not_judged",
+    ),
+    Mutant(
+        "a prefill's one call reads the next layer's weights",
+        "kernels/colm_kernels/prefill_layer.py",
+        "index * _MATRIX_BYTES",
+        "(index + 1) % 2 * _MATRIX_BYTES",
+        "tests/numerics/test_prefill_layer.py::test_one_call_gives_the_bits_of_the_models_own_modules",
+    ),
+    Mutant(
+        "a prefill's one call cannot be stopped",
+        "kernels/colm_kernels/prefill_layer.py",
+        "0 if tile.cancelled is None else tile.cancelled.address",
+        "0",
+        "tests/numerics/test_prefill_layer.py::test_a_flag_that_is_set_ends_the_call",
     ),
 )

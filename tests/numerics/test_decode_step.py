@@ -20,10 +20,11 @@ from torch import Tensor
 
 from colm.checkpoint import Checkpoint
 from colm.kv import KvFormat
+from colm.model.one_call import all_gains, step_layers
+from colm.placement import CPU
 from decode_node.engine import DecodeEngine
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
-from decode_node.one_call import step_in_one_call
 from decode_node.plan import PlanRow, StepPlan
 from tests.tiny import tiny_checkpoint, tiny_config
 
@@ -58,6 +59,14 @@ def store_of(checkpoint: Checkpoint, dtype: torch.dtype) -> KvStore:
     for pages in (store.k_pages_LBPKD, store.v_pages_LBPKD):
         pages.copy_(torch.randn(pages.shape, generator=generator))
     return store
+
+
+def step_of(checkpoint: Checkpoint, store: KvStore, dtype: torch.dtype) -> DecodeStep:
+    model, config = checkpoint.load(dtype=dtype), checkpoint.config
+    layers = step_layers(model, CPU)
+    assert layers is not None
+    pages = store.k_pages_LBPKD, store.v_pages_LBPKD
+    return DecodeStep(layers, all_gains(model.final_norm), config.chains, *pages, eps=config.norm_eps)
 
 
 @st.composite
@@ -119,9 +128,7 @@ def test_steps_that_the_library_takes_run_in_one_call(tiny: Checkpoint, monkeypa
 
 @pytest.mark.parametrize("variant", LIBRARY)
 def test_how_many_tokens_one_call_takes_is_what_linear_takes(tiny: Checkpoint, variant: Variant) -> None:
-    model = tiny.load(dtype=torch.bfloat16)
-    step = step_in_one_call(model, store_of(tiny, torch.bfloat16))
-    assert step is not None
+    step = step_of(tiny, store_of(tiny, torch.bfloat16), torch.bfloat16)
     most = MAX_ROWS_OF_PAIRS if variant == "avx512_bf16" else MAX_ROWS
     with use_variant(variant):
         assert [step.variant_for(num_tokens) for num_tokens in (0, 1, most, most + 1)] == [
@@ -131,21 +138,19 @@ def test_how_many_tokens_one_call_takes_is_what_linear_takes(tiny: Checkpoint, v
 
 def test_a_feed_forward_without_a_gate_runs_in_its_modules(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "gelu", tiny_config(activation="gelu"))
-    assert step_in_one_call(checkpoint.load(), store_of(checkpoint, torch.float32)) is None
+    assert step_layers(checkpoint.load(), CPU) is None
 
 
 def test_weights_of_another_dtype_than_the_pages_are_refused(tiny: Checkpoint) -> None:
-    with pytest.raises(ValueError, match=r"a tensor of torch\.float32, expected contiguous torch\.bfloat16"):
-        step_in_one_call(tiny.load(dtype=torch.float32), store_of(tiny, torch.bfloat16))
+    with pytest.raises(ValueError, match=r"k_pages_LBPKE is torch\.bfloat16, expected contiguous torch\.float32"):
+        step_of(tiny, store_of(tiny, torch.bfloat16), torch.float32)
 
 
 @pytest.mark.skipif(not LIBRARY, reason="without the library there is no such call")
 @pytest.mark.parametrize("slot", [-1, NUM_PAGES * PAGE_TOKENS])
 def test_a_slot_outside_the_pages_is_refused(tiny: Checkpoint, slot: int) -> None:
     store = store_of(tiny, torch.float32)
-    model = tiny.load(dtype=torch.float32)
-    step = step_in_one_call(model, store)
-    assert step is not None
+    step = step_of(tiny, store, torch.float32)
     config = tiny.config
     rows = StepRows(
         chain_rows=[1, 1, 1],

@@ -163,7 +163,7 @@ struct StepMatrix {
     int64_t in_dim, out_dim;
 };
 
-// A decode step of a gated model. Shapes: T tokens (packed), R requests, L layers, N chains of the model, of which the
+// A decode step of a gated model, or what half a layer of a prefill shares with it. Shapes: T tokens (packed), R requests, L layers, N chains of the model, of which the
 // first num_active run, D features of these, K kv heads, E head dim, B pages, P tokens per page, M table columns.
 struct StepArgs {
     const StepMatrix* matrices;   // L, 5 N + 2: queries, N each; keys; values; output, gate, up and down, N each
@@ -184,6 +184,17 @@ struct StepArgs {
     int64_t num_kv_heads, head_dim, num_pages, page_tokens, table_columns;
     float eps, scale;
     int32_t dtype, attention_variant;
+};
+
+// Half of a layer over a tile of one prompt, by chain 1 alone. Of `step`, the arguments of the tile's tokens and of this
+// one layer, which is layer 0 there; y is x after the norm before attention.
+struct PrefillLayerArgs {
+    StepArgs step;
+    void* k;                            // K, N, E contiguous: the layer's rotated keys of all N prompt tokens
+    void* v;                            // likewise
+    void* delta;                        // T, D contiguous: the feed-forward's part, to be added to x
+    int64_t first_token, num_keys;      // of the tile; N
+    const volatile int32_t* cancelled;  // as in PrefillArgs
 };
 
 // One item of decode work: tokens [begin, end) of one request, all its heads and query tokens. Rows of a kv head are

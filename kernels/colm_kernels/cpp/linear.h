@@ -97,8 +97,8 @@ struct Linear {
 
     // Weights are asked for in the order of their addresses, so far before they are needed: the CPU's own prefetchers
     // do not follow several rows at once. On an AMD Zen 4, 4 rows side by side read at 12 GB/s without, at 26 GB/s so,
-    // of 28 in plain reading. Beside as many rows of x as a tile has, weights are asked for into the second level, from
-    // where they come in time.
+    // of 28 in plain reading. With a full tile of rows of x, they are asked for into the second level, from where they
+    // come in time.
     static constexpr int64_t kAheadBytes = 8 << 10, kLineBytes = 64;
     static constexpr int kLines = kOuts * kStep * sizeof(In) / kLineBytes;
 
@@ -119,25 +119,21 @@ struct Linear {
         }
     }
 
-    enum Fetch { kNone, kFirstLevel, kSecondLevel };
-
-    // kCount rows of x by kOuts rows of weights; lane row * kOuts + out of the result is one output.
-    template <int kCount, Fetch kFetch>
-    static Vec multiply(const float* words, int64_t stride, const In* const* weights, int64_t in_dim) {
+    // kCount rows of x by kOuts rows of weights; lane row * kOuts + out of the result is one output. At every step,
+    // kFetch lines are asked for, from `ahead` on. Not inlined: its sums are all the registers there are.
+    template <int kCount, int kFetch>
+    __attribute__((noinline)) static Vec multiply(const float* words, int64_t stride, const In* const* weights, int64_t in_dim, const char* ahead) {
         Vec acc[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) acc[i] = zero();
         const int64_t whole = in_dim / kStep * kStep;
-        const char* ahead = reinterpret_cast<const char*>(weights[0]) + kAheadBytes;
         Vec total[kCount * kOuts];
         for (int64_t begin = 0, end; begin < whole; begin = end) {
             end = whole - begin < kSegment ? whole : begin + kSegment;
             for (int64_t i = begin; i < end; i += kStep, words += kWords) {
-                if constexpr (kFetch != kNone) {
 #pragma GCC unroll 4
-                    for (int line = 0; line < kLines; ++line, ahead += kLineBytes) {
-                        _mm_prefetch(ahead, kFetch == kFirstLevel ? _MM_HINT_T0 : _MM_HINT_T1);
-                    }
+                for (int line = 0; line < kFetch; ++line, ahead += kLineBytes) {
+                    _mm_prefetch(ahead, kFetch == kLines && kCount < kRows ? _MM_HINT_T0 : _MM_HINT_T1);
                 }
                 Factor x[kCount];
 #pragma GCC unroll 4
@@ -185,21 +181,21 @@ struct Linear {
         return wide;
     }
 
-    template <Fetch kFetch>
+    template <int kFetch>
     static void tile(const LinearArgs& args, const LinearBlock& block, const In* const* weights, int64_t row,
-                     int64_t out, int count_outs) {
+                     int64_t out, int count_outs, const char* ahead = nullptr) {
         const int64_t stride = words_per_row(args.in_dim), left = block.num_rows - row;
         const int count = static_cast<int>(left < kRows ? left : kRows);
         const float* words = args.words + row * stride;
         Vec sums;
         if (count == 1) {
-            sums = multiply<1, kFetch>(words, stride, weights, block.in_dim);
+            sums = multiply<1, kFetch>(words, stride, weights, block.in_dim, ahead);
         } else if (count == 2 || kRows < 4) {
-            sums = multiply<2, kFetch>(words, stride, weights, block.in_dim);
+            sums = multiply<2, kFetch>(words, stride, weights, block.in_dim, ahead);
         } else if (count == 3) {
-            sums = multiply<3 < kRows ? 3 : kRows, kFetch>(words, stride, weights, block.in_dim);
+            sums = multiply<3 < kRows ? 3 : kRows, kFetch>(words, stride, weights, block.in_dim, ahead);
         } else {
-            sums = multiply<kRows, kFetch>(words, stride, weights, block.in_dim);
+            sums = multiply<kRows, kFetch>(words, stride, weights, block.in_dim, ahead);
         }
         if (block.bias != nullptr) {
             float bias[kLanes];
@@ -231,13 +227,19 @@ struct Linear {
                 const int64_t at = out + (i < count_outs ? i : count_outs - 1);
                 weights[i] = static_cast<const In*>(block.weight) + at * in_dim;
             }
-            if (block.num_rows < kRows) {
-                tile<kFirstLevel>(args, block, weights, 0, out, count_outs);
-                continue;
-            }
-            tile<kSecondLevel>(args, block, weights, 0, out, count_outs);
-            for (int64_t row = kRows; row < block.num_rows; row += kRows) {
-                tile<kNone>(args, block, weights, row, out, count_outs);
+            // The next weights are asked for evenly while the rows of x pass, up to a fourth of them beside each tile.
+            const char* ahead = reinterpret_cast<const char*>(weights[0]) + kAheadBytes;
+            const int64_t tiles = (block.num_rows + kRows - 1) / kRows, part = kOuts * in_dim * sizeof(In) / 4;
+            for (int64_t row = 0, at = 0; row < block.num_rows; row += kRows, ++at) {
+                if (tiles == 1) {
+                    tile<kLines>(args, block, weights, row, out, count_outs, ahead);
+                } else if (tiles < 4 && at < 2) {
+                    tile<kLines / 2>(args, block, weights, row, out, count_outs, ahead + at * 2 * part);
+                } else if (tiles >= 4 && at < kLines) {
+                    tile<1>(args, block, weights, row, out, count_outs, ahead + at * (4 / kLines) * part);
+                } else {
+                    tile<0>(args, block, weights, row, out, count_outs);
+                }
             }
         }
     }
