@@ -31,7 +31,7 @@ def write_plot(path: Path, found: Sequence[Row], source: str) -> None:
         from matplotlib.figure import Figure
         from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
     except ImportError as err:
-        raise ConfigError("plots need matplotlib: pip install 'colm-serve[bench]'") from err
+        raise ConfigError("plots need matplotlib, the extra `bench`; `make setup` installs it") from err
 
     columns = [(name, list(group)) for name, group in groupby(found, key=lambda row: row.length)]
     columns = [(name, group) for name, group in columns if len(group) > 1]

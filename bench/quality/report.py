@@ -141,7 +141,6 @@ def source_of(setting: Mapping[str, Any], environments: Sequence[Mapping[str, An
     cpus = sorted({str(each["cpu"]) for each in environments})
     threads = sorted({str(each["threads"]) for each in environments})
     pythons = sorted({each["versions"]["python"] for each in environments})
-    return (
-        f"{setting['model']}, chain 1, {setting['dtype']}; Python {', '.join(pythons)}'s text, SHA-256 "
-        f"{setting['text_sha256'][:12]}; {', '.join(cpus)}, threads: {', '.join(threads)}; commits {', '.join(commits)}."
-    )
+    text = f"Python {', '.join(pythons)}'s text, SHA-256 {setting['text_sha256'][:12]}"
+    machine = f"{', '.join(cpus)}, threads: {', '.join(threads)}; commits {', '.join(commits)}"
+    return f"{setting['model']}, chain 1, {setting['dtype']}; {text}; {machine}."
