@@ -61,8 +61,10 @@ def _figure(**size: Any) -> Any:
 def _speedups(cells: Sequence[Comparison], family: str, source: str) -> Any:
     names = [name for name in dict.fromkeys(each.cell.preset for each in cells) if name != family]
     figure = _figure(figsize=(9.5, 6.2))
-    axes = figure.subplots(2, -(-len(names) // 2), sharex=True, sharey=True, squeeze=False).flat
-    for ax, name in zip(axes, names, strict=False):
+    axes = figure.subplots(2, -(-len(names) // 2), sharex=True, sharey=True, squeeze=False)
+    for ax in axes[-1]:
+        ax.set_xlabel("prompt tokens")
+    for ax, name in zip(axes.flat, names, strict=False):
         row = [each for each in cells if each.cell.preset == name]
         right = [each for each in row if each.paper_speedup is not None]
         ax.plot(*_points(right, "paper_speedup"), color=PAPER, marker="s", markersize=3.5, linewidth=1.2)
@@ -70,7 +72,6 @@ def _speedups(cells: Sequence[Comparison], family: str, source: str) -> Any:
         _ours(ax, [each.ours for each in row if each.ours], "over_baseline", OURS)
         _dress(ax, name.removeprefix(f"{family}-").replace("-air", " air").replace("-same-params", ", same parameters"))
     figure.supylabel("times the baseline's speed", fontsize=9)
-    figure.supxlabel("prompt tokens", fontsize=9)
     figure.suptitle(f"{family}: prefill speed-up over the dense baseline, by prompt length\n{source}", fontsize=9)
     figure.legend(handles=_legend(with_paper=True), loc="outside lower center", ncols=5, frameon=False)
     return figure
