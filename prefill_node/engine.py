@@ -129,9 +129,7 @@ class PrefillEngine:
                     cancelled.raise_if_set()
 
     def _rows(self, start: int, stop: int) -> Rows:
-        # Made anew for each tile and layer: kept for a million tokens, the tables would be as large as a layer's keys,
-        # and they are a small part of the work.
-        return Rows((stop - start,), *self._rope.tables(torch.arange(start, stop, device=self._device)))
+        return Rows((stop - start,), *self._rope.range(start, stop))
 
     def _queries(self, layer: ChainBlock, hidden_ND: Tensor, position_X: Tensor) -> Tensor:
         """q_XHE of any positions, rotated."""

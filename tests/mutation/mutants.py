@@ -916,6 +916,13 @@ MUTANTS = (
         _PACKED + "test_amx_is_left_to_pytorch",
     ),
     Mutant(
+        "rotary tables that are kept begin anew where they grow",
+        "colm/model/rope.py",
+        "torch.arange(num_kept, num_wanted, device=device)",
+        "torch.arange(0, num_wanted - num_kept, device=device)",
+        "tests/unit/test_rope_tables.py::test_a_range_has_the_tables_of_its_positions_however_far_the_kept_ones_reach",
+    ),
+    Mutant(
         "gate and up serve different rows",
         "kernels/colm_kernels/chain_linear.py",
         " or tuple(gate_rows) != tuple(up_rows)",
