@@ -235,11 +235,10 @@ class PrefillEngine:
         """The rows of one run's tile, or of whole prompts, with their rotation."""
         if (pack := Pack.kept(runs, start)) is not None:
             return pack
-        # Made anew for each tile and layer: kept for a million tokens, the tables would be as large as a layer's keys,
-        # and they are a small part of the work.
         tiles = [(start, stop)] if len(runs) == 1 else [(0, run.num_tokens) for run in runs]
-        position_R = torch.cat([torch.arange(*tile, device=self._device) for tile in tiles])
-        return Pack.join(runs, start, stop, Rows((len(position_R),), *self._rope.tables(position_R)))
+        tables = [self._rope.range(*tile) for tile in tiles]
+        cos_RE, sin_RE = tables[0] if len(tables) == 1 else (torch.cat(each) for each in zip(*tables, strict=True))
+        return Pack.join(runs, start, stop, Rows((len(cos_RE),), cos_RE, sin_RE))
 
     def _queries(self, layer: ChainBlock, hidden_ND: Tensor, position_X: Tensor) -> Tensor:
         """q_XHE of any positions, rotated."""

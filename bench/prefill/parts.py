@@ -20,7 +20,7 @@ Parts = Mapping[str, Sequence[tuple[object, str]]]
 PARTS: Parts = {
     "norms": ((ChainRMSNorm, "forward"), (ChainRMSNorm, "add_")),
     "qkv": tuple((ChainAttention, name) for name in ("queries", "keys_values", "queries_keys_values")),
-    "rotation": ((Rope, "tables"), (block, "rotate_"), (tile_cache, "write_kv")),
+    "rotation": ((Rope, "range"), (Rope, "tables"), (block, "rotate_"), (tile_cache, "write_kv")),
     "attention": ((engine, "prefill_attention"),),
     "ffn": ((ChainFFN, "forward"),),
     # The output projection is the one linear that none of the others calls.

@@ -1266,4 +1266,11 @@ MUTANTS = (
         "0",
         "tests/numerics/test_prefill_layer.py::test_a_flag_that_is_set_ends_the_call",
     ),
+    Mutant(
+        "rotary tables that are kept begin anew where they grow",
+        "colm/model/rope.py",
+        "torch.arange(num_kept, num_wanted, device=device)",
+        "torch.arange(0, num_wanted - num_kept, device=device)",
+        "tests/unit/test_rope_tables.py::test_a_range_has_the_tables_of_its_positions_however_far_the_kept_ones_reach",
+    ),
 )
