@@ -907,11 +907,12 @@ MUTANTS = (
         "tests/unit/test_sparse_search.py::test_no_pattern_is_over_the_budget",
     ),
     Mutant(
-        "a sample misses what its fit misses",
+        "all tiles of one layer leave nothing open about the others",
         "bench/prefill/estimate.py",
-        "        total += len(group) * math.fsum(missed) / len(missed)\n",
-        "",
-        "tests/unit/test_bench_prefill_suite.py::test_the_error_bar_holds_the_sum_of_costs_of_another_shape",
+        "(len(group) * num_layers)",
+        "len(group)",
+        "tests/unit/test_bench_prefill_suite.py::"
+        "test_all_tiles_of_one_layer_are_summed_and_the_other_layers_leave_an_error_bar",
     ),
     Mutant(
         "a modelled cell counts as run",
