@@ -15,7 +15,7 @@ from cluster.state import write_private
 from colm.wire.security import new_token
 from tests.e2e.conftest import until
 
-_START_S = 120
+_START_S = 240
 _NODES = """
 import json, ray
 ray.init(address="{address}", log_to_driver=False, logging_level="ERROR")
