@@ -114,7 +114,11 @@ BAD_FLAGS = {
     "a tile without end": ("prefill", ("--tile-tokens", "inf"), "--tile-tokens='inf'"),
     "nothing covered": ("prefill", ("--sparse-mass", "0"), "--sparse-mass=0.0 must be above 0"),
     "too few keys": ("prefill", ("--sparse-keys-per-row", "320"), "--sparse-keys-per-row=320 covers nothing"),
-    "two budgets": ("prefill", ("--sparse-mass", "0.9", "--sparse-keys-per-row", "4096"), "--sparse-mass=0.9 and"),
+    "two budgets": (
+        "prefill",
+        ("--sparse-mass", "0.9", "--sparse-keys-per-row", "4096"),
+        "--sparse-mass=0.9 and sparse_keys_per_row=4096",
+    ),
     "not a size": ("decode", ("--kv-cache-bytes", "lots"), "--kv-cache-bytes='lots'"),
     "no stream": ("decode", ("--prefill-max-streams", "0"), "--prefill-max-streams='0'"),
     "not a device": ("decode", ("--device", "tpu"), "--device='tpu'"),

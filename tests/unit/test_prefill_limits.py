@@ -66,7 +66,10 @@ REFUSED: dict[str, tuple[Options, str]] = {
     "a share of nothing": (lambda *_: {"sparse_mass": 0.0}, r"sparse_mass=0\.0 must be above 0"),
     "a share that is no number": (lambda *_: {"sparse_mass": float("nan")}, r"sparse_mass=nan must be above 0"),
     "keys that cover nothing": (lambda *_: {"sparse_keys_per_row": 320}, r"sparse_keys_per_row=320 covers nothing"),
-    "two budgets": (lambda *_: {"sparse_mass": 0.9, "sparse_keys_per_row": 4096}, r"sparse_mass=0\.9 and"),
+    "two budgets": (
+        lambda *_: {"sparse_mass": 0.9, "sparse_keys_per_row": 4096},
+        r"sparse_mass=0\.9 and sparse_keys_per_row=4096",
+    ),
     "patterns of more layers": (with_patterns_of(num_layers=3), r"patterns\.json is of a model of 3 layers"),
     "patterns of fewer heads": (with_patterns_of(chains=(2, 2)), r"patterns\.json: layer 0 has 2 heads"),
     "no patterns": (lambda *_: {"sparse_patterns": Path("absent.json")}, r"absent\.json cannot be read"),
