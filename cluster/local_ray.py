@@ -1,7 +1,6 @@
 """Starts, finds and stops a Ray head node on this machine, with every process that it started."""
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -22,13 +21,14 @@ _START_TIMEOUT_S = 60.0
 _STOP_GRACE_S = 5.0
 _KILL_TIMEOUT_S = 30.0
 _POLL_S = 0.1
+_LOOPBACK = "127.0.0.1"
 # Environment variable of a head node, and so of all that it starts. Its value is the token's path, which is another
 # one for each state directory.
 _MARK = "COLM_RAY_TOKEN"
 
 
 def show_token(token_path: Path) -> None:
-    """Give this process, and those that it starts, access to the Ray with that token.
+    """Give this process, and those that it starts, access to the Ray of this machine with that token.
 
     Must come before `import ray`, which reads the environment once.
 
@@ -37,14 +37,23 @@ def show_token(token_path: Path) -> None:
     """
     if not token_path.is_file():
         raise ClusterError(f"{token_path} is missing, and without it the cluster's Ray lets nobody in")
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_path)}
+    # The last one makes the loopback the address of this machine, to which Ray's processes and replicas then listen.
+    # --node-ip-address does so for some of them.
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_path),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
 
 
-def start_ray(resources: Mapping[str, float], token_path: Path, log_path: Path) -> tuple[str, int]:
+def start_ray(resources: Mapping[str, float], root: Path, token_path: Path, log_path: Path) -> tuple[str, int]:
     """Start a head node that outlives this process. Even after a failure, `stop_ray` finds it by its token's path.
+
+    All of its processes listen on the loopback alone: before it looks at a token, Ray dies of certain calls.
 
     Args:
         resources: custom resources of the node, e.g. {"prefill": 1}.
+        root: folder for Ray's files, in one that only this user may enter.
         token_path: file for the token that Ray will demand of everybody who connects.
         log_path: file for Ray's output.
 
@@ -60,8 +69,8 @@ def start_ray(resources: Mapping[str, float], token_path: Path, log_path: Path) 
     words = ", ".join(f'"{name}": {amount}' for name, amount in resources.items())
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-        *(f"--port={port}", f"--ray-client-server-port={client_port}"),
-        *("--include-dashboard=false", "--disable-usage-stats", f"--resources={{{words}}}"),
+        *(f"--node-ip-address={_LOOPBACK}", f"--port={port}", f"--ray-client-server-port={client_port}"),
+        *(f"--temp-dir={root}", "--include-dashboard=false", "--disable-usage-stats", f"--resources={{{words}}}"),
     ]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
@@ -78,10 +87,7 @@ def start_ray(resources: Mapping[str, float], token_path: Path, log_path: Path) 
         if process.poll() is not None or time.monotonic() > give_up_s:
             raise ClusterError(f"Ray did not start; {log_path} ends with: {words[-600:].strip()}")
         time.sleep(_POLL_S)
-    address = re.search(rf"--address='([^']+:{port})'", words)
-    if address is None:
-        raise ClusterError(f"Ray started but did not say where; see {log_path}")
-    return address[1], process.pid
+    return f"{_LOOPBACK}:{port}", process.pid
 
 
 def is_running(token_path: Path) -> bool:

@@ -2,135 +2,50 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ByteSize,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-)
+from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from colm import defaults
 from colm.errors import ConfigError
-from prefill_node.sparse.audit import AuditPolicy
-from prefill_node.sparse.policy import SparsePolicy
+from colm.settings import DtypeSettings, PlacementSettings, Settings, explain
+from decode_node.settings import DecodeSettings, PrefillPoolSettings
+from prefill_node.settings import PrefillSettings
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ModelSection(_Section):
+class ModelSection(DtypeSettings):
     """Section [model]."""
 
     path: Path | None = None
     """Checkpoint directory, at the same path on every machine; required here or as --model."""
     name: str | None = None
     """Name of the model in clients' requests; by default the directory's name."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of weights, computation and KV cache; auto: bfloat16 if fast on both roles' devices, else float32."""
 
 
-class _PlacedSection(_Section):
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]?))?)$")] = "auto"
-    """Device of each replica: "cpu", "cuda" or "cuda:N"; auto: the GPU that Ray sets aside, or the CPU without one."""
+class _ReplicaSettings(PlacementSettings):
+    """How many replicas there are, and where."""
+
+    replicas: PositiveInt = 1
+    """Number of replicas; each takes 1 of Ray's custom resource of this section's name."""
     num_gpus: NonNegativeInt = Field(default=0, le=1)
     """GPUs that Ray sets aside for each replica, 0 or 1; with 0, replicas may share the GPU that `device` names."""
-    num_threads: PositiveInt | None = None
-    """CPU threads of each replica; by default one for each core that it may run on."""
 
     @property
     def resolved_device(self) -> str:
         """The device that auto stands for."""
-        if self.device != "auto":
-            return self.device
-        return "cuda" if self.num_gpus else "cpu"
+        return "cuda" if self.device == "auto" and self.num_gpus else super().resolved_device
 
 
-class PrefillSection(_PlacedSection):
+# Of several bases, the last one's options come first in the file.
+class PrefillSection(PrefillSettings, PrefillPoolSettings, _ReplicaSettings):
     """Section [prefill]."""
 
-    replicas: PositiveInt = 1
-    """Number of prefill replicas; each takes 1 of Ray's custom resource "prefill"."""
-    tile_tokens: PositiveInt = defaults.TILE_TOKENS
-    """Tokens that a prefill replica computes and sends at a time."""
-    attention_backend: Literal["auto", "flash_attn", "triton"] = "auto"
-    """Implementation of dense attention on a GPU; auto: flash-attn if it can be imported, else Triton."""
-    sparse_mass: float | None = None
-    """Share of every head's attention that sparse attention keeps, for requests that ask for it; 0.95 by default."""
-    sparse_keys_per_row: PositiveInt | None = None
-    """Keys that sparse attention gives to a row at most, instead of a share of the attention."""
-    sparse_dense_below_tokens: NonNegativeInt = SparsePolicy().dense_below_tokens
-    """Shorter prompts are dense whatever their requests ask for."""
-    sparse_patterns: Path | None = None
-    """File of `colm search-patterns`, at the same place on every node; each head has its pattern instead of a share."""
-    audit_floor: float = AuditPolicy().floor
-    """Mean recall that sampled rows must show for every head; heads below attend to everything. 0 only reports."""
-    audit_confidence: float = AuditPolicy().confidence
-    """Probability with which a head's recall is no less than its bound, which is held against the floor."""
-    audit_max_rows: int = AuditPolicy().max_rows
-    """Rows that are sampled of a layer at most."""
-    audit_max_cost: float = AuditPolicy().max_cost
-    """Products of an audit as a share of those of the layer's sparse attention; below 0.05."""
-    max_queued: PositiveInt = defaults.MAX_QUEUED
-    """Prompts that may wait for a prefill replica, for each decode replica; the next is refused."""
-    max_streams: PositiveInt = defaults.MAX_STREAMS
-    """Prompts that a prefill replica takes at once; they take turns."""
-    max_queued_s: PositiveFloat = defaults.MAX_QUEUED_S
-    """Seconds of work, as estimated, that may lie before a new prompt on a prefill replica; with more it is refused."""
-    memory_bytes: ByteSize | None = None
-    """Memory for the prompts that a prefill replica has begun, e.g. "8GiB"; default: half of what is free then."""
 
-    @property
-    def sparse_policy(self) -> SparsePolicy:
-        """What the replicas' sparse attention may leave out.
-
-        Raises:
-            ValueError: names the field without its prefix.
-        """
-        default = SparsePolicy().mass if self.sparse_keys_per_row is None else None
-        return SparsePolicy(
-            mass=default if self.sparse_mass is None else self.sparse_mass,
-            keys_per_row=self.sparse_keys_per_row,
-            dense_below_tokens=self.sparse_dense_below_tokens,
-        )
-
-    @property
-    def audit_policy(self) -> AuditPolicy:
-        """What the replicas' sparse attention must recall.
-
-        Raises:
-            ValueError: names the field without its prefix.
-        """
-        return AuditPolicy(
-            floor=self.audit_floor,
-            confidence=self.audit_confidence,
-            max_rows=self.audit_max_rows,
-            max_cost=self.audit_max_cost,
-        )
-
-
-class DecodeSection(_PlacedSection):
+class DecodeSection(DecodeSettings, _ReplicaSettings):
     """Section [decode]."""
 
-    replicas: PositiveInt = 1
-    """Number of decode replicas; each takes 1 of Ray's custom resource "decode"."""
-    kv_cache_bytes: ByteSize = ByteSize(defaults.KV_CACHE_BYTES)
-    """Memory of each decode replica for keys and values, in bytes or with a unit, e.g. "4GiB"."""
-    page_tokens: PositiveInt = defaults.PAGE_TOKENS
-    """Tokens in a KV page; a request reserves whole pages."""
-    max_batch_size: PositiveInt = defaults.MAX_BATCH_SIZE
-    """Answers that a decode replica advances in one step; more wait."""
-    max_requests: PositiveInt = defaults.MAX_REQUESTS
-    """Requests at once on a decode replica, waiting and prefilling ones included; the next is refused."""
 
-
-class GatewaySection(_Section):
+class GatewaySection(Settings):
     """Section [gateway]."""
 
     host: str = "127.0.0.1"
@@ -139,6 +54,10 @@ class GatewaySection(_Section):
     """TCP port of the gateway; 0 picks a free one."""
     max_document_bytes: ByteSize = ByteSize(64 << 20)
     """Largest document of a request, in bytes or with a unit, e.g. "64MiB"."""
+    max_upload_bytes: ByteSize = ByteSize(1 << 30)
+    """Bytes of all requests' documents at once, until they are tokens; a document that brings more is refused."""
+    upload_idle_s: PositiveFloat = defaults.UPLOAD_IDLE_S
+    """Longest pause between two pieces of an upload, in seconds; a longer one ends the request."""
     max_requests: PositiveInt = defaults.MAX_REQUESTS
     """Requests at once inside the gateway; the next is refused."""
     default_max_new_tokens: PositiveInt = 256
@@ -152,32 +71,40 @@ class GatewaySection(_Section):
     min_decode_tokens_per_s: PositiveFloat = 2.0
     """Slowest decoding, in new tokens/s, that such a request is given time for."""
     max_timeout_s: PositiveFloat = 24 * 3600.0
-    """Longest timeout_s that a client may ask for, and longest deadline without one, in seconds."""
+    """Longest timeout_s that a client may ask for, and longest deadline of any request, in seconds."""
 
 
-# Each option that is a default, and the option that limits it.
-_LIMITED_DEFAULTS = {"default_max_new_tokens": "max_new_tokens", "default_timeout_s": "max_timeout_s"}
+# Options of the gateway, and those that limit them.
+_LIMITED = {
+    "default_max_new_tokens": "max_new_tokens",
+    "default_timeout_s": "max_timeout_s",
+    "max_document_bytes": "max_upload_bytes",
+}
 
 
-class SecuritySection(_Section):
+class SecuritySection(Settings):
     """Section [security]."""
 
     token: Literal["auto", "off"] = "auto"
     """auto makes a token that clients must send, and `colm submit` on this machine finds; off admits every client."""
     tls: Literal["auto", "off"] = "auto"
     """auto makes certificates, and encrypts the gateway's and the nodes' connections; off leaves them in plaintext."""
+    folder: Path | None = None
+    """Folder of `colm secrets`, at the same path on every machine; with ray.address only. Else `colm up` makes one."""
 
 
-class RaySection(_Section):
+class RaySection(Settings):
     """Section [ray]."""
 
     address: str | None = None
     """Running Ray cluster to join, e.g. "auto" or "10.0.0.1:6379"; by default `colm up` starts one here."""
+    insecure: bool = False
+    """Join a Ray that demands no token: whoever reaches its ports can then run code on every machine of it."""
     ready_timeout_s: PositiveFloat = 300.0
     """Seconds that replicas may take to load before `colm up` gives up."""
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Settings):
     """All options of a cluster, section by section."""
 
     model: ModelSection = ModelSection()
@@ -233,19 +160,19 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
     try:
         config = ClusterConfig.model_validate(values)
     except ValidationError as err:
-        raise ConfigError("; ".join(_explain(dict(error)) for error in err.errors())) from err
+        raise ConfigError(explain(err, str)) from err
     _check_limits(config)
     _check_devices(config)
-    _check_sparse(config.prefill)
+    _check_secrets(config)
     return config
 
 
 def _check_limits(config: ClusterConfig) -> None:
-    for name, limit in _LIMITED_DEFAULTS.items():
-        default, highest = getattr(config.gateway, name), getattr(config.gateway, limit)
-        if default > highest:
+    for name, limit in _LIMITED.items():
+        value, highest = getattr(config.gateway, name), getattr(config.gateway, limit)
+        if value > highest:
             raise ConfigError(
-                f"gateway.{name}={default} is above gateway.{limit}={highest}; lower the one or raise the other"
+                f"gateway.{name}={value} is above gateway.{limit}={highest}; lower the one or raise the other"
             )
 
 
@@ -270,20 +197,17 @@ def _check_devices(config: ClusterConfig) -> None:
         )
 
 
-def _check_sparse(section: PrefillSection) -> None:
-    if section.sparse_mass is not None and section.sparse_keys_per_row is not None:
+def _check_secrets(config: ClusterConfig) -> None:
+    address, folder = config.ray.address, config.security.folder
+    if address is not None and folder is None:
         raise ConfigError(
-            f"prefill.sparse_mass={section.sparse_mass} and prefill.sparse_keys_per_row={section.sparse_keys_per_row}: "
-            "one of them says how much is kept; leave the other out"
+            f"ray.address={address!r} needs security.folder: make one with `colm secrets DIR`, copy it to the same "
+            "path on every machine, and give --secrets DIR"
         )
-    try:
-        section.sparse_policy  # noqa: B018 - it checks itself
-    except ValueError as err:
-        raise ConfigError(f"prefill.sparse_{err}") from err
-    try:
-        section.audit_policy  # noqa: B018 - it checks itself
-    except ValueError as err:
-        raise ConfigError(f"prefill.audit_{err}") from err
+    if address is None and folder is not None:
+        raise ConfigError(
+            f"security.folder={str(folder)!r} needs ray.address; a Ray that `colm up` starts has secrets of its own"
+        )
 
 
 def default_toml() -> str:
@@ -307,10 +231,3 @@ def _toml(value: object) -> str:
             return f'"{value}"'
         case _:
             return str(value)
-
-
-def _explain(error: dict[str, Any]) -> str:
-    option = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{option} is not an option; `colm config` lists them"
-    return f"{option}={error['input']!r}: {error['msg']}"

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,16 +16,29 @@ from colm.wire.security import Security, Tls
 _FILE = "cluster.json"
 _JOINED_FILE = "joined"
 _LOCK_FILE = "lock"
+SECRETS = "secrets"
+"""Folder of the secrets that `colm up` makes for a Ray of its own."""
 
 
 def write_private(path: Path, text: str) -> None:
     """Write a file that only this user can read; it appears complete or not at all."""
     partial = path.with_name(f"{path.name}.new")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        os.fchmod(descriptor, 0o600)  # a leftover keeps its own mode when it is opened
+    partial.unlink(missing_ok=True)  # a leftover, or a link to where others read
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
     partial.replace(path)
+
+
+def make_state_dir(state_dir: Path) -> None:
+    """Make the directory, or see that the one that is there is this user's.
+
+    Raises:
+        ClusterError: others may write into it, and so plant links in place of logs and secrets.
+    """
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = state_dir.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ClusterError(f"others may write into {state_dir}; make it yours and chmod it to 700, or name another one")
 
 
 @contextmanager
@@ -80,7 +94,7 @@ class ClusterState:
 
     def write(self, state_dir: Path) -> None:
         """Write the state file, which only this user can read."""
-        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_state_dir(state_dir)
         body = json.dumps({name: getattr(self, name) for name in self.__slots__}, indent=2)
         write_private(state_dir / _FILE, body + "\n")
 
@@ -114,6 +128,7 @@ class ClusterState:
 
     @staticmethod
     def forget(state_dir: Path) -> None:
-        """Delete the state files."""
+        """Delete the state files and the cluster's own secrets."""
         for name in (_FILE, _JOINED_FILE):
             (state_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(state_dir / SECRETS, ignore_errors=True)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from colm.errors import CheckpointError
+from colm.finite import NOT_FINITE, is_finite
 from colm.model import ChainTransformer, parameter_shapes
 from colm.model.config import ChainConfig
 from colm.placement import CPU
@@ -27,7 +28,8 @@ WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT = "colm-checkpoint"
 FORMAT_VERSION = 1
-_DIGEST_KEY = "backbone_sha256"
+# One key, since the order of several in a file differs from run to run. Older builds had not looked for NaN.
+_DIGEST_KEY, _OLDER_DIGEST_KEY = "backbone_sha256_of_finite_weights", "backbone_sha256"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,11 +106,26 @@ class Checkpoint:
         with self._reader() as reader:
             return {name: reader.get_tensor(name) for name in names}
 
+    def require_finite(self, names: Iterable[str]) -> None:
+        """Refuse weights of which the named hold NaN or infinities.
+
+        What `save` has written is not read: it has looked at everything, and says so beside the weights. The files of
+        older builds and of other tools are read at the speed of the disk.
+
+        Raises:
+            CheckpointError: names the file and the tensor.
+        """
+        if _DIGEST_KEY in self._metadata():
+            return
+        with self._reader() as reader:
+            for name in names:
+                if not is_finite(reader.get_tensor(name)):
+                    raise CheckpointError(f"{self.weights_path}: tensor {name!r} {NOT_FINITE}; make the file again")
+
     def stored_digest(self) -> str | None:
         """The backbone's digest as `save` wrote it beside the weights; None in files of older builds."""
-        with self._reader() as reader:
-            metadata: dict[str, str] = reader.metadata() or {}
-        return metadata.get(_DIGEST_KEY)
+        metadata = self._metadata()
+        return metadata.get(_DIGEST_KEY) or metadata.get(_OLDER_DIGEST_KEY)
 
     def load(
         self, num_chains: int | None = None, dtype: torch.dtype | None = None, device: torch.device = CPU
@@ -124,6 +141,10 @@ class Checkpoint:
             model = ChainTransformer(self.config, num_chains)
         assign(model, self.tensors(name for name, _ in model.named_parameters()), dtype, device)
         return model
+
+    def _metadata(self) -> dict[str, str]:
+        with self._reader() as reader:
+            return reader.metadata() or {}
 
     def _reader(self) -> Any:
         try:
@@ -184,7 +205,7 @@ def save(
         The checkpoint, opened and checked.
 
     Raises:
-        CheckpointError: a tensor is missing, misshapen or not of this model, or `path` is something else.
+        CheckpointError: a tensor is missing, misshapen, not of this model or not finite, or `path` is something else.
     """
     target = Path(path).absolute()
     if target.exists() and not _may_replace(target):
@@ -194,6 +215,9 @@ def save(
         raise CheckpointError(f"tensors {unknown[:3]} do not belong to this model")
     if missing := sorted(set(expected) - set(tensors)):
         raise CheckpointError(f"tensors {missing[:3]} of this model are missing")
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise CheckpointError(f"tensor {name!r} {NOT_FINITE}; {target} is not written")
     with staged(target) as whole:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},

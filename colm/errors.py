@@ -47,8 +47,16 @@ class TransferSuperseded(PeerUnavailable):
     """A newer stream has taken over what this one was reading."""
 
 
+class ReaderStalled(PeerUnavailable):
+    """The reader of a stream has acknowledged nothing for too long, so what it was to read has been dropped."""
+
+
 class PeerFailed(ColmError):
     """Another process answered that it failed for a reason of its own; another replica may succeed."""
+
+
+class NotFinite(ColmError):
+    """The model's numbers have become NaN or infinite, and would on any other replica."""
 
 
 class FingerprintMismatch(ColmError):

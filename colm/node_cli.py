@@ -1,21 +1,28 @@
 """What the two nodes' own commands share: security from files, and running until told to stop."""
 
 import asyncio
+import inspect
 import logging
+import re
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol, get_args, get_origin
 
 import typer
+from pydantic import ValidationError
 
 from colm.errors import ColmError, ConfigError
-from colm.wire.security import Security, Tls
+from colm.settings import Settings, explain
+from colm.wire.security import Security, Tls, read_token
 
 TokenFile = Annotated[
     Path | None,
     typer.Option(help="File with the bearer token that callers must show; none leaves the node open."),
 ]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(help="0 picks a free port.")]
 TlsDir = Annotated[Path | None, typer.Option(help="Directory with ca.pem, cert.pem and key.pem; none is plaintext.")]
 
 
@@ -38,10 +45,10 @@ def read_security(token_file: Path | None, tls_dir: Path | None) -> Security:
     """Security of a node that is started by hand.
 
     Raises:
-        ConfigError: a file cannot be read.
+        ConfigError: a file cannot be read, or holds no token.
     """
     try:
-        token = token_file.read_text().strip() if token_file else None
+        token = read_token(token_file) if token_file else None
         tls = None
         if tls_dir:
             ca, cert, key = ((tls_dir / name).read_bytes() for name in ("ca.pem", "cert.pem", "key.pem"))
@@ -64,11 +71,62 @@ async def run_node(node: Node) -> None:
     await node.stop()
 
 
-def guarded(run: Coroutine[object, object, None]) -> None:
-    """Run a command to its end; a user's error becomes one line on stderr and exit status 1."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+def command(run: Callable[..., Coroutine[object, object, None]]) -> Callable[..., None]:
+    """Make a command of a coroutine function; a user's error becomes one line on stderr and exit status 1.
+
+    A parameter that is a `Settings` becomes a flag for each of its options. Values are read by the settings themselves,
+    as those of a file are.
+    """
+    groups: dict[str, type[Settings]] = {}
+    parameters = []
+    for name, parameter in inspect.signature(run).parameters.items():
+        kind = parameter.annotation
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            groups[name] = kind
+            parameters += [_flag(kind, option) for option in kind.model_fields]
+        else:
+            parameters.append(parameter)
+
+    @wraps(run)
+    def main(**given: object) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+        try:
+            asyncio.run(run(**{name: _read(kind, given) for name, kind in groups.items()}, **given))
+        except (ColmError, OSError, ValueError) as err:
+            typer.echo(f"error: {err}", err=True)
+            raise typer.Exit(1) from err
+
+    # What typer reads, in place of the wrapped function's.
+    main.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    main.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return main
+
+
+def _flag(kind: type[Settings], option: str) -> inspect.Parameter:
+    field = kind.model_fields[option]
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    shown = typer.Option(
+        help=field.description,
+        metavar="|".join(choices) or "VALUE",
+        show_default=False if field.default is None else str(field.default),
+    )
+    name = kind.flag_prefix + option
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, shown]
+    )
+
+
+def _read(kind: type[Settings], given: dict[str, object]) -> Settings:
+    """Take a group's options from what was given, and check them."""
+    words = {option: given.pop(kind.flag_prefix + option) for option in kind.model_fields}
     try:
-        asyncio.run(run)
-    except (ColmError, OSError, ValueError) as err:
-        typer.echo(f"error: {err}", err=True)
-        raise typer.Exit(1) from err
+        return kind.model_validate({option: word for option, word in words.items() if word is not None})
+    except ValidationError as err:
+        raise ConfigError(explain(err, lambda option: _as_flag(kind.flag_prefix + option))) from err
+
+
+def _as_flag(option: str) -> str:
+    """`max_queued_s`, and whatever follows it, as `--max-queued-s`."""
+    name = re.match(r"\w*", option)
+    assert name is not None
+    return "--" + name[0].replace("_", "-") + option[name.end() :]

@@ -5,45 +5,41 @@ from typing import Annotated
 
 import typer
 
-from colm import defaults
 from colm.clock import MonotonicClock
-from colm.node_cli import TlsDir, TokenFile, guarded, read_security, run_node
+from colm.node_cli import Host, Port, TlsDir, TokenFile, command, read_security, run_node
 from colm.placement import Placement
+from colm.settings import DtypeSettings, PlacementSettings
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import StaticPrefillPool
+from decode_node.settings import DecodeSettings, PrefillPoolSettings
 
 
-def main(
+@command
+async def main(
+    *,
     model: Annotated[Path, typer.Option(help="Checkpoint directory; all chains are read.")],
     prefill: Annotated[list[str], typer.Option(help="host:port of a prefill node; may be repeated.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 picks a free port.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda (the first GPU) or cuda:N.")] = "cpu",
-    dtype: Annotated[
-        str, typer.Option(help="float32 or bfloat16; must equal the prefill nodes'. auto is the fastest on the device.")
-    ] = "auto",
-    page_tokens: Annotated[int, typer.Option(help="Tokens in a KV page.")] = defaults.PAGE_TOKENS,
-    kv_cache_mib: Annotated[int, typer.Option(help="Memory for keys and values.")] = defaults.KV_CACHE_BYTES >> 20,
-    num_threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 0,
+    placement: PlacementSettings,
+    computation: DtypeSettings,
+    settings: DecodeSettings,
+    of_prefill: PrefillPoolSettings,
     token_file: TokenFile = None,
     tls_dir: TlsDir = None,
 ) -> None:
     """Serve a model at any scale over keys and values from prefill nodes; prints its address once it is ready."""
-
-    async def run() -> None:
-        options = DecodeOptions(
-            model_path=str(model),
-            placement=Placement.of(device, dtype, num_threads),
-            page_tokens=page_tokens,
-            kv_cache_bytes=kv_cache_mib << 20,
-            host=host,
-            port=port,
-        )
-        await run_node(
-            DecodeNode(options, read_security(token_file, tls_dir), StaticPrefillPool(prefill, MonotonicClock()))
-        )
-
-    guarded(run())
+    options = DecodeOptions(
+        model_path=str(model),
+        placement=Placement.of(placement.resolved_device, computation.dtype, placement.num_threads),
+        settings=settings,
+        host=host,
+        port=port,
+    )
+    pool = StaticPrefillPool(
+        prefill, MonotonicClock(), max_streams=of_prefill.max_streams, max_waiting=of_prefill.max_queued
+    )
+    await run_node(DecodeNode(options, read_security(token_file, tls_dir), pool))
 
 
 if __name__ == "__main__":

@@ -13,27 +13,41 @@ from operator import is_not
 import numpy as np
 import torch
 from colm_kernels.decode_attention import MAX_QUERY_TOKENS, decode_attention
+from colm_kernels.decode_step import DecodeStep, StepRows
 from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint
 from colm.kv import require_shared_kv
 from colm.model.block import Rows
+from colm.model.one_call import all_gains, step_layers
 from colm.model.rope import Rope
 from decode_node.kv_store import KvStore
 from decode_node.plan import PlanRow, StepPlan
 
 
 class DecodeEngine:
-    """Runs decode steps: all chains' weights over a store of pages, on the store's device."""
+    """Runs decode steps: all chains' weights over a store of pages, on the store's device.
 
-    def __init__(self, checkpoint: Checkpoint, store: KvStore) -> None:
+    Args:
+        checkpoint: of a model whose keys and values are all chain 1's.
+        store: the pages.
+        in_one_call: run all layers in one call of the kernels' library where it can; else, and on GPUs, the model's
+            modules run one by one. Both give the same bits.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, store: KvStore, *, in_one_call: bool = True) -> None:
         require_shared_kv(checkpoint.config)
         self.config = checkpoint.config
         self._store = store
         self._table = _BatchTable(store.device)
         self._model = checkpoint.load(dtype=store.layout.kv_format.dtype, device=store.device)
         self._rope = Rope(checkpoint.config, store.device)
+        self._one_call: DecodeStep | None = None
+        if in_one_call and (layers := step_layers(self._model, store.device)) is not None:
+            pages = store.k_pages_LBPKD, store.v_pages_LBPKD
+            gains, config = all_gains(self._model.final_norm), checkpoint.config
+            self._one_call = DecodeStep(layers, gains, config.chains, *pages, eps=config.norm_eps)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> Tensor:
@@ -52,24 +66,34 @@ class DecodeEngine:
             [row.position + len(row.token_ids) for row in plan.rows],
             [0, *accumulate(num_tokens_R)],
         )
-        batch = _Batch(
-            table_RM=self._table.of(plan.rows),
+        cos_TE, sin_TE = self._rope.tables(positions_T)
+        step = StepRows(
+            # Larger scales stand first, so chain i runs on a leading run of tokens and its weights are read once.
+            chain_rows=_chain_rows(plan, num_tokens_R),
+            cos_TE=cos_TE,
+            sin_TE=sin_TE,
+            slot_mapping_T=slot_mapping_T,
+            block_table_RM=self._table.of(plan.rows),
             context_lens_R=context_lens_R.to(torch.int32),
             cu_seqlens_q_R1=cu_seqlens_q_R1.to(torch.int32),
         )
-        # Larger scales stand first, so chain i runs on a leading run of tokens and its weights are read once.
-        chain_rows = _chain_rows(plan, num_tokens_R)
-        rows = Rows(chain_rows, *self._rope.tables(positions_T))
-
         x_TD = self._model.embedding.embed(token_ids_T, num_chains)
+        one_call = self._one_call
+        if one_call is not None and (variant := one_call.variant_for(len(x_TD))) != "torch":
+            return self._logits(plan, one_call.run(x_TD, step, variant))
+        return self._logits(plan, self._by_modules(x_TD, step))
+
+    def _by_modules(self, x_TD: Tensor, step: StepRows) -> Tensor:
+        """All layers and the final norm."""
+        rows, num_chains = Rows(step.chain_rows, step.cos_TE, step.sin_TE), len(step.chain_rows)
         blocks = self._model.blocks
         next_norms = [*(layer.attention_norm for layer in blocks[1:]), self._model.final_norm]
-        normed_TD = blocks[0].attention_norm(x_TD, num_chains)
+        normed_TD: Tensor = blocks[0].attention_norm(x_TD, num_chains)
         for index, (layer, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
-            delta_TD = layer.step(x_TD, normed_TD, rows, _LayerPages(self._store, index, slot_mapping_T, batch))
+            delta_TD = layer.step(x_TD, normed_TD, rows, _LayerPages(self._store, index, step))
             # Added to x by the norm that reads the sum: one pass over the rows in place of two.
             normed_TD = next_norm.add_(x_TD, delta_TD, num_chains)
-        return self._logits(plan, normed_TD)
+        return normed_TD
 
     def _logits(self, plan: StepPlan, normed_TD: Tensor) -> Tensor:
         num_logits_R = [row.num_logits for row in plan.rows]
@@ -100,37 +124,25 @@ def _chain_rows(plan: StepPlan, counts_R: Sequence[int]) -> list[int]:
     ]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Batch:
-    """How the tokens of a step lie in pages; the same in every layer."""
-
-    table_RM: Tensor
-    context_lens_R: Tensor
-    """Tokens in each row's cache, those of this step included."""
-    cu_seqlens_q_R1: Tensor
-    """Row r has the tokens cu_seqlens_q[r] .. cu_seqlens_q[r + 1] - 1."""
-
-
 @dataclass(frozen=True, slots=True)
 class _LayerPages:
     """One layer's pages: the cache that a block writes and reads in a step."""
 
     store: KvStore
     layer: int
-    slot_mapping_T: Tensor
-    batch: _Batch
+    step: StepRows
 
     def write(self, k_TKE: Tensor, v_TKE: Tensor, rows: Rows) -> None:
-        self.store.write_tokens(self.layer, self.slot_mapping_T, k_TKE, v_TKE, rows.cos_RE, rows.sin_RE)
+        self.store.write_tokens(self.layer, self.step.slot_mapping_T, k_TKE, v_TKE, rows.cos_RE, rows.sin_RE)
 
     def attend(self, q_TKGE: Tensor) -> Tensor:
         return decode_attention(
             q_TKGE,
             self.store.k_pages_LBPKD[self.layer],
             self.store.v_pages_LBPKD[self.layer],
-            self.batch.table_RM,
-            self.batch.context_lens_R,
-            cu_seqlens_q_R1=self.batch.cu_seqlens_q_R1,
+            self.step.block_table_RM,
+            self.step.context_lens_R,
+            cu_seqlens_q_R1=self.step.cu_seqlens_q_R1,
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colm.clock import Clock
-from colm.errors import PeerFailed, PeerUnavailable
+from colm.errors import CapacityExceeded, PeerFailed, PeerUnavailable
 from colm.events import PrefillProgress, Queued, SparseReport, WaitsFor
 from colm.line import BEAT_INTERVAL_S, wait_at_most
 from colm.request import AttentionMode
@@ -131,6 +131,7 @@ class KvFetcher:
 
         Raises:
             PeerUnavailable, PeerFailed: all attempts that the policy allows have failed; how the last one did.
+            CapacityExceeded: no node has room for the prompt; what the last one said.
             FingerprintMismatch: the prefill nodes serve something else.
         """
         ledger = TransferLedger(
@@ -156,35 +157,55 @@ class KvFetcher:
         raise AssertionError("max_attempts is at least 1")
 
     async def _attempt(self, holder: "_Holder", order: KvOrder, account: KvAccount, emit: Emit) -> None:
-        num_tokens, ledger = len(order.token_ids), holder.ledger
-        asked_s = self._clock.now()
+        """Fetch from a node; one that has no room for the prompt is followed by the free ones, each once at most."""
+        num_tokens, refusals = len(order.token_ids), dict[str, CapacityExceeded]()
 
         async def beat(num_ahead: int) -> None:
             await emit(Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=num_ahead))
 
-        async with self._prefill_pool.lease(num_tokens=num_tokens, beat=beat, preferred=holder.address) as lease:
-            account.num_kv_streams = ledger.begin()
-            transfer = KvTransfer(
-                ledger=ledger,
-                fingerprint=self._fingerprint,
-                token_ids=order.token_ids,
-                table_M=order.table_M,
-                attention=order.attention,
-            )
-            receiver = self._receive(transfer, lease)
-            thread = self._start(receiver, order.pages)
+        while True:
+            asked_s = self._clock.now()
             try:
-                await self._follow(thread, receiver, ledger, num_tokens, emit)
-                account.sparse = receiver.sparse
-            finally:
-                receiver.cancel()
-                ended_s = self._clock.now()
-                started_s = ended_s if receiver.started_s is None else receiver.started_s
-                account.queue_s += started_s - asked_s
-                account.prefill_s += ended_s - started_s
-                account.kv_received_bytes += ledger.payload_bytes
-                holder.note(lease.address, None if receiver.heard_s is None else ended_s - receiver.heard_s)
-        await emit(PrefillProgress(num_tokens_done=num_tokens, num_tokens_total=num_tokens))
+                async with self._prefill_pool.lease(
+                    num_tokens=num_tokens, beat=beat, preferred=holder.address, refused_by=refusals
+                ) as lease:
+                    try:
+                        await self._transfer(lease, asked_s, holder, order, account, emit)
+                    except CapacityExceeded as refusal:
+                        refusals[lease.address] = refusal
+                        raise
+            except CapacityExceeded as err:
+                if err not in refusals.values():  # the pool has no node to lend
+                    raise next(reversed(refusals.values()), err) from None
+                logger.info("transfer.refused request=%s by=%s", order.request_id, lease.address)
+            else:
+                return await emit(PrefillProgress(num_tokens_done=num_tokens, num_tokens_total=num_tokens))
+
+    async def _transfer(
+        self, lease: PrefillLease, asked_s: float, holder: "_Holder", order: KvOrder, account: KvAccount, emit: Emit
+    ) -> None:
+        ledger = holder.ledger
+        account.num_kv_streams = ledger.begin()
+        transfer = KvTransfer(
+            ledger=ledger,
+            fingerprint=self._fingerprint,
+            token_ids=order.token_ids,
+            table_M=order.table_M,
+            attention=order.attention,
+        )
+        receiver = self._receive(transfer, lease)
+        thread = self._start(receiver, order.pages)
+        try:
+            await self._follow(thread, receiver, ledger, len(order.token_ids), emit)
+            account.sparse = receiver.sparse
+        finally:
+            receiver.cancel()
+            ended_s = self._clock.now()
+            started_s = ended_s if receiver.started_s is None else receiver.started_s
+            account.queue_s += started_s - asked_s
+            account.prefill_s += ended_s - started_s
+            account.kv_received_bytes += ledger.payload_bytes
+            holder.note(lease.address, None if receiver.heard_s is None else ended_s - receiver.heard_s)
 
     def _start(self, receiver: Receiver, pages: PageLease) -> "Future[None]":
         """Run the receiver in a thread. The thread holds the pages until it has ended, whatever the request does."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -11,6 +11,7 @@ from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
+from colm.model import parameter_shapes
 from colm.placement import Placement
 from colm.text.tokenizer import Tokenizer
 from colm.wire.channels import BlockingChannels
@@ -27,6 +28,7 @@ from decode_node.page_pool import PagePool
 from decode_node.prefill_pool import PrefillLease, PrefillPool
 from decode_node.requests import RequestOwner, Stage
 from decode_node.service import DecodeService
+from decode_node.settings import DecodeSettings
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +41,8 @@ class DecodeOptions:
     """Checkpoint directory; all chains are read."""
     placement: Placement
     """Its device, dtype and CPU threads."""
-    page_tokens: int
-    """Tokens in a KV page."""
-    kv_cache_bytes: int = defaults.KV_CACHE_BYTES
-    """Memory for keys and values; on the CPU the system provides it as it is first used."""
-    max_batch_size: int = defaults.MAX_BATCH_SIZE
-    """Answers advanced in one step."""
-    max_requests: int = defaults.MAX_REQUESTS
-    """Requests at once, waiting and prefilling ones included; the next is refused."""
+    settings: DecodeSettings = field(default_factory=DecodeSettings)
+    """How it works."""
     host: str = "127.0.0.1"
     port: int = 0
     """0 picks a free port."""
@@ -108,11 +104,11 @@ class DecodeNode:
             ConfigError: the KV cache is smaller than a page, or the device is not there.
             OSError: the port is taken, or the host is not this machine's.
         """
-        options, clock = self._options, MonotonicClock()
+        options, settings, clock = self._options, self._options.settings, MonotonicClock()
         checkpoint, tokenizer, store, engine = await asyncio.to_thread(_load, options)
         self.fingerprint = await asyncio.to_thread(fingerprint, checkpoint, store.layout.kv_format)
-        self.page_line = PageLine(PagePool(store.num_pages), max_waiting=options.max_requests)
-        loop = DecodeLoop(engine, self.page_line, max_batch_size=options.max_batch_size)
+        self.page_line = PageLine(PagePool(store.num_pages), max_waiting=settings.max_requests)
+        loop = DecodeLoop(engine, self.page_line, max_batch_size=settings.max_batch_size)
         self._loop_task = asyncio.create_task(loop.run(), name="decode-loop")
 
         def receive(transfer: KvTransfer, lease: PrefillLease) -> KvReceiver:
@@ -124,7 +120,7 @@ class DecodeNode:
             page_line=self.page_line,
             fingerprint=self.fingerprint,
             num_layers=store.layout.kv_format.num_layers,
-            max_transfers=options.max_requests,
+            max_transfers=settings.max_requests,
             clock=clock,
             retry=RetryPolicy(),
         )
@@ -135,7 +131,7 @@ class DecodeNode:
             loop=loop,
             tokenizer=tokenizer,
             eos_token_ids=checkpoint.text.eos_token_ids,
-            max_requests=options.max_requests,
+            max_requests=settings.max_requests,
             clock=clock,
         )
         DecodeService(self.owner, checkpoint.config, clock, self._leases).add_to(self._server)
@@ -170,9 +166,10 @@ class DecodeNode:
 
 
 def _load(options: DecodeOptions) -> tuple[Checkpoint, Tokenizer | None, KvStore, DecodeEngine]:
-    placement = options.placement
+    placement, settings = options.placement, options.settings
     placement.take()
     checkpoint = Checkpoint.open(options.model_path)
-    layout = KvLayout(KvFormat.of(checkpoint.config, placement.dtype), options.page_tokens)
-    store = KvStore(layout, layout.pages_within(options.kv_cache_bytes), placement.device)
+    checkpoint.require_finite(parameter_shapes(checkpoint.config))
+    layout = KvLayout(KvFormat.of(checkpoint.config, placement.dtype), settings.page_tokens)
+    store = KvStore(layout, layout.pages_within(settings.kv_cache_bytes), placement.device)
     return checkpoint, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store)

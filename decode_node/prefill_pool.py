@@ -1,13 +1,13 @@
 """Where a decode node gets a prefill node from."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from colm import defaults
 from colm.clock import Clock
-from colm.errors import PeerFailed, PeerUnavailable
+from colm.errors import CapacityExceeded, PeerFailed, PeerUnavailable
 from colm.line import Beat, Line
 
 _FIRST_REST_S = 1.0
@@ -25,18 +25,27 @@ class PrefillLease:
 class PrefillPool(Protocol):
     """Lends prefill nodes. The cluster's pool asks Ray Serve; the static one knows addresses."""
 
-    def lease(self, *, num_tokens: int, beat: Beat, preferred: str | None) -> AbstractAsyncContextManager[PrefillLease]:
+    def lease(
+        self, *, num_tokens: int, beat: Beat, preferred: str | None, refused_by: Collection[str]
+    ) -> AbstractAsyncContextManager[PrefillLease]:
         """Borrow a node for a prompt of that length, in order of asking; leaving the context gives it back.
 
         Args:
             num_tokens: of the prompt.
             beat: told of the wait.
             preferred: address of a node that has begun with this prompt; to be lent where the pool can choose.
+            refused_by: addresses of nodes that had no room for this prompt; none of them is lent. With some, the prompt
+                waits for nobody.
 
         Raises:
             PeerUnavailable: none can be had just now; worth trying again.
-            CapacityExceeded: too many wait already.
+            CapacityExceeded: too many wait already, or no other node is free.
         """
+
+
+def no_other() -> CapacityExceeded:
+    """No node is free but those that refused."""
+    return CapacityExceeded("no other prefill node is free; try again later")
 
 
 @dataclass(slots=True)
@@ -86,9 +95,20 @@ class StaticPrefillPool:
         num_tokens: int,
         beat: Beat,
         preferred: str | None,
+        refused_by: Collection[str],
     ) -> AsyncIterator[PrefillLease]:
-        """Borrow a node with room; the preferred one first, one that failed lately only where no other has room."""
-        node = await self._line.turn(lambda: self._take(num_tokens, preferred), beat)
+        """Borrow a node with room; the preferred one first, one that failed lately only where no other has room.
+
+        One that failed lately is not another that is free for whom some have refused.
+        """
+        if not refused_by:
+            node = await self._line.turn(lambda: self._take(num_tokens, preferred, self._nodes), beat)
+        else:
+            now_s = self._clock.now()
+            others = [n for n in self._nodes if n.address not in refused_by and n.rests_until_s <= now_s]
+            if len(self._line) or (found := self._take(num_tokens, preferred, others)) is None:
+                raise no_other()
+            node = found
         try:
             yield PrefillLease(address=node.address, lease_id="")
             node.num_failures, node.rests_until_s = 0, 0.0
@@ -104,13 +124,13 @@ class StaticPrefillPool:
             self._nodes.append(self._nodes.pop(self._nodes.index(node)))
             self._line.look_again()
 
-    def _take(self, num_tokens: int, preferred: str | None) -> _Node | None:
+    def _take(self, num_tokens: int, preferred: str | None, nodes: Sequence[_Node]) -> _Node | None:
         now_s = self._clock.now()
 
         def worth(node: _Node) -> tuple[bool, float, int]:
             return node.address != preferred, max(0.0, node.rests_until_s - now_s), node.num_tokens
 
-        with_room = (node for node in self._nodes if node.num_streams < self._max_streams)
+        with_room = (node for node in nodes if node.num_streams < self._max_streams)
         if (node := min(with_room, key=worth, default=None)) is not None:
             node.num_streams += 1
             node.num_tokens += num_tokens

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from colm.errors import ColmError
+from colm.errors import ColmError, NotFinite
 from colm.sampling import SamplingParams
 
 _BLOCK_TOKENS = 128
@@ -57,7 +57,7 @@ def choose(samplers: Sequence[Sampler], logits_QV: Tensor) -> list[Choice | Colm
         logits_QV: of the model, on any device; the host reads them.
 
     Returns:
-        One choice a row; a ColmError where the logits are not finite.
+        One choice a row; an error where the logits are not finite.
     """
     logits_QV = logits_QV.cpu().float()
     finite_Q = logits_QV.amax(dim=1).isfinite().tolist()
@@ -65,7 +65,7 @@ def choose(samplers: Sequence[Sampler], logits_QV: Tensor) -> list[Choice | Colm
     return [
         _choose(sampler, logits_V, logprobs_V)
         if finite
-        else ColmError("the model's logits are not finite; its weights or the dtype are at fault")
+        else NotFinite("the model's logits are not finite; its weights or the dtype are at fault")
         for sampler, finite, logits_V, logprobs_V in zip(samplers, finite_Q, logits_QV.numpy(), logprobs, strict=True)
     ]
 

@@ -1,6 +1,7 @@
 """How long a prompt takes: operations counted from the model's shape, at rates that are measured and corrected."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol, Self
 
@@ -28,7 +29,8 @@ class Work:
     linear_flops: int = 0
     attention_flops: int = 0
     num_steps: int = 0
-    """Each is one tile of one layer; or, of a sparse layer, one of its attention or a part of its plan."""
+    """Each is one tile of one layer, for several prompts at once one tile of each; or, of a sparse layer, one of its
+    attention or a part of its plan."""
     sparse_flops: int = 0
     """Of attention to what plans list."""
     plan_flops: int = 0
@@ -36,6 +38,12 @@ class Work:
 
     def __sub__(self, other: "Work") -> "Work":
         return Work(**{each.name: getattr(self, each.name) - getattr(other, each.name) for each in fields(Work)})
+
+    @classmethod
+    def shared(cls, works: Sequence["Work"]) -> "Work":
+        """Several prompts' steps, made as one: their operations add up, each step counts once."""
+        sums = {each.name: sum(getattr(work, each.name) for work in works) for each in fields(cls)}
+        return cls(**sums | {"num_steps": max(work.num_steps for work in works)})
 
 
 class SparsePrompt(Protocol):
@@ -197,6 +205,10 @@ class CostModel:
     def seconds(self, work: Work) -> float:
         """What the engine will take for it."""
         return sum(self._parts_s(work))
+
+    def shared_s(self, work: Work) -> float:
+        """Of `seconds`, what it does not add to the steps of other work with which its own are made as one."""
+        return self._parts_s(work)[2]
 
     def observe(self, work: Work, took_s: float) -> None:
         """Learn from what work has taken; nothing where nothing was measured."""

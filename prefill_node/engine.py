@@ -4,16 +4,17 @@ Shapes: N prompt tokens, T tokens of a tile, S keys up to its end, D chain-1 mod
 heads, E head dim, X rows anywhere.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
 import torch
-from colm_kernels.native import CancelFlag
+from colm_kernels.native import CancelFlag, Variant
 from colm_kernels.prefill_attention import Backend, prefill_attention
+from colm_kernels.prefill_layer import PrefillLayers, PrefillTile
 from colm_kernels.rotary import rotate_
 from colm_kernels.sparse_prefill_attention import sparse_prefill_attention
-from colm_kernels.steps import Steps
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,9 +23,11 @@ from colm.errors import InvalidRequest
 from colm.kv import KvFormat, KvTile, require_shared_kv
 from colm.model import ChainTransformer
 from colm.model.block import ChainBlock, Rows
+from colm.model.one_call import step_layers
 from colm.model.rope import Rope
 from colm.placement import CPU
 from prefill_node.memory import run_bytes
+from prefill_node.prefill_run import NobodyLeft, Pack, PackCache, PrefillRun
 from prefill_node.sparse.plan import LayerPlan
 from prefill_node.sparse.policy import ROW_BLOCK
 from prefill_node.sparse.prompt_plans import PromptPlans
@@ -32,7 +35,7 @@ from prefill_node.tile_cache import TileCache
 
 
 class PrefillEngine:
-    """Holds chain 1's weights and, while it works, one layer's keys and values and the hidden states.
+    """Holds chain 1's weights; a run holds one layer's keys and values and the hidden states.
 
     Args:
         source: only the tensors that a prefill needs are read from it.
@@ -40,6 +43,8 @@ class PrefillEngine:
         tile_tokens: tokens computed and sent at a time.
         device: where weights, hidden states, keys and values lie.
         attention_backend: what attends to the prompt so far, on CUDA.
+        in_one_call: run each half of a layer in one call of the kernels' library where it can, for tiles of few rows;
+            else, and on GPUs, the model's modules run one by one. Both give the same bits.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class PrefillEngine:
         tile_tokens: int,
         device: torch.device = CPU,
         attention_backend: Backend = "auto",
+        in_one_call: bool = True,
     ) -> None:
         if tile_tokens < 1:
             raise ValueError(f"tile_tokens={tile_tokens} must be at least 1")
@@ -63,8 +69,71 @@ class PrefillEngine:
             self._model = ChainTransformer(source.config, 1)
         assign(self._model, source.tensors(prefill_tensor_names(source.config)), kv_format.dtype, device)
         self._rope = Rope(source.config, device)
+        self._layers: PrefillLayers | None = None
+        if in_one_call and (layers := step_layers(self._model, device)) is not None:
+            heads = {"num_heads": source.config.chains[0], "num_kv_heads": kv_format.num_kv_heads}
+            self._layers = PrefillLayers(layers, **heads, head_dim=kv_format.head_dim, eps=source.config.norm_eps)
+
+    def begin(
+        self,
+        token_ids: NDArray[np.int64],
+        *,
+        sparse: PromptPlans | None = None,
+        cancelled: CancelFlag | None = None,
+    ) -> PrefillRun:
+        """A run of a prompt, before its first step; it takes no memory yet.
+
+        Args:
+            token_ids: the prompt.
+            sparse: plans the prompt's attention, layer by layer; tiles are then whole row blocks. None attends to
+                everything.
+            cancelled: looked at inside attention and plans, and between a tile's operations; once it is set, the run
+                ends with `Cancelled`.
+
+        Raises:
+            InvalidRequest: no tokens, more than the model's context, or an id outside the vocabulary.
+        """
+        self.check(token_ids)
+        return PrefillRun(
+            token_ids,
+            num_layers=self.kv_format.num_layers,
+            tile_tokens=self.tile_tokens if sparse is None else max(1, self.tile_tokens // ROW_BLOCK) * ROW_BLOCK,
+            sparse=sparse,
+            cancelled=cancelled or CancelFlag(),
+        )
 
     @torch.inference_mode()
+    def step(self, runs: Sequence[PrefillRun]) -> list[KvTile | None]:
+        """Make the next step of a run, or of several as one.
+
+        Tiles come layer by layer, in token order. A tile's tensors are views that the run's next layer overwrites: use
+        or copy them before its next step. A sparse layer is planned when all its keys and values are there; its
+        attention then follows tile by tile, and each step of it brings a tile without tokens, which says only that
+        there is more to do.
+
+        Args:
+            runs: neither over nor ended by an error. Several must be dense, stand at the same layer, and have their
+                whole prompts in one tile; what a run computes differs by rounding from what it computes alone.
+
+        Returns:
+            Each run's tile; None where the run has ended with an error, which is then its `error`.
+
+        Raises:
+            Exception: what no run alone is to blame for, e.g. too little memory for their rows; none can go on.
+        """
+        tiles: dict[PrefillRun, KvTile] = {}
+        for run in runs:
+            with run.own_errors():
+                run.cancelled.raise_if_set()
+                if not run.has_begun:
+                    self._allocate(run)
+        with suppress(NobodyLeft):
+            if (left := _left(runs))[0].due is not None:
+                self._attend(left)
+            left = _left(runs)
+            tiles = self._plan_tile(*left) if left[0].is_second_pass else self._write_keys_values(left)
+        return [tiles.get(run) for run in runs]
+
     def run(
         self,
         token_ids: NDArray[np.int64],
@@ -72,68 +141,105 @@ class PrefillEngine:
         sparse: PromptPlans | None = None,
         cancelled: CancelFlag | None = None,
     ) -> Iterator[KvTile]:
-        """Compute the keys and values of every token.
-
-        Tiles come layer by layer, in token order. A tile's tensors are views that the next layer overwrites: use
-        or copy them before asking for the next tile. A sparse layer is planned when all its keys and values are there;
-        its attention then follows tile by tile. Each step of either brings a tile without tokens, which says only that
-        there is more to do. Dropping the iterator stops the work.
-
-        Args:
-            token_ids: the prompt.
-            sparse: plans the prompt's attention, layer by layer; tiles are then whole row blocks. None attends to
-                everything.
-            cancelled: looked at inside attention, and between the operations of a tile and the steps of a plan; once it
-                is set, no tile follows.
+        """All steps of a prompt that nothing shares the engine with; see `begin` and `step`.
 
         Raises:
-            InvalidRequest: no tokens, more than the model's context, or an id outside the vocabulary.
-            Cancelled: `cancelled` was set before the end.
+            InvalidRequest: as from `begin`.
+            Exception: what the run ended with; `Cancelled` where `cancelled` was set.
         """
-        self.check(token_ids)
-        cancelled = cancelled or CancelFlag()
-        num_tokens = len(token_ids)
-        kv_format, device = self.kv_format, self._device
-        hidden_ND = self._model.embedding.embed(torch.from_numpy(token_ids).to(device), 1)
-        shape = (kv_format.num_kv_heads, num_tokens, kv_format.head_dim)
-        k_KNE = torch.empty(shape, dtype=kv_format.dtype, device=device)
-        v_KNE = torch.empty_like(k_KNE)
-        step = self.tile_tokens if sparse is None else max(1, self.tile_tokens // ROW_BLOCK) * ROW_BLOCK
-        tiles = [(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step)]
-        dense = partial(self._dense, cancelled=cancelled)
-        for index, layer in enumerate(self._model.blocks):
-            # The last layer's output would only feed the head, which is the decode node's work.
-            is_last = index == kv_format.num_layers - 1
-            is_planned = not is_last and sparse is not None and sparse.covers(index, num_tokens)
-            for start, stop in tiles:
-                rows, x_TD = self._rows(start, stop), hidden_ND[start:stop]
-                cache = TileCache(k_KNE, v_KNE, start, stop, dense)
-                normed_TD = layer.attention_norm(x_TD, 1)
-                layer.write_keys_values(normed_TD, rows, cache)
-                # Before attention: the wire has them while the tile's larger half is still computed.
-                yield KvTile(index, start, k_KNE[:, start:stop], v_KNE[:, start:stop])
-                cancelled.raise_if_set()
-                if not (is_last or is_planned):
-                    x_TD += layer.attend(x_TD, normed_TD, rows, cache)
-                    cancelled.raise_if_set()
-            if sparse is not None and is_planned:
-                queries_of = partial(self._queries, layer, hidden_ND)
-                more = KvTile(index + 1, 0, k_KNE[:, :0], v_KNE[:, :0])
-                plan = yield from _with_tiles(sparse.plan(index, queries_of, k_KNE), more, cancelled)
-                attention = dense if plan is None else partial(_sparse, plan=plan, cancelled=cancelled)
-                for start, stop in tiles:
-                    # Others may have the engine between two tiles of a layer, as they have between dense ones.
-                    yield more
-                    cancelled.raise_if_set()
-                    cache, x_TD = TileCache(k_KNE, v_KNE, start, stop, attention), hidden_ND[start:stop]
-                    # Computed twice: kept for all tiles, these rows would be as large as the hidden states.
-                    x_TD += layer.attend(x_TD, layer.attention_norm(x_TD, 1), self._rows(start, stop), cache)
-                    cancelled.raise_if_set()
+        run = self.begin(token_ids, sparse=sparse, cancelled=cancelled)
+        while not run.is_over:
+            (tile,) = self.step([run])
+            if tile is None:
+                assert run.error is not None
+                raise run.error
+            yield tile
 
-    def _rows(self, start: int, stop: int) -> Rows:
-        # Made anew for each tile and layer: kept for a million tokens, the tables would be as large as a layer's keys,
-        # and they are a small part of the work.
-        return Rows((stop - start,), *self._rope.tables(torch.arange(start, stop, device=self._device)))
+    def _allocate(self, run: PrefillRun) -> None:
+        kv_format, device = self.kv_format, self._device
+        run.hidden_ND = self._model.embedding.embed(torch.from_numpy(run.token_ids).to(device), 1)
+        shape = (kv_format.num_kv_heads, run.num_tokens, kv_format.head_dim)
+        run.k_KNE = torch.empty(shape, dtype=kv_format.dtype, device=device)
+        run.v_KNE = torch.empty_like(run.k_KNE)
+        run.has_begun = True
+
+    def _attend(self, runs: Sequence[PrefillRun]) -> None:
+        """Do what is due, with everything behind it in the layer."""
+        due = [(run, run.due) for run in runs if run.due is not None]
+        _, first = due[0]
+        layer, pack = self._model.blocks[first.layer], self._pack(runs, first.start, first.stop)
+        if pack.normed_RD is None:
+            # In a second pass computed again: kept for all tiles, these rows would be as large as the hidden states.
+            pack.normed_RD = layer.attention_norm(pack.x_RD, 1)
+        if first.plan is None and (few := self._few_rows(runs, pack)) is not None:
+            layers, tile, variant = few
+            with runs[0].own_errors():
+                pack.x_RD += layers.attend(first.layer, pack.x_RD, pack.normed_RD, tile, variant)
+        else:
+            members = [(run, self._cache(run, each.start, each.stop, each.plan)) for run, each in due]
+            pack.x_RD += layer.attend(pack.x_RD, pack.normed_RD, pack.rows, PackCache(members))
+        for run in runs:
+            run.due = None
+            with run.own_errors():
+                run.cancelled.raise_if_set()
+
+    def _write_keys_values(self, runs: Sequence[PrefillRun]) -> dict[PrefillRun, KvTile]:
+        """The tiles of the layer at which the runs stand; before its attention, so that the wire has them meanwhile."""
+        index, pack = runs[0].layer, self._pack(runs, runs[0].start, runs[0].stop)
+        if (few := self._few_rows(runs, pack)) is not None:
+            layers, tile, variant = few
+            pack.normed_RD = layers.write_keys_values(index, pack.x_RD, tile, variant)
+        else:
+            layer = self._model.blocks[index]
+            pack.normed_RD = layer.attention_norm(pack.x_RD, 1)
+            cache = PackCache([(run, self._cache(run, run.start, run.stop, None)) for run in runs])
+            layer.write_keys_values(pack.normed_RD, pack.rows, cache)
+        tiles = {}
+        for run in _left(runs):
+            k_KTE, v_KTE = run.k_KNE[:, run.start : run.stop], run.v_KNE[:, run.start : run.stop]
+            tiles[run] = KvTile(run.layer, run.start, k_KTE, v_KTE)
+            run.after_keys_values()
+        return tiles
+
+    def _few_rows(self, runs: Sequence[PrefillRun], pack: Pack) -> tuple[PrefillLayers, PrefillTile, Variant] | None:
+        """What runs half a layer in one call; None for several runs, for many rows, and where modules must run it."""
+        if len(runs) > 1 or self._layers is None:
+            return None
+        (run,) = runs
+        if (variant := self._layers.variant_for(len(pack.x_RD))) == "torch":
+            return None
+        rows = pack.rows
+        return (
+            self._layers,
+            PrefillTile(rows.cos_RE, rows.sin_RE, run.k_KNE, run.v_KNE, pack.start, run.cancelled),
+            variant,
+        )
+
+    def _plan_tile(self, run: PrefillRun) -> dict[PrefillRun, KvTile]:
+        """A step of the second pass: a part of the layer's plan, or have the next tile's attention due."""
+        with run.own_errors():
+            if run.start == 0 and run.planning is None:
+                assert run.sparse is not None
+                queries_of = partial(self._queries, self._model.blocks[run.layer], run.hidden_ND)
+                run.planning = run.sparse.plan(run.layer, queries_of, run.k_KNE)
+            more = KvTile(run.layer + 1, 0, run.k_KNE[:, :0], run.v_KNE[:, :0])
+            if run.start > 0 or run.is_planned():
+                run.after_planned()
+            return {run: more}
+        raise NobodyLeft
+
+    def _cache(self, run: PrefillRun, start: int, stop: int, plan: LayerPlan | None) -> TileCache:
+        attention = partial(self._dense if plan is None else partial(_sparse, plan=plan), cancelled=run.cancelled)
+        return TileCache(run.k_KNE, run.v_KNE, start, stop, attention)
+
+    def _pack(self, runs: Sequence[PrefillRun], start: int, stop: int) -> Pack:
+        """The rows of one run's tile, or of whole prompts, with their rotation."""
+        if (pack := Pack.kept(runs, start)) is not None:
+            return pack
+        tiles = [(start, stop)] if len(runs) == 1 else [(0, run.num_tokens) for run in runs]
+        tables = [self._rope.range(*tile) for tile in tiles]
+        cos_RE, sin_RE = tables[0] if len(tables) == 1 else (torch.cat(each) for each in zip(*tables, strict=True))
+        return Pack.join(runs, start, stop, Rows((len(cos_RE),), cos_RE, sin_RE))
 
     def _queries(self, layer: ChainBlock, hidden_ND: Tensor, position_X: Tensor) -> Tensor:
         """q_XHE of any positions, rotated."""
@@ -170,18 +276,16 @@ class PrefillEngine:
             raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {self.config.vocab_size}")
 
 
-def _with_tiles(
-    planning: Steps[LayerPlan | None], tile: KvTile, cancelled: CancelFlag
-) -> Generator[KvTile, None, LayerPlan | None]:
-    """A plan's steps, each with a tile; returns the plan."""
-    while True:
-        try:
-            next(planning)
-        except StopIteration as end:
-            plan: LayerPlan | None = end.value
-            return plan
-        yield tile
-        cancelled.raise_if_set()
+def _left(runs: Sequence[PrefillRun]) -> list[PrefillRun]:
+    """Those that can go on.
+
+    Raises:
+        NobodyLeft: none.
+    """
+    left = [run for run in runs if run.error is None]
+    if not left:
+        raise NobodyLeft
+    return left
 
 
 def _sparse(q_THE: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, plan: LayerPlan, cancelled: CancelFlag) -> Tensor:

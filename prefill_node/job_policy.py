@@ -1,11 +1,14 @@
-"""Whose step is next, and how long the others wait. No tensors, no I/O: a job is what it says about itself."""
+"""Whose step is next, who shares it, and how long the others wait. No tensors, no I/O: a job is what it says itself."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 FIRST_SHARE = 0.25
 """Of the engine's time, for the first in line."""
+
+SLOWDOWN = 2.0
+"""What is left of a prompt takes at most so many times as long where others share its steps."""
 
 
 class Candidate(Protocol):
@@ -21,6 +24,18 @@ class Candidate(Protocol):
     @property
     def remaining_s(self) -> float:
         """Engine time that its steps will still take; 0 where none is left."""
+
+    @property
+    def shared_s(self) -> float:
+        """Of `remaining_s`, what its steps would not take if they were made as one with another job's."""
+
+    @property
+    def layer(self) -> int:
+        """Of its next step."""
+
+    @property
+    def tile_rows(self) -> int | None:
+        """Its rows, where its whole prompt is one tile and its steps may be shared; None where they may not."""
 
     @property
     def memory_bytes(self) -> int:
@@ -60,13 +75,13 @@ def next_job(jobs: Collection[_Job], *, memory_bytes: int) -> _Job | None:
     """The job whose steps the engine makes next; None where no job can make use of it.
 
     The shortest remaining work goes first. But the first in line, of those that can use the engine, gets a quarter of
-    its time, and where it is owed some and waits for memory, no later one takes what becomes free. Hence, whatever
-    arrives and with memory for all:
+    its time, and where it is owed some and waits for memory, no later one takes what becomes free. `companions` share
+    the job's steps. Hence, whatever arrives and with memory for all:
 
     - A job of R seconds that finds jobs of W seconds in line has ended after 4 (W + R) seconds of engine time, and the
-      longest step once for itself and for each of those jobs.
-    - A job that is shorter than all others begins after the step that is being made and at most a third of the longest
-      step, which the first in line may be owed.
+      longest step, shared or not, once for itself and for each of those jobs.
+    - A job that is shorter than all others begins after the step that is being made and what the first in line is
+      owed, which are at most two of the longest steps.
 
     Args:
         jobs: all that there are.
@@ -86,15 +101,53 @@ def next_job(jobs: Collection[_Job], *, memory_bytes: int) -> _Job | None:
     return min(fitting, key=_shortest, default=None)
 
 
-def charge(jobs: Iterable[Candidate], chosen: Candidate, step_s: float) -> None:
-    """Note that the engine will work for the chosen job so long; before it does."""
+def companions(chosen: _Job, jobs: Iterable[_Job], *, memory_bytes: int, tile_tokens: int) -> list[_Job]:
+    """The jobs whose next steps are made as one with those of the chosen job.
+
+    They stand at the same layer, have memory to begin, and together are at most one tile. They come in the order in
+    which they would be chosen. Nobody is waited for. A step has a price of its own, which is paid once for all; so they
+    join as long as what they add keeps within `SLOWDOWN`.
+
+    Args:
+        chosen: of `next_job`.
+        jobs: all that there are.
+        memory_bytes: as for `next_job`.
+        tile_tokens: rows of one step.
+    """
+    if chosen.tile_rows is None:
+        return []
+    able = _able(jobs)
+    first = min(able, key=_place)
+    may_begin = first is chosen or first.owed_s <= 0
+    free_bytes = memory_bytes - sum(job.memory_bytes for job in {*jobs, chosen} if job.is_started or job is chosen)
+    num_rows, spare_s = tile_tokens - chosen.tile_rows, (SLOWDOWN - 1) * chosen.remaining_s
+    joined = []
+    for job in sorted(able, key=_shortest):
+        if job is chosen or job.tile_rows is None or job.layer != chosen.layer:
+            continue
+        new_bytes, added_s = 0 if job.is_started else job.memory_bytes, job.remaining_s - job.shared_s
+        if (job.is_started or may_begin) and (
+            job.tile_rows <= num_rows and added_s <= spare_s and new_bytes <= free_bytes
+        ):
+            joined.append(job)
+            num_rows, spare_s, free_bytes = num_rows - job.tile_rows, spare_s - added_s, free_bytes - new_bytes
+    return joined
+
+
+def charge(jobs: Iterable[_Job], own_s: Mapping[_Job, float], steps_s: float) -> None:
+    """Note what the engine will work for; before it does.
+
+    Args:
+        jobs: all that there are.
+        own_s: for each job whose steps are made as one, what its own would take alone.
+        steps_s: what they take together.
+    """
     first = min(_able(jobs), key=_place)
-    if first is chosen:
+    if first in own_s:
         # What it gets beyond its share, because it is the shortest as well, is no debt: only the last step counts.
-        own_s = (1 - FIRST_SHARE) * step_s
-        first.owed_s = max(first.owed_s, 0.0) - own_s
+        first.owed_s = max(first.owed_s, 0.0) + FIRST_SHARE * steps_s - own_s[first]
     else:
-        first.owed_s += FIRST_SHARE * step_s
+        first.owed_s += FIRST_SHARE * steps_s
 
 
 def job_in_the_way(jobs: Iterable[_Job]) -> _Job | None:

@@ -3,8 +3,10 @@
 import psutil
 import torch
 
+from colm.errors import ConfigError
 from colm.kv import KvFormat
 from colm.model.config import ChainConfig
+from colm.model.rope import KEPT_POSITIONS
 from colm.model.transformer import slice_config
 
 FREE_SHARE = 0.5
@@ -14,8 +16,9 @@ FREE_SHARE = 0.5
 def run_bytes(config: ChainConfig, dtype: torch.dtype, *, num_tokens: int, tile_tokens: int) -> int:
     """Peak of one `PrefillEngine.run`; an upper bound, and a close one for long prompts.
 
-    Of the whole prompt: token ids, hidden states, one layer's keys and values. Of a tile: everything that a layer
-    makes of it, as if none were let go before the end, and the widest once more in fp32.
+    Of the whole prompt: token ids, hidden states, one layer's keys and values. Of its first positions: the rotary
+    tables, which the engine keeps, and once more while they grow. Of a tile: everything that a layer makes of it, as if
+    none were let go before the end, and the widest once more in fp32.
     """
     chain1 = slice_config(config, 1)
     query_dim = chain1.num_heads * chain1.head_dim
@@ -23,7 +26,22 @@ def run_bytes(config: ChainConfig, dtype: torch.dtype, *, num_tokens: int, tile_
     features = 4 * chain1.dim + 2 * query_dim + 2 * chain1.kv_dim + 2 * chain1.hidden_dim
     in_fp32 = 4 * chain1.head_dim + chain1.num_heads + max(query_dim, chain1.dim, chain1.hidden_dim)
     of_tile = features * dtype.itemsize + 4 * in_fp32
-    return num_tokens * whole + min(num_tokens, tile_tokens) * of_tile
+    tables = 4 * 4 * chain1.head_dim
+    return num_tokens * whole + min(num_tokens, KEPT_POSITIONS) * tables + min(num_tokens, tile_tokens) * of_tile
+
+
+def require_room_for_a_tile(config: ChainConfig, dtype: torch.dtype, *, tile_tokens: int, memory_bytes: int) -> None:
+    """Refuse tiles whose work alone has no room: no prompt of a tile's length could ever begin.
+
+    Raises:
+        ConfigError: begins with the option's name.
+    """
+    longest = min(tile_tokens, config.max_context)
+    if (needed_bytes := run_bytes(config, dtype, num_tokens=longest, tile_tokens=longest)) > memory_bytes:
+        raise ConfigError(
+            f"tile_tokens={tile_tokens} takes {needed_bytes} bytes for a tile's work, and prompts have "
+            f"memory_bytes={memory_bytes} in all; lower the one or raise the other"
+        )
 
 
 def default_memory_bytes(device: torch.device) -> int:

@@ -3,13 +3,12 @@
 import asyncio
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import grpc
-from colm_kernels.prefill_attention import Backend, check_backend
+from colm_kernels.prefill_attention import check_backend
 
 from colm import defaults
-from colm.checkpoint import Checkpoint
+from colm.checkpoint import Checkpoint, prefill_tensor_names
 from colm.clock import Clock, MonotonicClock
 from colm.errors import ConfigError
 from colm.kv import KvFormat, fingerprint
@@ -19,13 +18,12 @@ from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from prefill_node.cost_model import CostModel, calibrate
 from prefill_node.engine import PrefillEngine
-from prefill_node.memory import default_memory_bytes
+from prefill_node.memory import default_memory_bytes, require_room_for_a_tile
 from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.service import PrefillService
-from prefill_node.sparse.audit import AuditPolicy
+from prefill_node.settings import PrefillSettings
 from prefill_node.sparse.patterns import PatternFile
 from prefill_node.sparse.planner import SparsePlanner
-from prefill_node.sparse.policy import SparsePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -38,22 +36,8 @@ class PrefillOptions:
     """Checkpoint directory; only chain 1 is read."""
     placement: Placement
     """Where it computes, and in what."""
-    tile_tokens: int = defaults.TILE_TOKENS
-    """Tokens computed and sent at a time."""
-    attention_backend: Backend = "auto"
-    """What attends to the prompt so far, on CUDA."""
-    sparse: SparsePolicy = field(default_factory=SparsePolicy)
-    """What sparse attention may leave out, for requests that ask for it."""
-    audit: AuditPolicy = field(default_factory=AuditPolicy)
-    """What sparse attention must recall, and what finding out may cost."""
-    sparse_patterns: str | None = None
-    """File of each head's pattern, instead of the policy's budget."""
-    max_queued: int = defaults.MAX_QUEUED
-    """Streams that may wait; the next is refused."""
-    max_queued_s: float = defaults.MAX_QUEUED_S
-    """Engine time that may go before a new prompt, as estimated; with more it is refused."""
-    memory_bytes: int | None = None
-    """What prompts that have begun may hold together; None is half of what the device has free at the start."""
+    settings: PrefillSettings = field(default_factory=PrefillSettings)
+    """How it works."""
     job_lease_s: float = defaults.JOB_LEASE_S
     """How long a prompt is kept whose stream has broken."""
     host: str = "127.0.0.1"
@@ -83,28 +67,30 @@ class PrefillNode:
 
         Raises:
             CheckpointError: the checkpoint cannot be served.
-            ConfigError: the device or the attention backend is not there, or the file of patterns cannot be used.
+            ConfigError: the device or the attention backend is not there, the file of patterns cannot be used, or
+                memory has no room for a tile.
             OSError: the port is taken, or the host is not this machine's.
         """
-        options = self._options
+        options, settings = self._options, self._options.settings
         clock = MonotonicClock()
         loaded = await asyncio.to_thread(_load, options, clock)
-        self.fingerprint, memory_bytes = loaded.fingerprint, options.memory_bytes
+        self.fingerprint = loaded.fingerprint
         self._loop = PrefillLoop(
             loaded.engine,
             loaded.costs,
             clock,
-            max_queued=options.max_queued,
-            max_queued_s=options.max_queued_s,
-            memory_bytes=default_memory_bytes(options.placement.device) if memory_bytes is None else memory_bytes,
+            max_queued=settings.max_queued,
+            max_queued_s=settings.max_queued_s,
+            memory_bytes=loaded.memory_bytes,
             lease_s=options.job_lease_s,
+            stall_s=settings.stall_s,
         )
         self.service = PrefillService(
             loaded.engine,
             self._loop,
             fingerprint=self.fingerprint,
             planner=loaded.planner,
-            audit=options.audit,
+            audit=settings.audit_policy,
             leases=self._leases,
         )
         self.service.add_to(self._server)
@@ -134,30 +120,36 @@ class _Loaded:
     engine: PrefillEngine
     costs: CostModel
     planner: SparsePlanner
+    memory_bytes: int
     fingerprint: str
 
 
 def _load(options: PrefillOptions, clock: Clock) -> _Loaded:
-    placement = options.placement
+    placement, settings = options.placement, options.settings
     placement.take()
     checkpoint = Checkpoint.open(options.model_path)
-    kv_format = KvFormat.of(checkpoint.config, placement.dtype)
+    config, path = checkpoint.config, settings.sparse_patterns
+    patterns = None if path is None else PatternFile.read(path, config)
+    checkpoint.require_finite(prefill_tensor_names(config))
+    kv_format = KvFormat.of(config, placement.dtype)
     try:
-        check_backend(options.attention_backend, placement.device, placement.dtype, kv_format.head_dim)
+        check_backend(settings.attention_backend, placement.device, placement.dtype, kv_format.head_dim)
     except ValueError as err:
-        raise ConfigError(f"attention_backend={options.attention_backend!r}: {err}") from err
+        raise ConfigError(f"attention_backend={settings.attention_backend!r}: {err}") from err
     engine = PrefillEngine(
         checkpoint,
         kv_format,
-        tile_tokens=options.tile_tokens,
+        tile_tokens=settings.tile_tokens,
         device=placement.device,
-        attention_backend=options.attention_backend,
+        attention_backend=settings.attention_backend,
     )
-    path, config = options.sparse_patterns, checkpoint.config
-    patterns = None if path is None else PatternFile.read(Path(path), config)
+    costs = calibrate(engine, clock)
+    memory_bytes = settings.memory_bytes or default_memory_bytes(placement.device)
+    require_room_for_a_tile(config, placement.dtype, tile_tokens=settings.tile_tokens, memory_bytes=memory_bytes)
     return _Loaded(
         engine=engine,
-        costs=calibrate(engine, clock),
-        planner=SparsePlanner(config, options.sparse, patterns),
+        costs=costs,
+        planner=SparsePlanner(config, settings.sparse_policy, patterns),
+        memory_bytes=memory_bytes,
         fingerprint=fingerprint(checkpoint, kv_format),
     )

@@ -7,7 +7,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from colm.errors import InvalidRequest, TransferSuperseded
 from colm.events import SparseReport
-from colm.kv import KvFormat, KvTile
+from colm.kv import KvFormat
 from colm.kv_position import KV_START, KvPosition
 from colm.wire.tile_codec import WINDOW_BYTES
 from prefill_node.cost_model import CostModel, Work
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
 from prefill_node.engine import PrefillEngine
+from prefill_node.prefill_run import PrefillRun
 from prefill_node.sparse.prompt_plans import PromptPlans
 
 
@@ -69,7 +70,7 @@ class PrefillJob:
         """Of the stream that came last."""
         self.cancelled = CancelFlag()
         self.encoder = TileEncoder(transfer_id=order.transfer_id, num_tokens=len(order.token_ids), kv_format=kv_format)
-        self.run: Iterator[KvTile] | None = None
+        self.run: PrefillRun | None = None
         """The engine's; None before the job has begun and after its last tile."""
         self.lease_ends_s: float | None = None
         """When the job is given up; None while a stream is attached."""
@@ -77,6 +78,8 @@ class PrefillJob:
         self.error: BaseException | None = None
         """What the job failed with."""
         self.is_started = False
+        self.stalled_since_s: float | None = None
+        """Since when the reader alone can go on; None while the engine can. Written by the loop."""
         self.acknowledged = order.resume_from
         self.end = KvPosition(kv_format.num_layers, 0)
         self._costs = costs
@@ -115,6 +118,11 @@ class PrefillJob:
         return self._window_bytes < WINDOW_BYTES
 
     @property
+    def waits_for_reader(self) -> bool:
+        """It holds tiles, and nothing can be done for it until its reader has stored some."""
+        return self.has_reader and self._window_bytes > 0 and (self.is_computed or not self.has_room)
+
+    @property
     def room_bytes(self) -> int:
         """What the window takes before it is full; the tile that fills it may be larger."""
         return WINDOW_BYTES - self._window_bytes
@@ -125,22 +133,35 @@ class PrefillJob:
         return 0.0 if self.is_computed else self._costs.seconds(self._work_left)
 
     @property
+    def shared_s(self) -> float:
+        """Of `remaining_s`, what its steps do not add to another job's with which they are made as one."""
+        return self._costs.shared_s(self._work_left)
+
+    @property
+    def layer(self) -> int:
+        """Of the next step."""
+        return self._produced.layer
+
+    @property
+    def tile_rows(self) -> int | None:
+        """The prompt's length, where its steps may be shared: it is dense and one tile; None otherwise."""
+        num_tokens = len(self.token_ids)
+        return num_tokens if self.sparse is None and num_tokens <= self._costs.shape.tile_tokens else None
+
+    @property
     def memory_bytes(self) -> int:
         """What the job holds; before its last tile, as much as it will hold at most."""
         return self._window_bytes if self.is_computed else self._begun_bytes
 
-    def steps_within(self, quantum_s: float) -> tuple[int, float]:
-        """How many steps fit into a time, and what they take together; at least one."""
-        at, num_steps, steps_s = (self._produced, self._num_pauses), 0, 0.0
+    def works_ahead(self) -> Iterator[Work]:
+        """What each step takes that is still to be made."""
+        at = (self._produced, self._num_pauses)
         while at[0] < self.end:
             after = self._costs.shape.after_pause(*at, len(self.token_ids), self.sparse)
-            step_s = self._costs.seconds(self._work_before(*after) - self._work_before(*at))
-            if num_steps and steps_s + step_s > quantum_s:
-                break
-            at, num_steps, steps_s = after, num_steps + 1, steps_s + step_s
-        return num_steps, steps_s
+            yield self._work_before(*after) - self._work_before(*at)
+            at = after
 
-    def start(self, run: Iterator[KvTile]) -> None:
+    def start(self, run: PrefillRun) -> None:
         """The first step is about to be made."""
         self.is_started, self.run = True, run
         self._tell()
@@ -178,6 +199,14 @@ class PrefillJob:
         self.error = error
         self.cancel()
 
+    def drop(self, error: BaseException) -> None:
+        """End with an error at once: the tiles that there are go too, and a reader that does not take them."""
+        self._window.clear()
+        self._window_bytes = 0
+        self.fail(error)
+        if self.stream is not None:
+            self.stream.break_off()
+
     def cancel(self) -> None:
         """Give the work up, wherever it is; nothing of it is held but by a step that still runs."""
         self.cancelled.set()
@@ -198,6 +227,7 @@ class PrefillJob:
         """
         self.require_newer(order)
         older, self.epoch, self.lease_ends_s = self.stream, order.epoch, None
+        self.stalled_since_s = None
         self.acknowledged = order.resume_from
         self._drop_stored()
         self.stream = JobStream(self, order)
@@ -218,6 +248,8 @@ class PrefillJob:
 
     def acknowledge(self, position: KvPosition) -> None:
         """Forget what lies before a position; the reader has stored it."""
+        if position > self.acknowledged:
+            self.stalled_since_s = None
         self.acknowledged = position
         self._drop_stored()
         self._on_change()
@@ -260,6 +292,29 @@ class PrefillJob:
             self.stream.news.set()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantum:
+    """Steps that the engine makes before anybody is asked again, of one job or of several as one."""
+
+    num_steps: int
+    steps_s: float
+    own_s: dict[PrefillJob, float]
+    """What each job's own steps would take alone."""
+
+
+def steps_within(jobs: Sequence[PrefillJob], costs: CostModel, quantum_s: float) -> Quantum:
+    """As many steps of jobs as fit into a time, and at least one; of several jobs, each step of all as one."""
+    num_steps, steps_s, own_s = 0, 0.0, dict.fromkeys(jobs, 0.0)
+    for works in zip(*(job.works_ahead() for job in jobs), strict=True):
+        step_s = costs.seconds(Work.shared(works))
+        if num_steps and steps_s + step_s > quantum_s:
+            break
+        num_steps, steps_s = num_steps + 1, steps_s + step_s
+        for job, work in zip(jobs, works, strict=True):
+            own_s[job] += costs.seconds(work)
+    return Quantum(num_steps=num_steps, steps_s=steps_s, own_s=own_s)
+
+
 def job_bytes(engine: PrefillEngine, num_tokens: int, sparse: PromptPlans | None = None) -> int:
     """What a job of so many tokens holds at most once it has begun: the engine's run, and a full window."""
     kv_format, tile_bytes = engine.kv_format, min(num_tokens, engine.tile_tokens) * engine.kv_format.layer_token_bytes
@@ -273,6 +328,8 @@ class JobStream:
         self.job = job
         self.news = asyncio.Event()
         """Set whenever there may be something to take or to say."""
+        self.break_off: Callable[[], None] = lambda: None
+        """Called when the job is dropped, also while the reader is in the middle of a write."""
         self._epoch = order.epoch
         self._read = order.resume_from
         self._number = job.first_number

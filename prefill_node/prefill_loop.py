@@ -1,29 +1,28 @@
-"""The engine and its thread, and the jobs that use it: a few steps at a time, whose is decided before."""
+"""The engine and its thread, and the jobs that use it: a few steps at a time, of one job or of several as one."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
-import numpy as np
-from colm_kernels.native import CancelFlag
-from numpy.typing import NDArray
-
 from colm.clock import Clock
-from colm.errors import CapacityExceeded, InvalidRequest, PeerUnavailable, TransferSuperseded
+from colm.errors import CapacityExceeded, InvalidRequest, PeerUnavailable, ReaderStalled, TransferSuperseded
 from colm.kv import KvTile
-from colm.kv_position import KvPosition
+from colm.kv_position import KV_START, KvPosition
 from colm.line import BEAT_INTERVAL_S, wait_at_most
-from prefill_node.cost_model import CostModel
+from prefill_node.cost_model import CostModel, Work
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
 from prefill_node.engine import PrefillEngine
-from prefill_node.job_policy import Wait, charge, job_in_the_way, next_job, wait_of
-from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder, job_bytes
+from prefill_node.job_policy import Wait, charge, companions, job_in_the_way, next_job, wait_of
+from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder, job_bytes, steps_within
+from prefill_node.prefill_run import PrefillRun
 from prefill_node.sparse.prompt_plans import PromptPlans
 
 QUANTUM_S = 0.010
 """Work for which the policy is not asked again: of a short prompt, several steps. A step is never divided."""
+UNHURRIED_STALLS = 10
+"""How many times as long a reader may store nothing while nobody waits for the memory of its job."""
 
 WaitBeat = Callable[[Wait], Awaitable[None]]
 """Told of a wait as it begins, when a job has begun, and every `BEAT_INTERVAL_S`."""
@@ -49,6 +48,8 @@ class PrefillLoop:
         memory_bytes: what jobs that have begun may hold together: each its prompt's hidden states, one layer of its
             keys and values, and a window of tiles.
         lease_s: how long a job without a stream is kept.
+        stall_s: how long a reader may store nothing while somebody waits for its job's memory; else
+            `UNHURRIED_STALLS` times as long.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class PrefillLoop:
         max_queued_s: float,
         memory_bytes: int,
         lease_s: float,
+        stall_s: float,
     ) -> None:
         self._engine = engine
         self._costs = costs
@@ -69,20 +71,19 @@ class PrefillLoop:
         self._max_queued_s = max_queued_s
         self._memory_bytes = memory_bytes
         self._lease_s = lease_s
+        self._stall_s = stall_s
         self._events = asyncio.get_running_loop()
         self._jobs: dict[str, PrefillJob] = {}
         self._places = count()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefill")
-        self._stepping: PrefillJob | None = None
+        self._stepping: Sequence[PrefillJob] = ()
         self._timer: asyncio.TimerHandle | None = None
         self._has_stopped = False
 
     @property
     def load(self) -> PrefillLoad:
-        """Jobs that have begun, one that was given up and still ends included, and jobs that wait to begin."""
-        started = {job for job in self._jobs.values() if job.is_started}
-        if self._stepping is not None:
-            started.add(self._stepping)
+        """Jobs that have begun, those that were given up and still end included, and jobs that wait to begin."""
+        started = {job for job in self._jobs.values() if job.is_started}.union(self._stepping)
         return PrefillLoad(num_active=len(started), num_queued=len(self._waiting()))
 
     def check(self, num_tokens: int, sparse: PromptPlans | None = None) -> None:
@@ -173,9 +174,10 @@ class PrefillLoop:
         for job in list(self._jobs.values()):
             if job.is_over or (job.lease_ends_s is not None and job.lease_ends_s <= now_s):
                 self._forget(job)
-        if self._stepping is None:
+        stalls_end_s = self._drop_stalled(now_s)
+        if not self._stepping:
             self._step_next()
-        self._watch_leases(now_s)
+        self._look_again_when(stalls_end_s, now_s)
 
     async def stop(self) -> None:
         """End every job and the thread."""
@@ -204,63 +206,85 @@ class PrefillLoop:
             if (idle := job_in_the_way(jobs)) is None:
                 return
             self._forget(idle)
-        num_steps, steps_s = job.steps_within(QUANTUM_S)
-        charge(jobs, job, steps_s)
-        if not job.is_started:
-            job.start(_begin(self._engine, job.token_ids, job.sparse, job.cancelled))
+        tile_tokens = self._costs.shape.tile_tokens
+        stepping = [job, *companions(job, jobs, memory_bytes=self._memory_bytes, tile_tokens=tile_tokens)]
+        quantum = steps_within(stepping, self._costs, QUANTUM_S)
+        charge(jobs, quantum.own_s, quantum.steps_s)
+        if beginning := [each for each in stepping if not each.is_started]:
+            for each in beginning:
+                each.start(self._engine.begin(each.token_ids, sparse=each.sparse, cancelled=each.cancelled))
             for other in self._waiting():
                 if other.stream is not None:
                     other.stream.news.set()
-        assert job.run is not None
-        self._stepping = job
-        order = _StepOrder(
-            run=job.run,
-            encoder=job.encoder,
-            epoch=job.epoch,
-            since=job.acknowledged,
-            num_pauses=job.num_pauses,
-            last=job.end,
-            num_steps=num_steps,
-            room_bytes=job.room_bytes,
+        self._stepping = stepping
+        step = self._executor.submit(
+            _steps, self._engine, [_Making.of(each) for each in stepping], quantum.num_steps, self._clock
         )
-        step = self._executor.submit(_steps, order, self._clock)
-        step.add_done_callback(lambda done: self._events.call_soon_threadsafe(self._stepped, job, done))
+        step.add_done_callback(lambda done: self._events.call_soon_threadsafe(self._stepped, done))
 
-    def _stepped(self, job: PrefillJob, done: "Future[_Steps]") -> None:
-        self._stepping = None
+    def _stepped(self, done: "Future[_Steps]") -> None:
+        jobs, self._stepping = self._stepping, ()
         error = done.exception()
-        if self._jobs.get(job.transfer_id) is job:
-            if error is None:
-                steps = done.result()
-                self._costs.observe(job.produce(steps.tiles, steps.end, steps.num_pauses), steps.took_s)
+        makings = [None] * len(jobs) if error is not None else done.result().makings
+        works = []
+        for job, made in zip(jobs, makings, strict=True):
+            if self._jobs.get(job.transfer_id) is not job:
+                continue
+            failure = error if made is None else made.run.error
+            if failure is None:
+                assert made is not None
+                works.append(job.produce(made.tiles, made.end, made.num_pauses))
             else:
                 del self._jobs[job.transfer_id]
-                job.fail(error)
+                job.fail(failure)
+        # What was given up on the way is not what the model counts.
+        if len(works) == len(jobs):
+            self._costs.observe(Work.shared(works), done.result().took_s)
         self.look_again()
 
     def _forget(self, job: PrefillJob) -> None:
         del self._jobs[job.transfer_id]
         job.cancel()
 
-    def _watch_leases(self, now_s: float) -> None:
+    def _drop_stalled(self, now_s: float) -> list[float]:
+        """Drop jobs whose readers have stored nothing for too long; returns when the others' time will be over."""
+        free_bytes = self._memory_bytes - sum(job.memory_bytes for job in self._jobs.values() if job.is_started)
+        is_wanted = any(job.has_reader and job.memory_bytes > free_bytes for job in self._waiting())
+        limit_s, why = (
+            (self._stall_s, " and others wait for its memory") if is_wanted else (UNHURRIED_STALLS * self._stall_s, "")
+        )
+        ends_s = []
+        for job in list(self._jobs.values()):
+            if not job.waits_for_reader:
+                job.stalled_since_s = None
+                continue
+            if job.stalled_since_s is None:
+                job.stalled_since_s = now_s
+            if now_s < job.stalled_since_s + limit_s:
+                ends_s.append(job.stalled_since_s + limit_s)
+                continue
+            del self._jobs[job.transfer_id]
+            job.drop(
+                ReaderStalled(
+                    f"the reader of transfer {job.transfer_id!r} has stored nothing for {limit_s:g} s{why}; "
+                    f"prefill.stall_s={self._stall_s:g}"
+                )
+            )
+        return ends_s
+
+    def _look_again_when(self, stalls_end_s: list[float], now_s: float) -> None:
+        """Look again when the next stall or lease is over."""
         if self._timer is not None:
             self._timer.cancel()
-        ends_s = [job.lease_ends_s for job in self._jobs.values() if job.lease_ends_s is not None]
+        ends_s = stalls_end_s + [job.lease_ends_s for job in self._jobs.values() if job.lease_ends_s is not None]
         self._timer = self._events.call_later(min(ends_s) - now_s, self.look_again) if ends_s else None
 
 
-def _begin(
-    engine: PrefillEngine, token_ids: NDArray[np.int64], sparse: PromptPlans | None, cancelled: CancelFlag
-) -> Iterator[KvTile]:
-    """The engine's run, called by whoever asks for its first tile: the engine's thread."""
-    yield from engine.run(token_ids, sparse=sparse, cancelled=cancelled)
+@dataclass(kw_only=True, slots=True)
+class _Making:
+    """What the engine's thread makes for one job, and what it has made; nobody else's while it does."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _StepOrder:
-    """What the engine's thread is to do for one job."""
-
-    run: Iterator[KvTile]
+    run: PrefillRun
     encoder: TileEncoder
     epoch: int
     since: KvPosition
@@ -269,35 +293,57 @@ class _StepOrder:
     """Steps without a tile since the last tile."""
     last: KvPosition
     """Where the job ends."""
-    num_steps: int
     room_bytes: int
     """Messages that fill the window."""
+    tiles: list[EncodedTile] = field(default_factory=list)
+    end: KvPosition = KV_START
+    """Of the last tile."""
+
+    @classmethod
+    def of(cls, job: PrefillJob) -> "_Making":
+        """Nothing yet."""
+        assert job.run is not None
+        return cls(
+            run=job.run,
+            encoder=job.encoder,
+            epoch=job.epoch,
+            since=job.acknowledged,
+            num_pauses=job.num_pauses,
+            last=job.end,
+            room_bytes=job.room_bytes,
+        )
+
+    @property
+    def must_stop(self) -> bool:
+        """There is nothing more to make, or no room for it."""
+        return self.run.error is not None or self.room_bytes <= 0 or self.end == self.last
+
+    def keep(self, tile: KvTile) -> None:
+        """Make the tile's messages."""
+        self.end = KvPosition(tile.layer, tile.first_token).after(tile.num_tokens, self.encoder.num_tokens)
+        self.num_pauses = 0 if tile.num_tokens else self.num_pauses + 1
+        encoded = self.encoder.encode(tile, epoch=self.epoch, since=self.since)
+        self.tiles += encoded
+        self.room_bytes -= sum(len(each.message) for each in encoded)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Steps:
-    """What it has done."""
+    """What the engine's thread has done."""
 
-    tiles: list[EncodedTile]
-    end: KvPosition
-    """Of the last tile."""
-    num_pauses: int
-    """Steps without a tile since that one."""
+    makings: Sequence[_Making]
     took_s: float
 
 
-def _steps(order: _StepOrder, clock: Clock) -> _Steps:
-    """Compute tiles and make their messages, until there are enough or the window is full."""
-    began_s, tiles, num_bytes, num_pauses = clock.now(), list[EncodedTile](), 0, order.num_pauses
-    for _ in range(order.num_steps):
-        tile = next(order.run, None)
-        assert tile is not None, "the engine ended before its last tile"
-        end = KvPosition(tile.layer, tile.first_token).after(tile.num_tokens, order.encoder.num_tokens)
-        num_pauses = 0 if tile.num_tokens else num_pauses + 1
-        encoded = order.encoder.encode(tile, epoch=order.epoch, since=order.since)
-        tiles += encoded
-        num_bytes += sum(len(each.message) for each in encoded)
+def _steps(engine: PrefillEngine, makings: Sequence[_Making], num_steps: int, clock: Clock) -> _Steps:
+    """Compute tiles and make their messages, until there are enough or one of the jobs must stop."""
+    began_s = clock.now()
+    for _ in range(num_steps):
+        for making, tile in zip(makings, engine.step([each.run for each in makings]), strict=True):
+            if tile is not None:
+                with making.run.own_errors():
+                    making.keep(tile)
         # A plan's tiles may be longer than those that were counted.
-        if num_bytes >= order.room_bytes or end == order.last:
+        if any(making.must_stop for making in makings):
             break
-    return _Steps(tiles=tiles, end=end, num_pauses=num_pauses, took_s=clock.now() - began_s)
+    return _Steps(makings=makings, took_s=clock.now() - began_s)

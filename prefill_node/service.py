@@ -94,8 +94,15 @@ class PrefillService:
             listening = asyncio.create_task(self._listen(requests, stream))
             stack.callback(listening.cancel)
             listening.add_done_callback(lambda done: None if done.cancelled() else stream.end(done.exception()))
-            with suppress(_GivenUp):
-                await self._send(opened, stream, context)
+            try:
+                async with asyncio.timeout(None) as sending:
+                    # A caller that reads nothing holds a write up for ever.
+                    stream.break_off = lambda: sending.reschedule(asyncio.get_running_loop().time())
+                    with suppress(_GivenUp):
+                        await self._send(opened, stream, context)
+            except TimeoutError:
+                stream.require_current()
+                raise
 
     def _order(self, opened: pb.OpenKvTransfer, token_ids: NDArray[np.int64]) -> PrefillOrder:
         position = KvPosition(opened.resume_from.layer, opened.resume_from.token)

@@ -21,6 +21,8 @@ from colm.wire.security import Security
 
 LIMITS = GatewayLimits(
     max_document_bytes=1 << 20,
+    max_upload_bytes=1 << 26,
+    upload_idle_s=60.0,
     max_requests=64,
     default_max_new_tokens=8,
     max_new_tokens=400,
@@ -74,15 +76,16 @@ async def gateway(
 ) -> AsyncIterator[str]:
     """Run a gateway whose registry knows of that many decode nodes; yields its address."""
     server, calls = create_server(Security()), GrpcDecodeCalls(Security())
+    chosen = replace(LIMITS, **limits)
     front_door = FrontDoor(
         model=ServedModel(name="tiny", config=config, tokenizer=tokenizer, fingerprint="f"),
-        limits=replace(LIMITS, **limits),
+        limits=chosen,
         decode_pool=pool,
         calls=calls,
         registry=decode_nodes(num_decode_nodes),
         clock=MonotonicClock(),
     )
-    GenerationService(front_door).add_to(server)
+    GenerationService(front_door, upload_idle_s=chosen.upload_idle_s).add_to(server)
     port = bind(server, "127.0.0.1", 0, Security())
     await server.start()
     try:

@@ -18,6 +18,7 @@ from colm.leases import LeaseTable
 from colm.model.config import ChainConfig
 from colm.placement import Placement
 from colm.sampling import SamplingParams
+from colm.settings import Settings
 from colm.wire.endpoint import bind, create_server, open_channel
 from colm.wire.messages import sampling_to_pb, token_id_pieces
 from colm.wire.outcome import Outcome
@@ -29,7 +30,9 @@ from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
 from decode_node.kv_layout import KvLayout
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import StaticPrefillPool
+from decode_node.settings import DecodeSettings
 from prefill_node.node import PrefillNode, PrefillOptions
+from prefill_node.settings import PrefillSettings
 from tests.gates import LIMIT_S
 
 PAGE_TOKENS = 16
@@ -77,13 +80,20 @@ class Answer:
         return [(event.waits_for, event.num_ahead) for event in queued]
 
 
+def _split(options: dict[str, Any], kind: type[Settings]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those options that settings have, and the others."""
+    settings = {name: value for name, value in options.items() if name in kind.model_fields}
+    return settings, {name: value for name, value in options.items() if name not in settings}
+
+
 @asynccontextmanager
 async def prefill_node(
     model_path: str, security: Security | None = None, leases: LeaseTable | None = None, **options: Any
 ) -> AsyncIterator[PrefillNode]:
+    settings, others = _split(options, PrefillSettings)
     chosen = PrefillOptions(
         model_path=model_path,
-        **{"placement": PLACEMENT, "tile_tokens": TILE_TOKENS, **options},
+        **{"placement": PLACEMENT, "settings": PrefillSettings(**{"tile_tokens": TILE_TOKENS, **settings}), **others},
     )
     node = PrefillNode(chosen, security or Security(), leases)
     await node.start()
@@ -102,9 +112,11 @@ async def decode_node(
     **options: Any,
 ) -> AsyncIterator[DecodeNode]:
     """Run a decode node; at the end of the block it must hold nothing."""
+    settings, others = _split(options, DecodeSettings)
+    defaults = {"page_tokens": PAGE_TOKENS, "kv_cache_bytes": 16 << 20}
     chosen = DecodeOptions(
         model_path=model_path,
-        **{"placement": PLACEMENT, "page_tokens": PAGE_TOKENS, "kv_cache_bytes": 16 << 20, **options},
+        **{"placement": PLACEMENT, "settings": DecodeSettings(**{**defaults, **settings}), **others},
     )
     node = DecodeNode(chosen, security or Security(), StaticPrefillPool(prefill_addresses, MonotonicClock()), leases)
     await node.start()

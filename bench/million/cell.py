@@ -40,6 +40,7 @@ from decode_node.prefill_pool import PrefillLease
 from decode_node.transfer_ledger import TransferLedger
 from prefill_node.memory import run_bytes
 from prefill_node.node import PrefillOptions
+from prefill_node.settings import PrefillSettings
 from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.policy import SparsePolicy
 
@@ -136,9 +137,13 @@ def node_of(cell: Cell) -> Iterator[Node]:
         options = PrefillOptions(
             model_path=str(Path(folder) / "model"),
             placement=Placement(device=CPU, dtype=cell.dtype, num_threads=torch.get_num_threads()),
-            tile_tokens=cell.tile_tokens,
-            sparse=cell.policy,
-            audit=cell.audit,
+            settings=PrefillSettings(
+                tile_tokens=cell.tile_tokens,
+                sparse_mass=cell.policy.mass,
+                sparse_keys_per_row=cell.policy.keys_per_row,
+                sparse_dense_below_tokens=cell.policy.dense_below_tokens,
+                audit_floor=cell.audit.floor,
+            ),
         )
         mine, theirs = spawn.Pipe()
         process = spawn.Process(target=serve, args=(options, theirs), daemon=True)

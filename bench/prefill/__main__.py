@@ -1,22 +1,37 @@
-"""How fast chain 1 reads a prompt: `python -m bench.prefill --preset llama-3.2-1b-8-8-8-8-air --lengths 2K,8K --json`.
+"""How fast chain 1 reads a prompt: the paper's prefill tables on this machine, or the presets that are named.
 
-The prefill engine itself, with random weights. `gemm_fraction` is the rate of the products that the model needs,
-divided by the rate of the best of a few matrix products, run before and after each prefill. Models and lengths take
-turns. First, a short prompt's keys and values must be those of the model's definition. What has no room in memory is
-skipped, and the record says why.
+`python -m bench.prefill --budget-minutes 180` runs every row of the tables, 2K to 1M, beside its baseline: whole, on a
+sample of one layer's tiles, or by a model of this machine, as the budget allows. Each record says which. Records are
+lines that are added to `--output`; what they hold already is not run again. `python -m bench.report` compares them.
+
+`python -m bench.prefill --preset llama-3.2-1b-8-8-8-8-air --lengths 2K,8K --json` times whole prefills in rounds.
+`gemm_fraction` is the rate of the products that the model needs, divided by the rate of the best of a few matrix
+products, run before and after each prefill. Models and lengths take turns. What has no room in memory is skipped, and
+the record says why.
+
+Both run the prefill engine itself, with random weights, once a short prompt's keys and values are those of the model's
+definition.
 """
 
 import argparse
+import shlex
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
 
 import psutil
 import torch
 
+from bench import paper
+from bench.harness.environment import environment
 from bench.harness.suite import Options, arguments, positive, run
 from bench.harness.units import length, parse_length
 from bench.prefill.case import PrefillCase, ProfileCase
 from bench.prefill.memory import choose
+from bench.prefill.plan import groups
+from bench.prefill.suite import EngineTimer, Suite
+from bench.roofline.calibrate import calibrate
 from colm import defaults
 from colm.dtypes import dtype_name, fastest_dtype
 from colm.errors import UnsupportedModel
@@ -25,14 +40,17 @@ from colm.model.config import ChainConfig
 from colm.model.presets import preset
 from colm.placement import CPU
 
+RECORDS = Path("bench/results/prefill.jsonl")
+ROUNDS_LENGTHS = [2 << 10, 8 << 10, 32 << 10]
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float32)}
 
 
 class PrefillOptions(Options):
     """Of this benchmark."""
 
-    preset: list[tuple[str, ChainConfig]]
-    lengths: list[int]
+    preset: list[tuple[str, ChainConfig]] | None
+    lengths: list[int] | None
+    budget_minutes: float | None
     dtype: str
     tile_tokens: int
     profile: bool
@@ -56,23 +74,80 @@ def model(name: str) -> tuple[str, ChainConfig]:
     return name, config
 
 
+def minutes(text: str) -> float:
+    """An option's time, above zero."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def main() -> None:
-    """Every model at every length."""
+    """The paper's tables within a budget, or the named presets in rounds."""
     parser = arguments("bench.prefill", __doc__, rounds=3)
     parser.add_argument(
-        "--preset", type=model, action="append", required=True, help="a name of colm.model.presets.PRESETS; repeatable"
+        "--preset",
+        type=model,
+        action="append",
+        help="a name of colm.model.presets.PRESETS; repeatable; with a budget, every row of the paper's tables",
     )
-    parser.add_argument("--lengths", type=lengths, default="2K,8K,32K", help="of prompts, powers of two; 2K,8K,32K")
+    parser.add_argument(
+        "--lengths",
+        type=lengths,
+        help="of prompts, e.g. 2K,1M; 2K,8K,32K or, with a budget, those of the paper's tables",
+    )
+    parser.add_argument(
+        "--budget-minutes", type=minutes, help="run the paper's tables, as much of them as so many minutes allow"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default=dtype_name(fastest_dtype(CPU)), help="of weights and products"
     )
     parser.add_argument("--tile-tokens", type=positive, default=defaults.TILE_TOKENS, help="of the engine")
     parser.add_argument("--profile", action="store_true", help="each operation's share of the time, in place of rates")
     options = parser.parse_args(namespace=PrefillOptions())
+    if options.budget_minutes is not None:
+        _suite(parser, options, options.budget_minutes)
+    elif options.preset is None:
+        parser.error("one of --budget-minutes and --preset is required")
+    else:
+        _rounds(options, dict(options.preset))
+
+
+def _suite(parser: argparse.ArgumentParser, options: PrefillOptions, budget_minutes: float) -> None:
+    if options.profile:
+        parser.error("--profile goes with --preset alone, without --budget-minutes")
+    tables = paper.load()
+    names = [name for name, _ in options.preset] if options.preset else list(tables.rows)
+    try:
+        todo = groups(names, options.lengths or sorted({cell.num_tokens for cell in tables.cells.values()}))
+    except ValueError as err:
+        parser.error(f"--preset: {err}")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    dtype = DTYPES[options.dtype]
+    Suite(
+        groups=todo,
+        dtype=dtype,
+        tile_tokens=options.tile_tokens,
+        num_rounds=options.rounds,
+        budget_s=60 * budget_minutes,
+        available_bytes=psutil.virtual_memory().available,
+        machine=calibrate(dtype, seed=options.seed, with_stream=False),
+        path=options.output or RECORDS,
+        environment={
+            "command": shlex.join(["python", "-m", options.module, *sys.argv[1:]]),
+            "date": datetime.now(UTC).date().isoformat(),
+            "seed": options.seed,
+            **environment(),
+        },
+    ).run(EngineTimer(dtype=dtype, tile_tokens=options.tile_tokens, seed=options.seed))
+
+
+def _rounds(options: PrefillOptions, models: dict[str, ChainConfig]) -> None:
     dtype = DTYPES[options.dtype]
     prefills, skipped = choose(
-        dict(options.preset),
-        options.lengths,
+        models,
+        options.lengths or ROUNDS_LENGTHS,
         dtype=dtype,
         tile_tokens=options.tile_tokens,
         available_bytes=psutil.virtual_memory().available,

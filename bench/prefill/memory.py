@@ -1,13 +1,14 @@
 """Which prefills this machine has room for, said before any memory is taken."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from bench.harness.units import length
 from cluster.cli.output import human_bytes
 from colm.checkpoint import prefill_tensor_names
+from colm.kv import KvFormat
 from colm.model import parameter_shapes
 from colm.model.config import ChainConfig
 from colm.model.transformer import slice_config
@@ -55,6 +56,17 @@ def working_bytes(config: ChainConfig, dtype: torch.dtype, *, num_tokens: int, t
     packed = chain1.dim * max(chain1.num_heads * chain1.head_dim, chain1.hidden_dim) * dtype.itemsize
     run = run_bytes(config, dtype, num_tokens=num_tokens, tile_tokens=tile_tokens)
     return run + packed + SCRATCH_BYTES
+
+
+def sampled_bytes(configs: Sequence[ChainConfig], dtype: torch.dtype, *, num_tokens: int, tile_tokens: int) -> int:
+    """What samples of one layer of each model take together: their weights, and the rest of the one that takes most.
+
+    That is the layer's keys and values of the whole prompt, which models with the same heads share, and a tile's work.
+    """
+    weights = sum(weights_bytes(replace(config, num_layers=2, vocab_size=1), dtype) for config in configs)
+    tile = {"num_tokens": tile_tokens, "tile_tokens": tile_tokens}
+    held = (num_tokens * KvFormat.of(config, dtype).layer_token_bytes for config in configs)
+    return weights + max(held) + max(working_bytes(config, dtype, **tile) for config in configs)
 
 
 def choose(

@@ -15,10 +15,12 @@ from colm.model.norm import ChainRMSNorm
 from colm.model.rope import Rope
 from prefill_node import engine, tile_cache
 
-PARTS: Mapping[str, Sequence[tuple[object, str]]] = {
+Parts = Mapping[str, Sequence[tuple[object, str]]]
+
+PARTS: Parts = {
     "norms": ((ChainRMSNorm, "forward"), (ChainRMSNorm, "add_")),
     "qkv": tuple((ChainAttention, name) for name in ("queries", "keys_values", "queries_keys_values")),
-    "rotation": ((Rope, "tables"), (block, "rotate_"), (tile_cache, "write_kv")),
+    "rotation": ((Rope, "range"), (Rope, "tables"), (block, "rotate_"), (tile_cache, "write_kv")),
     "attention": ((engine, "prefill_attention"),),
     "ffn": ((ChainFFN, "forward"),),
     # The output projection is the one linear that none of the others calls.
@@ -28,12 +30,12 @@ PARTS: Mapping[str, Sequence[tuple[object, str]]] = {
 
 
 @contextmanager
-def parts_timed(clock: Callable[[], float] = time.perf_counter) -> Iterator[Mapping[str, float]]:
+def parts_timed(parts: Parts = PARTS, clock: Callable[[], float] = time.perf_counter) -> Iterator[Mapping[str, float]]:
     """Add up the seconds of every part while the context lasts, in this thread.
 
     A part inside another counts for the outer one.
     """
-    seconds = dict.fromkeys(PARTS, 0.0)
+    seconds = dict.fromkeys(parts, 0.0)
     is_inside = False
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +54,7 @@ def parts_timed(clock: Callable[[], float] = time.perf_counter) -> Iterator[Mapp
         return call
 
     with ExitStack() as stack:
-        for part, places in PARTS.items():
+        for part, places in parts.items():
             for owner, name in places:
                 stack.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
         yield seconds

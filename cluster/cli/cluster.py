@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("up")(up)
     app.command("config")(config)
+    app.command("secrets")(secrets)
     app.command("status")(status)
     app.command("down")(down)
     app.command("demo")(demo)
@@ -35,6 +36,12 @@ def up(
     decode: Annotated[int | None, typer.Option(help="Decode replicas.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the gateway; 0 picks a free one.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    secrets: Annotated[
+        Path | None, typer.Option(help="With --ray-address: folder of `colm secrets`, on every machine.")
+    ] = None,
+    insecure_ray: Annotated[
+        bool | None, typer.Option("--insecure-ray", help="Insecure: join a Ray that demands no token.")
+    ] = None,
     state_dir: StateDir = DEFAULT_STATE_DIR,
     json: JsonFlag = False,
 ) -> None:
@@ -45,6 +52,8 @@ def up(
         "decode.replicas": decode,
         "gateway.port": port,
         "ray.address": ray_address,
+        "ray.insecure": insecure_ray,
+        "security.folder": secrets,
     }
     with interruptible(_NOTHING_LEFT):
         from cluster.lifecycle import up as bring_up
@@ -59,6 +68,14 @@ def up(
 def config() -> None:
     """Print every option with its meaning and its default, as a file to start from."""
     typer.echo(default_toml(), nl=False)
+
+
+def secrets(folder: Annotated[Path, typer.Argument(help="Folder to make.")]) -> None:
+    """Make tokens and certificates for a cluster of several machines, to be copied to the same path on each."""
+    from cluster.secret_files import write_secrets
+
+    write_secrets(folder)
+    note(f"wrote {folder}: whoever can read it can use the cluster")
 
 
 def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> None:

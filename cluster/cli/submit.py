@@ -14,7 +14,7 @@ from colm.client import Client, Document
 from colm.errors import ClusterError
 from colm.request import AttentionMode
 from colm.sampling import SamplingParams
-from colm.wire.security import Security, Tls
+from colm.wire.security import Security, Tls, read_token
 
 
 def register(app: typer.Typer) -> None:
@@ -41,6 +41,9 @@ def submit(
     address: Annotated[str | None, typer.Option(help="Gateway host:port; this machine's cluster by default.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="With --address: file with the client token.")] = None,
     ca_file: Annotated[Path | None, typer.Option(help="With --address: authority of its certificate, PEM.")] = None,
+    plaintext: Annotated[
+        bool, typer.Option("--plaintext", help="With --token-file: send the token without encryption.")
+    ] = False,
     state_dir: StateDir = DEFAULT_STATE_DIR,
     json: JsonFlag = False,
 ) -> None:
@@ -48,7 +51,7 @@ def submit(
     view = AnswerView(stream_text=not json)
     sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop or ()))
     try:
-        with _connect(address, token_file, ca_file, state_dir) as client, view:
+        with _connect(address, token_file, ca_file, plaintext, state_dir) as client, view:
             answer = client.generate(
                 _document(file),
                 prompt,
@@ -81,12 +84,24 @@ def _document(file: str) -> Document:
     return path
 
 
-def _connect(address: str | None, token_file: Path | None, ca_file: Path | None, state_dir: Path) -> Client:
+def _connect(
+    address: str | None, token_file: Path | None, ca_file: Path | None, plaintext: bool, state_dir: Path
+) -> Client:
     if address is None:
+        for name, given in (("token-file", token_file), ("ca-file", ca_file)):
+            if given is not None:
+                raise ClusterError(f"--{name} needs --address; this machine's cluster has its own")
         state = ClusterState.require(state_dir)
         return Client(state.gateway_address, state.security)
+    if plaintext and ca_file is not None:
+        raise ClusterError("--plaintext and --ca-file exclude each other; leave one of them out")
+    if token_file is not None and ca_file is None and not plaintext:
+        raise ClusterError(
+            f"--token-file without --ca-file would show the token to everybody on the way to {address}; give the "
+            "authority of the gateway's certificate, or --plaintext for a cluster with security.tls off"
+        )
     try:
-        token = token_file.read_text().strip() if token_file else None
+        token = read_token(token_file) if token_file else None
         tls = Tls(ca_pem=ca_file.read_bytes()) if ca_file else None
     except OSError as err:
         raise ClusterError(f"cannot read {err.filename}: {err.strerror}") from err

@@ -44,7 +44,9 @@ class FrontDoor:
     ) -> None:
         self._model = model
         self._limits = limits
-        self._prompts = PromptReader(model, max_document_bytes=limits.max_document_bytes)
+        self._prompts = PromptReader(
+            model, max_document_bytes=limits.max_document_bytes, max_upload_bytes=limits.max_upload_bytes
+        )
         self._placement = Placement(decode_pool, calls, registry)
         self._registry = registry
         self._clock = clock

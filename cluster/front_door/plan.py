@@ -24,6 +24,8 @@ class GatewayLimits:
     """Limits of one request, and of all together."""
 
     max_document_bytes: int
+    max_upload_bytes: int
+    upload_idle_s: float
     max_requests: int
     default_max_new_tokens: int
     max_new_tokens: int
@@ -61,7 +63,7 @@ class Plan:
             request: its values have the right types.
             model: the model that is served.
             limits: the gateway's limits.
-            caller_waits_s: seconds until the caller's own deadline; None without one.
+            caller_waits_s: seconds until the caller's own deadline, of which `max_timeout_s` count; None without one.
 
         Raises:
             InvalidRequest: names the field, its value and the limit.
@@ -84,6 +86,8 @@ class Plan:
                 raise InvalidRequest("timeout_s", timeout_s, f"must be at most {limits.max_timeout_s:g}")
             if timeout_s <= 0:
                 raise DeadlineExceeded(f"timeout_s={timeout_s:g}: the deadline is past already; it must be above 0")
+        if caller_waits_s is not None:
+            timeout_s = min(caller_waits_s, limits.max_timeout_s if timeout_s is None else timeout_s)
         if request.sampling.stop and model.tokenizer is None:
             limit = f"model {model.name!r} has no tokenizer; use stop_token_ids"
             raise InvalidRequest("stop", request.sampling.stop, limit)
@@ -93,6 +97,6 @@ class Plan:
             num_chains=num_chains,
             max_new_tokens=max_new_tokens,
             sampling=request.sampling,
-            timeout_s=min((s for s in (timeout_s, caller_waits_s) if s is not None), default=None),
+            timeout_s=timeout_s,
             attention=request.attention,
         )

@@ -1,13 +1,14 @@
 """Reads an uploaded prompt: checks it while it arrives, then tokenises it."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.front_door.plan import Plan, ServedModel
 from cluster.front_door.tokenising import TextExtent, TokenisingThreads
-from colm.errors import InvalidRequest
+from colm.errors import CapacityExceeded, InvalidRequest
 
 PromptPart = bytes | NDArray[np.int64]
 """The next piece of the document in UTF-8, or of a prompt given as token ids; no prompt has both."""
@@ -19,11 +20,14 @@ class PromptReader:
     Args:
         model: the model that is served.
         max_document_bytes: longer documents are refused.
+        max_upload_bytes: of all prompts that are being read.
     """
 
-    def __init__(self, model: ServedModel, *, max_document_bytes: int) -> None:
+    def __init__(self, model: ServedModel, *, max_document_bytes: int, max_upload_bytes: int) -> None:
         self._model = model
         self._max_document_bytes = max_document_bytes
+        self._max_upload_bytes = max_upload_bytes
+        self._num_held_bytes = 0
         self._context = model.config.max_context
         self._bound = None if model.tokenizer is None else model.tokenizer.bound
         self._threads = TokenisingThreads()
@@ -33,10 +37,38 @@ class PromptReader:
 
         Raises:
             InvalidRequest: the prompt cannot be served. It is raised as soon as that is known, even during the upload.
+            CapacityExceeded: all prompts that are being read have no room for it.
         """
+        with self._held() as hold:
+            return await self._read(plan, parts, hold)
+
+    @contextmanager
+    def _held(self) -> Iterator[Callable[[int], None]]:
+        """Count bytes of a prompt during the block; yields a function that takes more of them, or refuses."""
+        num_bytes = 0
+
+        def hold(num_more: int) -> None:
+            nonlocal num_bytes
+            if self._num_held_bytes + num_more > self._max_upload_bytes:
+                raise CapacityExceeded(
+                    f"the prompts that are being read have no room for this one, with "
+                    f"gateway.max_upload_bytes={self._max_upload_bytes}; try again later"
+                )
+            self._num_held_bytes += num_more
+            num_bytes += num_more
+
+        try:
+            yield hold
+        finally:
+            self._num_held_bytes -= num_bytes
+
+    async def _read(
+        self, plan: Plan, parts: AsyncIterator[PromptPart], hold: Callable[[int], None]
+    ) -> NDArray[np.int64]:
         document, extent = bytearray(), TextExtent(self._bound)
         pieces, num_ids = [np.empty(0, dtype=np.int64)], 0
         async for part in parts:
+            hold(len(part) if isinstance(part, bytes) else part.nbytes)
             if isinstance(part, bytes):
                 document += part
                 if len(document) > (limit := self._max_document_bytes):

@@ -20,6 +20,8 @@ from cluster.generation_service import GenerationService
 from cluster.node_registry import NodeRegistry
 from cluster.replicas.lender import ServeLender
 from cluster.replicas.reporting import log_beside
+from cluster.replicas.serve_port import keep_serve_port_shut
+from cluster.secret_files import SecretFiles
 from colm import defaults
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
@@ -29,7 +31,6 @@ from colm.line import Beat
 from colm.nodes import NodeReport, Role
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server, dial_address
-from colm.wire.security import Security
 from colm.wire.v1 import generation_service_pb2
 
 logger = logging.getLogger(__name__)
@@ -71,19 +72,19 @@ class GatewayReplica:
     """Runs the front door behind a gRPC server, with health service and reflection.
 
     Args:
-        client_security: token and TLS that are demanded of clients.
-        node_security: token and TLS for calls to decode nodes.
+        secrets: token and TLS that are demanded of clients, and those for calls to decode nodes.
         decode: handle of the decode deployment.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, options: GatewayOptions, client_security: Security, node_security: Security, decode: Any
+        self, options: GatewayOptions, secrets: SecretFiles, decode: Any
     ) -> None:
         log_beside("ray.serve")
+        keep_serve_port_shut()
         model = await asyncio.to_thread(_load, options)
         self._registry = NodeRegistry(MonotonicClock())
         self._decode_pool = ServeDecodePool(decode, max_waiting=options.limits.max_requests)
-        self._decode_calls = GrpcDecodeCalls(node_security)
+        self._decode_calls = GrpcDecodeCalls(secrets.of_nodes())
         front_door = FrontDoor(
             model=model,
             limits=options.limits,
@@ -92,8 +93,9 @@ class GatewayReplica:
             registry=self._registry,
             clock=MonotonicClock(),
         )
+        client_security = secrets.of_clients()
         self._server: grpc.aio.Server = create_server(client_security)
-        GenerationService(front_door).add_to(self._server)
+        GenerationService(front_door, upload_idle_s=options.limits.upload_idle_s).add_to(self._server)
         self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for name in ("", _SERVICE):

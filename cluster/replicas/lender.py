@@ -2,14 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from colm.errors import PeerUnavailable
+from colm.errors import CapacityExceeded, PeerUnavailable
 from colm.line import BEAT_INTERVAL_S, Beat, Line, wait_at_most
 from colm.nodes import Role
 
@@ -20,6 +20,8 @@ LEASE_TTL_S = 30.0
 _TERM_S = 4.0
 """A call that is older brings no further lease: Serve kills a replica 8 s after it began to stop it."""
 _BEATS_PER_GRANT = 5
+MAX_PASSED_OVER = 8
+"""How often Serve may name a replica that has refused, before the search for another one ends."""
 
 
 class _Call:
@@ -88,16 +90,24 @@ class ServeLender:
             self._let_go(call)
 
     @asynccontextmanager
-    async def lease(self, beat: Beat) -> AsyncIterator[tuple[str, str]]:
+    async def lease(self, beat: Beat, *, refused_by: Collection[str] = ()) -> AsyncIterator[tuple[str, str]]:
         """Hold a replica's `lease` call open; yields (address, lease id).
+
+        Args:
+            beat: told of the wait.
+            refused_by: addresses of replicas that had no room; another one is lent at once, or none.
 
         Raises:
             PeerUnavailable: the replica died before it answered.
-            CapacityExceeded: too many wait already.
+            CapacityExceeded: too many wait already, or no other replica is free.
         """
+        if refused_by and len(self._line):
+            raise self._no_other()
         await self._line.turn(self._take_the_word, beat)
         try:
-            call = self._take_kept() or await self._ask(beat)
+            call = self._take_kept(refused_by) or (
+                await self._ask_for_another(beat, refused_by) if refused_by else await self._ask(beat)
+            )
         finally:
             self._somebody_asks = False
             self._line.look_again()
@@ -121,7 +131,21 @@ class ServeLender:
         self._somebody_asks = True
         return True
 
-    async def _ask(self, beat: Beat) -> _Call:
+    async def _ask_for_another(self, beat: Beat, refused_by: Collection[str]) -> _Call:
+        passed_over: list[_Call] = []
+        try:
+            while len(passed_over) < MAX_PASSED_OVER:
+                call = await self._ask(beat, for_another=True)
+                if call.granted.result()[0] not in refused_by:
+                    return call
+                # Held meanwhile: Serve weighs replicas by their calls, and would name the same one again.
+                passed_over.append(call)
+            raise self._no_other()
+        finally:
+            for call in passed_over:
+                call.end()
+
+    async def _ask(self, beat: Beat, *, for_another: bool = False) -> _Call:
         while True:
             call, taken = _Call(self._handle.lease.remote(self._is_alone), self._news.set), None
             try:
@@ -132,6 +156,8 @@ class ServeLender:
                         call.granted.result()
                         asyncio.get_running_loop().call_later(_TERM_S, self._end_term, call)
                         taken = call
+                    elif for_another:
+                        raise self._no_other()
                     else:
                         taken = self._take_kept()
                     if taken is not None:
@@ -150,9 +176,12 @@ class ServeLender:
         is_unused = address not in {*self._used.values(), *self._kept.values()}
         return self._is_alone and call.is_in_term and is_unused
 
-    def _take_kept(self) -> _Call | None:
-        for call in self._kept:
-            if call.has_lease:
+    def _no_other(self) -> CapacityExceeded:
+        return CapacityExceeded(f"no other {self._role.value} node is free; try again later")
+
+    def _take_kept(self, refused_by: Collection[str] = ()) -> _Call | None:
+        for call, address in self._kept.items():
+            if call.has_lease and address not in refused_by:
                 del self._kept[call]
                 return call
         return None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from colm.dtypes import DTYPES, dtype_name
 from colm.errors import CheckpointError, UnsupportedModel
+from colm.finite import NOT_FINITE, is_finite
 from colm.model import parameter_shapes
 from colm.model.config import ChainConfig
 
@@ -106,7 +107,7 @@ def carry_over(
         Exactly the tensors of `parameter_shapes(config)`.
 
     Raises:
-        CheckpointError: a tensor is missing or misshapen; named as the source names it.
+        CheckpointError: a tensor is missing, misshapen or not finite; named as the source names it.
     """
     shapes = parameter_shapes(config)
     names = source_names(config, layout)
@@ -122,6 +123,8 @@ def carry_over(
     tensors = {}
     for done, (ours, theirs) in enumerate(names.items(), start=1):
         tensors[ours] = convert(ours, source.read(theirs)).to(dtype)
+        if not is_finite(tensors[ours]):
+            raise CheckpointError(f"{source.path}: tensor {theirs!r} {NOT_FINITE}; fetch the model again")
         if progress is not None:
             progress(done, len(names))
     return tensors

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from colm_kernels.chain_linear import joint_linear
 from colm_kernels.rotary import rotate_reference
+from colm_kernels.staircase import Staircase
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,9 +41,9 @@ class ChainAttention(nn.Module):
     def keys_values(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
         """Unrotated (k_RKD, v_RKD) of chain 1's normalised hidden states; other chains' columns are not read."""
         chain1 = x_RD[:, : self.config.chain_dims[0]]
-        shape = (x_RD.shape[0], self.config.chain_kv_heads[0], self.config.head_dim)
         rows = (x_RD.shape[0],)
-        return self.wk(chain1, rows).view(shape), self.wv(chain1, rows).view(shape)
+        k_RKD, v_RKD = self._heads_of_each(chain1, [self.wk.operands(rows), self.wv.operands(rows)])
+        return k_RKD, v_RKD
 
     def queries(self, x_RD: Tensor, chain_rows: Sequence[int]) -> Tensor:
         """Unrotated q_RHD of the active chains, chain by chain."""
@@ -53,8 +54,11 @@ class ChainAttention(nn.Module):
         """(q_RHD, k_RKD, v_RKD) as from `queries` and `keys_values`, in one call."""
         rows = (x_RD.shape[0],)
         operands = [self.wq.operands(chain_rows), self.wk.operands(rows), self.wv.operands(rows)]
-        q_RHD, k_RKD, v_RKD = (y.view(len(x_RD), -1, self.config.head_dim) for y in joint_linear(x_RD, operands))
+        q_RHD, k_RKD, v_RKD = self._heads_of_each(x_RD, operands)
         return q_RHD, k_RKD, v_RKD
+
+    def _heads_of_each(self, x_RD: Tensor, staircases: Sequence[Staircase]) -> list[Tensor]:
+        return [y.view(len(x_RD), -1, self.config.head_dim) for y in joint_linear(x_RD, staircases)]
 
     def group_by_kv_head(self, q_RHD: Tensor, num_chains: int) -> Tensor:
         """Reorder query heads of all active chains by the shared kv head they read: q_RKGD."""

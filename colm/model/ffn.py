@@ -5,8 +5,7 @@ Shapes: R rows, D model features of the active chains.
 
 from collections.abc import Sequence
 
-from colm_kernels.chain_linear import joint_linear
-from colm_kernels.swiglu import swiglu_
+from colm_kernels.chain_linear import swiglu_linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,8 +27,7 @@ class ChainFFN(nn.Module):
     def forward(self, x_RD: Tensor, chain_rows: Sequence[int]) -> Tensor:
         """Chains side by side, without gradients; `chain_rows` as in `colm_kernels.chain_linear`."""
         if self.is_gated:
-            gate, up = joint_linear(x_RD, [self.gate.operands(chain_rows), self.up.operands(chain_rows)])
-            hidden = swiglu_(gate, up)
+            hidden = swiglu_linear(x_RD, self.gate.operands(chain_rows), self.up.operands(chain_rows))
         else:
             hidden = F.gelu(self.up(x_RD, chain_rows))
         result: Tensor = self.down(hidden, chain_rows)

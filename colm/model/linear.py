@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from colm_kernels.chain_linear import Staircase, chain_linear, chain_linear_by_chain
+from colm_kernels.chain_linear import chain_linear, chain_linear_by_chain
+from colm_kernels.staircase import Staircase
 from torch import Tensor, nn
 
 

@@ -4,6 +4,7 @@ Shapes: T tokens, N heads, D head dim.
 """
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,12 +12,16 @@ from torch import Tensor
 from colm.model.config import ChainConfig, RopeScaling
 from colm.placement import CPU
 
+KEPT_POSITIONS: Final = 32 << 10
+"""Most positions whose tables are kept: 16 MiB at head dim 64. A longer prompt spends its time on attention."""
+
 
 class Rope:
     """A model's rotary tables, of whatever positions are asked for."""
 
     def __init__(self, config: ChainConfig, device: torch.device = CPU) -> None:
         scaling = config.rope_scaling
+        self._kept = torch.empty(2, 0, config.head_dim, device=device)
         self._inverse_frequencies = inverse_frequencies(config).to(device)
         self._factor = 1.0 if scaling is None else scaling.rotation_factor
 
@@ -31,6 +36,23 @@ class Rope:
         angles = positions_T.to(torch.float32).unsqueeze(1) * self._inverse_frequencies
         angles_TD = torch.cat((angles, angles), dim=1)
         return angles_TD.cos().mul_(self._factor), angles_TD.sin().mul_(self._factor)
+
+    def range(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """`tables` of the positions [start, stop).
+
+        Those of the first `KEPT_POSITIONS` are kept once they have been asked for, since every layer of every prompt
+        asks for them again.
+        """
+        device = self._inverse_frequencies.device
+        if stop > KEPT_POSITIONS:
+            return self.tables(torch.arange(start, stop, device=device))
+        if stop > (num_kept := self._kept.shape[1]):
+            # Twice as many each time, so that a growing prompt makes few copies.
+            num_wanted = min(max(stop, 2 * num_kept), KEPT_POSITIONS)
+            added = torch.stack(self.tables(torch.arange(num_kept, num_wanted, device=device)))
+            self._kept = torch.cat((self._kept, added), dim=1)
+        cos_TD, sin_TD = self._kept[:, start:stop]
+        return cos_TD, sin_TD
 
 
 def inverse_frequencies(config: ChainConfig) -> Tensor:

@@ -7,16 +7,14 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Self
 
-import jinja2
 import numpy as np
 import tokenizers
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from colm.checkpoint import Checkpoint, TextConfig
 from colm.errors import CheckpointError, InvalidRequest
 from colm.text.bound import TokenBound
+from colm.text.chat_template import ChatTemplate
 from colm.text.detokenizer import Detokenizer, TextStream
 from colm.text.pieces import PieceEncoder
 
@@ -24,6 +22,8 @@ from colm.text.pieces import PieceEncoder
 MARKER = "\ue000content\ue001"
 # Whitespace to `str.strip`: a template that trims its content removes these, and thereby shows that it trims.
 PADDING = "\u2003"
+_MAX_COPIES = 4
+"""Of a message, which may be large. No known template writes it twice."""
 SEPARATOR = "\n\n"
 """Between document and prompt, in a chat."""
 
@@ -40,7 +40,7 @@ class Tokenizer:
         self._first_pieces = PieceEncoder(self._first)
         self._inner_pieces = PieceEncoder(_content_encoder(_without_first_space(tokenizer_json)))
         self._detokenizer = Detokenizer(self._first)
-        self._template = None if text.chat_template is None else _compile(text.chat_template, now)
+        self._template = None if text.chat_template is None else self._chat_template(text.chat_template, now)
         added = self._first.get_added_tokens_decoder()
         self._special = {token.content: token for token in added.values() if token.special}
         # Longest first: a regex takes the first alternative that matches, the tokenizer the longest.
@@ -58,7 +58,7 @@ class Tokenizer:
             now: what chat templates that write today's date are told.
 
         Raises:
-            CheckpointError: tokenizer.json or the chat template is broken.
+            CheckpointError: tokenizer.json or the chat template is broken, or the template takes too much.
             UnsupportedModel: the tokenizer is of a kind that cannot be decoded token by token.
         """
         path = checkpoint.tokenizer_path
@@ -131,18 +131,23 @@ class Tokenizer:
         """The template's text, with `MARKER` where the content belongs."""
         if self._template is None:
             raise InvalidRequest("chat", True, "the model has no chat template; use raw completion")
-        try:
-            return self._template.render(
-                messages=[{"role": "user", "content": PADDING + MARKER + PADDING}],
-                add_generation_prompt=True,
-                bos_token=self._token(self._text.bos_token_id),
-                eos_token=self._token(next(iter(self.eos_token_ids), None)),
-                tools=None,
-                documents=None,
+        text = self._template.text()
+        if (copies := text.count(MARKER)) > _MAX_COPIES:
+            raise InvalidRequest(
+                "chat", True, f"the chat template writes the message {copies} times; use raw completion"
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as err:
-            limit = f"the chat template refused the message: {err}; use raw completion"
-            raise InvalidRequest("chat", True, limit) from err
+        return text
+
+    def _chat_template(self, source: str, now: Callable[[], datetime]) -> ChatTemplate:
+        variables = {
+            "messages": [{"role": "user", "content": PADDING + MARKER + PADDING}],
+            "add_generation_prompt": True,
+            "bos_token": self._token(self._text.bos_token_id),
+            "eos_token": self._token(next(iter(self.eos_token_ids), None)),
+            "tools": None,
+            "documents": None,
+        }
+        return ChatTemplate(source, variables, now)
 
     def _token(self, token_id: int | None) -> str:
         return "" if token_id is None else self._first.id_to_token(token_id) or ""
@@ -221,23 +226,3 @@ def _without_first_space(tokenizer_json: str) -> str:
         if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
             part["prepend_scheme"] = "never"
     return json.dumps(body)
-
-
-def _compile(chat_template: str, now: Callable[[], datetime]) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
-    try:
-        return environment.from_string(chat_template)
-    except jinja2.TemplateSyntaxError as err:
-        raise CheckpointError(f"text.chat_template line {err.lineno}: {err.message}; import the model again") from err
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value: object, indent: int | None = None) -> str:
-    """JSON without jinja's escaping of HTML characters: the reader is a model, not a browser."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,6 +1,7 @@
 """Servers and channels as every process of the system makes them."""
 
 import errno
+import ipaddress
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,15 @@ def join_address(host: str, port: int) -> str:
 def dial_address(host: str, port: int) -> str:
     """The address that a client on the server's own machine dials: the loopback if `host` is a wildcard."""
     return join_address(_LOOPBACKS.get(host, host), port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on the host; False for a name that does not resolve."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError):
+        return False
+    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
 
 
 def why_not(host: str, port: int) -> str | None:

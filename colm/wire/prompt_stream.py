@@ -7,11 +7,14 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from colm import defaults
 from colm.errors import DeadlineExceeded, InvalidRequest
 from colm.wire.v1 import common_pb2 as pb
 
 OPEN_TIMEOUT_S = 10.0
 """Seconds within which a call must send its `open`; until then it takes up one of the server's calls."""
+
+UPLOAD_IDLE_S = defaults.UPLOAD_IDLE_S
 
 _Open = TypeVar("_Open", covariant=True)
 _Part = TypeVar("_Part", bound="PromptPart[object]")
@@ -51,13 +54,22 @@ async def read_open(requests: AsyncIterator[PromptPart[_Open]]) -> _Open:
     return request.open
 
 
-async def read_pieces(requests: AsyncIterator[_Part]) -> AsyncIterator[_Part]:
+async def read_pieces(requests: AsyncIterator[_Part], *, idle_s: float) -> AsyncIterator[_Part]:
     """Iterate over the messages between `open` and `end_of_prompt`; nothing is read after that.
 
     Raises:
         InvalidRequest: the half-close came first.
+        DeadlineExceeded: the next message did not come within `idle_s`.
     """
-    async for request in requests:
+    parts = aiter(requests)
+    while True:
+        try:
+            async with asyncio.timeout(idle_s):
+                request = await anext(parts, None)
+        except TimeoutError as err:
+            raise DeadlineExceeded(f"the next piece of the prompt did not come within {idle_s:g} s") from err
+        if request is None:
+            break
         if request.WhichOneof("part") == "end_of_prompt":
             return
         yield request
@@ -70,10 +82,11 @@ async def read_token_ids(requests: AsyncIterator[PromptPart[object]], num_tokens
 
     Raises:
         InvalidRequest: it has more or fewer, holds another kind of message, or is cut off before `end_of_prompt`.
+        DeadlineExceeded: a piece did not come within `UPLOAD_IDLE_S` of the one before.
     """
     token_ids = np.empty(num_tokens, dtype=np.int64)
     filled = 0
-    async for request in read_pieces(requests):
+    async for request in read_pieces(requests, idle_s=UPLOAD_IDLE_S):
         if (part := request.WhichOneof("part")) != "token_ids":
             raise InvalidRequest("part", part, "only `token_ids`, then `end_of_prompt`, may follow `open`")
         piece = request.token_ids.ids

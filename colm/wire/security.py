@@ -6,18 +6,22 @@ import ipaddress
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from colm.errors import ConfigError
 
 AUTHORIZATION = "authorization"
 # Self-made certificates carry this name instead of addresses, so they stay valid wherever a replica lands.
 CLUSTER_NAME = "colm-serve"
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
-_VALID_DAYS = 3650
+# A cluster makes new ones whenever it starts.
+_VALID_DAYS = 397
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +48,10 @@ class Security:
     tls: Tls | None = None
     """None is plaintext."""
 
+    def __post_init__(self) -> None:
+        if self.token == "":
+            raise ValueError("the token is empty; None leaves the server open")
+
     def __repr__(self) -> str:
         return f"Security(token={'set' if self.token else None}, tls={'set' if self.tls else None})"
 
@@ -69,8 +77,23 @@ def new_token() -> str:
     return secrets.token_urlsafe(32)
 
 
+def read_token(path: Path) -> str:
+    """The token that a file holds, without space around it.
+
+    Raises:
+        ConfigError: the file has none, or something that no call can carry.
+        OSError: it cannot be read.
+    """
+    token = path.read_bytes().strip()
+    if not token:
+        raise ConfigError(f"{path} is empty; write a token into it, or leave the option out")
+    if not all(0x21 <= byte <= 0x7E for byte in token):
+        raise ConfigError(f"{path} must hold a token: one line of printable ASCII without spaces")
+    return token.decode("ascii")
+
+
 def new_tls() -> Tls:
-    """A fresh self-made authority and a server certificate signed by it, both valid ten years."""
+    """A fresh self-made authority and a server certificate signed by it, both valid 397 days."""
     now = datetime.datetime.now(datetime.UTC)
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{CLUSTER_NAME} authority")])
@@ -85,11 +108,14 @@ def new_tls() -> Tls:
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(days=1))
             .not_valid_after(now + datetime.timedelta(days=_VALID_DAYS))
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
         )
 
     ca = (
         certificate(ca_name, ca_key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
         .sign(ca_key, hashes.SHA256())
     )
     names: list[x509.GeneralName] = [x509.DNSName(CLUSTER_NAME), x509.DNSName("localhost")]
@@ -97,6 +123,9 @@ def new_tls() -> Tls:
     cert = (
         certificate(name, key.public_key())
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(ca_key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM
@@ -104,6 +133,20 @@ def new_tls() -> Tls:
         ca_pem=ca.public_bytes(pem),
         cert_pem=cert.public_bytes(pem),
         key_pem=key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    )
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
     )
 
 

@@ -15,6 +15,7 @@ from colm.errors import (
     FingerprintMismatch,
     InvalidRequest,
     LeaseExpired,
+    NotFinite,
     PeerFailed,
     PeerUnavailable,
     Unauthenticated,
@@ -37,6 +38,7 @@ _BY_ERROR: list[tuple[type[ColmError], grpc.StatusCode, "pb.ErrorDetail.Kind"]] 
     (PeerUnavailable, grpc.StatusCode.UNAVAILABLE, _Kind.KIND_PEER_UNAVAILABLE),
     (FingerprintMismatch, grpc.StatusCode.FAILED_PRECONDITION, _Kind.KIND_FINGERPRINT_MISMATCH),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, _Kind.KIND_DEADLINE_EXCEEDED),
+    (NotFinite, grpc.StatusCode.INTERNAL, _Kind.KIND_NOT_FINITE),
 ]
 
 

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from colm_kernels.checks import check_dims, check_dtype, check_one_device, check_same_dtype
-from colm_kernels.few_rows_linear import few_rows_linear, variant_for
+from colm_kernels.few_rows_linear import few_rows_linear, library_variant, variant_for
 from colm_kernels.many_rows_linear import many_rows_linear, step_of_chain
+from colm_kernels.packed_linear import packed_linear, packed_swiglu
+from colm_kernels.packed_linear import takes as packed_takes
+from colm_kernels.staircase import Staircase
+from colm_kernels.swiglu import swiglu_
 
 
 def chain_linear_reference(
@@ -40,9 +44,10 @@ def chain_linear(
     """Apply the staircase, chain by chain, to as many leading rows as each chain serves.
 
     Few rows without gradients, as in decode, run in the library, which memory bounds. A row's result is then
-    bit-identical in any batch and at any scale. Many rows take one PyTorch product a chain, and in the backward pass
-    one for each weight and one for each input: a staircase of n steps cannot be cut into fewer than n rectangles
-    without multiplying zeros. Tensors that require no gradient are left out of those products.
+    bit-identical in any batch and at any scale. So do many rows of bf16 where its products are the fastest, see
+    `packed_linear`. Otherwise many rows take one PyTorch product a chain, and in the backward pass one for each weight
+    and one for each input: a staircase of n steps cannot be cut into fewer than n rectangles without multiplying
+    zeros. Tensors that require no gradient are left out of those products.
 
     Args:
         x_RI: input of the active chains, side by side; I = weights[-1].shape[1].
@@ -64,6 +69,8 @@ def chain_linear(
     variant = variant_for(x_RI, weights, biases)
     if variant != "torch":
         return few_rows_linear(x_RI, weights, biases, chain_rows, variant)
+    if packed_takes(x_RI, weights, biases or ()):
+        return packed_linear(x_RI, [(weights, biases, chain_rows)])[0]
     named = _named("weights", weights) | _named("biases", biases or ())
     check_same_dtype(x_RI=x_RI, **named)
     if x_RI.is_cuda:
@@ -115,14 +122,10 @@ def _named(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"{name}[{chain}]": tensor for chain, tensor in enumerate(tensors)}
 
 
-Staircase = tuple[Sequence[Tensor], Sequence[Tensor] | None, Sequence[int]]
-"""(weights, biases, chain_rows) of `chain_linear`."""
-
-
 def joint_linear(x_RI: Tensor, staircases: Sequence[Staircase]) -> list[Tensor]:
     """Several staircases over the same x, such as queries, keys and values, or gate and up.
 
-    Few rows, as in decode, take one call of the library, whose fixed cost is then paid once.
+    What the library runs takes one call, whose fixed cost is then paid once.
 
     Args:
         x_RI: input of all; a staircase of fewer inputs reads the first of them.
@@ -152,7 +155,38 @@ def joint_linear(x_RI: Tensor, staircases: Sequence[Staircase]) -> list[Tensor]:
         if variant != "torch":
             y_RO = few_rows_linear(x_RI, all_weights, all_biases or None, all_rows, variant)
             return list(y_RO.split(out_dims, dim=1))
+    if packed_takes(x_RI, all_weights, all_biases):
+        return packed_linear(x_RI, staircases)
     return [chain_linear(_first_inputs(x_RI, staircase[0]), *staircase) for staircase in staircases]
+
+
+def swiglu_linear(x_RI: Tensor, gate: Staircase, up: Staircase) -> Tensor:
+    """SwiGLU of two staircases over the same x: silu(gate(x)) * up(x).
+
+    Args:
+        x_RI: input of both.
+        gate: as in `chain_linear`.
+        up: as in `chain_linear`, in the shapes of `gate`.
+
+    Returns:
+        y_RO. Products accumulate in fp32. Many rows in the library are rounded once, others after either product too.
+
+    Raises:
+        ValueError: shapes, dtypes or chain_rows that do not fit together.
+    """
+    for weights, biases, chain_rows in (gate, up):
+        _check(x_RI, weights, biases, chain_rows)
+    (gates, gate_biases, gate_rows), (ups, up_biases, up_rows) = gate, up
+    same = [weight.shape for weight in gates] == [weight.shape for weight in ups]
+    if not same or tuple(gate_rows) != tuple(up_rows) or (gate_biases is None) != (up_biases is None):
+        raise ValueError(
+            f"gate and up differ: weights of {[tuple(w.shape) for w in gates]} and {[tuple(w.shape) for w in ups]}, "
+            f"chain_rows {tuple(gate_rows)} and {tuple(up_rows)}, biases in both or in neither"
+        )
+    is_few = library_variant(len(x_RI), x_RI.dtype) != "torch"
+    if not is_few and packed_takes(x_RI, (*gates, *ups), (*(gate_biases or ()), *(up_biases or ()))):
+        return packed_swiglu(x_RI, gate, up)
+    return swiglu_(*joint_linear(x_RI, [gate, up]))
 
 
 def _first_inputs(x_RI: Tensor, weights: Sequence[Tensor]) -> Tensor:

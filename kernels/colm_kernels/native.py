@@ -212,6 +212,11 @@ def dtype_id(dtype: torch.dtype) -> int:
     return _DTYPE_IDS[dtype]
 
 
+def variant_id(variant: Variant) -> int:
+    """The number that the library gives to a variant."""
+    return _VARIANT_IDS[variant]
+
+
 def words(values: Sequence[int]) -> "ctypes.Array[ctypes.c_int64]":
     """An array of the library's 64-bit words."""
     return _words_type(len(values))(*values)

@@ -23,6 +23,7 @@ from colm_kernels.rms_norm import rms_norm_reference
 from colm_kernels.rotary import rotate_reference
 from colm_kernels.sparse_index import SparseIndex
 from colm_kernels.sparse_prefill_attention import sparse_prefill_attention_reference
+from colm_kernels.staircase import Staircase
 from colm_kernels.swiglu import swiglu_reference
 
 SUM_STEPS = 2.0
@@ -57,6 +58,9 @@ NORM_STEPS = 4.0
 
 GATE_STEPS = 4.0
 """Roundings around the exponential of SwiGLU: a sum, a quotient and two products."""
+
+SILU_SLOPE = 1.1
+"""Largest derivative of silu, rounded up."""
 
 LAYER_ROUNDINGS, LAYER_SUMS = 14.0, 3.0
 """The error that a layer adds, relative to the largest element: roundings of its dtype, and sums over its width.
@@ -309,6 +313,15 @@ def swiglu(gate_RF: Tensor, up_RF: Tensor) -> Expected:
     relative = (2 * u * gate.abs() + EXP_ERROR) * torch.sigmoid(-gate) + GATE_STEPS * u
     vanished = torch.finfo(torch.float32).tiny * gate.abs() * up.abs()
     return _rounded(exact, relative * exact.abs() + vanished, gate_RF.dtype, roundings=2)
+
+
+def swiglu_linear(x_RI: Tensor, gate: Staircase, up: Staircase) -> Expected:
+    """Budget of `swiglu_linear`: both products may be rounded, and the result twice, as `swiglu_` does it."""
+    gates, ups = linear(x_RI, *gate), linear(x_RI, *up)
+    product = swiglu(gates.exact, ups.exact)
+    error = SILU_SLOPE * gates.allowed * (ups.exact.abs() + ups.allowed)
+    error += swiglu_reference(gates.exact, torch.ones_like(ups.exact)).abs() * ups.allowed
+    return _rounded(product.exact, error + product.allowed, x_RI.dtype, roundings=2)
 
 
 def layers(exact: Tensor, dtype: torch.dtype, *, num_layers: int, width: int) -> Expected:

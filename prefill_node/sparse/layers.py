@@ -52,7 +52,7 @@ def layer_attentions(model: ChainTransformer, token_ids: NDArray[np.int64]) -> I
     tiles = [slice(start, min(start + TILE_TOKENS, num_tokens)) for start in range(0, num_tokens, TILE_TOKENS)]
     for layer in model.blocks:
         for tile in tiles:
-            rows = Rows((tile.stop - tile.start,), *rope.tables(torch.arange(tile.start, tile.stop)))
+            rows = Rows((tile.stop - tile.start,), *rope.range(tile.start, tile.stop))
             cache = TileCache(k_KNE, attention.v_KNE, tile.start, tile.stop, partial(_record, attention, tile))
             x_TD = hidden_ND[tile]
             normed_TD = layer.attention_norm(x_TD, 1)

@@ -45,6 +45,7 @@ GRPC = (
     "decode_node/kv_requests.py",
     "cluster/generation_service.py",
     "cluster/decode_calls.py",
+    "cluster/ray_guard.py",
     "cluster/replicas/gateway.py",
 )
 

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.state import ClusterState
 from colm.wire.endpoint import dial_address
-from tests.e2e.conftest import colm_command, colm_env, last_json, run_colm, until
+from tests.e2e.conftest import colm_command, colm_env, is_loopback, last_json, listeners, run_colm, until
 from tests.nodes import EVERYWHERE
 from tests.tiny import tiny_checkpoint
 
@@ -126,6 +126,8 @@ def test_up_replaces_what_a_killed_up_left_and_down_survives_a_ray_that_died(sta
     assert sorted(node["role"] for node in status["nodes"]) == ["decode", "prefill"]
     assert status["gateway_address"].startswith(dial_address(EVERYWHERE, 0)[:-1])
     seen = processes_of(state_dir)
+    exposed = [f":{port}" for _, address, port in listeners(seen) if not is_loopback(address)]
+    assert exposed == [f":{status['gateway_address'].rpartition(':')[2]}"], "more than the gateway, which was told to"
     ray_pid = ClusterState.require(state_dir).ray_pid
     assert ray_pid is not None
     os.kill(ray_pid, signal.SIGKILL)

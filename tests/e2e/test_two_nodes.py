@@ -1,6 +1,5 @@
 """A Ray cluster of several nodes: replicas go to nodes with their role's resource, prompts to free replicas."""
 
-import os
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -10,16 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from cluster.state import ClusterState, read_joined
+from cluster.secret_files import write_secrets
+from cluster.state import ClusterState, read_joined, write_private
 from colm.checkpoint import Checkpoint
 from colm.client import Answer, Client, collect
 from colm.events import Token
 from colm.nodes import Role
+from colm.wire.security import new_token
 from tests.e2e.conftest import RunningCluster, colm_command, colm_env, last_json, run_colm, until
+from tests.e2e.ray_nodes import RayNodes, ray_nodes
 from tests.oracle import assert_greedy
 from tests.tiny import tiny_checkpoint, tiny_config
 
 PROMPT = list(range(3, 150))
+
+pytestmark = pytest.mark.timeout(900)  # the first test's time has that of three `ray start` and five commands in it
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class TwoNodes:
     too_many: str
     """Output of `colm up` when it was asked for a third prefill replica."""
     running: RunningCluster
+    ray: RayNodes
 
 
 def assert_a_killed_up_is_known_to_down(state_dir: Path, words: tuple[str, ...]) -> None:
@@ -52,27 +57,24 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     config = folder / "colm.toml"
     config.write_text('[model]\ndtype = "float32"\n[gateway]\nport = 0\n[decode]\nkv_cache_bytes = "256MiB"\n')
     state_dir = folder / "state"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(os.environ, "RAY_AUTH_MODE", "disabled")
-        from ray.cluster_utils import Cluster
-
-        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    write_secrets(folder / "secrets")
+    with ray_nodes({"prefill": 2}, {"decode": 1}, demands_token=True) as nodes, pytest.MonkeyPatch.context() as patch:
+        for name, value in nodes.environment.items():
+            patch.setenv(name, value)
+        carriers = nodes.ids()
+        ids = {role: carriers[role] for role in ("prefill", "decode")}
+        words = ("--config", str(config), "--model", str(checkpoint.path), "--ray-address", nodes.address)
+        words += ("--secrets", str(folder / "secrets"))
+        too_many = run_colm(state_dir, "up", *words, "--prefill", "3", check=False)
+        assert too_many.returncode == 1
+        assert_a_killed_up_is_known_to_down(state_dir, words)
+        run_colm(state_dir, "up", *words, "--prefill", "2")
         try:
-            carried = {"prefill": 2, "decode": 1}
-            ids = {role: nodes.add_node(num_cpus=1, resources={role: count}).node_id for role, count in carried.items()}
-            words = ("--config", str(config), "--model", str(checkpoint.path), "--ray-address", nodes.address)
-            too_many = run_colm(state_dir, "up", *words, "--prefill", "3", check=False)
-            assert too_many.returncode == 1
-            assert_a_killed_up_is_known_to_down(state_dir, words)
-            run_colm(state_dir, "up", *words, "--prefill", "2")
-            try:
-                running = RunningCluster(state_dir, ClusterState.require(state_dir))
-                yield TwoNodes(checkpoint, ids, too_many.stderr, running)
-            finally:
-                run_colm(state_dir, "down")
-            assert ClusterState.read(state_dir) is None
+            running = RunningCluster(state_dir, ClusterState.require(state_dir))
+            yield TwoNodes(checkpoint, ids, too_many.stderr, running, nodes)
         finally:
-            nodes.shutdown()
+            run_colm(state_dir, "down")
+        assert ClusterState.read(state_dir) is None
 
 
 def ask(client: Client, token_ids: list[int]) -> Answer:
@@ -120,3 +122,27 @@ def test_short_prompts_do_not_wait_behind_long_ones_though_every_replica_compute
             held.result()
     assert len({tuple(token.token_id for token in answer.tokens) for answer in answers}) == 1
     two_nodes.running.assert_idle()
+
+
+def test_a_stranger_is_refused_by_every_node_and_by_up(two_nodes: TwoNodes, tmp_path: Path) -> None:
+    """Without the token, or with a wrong one."""
+    words = ("up", "--model", str(two_nodes.checkpoint.path), "--ray-address", two_nodes.ray.address)
+    write_secrets(tmp_path / "secrets")
+    write_private(tmp_path / "wrong", new_token())
+    for environment in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            stranger = run_colm(tmp_path / "state", *words, "--secrets", str(tmp_path / "secrets"), check=False)
+        assert stranger.returncode == 1
+        assert "error: cannot join Ray" in stranger.stderr
+        assert "Traceback" not in stranger.stderr
+
+
+def test_what_ray_keeps_of_a_running_cluster_holds_no_secret(two_nodes: TwoNodes) -> None:
+    """Bug: Serve's controller had written the TLS key and both tokens into Ray's key-value store."""
+    secrets = [path.read_bytes() for path in (two_nodes.running.state_dir.parent / "secrets").iterdir()]
+    kept = two_nodes.ray.kept()
+    assert b"PrefillOptions" in kept, "the store holds the application"
+    assert not [secret for secret in secrets if secret in kept]
+    assert b"PRIVATE KEY" not in kept

@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from colm.checkpoint import Checkpoint
-from colm.kv import KvTile
 from colm.wire.endpoint import open_channel
 from colm.wire.security import Security
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
 from decode_node.node import DecodeNode
 from prefill_node.engine import PrefillEngine
 from prefill_node.node import PrefillNode
+from prefill_node.prefill_run import PrefillRun
 from tests.gates import LIMIT_S, gate_before
 from tests.nodes import decode, decode_node, decode_requests, prefill_node, until_idle
 from tests.tiny import tiny_checkpoint, tiny_config
@@ -88,14 +88,14 @@ async def test_a_waiting_prompt_is_given_up_without_ever_reaching_the_engine(
 ) -> None:
     prefill, node = nodes
     lengths: list[int] = []
-    run = PrefillEngine.run
+    begin = PrefillEngine.begin
 
-    def noted(engine: PrefillEngine, token_ids: NDArray[np.int64], **options: Any) -> Iterator[KvTile]:
+    def noted(engine: PrefillEngine, token_ids: NDArray[np.int64], **options: Any) -> PrefillRun:
         lengths.append(len(token_ids))
-        return run(engine, token_ids, **options)
+        return begin(engine, token_ids, **options)
 
-    monkeypatch.setattr(PrefillEngine, "run", noted)
-    with gate_before(PrefillEngine, "run") as gate:
+    monkeypatch.setattr(PrefillEngine, "begin", noted)
+    with gate_before(PrefillEngine, "step") as gate:
         first = asyncio.create_task(decode(node.address, PROMPT, request_id="first"))
         await gate.until_reached()
         await asyncio.gather(*[cancel_at(node, "reserved", request_id=str(i)) for i in range(3)])

@@ -3,14 +3,13 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 import grpc
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from colm.checkpoint import Checkpoint
 from colm.events import Event
@@ -21,6 +20,7 @@ from decode_node.node import DecodeNode
 from decode_node.requests import DecodeJob
 from prefill_node.engine import PrefillEngine
 from prefill_node.node import PrefillNode
+from prefill_node.prefill_run import PrefillRun
 from tests.gates import LIMIT_S, Gate, gate_before
 from tests.nodes import Answer, decode, decode_node, pages_bytes, prefill_node, until_idle
 from tests.tiny import tiny_checkpoint
@@ -108,10 +108,10 @@ async def test_the_engine_serves_the_next_stream_only_after_the_late_ones_thread
 ) -> None:
     prefill, node = nodes
 
-    def is_late(_: PrefillEngine, token_ids: NDArray[np.int64], **__: object) -> bool:
-        return len(token_ids) == len(PROMPT) - 1
+    def is_late(_: PrefillEngine, runs: Sequence[PrefillRun]) -> bool:
+        return any(run.num_tokens == len(PROMPT) - 1 for run in runs)
 
-    with gate_before(PrefillEngine, "run", is_late) as gate:
+    with gate_before(PrefillEngine, "step", is_late) as gate:
         await cancelled_twice_at(gate, node)
         assert prefill.service.load.num_active == 1
         next_one = asyncio.create_task(decode(node.address, PROMPT[:100], request_id="next"))

@@ -11,7 +11,8 @@ import pytest
 
 from colm.checkpoint import Checkpoint
 from colm.client import AsyncClient
-from colm.errors import ColmError, InvalidRequest
+from colm.errors import ColmError, DeadlineExceeded, InvalidRequest
+from colm.wire import prompt_stream
 from colm.wire.endpoint import open_channel
 from colm.wire.messages import token_id_pieces
 from colm.wire.outcome import Outcome
@@ -140,7 +141,7 @@ async def test_the_whole_answer_comes_while_the_callers_side_stays_open(served: 
 async def test_what_follows_the_end_is_left_unread(served: Served) -> None:
     async with open_channel(served.address, Security()) as channel:
         call = served.stub(channel)(timeout=LIMIT_S)
-        with gate_before(PrefillEngine, "run") as gate:
+        with gate_before(PrefillEngine, "step") as gate:
             for request in served.requests:
                 await call.write(request)
             await gate.until_reached()
@@ -154,13 +155,35 @@ async def test_what_follows_the_end_is_left_unread(served: Served) -> None:
 
 async def test_a_side_that_is_closed_before_the_end_was_cut_off_and_starts_nothing(served: Served) -> None:
     """Half a document was answered as if it were the whole."""
-    with gate_before(PrefillEngine, "run") as gate:
+    with gate_before(PrefillEngine, "step") as gate:
         gate.open()
         error = await refusal(served, served.requests[:-1])
         assert gate.num_arrived == 0
     assert isinstance(error, InvalidRequest)
     assert error.field == "end_of_prompt"
     assert "cut off" in error.limit
+
+
+@pytest.mark.parametrize("node", ["decode node", "prefill node"])
+async def test_a_prompt_that_stops_coming_is_given_up(
+    cluster: Cluster, node: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: such a call kept its lease until its caller's deadline."""
+    served = cluster.services[node]
+    monkeypatch.setattr(prompt_stream, "UPLOAD_IDLE_S", 0.05)
+    may_go_on = asyncio.Event()
+
+    async def silent() -> AsyncIterator[Any]:
+        for request in served.requests[:-1]:
+            yield request
+        await may_go_on.wait()
+
+    async with open_channel(served.address, Security()) as channel:
+        call = served.stub(channel)(silent(), timeout=LIMIT_S)
+        with pytest.raises(DeadlineExceeded, match="next piece of the prompt"), Outcome(call).errors("server"):
+            async for _ in call:
+                pass
+        may_go_on.set()
 
 
 async def test_a_part_that_the_server_does_not_know_is_refused_by_name(served: Served) -> None:

@@ -16,6 +16,7 @@ from colm.wire import prompt_stream
 from colm.wire.endpoint import open_channel
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
+from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1.generation_service_pb2_grpc import GenerationServiceStub
 from decode_node.engine import DecodeEngine
 from decode_node.node import DecodeNode
@@ -184,7 +185,7 @@ async def test_a_request_behind_another_prefill_hears_that_it_waits_and_for_how_
         decode_node(str(checkpoint.path), [prefill.address]) as node,
         gateway(checkpoint.config, TakingTurns([node.address])) as address,
     ):
-        with gate_before(PrefillEngine, "run") as gate:
+        with gate_before(PrefillEngine, "step") as gate:
             first = asyncio.create_task(ask(address))
             await gate.until_reached()
             events = []
@@ -237,6 +238,26 @@ async def test_a_call_that_never_says_what_it_wants_does_not_keep_its_place(
             ):
                 await call.read()
             may_speak.set()
+        with pytest.raises(PeerUnavailable):
+            await ask(address)
+
+
+async def test_an_upload_that_falls_silent_does_not_keep_its_place(checkpoint: Checkpoint) -> None:
+    """Bug: 64 such uploads locked all clients out for an hour."""
+    may_go_on = asyncio.Event()
+
+    async def silent() -> AsyncIterator[pb.GenerateRequest]:
+        yield pb.GenerateRequest(open=pb.OpenGenerate())
+        yield pb.GenerateRequest(document=b"once upon")
+        await may_go_on.wait()
+
+    pool = TakingTurns(["127.0.0.1:1"])
+    async with gateway(checkpoint.config, pool, max_requests=1, upload_idle_s=0.05) as address:
+        async with open_channel(address, Security()) as channel:
+            call = GenerationServiceStub(channel).Generate(silent(), timeout=LIMIT_S)
+            with pytest.raises(DeadlineExceeded, match="next piece of the prompt"), Outcome(call).errors("gateway"):
+                await call.read()
+            may_go_on.set()
         with pytest.raises(PeerUnavailable):
             await ask(address)
 

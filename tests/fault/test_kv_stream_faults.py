@@ -4,7 +4,7 @@ import asyncio
 import queue
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from itertools import chain
@@ -32,6 +32,7 @@ from decode_node import node as node_module
 from decode_node.kv_fetch import RetryPolicy
 from prefill_node import encoded_tile, prefill_job
 from prefill_node.engine import PrefillEngine
+from prefill_node.prefill_run import PrefillRun
 from tests.gates import LIMIT_S, gate_before
 from tests.nodes import (
     TILE_TOKENS,
@@ -256,7 +257,7 @@ async def test_one_prefill_node_out_of_memory_is_replaced_by_another(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug: only a lost connection was failed over; a MemoryError on one of two nodes was INTERNAL to the client."""
-    path, run = str(checkpoint.path), PrefillEngine.run
+    path, step = str(checkpoint.path), PrefillEngine.step
     async with (
         prefill_node(path) as poor,
         prefill_node(path) as rich,
@@ -264,12 +265,12 @@ async def test_one_prefill_node_out_of_memory_is_replaced_by_another(
     ):
         poor_engine = poor.service._engine
 
-        def run_out_of_memory(engine: PrefillEngine, *args: Any, **kwargs: Any) -> Iterator[KvTile]:
+        def run_out_of_memory(engine: PrefillEngine, runs: Sequence[PrefillRun]) -> list[KvTile | None]:
             if engine is poor_engine:
                 raise MemoryError
-            return run(engine, *args, **kwargs)
+            return step(engine, runs)
 
-        monkeypatch.setattr(PrefillEngine, "run", run_out_of_memory)
+        monkeypatch.setattr(PrefillEngine, "step", run_out_of_memory)
         answer = await decode(node.address, PROMPT, num_chains=3)
     assert answer.usage.num_kv_streams == 2
     assert_greedy(checkpoint.load(), PROMPT, answer.token_ids, 3)
@@ -338,7 +339,7 @@ async def test_a_prefill_node_whose_line_is_full_refuses(checkpoint: Checkpoint)
     path = str(checkpoint.path)
     async with prefill_node(path, max_queued=1) as prefill, AsyncExitStack() as stack:
         nodes = [await stack.enter_async_context(decode_node(path, [prefill.address])) for _ in range(3)]
-        with gate_before(PrefillEngine, "run") as gate:
+        with gate_before(PrefillEngine, "step") as gate:
             running = asyncio.create_task(decode(nodes[0].address, PROMPT))
             await gate.until_reached()
             waiting = asyncio.create_task(decode(nodes[1].address, PROMPT))

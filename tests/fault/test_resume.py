@@ -8,10 +8,8 @@ from itertools import chain
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from colm.checkpoint import Checkpoint
 from colm.errors import InvalidRequest, PeerUnavailable
@@ -22,7 +20,7 @@ from colm.wire.status import error_of
 from colm.wire.tile_codec import decode_message, pull_kv_stub
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
-from prefill_node import prefill_job
+from prefill_node import prefill_job, prefill_loop
 from prefill_node.engine import PrefillEngine
 from prefill_node.node import PrefillNode
 from tests.gates import LIMIT_S, Gate, gate_before
@@ -48,20 +46,16 @@ def token_bytes(checkpoint: Checkpoint) -> int:
 def counted_tiles(gate: Gate | None = None, num_before_gate: int = 0) -> Iterator[list[KvTile]]:
     """Every tile that any engine computes for a job; after so many it waits at the gate."""
     tiles: list[KvTile] = []
-    run = PrefillEngine.run
+    keep = prefill_loop._Making.keep
 
-    def counting(engine: PrefillEngine, token_ids: NDArray[np.int64], **options: Any) -> Iterator[KvTile]:
-        for tile in run(engine, token_ids, **options):
-            if "cancelled" not in options:  # a node that starts takes its own measure
-                yield tile
-                continue
-            if gate is not None and len(tiles) == num_before_gate:
-                gate.pass_through()
-            tiles.append(tile)
-            yield tile
+    def counting(making: prefill_loop._Making, tile: KvTile) -> None:
+        if gate is not None and len(tiles) == num_before_gate:
+            gate.pass_through()
+        tiles.append(tile)
+        keep(making, tile)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PrefillEngine, "run", counting)
+        patch.setattr(prefill_loop._Making, "keep", counting)
         yield tiles
 
 
@@ -239,7 +233,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 async def test_what_may_not_follow_the_prompt_is_refused_by_name(node: PrefillNode, case: str) -> None:
     request, field = BAD[case]
-    with gate_before(PrefillEngine, "run") as gate:
+    with gate_before(PrefillEngine, "step") as gate:
         caller = Caller(node)
         await gate.until_reached()
         caller.say(request)
@@ -273,7 +267,7 @@ async def test_a_caller_that_can_acknowledge_no_more_is_refused_when_the_window_
 
 async def test_a_transfer_that_is_given_up_is_forgotten_at_once(node: PrefillNode) -> None:
     """A lease is for streams that break: a cancelled request would hold the engine's memory, and its step go on."""
-    with gate_before(PrefillEngine, "run") as gate:
+    with gate_before(PrefillEngine, "step") as gate:
         caller = Caller(node)
         await gate.until_reached()
         caller.say(pb.PullKvRequest(give_up=pb.GiveUp()))

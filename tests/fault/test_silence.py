@@ -2,12 +2,14 @@
 
 import asyncio
 import signal
-import sys
+import subprocess
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
 from colm.checkpoint import Checkpoint
@@ -23,9 +25,12 @@ from colm.wire.v1.decode_service_pb2_grpc import (
     DecodeServiceStub,
     add_DecodeServiceServicer_to_server,
 )
+from tests import children
+from tests.gates import LIMIT_S
 from tests.nodes import TILE_TOKENS, decode_node, decode_requests
 from tests.tiny import tiny_checkpoint, tiny_config
 
+ROOT = Path(__file__).parents[2]
 # A twentieth of the real times: 6 s of silence bring twelve pings, as 120 s do.
 SCALED = Keepalive(interval_ms=500, timeout_ms=5_000)
 SILENCE_S = 6.0
@@ -66,7 +71,7 @@ async def test_a_call_outlives_any_silence(monkeypatch: pytest.MonkeyPatch) -> N
     await server.start()
     try:
         caller = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", CALLER, f"127.0.0.1:{port}", str(SCALED.interval_ms)),
+            *children.python(CALLER, f"127.0.0.1:{port}", str(SCALED.interval_ms)),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
@@ -88,11 +93,40 @@ typer.run(main)
 """
 
 
+# A test that stops a child as the tests below do, and is killed before it goes on.
+KILLED_TEST = """
+import os, signal, subprocess, sys
+from tests import children
+
+child = subprocess.Popen(children.python(sys.argv[1]), stdout=subprocess.PIPE)
+child.stdout.readline()
+child.send_signal(signal.SIGSTOP)
+os.waitpid(child.pid, os.WUNTRACED)
+print(child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+CHILD = "import time; print('up', flush=True); time.sleep(600)"
+
+
+def test_a_stopped_child_ends_with_a_test_that_is_killed() -> None:
+    """Bug: a stopped node was left behind for ever."""
+    parent = subprocess.run(
+        children.python(KILLED_TEST, CHILD), cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    assert parent.returncode == -signal.SIGKILL
+    give_up_s = time.monotonic() + LIMIT_S
+    with suppress(psutil.NoSuchProcess):
+        # Nobody may be there to bury it.
+        while psutil.Process(int(parent.stdout)).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.02)
+
+
 @asynccontextmanager
 async def prefill_process(checkpoint: Checkpoint) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
     words = ("--model", str(checkpoint.path), "--dtype", "float32")
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", PREFILL_NODE, str(SCALED.interval_ms), *words, "--tile-tokens", str(TILE_TOKENS)),
+        *children.python(PREFILL_NODE, str(SCALED.interval_ms), *words, "--tile-tokens", str(TILE_TOKENS)),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )

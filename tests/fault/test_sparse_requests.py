@@ -24,6 +24,7 @@ from colm.wire.security import Security
 from colm.wire.tile_codec import METHOD, SERVICE, decode_message, decode_tile
 from colm.wire.v1 import common_pb2
 from prefill_node.engine import PrefillEngine
+from prefill_node.settings import PrefillSettings
 from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.policy import ROW_BLOCK, SparsePolicy
@@ -41,6 +42,18 @@ LENIENT = AuditPolicy(floor=0.01, confidence=0.05, max_cost=0.049)
 """Attention of a random model over a short prompt recalls little, from few rows."""
 NUM_MESSAGES = 3 * 6 + 2  # `started`, three layers of six tiles, `complete`
 SPARSE = common_pb2.ATTENTION_MODE_SPARSE
+
+
+class Sparse(PrefillSettings):
+    """Sparse in short prompts, with fewer keys than the options allow."""
+
+    @property
+    def sparse_policy(self) -> SparsePolicy:
+        return POLICY
+
+    @property
+    def audit_policy(self) -> AuditPolicy:
+        return LENIENT
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +103,11 @@ def assert_the_engines(tiles: Sequence[KvTile], checkpoint: Checkpoint) -> Promp
 
 async def ask(checkpoint: Checkpoint, line: Line, second_line: Line | None = None) -> Answer:
     """A sparse request to a decode node before one prefill node, or before two."""
-    path, options = str(checkpoint.path), {"tile_tokens": ROW_BLOCK, "sparse": POLICY, "audit": LENIENT}
+    path, settings = str(checkpoint.path), Sparse(tile_tokens=ROW_BLOCK)
     async with AsyncExitStack() as stack:
         addresses = []
         for each in (line,) if second_line is None else (line, second_line):
-            prefill = await stack.enter_async_context(prefill_node(path, **options))
+            prefill = await stack.enter_async_context(prefill_node(path, settings=settings))
             addresses.append(await stack.enter_async_context(spoilt_prefill(prefill.address, each)))
         node = await stack.enter_async_context(decode_node(path, addresses))
         return await decode(node.address, PROMPT, num_chains=3, attention=SPARSE)
@@ -151,7 +164,7 @@ async def test_the_command_asks_for_sparse_attention_and_shows_what_the_layers_r
     document.write_text("".join(chr(65 + token_id % 26) for token_id in PROMPT))
     path = str(checkpoint.path)
     async with (
-        prefill_node(path, tile_tokens=ROW_BLOCK, sparse=POLICY, audit=LENIENT) as prefill,
+        prefill_node(path, settings=Sparse(tile_tokens=ROW_BLOCK)) as prefill,
         decode_node(path, [prefill.address]) as node,
         gateway(CONFIG, TakingTurns([node.address]), Tokenizer.load(checkpoint)) as address,
     ):

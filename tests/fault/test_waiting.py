@@ -1,15 +1,12 @@
 """Requests that must wait: in order, told where they stand, refused only where waiting is useless."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from colm.checkpoint import Checkpoint
 from colm.errors import ColmError, DeadlineExceeded, LeaseExpired
@@ -28,6 +25,7 @@ from decode_node.requests import DecodeJob, Emit, RequestOwner
 from prefill_node import prefill_loop
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import FIRST_SHARE
+from prefill_node.prefill_run import PrefillRun
 from tests.gates import LIMIT_S, gate_before
 from tests.nodes import decode, decode_node, pages_bytes, prefill_node
 from tests.tiny import tiny_checkpoint
@@ -158,7 +156,7 @@ async def test_waiting_for_a_busy_prefill_node_is_told_and_is_no_prefill(checkpo
     path = str(checkpoint.path)
     async with prefill_node(path) as prefill, AsyncExitStack() as stack:
         nodes = [await stack.enter_async_context(decode_node(path, [prefill.address])) for _ in range(2)]
-        with gate_before(PrefillEngine, "run") as gate:
+        with gate_before(PrefillEngine, "step") as gate:
             first = asyncio.create_task(decode(nodes[0].address, PROMPT))
             await gate.until_reached()
             second = asyncio.create_task(decode(nodes[1].address, PROMPT))
@@ -185,7 +183,7 @@ async def test_prompts_of_one_node_wait_where_any_free_prefill_node_can_take_the
         decode_node(path, [one.address, other.address]) as node,
     ):
         long = PROMPT * 4
-        with gate_before(PrefillEngine, "run", lambda _, ids, **__: len(ids) == len(long) - 1) as gate:
+        with gate_before(PrefillEngine, "step", lambda _, runs: runs[0].num_tokens == len(long) - 1) as gate:
             held = asyncio.create_task(decode(node.address, long, request_id="long"))
             await gate.until_reached()
             short = [asyncio.create_task(decode(node.address, PROMPT, request_id=str(i))) for i in range(4)]
@@ -201,16 +199,15 @@ async def test_short_prompts_go_before_a_long_one_that_their_only_node_has_begun
     """Bug: with one prefill node, everybody waited for the end of the prompt that it computed."""
     monkeypatch.setattr(prefill_loop, "QUANTUM_S", 0.0)
     path, long, steps = str(checkpoint.path), PROMPT * 8, list[int]()
-    run = PrefillEngine.run
+    step = PrefillEngine.step
 
-    def noted(engine: PrefillEngine, token_ids: NDArray[np.int64], **options: Any) -> Iterator[KvTile]:
-        for tile in run(engine, token_ids, **options):
-            steps.append(len(token_ids))
-            yield tile
+    def noted(engine: PrefillEngine, runs: Sequence[PrefillRun]) -> list[KvTile | None]:
+        steps.extend(run.num_tokens for run in runs)
+        return step(engine, runs)
 
     async with prefill_node(path) as prefill, decode_node(path, [prefill.address]) as node:
-        monkeypatch.setattr(PrefillEngine, "run", noted)
-        with gate_before(PrefillEngine, "run") as gate:
+        monkeypatch.setattr(PrefillEngine, "step", noted)
+        with gate_before(PrefillEngine, "step") as gate:
             held = asyncio.create_task(decode(node.address, long, request_id="long"))
             await gate.until_reached()
             shorts = [asyncio.create_task(decode(node.address, PROMPT, request_id=str(i))) for i in range(4)]
@@ -228,13 +225,13 @@ async def test_short_prompts_go_before_a_long_one_that_their_only_node_has_begun
 
 async def test_what_a_prefill_node_refuses_is_the_requests_answer(checkpoint: Checkpoint) -> None:
     path = str(checkpoint.path)
-    async with prefill_node(path, memory_bytes=100_000) as prefill, decode_node(path, [prefill.address]) as node:
+    async with prefill_node(path, memory_bytes=120_000) as prefill, decode_node(path, [prefill.address]) as node:
         error = await failure(node.address, PROMPT * 8)
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "prefill.memory_bytes" in error.details()
     async with prefill_node(path, max_queued_s=1e-9) as prefill, AsyncExitStack() as stack:
         node = await stack.enter_async_context(decode_node(path, [prefill.address]))
-        with gate_before(PrefillEngine, "run") as gate:
+        with gate_before(PrefillEngine, "step") as gate:
             first = asyncio.create_task(decode(node.address, PROMPT, request_id="first"))
             await gate.until_reached()
             error = await failure(node.address, request_id="second")
@@ -242,6 +239,39 @@ async def test_what_a_prefill_node_refuses_is_the_requests_answer(checkpoint: Ch
             await first
     assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "would wait about 0 s at this prefill node" in error.details()
+
+
+@pytest.mark.parametrize("another_has_room", [True, False])
+async def test_a_prefill_nodes_refusal_is_passed_on_only_when_the_others_have_been_asked(
+    checkpoint: Checkpoint, another_has_room: bool
+) -> None:
+    """Bug: a prompt was refused for the hours of work at one node, beside another that was idle."""
+    path = str(checkpoint.path)
+    async with (
+        prefill_node(path, max_queued_s=1e-9) as busy,
+        prefill_node(path, max_queued_s=1e9 if another_has_room else 1e-9) as other,
+        decode_node(path, [busy.address]) as first,
+        decode_node(path, [other.address]) as second,
+        decode_node(path, [busy.address, other.address]) as node,
+    ):
+        engines = [busy.service._engine, other.service._engine]
+        with gate_before(
+            PrefillEngine, "run", lambda engine, *_, **__: engine in engines[: 2 - another_has_room]
+        ) as gate:
+            holding = [asyncio.create_task(decode(first.address, PROMPT, request_id="first"))]
+            await gate.until_reached()
+            if another_has_room:
+                answer = await decode(node.address, PROMPT, request_id="second")
+                assert answer.usage.num_kv_streams == 2
+            else:
+                gate.reached.clear()
+                holding.append(asyncio.create_task(decode(second.address, PROMPT, request_id="holding")))
+                await gate.until_reached()
+                error = await failure(node.address, request_id="second")
+                assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert "at this prefill node, longer than prefill.max_queued_s" in error.details()
+            gate.open()
+            await asyncio.gather(*holding)
 
 
 async def test_a_full_batch_is_waited_for_with_a_word(checkpoint: Checkpoint) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from colm_kernels import native, tolerance
 from colm_kernels.chain_linear import chain_linear, joint_linear
-from colm_kernels.few_rows_linear import MAX_ROWS, variant_for
+from colm_kernels.few_rows_linear import MAX_ROWS, MAX_ROWS_OF_PAIRS, variant_for
 from colm_kernels.native import use_variant
 from torch import Tensor
 
@@ -53,7 +53,7 @@ def test_every_width_matches(out_dim, in_dim, dtype):
 
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_rows", [0, *range(1, 19), 37])
+@pytest.mark.parametrize("num_rows", [0, *range(1, 19), 37, MAX_ROWS_OF_PAIRS, MAX_ROWS_OF_PAIRS + 1])
 def test_every_number_of_rows_matches(num_rows, dtype):
     x_RI, weights, biases = inputs(num_rows, [40, 27], [30, 13], dtype)
     assert_matches_definition(x_RI, weights, None, (num_rows, num_rows))
@@ -179,11 +179,12 @@ def test_nan_and_infinity_stay_in_their_row_chain_and_output(value, dtype):
     assert result[:, others].isfinite().all()
 
 
-@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_largest_finite_numbers_and_subnormals_survive(dtype):
+def test_the_largest_finite_numbers_and_the_smallest_survive(library, dtype):
     limits = torch.finfo(dtype)
-    x_RI = torch.tensor([[limits.max, 0], [0, limits.smallest_normal / 4]], dtype=dtype)
+    is_in_pairs = library == "avx512_bf16" and dtype == torch.bfloat16  # which have no subnormal numbers
+    smallest = limits.smallest_normal / (1 if is_in_pairs else 4)
+    x_RI = torch.tensor([[limits.max, 0], [0, smallest]], dtype=dtype)
     weights = [torch.eye(2, dtype=dtype)]
     assert torch.equal(chain_linear(x_RI, weights, None, (2,)), x_RI)
 
@@ -240,12 +241,19 @@ def test_what_the_library_does_not_take_runs_in_pytorch():
     assert variant_for(x_RI, weights, biases) != "torch"
     assert variant_for(x_RI.double(), [weights[0].double()], None) == "torch"
     assert variant_for(x_RI, [weights[0].t().contiguous().t()], None) == "torch"
-    assert variant_for(x_RI.repeat(1 + MAX_ROWS[torch.float32], 1), weights, None) == "torch"
+    assert variant_for(x_RI.repeat(1 + MAX_ROWS, 1), weights, None) == "torch"
     assert variant_for(x_RI[:0], weights, None) == "torch"
     weights[0].requires_grad_()
     assert variant_for(x_RI, weights, None) == "torch"
     with torch.no_grad():
         assert variant_for(x_RI, weights, None) != "torch"
+
+
+def test_pairs_of_bf16_take_more_rows_than_widened_ones(library):
+    x_RI, weights, _ = inputs(MAX_ROWS_OF_PAIRS, [40], [12], torch.bfloat16)
+    assert variant_for(x_RI[:MAX_ROWS], weights, None) == library
+    assert variant_for(x_RI, weights, None) == (library if library == "avx512_bf16" else "torch")
+    assert variant_for(x_RI.repeat(2, 1), weights, None) == "torch"
 
 
 @pytest.mark.usefixtures("variant")

@@ -57,14 +57,14 @@ def one_thread() -> Iterator[None]:
 class Machine:
     """A prefill engine, a page store and a decode engine of one model, without a wire between them."""
 
-    def __init__(self, checkpoint: Checkpoint, num_pages: int = 128) -> None:
+    def __init__(self, checkpoint: Checkpoint, num_pages: int = 128, *, in_one_call: bool = True) -> None:
         kv_format = KvFormat.of(checkpoint.config, torch.float32)
         self.store = KvStore(KvLayout(kv_format, PAGE_TOKENS), num_pages)
         for pages in (self.store.k_pages_LBPKD, self.store.v_pages_LBPKD):
             pages.fill_(float("nan"))
         self.pool = PagePool(num_pages)
         self.prefill = PrefillEngine(checkpoint, kv_format, tile_tokens=2 * PAGE_TOKENS + 1)
-        self.decode = DecodeEngine(checkpoint, self.store)
+        self.decode = DecodeEngine(checkpoint, self.store, in_one_call=in_one_call)
         # Free pages with gaps between them, so that a request's pages lie apart.
         leases = [self.pool.reserve("hole", 3) for _ in range(num_pages // 3)]
         for lease in leases[::2]:
@@ -224,7 +224,7 @@ def test_the_batchs_table_is_made_anew_only_for_other_requests(
     tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug: the table was copied together at every step, 1 MB for each request of a million tokens."""
-    machine = Machine(tiny, num_pages=256)
+    machine = Machine(tiny, num_pages=256, in_one_call=False)
     long, short = machine.first_row(prompt(31), 2), machine.first_row(prompt(6), 3)
     seen: list[Tensor] = []
 

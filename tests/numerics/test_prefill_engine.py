@@ -140,7 +140,9 @@ def test_tiles_come_layer_by_layer_in_token_order_without_gaps(tmp_path: Path, n
 
 def test_a_tile_comes_before_the_work_behind_it(tmp_path: Path) -> None:
     """The first tile needs no attention: without the rest of the layer it still comes, and the next does not."""
-    engine = engine_of(tiny_checkpoint(tmp_path / "model"))
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    kv_format = KvFormat.of(checkpoint.config, torch.float32)
+    engine = PrefillEngine(checkpoint, kv_format, tile_tokens=TILE_TOKENS, in_one_call=False)
     engine._model.layers[0].ffn.down.chain1 = torch.nn.Parameter(torch.empty(0, 0))
     tiles = engine.run(prompt(20))
     next(tiles)

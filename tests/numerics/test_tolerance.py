@@ -387,6 +387,26 @@ def test_a_wrong_swiglu_is_outside_and_a_plain_one_inside(mutate, dtype):
 
 @DTYPES
 @mutations(
+    swapped_inputs=lambda x, gate, up: (swapped(x, 1), gate, up),
+    swapped_outputs=lambda x, gate, up: (x, gate, swapped(up, 0)),
+    gate_for_up=lambda x, gate, up: (x, up, gate),
+    one_weight=lambda x, gate, up: (x, without_one(gate), up),
+    wrong_scale=lambda x, gate, up: (x, gate, up * 1.02),
+)
+def test_a_wrong_swiglu_of_linears_is_outside_and_a_rounded_one_inside(mutate, dtype):
+    x_RI, (gate_OI, up_OI), _ = staircase_inputs(ROWS, [576, 0], [384, 384], dtype)
+    gate_OI, up_OI = (weight / weight.shape[1] ** 0.5 for weight in (gate_OI, up_OI))
+
+    def run(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        return swiglu_reference(x @ gate.T, x @ up.T)
+
+    expected = tolerance.swiglu_linear(x_RI, ([gate_OI], None, (ROWS,)), ([up_OI], None, (ROWS,)))
+    expected.check(run(x_RI, gate_OI, up_OI))
+    rejects(expected, run(*mutate(x_RI, gate_OI, up_OI)))
+
+
+@DTYPES
+@mutations(
     swapped_features=lambda _x, q, scale: (swapped(q, 2), scale),
     swapped_scales=lambda _x, q, scale: (q, swapped(scale, 0)),
     rounded_down=lambda x, _q, scale: ((x.float() / scale.float()[..., None]).floor().to(torch.int8), scale),

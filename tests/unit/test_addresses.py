@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.lifecycle import up
+from cluster.lifecycle import _dangers, up
 from cluster.options import load_config
 from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError
@@ -17,6 +17,7 @@ from colm.wire.endpoint import bind, create_server, dial_address, join_address, 
 from colm.wire.security import Security, new_tls
 from tests.gateway import LIMITS
 from tests.nodes import EVERYWHERE, LOOPBACK, decode, decode_node, prefill_node
+from tests.secret_folder import secret_files
 from tests.tiny import tiny_checkpoint
 
 ELSEWHERE = "192.0.2.200"  # an address of the block reserved for documentation
@@ -89,6 +90,19 @@ def test_up_tells_a_host_that_is_not_ours_from_a_taken_port(checkpoint: Checkpoi
     assert "not an address of this machine" in refusal
 
 
+@pytest.mark.parametrize(
+    ("host", "dangers"), [("127.0.0.1", []), (LOOPBACK, []), (EVERYWHERE, ["token='off'", "tls='off'"])]
+)
+def test_a_gateway_that_admits_other_machines_without_token_or_tls_is_called_insecure(
+    host: str, dangers: list[str]
+) -> None:
+    """Bug: nobody was warned."""
+    switched_off = {"security.token": "off", "security.tls": "off"}
+    told = _dangers(load_config(None, {"gateway.host": host} | switched_off))
+    assert [danger.rpartition("security.")[2].split()[0] for danger in told] == dangers
+    assert not _dangers(load_config(None, {"gateway.host": host}))
+
+
 async def test_nodes_serve_each_other_over_ipv6(checkpoint: Checkpoint) -> None:
     path = str(checkpoint.path)
     async with (
@@ -99,7 +113,7 @@ async def test_nodes_serve_each_other_over_ipv6(checkpoint: Checkpoint) -> None:
         assert len((await decode(node.address, range(3, 60), max_new_tokens=2)).token_ids) == 2
 
 
-async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoint: Checkpoint) -> None:
+async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoint: Checkpoint, tmp_path: Path) -> None:
     from cluster.replicas.gateway import GatewayOptions, GatewayReplica  # imports Ray Serve
 
     options = GatewayOptions(
@@ -110,7 +124,7 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
         port=0,
         limits=LIMITS,
     )
-    security = Security(token="secret", tls=new_tls())
+    secrets = secret_files(tmp_path)
 
     class Gateway(GatewayReplica):
         def __del__(self) -> None:
@@ -118,10 +132,10 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
 
     gateway = Gateway.__new__(Gateway)
     handle = SimpleNamespace(options=lambda **_: None)  # nobody decodes here
-    await gateway.__init__(options, security, Security(), handle)  # type: ignore[misc]
+    await gateway.__init__(options, secrets, handle)  # type: ignore[misc]
     address = await gateway.address()
     assert address == dial_address(EVERYWHERE, int(address.rpartition(":")[2]))
-    stranger = Security(tls=security.tls)  # a health checker has no token
+    stranger = Security(tls=secrets.of_clients().tls)  # a health checker has no token
     async with open_channel(address, stranger) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for service in ("", "colm.wire.v1.GenerationService"):

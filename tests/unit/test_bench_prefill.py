@@ -89,7 +89,7 @@ def test_each_operation_of_the_engine_is_timed_once_under_its_part(overrides: di
     """A clock that moves on by one whenever it is read counts calls: a part inside another is not seen."""
     config = tiny_config(**overrides)
     engine = engine_of_random(config, torch.float32, 16, 0)
-    with parts_timed(itertools.count().__next__) as calls:
+    with parts_timed(clock=itertools.count().__next__) as calls:
         list(engine.run(prompt(config, 40, 0)))
     whole, all_layers = 3 * (config.num_layers - 1), 3 * config.num_layers
     assert calls == {
@@ -104,7 +104,7 @@ def test_each_operation_of_the_engine_is_timed_once_under_its_part(overrides: di
 
 def test_nothing_is_timed_when_a_profile_is_over() -> None:
     engine = engine_of_random(TINY, torch.float32, 16, 0)
-    with parts_timed(itertools.count().__next__) as calls:
+    with parts_timed(clock=itertools.count().__next__) as calls:
         pass
     list(engine.run(prompt(TINY, 40, 0)))
     assert set(calls.values()) == {0}
@@ -212,7 +212,10 @@ def test_where_nothing_fits_there_is_a_record_all_the_same(
     [
         (["--preset", "tiny", "--lengths", "2K,8k"], "length '8k' is not one; write e.g. 2K, 1M or 1000"),
         (["--preset", "CoLM"], "cannot be served"),
-        ([], "the following arguments are required: --preset"),
+        ([], "one of --budget-minutes and --preset is required"),
+        (["--budget-minutes", "0"], "0 is not above 0"),
+        (["--budget-minutes", "1", "--preset", "tiny"], "are not in the paper's prefill tables"),
+        (["--budget-minutes", "1", "--profile"], "--profile goes with --preset alone"),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_way_out(

@@ -10,6 +10,7 @@ from colm_kernels import native
 from bench.harness.contest import Case
 from bench.harness.suite import Options, arguments, run
 from bench.harness.units import unit_of
+from bench.head_of_line.packing import PackingCase, WaitingCase
 from bench.kernels.common import KernelCase
 from bench.kernels.decode import DecodeCase
 from bench.kernels.linear import LinearCase
@@ -23,6 +24,8 @@ from bench.sampler import CHOICES, SamplerCase
 from tests.tiny import tiny_config
 
 PREFILL = PrefillCase(num_queries=512, num_keys=1024, num_heads=8, num_kv_heads=2, head_dim=64)
+PACKING = {"dtype": torch.float32, "tile_tokens": 64, "num_prompts": 5, "num_tokens": 20}
+PACKING |= {"model": "tiny", "config": tiny_config()}
 CASES: list[Case] = [
     PREFILL,
     replace(PREFILL, dtype=torch.float32),
@@ -34,6 +37,8 @@ CASES: list[Case] = [
     *(StaircaseCase(num_rows=16, dim=64, chains=(2, 1, 1), backward=backward) for backward in (False, True)),
     *(case for case in SMALL_CASES if case.num_rows == 1),
     *(SamplerCase(choice=choice, logits="falling", num_rows=2, vocab_size=50) for choice in CHOICES),
+    PackingCase(**PACKING),
+    WaitingCase(**PACKING),
     StreamCase(message_bytes=128 << 10, num_messages=3),
     LoadCase(model="tiny", config=tiny_config()),
 ]

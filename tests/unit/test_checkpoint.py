@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ from colm.kv import KvFormat, fingerprint
 from colm.model import parameter_shapes
 from colm.model.config import ChainConfig, RopeScaling
 from prefill_node.engine import PrefillEngine
+from tests.nodes import decode_node, prefill_node
 from tests.tiny import (
     edit_json,
     flip_last_byte,
@@ -109,6 +111,65 @@ def test_saving_replaces_an_older_checkpoint(tmp_path: Path) -> None:
 def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     assert tiny_checkpoint(tmp_path / "model").config == tiny_config()
+
+
+NON_FINITE = pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+
+
+def spoilt(tensors: dict[str, torch.Tensor], name: str, value: float) -> dict[str, torch.Tensor]:
+    """The same tensors, one number of one of them replaced."""
+    tensors[name].view(-1)[-1] = value
+    return tensors
+
+
+@NON_FINITE
+@pytest.mark.parametrize("name", ["embedding.chain1", "head.chain3"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, name: str, value: float) -> None:
+    """Bug: they were, and answers were silence."""
+    with pytest.raises(CheckpointError, match=rf"tensor '{name}' holds NaN or infinities"):
+        save(tmp_path / "model", tiny_config(), spoilt(random_tensors(tiny_config()), name, value))
+    assert list(tmp_path.iterdir()) == []
+
+
+@NON_FINITE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_another_tool_are_looked_at(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    checkpoint, name = tiny_checkpoint(tmp_path / "model"), "layers.0.ffn.up.chain2"
+    tensors = spoilt(random_tensors(checkpoint.config), name, value)
+    rewrite(checkpoint, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor '{name}' holds NaN or infinities"):
+        checkpoint.require_finite(parameter_shapes(checkpoint.config))
+    checkpoint.require_finite(prefill_tensor_names(checkpoint.config))
+
+
+def test_what_save_has_looked_at_is_not_read_again_but_what_an_older_build_wrote_is(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    stored = checkpoint.stored_digest()
+    assert stored is not None
+    with safetensors.safe_open(checkpoint.weights_path, "pt") as file:
+        (key,) = file.metadata()
+    data = checkpoint.weights_path.read_bytes()
+    # The last of the file's numbers becomes NaN.
+    checkpoint.weights_path.write_bytes(data[:-4] + struct.pack("<f", float("nan")))
+    checkpoint.require_finite(parameter_shapes(checkpoint.config))
+    safetensors.torch.save_file(
+        spoilt(random_tensors(checkpoint.config), "head.chain1", float("nan")),
+        checkpoint.weights_path,
+        {"backbone_sha256": stored},
+    )
+    assert key != "backbone_sha256"
+    assert checkpoint.stored_digest() == stored
+    with pytest.raises(CheckpointError, match=r"'head\.chain1' holds NaN"):
+        checkpoint.require_finite(parameter_shapes(checkpoint.config))
+
+
+async def test_no_node_starts_with_weights_that_are_not_finite(tmp_path: Path) -> None:
+    """Bug: a prefill node sent NaN keys, and the answer was an error without a cause."""
+    checkpoint, name = tiny_checkpoint(tmp_path / "model"), "layers.1.attention.wk.chain1"
+    rewrite(checkpoint, spoilt(random_tensors(checkpoint.config), name, float("nan")))
+    for node in (prefill_node(str(checkpoint.path)), decode_node(str(checkpoint.path), ["127.0.0.1:1"])):
+        with pytest.raises(CheckpointError, match=f"tensor '{name}' holds NaN"):
+            await node.__aenter__()
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from colm_kernels import tolerance
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cluster.cli import app
@@ -51,6 +52,30 @@ def llama(tmp_path: Path) -> str:
     """A Hugging Face directory of a model trained for 512 tokens."""
     tiny_llama(tmp_path / "hf")
     return str(tmp_path / "hf")
+
+
+def test_import_refuses_weights_that_are_not_finite(llama, tmp_path):
+    """Bug: NaN weights were imported and served."""
+    weights = Path(llama) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, weights)
+    with pytest.raises(
+        CheckpointError, match=r"hf/model\.safetensors: tensor 'model\.layers\.1\.mlp\.up_proj\.weight' holds NaN"
+    ):
+        run("import", llama, str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("command", [("expand", "--chains", "4,2,2"), ("slice", "--chains", "1")])
+def test_weights_that_are_not_finite_are_not_carried_into_another_model(source, tmp_path, command):
+    weights = Path(source) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["layers.0.ffn.up.chain1"][3, 4] = torch.inf
+    save_file(tensors, weights)
+    with pytest.raises(CheckpointError, match=r"tensor 'layers\.0\.ffn\.up\.chain1' holds NaN or infinities"):
+        run(command[0], source, str(tmp_path / "other"), *command[1:])
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*serves token ids only")

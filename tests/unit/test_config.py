@@ -194,6 +194,10 @@ BAD_FILES = {
         "[gateway]\nmax_timeout_s = 60",
         "gateway.default_timeout_s=3600.0 is above gateway.max_timeout_s=60.0; lower the one or raise the other",
     ),
+    "a document that all uploads together may not reach": (
+        "[gateway]\nmax_document_bytes = '2GiB'",
+        "gateway.max_document_bytes=2147483648 is above gateway.max_upload_bytes=1073741824; lower the one",
+    ),
     "a default length that no client may ask for": (
         "[gateway]\ndefault_max_new_tokens = 300\nmax_new_tokens = 299",
         "gateway.default_max_new_tokens=300 is above gateway.max_new_tokens=299; lower the one or raise the other",
@@ -226,7 +230,7 @@ BAD_SPARSE = {
     "sparse_mass = 0.0": "prefill.sparse_mass=0.0 must be above 0",
     "sparse_mass = 1.5": "prefill.sparse_mass=1.5 must be above 0, where nothing is covered, and at most 1",
     "sparse_keys_per_row = 320": "prefill.sparse_keys_per_row=320 covers nothing beside the 320 keys",
-    "sparse_mass = 0.9\nsparse_keys_per_row = 4096": "prefill.sparse_mass=0.9 and prefill.sparse_keys_per_row",
+    "sparse_mass = 0.9\nsparse_keys_per_row = 4096": "prefill.sparse_mass=0.9 and sparse_keys_per_row=4096",
     "sparse_dense_below_tokens = -1": "prefill.sparse_dense_below_tokens=-1",
     "audit_floor = 1.0": "prefill.audit_floor=1.0 must be at least 0 and below 1",
     "audit_confidence = 1.0": "prefill.audit_confidence=1.0 must be above 0 and below 1",

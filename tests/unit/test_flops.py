@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from colm_kernels.few_rows_linear import MAX_ROWS
+from colm_kernels.few_rows_linear import MAX_ROWS_OF_PAIRS
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.prefill.case import engine_of_random, prompt
@@ -15,7 +15,7 @@ from tests.tiny import tiny_config
 
 # Heads of a width and tiles of a size that the library leaves to PyTorch, whose products can be counted.
 HEAD_DIM = 24
-TILE_TOKENS = 1 + max(MAX_ROWS.values())
+TILE_TOKENS = 1 + MAX_ROWS_OF_PAIRS
 
 MODELS: dict[str, dict[str, Any]] = {
     "swiglu": {},

@@ -295,6 +295,34 @@ async def test_the_requests_inside_are_bounded_and_a_place_is_free_when_its_bloc
     assert (await ask(front_door))[-1] == FINISHED
 
 
+async def test_the_uploads_of_all_requests_together_are_bounded() -> None:
+    """Bug: 64 clients that sent documents of 64 MiB took 4 GiB of the gateway."""
+    tokenizer = Tokenizer(tiny_tokenizer().to_str(), TextConfig(), lambda: NOW)
+    front_door = door(Scripted(ANSWER), Pool(), tokenizer=tokenizer, max_upload_bytes=100)
+    more, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> AsyncIterator[PromptPart]:
+        yield b"a" * 60
+        more.set()
+        await go_on.wait()
+        yield b"b" * 20
+
+    async def first() -> list[Event]:
+        async with front_door.generate(GenerateRequest(), slow()) as events:
+            return [event async for event in events]
+
+    async with asyncio.timeout(LIMIT_S):
+        uploading = asyncio.create_task(first())
+        await more.wait()
+        for parts in ((b"c" * 41,), (b"c" * 20, b"c" * 21), (IDS[:6],)):
+            with pytest.raises(CapacityExceeded, match=r"gateway\.max_upload_bytes=100"):
+                await ask(front_door, *parts)
+        assert (await ask(front_door, b"c" * 40))[-1] == FINISHED
+        go_on.set()
+        assert (await uploading)[-1] == FINISHED
+        assert (await ask(front_door, b"c" * 100))[-1] == FINISHED
+
+
 def waiting(where: str, never: asyncio.Event) -> tuple[Scripted, Callable[..., AsyncIterator[PromptPart]]]:
     async def stuck() -> AsyncIterator[PromptPart]:
         await never.wait()
@@ -385,10 +413,14 @@ async def test_a_slow_reader_holds_the_node_up() -> None:
         assert len(told) < 6
 
 
-@pytest.mark.parametrize(("own_s", "caller_s", "granted_s"), [(30.0, 20.0, 20.0), (30.0, None, 30.0), (None, 5.0, 5.0)])
+@pytest.mark.parametrize(
+    ("own_s", "caller_s", "granted_s"),
+    [(30.0, 20.0, 20.0), (30.0, None, 30.0), (None, 5.0, 5.0), (30.0, 5000.0, 30.0), (None, 5000.0, 1000.0)],
+)
 async def test_the_deadline_is_the_nearer_of_the_requests_and_its_callers(
     own_s: float | None, caller_s: float | None, granted_s: float
 ) -> None:
+    """Bug: a deadline of gRPC's above max_timeout_s was granted."""
     calls = Scripted(ANSWER)
     accepted = (await ask(door(calls, Pool()), timeout_s=own_s, caller_waits_s=caller_s))[0]
     assert isinstance(accepted, Accepted)

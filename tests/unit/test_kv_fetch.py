@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -30,7 +30,15 @@ LIMIT_S = 30.0
 class ScriptedReceiver:
     """A receiver that waits, starts and ends as its test says, and moves the clock meanwhile."""
 
-    def __init__(self, clock: FakeClock, error: Exception | None, starts: bool = True, silence_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        clock: FakeClock,
+        error: Exception | None,
+        starts: bool = True,
+        silence_s: float = 0.0,
+        address: str = "a",
+    ) -> None:
+        self.address = address
         self._clock = clock
         self._error = error
         self._starts = starts
@@ -85,6 +93,7 @@ class Bench:
         self.clock = clock
         self.transfers: list[KvTransfer] = []
         self.preferred: list[str | None] = []
+        self.refused_by: list[list[str]] = []
         self.epochs: list[int] = []
         self.positions: list[KvPosition] = []
         self.events: list[PrefillProgress | Queued] = []
@@ -105,16 +114,19 @@ class Bench:
         )
 
     @asynccontextmanager
-    async def lease(self, *, num_tokens: int, beat: Beat, preferred: str | None) -> AsyncIterator[PrefillLease]:
+    async def lease(
+        self, *, num_tokens: int, beat: Beat, preferred: str | None, refused_by: Collection[str]
+    ) -> AsyncIterator[PrefillLease]:
         assert num_tokens == NUM_TOKENS
         self.preferred.append(preferred)
+        self.refused_by.append(list(refused_by))
         await beat(4)
         self.clock.now_s += 1.0
         step = self._script.pop(0)
         if isinstance(step, Exception):
             raise step
         self._next = step
-        yield PrefillLease(address="a", lease_id="l")
+        yield PrefillLease(address=self._next.address, lease_id="l")
 
     def _receive(self, transfer: KvTransfer, _: PrefillLease) -> ScriptedReceiver:
         self.transfers.append(transfer)
@@ -138,6 +150,13 @@ class Bench:
             self.events.append(event)
 
         await self.fetcher.fetch(order, self.account, emit)
+
+    def next_at(self, *nodes: tuple[str, Exception | None] | Exception) -> None:
+        """The next leases: of nodes that end with these errors, or none."""
+        self._script = [
+            node if isinstance(node, Exception) else ScriptedReceiver(self.clock, node[1], address=node[0])
+            for node in nodes
+        ]
 
 
 @pytest.fixture
@@ -199,7 +218,7 @@ async def test_the_last_failure_is_told_after_eight_attempts(make: Callable[...,
     assert len(bench.transfers) == 8
 
 
-@pytest.mark.parametrize("error", [FingerprintMismatch("other model"), ValueError("ours"), CapacityExceeded("full")])
+@pytest.mark.parametrize("error", [FingerprintMismatch("other model"), ValueError("ours")])
 async def test_what_another_node_would_not_mend_is_not_tried_again(
     make: Callable[..., Bench], error: Exception
 ) -> None:
@@ -207,6 +226,36 @@ async def test_what_another_node_would_not_mend_is_not_tried_again(
     with pytest.raises(type(error)):
         await bench.fetch()
     assert len(bench.transfers) == 1
+
+
+async def test_what_one_node_has_no_room_for_is_asked_of_the_others_once_each(make: Callable[..., Bench]) -> None:
+    bench = make()
+    bench.next_at(("a", CapacityExceeded("full a")), ("b", CapacityExceeded("full b")), ("c", None))
+    await bench.fetch()
+    assert bench.refused_by == [[], ["a"], ["a", "b"]]
+    assert bench.epochs == [1, 2, 3]
+
+
+async def test_the_last_refusal_of_a_node_is_passed_on_when_no_other_is_free(make: Callable[..., Bench]) -> None:
+    bench = make()
+    bench.next_at(("a", CapacityExceeded("full a")), ("b", CapacityExceeded("full b")), CapacityExceeded("none free"))
+    with pytest.raises(CapacityExceeded, match="full b"):
+        await bench.fetch()
+    assert len(bench.transfers) == 2
+
+
+async def test_a_line_without_a_place_is_nobodys_refusal(make: Callable[..., Bench]) -> None:
+    bench = make(None, refusals=[CapacityExceeded("too many wait")])
+    with pytest.raises(CapacityExceeded, match="too many wait"):
+        await bench.fetch()
+    assert bench.transfers == []
+
+
+async def test_a_node_that_fails_after_another_refused_is_tried_again(make: Callable[..., Bench]) -> None:
+    bench = make()
+    bench.next_at(("a", CapacityExceeded("full a")), ("b", PeerUnavailable("died")), ("a", None))
+    await bench.fetch()
+    assert bench.refused_by == [[], ["a"], []]
 
 
 async def test_a_prefill_nodes_lost_lease_is_not_told_as_one_of_this_node(make: Callable[..., Bench]) -> None:

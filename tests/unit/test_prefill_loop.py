@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from colm_kernels.native import CancelFlag, Cancelled
-from numpy.typing import NDArray
 
 from colm.errors import CapacityExceeded, InvalidRequest, TransferSuperseded
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KV_START, KvPosition
 from colm.model.ffn import ChainFFN
+from colm.wire.tile_codec import decode_message, decode_tile
 from prefill_node import engine as engine_module
 from prefill_node import prefill_job
 from prefill_node.cost_model import CostModel, PrefillShape
@@ -27,6 +27,7 @@ from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait
 from prefill_node.prefill_job import JobStream, PrefillOrder, job_bytes
 from prefill_node.prefill_loop import QUANTUM_S, PrefillLoop
+from prefill_node.prefill_run import PrefillRun
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.policy import SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans
@@ -38,28 +39,35 @@ from tests.unit.test_line import settle
 NUM_TOKENS = 100
 NUM_STEPS = 8  # two layers of four tiles
 LEASE_S = 20.0
+STALL_S = 30.0
 SHORT, NUM_SHORT_STEPS = "s", 2  # two layers of a tile
-LENGTHS = dict.fromkeys("abcd", NUM_TOKENS) | {SHORT: 10}
+LENGTHS = dict.fromkeys("abcd", NUM_TOKENS) | {SHORT: 10, "t": 15, "u": 25}  # s and t fit into a tile of 25 tokens
 PROMPTS = {name: np.random.default_rng(seed).integers(0, 320, LENGTHS[name]) for seed, name in enumerate(LENGTHS)}
 STEP_S = 1.0
 
 
 class SteppedEngine(PrefillEngine):
-    """Notes whose step it makes, and waits at a gate of that prompt before each."""
+    """Notes whose step it makes, and waits at a gate of each prompt in it before."""
 
     def prepare(self) -> None:
         self.steps: list[str] = []
+        self.tiles: dict[str, list[KvTile]] = {name: [] for name in PROMPTS}
         self.gates = {name: Gate() for name in PROMPTS}
         for gate in self.gates.values():
             gate.open()
 
-    def run(self, token_ids: NDArray[np.int64], **options: Any) -> Iterator[KvTile]:
-        name = next(name for name, prompt in PROMPTS.items() if np.array_equal(prompt, token_ids))
-        tiles = super().run(token_ids, **options)
-        while True:
+    def step(self, runs: Sequence[PrefillRun]) -> list[KvTile | None]:
+        names = [
+            next(name for name, prompt in PROMPTS.items() if np.array_equal(prompt, run.token_ids)) for run in runs
+        ]
+        for name in names:
             self.gates[name].pass_through()
-            self.steps.append(name)
-            yield next(tiles)
+        self.steps.append("+".join(names))
+        tiles = super().step(runs)
+        for name, tile in zip(names, tiles, strict=True):
+            if tile is not None:
+                self.tiles[name].append(KvTile(tile.layer, tile.first_token, tile.k_KTD.clone(), tile.v_KTD.clone()))
+        return tiles
 
 
 def order(name: str, epoch: int = 1, resume_from: KvPosition = KV_START) -> PrefillOrder:
@@ -79,7 +87,14 @@ class Bench:
         shape = PrefillShape.of(engine.config, engine.tile_tokens)
         self.costs = CostModel(shape=shape, linear_flop_s=0.0, attention_flop_s=0.0, step_s=step_s)
         memory_bytes = num_begun * job_bytes(engine, NUM_TOKENS)
-        chosen = {"max_queued": 4, "max_queued_s": 1e6, "memory_bytes": memory_bytes, "lease_s": LEASE_S, **options}
+        chosen = {
+            "max_queued": 4,
+            "max_queued_s": 1e6,
+            "memory_bytes": memory_bytes,
+            "lease_s": LEASE_S,
+            "stall_s": STALL_S,
+            **options,
+        }
         self.loop = PrefillLoop(engine, self.costs, self.clock, **chosen)
 
     async def read(self, stream: JobStream, num_tiles: int | None = None) -> list[EncodedTile]:
@@ -216,8 +231,9 @@ async def test_a_long_prompt_that_waits_for_memory_is_not_passed_for_ever(engine
         shorts = [bench.loop.attach(replace(order(SHORT), transfer_id=f"short-{number}")) for number in (1, 2, 3)]
         engine.gates[SHORT].open()
         await asyncio.gather(*map(bench.read, (first, long, *shorts)))
-        # The second one begins before the long one is owed anything.
-        assert engine.steps == [SHORT] * 2 * NUM_SHORT_STEPS + ["a"] * NUM_STEPS + [SHORT] * 2 * NUM_SHORT_STEPS
+        # Two more begin, as one, before the long one is owed anything.
+        before, as_one = [SHORT] * NUM_SHORT_STEPS, ["s+s"] * NUM_SHORT_STEPS
+        assert engine.steps == before + as_one + ["a"] * NUM_STEPS + [SHORT] * NUM_SHORT_STEPS
 
 
 @pytest.mark.usefixtures("small_window")
@@ -228,6 +244,100 @@ async def test_a_full_window_ends_a_quantum(engine: SteppedEngine) -> None:
         await bench.whole("b")
         assert engine.steps == ["a"] + ["b"] * NUM_STEPS
         await bench.read(slow)
+
+
+async def two_shorts(bench: Bench) -> list[asyncio.Task[list[EncodedTile]]]:
+    """Readers of s and t, whose jobs wait at their first step, which they share."""
+    bench.engine.gates["a"].close()
+    bench.engine.gates["t"].close()
+    first = asyncio.create_task(bench.whole("a"))
+    await bench.engine.gates["a"].until_reached()
+    shorts = [asyncio.create_task(bench.whole(name)) for name in (SHORT, "t")]
+    await settle()
+    bench.engine.gates["a"].open()
+    await bench.engine.gates["t"].until_reached()
+    first.add_done_callback(lambda done: done.exception())
+    return shorts
+
+
+async def test_short_prompts_that_wait_make_their_steps_as_one(bench: Bench) -> None:
+    shorts = await two_shorts(bench)
+    bench.engine.gates["t"].open()
+    assert [len(tiles) for tiles in await asyncio.gather(*shorts)] == [NUM_SHORT_STEPS] * 2
+    assert bench.engine.steps[: 1 + NUM_SHORT_STEPS] == ["a", "s+t", "s+t"]
+
+
+@pytest.mark.parametrize("window_bytes", [1, prefill_job.WINDOW_BYTES])
+async def test_readers_get_the_bits_that_their_own_runs_produced(
+    engine: SteppedEngine, monkeypatch: pytest.MonkeyPatch, window_bytes: int
+) -> None:
+    """However jobs take turns, share steps and wait for their readers."""
+    monkeypatch.setattr(prefill_job, "WINDOW_BYTES", window_bytes)
+    async with a_bench(engine, num_begun=len(PROMPTS), max_queued=len(PROMPTS)) as bench:
+        streams = {name: bench.loop.attach(order(name)) for name in PROMPTS}
+        read = dict(zip(streams, await asyncio.gather(*map(bench.read, streams.values())), strict=True))
+        assert any("+" in names for names in engine.steps)
+        for name, tiles in read.items():
+            for tile, computed in zip(tiles, engine.tiles[name], strict=True):
+                header, payload = decode_message(tile.message)
+                got = decode_tile(header.tile, payload, engine.kv_format)
+                assert (got.layer, got.first_token) == (computed.layer, computed.first_token)
+                assert torch.equal(got.k_KTD, computed.k_KTD)
+                assert torch.equal(got.v_KTD, computed.v_KTD)
+
+
+async def test_one_that_is_given_up_inside_a_shared_step_leaves_the_other_its_tiles(bench: Bench) -> None:
+    shorts = await two_shorts(bench)
+    job = bench.loop._jobs[SHORT]
+    assert job.stream is not None
+    bench.loop.give_up(job.stream)
+    bench.engine.gates["t"].open()
+    assert len(await shorts[1]) == NUM_SHORT_STEPS
+    assert bench.engine.steps[1:3] == ["s+t", "t"]
+    assert not bench.engine.tiles[SHORT]
+    shorts[0].cancel()
+
+
+async def test_one_that_fails_inside_a_shared_step_ends_with_its_error_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = engine_module.prefill_attention
+
+    def attend(q_THE: torch.Tensor, *tensors: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(q_THE) == LENGTHS[SHORT]:
+            raise MemoryError
+        return attention(q_THE, *tensors, **options)
+
+    monkeypatch.setattr(engine_module, "prefill_attention", attend)
+    shorts = await two_shorts(bench)
+    bench.engine.gates["t"].open()
+    with pytest.raises(MemoryError):
+        await shorts[0]
+    assert len(await shorts[1]) == NUM_SHORT_STEPS
+    assert SHORT not in bench.loop._jobs
+
+
+@pytest.mark.usefixtures("small_window")
+async def test_one_whose_window_is_full_leaves_the_others_and_goes_on_alone(bench: Bench) -> None:
+    bench.engine.gates["a"].close()
+    first = asyncio.create_task(bench.whole("a"))
+    await bench.engine.gates["a"].until_reached()
+    slow, other = (bench.loop.attach(order(name)) for name in (SHORT, "t"))
+    bench.engine.gates["a"].open()
+    assert len(await bench.read(other)) == NUM_SHORT_STEPS
+    await first
+    assert [names for names in bench.engine.steps if names != "a"] == ["s+t", "t"]
+    assert len(await bench.read(slow)) == NUM_SHORT_STEPS
+    assert bench.engine.steps[-1] == SHORT
+
+
+async def test_a_shared_step_is_predicted_and_learnt_from_once(bench: Bench) -> None:
+    gate = bench.engine.gates["t"]
+    shorts = await two_shorts(bench)
+    bench.clock.now_s += STEP_S
+    gate.open()
+    await asyncio.gather(*shorts)
+    assert bench.costs.step_s == pytest.approx(STEP_S)
 
 
 async def test_what_steps_take_corrects_the_costs(bench: Bench) -> None:
@@ -498,13 +608,13 @@ def test_a_cancelled_engine_ends_between_two_operations_of_its_tile(
     noting(monkeypatch, ChainFFN, "forward", done)
 
     class Flag(CancelFlag):
-        """Found set after some looks from Python."""
+        """Found set after some looks from Python, beside the one before the first step."""
 
         num_looks = 0
 
         def is_set(self) -> bool:
             self.num_looks += 1
-            return self.num_looks > looks_left
+            return self.num_looks > 1 + looks_left
 
     run = engine.run(np.arange(100), cancelled=Flag())
     next(run)

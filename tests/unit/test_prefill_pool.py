@@ -1,6 +1,7 @@
 """Prefill nodes at fixed addresses take so many streams each; the one with the least work first, a failed one last."""
 
 import asyncio
+from collections.abc import Collection
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 import pytest
@@ -16,9 +17,9 @@ async def no_beat(_: int) -> None:
 
 
 def borrow(
-    pool: StaticPrefillPool, preferred: str | None = None, num_tokens: int = 1
+    pool: StaticPrefillPool, preferred: str | None = None, num_tokens: int = 1, refused_by: Collection[str] = ()
 ) -> AbstractAsyncContextManager[PrefillLease]:
-    return pool.lease(num_tokens=num_tokens, beat=no_beat, preferred=preferred)
+    return pool.lease(num_tokens=num_tokens, beat=no_beat, preferred=preferred, refused_by=refused_by)
 
 
 async def lend(pool: StaticPrefillPool, error: Exception | None = None) -> str:
@@ -126,6 +127,36 @@ async def test_the_places_before_the_nodes_are_bounded() -> None:
         with pytest.raises(CapacityExceeded):
             await lend(pool)
     assert await waiting == "a"
+
+
+async def test_another_than_those_that_refused_is_lent_at_once_or_none() -> None:
+    pool = StaticPrefillPool(["a", "b", "c"], FakeClock(), max_streams=1)
+    async with borrow(pool, "a", refused_by=["a"]) as second, borrow(pool, refused_by=["a", second.address]) as third:
+        assert {second.address, third.address} == {"b", "c"}
+        for refused_by in (["a"], ["a", "b"], ["a", "b", "c"]):
+            with pytest.raises(CapacityExceeded, match="no other prefill node is free"):
+                await borrow(pool, refused_by=refused_by).__aenter__()
+    with pytest.raises(CapacityExceeded, match="no other prefill node is free"):
+        await borrow(StaticPrefillPool(["a"], FakeClock()), refused_by=["a"]).__aenter__()
+
+
+async def test_a_node_that_rests_is_not_another_that_is_free() -> None:
+    pool = StaticPrefillPool(["dead", "busy"], FakeClock())
+    assert await lend(pool, PeerUnavailable("dead")) == "dead"
+    with pytest.raises(CapacityExceeded, match="no other prefill node is free"):
+        await borrow(pool, refused_by=["busy"]).__aenter__()
+
+
+async def test_whoever_was_refused_elsewhere_overtakes_nobody() -> None:
+    pool = StaticPrefillPool(["a", "b"], FakeClock(), max_streams=1)
+    async with AsyncExitStack() as stack:
+        held = [await stack.enter_async_context(borrow(pool)) for _ in range(2)]
+        waiting = asyncio.create_task(lend(pool))
+        await settle()
+        with pytest.raises(CapacityExceeded):
+            await borrow(pool, refused_by=[held[0].address]).__aenter__()
+        assert not waiting.done()
+    await waiting
 
 
 def test_a_pool_of_nothing_is_refused() -> None:

@@ -13,7 +13,7 @@ from hypothesis import assume, currently_in_test_context, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from colm.errors import ColmError, InvalidRequest
+from colm.errors import ColmError, InvalidRequest, NotFinite
 from colm.sampling import (
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
@@ -241,7 +241,7 @@ def with_value(value: float) -> Callable[[], Tensor]:
 )
 def test_logits_that_are_not_finite_are_refused(logits: Callable[[], Tensor], temperature: float) -> None:
     """Bug: with a temperature, torch's own RuntimeError came out, which nobody can act on."""
-    with pytest.raises(ColmError, match="logits are not finite"):
+    with pytest.raises(NotFinite, match="logits are not finite"):
         choice(Sampler(SamplingParams(temperature=temperature, seed=1)), logits())
 
 

@@ -2,15 +2,17 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from cluster.options import ClusterConfig
 from colm.wire.endpoint import bind, create_server, open_blocking_channel, open_channel
-from colm.wire.security import AUTHORIZATION, Security, Tls, new_tls, new_token
+from colm.wire.security import AUTHORIZATION, CLUSTER_NAME, Security, Tls, new_tls, new_token
 from colm.wire.tile_codec import pull_kv_handlers
 from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
@@ -20,6 +22,7 @@ from colm.wire.v1.generation_service_pb2_grpc import (
     add_GenerationServiceServicer_to_server,
 )
 from colm.wire.v1.kv_transfer_service_pb2_grpc import KvTransferServiceStub
+from tests.secret_folder import secret_files
 
 TLS = new_tls()
 TOKEN = new_token()
@@ -171,21 +174,29 @@ async def test_a_certificate_for_another_name_is_refused() -> None:
     assert error.code() == grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_clients_token_does_not_open_a_node() -> None:
-    from cluster.application import make_security  # imports Ray Serve
+def test_certificates_pass_strict_checks_for_what_they_are_made_for_and_not_for_ever() -> None:
+    """Bug: they had no key identifiers and no key usage, and lived ten years."""
+    assert TLS.cert_pem is not None
+    authority, certificate = (x509.load_pem_x509_certificate(pem) for pem in (TLS.ca_pem, TLS.cert_pem))
+    policy = PolicyBuilder().store(Store([authority]))
+    assert policy.build_server_verifier(x509.DNSName(CLUSTER_NAME)).verify(certificate, [])
+    with pytest.raises(VerificationError):
+        policy.build_client_verifier().verify(certificate, [])
+    for made in (authority, certificate):
+        assert (made.not_valid_after_utc - made.not_valid_before_utc).days < 400
 
-    secrets = make_security(ClusterConfig())
-    async with serving(secrets.nodes) as node:
-        error = await refusal(ask_tiles, node, secrets.clients)
+
+async def test_a_clients_token_does_not_open_a_node(tmp_path: Path) -> None:
+    secrets = secret_files(tmp_path)
+    async with serving(secrets.of_nodes()) as node:
+        error = await refusal(ask_tiles, node, secrets.of_clients())
     assert error.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_a_nodes_token_does_not_open_the_gateway() -> None:
-    from cluster.application import make_security  # imports Ray Serve
-
-    secrets = make_security(ClusterConfig())
-    async with serving(secrets.clients) as gateway:
-        error = await refusal(ask_status, gateway, secrets.nodes)
+async def test_a_nodes_token_does_not_open_the_gateway(tmp_path: Path) -> None:
+    secrets = secret_files(tmp_path)
+    async with serving(secrets.of_clients()) as gateway:
+        error = await refusal(ask_status, gateway, secrets.of_nodes())
     assert error.code() == grpc.StatusCode.UNAUTHENTICATED
 
 

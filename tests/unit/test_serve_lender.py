@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 
 import pytest
@@ -57,17 +57,17 @@ class ScriptedCall:
 class Borrower:
     """Somebody who asks, holds and gives back."""
 
-    def __init__(self, lender: ServeLender) -> None:
+    def __init__(self, lender: ServeLender, refused_by: Collection[str] = ()) -> None:
         self.told: list[int] = []
         self.granted: Grant | None = None
         self.may_leave = asyncio.Event()
-        self.task = asyncio.create_task(self._borrow(lender))
+        self.task = asyncio.create_task(self._borrow(lender, refused_by))
 
-    async def _borrow(self, lender: ServeLender) -> None:
+    async def _borrow(self, lender: ServeLender, refused_by: Collection[str]) -> None:
         async def beat(num_ahead: int) -> None:
             self.told.append(num_ahead)
 
-        async with lender.lease(beat) as self.granted:
+        async with lender.lease(beat, refused_by=refused_by) as self.granted:
             await self.may_leave.wait()
 
 
@@ -81,8 +81,8 @@ async def coming(lender: ServeLender, handle: ScriptedHandle) -> AsyncIterator[C
     """Borrowers come when the function is called; at the end of the block no call is open any more."""
     came: list[Borrower] = []
 
-    def borrower() -> Borrower:
-        came.append(Borrower(lender))
+    def borrower(refused_by: Collection[str] = ()) -> Borrower:
+        came.append(Borrower(lender, refused_by))
         return came[-1]
 
     yield borrower
@@ -191,6 +191,71 @@ async def test_who_gives_up_while_asking_leaves_the_word_to_the_next(
     handle.calls[1].answer.set_result(("host:1", "lease"))
     await settle()
     assert second.granted == ("host:1", "lease")
+
+
+async def test_a_replica_that_refused_is_held_until_serve_has_found_another(
+    handle: ScriptedHandle, come: Callable[..., Borrower]
+) -> None:
+    """Serve weighs replicas by their calls, and would name the one that has just refused for ever."""
+    borrower = come(["host:1"])
+    await settle()
+    for number in range(2):
+        await grant(handle.calls[number], "host:1", f"lease-{number}")
+        assert borrower.granted is None
+        assert not handle.calls[number].is_cancelled
+    await grant(handle.calls[2], "host:2", "lease")
+    assert borrower.granted == ("host:2", "lease")
+    assert [call.is_cancelled for call in handle.calls] == [True, True, False]
+
+
+async def test_serve_is_asked_for_another_replica_so_many_times(
+    handle: ScriptedHandle, come: Callable[..., Borrower]
+) -> None:
+    borrower = come(["host:1"])
+    await settle()
+    while not borrower.task.done():
+        await grant(handle.calls[-1], "host:1", "lease")
+    with pytest.raises(CapacityExceeded, match="no other prefill node is free"):
+        await borrower.task
+    assert len(handle.calls) == lender_module.MAX_PASSED_OVER
+
+
+async def test_another_replica_is_not_waited_for(
+    handle: ScriptedHandle, come: Callable[..., Borrower], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lender_module, "BEAT_INTERVAL_S", 0.001)
+    borrower = come(["host:1"])
+    with pytest.raises(CapacityExceeded, match="no other prefill node is free"):
+        await asyncio.wait_for(borrower.task, 60)
+    (call,) = handle.calls
+    assert call.is_cancelled
+
+
+async def test_whoever_was_refused_elsewhere_does_not_join_a_line(
+    handle: ScriptedHandle, come: Callable[..., Borrower]
+) -> None:
+    come(), come()
+    await settle()
+    with pytest.raises(CapacityExceeded, match="no other prefill node is free"):
+        await asyncio.wait_for(come(["host:1"]).task, 60)
+    assert len(handle.calls) == 1
+
+
+async def test_a_kept_replica_is_not_lent_to_whom_it_refused(
+    handle: ScriptedHandle, come_alone: Callable[..., Borrower]
+) -> None:
+    first = come_alone()
+    await settle()
+    await grant(handle.calls[0], "host:1", "first")
+    await leave(first)
+    await grant(handle.calls[0], "host:1", "kept")
+    refused = come_alone(["host:1"])
+    await settle()
+    await grant(handle.calls[1], "host:2", "lease")
+    assert refused.granted == ("host:2", "lease")
+    kept = come_alone()
+    await settle()
+    assert kept.granted == ("host:1", "kept")
 
 
 async def test_the_line_is_bounded(come: Callable[[], Borrower]) -> None:

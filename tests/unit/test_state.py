@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.state import ClusterState, write_private
+from cluster.state import ClusterState, make_state_dir, write_private
 from colm.errors import ClusterError
 from colm.wire.security import Security, Tls
 
@@ -56,6 +56,29 @@ def test_a_leftover_that_others_can_read_does_not_lend_its_mode(tmp_path: Path) 
     (tmp_path / "token.new").chmod(0o644)
     write_private(tmp_path / "token", "secret")
     assert mode_of(tmp_path / "token") == 0o600
+
+
+def test_a_secret_is_not_written_through_a_planted_link(tmp_path: Path) -> None:
+    """Bug: it was, into a file of the planter's."""
+    theirs = tmp_path / "theirs"
+    theirs.write_text("before")
+    (tmp_path / "token.new").symlink_to(theirs)
+    (tmp_path / "token").symlink_to(theirs)
+    write_private(tmp_path / "token", "secret")
+    assert theirs.read_text() == "before"
+    assert not (tmp_path / "token").is_symlink()
+    assert (tmp_path / "token").read_text() == "secret"
+
+
+def test_a_directory_into_which_others_may_write_is_refused(tmp_path: Path) -> None:
+    """Bug: whoever planted links in it had logs and locks written to where they led."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with pytest.raises(ClusterError, match=r"others may write into .*chmod it to 700"):
+        make_state_dir(shared)
+    shared.chmod(0o755)
+    make_state_dir(shared)
 
 
 def test_writing_leaves_no_partial_file(tmp_path: Path) -> None:

@@ -199,6 +199,12 @@ def test_template_that_refuses_the_message_is_quoted():
         tokenizer.encode_prompt(document="", prompt="a", chat=True)
 
 
+def test_template_that_multiplies_a_document_is_refused():
+    tokenizer = make(template="{% for _ in range(1000) %}{{ messages[0].content }}{% endfor %}")
+    with pytest.raises(InvalidRequest, match="writes the message 1000 times; use raw completion"):
+        tokenizer.encode_prompt(document="x" * 1000, prompt="a", chat=True)
+
+
 def test_template_cannot_reach_python():
     tokenizer = make(template="{{ messages.__class__.__mro__ }}")
     with pytest.raises(InvalidRequest, match="unsafe"):

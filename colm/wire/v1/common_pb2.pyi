@@ -184,6 +184,7 @@ class ErrorDetail(_message.Message):
         KIND_DEADLINE_EXCEEDED: _ClassVar[ErrorDetail.Kind]
         KIND_INTERNAL: _ClassVar[ErrorDetail.Kind]
         KIND_LEASE_EXPIRED: _ClassVar[ErrorDetail.Kind]
+        KIND_NOT_FINITE: _ClassVar[ErrorDetail.Kind]
     KIND_UNSPECIFIED: ErrorDetail.Kind
     KIND_INVALID_REQUEST: ErrorDetail.Kind
     KIND_UNKNOWN_MODEL: ErrorDetail.Kind
@@ -194,6 +195,7 @@ class ErrorDetail(_message.Message):
     KIND_DEADLINE_EXCEEDED: ErrorDetail.Kind
     KIND_INTERNAL: ErrorDetail.Kind
     KIND_LEASE_EXPIRED: ErrorDetail.Kind
+    KIND_NOT_FINITE: ErrorDetail.Kind
     KIND_FIELD_NUMBER: _ClassVar[int]
     FIELD_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]

@@ -121,6 +121,27 @@ struct LinearArgs {
     const float* words;            // x as the kernel reads it; set by the launcher
 };
 
+// Shapes: R rows, I input features, O output features of one block. y = x weight^T + bias, or with a gate
+// y = silu(x gate^T + gate_bias) * (x weight^T + bias).
+struct PackedBlock {
+    const void* weight;            // O, I contiguous
+    const void* gate;              // O, I contiguous; may be null
+    const void* bias;              // O contiguous; may be null
+    const void* gate_bias;         // O contiguous; null where `bias` or `gate` is
+    void* y;                       // R, O
+    int64_t y_stride;
+    int64_t num_rows;              // leading rows of x that compute this block; the others get zeros
+    int64_t in_dim, out_dim;       // its inputs are the first in_dim features of x
+};
+
+struct PackedArgs {
+    const void* x;                 // R, I
+    const PackedBlock* blocks;
+    int64_t num_blocks, num_rows;
+    int64_t x_stride;              // rows begin at a whole word
+    int64_t dtype;
+};
+
 // Shapes: R rows, D features of all chains.
 struct NormChain {
     const void* gain;  // dim contiguous
@@ -175,6 +196,47 @@ struct QuantiseArgs {
     int64_t dtype;
 };
 
+// The weights of one chain in one linear, and its bias.
+struct StepMatrix {
+    const void* weight;  // out_dim, in_dim contiguous
+    const void* bias;    // out_dim contiguous; may be null
+    int64_t in_dim, out_dim;
+};
+
+// A decode step of a gated model, or what half a layer of a prefill shares with it. Shapes: T tokens (packed), R requests, L layers, N chains of the model, of which the
+// first num_active run, D features of these, K kv heads, E head dim, B pages, P tokens per page, M table columns.
+struct StepArgs {
+    const StepMatrix* matrices;   // L, 5 N + 2: queries, N each; keys; values; output, gate, up and down, N each
+    const NormChain* norms;       // 2 L + 1, N: each layer's before attention and before the feed-forward; the final one
+    const int64_t* chain_heads;   // N: query heads
+    const int64_t* chain_rows;    // num_active: leading tokens that run the chain
+    void* k_pages;                // L, B, P, K, E contiguous
+    void* v_pages;                // likewise
+    const float* cos;             // T, E contiguous
+    const float* sin;
+    const int64_t* slots;         // T: page * P + token
+    const int32_t* block_table;   // R, M contiguous
+    const int32_t* context_lens;  // R
+    const int32_t* cu_seqlens_q;  // R + 1
+    void* x;                      // T, D contiguous: embeddings; afterwards the residual stream
+    void* y;                      // T, D contiguous: x after the final norm
+    int64_t num_layers, num_chains, num_active, num_tokens, num_requests;
+    int64_t num_kv_heads, head_dim, num_pages, page_tokens, table_columns;
+    float eps, scale;
+    int32_t dtype, attention_variant;
+};
+
+// Half of a layer over a tile of one prompt, by chain 1 alone. Of `step`, the arguments of the tile's tokens and of this
+// one layer, which is layer 0 there; y is x after the norm before attention.
+struct PrefillLayerArgs {
+    StepArgs step;
+    void* k;                            // K, N, E contiguous: the layer's rotated keys of all N prompt tokens
+    void* v;                            // likewise
+    void* delta;                        // T, D contiguous: the feed-forward's part, to be added to x
+    int64_t first_token, num_keys;      // of the tile; N
+    const volatile int32_t* cancelled;  // as in PrefillArgs
+};
+
 // One item of decode work: tokens [begin, end) of one request, all its heads and query tokens. Rows of a kv head are
 // (query token, query head), token-major; N of them for all kv heads.
 struct DecodeItem {
@@ -212,6 +274,15 @@ struct LinearKernel {
     int64_t (*words_per_row)(int64_t in_dim);
 };
 
+struct PackedKernel {
+    // Rows [begin, end) of a panel of a block.
+    void (*run)(const PackedArgs&, const PackedBlock&, int64_t panel, int64_t begin, int64_t end,
+                unsigned char* workspace);
+    int64_t (*workspace_bytes)(int64_t in_dim, int64_t rows_per_item);
+    int64_t panel;           // outputs, half of them where there is a gate
+    int64_t input_multiple;  // in_dim is a multiple of it
+};
+
 // Rows or tokens [begin, end) of an operation on independent rows.
 template <class Args>
 struct RowsKernel {
@@ -224,6 +295,7 @@ struct Variant {
     RowScoresKernel (*row_scores)(int32_t dtype, int64_t head_dim);
     DecodeKernel (*decode)(int32_t page_dtype, int64_t head_dim);
     LinearKernel (*linear)(int32_t dtype);
+    PackedKernel (*packed)(int32_t dtype);
     RowsKernel<NormArgs> (*norm)(int32_t dtype);
     RowsKernel<RotaryArgs> (*rotary)(int32_t dtype);
     RowsKernel<SwigluArgs> (*swiglu)(int32_t dtype);

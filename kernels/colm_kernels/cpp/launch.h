@@ -1,4 +1,4 @@
-// Shared by the launchers: a thread's workspace and the lookup of a variant's kernel. Only for files without target
+// Shared by the launchers: a thread's workspace, the lookup of a variant's kernel, and the operations of a step. Only for files without target
 // flags.
 #pragma once
 #include <algorithm>
@@ -9,6 +9,13 @@
 
 // The functions that Python calls.
 #define COLM_EXPORT extern "C" __attribute__((visibility("default")))
+
+COLM_EXPORT int32_t colm_linear(LinearArgs* args, int32_t variant, int32_t num_threads);
+COLM_EXPORT int32_t colm_rms_norm(const NormArgs* args, int32_t variant, int32_t num_threads);
+COLM_EXPORT int32_t colm_rotary(const RotaryArgs* args, int32_t variant, int32_t num_threads);
+COLM_EXPORT int32_t colm_swiglu(const SwigluArgs* args, int32_t variant, int32_t num_threads);
+COLM_EXPORT int32_t colm_decode_attention(const DecodeArgs* args, int32_t variant, int32_t num_threads);
+COLM_EXPORT int32_t colm_prefill_attention(const PrefillArgs* given, int32_t variant, int32_t num_threads);
 
 constexpr int64_t kFewestBytesPerThread = 256 << 10;  // fewer are read before another thread has woken
 

@@ -17,8 +17,12 @@ struct Norm {
             for (int j = 0; j < kSums; ++j) {
                 const int64_t i = begin + j * kLanes, left = dim - i;
                 if (left <= 0) break;
-                if constexpr (kAdd) store_some(x + i, add(load_some(x + i, left), load_some(delta + i, left)), left);
-                const Vec part = load_some(x + i, left);
+                Vec part = load_some(x + i, left);
+                if constexpr (kAdd) {
+                    // Not read back: a masked load has to wait until the store before it has reached the cache.
+                    part = rounded_for(x, add(part, load_some(delta + i, left)));
+                    store_some(x + i, part, left);
+                }
                 sums[j] = fma(part, part, sums[j]);
             }
         }
@@ -42,8 +46,8 @@ struct Norm {
                 for (int64_t i = 0; i < dim; i += kLanes) {
                     const int64_t left = dim - i;
                     // Rounded before the gain, as LLaMA does.
-                    store_some(y + i, mul(load_some(x + i, left), scale), left);
-                    store_some(y + i, mul(load_some(y + i, left), load_some(gain + i, left)), left);
+                    const Vec unit = rounded_for(x, mul(load_some(x + i, left), scale));
+                    store_some(y + i, mul(unit, load_some(gain + i, left)), left);
                 }
                 x += dim;
                 y += dim;

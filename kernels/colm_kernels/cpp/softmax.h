@@ -24,12 +24,17 @@ inline void store_weights(float* scores, int i, Vec a, Vec b) {
 // row (a multiple of two vectors); those at num_visible[row] and past it are zero. The scale is applied here, in fp32,
 // with log2(e) in it. `maximum`, `sum` and `decay` have kLanes entries; decay becomes the factor by which a row's output
 // so far must be multiplied.
+//
+// `largest`, where given, has the lanewise maximum of each row's scores. Weights `num_ahead` and further past the visible
+// ones are not read, so they may be left as they are.
 template <class Op, bool kCoarse>
 inline void soften(float* scores, int64_t stride, int num_rows, const int* num_visible, int num_padded,
-                   float scale_log2, float* maximum, float* sum, float* decay) {
+                   float scale_log2, float* maximum, float* sum, float* decay, const Vec* largest = nullptr,
+                   int num_ahead = 1 << 30) {
     const Vec lowest = splat(-FLT_MAX), factor = splat(scale_log2);
     Vec each[kLanes];
-    for (int row = 0; row < num_rows; ++row) {
+    for (int row = 0; largest != nullptr && row < num_rows; ++row) each[row] = largest[row];
+    for (int row = 0; largest == nullptr && row < num_rows; ++row) {
         const float* from = scores + row * stride;
         const int visible = num_visible[row], whole = visible / kLanes * kLanes;
         // max returns its second operand when one is NaN; the weights below bring NaN back.
@@ -62,7 +67,8 @@ inline void soften(float* scores, int64_t stride, int num_rows, const int* num_v
             total[1] = add(total[1], b);
             store_weights<Op>(at, i, a, b);
         }
-        for (int i = whole; i < num_padded; i += 2 * kLanes) {
+        const int end = num_padded - visible < num_ahead ? num_padded : visible + num_ahead;
+        for (int i = whole; i < end; i += 2 * kLanes) {
             Vec pair[2];
             for (int j = 0; j < 2; ++j) {
                 const int left = visible - i - j * kLanes;

@@ -32,12 +32,12 @@ struct Nothing {
 
 // C (kRows x kVecs vectors) = A B, or C * decay + A B with one factor a row. A is row-major, B has one row of words per
 // step of `depth`. Strides are constants so that every address is a displacement from one pointer. `meanwhile` is called
-// at every step.
+// at every step. `largest`, where given, has a vector a row: it becomes the lanewise maximum of itself and that row of C.
 template <class Op, int kRows, int kVecs, int kStrideA, int kStrideB, int kStrideC, bool kAccumulate,
           class Meanwhile = Nothing>
 __attribute__((always_inline)) inline void multiply_tile(const typename Op::Word* a, const typename Op::Word* b,
                                                          int64_t depth, float* c, const float* decay,
-                                                         Meanwhile meanwhile = {}) {
+                                                         Meanwhile meanwhile = {}, Vec* largest = nullptr) {
     Vec acc[kRows][kVecs];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
@@ -59,6 +59,10 @@ __attribute__((always_inline)) inline void multiply_tile(const typename Op::Word
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
         const Vec factor = kAccumulate ? splat(decay[i]) : zero();
+        if (largest != nullptr) {
+#pragma GCC unroll 8
+            for (int j = 0; j < kVecs; ++j) largest[i] = max(acc[i][j], largest[i]);
+        }
 #pragma GCC unroll 8
         for (int j = 0; j < kVecs; ++j) {
             float* to = c + i * kStrideC + j * kLanes;

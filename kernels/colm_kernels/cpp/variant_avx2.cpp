@@ -29,8 +29,10 @@ DecodeKernel decode(int32_t page_dtype, int64_t head_dim) {
 }
 
 LinearKernel linear(int32_t dtype) {
-    return dtype == kBfloat16 ? Linear<uint16_t>::kernel() : Linear<float>::kernel();
+    return dtype == kBfloat16 ? Linear<uint16_t, Widened>::kernel() : Linear<float, Widened>::kernel();
 }
+
+PackedKernel packed(int32_t) { return {nullptr, nullptr, 0, 0}; }
 
 template <class Args, template <class> class Kernel>
 RowsKernel<Args> rows(int32_t dtype) {
@@ -40,6 +42,6 @@ RowsKernel<Args> rows(int32_t dtype) {
 }  // namespace
 
 const Variant kAvx2Variant = {
-    prefill, row_scores, decode, linear, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
+    prefill, row_scores, decode, linear, packed, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
     rows<QuantiseArgs, Quantise>,
 };

@@ -1,7 +1,9 @@
-// AVX-512 with VDPBF16PS: bf16 attention whose products are of bf16 pairs. The other operations have nothing to gain
-// from it, so they are left to the plain AVX-512 variant.
+// AVX-512 with VDPBF16PS: attention and Linear (chain) of bf16 whose products are of bf16 pairs. The other operations
+// have nothing to gain from it, so they are left to the plain AVX-512 variant.
 #include "vec_avx512.h"
 #include "decode.h"
+#include "linear.h"
+#include "packed.h"
 #include "prefill.h"
 #include "row_scores.h"
 
@@ -19,7 +21,13 @@ DecodeKernel decode(int32_t page_dtype, int64_t head_dim) {
     return page_dtype == kBfloat16 ? decode_of_dim<Bf16Words, uint16_t>(head_dim) : DecodeKernel{nullptr, nullptr};
 }
 
-LinearKernel linear(int32_t) { return {nullptr, nullptr, nullptr}; }
+LinearKernel linear(int32_t dtype) {
+    return dtype == kBfloat16 ? Linear<uint16_t, Pairs>::kernel() : LinearKernel{nullptr, nullptr, nullptr};
+}
+
+PackedKernel packed(int32_t dtype) {
+    return dtype == kBfloat16 ? Packed<Bf16Words, uint16_t>::kernel() : PackedKernel{nullptr, nullptr, 0, 0};
+}
 
 template <class Args>
 RowsKernel<Args> rows(int32_t) {
@@ -29,5 +37,5 @@ RowsKernel<Args> rows(int32_t) {
 }  // namespace
 
 const Variant kAvx512Bf16Variant = {
-    prefill, row_scores, decode, linear, rows<NormArgs>, rows<RotaryArgs>, rows<SwigluArgs>, rows<QuantiseArgs>,
+    prefill, row_scores, decode, linear, packed, rows<NormArgs>, rows<RotaryArgs>, rows<SwigluArgs>, rows<QuantiseArgs>,
 };

@@ -69,15 +69,27 @@ inline void split_pairs(Vec pairs, Vec* even, Vec* odd) {
 }
 inline Vec load_pairs(const uint16_t* p) { return load(reinterpret_cast<const float*>(p)); }
 
-inline void store_from_float(float* p, Vec x) { store(p, x); }
-inline void store_from_float(uint16_t* p, Vec x) {
+// The bf16 number nearest to each lane, half to even, in the upper half of the lane; what is in the lower half is to be
+// dropped.
+inline __m256i round_to_upper_half(Vec x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     // Rounding could carry a NaN's payload into infinity.
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan);
-    const __m256i high = _mm256_srli_epi32(rounded, 16);
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan);
+}
+
+// As it would be read back after it was stored at such a pointer.
+inline Vec rounded_for(const float*, Vec x) { return x; }
+inline Vec rounded_for(const uint16_t*, Vec x) {
+    const __m256i upper = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+    return _mm256_castsi256_ps(_mm256_and_si256(round_to_upper_half(x), upper));
+}
+
+inline void store_from_float(float* p, Vec x) { store(p, x); }
+inline void store_from_float(uint16_t* p, Vec x) {
+    const __m256i high = _mm256_srli_epi32(round_to_upper_half(x), 16);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }

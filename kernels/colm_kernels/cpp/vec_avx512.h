@@ -80,6 +80,12 @@ inline __m256i round_to_bf16(Vec x) {
 #endif
 }
 
+// As it would be read back after it was stored at such a pointer.
+inline Vec rounded_for(const float*, Vec x) { return x; }
+inline Vec rounded_for(const uint16_t*, Vec x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(round_to_bf16(x)), 16));
+}
+
 inline void store_from_float(float* p, Vec x) { store(p, x); }
 inline void store_from_float(uint16_t* p, Vec x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bf16(x));

@@ -1,0 +1,1 @@
+"""How long short prompts wait for one another and for a long one."""

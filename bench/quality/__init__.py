@@ -1,0 +1,1 @@
+"""What sparse prefill attention does to a real model's answers, beside dense attention."""

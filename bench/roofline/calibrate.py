@@ -1,0 +1,124 @@
+"""Measures this machine for a machine file: the best that this project's prefill reaches on it in a few rounds.
+
+The best, since whoever else uses the machine only takes away from it.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from colm_kernels.prefill_attention import prefill_attention
+
+from bench.harness.environment import environment
+from bench.kernels.common import read_ceiling, short
+from bench.kv_stream import StreamCase
+from bench.prefill.layer import KeysValues, SampledLayer
+from bench.roofline.machine import Machine
+from bench.roofline.model import Prompt
+from colm import defaults
+from colm.flops import causal_attention_flops
+from colm.kv import KvFormat
+from colm.model.config import ChainConfig
+from colm.model.presets import preset
+
+PRESET: Final = "llama-3.2-1b-16-16-air"
+"""Its products are of middling size: half as wide as the baseline's, twice as wide as {8,8,8,8}'s."""
+ROUNDS: Final = 10
+_KEYS: Final = 8192
+_SMALL_PRESET: Final = "llama-3.2-1b-8-8-8-8-air"
+_STREAM = StreamCase(message_bytes=1 << 20, num_messages=256)
+
+
+def calibrate(dtype: torch.dtype, *, seed: int = 0, with_stream: bool = True) -> Machine:
+    """This machine, as the best of a few rounds in which all parts take turns.
+
+    Args:
+        dtype: of the prefills.
+        seed: of all inputs.
+        with_stream: also start a KV stream over loopback, which takes some seconds more.
+    """
+    config, tile_tokens = preset(PRESET), defaults.TILE_TOKENS
+    held = KeysValues.random(KvFormat.of(config, dtype), tile_tokens, seed)
+    layer = SampledLayer(config, dtype, held, tile_tokens=tile_tokens, seed=seed)
+    read = read_ceiling()
+    one_row = _one_row(preset(_SMALL_PRESET), dtype, seed)
+    attend = _attention(config, dtype, seed)
+    turns: dict[str, list[float]] = {"layer": [], "attention": [], "memory": [], "step": []}
+    for _ in range(ROUNDS):
+        turns["layer"].append(sum(layer.time(0, tile_tokens)))
+        turns["attention"].append(attend())
+        turns["memory"].append(read()["gb_per_s"])
+        turns["step"].append(one_row())
+    seen = {name: (max if name == "memory" else min)(values) for name, values in turns.items()}
+    attention_flops = causal_attention_flops(
+        num_queries=tile_tokens, num_keys=_KEYS, num_heads=config.chains[0], head_dim=config.head_dim
+    )
+    attention, memory = attention_flops / seen["attention"] / 1e9, seen["memory"]
+    environs = environment()
+    measured = f"measured: {environs['cpu']}, {environs['threads']} threads, commit {environs['commit'][:7]}"
+    return Machine(
+        name=f"{environs['cpu']}, {environs['threads']} threads, {short(dtype)}",
+        gemm_gflops_per_s=_rounded(_gemm_rate(config, tile_tokens, seen["layer"], attention, memory, seen["step"])),
+        attention_gflops_per_s=_rounded(attention),
+        memory_gb_per_s=_rounded(memory),
+        step_s=_rounded(seen["step"]),
+        overlaps_host=False,
+        stream_gb_per_s=_rounded(_stream(seed)) if with_stream else None,
+        sources={
+            "gemm_gflops_per_s": f"{measured}; a {tile_tokens}-token tile of a {PRESET} layer, less its other parts",
+            "attention_gflops_per_s": f"{measured}; {tile_tokens} queries over {_KEYS} keys of {PRESET}",
+            "memory_gb_per_s": f"{measured}; a sum over 256 MiB",
+            "step_s": f"{measured}; a tile of one token of a {_SMALL_PRESET} layer, less reading its weights",
+            "stream_gb_per_s": f"{measured}; one KV stream over loopback, messages of 1 MiB",
+        },
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _gemm_rate(
+    config: ChainConfig, tile_tokens: int, layer_s: float, attention: float, memory: float, step_s: float
+) -> float:
+    """What a tile's products reach, when its other parts are as the model has them."""
+    (tile,) = Prompt(config=config, num_tokens=tile_tokens, tile_tokens=tile_tokens).tiles()
+    others_s = step_s
+    flops = 0.0
+    for half in (tile.keys_values, tile.rest):
+        flops += half.linear_flops
+        others_s += half.attention_flops / (attention * 1e9) + half.moved_bytes / (memory * 1e9)
+    # On a busy machine the parts may come out longer than the whole.
+    return flops / max(layer_s - others_s, layer_s / 4) / 1e9
+
+
+def _one_row(config: ChainConfig, dtype: torch.dtype, seed: int) -> Callable[[], float]:
+    held = KeysValues.random(KvFormat.of(config, dtype), 1, seed)
+    layer = SampledLayer(config, dtype, held, tile_tokens=1, seed=seed)
+    (tile,) = Prompt(config=config, num_tokens=1, tile_tokens=1).tiles()
+    num_bytes = tile.keys_values.weight_bytes + tile.rest.weight_bytes
+    read = read_ceiling()
+
+    def turn() -> float:
+        took_s = min(sum(layer.time(0, 1)) for _ in range(3))
+        return max(took_s - num_bytes / read()["gb_per_s"] / 1e9, took_s / 4)
+
+    return turn
+
+
+def _attention(config: ChainConfig, dtype: torch.dtype, seed: int) -> Callable[[], float]:
+    held = KeysValues.random(KvFormat.of(config, dtype), _KEYS, seed)
+    q_THE = torch.randn(defaults.TILE_TOKENS, config.chains[0], config.head_dim).to(dtype)
+
+    def turn() -> float:
+        start = time.perf_counter()
+        prefill_attention(q_THE, held.k_KNE, held.v_KNE)
+        return time.perf_counter() - start
+
+    return turn
+
+
+def _stream(seed: int) -> float:
+    with _STREAM.contest(seed) as contest:
+        return max(contest.contenders["ours"]()["gb_per_s"] for _ in range(3))

@@ -1,0 +1,73 @@
+"""What prefill and decode nodes have in common as Ray Serve replicas: placed, health-checked and restarted by Serve."""
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import AsyncIterator
+from typing import Any, ClassVar
+
+import ray
+from ray import serve
+
+from cluster.replicas.lender import LEASE_TTL_S
+from cluster.replicas.reporting import keep_reporting, log_beside
+from cluster.replicas.serve_port import keep_serve_port_shut
+from colm.leases import LeaseTable
+from colm.node_cli import Node
+from colm.nodes import NodeReport, ProcessFacts, Role
+
+
+class NodeReplica:
+    """Starts a node, leases it, reports on it, and stops it. A role's replica makes its node and calls `_start`."""
+
+    role: ClassVar[Role]
+    _running: Node | None = None
+
+    def __init__(self) -> None:
+        log_beside("ray.serve")
+        keep_serve_port_shut()
+        self._leases = LeaseTable(LEASE_TTL_S)
+        self._host: str = ray.util.get_node_ip_address()
+        """This machine's address."""
+
+    async def _start(self, node: Node, gateway: tuple[str, str]) -> None:
+        """Start the node, and report on it to the gateway, a (deployment, application)."""
+        await node.start()
+        self._running = node
+        self._replica_id = serve.get_replica_context().replica_id.unique_id
+        handle: Any = serve.get_deployment_handle(*gateway)
+        self._reporting = asyncio.create_task(keep_reporting(handle.report.remote, self._report))
+
+    async def lease(self, again: bool) -> AsyncIterator[tuple[str, str]]:
+        """Grant a lease for one stream: yields (address, lease id); with `again`, another one after each.
+
+        The call stays open until the stream has ended, so that Serve counts it as load.
+        """
+        assert self._running is not None
+        async for grant in self._leases.offer(self._running.address, again=again):
+            yield grant
+
+    async def __del__(self) -> None:
+        if self._running is not None:
+            self._reporting.cancel()
+            await self._running.stop()
+
+    @abstractmethod
+    def _report(self) -> NodeReport:
+        """The node's state, by `_reported`."""
+
+    def _reported(
+        self, *, num_active: int, num_queued: int, num_pages_total: int = 0, num_pages_used: int = 0
+    ) -> NodeReport:
+        assert self._running is not None
+        return NodeReport(
+            role=self.role,
+            replica_id=self._replica_id,
+            ray_node_id=ray.get_runtime_context().get_node_id(),
+            address=self._running.address,
+            num_active_requests=num_active,
+            num_queued_requests=num_queued,
+            num_leases=len(self._leases),
+            num_pages_total=num_pages_total,
+            num_pages_used=num_pages_used,
+            process=ProcessFacts.now(),
+        )

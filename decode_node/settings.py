@@ -1,0 +1,30 @@
+"""The options of a decode node."""
+
+from typing import ClassVar
+
+from pydantic import ByteSize, PositiveInt
+
+from colm import defaults
+from colm.settings import PrefillLineSettings, Settings
+
+
+class DecodeSettings(Settings):
+    """How a decode node works, wherever it runs."""
+
+    kv_cache_bytes: ByteSize = ByteSize(defaults.KV_CACHE_BYTES)
+    """Memory of a decode node for keys and values, in bytes or with a unit, e.g. "4GiB"."""
+    page_tokens: PositiveInt = defaults.PAGE_TOKENS
+    """Tokens in a KV page; a request reserves whole pages."""
+    max_batch_size: PositiveInt = defaults.MAX_BATCH_SIZE
+    """Answers that a decode node advances in one step; more wait."""
+    max_requests: PositiveInt = defaults.MAX_REQUESTS
+    """Requests at once on a decode node, waiting and prefilling ones included; the next is refused."""
+
+
+class PrefillPoolSettings(PrefillLineSettings):
+    """How decode nodes use prefill nodes."""
+
+    flag_prefix: ClassVar[str] = "prefill_"
+
+    max_streams: PositiveInt = defaults.MAX_STREAMS
+    """Prompts that a prefill node takes at once; they take turns."""

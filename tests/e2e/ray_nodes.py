@@ -1,0 +1,97 @@
+"""A Ray of several nodes on this machine, started as its users do: with `ray start`."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.local_ray import free_port, stop_ray
+from cluster.state import write_private
+from colm.wire.security import new_token
+from tests.e2e.conftest import until
+
+_START_S = 240
+_NODES = """
+import json, ray
+ray.init(address="{address}", log_to_driver=False, logging_level="ERROR")
+print(json.dumps([[node["NodeID"], node["Resources"]] for node in ray.nodes() if node["Alive"]]))
+"""
+
+_KEPT = """
+import sys, ray
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list
+ray.init(address="{address}", log_to_driver=False, logging_level="ERROR")
+for namespace in (None, "serve"):
+    for key in _internal_kv_list(b"", namespace=namespace):
+        sys.stdout.buffer.write(key + (_internal_kv_get(key, namespace=namespace) or b""))
+"""
+
+
+@dataclass(frozen=True)
+class RayNodes:
+    """A head node and others, and the environment that its users need."""
+
+    address: str
+    environment: dict[str, str]
+
+    def kept(self) -> bytes:
+        """Everything in Ray's key-value store."""
+        return self._run(_KEPT)
+
+    def _run(self, script: str) -> bytes:
+        return subprocess.run(
+            [sys.executable, "-c", script.format(address=self.address)],
+            env=os.environ | self.environment,
+            stdout=subprocess.PIPE,
+            check=True,
+            timeout=_START_S,
+        ).stdout
+
+    def ids(self) -> dict[str, str]:
+        """Ray's names of the nodes, by the resources that they carry."""
+        nodes = json.loads(self._run(_NODES).splitlines()[-1])
+        return {resource: name for name, resources in nodes for resource in resources}
+
+
+@contextmanager
+def ray_nodes(*carried: Mapping[str, int], demands_token: bool) -> Iterator[RayNodes]:
+    """A head without resources of ours and a node for each mapping of resources. All of it ends with the block."""
+    with tempfile.TemporaryDirectory(prefix="colm-ray-") as name:  # short, for the paths of sockets
+        folder = Path(name)
+        token = folder / "token"
+        write_private(token, new_token())
+        environment = {"RAY_AUTH_MODE": "token" if demands_token else "disabled", "RAY_AUTH_TOKEN_PATH": str(token)}
+        head, client = free_port(), free_port()
+        ports = (f"--port={head}", f"--ray-client-server-port={client}", f"--temp-dir={folder / 'r'}")
+        try:
+            address = _start(folder / "head.log", token, environment, "--head", "--include-dashboard=false", *ports)
+            for number, resources in enumerate(carried):
+                words = (f"--address={address}", f"--resources={json.dumps(resources)}")
+                _start(folder / f"node{number}.log", token, environment, *words)
+            yield RayNodes(address, environment)
+        finally:
+            stop_ray(token)
+
+
+def _start(log: Path, token: Path, environment: Mapping[str, str], *words: str) -> str:
+    """Run `ray start`; returns the address that a head tells others to join."""
+    with log.open("wb") as output:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", *words]
+        # What `stop_ray` finds them by.
+        mark = {"COLM_RAY_TOKEN": str(token.resolve()), "SPT_NOENV": "1"}
+        started = subprocess.Popen(
+            [*command, "--disable-usage-stats"],
+            env=os.environ | environment | mark | {"RAY_raylet_start_wait_time_s": str(_START_S)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    until(lambda: "Ray runtime started" in log.read_text() or started.poll() is not None, _START_S, log.read_text)
+    assert started.poll() is None, log.read_text()
+    return log.read_text().partition("--address='")[2].partition("'")[0]

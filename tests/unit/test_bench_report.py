@@ -1,0 +1,137 @@
+"""The comparison with the paper from stored records, byte for byte, and figures of pages that name their records."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.report import plots
+from bench.report.compare import Comparison, compare, load
+from bench.report.figures import problems, sections, slug
+from bench.report.page import page
+
+STORED = Path(__file__).parent / "report"
+RECORDS = STORED / "records.jsonl"
+ROOT = Path(__file__).parents[2]
+
+
+def compared() -> dict[tuple[str, int], Comparison]:
+    return {(each.cell.preset, each.cell.num_tokens): each for each in compare(load(RECORDS))}
+
+
+def test_the_page_comes_out_of_stored_records_byte_for_byte() -> None:
+    found = load(RECORDS)
+    text = page(compare(found), found, "../bench/results/records.jsonl", ["plots/a.svg"])
+    assert text == (STORED / "prefill.md").read_text(encoding="utf-8")
+
+
+def test_a_cell_is_compared_by_speedups_of_one_run_each() -> None:
+    each = compared()["llama-3.2-1b-16-16-air", 2048]
+    assert each.paper_speedup == pytest.approx(0.051 / 0.047)
+    assert each.over_paper == pytest.approx(4.0 / (0.051 / 0.047))
+    assert each.bar == each.paper_speedup
+    assert each.is_met is True
+
+
+def test_where_the_paper_is_beyond_the_operations_the_bar_is_most_of_what_they_allow() -> None:
+    each = compared()["llama-3.2-1b-16-16-air", 128 << 10]
+    assert each.flops_ratio == pytest.approx(2.20, abs=0.005)
+    assert each.bar == pytest.approx(0.97 * each.flops_ratio)
+    assert each.bar < (each.paper_speedup or 0)
+    assert each.is_met is False
+
+
+def test_modelled_cells_cells_not_run_and_cells_that_the_paper_has_wrong_are_not_judged() -> None:
+    modelled = compared()["llama-3.2-1b-16-16-air", 1 << 20]
+    assert modelled.ours is not None
+    assert (modelled.over_paper, modelled.is_met) == (None, None)
+    wrong = compared()["llama-3.1-8b-8-24-air-same-params", 16 << 10]
+    assert (wrong.paper_speedup, wrong.ours, wrong.over_paper, wrong.is_met) == (None, None, None, None)
+    measured = replace(wrong, ours=compared()["llama-3.2-1b-16-16-air", 2048].ours)
+    assert measured.over_paper is None
+
+
+def test_records_of_another_commit_are_not_mixed_in() -> None:
+    each = compared()["llama-3.2-1b", 2048].ours
+    assert each is not None
+    assert each.seconds.value == 8.0  # the stored file has 1.0 s of another commit before it
+
+
+def test_a_file_without_records_says_how_they_are_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"bench\.prefill --budget-minutes 180` makes them"):
+        load(tmp_path / "none.jsonl")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs the extra `bench`")
+def test_plots_are_written_for_families_that_have_records(tmp_path: Path) -> None:
+    found = load(RECORDS)
+    drawn = plots.write(compare(found), found, tmp_path)
+    assert [path.name for path in drawn] == ["prefill-speedup-llama-3.2-1b.svg", "prefill-tokens-llama-3.2-1b.svg"]
+    assert all(path.read_text(encoding="utf-8").startswith("<?xml") for path in drawn)
+
+
+def test_every_figure_of_readme_and_docs_names_its_record() -> None:
+    assert problems(ROOT) == []
+
+
+LOG = "# Log\n\n## An entry of 2.0x\n\n9.5 ms. Command not kept.\n"
+
+
+def checked(tmp_path: Path, readme: str, log: str = LOG) -> list[str]:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "bench" / "results" / "a.json").write_text("{}")
+    (tmp_path / "bench" / "results" / "torn.json").write_text("{")
+    (tmp_path / "README.md").write_text(readme)
+    (tmp_path / "docs" / "log.md").write_text(log)
+    return problems(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "12 tokens/s, see [a](bench/results/a.json).",
+        "1.5x as fast ([measured](docs/log.md#an-entry-of-20x)).",
+        "8 KiB, 10 s, 4 replicas, 16x64 tiles, v2x and `--rounds 3`",
+        "```\n# 12 tokens/s\n```\n`bench/results/a.json`",
+    ],
+)
+def test_figures_with_records_and_numbers_that_are_none_pass(tmp_path: Path, text: str) -> None:
+    assert checked(tmp_path, f"# Title\n\n## Part\n\n{text}\n") == []
+
+
+@pytest.mark.parametrize("figure", ["12 tokens/s", "1.0 GB/s", "300 GFLOP/s", "1.1x", "| 3x |", "11.88 s", "0.5 ms"])
+def test_a_figure_without_a_record_is_named_with_its_section(tmp_path: Path, figure: str) -> None:
+    (found,) = checked(tmp_path, f"# Title\n\n## First\n\n`bench/results/a.json`\n\n## Part\n\nIt is {figure}.\n")
+    assert found.startswith("README.md:7: ")
+    assert found.endswith("under 'Part' names no record")
+
+
+def test_a_pages_introduction_names_the_record_for_all_of_it(tmp_path: Path) -> None:
+    assert checked(tmp_path, "# Title\n\nFrom `bench/results/a.json`.\n\n## Part\n\n3x\n") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("`bench/results/gone.json`", "bench/results/gone.json does not exist"),
+        ("`bench/results/torn.json`", "bench/results/torn.json is no record"),
+        ("[it](docs/log.md#gone)", "docs/log.md has no entry #gone"),
+        ("`bench/results/a.json` ![plot](docs/plots/gone.svg)", "docs/plots/gone.svg does not exist"),
+    ],
+)
+def test_what_a_page_names_must_be_there(tmp_path: Path, text: str, said: str) -> None:
+    (found,) = checked(tmp_path, f"# Title\n\n## Part\n\n{text}\n")
+    assert said in found
+
+
+def test_an_entry_of_the_log_says_how_it_was_measured(tmp_path: Path) -> None:
+    (found,) = checked(tmp_path, "# Title\n", "# Log\n\n## Faster\n\n2.0x.\n\n## Slower\n\n3x; commit 0123abc.\n")
+    assert found == "docs/log.md:3: '2.0x' under 'Faster' names no record"
+
+
+def test_a_heading_in_a_code_block_begins_no_section() -> None:
+    listed = list(sections("p", "# A\nx\n```\n# not one\n```\n## B `c`\ny"))
+    assert [each.heading for each in listed] == ["", "A", "B `c`"]
+    assert slug("Prefill in fp32 is 1.1x to 1.3x faster") == "prefill-in-fp32-is-11x-to-13x-faster"
