@@ -897,9 +897,9 @@ MUTANTS = (
     ),
     Mutant(
         "a plan is one long step",
-        "prefill_node/engine.py",
-        "        yield tile\n        cancelled.raise_if_set()\n",
-        "",
+        "prefill_node/prefill_run.py",
+        "            next(self.planning)\n",
+        "            while True:\n                next(self.planning)\n",
         _SPARSE_ENGINE + "test_between_two_tiles_of_a_sparse_layer_the_engine_may_be_given_to_others",
     ),
     Mutant(
@@ -912,8 +912,8 @@ MUTANTS = (
     Mutant(
         "pauses of a plan are not counted",
         "prefill_node/prefill_loop.py",
-        "num_pauses = 0 if tile.num_tokens else num_pauses + 1",
-        "num_pauses = 0",
+        "self.num_pauses = 0 if tile.num_tokens else self.num_pauses + 1",
+        "self.num_pauses = 0",
         "tests/unit/test_sparse_costs.py::test_a_sparse_job_takes_less_and_less_while_it_is_planned",
     ),
     Mutant(
@@ -1081,8 +1081,8 @@ MUTANTS = (
     Mutant(
         "the price of a shared step is counted for each prompt",
         "prefill_node/cost_model.py",
-        "num_steps=max(work.num_steps for work in works)",
-        "num_steps=sum(work.num_steps for work in works)",
+        '"num_steps": max(work.num_steps',
+        '"num_steps": sum(work.num_steps',
         _PREFILL + "test_a_shared_step_is_predicted_and_learnt_from_once",
     ),
     # What the quality benchmark says.

@@ -14,7 +14,7 @@ from colm.kv_position import KV_START, KvPosition
 from prefill_node.cost_model import CostModel, PrefillShape, Work
 from prefill_node.engine import PrefillEngine
 from prefill_node.prefill_job import PrefillJob, PrefillOrder
-from prefill_node.prefill_loop import _StepOrder as StepOrder
+from prefill_node.prefill_loop import _Making as Making
 from prefill_node.prefill_loop import _steps as make_steps
 from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.planner import SparsePlanner
@@ -110,25 +110,13 @@ def test_a_sparse_job_takes_less_and_less_while_it_is_planned(tmp_path: Path) ->
     sparse = plans()
     job = job_of(sparse)
     assert job.remaining_s < job_of(None).remaining_s
-    job.start(engine.run(token_ids, sparse=sparse))
+    job.start(engine.begin(token_ids, sparse=sparse))
     while_planned = []
     while not job.is_computed:
         assert job.run is not None
-        steps = make_steps(
-            StepOrder(
-                run=job.run,
-                encoder=job.encoder,
-                epoch=1,
-                since=KV_START,
-                num_pauses=job.num_pauses,
-                last=job.end,
-                num_steps=1,
-                room_bytes=1 << 30,
-            ),
-            MonotonicClock(),
-        )
-        job.produce(steps.tiles, steps.end, steps.num_pauses)
-        if steps.end == (2, 0):  # the first layer's plan has told what to expect of this one
+        (made,) = make_steps(engine, [Making.of(job)], 1, MonotonicClock()).makings
+        job.produce(made.tiles, made.end, made.num_pauses)
+        if made.end == (2, 0):  # the first layer's plan has told what to expect of this one
             while_planned.append(job.remaining_s)
     num_plan_steps = sparse.num_plan_steps(1, len(token_ids))
     assert len(while_planned) > num_plan_steps
