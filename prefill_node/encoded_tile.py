@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from colm.errors import NotFinite
-from colm.finite import is_finite
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KvPosition
 from colm.wire.tile_codec import decode_message, decode_tile, encode_tile, max_tile_tokens, split_tile
@@ -22,17 +20,7 @@ class TileEncoder:
     kv_format: KvFormat
 
     def encode(self, tile: KvTile, *, epoch: int, since: KvPosition) -> "list[EncodedTile]":
-        """Copy a computed tile into messages of about 1 MiB; what lies before `since` is left out.
-
-        Raises:
-            NotFinite: it holds NaN or infinities; names its layer and tokens.
-        """
-        if not (is_finite(tile.k_KTD) and is_finite(tile.v_KTD)):
-            raise NotFinite(
-                f"the keys or values of layer {tile.layer}, tokens {tile.first_token} to "
-                f"{tile.first_token + tile.num_tokens - 1}, hold NaN or infinities; the model's weights or its dtype "
-                "are at fault"
-            )
+        """Copy a computed tile into messages of about 1 MiB; what lies before `since` is left out."""
         max_tokens = max_tile_tokens(self.kv_format, _MESSAGE_BYTES)
         return [
             self._one(part, epoch)

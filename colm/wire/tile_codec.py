@@ -15,7 +15,8 @@ import xxhash
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from colm.errors import FingerprintMismatch, PeerUnavailable
+from colm.errors import FingerprintMismatch, NotFinite, PeerUnavailable
+from colm.finite import bytes_are_finite
 from colm.kv import KvFormat, KvTile
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 
@@ -40,11 +41,22 @@ with warnings.catch_warnings():
 
 
 def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int) -> bytes:
-    """One message of the stream; in CPU memory the only copy of a contiguous tile. `decode_tile` undoes it."""
+    """One message of the stream; in CPU memory the only copy of a contiguous tile. `decode_tile` undoes it.
+
+    Raises:
+        NotFinite: the tile holds NaN or infinities; names its layer and tokens.
+    """
     parts = [_raw(tensor) for tensor in _on_host(tile.k_KTD, tile.v_KTD)]
     checksum = xxhash.xxh3_64()
     for part in parts:
         checksum.update(part)
+        # Behind the checksum, which has brought the bytes near.
+        if not bytes_are_finite(part, tile.k_KTD.dtype):
+            raise NotFinite(
+                f"the keys or values of layer {tile.layer}, tokens {tile.first_token} to "
+                f"{tile.first_token + tile.num_tokens - 1}, hold NaN or infinities; the model's weights or its dtype "
+                "are at fault"
+            )
     header = pb.PullKvResponse(
         tile=pb.TileHeader(
             transfer_id=transfer_id,

@@ -1152,15 +1152,15 @@ MUTANTS = (
     # What is refused before it is served.
     Mutant(
         "values that are not finite are sent",
-        "prefill_node/encoded_tile.py",
-        "if not (is_finite(tile.k_KTD) and is_finite(tile.v_KTD)):",
-        "if not is_finite(tile.k_KTD):",
+        "colm/wire/tile_codec.py",
+        "if not bytes_are_finite(part, tile.k_KTD.dtype):",
+        "if part is parts[0] and not bytes_are_finite(part, tile.k_KTD.dtype):",
         "tests/fault/test_not_finite.py::test_a_tile_that_is_not_finite_is_not_sent",
     ),
     Mutant(
         "negative infinities are finite",
         "colm/finite.py",
-        " and bits.view(_UNSIGNED[tensor.dtype]).max() < sign + infinity",
+        " and bits.view(unsigned).max() < sign + infinity",
         "",
         "tests/unit/test_finite.py::test_one_is_found_wherever_it_stands",
     ),
