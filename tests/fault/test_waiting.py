@@ -225,7 +225,7 @@ async def test_short_prompts_go_before_a_long_one_that_their_only_node_has_begun
 
 async def test_what_a_prefill_node_refuses_is_the_requests_answer(checkpoint: Checkpoint) -> None:
     path = str(checkpoint.path)
-    async with prefill_node(path, memory_bytes=120_000) as prefill, decode_node(path, [prefill.address]) as node:
+    async with prefill_node(path, memory_bytes=150_000) as prefill, decode_node(path, [prefill.address]) as node:
         error = await failure(node.address, PROMPT * 8)
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "prefill.memory_bytes" in error.details()
@@ -255,9 +255,7 @@ async def test_a_prefill_nodes_refusal_is_passed_on_only_when_the_others_have_be
         decode_node(path, [busy.address, other.address]) as node,
     ):
         engines = [busy.service._engine, other.service._engine]
-        with gate_before(
-            PrefillEngine, "run", lambda engine, *_, **__: engine in engines[: 2 - another_has_room]
-        ) as gate:
+        with gate_before(PrefillEngine, "step", lambda engine, _: engine in engines[: 2 - another_has_room]) as gate:
             holding = [asyncio.create_task(decode(first.address, PROMPT, request_id="first"))]
             await gate.until_reached()
             if another_has_room:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from colm_kernels.few_rows_linear import MAX_ROWS
 
 from bench.harness.suite import Options, arguments, run
 from bench.kernels.common import short
@@ -88,9 +89,11 @@ def test_a_profile_has_a_share_for_each_part_and_the_rest(capsys: pytest.Capture
 def test_each_operation_of_the_engine_is_timed_once_under_its_part(overrides: dict[str, int]) -> None:
     """A clock that moves on by one whenever it is read counts calls: a part inside another is not seen."""
     config = tiny_config(**overrides)
-    engine = engine_of_random(config, torch.float32, 16, 0)
+    # Fewer rows than these run in one call of the library, which has no parts.
+    tile_tokens = MAX_ROWS + 1
+    engine = engine_of_random(config, torch.float32, tile_tokens, 0)
     with parts_timed(clock=itertools.count().__next__) as calls:
-        list(engine.run(prompt(config, 40, 0)))
+        list(engine.run(prompt(config, 3 * tile_tokens, 0)))
     whole, all_layers = 3 * (config.num_layers - 1), 3 * config.num_layers
     assert calls == {
         "norms": all_layers + whole,
