@@ -79,6 +79,9 @@ class PrefillLayers:
 
         Returns:
             normed_RD: x after the layer's norm before attention.
+
+        Raises:
+            ValueError: the tile's keys have no room for the rows.
         """
         normed_RD = torch.empty_like(x_RD)
         self._call("colm_prefill_keys_values", index, x_RD, normed_RD, None, tile, variant)
@@ -99,6 +102,7 @@ class PrefillLayers:
 
         Raises:
             Cancelled: the tile's flag was set.
+            ValueError: as from `write_keys_values`.
         """
         delta_RD = torch.empty_like(x_RD)
         self._call("colm_prefill_attend", index, x_RD, normed_RD, delta_RD, tile, variant)
@@ -114,7 +118,9 @@ class PrefillLayers:
         tile: PrefillTile,
         variant: Variant,
     ) -> None:
-        table, num_rows = self._table, len(x_RD)
+        table, num_rows, num_keys = self._table, len(x_RD), tile.k_KNE.shape[1]
+        if not 0 <= tile.first_token <= num_keys - num_rows:
+            raise ValueError(f"{num_rows} rows from {tile.first_token} on do not lie in the {num_keys} of k_KNE")
         chain_rows = ctypes.c_int64(num_rows)
         step = StepArgs(
             matrices=ctypes.addressof(table.matrices) + index * _MATRIX_BYTES,
@@ -142,7 +148,7 @@ class PrefillLayers:
             tile.v_KNE.data_ptr(),
             0 if delta_RD is None else delta_RD.data_ptr(),
             tile.first_token,
-            tile.k_KNE.shape[1],
+            num_keys,
             0 if tile.cancelled is None else tile.cancelled.address,
         )
         native.call(function, args, variant, torch.get_num_threads())

@@ -86,21 +86,38 @@ def test_tiles_that_the_library_takes_run_in_one_call(tiny: Checkpoint, monkeypa
     assert rows == [13, 13, 3], "each tile of all layers but the last, whose output nobody reads"
 
 
-@pytest.mark.skipif(not LIBRARY, reason="without the library there is no such call")
-def test_a_flag_that_is_set_ends_the_call(tiny: Checkpoint) -> None:
-    config = tiny.config
-    model = tiny.load(1, dtype=torch.float32)
-    layers = step_layers(model, CPU)
+def one_call_of(checkpoint: Checkpoint) -> PrefillLayers:
+    config = checkpoint.config
+    layers = step_layers(checkpoint.load(1, dtype=torch.float32), CPU)
     assert layers is not None
     heads = {"num_heads": config.chains[0], "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-    one_call = PrefillLayers(layers, **heads, eps=config.norm_eps)
-    x_RD = torch.ones(3, config.chain_dims[0])
+    return PrefillLayers(layers, **heads, eps=config.norm_eps)
+
+
+def tile_of(checkpoint: Checkpoint, *, first_token: int, cancelled: CancelFlag | None = None) -> PrefillTile:
+    """A tile of a prompt of 3 tokens."""
+    config = checkpoint.config
     k_KNE = torch.zeros(config.num_kv_heads, 3, config.head_dim)
     cos_RE = torch.ones(3, config.head_dim)
-    cancelled = CancelFlag()
-    tile = PrefillTile(cos_RE, 0 * cos_RE, k_KNE, k_KNE.clone(), 0, cancelled)
+    return PrefillTile(cos_RE, 0 * cos_RE, k_KNE, k_KNE.clone(), first_token, cancelled)
+
+
+@pytest.mark.skipif(not LIBRARY, reason="without the library there is no such call")
+def test_a_flag_that_is_set_ends_the_call(tiny: Checkpoint) -> None:
+    one_call, cancelled = one_call_of(tiny), CancelFlag()
+    x_RD, tile = torch.ones(3, tiny.config.chain_dims[0]), tile_of(tiny, first_token=0, cancelled=cancelled)
     with torch.inference_mode():
         normed_RD = one_call.write_keys_values(0, x_RD, tile, one_call.variant_for(3))
         cancelled.set()
         with pytest.raises(Cancelled):
             one_call.attend(0, x_RD, normed_RD, tile, one_call.variant_for(3))
+
+
+@pytest.mark.skipif(not LIBRARY, reason="without the library there is no such call")
+@pytest.mark.parametrize("first_token", [-1, 1, 4])
+def test_rows_that_the_keys_have_no_room_for_are_refused(tiny: Checkpoint, first_token: int) -> None:
+    """Bug: they were written behind the prompt's keys, into whatever memory is there."""
+    one_call = one_call_of(tiny)
+    x_RD, tile = torch.ones(3, tiny.config.chain_dims[0]), tile_of(tiny, first_token=first_token)
+    with torch.inference_mode(), pytest.raises(ValueError, match=f"3 rows from {first_token} on do not lie in the 3"):
+        one_call.write_keys_values(0, x_RD, tile, one_call.variant_for(3))
