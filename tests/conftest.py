@@ -1,6 +1,7 @@
 """Fixtures for every kind of test."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,12 @@ def smollm2_gguf() -> Path:
 def smollm2_checkpoint(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The real model, imported once in float32, which holds the file's values exactly. Tests must not change it."""
     return from_gguf(smollm2_gguf, tmp_path_factory.mktemp("smollm2") / "colm", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Use one thread: on a busy machine, threads that wait for one another take ten times as long as one."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)

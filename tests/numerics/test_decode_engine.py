@@ -3,7 +3,6 @@
 Shapes: R requests, V vocabulary, L layers, B pages, P tokens of a page, K kv heads, D head dim, M pages of a request.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ from decode_node.plan import PlanRow, StepPlan
 from prefill_node.engine import PrefillEngine
 from tests.tiny import tiny_checkpoint, tiny_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PAGE_TOKENS = 4
 SCALES = [1, 2, 3]
 LENGTHS = [1, 2, PAGE_TOKENS, PAGE_TOKENS + 1, 2 * PAGE_TOKENS + 1, 31]
@@ -43,15 +44,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "biases": {"bias": True},
     "gelu": {"activation": "gelu"},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: on a busy machine, threads that wait for one another take ten times as long as one."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 class Machine:

@@ -14,6 +14,8 @@ from colm.model.config import RopeScaling
 from colm.text.tokenizer import Tokenizer
 from tests.tiny import random_tensors, tiny_checkpoint, tiny_config, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODELS: dict[str, dict[str, Any]] = {
     "CoLM-Air": {},
     "one chain": {"chains": (6,)},
@@ -30,14 +32,6 @@ MODELS: dict[str, dict[str, Any]] = {
         )
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def theirs(directory: Path, dtype: torch.dtype) -> Any:

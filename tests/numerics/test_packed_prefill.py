@@ -3,7 +3,6 @@
 Shapes: N prompt tokens, K kv heads, E head dim.
 """
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -24,20 +23,13 @@ from prefill_node.engine import PrefillEngine
 from prefill_node.prefill_run import PrefillRun
 from tests.tiny import tiny_checkpoint, tiny_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TILE_TOKENS = 40
 # Around row blocks of the kernels (8, 16, 32), the tile and two tiles.
 LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 20, 31, 32, 33, 39, 40, 41, 81)
 NUM_LAYERS = 3
 CONFIG = tiny_config(dim=8 * 64, num_layers=NUM_LAYERS)  # heads of the native kernels
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: on a busy machine, threads that wait for one another take ten times as long as one."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

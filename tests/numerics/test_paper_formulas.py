@@ -13,6 +13,8 @@ from colm.model.config import ChainConfig
 from tests.masked_model import MaskedModel
 from tests.tiny import random_tensors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHARING = {"CoLM-Air": True, "CoLM": False}
 FORMS = {
     "swiglu": {},
@@ -20,14 +22,6 @@ FORMS = {
     "swiglu with biases": {"bias": True},
     "gelu with biases": {"activation": "gelu", "bias": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def config_of(*, kv_sharing: bool, gqa: int, head_dim: int = 16, **values: Any) -> ChainConfig:

@@ -3,7 +3,6 @@
 Shapes: N prompt tokens, T tokens of a tile, K kv heads, E head dim.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from colm.model.config import RopeScaling
 from prefill_node.engine import PrefillEngine
 from tests.tiny import tiny_checkpoint, tiny_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TILE_TOKENS = 8
 LENGTHS = [1, TILE_TOKENS - 1, TILE_TOKENS, TILE_TOKENS + 1, 2 * TILE_TOKENS, 31]
 
@@ -36,15 +37,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "one layer": {"num_layers": 1},
     "biases": {"bias": True},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: on a busy machine, threads that wait for one another take ten times as long as one."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())

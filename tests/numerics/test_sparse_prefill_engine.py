@@ -3,7 +3,7 @@
 Shapes: N prompt tokens, H query heads, K kv heads, E head dim.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,20 +35,14 @@ from prefill_node.sparse.policy import ROW_BLOCK, SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans
 from tests.tiny import tiny_checkpoint, tiny_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TILE_TOKENS = 2 * ROW_BLOCK
 NUM_TOKENS = 6 * ROW_BLOCK + 37  # three whole tiles and a ragged one
 CONFIG = tiny_config(num_layers=4, max_context=2048)
 FEW = {"mass": None, "keys_per_row": 260, "local_tokens": 64, "dense_below_tokens": 0}
 LENIENT = AuditPolicy(floor=0.01, confidence=0.05, max_cost=0.049)
 """A few hundred tokens have few rows to look at."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

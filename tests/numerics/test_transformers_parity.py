@@ -1,6 +1,5 @@
 """Our model against transformers' LLaMA on the same weights; a real model's import against its loader."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-pytestmark = pytest.mark.filterwarnings("ignore:.*serves token ids only")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*serves token ids only")]
 
 # (rope fields of config.json in the spelling before transformers 5, the same in the present one)
 ROPES = {
@@ -53,15 +52,6 @@ ROPES = {
         }.items()
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: on a busy machine, threads that wait for one another take ten times as long as one."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def assert_same_logits(model: Any, checkpoint: Checkpoint, num_tokens: int) -> None:

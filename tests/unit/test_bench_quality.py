@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, N tokens of a prompt, V vocabulary.
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,20 +41,13 @@ from colm.text.tokenizer import Tokenizer
 from prefill_node.engine import PrefillEngine
 from tests.tiny import tiny_checkpoint, tiny_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_TOKENS = 2048
 CONTEXT = 4096
 DENSE = Cell(num_tokens=NUM_TOKENS, text=0, budget=BASELINE)
 KEYS = replace(DENSE, budget=Budget(kind="keys", size=512))
 PARTS = [f"Paragraph {number} has {number * number} words, and no more than that." for number in range(2000)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: on a busy machine, threads that wait for one another take ten times as long as one."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

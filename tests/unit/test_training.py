@@ -14,15 +14,9 @@ from colm.training.objective import scale_losses
 from colm.training.stages import chain_of, train_chains, train_head, train_step
 from tests.tiny import in_memory, random_tensors, tiny_checkpoint, tiny_config, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHARING = pytest.mark.parametrize("kv_sharing", [True, False], ids=["CoLM-Air", "CoLM"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def config_of(kv_sharing: bool) -> ChainConfig:
