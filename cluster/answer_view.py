@@ -100,10 +100,12 @@ class AnswerView:
     def print_summary(self) -> None:
         """Print what was measured, as one line on stderr."""
         record = self.record()
+        # A short prompt has no prefill, and one new token no rate.
+        prefill, decode = (record[f"{what}_tokens_per_s"] for what in ("prefill", "decode"))
         Console(stderr=True, highlight=False).print(
-            f"\n{record['prompt_tokens']} prompt tokens, first token after {record['ttft_s']:.2f} s "
-            f"(prefill {record['prefill_tokens_per_s']} tokens/s); {record['new_tokens']} new tokens at "
-            f"{record['decode_tokens_per_s']} tokens/s on {record['num_chains']} chains, ended by "
+            f"\n{record['prompt_tokens']} prompt tokens, first token after {record['ttft_s']:.2f} s"
+            f"{'' if prefill is None else f' (prefill {prefill} tokens/s)'}; {record['new_tokens']} new tokens"
+            f"{'' if decode is None else f' at {decode} tokens/s'} on {record['num_chains']} chains, ended by "
             f"{record['finish_reason']}",
             style="dim",
             soft_wrap=True,

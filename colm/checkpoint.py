@@ -18,6 +18,7 @@ from torch import Tensor
 
 from colm.errors import CheckpointError
 from colm.finite import NOT_FINITE, is_finite
+from colm.huge_pages import side_by_side
 from colm.model import ChainTransformer, parameter_shapes
 from colm.model.config import ChainConfig
 from colm.placement import CPU
@@ -172,7 +173,12 @@ def assign(
     model: ChainTransformer, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device = CPU
 ) -> None:
     """Put tensors into a model built on the meta device; parameters not given stay there, without memory."""
-    placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    placed = dict(tensors)
+    if device.type != "cpu":
+        placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    elif dtype is not None:
+        # What needs no copy stays in the file's pages, which all nodes of a machine share.
+        placed |= side_by_side({name: tensor for name, tensor in tensors.items() if tensor.dtype != dtype}, dtype)
     model.load_state_dict(placed, strict=False, assign=True)
     model.requires_grad_(False).eval()
 

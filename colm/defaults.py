@@ -10,6 +10,8 @@ MAX_BATCH_SIZE = 32
 """Answers that a decode node advances together."""
 MAX_REQUESTS = 64
 """Most requests at one time, on a decode node and inside a gateway."""
+MAX_LOCAL_PREFILL_TOKENS = 32
+"""Longest prompt that a decode node computes without a prefill node."""
 MAX_QUEUED = 64
 """Prompts that may wait for a prefill node."""
 MAX_STREAMS = 16

@@ -28,8 +28,8 @@ class _Member:
         self.pages = pages
         self.outcome: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
 
-    def next_row(self) -> PlanRow:
-        return self.answer.next_row()
+    def next_rows(self) -> list[PlanRow]:
+        return self.answer.next_rows()
 
 
 class DecodeLoop:
@@ -111,11 +111,12 @@ class DecodeLoop:
             outcomes = await asyncio.wrap_future(self._thread.submit(self._compute, step.plan, samplers))
         except Exception as err:
             logger.exception("decode.step failed batch=%d", len(step.answers))
-            for member in step.answers:
+            for member in dict.fromkeys(step.answers):
                 self._end(member, err)
             return
         for member, choices in zip(step.answers, outcomes, strict=True):
-            self._advance(member, choices)
+            if choices:
+                self._advance(member, choices)
 
     def _compute(self, plan: StepPlan, samplers: Sequence[Sampler]) -> list[list[Choice | ColmError]]:
         """Run a step and sample: for each row, one choice for each of its tokens that gets logits."""

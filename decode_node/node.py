@@ -132,6 +132,7 @@ class DecodeNode:
             tokenizer=tokenizer,
             eos_token_ids=checkpoint.text.eos_token_ids,
             max_requests=settings.max_requests,
+            max_local_prefill_tokens=settings.max_local_prefill_tokens,
             clock=clock,
         )
         DecodeService(self.owner, checkpoint.config, clock, self._leases).add_to(self._server)

@@ -4,14 +4,19 @@ Shapes: M pages of a request.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_PROMPT_TOKENS: Final = 64
+"""Prompt tokens that answers read in one step: answers that run meanwhile wait no longer than these take. Rows of about
+as many are where the kernels for few rows end."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """One answer's share of a step: the next tokens of its text, which attend to its cache and to one another."""
+    """Next tokens of an answer's text, which attend to all before them, be it in the cache or in the same step."""
 
     token_ids: tuple[int, ...]
     """The tokens to read, 1 to `MAX_QUERY_TOKENS`; their keys and values are written from `position` on."""

@@ -75,6 +75,7 @@ class RequestOwner:
         tokenizer: None for a model that serves token ids.
         eos_token_ids: tokens that end an answer by the model's own convention.
         max_requests: requests at once, waiting ones included; the next is refused.
+        max_local_prefill_tokens: prompts of so many tokens are computed here, longer ones by a prefill node.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class RequestOwner:
         tokenizer: Tokenizer | None,
         eos_token_ids: tuple[int, ...],
         max_requests: int,
+        max_local_prefill_tokens: int,
         clock: Clock,
     ) -> None:
         self._page_line = page_line
@@ -96,6 +98,7 @@ class RequestOwner:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._max_requests = max_requests
+        self._max_local_prefill_tokens = max_local_prefill_tokens
         self._clock = clock
         self._requests: dict[str, _Request] = {}
 
@@ -169,8 +172,7 @@ class RequestOwner:
         logger.info("request.reserved request=%s pages=%d", job.request_id, pages.num_pages)
         await emit(Reserved(num_pages=pages.num_pages))
         table_M = self._store.page_table(pages)
-        # The prefill node cannot make the first token: that takes all active chains at the last prompt token.
-        prefill_token_ids = job.token_ids[:-1]
+        prefill_token_ids = job.token_ids[: self._num_prefill_tokens(job)]
         if len(prefill_token_ids):
             request.stage = Stage.PREFILLING
             order = KvOrder(
@@ -183,6 +185,15 @@ class RequestOwner:
             await self._fetcher.fetch(order, request.account, emit)
         request.stage = Stage.DECODING
         await self._decode(request, pages, table_M, emit)
+
+    def _num_prefill_tokens(self, job: DecodeJob) -> int:
+        """How many of the prompt's tokens a prefill node computes.
+
+        Never the last: the first token of the answer takes all active chains there, and only this node has them. None
+        of a short prompt: chain 1 is here as well, and reads them in the step that makes the first token.
+        """
+        num_tokens = len(job.token_ids)
+        return 0 if num_tokens <= self._max_local_prefill_tokens and job.attention == "dense" else num_tokens - 1
 
     async def _reserve(self, job: DecodeJob, emit: Emit) -> PageLease:
         num_pages = self._num_pages(job)
@@ -202,10 +213,11 @@ class RequestOwner:
 
     async def _decode(self, request: _Request, pages: PageLease, table_M: NDArray[np.int32], emit: Emit) -> None:
         job = request.job
+        num_prefill_tokens = self._num_prefill_tokens(job)
         eos_token_ids = () if job.sampling.ignore_eos else self._eos_token_ids
         answer = RunningAnswer(
-            next_token_id=int(job.token_ids[-1]),
-            position=len(job.token_ids) - 1,
+            unread_token_ids=job.token_ids[num_prefill_tokens:].tolist(),
+            position=num_prefill_tokens,
             num_chains=job.num_chains,
             max_new_tokens=job.max_new_tokens,
             table_M=table_M,
@@ -228,8 +240,8 @@ class RequestOwner:
                 reason=answer.finish_reason,
                 usage=Usage(
                     num_prompt_tokens=len(job.token_ids),
-                    num_prefill_tokens=len(job.token_ids) - 1,
-                    num_decode_prompt_tokens=1,
+                    num_prefill_tokens=num_prefill_tokens,
+                    num_decode_prompt_tokens=len(job.token_ids) - num_prefill_tokens,
                     num_new_tokens=answer.num_new_tokens,
                     kv_received_bytes=account.kv_received_bytes,
                     num_kv_streams=account.num_kv_streams,

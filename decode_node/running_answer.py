@@ -1,8 +1,9 @@
-"""The state of one answer: which token to read next, the text held back, and whether the answer has finished."""
+"""The state of one answer: which tokens to read next, the text held back, and whether the answer has finished."""
 
 from collections.abc import Collection, Sequence
 
 import numpy as np
+from colm_kernels.decode_attention import MAX_QUERY_TOKENS
 from numpy.typing import NDArray
 
 from colm.events import FinishReason, Token
@@ -17,8 +18,9 @@ class RunningAnswer:
     """One request's decode state.
 
     Args:
-        next_token_id: the last prompt token; feeding it yields the first new token.
-        position: tokens in the cache before it.
+        unread_token_ids: the prompt's tokens behind those in the cache, 1 to `MAX_PROMPT_TOKENS`; the first step reads
+            all, and the last one yields the first new token.
+        position: tokens in the cache.
         stop_token_ids: any of these ends the answer.
         text_stream: None for a model without a tokenizer; tokens then carry no text.
     """
@@ -26,7 +28,7 @@ class RunningAnswer:
     def __init__(
         self,
         *,
-        next_token_id: int,
+        unread_token_ids: Sequence[int],
         position: int,
         num_chains: int,
         max_new_tokens: int,
@@ -35,7 +37,7 @@ class RunningAnswer:
         stop_token_ids: Collection[int],
         text_stream: TextStream | None,
     ) -> None:
-        self._next_token_id = next_token_id
+        self._unread_token_ids = tuple(unread_token_ids)
         self._position = position
         self._num_chains = num_chains
         self._max_new_tokens = max_new_tokens
@@ -49,9 +51,19 @@ class RunningAnswer:
         self.tail = ""
         """Text that was held back, and belongs to the answer once it has finished."""
 
-    def next_row(self) -> PlanRow:
-        """The row that the next step reads."""
-        return PlanRow((self._next_token_id,), self._position, self._num_chains, self._table_M)
+    def next_rows(self) -> list[PlanRow]:
+        """The rows that the next step reads: the next token's, then those of a prompt that the cache does not hold.
+
+        Of the prompt's tokens but the last only keys and values are wanted, so they run through chain 1 alone.
+        """
+        *earlier, last = self._unread_token_ids
+        first, table_M = self._position, self._table_M
+        starts = range(0, len(earlier), MAX_QUERY_TOKENS)
+        pieces = [(start, tuple(earlier[start : start + MAX_QUERY_TOKENS])) for start in starts]
+        return [
+            PlanRow((last,), first + len(earlier), self._num_chains, table_M),
+            *(PlanRow(piece, first + start, 1, table_M, num_logits=0) for start, piece in pieces),
+        ]
 
     def advance(self, choices: Sequence[Choice]) -> list[Token]:
         """Append a step's choices to the answer, in order; sets `finish_reason` at the last token.
@@ -67,8 +79,8 @@ class RunningAnswer:
         return tokens
 
     def _take(self, choice: Choice) -> Token:
-        self._next_token_id = choice.token_id
-        self._position += 1
+        self._position += len(self._unread_token_ids)
+        self._unread_token_ids = (choice.token_id,)
         self.num_new_tokens += 1
         ends_here = choice.token_id in self._stop_token_ids
         text = "" if ends_here else self._decode(choice.token_id)

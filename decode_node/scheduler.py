@@ -9,18 +9,18 @@ An answer moves from left to right, and may leave at any time:
 No step has an answer that is out, so nothing writes into its pages any more.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from decode_node.plan import PlanRow, StepPlan
+from decode_node.plan import MAX_PROMPT_TOKENS, PlanRow, StepPlan
 
 
 class Answer(Hashable, Protocol):
     """An answer, as the scheduler sees it; answers are told apart by hash and equality."""
 
-    def next_row(self) -> PlanRow:
-        """The row that it reads in the next step."""
+    def next_rows(self) -> list[PlanRow]:
+        """The rows that it reads in the next step: its next token's, then those of an unread prompt."""
 
 
 A = TypeVar("A", bound=Answer)
@@ -31,12 +31,14 @@ class Step(Generic[A]):
     """A step that has begun."""
 
     answers: tuple[A, ...]
-    """The answers in the order of the plan's rows."""
+    """Whose each of the plan's rows is; an answer with a prompt to read has several."""
     plan: StepPlan
 
 
 class Scheduler(Generic[A]):
-    """Every active answer takes part in every step with the row it asks for; first come, first served.
+    """Every active answer takes part in every step with the rows it asks for; first come, first served.
+
+    Only prompts that are too many tokens for one step wait for the next, in which the first of them has its turn.
 
     Args:
         max_batch_size: answers active at once; more wait their turn.
@@ -90,7 +92,7 @@ class Scheduler(Generic[A]):
             del self._waiting[first]
             self._active[first] = None
         if self._active:
-            rows = sorted(((a, a.next_row()) for a in self._active), key=lambda pair: pair[1].num_chains, reverse=True)
+            rows = sorted(self._next_rows(), key=lambda pair: pair[1].num_chains, reverse=True)
             self._step = Step(tuple(answer for answer, _ in rows), StepPlan(tuple(row for _, row in rows)))
         return self._step
 
@@ -101,7 +103,7 @@ class Scheduler(Generic[A]):
             The answers that left while it ran, and are out now.
         """
         assert self._step is not None, "no step is running"
-        out = [answer for answer in self._step.answers if answer in self._leaving]
+        out = [answer for answer in dict.fromkeys(self._step.answers) if answer in self._leaving]
         self._step = None
         self._leaving.clear()
         return out
@@ -127,6 +129,16 @@ class Scheduler(Generic[A]):
         in_step = set() if self._step is None else set(self._step.answers)
         assert in_step <= self._active.keys() | self._leaving, "a step with somebody who is out"
         assert in_step >= self._leaving, "an answer waits for the end of a step that does not have it"
+
+    def _next_rows(self) -> Iterator[tuple[A, PlanRow]]:
+        num_prompt_tokens = 0
+        for answer in self._active:
+            rows = answer.next_rows()
+            if of_prompt := sum(len(row.token_ids) for row in rows[1:]):
+                if num_prompt_tokens and num_prompt_tokens + of_prompt > MAX_PROMPT_TOKENS:
+                    continue
+                num_prompt_tokens += of_prompt
+            yield from ((answer, row) for row in rows)
 
     def _holds(self, answer: A) -> bool:
         return answer in self._waiting or answer in self._active or answer in self._leaving

@@ -2,10 +2,11 @@
 
 from typing import ClassVar
 
-from pydantic import ByteSize, PositiveInt
+from pydantic import ByteSize, Field, NonNegativeInt, PositiveInt
 
 from colm import defaults
 from colm.settings import PrefillLineSettings, Settings
+from decode_node.plan import MAX_PROMPT_TOKENS
 
 
 class DecodeSettings(Settings):
@@ -19,6 +20,8 @@ class DecodeSettings(Settings):
     """Answers that a decode node advances in one step; more wait."""
     max_requests: PositiveInt = defaults.MAX_REQUESTS
     """Requests at once on a decode node, waiting and prefilling ones included; the next is refused."""
+    max_local_prefill_tokens: NonNegativeInt = Field(default=defaults.MAX_LOCAL_PREFILL_TOKENS, le=MAX_PROMPT_TOKENS)
+    """Longest prompt, in tokens, that a decode node computes in its own step; 0 always asks a prefill node."""
 
 
 class PrefillPoolSettings(PrefillLineSettings):

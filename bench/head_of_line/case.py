@@ -45,6 +45,8 @@ class First:
     """From then to the first token, as the client saw it."""
     prefill_s: float
     """Of the prefill node, as the decode node saw it."""
+    decode_node_s: float
+    """From the request's arrival at the decode node to the first token there."""
 
 
 @dataclass(slots=True)
@@ -203,7 +205,8 @@ async def first_token(client: AsyncClient, token_ids: NDArray[np.int64]) -> Firs
             if isinstance(event, Token | Finished):  # an answer may end at once
                 time_s = min(time_s, perf_counter() - began_s)
             if isinstance(event, Finished):
-                return First(event.usage.num_prompt_tokens, began_s, time_s, event.timings.prefill_s)
+                timings = event.timings
+                return First(event.usage.num_prompt_tokens, began_s, time_s, timings.prefill_s, timings.first_token_s)
     raise AssertionError("a stream of events ends with Finished or raises")
 
 

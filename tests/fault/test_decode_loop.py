@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from colm import defaults
 from colm.checkpoint import Checkpoint
 from colm.events import Token
+from colm.wire.v1 import common_pb2
 from decode_node.engine import DecodeEngine
 from decode_node.node import DecodeNode
 from decode_node.plan import PlanRow, StepPlan
@@ -116,16 +118,16 @@ async def test_rows_of_several_tokens_share_steps_with_ordinary_ones(
     """At scale 2 an answer reads its last token but one again, as a draft that turns out right, and asks for both."""
     requests = [{"num_chains": num_chains} for num_chains in (3, 2, 1)]
     undisturbed = [await ask(node, f"before{number}", **request) for number, request in enumerate(requests)]
-    next_row, advance = RunningAnswer.next_row, RunningAnswer.advance
+    next_rows, advance = RunningAnswer.next_rows, RunningAnswer.advance
     last_read: dict[RunningAnswer, int] = {}
     num_read_again = 0
 
-    def read_again(answer: RunningAnswer) -> PlanRow:
-        row, before = next_row(answer), last_read.get(answer)
+    def read_again(answer: RunningAnswer) -> list[PlanRow]:
+        (row,), before = next_rows(answer), last_read.get(answer)
         (last_read[answer],) = row.token_ids
         if before is None or row.num_chains != 2:
-            return row
-        return replace(row, token_ids=(before, *row.token_ids), position=row.position - 1, num_logits=2)
+            return [row]
+        return [replace(row, token_ids=(before, *row.token_ids), position=row.position - 1, num_logits=2)]
 
     def advance_by_the_last(answer: RunningAnswer, choices: Sequence[Choice]) -> list[Token]:
         nonlocal num_read_again
@@ -134,12 +136,74 @@ async def test_rows_of_several_tokens_share_steps_with_ordinary_ones(
             num_read_again += 1
         return advance(answer, choices[-1:])
 
-    monkeypatch.setattr(RunningAnswer, "next_row", read_again)
+    monkeypatch.setattr(RunningAnswer, "next_rows", read_again)
     monkeypatch.setattr(RunningAnswer, "advance", advance_by_the_last)
     calls = [ask(node, f"after{number}", **request) for number, request in enumerate(requests)]
     answers = await asyncio.gather(*calls)
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in undisturbed]
     assert num_read_again == len(answers[1].token_ids) - 1
+
+
+NOBODY = "127.0.0.1:9"
+"""The discard port: nothing listens there."""
+
+
+@pytest.mark.parametrize("num_chains", [1, 3])
+async def test_a_short_prompt_is_answered_where_no_prefill_node_is_and_as_if_there_were_one(
+    checkpoint: Checkpoint, num_chains: int
+) -> None:
+    path, prompt = str(checkpoint.path), PROMPT[:20]
+    async with prefill_node(path) as prefill, decode_node(path, [prefill.address], max_local_prefill_tokens=0) as node:
+        prefilled = await decode(node.address, prompt, num_chains=num_chains)
+    async with decode_node(path, [NOBODY], max_local_prefill_tokens=len(prompt)) as node:
+        answer = await decode(node.address, prompt, num_chains=num_chains)
+    assert answer.token_ids == prefilled.token_ids
+    assert (prefilled.usage.num_prefill_tokens, prefilled.usage.num_decode_prompt_tokens) == (19, 1)
+    usage = answer.usage
+    assert (usage.num_prefill_tokens, usage.num_decode_prompt_tokens, usage.num_kv_streams) == (0, 20, 0)
+    assert usage.kv_received_bytes == 0
+    assert answer.timings.prefill_s == 0
+
+
+async def test_short_prompts_that_come_together_are_each_answered_as_if_alone(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of their tokens than one step reads; the answers that go on meanwhile share its steps."""
+    prompts = [PROMPT[start : start + 20] for start in range(0, 20, 3)]
+    async with decode_node(str(checkpoint.path), [NOBODY], max_batch_size=9) as node:
+        alone = [await decode(node.address, prompt, num_chains=1 + i % 3) for i, prompt in enumerate(prompts)]
+        most = 0
+        with gate_before(DecodeEngine, "step") as gate:
+            gated = DecodeEngine.step
+
+            def counted(engine: DecodeEngine, plan: StepPlan) -> Tensor:
+                nonlocal most
+                most = max(most, sum(len(row.token_ids) for row in plan.rows if not row.num_logits))
+                result: Tensor = gated(engine, plan)
+                return result
+
+            monkeypatch.setattr(DecodeEngine, "step", counted)
+            calls = [
+                asyncio.create_task(decode(node.address, prompt, request_id=str(i), num_chains=1 + i % 3))
+                for i, prompt in enumerate(prompts)
+            ]
+            async with asyncio.timeout(60):
+                while node.load.num_active < len(prompts):
+                    await asyncio.sleep(0.01)
+            gate.open()
+            answers = await asyncio.gather(*calls)
+            monkeypatch.undo()
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in alone]
+    assert most == 3 * 19
+
+
+async def test_a_longer_prompt_and_one_that_asks_for_sparse_attention_go_to_a_prefill_node(node: DecodeNode) -> None:
+    limit = defaults.MAX_LOCAL_PREFILL_TOKENS
+    longer = await decode(node.address, PROMPT[: limit + 1])
+    assert (longer.usage.num_prefill_tokens, longer.usage.num_kv_streams) == (limit, 1)
+    sparse = await decode(node.address, PROMPT[:limit], attention=common_pb2.ATTENTION_MODE_SPARSE)
+    assert (sparse.usage.num_prefill_tokens, sparse.usage.num_kv_streams) == (limit - 1, 1)
+    assert (await decode(node.address, PROMPT[:limit])).usage.num_kv_streams == 0
 
 
 class Fatal(BaseException):

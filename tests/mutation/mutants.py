@@ -104,8 +104,8 @@ MUTANTS = (
     Mutant(
         "the batch is always one",
         "decode_node/scheduler.py",
-        "((a, a.next_row()) for a in self._active)",
-        "((a, a.next_row()) for a in list(self._active)[:1])",
+        "for answer in self._active:\n            rows",
+        "for answer in list(self._active)[:1]:\n            rows",
         _LOOP + "test_answers_share_steps_and_never_more_than_the_batch_holds",
     ),
     Mutant(
@@ -114,6 +114,34 @@ MUTANTS = (
         "key=lambda pair: pair[1].num_chains, reverse=True)",
         "key=lambda pair: 0)",
         "tests/unit/test_scheduler.py::test_larger_scales_stand_first_and_of_equals_whoever_came_first",
+    ),
+    Mutant(
+        "prompts of any number of tokens share a step",
+        "decode_node/scheduler.py",
+        "if num_prompt_tokens and num_prompt_tokens + of_prompt > MAX_PROMPT_TOKENS:",
+        "if False:",
+        "tests/unit/test_scheduler.py::test_prompts_too_long_for_one_step_wait_for_the_next_and_nobody_waits_for_ever",
+    ),
+    Mutant(
+        "a prompt's pieces stand at its first place",
+        "decode_node/running_answer.py",
+        "PlanRow(piece, first + start, 1",
+        "PlanRow(piece, first, 1",
+        "tests/unit/test_running_answer.py::test_the_first_step_reads_a_prompt_that_the_cache_does_not_hold",
+    ),
+    Mutant(
+        "a prompt asks for logits of all its pieces",
+        "decode_node/running_answer.py",
+        "table_M, num_logits=0)",
+        "table_M)",
+        _LOOP + "test_a_short_prompt_is_answered_where_no_prefill_node_is_and_as_if_there_were_one",
+    ),
+    Mutant(
+        "a prompt of the limit's length goes to a prefill node",
+        "decode_node/requests.py",
+        "num_tokens <= self._max_local_prefill_tokens",
+        "num_tokens < self._max_local_prefill_tokens",
+        _LOOP + "test_a_longer_prompt_and_one_that_asks_for_sparse_attention_go_to_a_prefill_node",
     ),
     Mutant(
         "all tokens of a row stand at its first place",
@@ -160,7 +188,7 @@ MUTANTS = (
     Mutant(
         "a failed step tells only the first",
         "decode_node/decode_loop.py",
-        "            for member in step.answers:\n                self._end(member, err)\n",
+        "            for member in dict.fromkeys(step.answers):\n                self._end(member, err)\n",
         "            self._end(step.answers[0], err)\n",
         _LOOP + "test_a_failed_step_is_told_to_everybody_in_it_and_the_next_request_is_served",
     ),

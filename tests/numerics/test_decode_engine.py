@@ -18,6 +18,7 @@ from torch import Tensor
 from colm.checkpoint import Checkpoint
 from colm.kv import KvFormat
 from colm.model.config import RopeScaling
+from colm.sampling import SamplingParams
 from colm.wire.tile_codec import decode_message, decode_tile, encode_tile
 from decode_node import engine as engine_module
 from decode_node.engine import DecodeEngine
@@ -25,6 +26,7 @@ from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.page_pool import PagePool
 from decode_node.plan import PlanRow, StepPlan
+from decode_node.running_answer import RunningAnswer
 from prefill_node.engine import PrefillEngine
 from tests.tiny import tiny_checkpoint, tiny_config
 
@@ -320,6 +322,51 @@ def test_a_cache_that_caught_up_serves_the_next_token(tiny: Checkpoint) -> None:
     machine.step(replace(behind, token_ids=behind.token_ids[:11]))
     (logits_V,) = machine.step(PlanRow(behind.token_ids[11:], position + 11, 3, table_M))
     assert_oracles(logits_V, tiny, text, 3)
+
+
+def first_rows(machine: Machine, text: NDArray[np.int64], num_chains: int) -> list[PlanRow]:
+    """What an answer's first step reads where the cache holds nothing of its prompt."""
+    lease = machine.pool.reserve("request", machine.store.layout.pages(len(text)))
+    answer = RunningAnswer(
+        unread_token_ids=text.tolist(),
+        position=0,
+        num_chains=num_chains,
+        max_new_tokens=1,
+        table_M=machine.store.page_table(lease),
+        sampling=SamplingParams(),
+        stop_token_ids=(),
+        text_stream=None,
+    )
+    return answer.next_rows()
+
+
+@pytest.mark.parametrize("num_chains", SCALES)
+@pytest.mark.parametrize("num_tokens", [1, 2, 17, 18, 31])
+def test_a_prompt_that_is_read_in_one_step_gets_the_oracles_logits(
+    checkpoint: Checkpoint, num_tokens: int, num_chains: int
+) -> None:
+    machine, text = Machine(checkpoint), prompt(num_tokens)
+    (logits_V,) = machine.step(*first_rows(machine, text, num_chains))
+    assert_oracles(logits_V, checkpoint, text, num_chains)
+
+
+def test_prompts_that_share_a_step_leave_keys_and_values_as_if_each_had_been_prefilled(checkpoint: Checkpoint) -> None:
+    """Beside an answer that goes on; and later tokens read them at any scale."""
+    machine, prefilled, config = Machine(checkpoint, 256), Machine(checkpoint, 256), checkpoint.config
+    texts, going = [prompt(18, seed=1), prompt(23, seed=2)], prompt(9, seed=3)
+    goes_on = machine.first_row(going, 1)
+    (last, *first), (other, *second) = (
+        first_rows(machine, text, scale) for text, scale in zip(texts, (3, 2), strict=True)
+    )
+    logits_QV = machine.step(last, other, goes_on, *first, *second)
+    for logits_V, text, scale in zip(logits_QV, [*texts, going], (3, 2, 1), strict=True):
+        assert_oracles(logits_V, checkpoint, text, scale)
+    for row, text in zip((last, other), texts, strict=True):
+        row_of_prefill = prefilled.first_row(text, 1)
+        prefilled.step(row_of_prefill)
+        wanted = prefilled.kept(row_of_prefill.table_M, len(text))
+        for ours, exact in zip(machine.kept(row.table_M, len(text)), wanted, strict=True):
+            tolerance.layers(exact.double(), torch.float32, num_layers=config.num_layers, width=config.dim).check(ours)
 
 
 def test_a_row_of_more_tokens_than_attention_takes_is_our_own_error(tiny: Checkpoint) -> None:

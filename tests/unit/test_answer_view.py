@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.answer_view import AnswerView
-from colm.events import Accepted, Event, Queued, WaitsFor
+from colm.events import Accepted, Event, Finished, FinishReason, Queued, Timings, Usage, WaitsFor
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,31 @@ def test_a_wait_shows_its_place_and_its_estimated_end(
     (task,) = view._progress.tasks
     assert task.description == "waiting for a prefill node"
     assert task.fields["speed"] == place
+
+
+@pytest.mark.parametrize(
+    ("num_prefill_tokens", "num_new_tokens", "line"),
+    [
+        (8, 3, "9 prompt tokens, first token after 0.00 s (prefill 16.0 tokens/s); 3 new tokens at 8.0 tokens/s on 1 "),
+        (0, 1, "9 prompt tokens, first token after 0.00 s; 1 new tokens on 1 chains, ended by length"),
+    ],
+)
+def test_the_last_line_has_no_speed_of_what_did_not_happen(
+    num_prefill_tokens: int, num_new_tokens: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Defect: a prompt without a prefill was summed up as "prefill None tokens/s"."""
+    view = AnswerView(stream_text=False)
+    view.see(Accepted(request_id="r", model="m", num_prompt_tokens=9, num_chains=1, max_new_tokens=3, timeout_s=1.0))
+    usage = Usage(
+        num_prompt_tokens=9,
+        num_prefill_tokens=num_prefill_tokens,
+        num_decode_prompt_tokens=9 - num_prefill_tokens,
+        num_new_tokens=num_new_tokens,
+        kv_received_bytes=0,
+        num_kv_streams=0,
+    )
+    prefill_s = 0.5 if num_prefill_tokens else 0.0
+    timings = Timings(queue_s=0.0, prefill_s=prefill_s, first_token_s=0.6, decode_s=0.25)
+    view.see(Finished(reason=FinishReason.LENGTH, usage=usage, timings=timings, text=""))
+    view.print_summary()
+    assert line in capsys.readouterr().err

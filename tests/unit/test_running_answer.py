@@ -4,12 +4,14 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import pytest
+from colm_kernels.decode_attention import MAX_QUERY_TOKENS
 from hypothesis import given
 from hypothesis import strategies as st
 
 from colm.events import FinishReason, Token
 from colm.sampling import SamplingParams
 from colm.text.detokenizer import Detokenizer, TextStream
+from decode_node.plan import MAX_PROMPT_TOKENS
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice
 from tests.tiny import tiny_tokenizer
@@ -36,11 +38,13 @@ def answer(
     stop: tuple[str, ...] = (),
     stop_token_ids: Collection[int] = (EOS,),
     reads_text: bool = True,
+    unread_token_ids: Sequence[int] = (17,),
+    num_chains: int = 2,
 ) -> RunningAnswer:
     return RunningAnswer(
-        next_token_id=17,
+        unread_token_ids=unread_token_ids,
         position=9,
-        num_chains=2,
+        num_chains=num_chains,
         max_new_tokens=max_new_tokens,
         table_M=TABLE_M,
         sampling=SamplingParams(stop=stop),
@@ -67,7 +71,7 @@ def shown(sequence: RunningAnswer, tokens: Sequence[Token]) -> str:
 
 
 def test_the_first_step_reads_the_last_prompt_token() -> None:
-    row = answer().next_row()
+    (row,) = answer().next_rows()
     assert (row.token_ids, row.position, row.num_chains, row.num_logits) == ((17,), 9, 2, 1)
     assert row.table_M is TABLE_M
 
@@ -75,8 +79,26 @@ def test_the_first_step_reads_the_last_prompt_token() -> None:
 def test_each_step_reads_the_token_before_it_at_the_next_position() -> None:
     sequence = answer()
     advance(sequence, [40, 50])
-    row = sequence.next_row()
+    (row,) = sequence.next_rows()
     assert (row.token_ids, row.position, sequence.num_new_tokens) == ((50,), 11, 2)
+
+
+@pytest.mark.parametrize("num_unread", [1, 2, 16, 17, 18, 33, MAX_PROMPT_TOKENS])
+def test_the_first_step_reads_a_prompt_that_the_cache_does_not_hold(num_unread: int) -> None:
+    """Once each, in their places: the last at the answer's scale, the others at scale 1 and for the cache alone."""
+    prompt = tuple(range(100, 100 + num_unread))
+    sequence = answer(unread_token_ids=prompt, num_chains=3)
+    last, *earlier = sequence.next_rows()
+    assert (last.token_ids, last.position, last.num_chains, last.num_logits) == (prompt[-1:], 9 + num_unread - 1, 3, 1)
+    read = {row.position + i: token_id for row in earlier for i, token_id in enumerate(row.token_ids)}
+    assert read == {9 + i: token_id for i, token_id in enumerate(prompt[:-1])}
+    assert sum(len(row.token_ids) for row in earlier) == num_unread - 1
+    assert all((row.num_chains, row.num_logits) == (1, 0) for row in earlier)
+    assert max((len(row.token_ids) for row in earlier), default=0) <= MAX_QUERY_TOKENS
+    assert all(row.table_M is TABLE_M for row in (last, *earlier))
+    advance(sequence, [40])
+    (row,) = sequence.next_rows()
+    assert (row.token_ids, row.position, row.num_chains) == ((40,), 9 + num_unread, 3)
 
 
 def test_a_token_carries_what_was_chosen_and_at_which_scale() -> None:
@@ -187,14 +209,14 @@ def test_several_choices_end_in_the_middle_and_what_follows_is_dropped() -> None
 def test_after_several_choices_the_next_step_reads_the_last_of_them() -> None:
     sequence = answer()
     sequence.advance([chosen(40), chosen(50), chosen(60)])
-    row = sequence.next_row()
+    (row,) = sequence.next_rows()
     assert (row.token_ids, row.position, sequence.num_new_tokens) == ((60,), 12, 3)
 
 
 def test_a_step_without_choices_changes_nothing() -> None:
     sequence = answer()
     assert sequence.advance([]) == []
-    assert (sequence.next_row().position, sequence.num_new_tokens, sequence.finish_reason) == (9, 0, None)
+    assert (sequence.next_rows()[0].position, sequence.num_new_tokens, sequence.finish_reason) == (9, 0, None)
 
 
 TEXT = byte_ids("a result, an end: é and END and more")

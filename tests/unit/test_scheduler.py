@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
 
-from decode_node.plan import PlanRow, StepPlan
+from decode_node.plan import MAX_PROMPT_TOKENS, PlanRow, StepPlan
 from decode_node.scheduler import Scheduler, Step
 
 TABLE_M = np.zeros(4, dtype=np.int32)
@@ -16,16 +16,22 @@ TABLE_M = np.zeros(4, dtype=np.int32)
 
 @dataclass(eq=False)
 class Reader:
-    """An answer that reads rows of any length at any scale."""
+    """An answer that reads rows of any length at any scale, and before its next token a prompt."""
 
     number: int
     num_chains: int = 1
     num_tokens: int = 1
+    num_prompt_tokens: int = 0
     table_M: NDArray[np.int32] = field(default_factory=TABLE_M.copy)
     position: int = 0
 
-    def next_row(self) -> PlanRow:
-        return PlanRow((self.number,) * self.num_tokens, self.position, self.num_chains, self.table_M)
+    def next_rows(self) -> list[PlanRow]:
+        row = PlanRow((self.number,) * self.num_tokens, self.position, self.num_chains, self.table_M)
+        prompt = (self.number,) * self.num_prompt_tokens
+        return [
+            row,
+            *(PlanRow(piece, 0, 1, self.table_M, num_logits=0) for piece in (prompt[:16], prompt[16:]) if piece),
+        ]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -42,9 +48,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.step: Step[Reader] | None = None
         self.num_joined = 0
 
-    @rule(num_chains=st.integers(1, 3), num_tokens=st.integers(1, 16))
-    def join(self, num_chains: int, num_tokens: int) -> None:
-        reader = Reader(self.num_joined, num_chains, num_tokens)
+    @rule(
+        num_chains=st.integers(1, 3),
+        num_tokens=st.integers(1, 16),
+        num_prompt_tokens=st.just(0) | st.integers(1, MAX_PROMPT_TOKENS),
+    )
+    def join(self, num_chains: int, num_tokens: int, num_prompt_tokens: int) -> None:
+        reader = Reader(self.num_joined, num_chains, num_tokens, num_prompt_tokens)
         self.num_joined += 1
         self.scheduler.join(reader)
         self.waiting.append(reader)
@@ -71,12 +81,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.step is None:
             assert not self.active
             return
-        assert set(self.step.answers) == set(self.active)
-        rows = [reader.next_row() for reader in self.step.answers]
-        assert [(r.token_ids, r.num_chains) for r in self.step.plan.rows] == [(r.token_ids, r.num_chains) for r in rows]
-        assert all(row.table_M is r.table_M for row, r in zip(self.step.plan.rows, self.step.answers, strict=True))
+        steps, prompt_tokens = [], 0
+        for reader in self.active:
+            if not prompt_tokens or prompt_tokens + reader.num_prompt_tokens <= MAX_PROMPT_TOKENS:
+                prompt_tokens += reader.num_prompt_tokens
+                steps.append(reader)
+            else:
+                assert reader.num_prompt_tokens
         # Larger scales first, and of equals whoever came first: neighbours keep their rows from step to step.
-        assert list(self.step.answers) == sorted(self.active, key=lambda r: (-r.num_chains, self.active.index(r)))
+        expected = sorted(
+            ((reader, row) for reader in steps for row in reader.next_rows()), key=lambda pair: -pair[1].num_chains
+        )
+        assert list(self.step.answers) == [reader for reader, _ in expected]
+        found = [(row.token_ids, row.num_chains, row.num_logits) for row in self.step.plan.rows]
+        assert found == [(row.token_ids, row.num_chains, row.num_logits) for _, row in expected]
+        assert all(row.table_M is r.table_M for row, r in zip(self.step.plan.rows, self.step.answers, strict=True))
+        for reader in steps:
+            reader.num_prompt_tokens = 0
 
     @precondition(lambda self: self.step is not None)
     @rule()
@@ -133,6 +154,29 @@ def test_larger_scales_stand_first_and_of_equals_whoever_came_first() -> None:
     assert step is not None
     assert [reader.number for reader in step.answers] == [1, 3, 2, 0, 4]
     assert [row.num_chains for row in step.plan.rows] == [3, 3, 2, 1, 1]
+
+
+def test_prompts_too_long_for_one_step_wait_for_the_next_and_nobody_waits_for_ever() -> None:
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=9)
+    whole, half, small, talker = Reader(0, 1, 1, MAX_PROMPT_TOKENS), Reader(1, 1, 1, 40), Reader(2, 2, 1, 24), Reader(3)
+    for reader in (half, whole, small, talker):
+        scheduler.join(reader)
+    step = scheduler.begin_step()
+    assert step is not None
+    assert set(step.answers) == {half, small, talker}
+    assert step.answers.count(half) == 1 + 2
+    half.num_prompt_tokens = small.num_prompt_tokens = 0
+    scheduler.join(late := Reader(4, 1, 1, 1))
+    assert not scheduler.leave(half)
+    assert scheduler.end_step() == [half]
+    step = scheduler.begin_step()
+    assert step is not None
+    assert set(step.answers) == {whole, small, talker}
+    whole.num_prompt_tokens = 0
+    scheduler.end_step()
+    step = scheduler.begin_step()
+    assert step is not None
+    assert set(step.answers) == {whole, small, talker, late}
 
 
 def test_a_step_holds_whoever_leaves_until_it_has_ended() -> None:

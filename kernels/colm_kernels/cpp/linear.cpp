@@ -61,12 +61,21 @@ int32_t colm_linear(LinearArgs* args, int32_t variant, int32_t num_threads) {
         const LinearArgs& args;
         const LinearKernel& kernel;
         const LinearSplit& split;
-    } context{*args, kernel, split};
+        int64_t num_items, threads;
+
+        // Items start in turn, one a thread, so threads walk side by side, each through weights that follow each other:
+        // what it has asked for ahead is what it reads next.
+        int64_t place(int64_t item) const {
+            const int64_t walk = item % threads, rest = num_items % threads;
+            return walk * (num_items / threads) + std::min(walk, rest) + item / threads;
+        }
+    } context{*args, kernel, split, num_items, threads};
     run_items(
         num_items, static_cast<int>(threads),
         [](void* opaque, int64_t item) {
             const auto& c = *static_cast<const Context*>(opaque);
             const LinearBlock* block = c.args.blocks;
+            item = c.place(item);
             for (int64_t count; item >= (count = c.split.num_items(*block)); ++block) item -= count;
             const int64_t outputs = c.split.outputs_per_item(*block), begin = item * outputs;
             c.kernel.run(c.args, *block, begin, std::min(begin + outputs, block->out_dim));

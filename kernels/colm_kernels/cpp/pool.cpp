@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -11,6 +12,23 @@
 #include <thread>
 
 namespace {
+
+// How long a thread looks for what it waits for before it sleeps. The operations of a layer follow each other within
+// microseconds, and waking a sleeper takes tens of them, in which a few rows would have read a megabyte of weights.
+constexpr std::chrono::microseconds kAwake{50};
+
+// Look until `is_there` or the time is over; whether it is there.
+template <class Test>
+bool look_for(Test is_there) {
+    constexpr int kLooks = 16;  // between two looks at the clock
+    for (const auto end = std::chrono::steady_clock::now() + kAwake; std::chrono::steady_clock::now() < end;) {
+        for (int i = 0; i < kLooks; ++i) {
+            if (is_there()) return true;
+            __builtin_ia32_pause();
+        }
+    }
+    return is_there();
+}
 
 struct Job {
     Job(void (*run)(void*, int64_t), void* context, int64_t num_items)
@@ -20,9 +38,8 @@ struct Job {
     void* const context;
     const int64_t num_items;
     std::atomic<int64_t> next{0};
-    // Guarded by the pool's mutex.
-    int num_helpers = 0;  // workers inside work()
-    std::condition_variable helpers_left;
+    // Workers inside work(). It grows under the pool's mutex; the job may be gone as soon as it is 0 again.
+    std::atomic<int> num_helpers{0};
 
     void work() {
         for (int64_t item; (item = next.fetch_add(1)) < num_items;) run(context, item);
@@ -46,36 +63,52 @@ class Pool {
             }
             for (int i = 0; i < num_helpers; ++i) tickets_.push_back(&job);
         }
+        // After the mutex is free: who is awake takes it at once, and would sleep if it were not.
+        num_posts_.fetch_add(1);
         num_helpers == 1 ? wake_.notify_one() : wake_.notify_all();
         job.work();
+        {
+            std::lock_guard lock(mutex_);
+            tickets_.erase(std::remove(tickets_.begin(), tickets_.end(), &job), tickets_.end());
+        }
+        const auto is_alone = [&] { return job.num_helpers.load() == 0; };
+        if (look_for(is_alone)) return;
         std::unique_lock lock(mutex_);
-        tickets_.erase(std::remove(tickets_.begin(), tickets_.end(), &job), tickets_.end());
-        job.helpers_left.wait(lock, [&] { return job.num_helpers == 0; });
+        ++num_waiting_;
+        left_.wait(lock, is_alone);
+        --num_waiting_;
     }
 
   private:
     static constexpr int kMaxWorkers = 1024;
 
     void serve() {
-        std::unique_lock lock(mutex_);
-        for (;;) {
+        for (int64_t seen = num_posts_.load();;) {
+            look_for([&] { return num_posts_.load() != seen; });
+            std::unique_lock lock(mutex_);
             wake_.wait(lock, [&] { return !tickets_.empty(); });
+            seen = num_posts_.load();
             Job* job = tickets_.front();
             tickets_.pop_front();
             --num_idle_;
-            ++job->num_helpers;
+            job->num_helpers.fetch_add(1);
             lock.unlock();
             job->work();
-            lock.lock();
             ++num_idle_;
-            if (--job->num_helpers == 0) job->helpers_left.notify_all();
+            // A caller that begins to wait now either sees the 0, or is seen to wait.
+            if (job->num_helpers.fetch_sub(1) == 1 && num_waiting_.load() > 0) {
+                lock.lock();
+                left_.notify_all();
+            }
         }
     }
 
     std::mutex mutex_;
-    std::condition_variable wake_;
+    std::condition_variable wake_, left_;
     std::deque<Job*> tickets_;
-    int num_workers_ = 0, num_idle_ = 0;
+    int num_workers_ = 0;
+    std::atomic<int> num_idle_{0}, num_waiting_{0};
+    std::atomic<int64_t> num_posts_{0};
 };
 
 // Never destroyed: workers may sleep in it until the process ends. A forked child has no workers, so it starts anew.

@@ -1,4 +1,4 @@
-// Threads that run the items of a call. They sleep between calls and are made on first need.
+// Threads that run the items of a call. They are made on first need, and sleep when calls pause.
 #pragma once
 #include <cstdint>
 
