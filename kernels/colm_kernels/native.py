@@ -52,6 +52,8 @@ TARGET_FLAGS: Final = {
 _VARIANT_IDS: Final[dict[Variant, int]] = {"avx2": 0, "avx512": 1, "avx512_bf16": 2}
 _DTYPE_IDS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _CANCELLED, _UNSUPPORTED, _OUT_OF_MEMORY, _BAD_TABLE = 1, 2, 3, 4
+_WHOLE_CALL: Final = 1 << 32
+"""`kWholeCall` of abi.h."""
 
 _forced: ContextVar[Variant | None] = ContextVar("colm_kernels_variant", default=None)
 
@@ -64,19 +66,38 @@ class BadTable(ValueError):
     """A page table or a context length points outside the pages."""
 
 
+class _Flag(ctypes.Structure):
+    """`CancelFlag` of abi.h."""
+
+    _fields_ = (("cancelled", ctypes.c_int32), ("done", ctypes.c_int64))
+
+
 class CancelFlag:
-    """Set from any thread to stop an operation between two of its blocks."""
+    """Goes with an operation: any thread may set it, to stop that between two of its blocks, and read how far it is."""
 
     def __init__(self) -> None:
-        self._word = ctypes.c_int32(0)
+        self._shared = _Flag()
 
     def set(self) -> None:
         """Stop every operation that was given this flag, now and later."""
-        self._word.value = 1
+        self._shared.cancelled = 1
 
     def is_set(self) -> bool:
         """Whether `set` has been called."""
-        return bool(self._word.value)
+        return bool(self._shared.cancelled)
+
+    @property
+    def done_share(self) -> float:
+        """Share of the work that the operation has done, from 0 to 1; it grows while the operation runs.
+
+        Of the last operation that was given this flag, until the next one begins or `rewind`. Only the library's
+        attention says how far it is; other operations leave it as it was.
+        """
+        return float(self._shared.done / _WHOLE_CALL)
+
+    def rewind(self) -> None:
+        """Nothing is done of what comes next."""
+        self._shared.done = 0
 
     def raise_if_set(self) -> None:
         """Stop here.
@@ -89,8 +110,8 @@ class CancelFlag:
 
     @property
     def address(self) -> int:
-        """Where the library reads the flag, valid as long as this object lives."""
-        return ctypes.addressof(self._word)
+        """Where the library finds it, valid as long as this object lives."""
+        return ctypes.addressof(self._shared)
 
 
 def source_hash() -> str:

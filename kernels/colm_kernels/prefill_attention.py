@@ -38,8 +38,9 @@ class PrefillArgs(ctypes.Structure):
         ),
         ("scale", ctypes.c_float),
         ("dtype", ctypes.c_int32),
-        ("cancelled", ctypes.c_void_p),
+        ("flag", ctypes.c_void_p),
         ("rows_per_item", ctypes.c_int64),
+        ("item_share", ctypes.c_int64),
     )  # fmt: skip
 
 
@@ -76,7 +77,8 @@ def prefill_attention(
         k_KSD: rotated keys of the whole prefix and of the tile, kv-head major; any strides with D contiguous.
         v_KSD: values, same layout.
         num_threads: None takes PyTorch's setting; ignored on CUDA.
-        cancelled: stops the call between blocks, from another thread; on CUDA only before the launch.
+        cancelled: stops the call between blocks, from another thread; on CUDA only before the launch. Its `done_share`
+            follows the library's calls.
         backend: which implementation, on CUDA.
 
     Returns:
@@ -188,7 +190,7 @@ def prefill_args(
         v_stride_s=v_KSD.stride(1),
         scale=head_dim**-0.5,
         dtype=dtype_id(q_THD.dtype),
-        cancelled=None if cancelled is None else cancelled.address,
+        flag=None if cancelled is None else cancelled.address,
     )
 
 

@@ -28,7 +28,7 @@ class PrefillLayerArgs(ctypes.Structure):
 
     _fields_ = (
         ("step", StepArgs),
-        *((name, ctypes.c_int64) for name in ("k", "v", "delta", "first_token", "num_keys", "cancelled")),
+        *((name, ctypes.c_int64) for name in ("k", "v", "delta", "first_token", "num_keys", "flag")),
     )
 
 

@@ -6,6 +6,7 @@ H), R rows of one query head, C keys at a time, B blocks of `SCORE_BLOCK` keys, 
 
 import ctypes
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,6 +68,20 @@ def block_scores(q_RD: Tensor, k_SD: Tensor, position_R: Tensor, begin: int, end
     return maximum_BR.T * q_RD.shape[1] ** -0.5, sum_BR.T
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sums:
+    """Weights added up over the rows, and which of them count how much."""
+
+    column_S: Tensor
+    """By key."""
+    diagonal_X: Tensor
+    """By diagonal; longer by an item, since whole items may reach past the last diagonal, with nothing."""
+    by: tuple[Tensor, Tensor] | None
+    """A weight is divided by what its key has in the first and its diagonal in the second together; None leaves it."""
+    num_first: int
+    num_nearest: int
+
+
 class LastRows:
     """The attention of a prompt's last rows, those of one query head, to all keys, some at a time.
 
@@ -97,7 +112,7 @@ class LastRows:
 
     def masses(self) -> Steps[tuple[Tensor, Tensor]]:
         """Attention by key and by diagonal: (vertical_S, diagonal_X) in fp32, summed over the rows."""
-        return (yield from self._sums(None, 0, 0))
+        return (yield from self._added_up(None, 0, 0))
 
     def quotients(
         self, vertical_S: Tensor, diagonal_X: Tensor, *, num_first: int, num_nearest: int
@@ -110,58 +125,45 @@ class LastRows:
             num_first: keys at the start that do not count.
             num_nearest: keys nearest to a row, its own among them, that do not count.
         """
-        return (yield from self._sums((vertical_S, diagonal_X), num_first, num_nearest))
+        return (yield from self._added_up((vertical_S, diagonal_X), num_first, num_nearest))
 
-    def _sums(self, by: tuple[Tensor, Tensor] | None, num_first: int, num_nearest: int) -> Steps[tuple[Tensor, Tensor]]:
-        column_S = torch.zeros(self.num_keys, device=self._k_SD.device)
-        # Whole items may reach past the last diagonal, with nothing.
-        diagonal_X = torch.zeros(self.num_keys + self.num_rows + _ITEM_KEYS, device=self._k_SD.device)
+    def _added_up(
+        self, by: tuple[Tensor, Tensor] | None, num_first: int, num_nearest: int
+    ) -> Steps[tuple[Tensor, Tensor]]:
+        num_diagonals, device = self.num_keys + self.num_rows, self._k_SD.device
+        sums = _Sums(
+            column_S=torch.zeros(self.num_keys, device=device),
+            diagonal_X=torch.zeros(num_diagonals + _ITEM_KEYS, device=device),
+            by=by,
+            num_first=num_first,
+            num_nearest=num_nearest,
+        )
+        add_up = self._add_up if self._variant == "torch" else self._add_up_in_library
         for begin, end in self._ranges():
-            if self._variant == "torch":
-                self._add_up(by, num_first, num_nearest, begin, end, column_S, diagonal_X)
-            else:
-                self._add_up_in_library(by, num_first, num_nearest, begin, end, column_S, diagonal_X)
+            add_up(sums, begin, end)
             yield
-        return column_S, diagonal_X[: self.num_keys + self.num_rows]
+        return sums.column_S, sums.diagonal_X[:num_diagonals]
 
-    def _add_up(
-        self,
-        by: tuple[Tensor, Tensor] | None,
-        num_first: int,
-        num_nearest: int,
-        begin: int,
-        end: int,
-        column_S: Tensor,
-        diagonal_X: Tensor,
-    ) -> None:
+    def _add_up(self, sums: _Sums, begin: int, end: int) -> None:
         scores_RC = _scores(self._q_RD, self._k_SD, self._position_R, begin, end)
         weights_RC = scores_RC.sub_(self._lse_R.unsqueeze(1)).exp_()
         num_rows, num_keys = weights_RC.shape
-        if begin < num_first:
-            weights_RC[:, : num_first - begin] = 0.0
-        if num_nearest:
+        if begin < sums.num_first:
+            weights_RC[:, : sums.num_first - begin] = 0.0
+        if sums.num_nearest:
             number_C = torch.arange(begin, end, device=weights_RC.device)
-            weights_RC.masked_fill_(number_C > self._position_R.unsqueeze(1) - num_nearest, 0.0)
-        if by is not None:
-            vertical_S, of_diagonal_X = by
+            weights_RC.masked_fill_(number_C > self._position_R.unsqueeze(1) - sums.num_nearest, 0.0)
+        if sums.by is not None:
+            vertical_S, of_diagonal_X = sums.by
             at = of_diagonal_X.storage_offset() + begin
             weights_RC /= of_diagonal_X.as_strided((num_rows, num_keys), (1, 1), at) + vertical_S[begin:end]
-        column_S[begin:end] = weights_RC.sum(dim=0)
+        sums.column_S[begin:end] = weights_RC.sum(dim=0)
         padded_RX = F.pad(weights_RC, (0, num_rows))
         width = num_keys + num_rows - 1
         # A row's entries one place further on than those of the row before: diagonals stand below one another.
-        diagonal_X[begin : begin + width] += padded_RX.as_strided((num_rows, width), (width, 1)).sum(dim=0)
+        sums.diagonal_X[begin : begin + width] += padded_RX.as_strided((num_rows, width), (width, 1)).sum(dim=0)
 
-    def _add_up_in_library(
-        self,
-        by: tuple[Tensor, Tensor] | None,
-        num_first: int,
-        num_nearest: int,
-        begin: int,
-        end: int,
-        column_S: Tensor,
-        diagonal_X: Tensor,
-    ) -> None:
+    def _add_up_in_library(self, sums: _Sums, begin: int, end: int) -> None:
         num_items = -(-(end - begin) // _ITEM_KEYS)
         of_items_IX = torch.empty(num_items, _ITEM_KEYS + self.num_rows)
         args = _args(
@@ -171,18 +173,18 @@ class LastRows:
             begin,
             end,
             lse=self._lse_R.data_ptr(),
-            vertical=None if by is None else by[0].data_ptr(),
-            diagonal=None if by is None else by[1].data_ptr(),
-            by_key=column_S.data_ptr(),
+            vertical=None if sums.by is None else sums.by[0].data_ptr(),
+            diagonal=None if sums.by is None else sums.by[1].data_ptr(),
+            by_key=sums.column_S.data_ptr(),
             by_diagonal=of_items_IX.data_ptr(),
-            num_first=num_first,
-            num_nearest=num_nearest,
+            num_first=sums.num_first,
+            num_nearest=sums.num_nearest,
         )
         _call(args, self._variant)
-        diagonal_X[begin : begin + num_items * _ITEM_KEYS] += of_items_IX[:, :_ITEM_KEYS].flatten()
+        sums.diagonal_X[begin : begin + num_items * _ITEM_KEYS] += of_items_IX[:, :_ITEM_KEYS].flatten()
         # What reaches into the next item's diagonals; rows are fewer than an item's keys.
         shape, at = (num_items, self.num_rows), begin + _ITEM_KEYS
-        diagonal_X.as_strided(shape, (_ITEM_KEYS, 1), at).add_(of_items_IX[:, _ITEM_KEYS:])
+        sums.diagonal_X.as_strided(shape, (_ITEM_KEYS, 1), at).add_(of_items_IX[:, _ITEM_KEYS:])
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         step = max(1, SCORES_AT_ONCE // (self.num_rows * _ITEM_KEYS)) * _ITEM_KEYS

@@ -58,7 +58,7 @@ def sparse_prefill_attention(
         v_KSD: values, same layout.
         index: for this T and S; L is K (query heads that share a kv head share its lists) or H.
         num_threads: None takes PyTorch's setting; ignored on CUDA.
-        cancelled: stops the call between blocks, from another thread; on CUDA only before the launch.
+        cancelled: as in `prefill_attention`.
 
     Returns:
         (out_THD in q's dtype, lse_TH in fp32: the log of each row's softmax denominator over the keys it attends to,

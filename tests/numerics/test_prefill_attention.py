@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -193,6 +194,41 @@ def test_a_flag_set_by_another_thread_stops_a_long_call_between_blocks(name):
     with use_variant(name), pytest.raises(Cancelled):
         prefill_attention(q, k, v, num_threads=2, cancelled=flag)
     timer.join()
+
+
+@pytest.mark.parametrize("name", [name for name in native.available_variants() if name != "torch"])
+@pytest.mark.parametrize("shape", [(1, 1), (47, 47), (5, 2000), (300, 1111)])
+def test_a_flag_says_that_a_call_is_wholly_done_and_nothing_once_it_is_rewound(name, shape):
+    flag = CancelFlag()
+    for _ in range(2):  # the second call counts from the start
+        with use_variant(name):
+            prefill_attention(*inputs(*shape, 4, 2, 16, torch.float32), num_threads=2, cancelled=flag)
+        assert flag.done_share == pytest.approx(1, abs=1e-6)
+        assert flag.done_share <= 1
+    flag.rewind()
+    assert flag.done_share == 0
+    assert not flag.is_set()
+
+
+@pytest.mark.parametrize("name", [name for name in native.available_variants() if name != "torch"])
+def test_another_thread_sees_how_far_a_long_call_is(name):
+    flag, seen = CancelFlag(), []
+    tensors = inputs(65536, 65536, 4, 1, 16, torch.float32)  # seconds, however busy or fast the machine is
+
+    def attend():
+        with use_variant(name):
+            prefill_attention(*tensors, num_threads=2, cancelled=flag)
+
+    with ThreadPoolExecutor() as threads:
+        call = threads.submit(attend)
+        while not call.done() and len(set(seen)) < 5:
+            seen.append(flag.done_share)
+        flag.set()
+        with pytest.raises(Cancelled):
+            call.result()
+    assert len(set(seen)) == 5
+    assert seen == sorted(seen)
+    assert seen[-1] < flag.done_share + 1e-9 < 1, "what is given up is not done"
 
 
 def test_gradients_still_flow_through_pytorch():

@@ -203,6 +203,16 @@ def test_a_set_flag_stops_the_call():
 
 
 @pytest.mark.parametrize("name", [name for name in native.available_variants() if name != "torch"])
+def test_a_flag_says_that_a_call_is_wholly_done(name):
+    flag = CancelFlag()
+    for size in (1, 100, 300):
+        with use_variant(name):
+            case = inputs(size, size, 2, 1, 16, torch.float32)
+            sparse_prefill_attention(*case, random_index(size, size, 1), cancelled=flag)
+        assert 1 - 1e-6 < flag.done_share <= 1
+
+
+@pytest.mark.parametrize("name", [name for name in native.available_variants() if name != "torch"])
 def test_a_flag_set_by_another_thread_stops_a_long_call_between_blocks(name):
     flag = CancelFlag()
     num_keys = 32768  # seconds, however busy or fast the machine is

@@ -10,6 +10,14 @@
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
 enum Status : int32_t { kOk = 0, kCancelled = 1, kUnsupported = 2, kOutOfMemory = 3, kBadTable = 4 };
 
+constexpr int64_t kWholeCall = int64_t{1} << 32;
+
+// What a call shares with the threads that wait for it.
+struct CancelFlag {
+    volatile int32_t cancelled;  // any thread sets it to non-zero to stop the call
+    int64_t done;                // how much of the call is done, in parts of kWholeCall; 0 again as the next call begins
+};
+
 // Shapes: T query tokens, S keys, H query heads, K kv heads, G = H / K, D head dim. Strides count elements; the
 // last dimension of every tensor is contiguous.
 struct PrefillArgs {
@@ -24,11 +32,12 @@ struct PrefillArgs {
     int64_t v_stride_k, v_stride_s;
     float scale;
     int32_t dtype;
-    const volatile int32_t* cancelled;  // any thread sets it to non-zero to stop the call; may be null
+    CancelFlag* flag;  // may be null
 
     // Rows are (query token, query head of one kv head), token-major: row = t * G + g. One item of work is a range of
     // rows of one kv head. Filled in by the launcher.
     int64_t rows_per_item;
+    int64_t item_share;  // of kWholeCall
 };
 
 // Attention over the key blocks and key columns that an index lists, for each list (of one kv head's or one query head's
@@ -234,7 +243,7 @@ struct PrefillLayerArgs {
     void* v;                            // likewise
     void* delta;                        // T, D contiguous: the feed-forward's part, to be added to x
     int64_t first_token, num_keys;      // of the tile; N
-    const volatile int32_t* cancelled;  // as in PrefillArgs
+    CancelFlag* flag;                   // as in PrefillArgs
 };
 
 // One item of decode work: tokens [begin, end) of one request, all its heads and query tokens. Rows of a kv head are

@@ -41,6 +41,12 @@ int32_t run_all(const Args& args, Status (*run)(const Args&, int64_t, unsigned c
     return context.status;
 }
 
+// A call of attention begins.
+void begin(PrefillArgs& args, int64_t num_items) {
+    args.item_share = kWholeCall / std::max<int64_t>(num_items, 1);
+    if (args.flag != nullptr) __atomic_store_n(&args.flag->done, 0, __ATOMIC_RELAXED);
+}
+
 PrefillKernel select_prefill(const PrefillArgs& args, int32_t variant) {
     return select<PrefillKernel>(variant, [&](const Variant& v) { return v.prefill(args.dtype, args.head_dim); });
 }
@@ -55,6 +61,7 @@ int32_t colm_prefill_attention(const PrefillArgs* given, int32_t variant, int32_
     const int64_t total_rows = args.num_queries * (args.num_heads / args.num_kv_heads);
     args.rows_per_item = choose_rows_per_item(total_rows, args.num_kv_heads, num_threads);
     const int64_t num_items = (total_rows + args.rows_per_item - 1) / args.rows_per_item * args.num_kv_heads;
+    begin(args, num_items);
     return run_all(args, kernel.run, num_items, kernel.workspace_bytes(args.rows_per_item), num_threads);
 }
 
@@ -75,5 +82,6 @@ int32_t colm_sparse_prefill_attention(const SparsePrefillArgs* given, int32_t va
     // Every list of every row block is an item.
     args.dense.rows_per_item = args.row_block * (args.dense.num_heads / args.num_lists);
     const int64_t num_items = (args.dense.num_queries + args.row_block - 1) / args.row_block * args.num_lists;
+    begin(args.dense, num_items);
     return run_all(args, kernel.run_sparse, num_items, kernel.workspace_bytes(args.dense.rows_per_item), num_threads);
 }

@@ -270,6 +270,7 @@ struct Prefill {
         const In* k = static_cast<const In*>(args.k) + kv_head * args.k_stride_k;
         const In* v = static_cast<const In*>(args.v) + kv_head * args.v_stride_k;
         const int64_t num_visible_keys = keys.prefix + rows.token(num_rows - 1) + 1;
+        int64_t done = 0;
         for (int64_t chunk = 0; chunk < num_visible_keys; chunk += kChunk) {
             const int64_t left = num_visible_keys - chunk;
             const int chunk_keys = static_cast<int>(left < kChunk ? left : kChunk);
@@ -289,7 +290,7 @@ struct Prefill {
                 }
             };
             for (int64_t row0 = 0; row0 < num_rows; row0 += kRowBlock) {
-                if (args.cancelled != nullptr && *args.cancelled != 0) return kCancelled;
+                if (args.flag != nullptr && args.flag->cancelled != 0) return kCancelled;
                 const int num_block_rows = static_cast<int>(num_rows - row0 < kRowBlock ? num_rows - row0 : kRowBlock);
                 const int64_t block_visible = keys.prefix + rows.token(row0 + num_block_rows - 1) + 1 - chunk;
                 const int block_keys = static_cast<int>(block_visible < chunk_keys ? block_visible : chunk_keys);
@@ -302,6 +303,11 @@ struct Prefill {
                     }
                     attend(ws, row0, num_block_rows, key0, num_keys, num_visible, scale_log2, fetch);
                 }
+            }
+            if (args.flag != nullptr) {
+                const int64_t done_now = (chunk + chunk_keys) * args.item_share / num_visible_keys;
+                __atomic_fetch_add(&args.flag->done, done_now - done, __ATOMIC_RELAXED);
+                done = done_now;
             }
         }
 

@@ -212,7 +212,7 @@ class PrefillLayer : public Layers {
         const std::unique_ptr<float[]> lse(new float[args_.num_tokens * num_heads]);
         PrefillArgs prefill{grouped_, tile_.k, tile_.v, attended_, lse.get(), args_.num_tokens,
                             tile_.first_token + args_.num_tokens, num_heads, args_.num_kv_heads, dim, query_dim_, dim,
-                            of_head, dim, of_head, dim, args_.scale, args_.dtype, tile_.cancelled, 0};
+                            of_head, dim, of_head, dim, args_.scale, args_.dtype, tile_.flag, 0, 0};
         check(colm_prefill_attention(&prefill, args_.attention_variant, num_threads_));
         if (status_ == kOk) after_attention(0, tile_.delta);
         return status_;
