@@ -31,9 +31,11 @@ from bench.serving.report import BEGIN, END, rows, write_docs
 from bench.serving.systems import System, by_role, serve_one_process
 from bench.serving.trace import Asked, Load, LogNormal, arrivals, check_lengths, text_for, trace
 from bench.serving.usage import RoleUsage, Usage
+from cluster.front_door.placement import DecodeJob, DecodeLease
 from cluster.options import load_config
 from colm.checkpoint import Checkpoint
 from colm.client import Client, collect
+from colm.clock import Deadline, MonotonicClock
 from colm.dtypes import fastest_dtype
 from colm.errors import (
     CapacityExceeded,
@@ -355,6 +357,33 @@ async def test_one_process_answers_as_the_model_does_whatever_else_it_answers(ch
     wrong_T = [(token_id + 1) % 270 for token_id in answers[-1]]
     with pytest.raises(AssertionError, match="was chosen, but"):
         check_greedy(checkpoint, torch.float32, prompts[-1], wrong_T)
+
+
+async def test_one_process_takes_prompts_in_the_order_in_which_they_came(checkpoint: Checkpoint) -> None:
+    """One answer at a time: the shortest prompt, which came last, is last."""
+    config, ended = config_of(checkpoint, **{"decode.max_batch_size": 1}), []
+    engine = OneProcess(checkpoint, KvFormat.of(checkpoint.config, torch.float32), config)
+
+    async def ask(num_prompt_tokens: int, num_new_tokens: int) -> None:
+        job = DecodeJob(
+            request_id=str(num_prompt_tokens),
+            token_ids=np.arange(3, 3 + num_prompt_tokens),
+            num_chains=1,
+            max_new_tokens=num_new_tokens,
+            sampling=SamplingParams(ignore_eos=True),
+            attention="dense",
+        )
+        lease, deadline = DecodeLease(address="", lease_id=""), Deadline.after(MonotonicClock(), 60)
+        events = [each async for each in engine.decode(lease, job, only_if_room=False, deadline=deadline)]
+        assert [type(each) for each in events] == [Token] * num_new_tokens + [Finished]
+        ended.append(num_prompt_tokens)
+
+    try:
+        await asyncio.gather(ask(99, 60), ask(60, 9), ask(30, 9), ask(2, 1))
+    finally:
+        engine.stop()
+    assert ended == [99, 60, 30, 2]
+    assert_idle(engine)
 
 
 async def test_a_whole_trace_through_the_gateway_ends_with_one_outcome_each_and_nothing_held(
