@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.harness.contest import Case, Contest
+from bench.harness.percentile import percentile
 from bench.head_of_line.clusters import running
 from cluster.state import ClusterState
 from colm.checkpoint import Checkpoint
@@ -164,9 +165,9 @@ class _Measured:
         return {f"tokens{each}_s": median(of_length) for each, of_length in times_s.items() if of_length} | {
             "document_s": document.time_s,
             "p50_x": median(ratios),
-            "p95_x": p95(ratios),
+            "p95_x": percentile(ratios, 95),
             "document_x": document_x,
-            "p95_of_bar_fraction": p95(of_bar),
+            "p95_of_bar_fraction": percentile(of_bar, 95),
             "document_of_bar_fraction": document_x / DOCUMENT_BAR_X,
         }
 
@@ -208,8 +209,3 @@ async def first_token(client: AsyncClient, token_ids: NDArray[np.int64]) -> Firs
                 timings = event.timings
                 return First(event.usage.num_prompt_tokens, began_s, time_s, timings.prefill_s, timings.first_token_s)
     raise AssertionError("a stream of events ends with Finished or raises")
-
-
-def p95(values: Sequence[float]) -> float:
-    """The smallest of the values that 95 in 100 of them do not exceed."""
-    return sorted(values)[math.ceil(0.95 * len(values)) - 1]

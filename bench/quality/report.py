@@ -9,11 +9,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bench.harness.markdown import replace_between
 from bench.harness.units import length
 from bench.quality.cells import DENSE, KEYS, MASS, Budget, Cell
 from bench.quality.experiment import Outcome
 from bench.quality.metrics import Ratio, clopper_pearson, perplexity, perplexity_ratio
-from colm.errors import ConfigError
 
 BEGIN, END = "<!-- bench.quality: table -->", "<!-- bench.quality: end -->"
 COLUMNS = ("text", "attention", "audit", "keys listed", "perplexity", "over dense", "facts found", "95% interval")
@@ -122,17 +122,8 @@ def write_table(page: Path, found: Sequence[Row], source: str) -> None:
     Raises:
         ConfigError: the page cannot be read or has not the two markers.
     """
-    try:
-        text = page.read_text(encoding="utf-8")
-    except OSError as err:
-        raise ConfigError(f"{page} cannot be read: {err.strerror}") from err
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ConfigError(f"{page} has no place for the table, which is between {BEGIN} and {END}")
     words = [COLUMNS, ("---",) * len(COLUMNS), *(row.words() for row in found)]
-    lines = [BEGIN, *(f"| {' | '.join(each)} |" for each in words), "", source, END]
-    page.write_text(before + "\n".join(lines) + after, encoding="utf-8")
+    replace_between(page, BEGIN, END, [*(f"| {' | '.join(each)} |" for each in words), "", source])
 
 
 def source_of(setting: Mapping[str, Any], environments: Sequence[Mapping[str, Any]]) -> str:

@@ -40,6 +40,7 @@ _AUDIT = "tests/unit/test_sparse_audit.py::"
 _PACK = "tests/numerics/test_packed_prefill.py::"
 _PACKED = "tests/numerics/test_packed_linear.py::"
 _QUALITY = "tests/unit/test_bench_quality.py::"
+_SERVING = "tests/unit/test_bench_serving.py::"
 
 MUTANTS = (
     # Who holds pages and engines.
@@ -1112,6 +1113,49 @@ MUTANTS = (
         '"num_steps": max(work.num_steps',
         '"num_steps": sum(work.num_steps',
         _PREFILL + "test_a_shared_step_is_predicted_and_learnt_from_once",
+    ),
+    # What the benchmark of serving says.
+    Mutant(
+        "a request that is sent late has waited for less",
+        "bench/serving/open_loop.py",
+        "times_s.append(clock() - due_s)",
+        "times_s.append(clock() - due_s - late_s)",
+        _SERVING + "test_times_count_from_when_a_request_was_to_arrive_not_from_when_it_was_sent",
+    ),
+    Mutant(
+        "refusals better the percentiles of the others",
+        "bench/serving/outcome.py",
+        "known = [math.inf if value is None else value for value in values]",
+        "known = [value for value in values if value is not None]",
+        _SERVING + "test_a_request_without_a_first_token_is_later_than_any_other",
+    ),
+    Mutant(
+        "a request may be missing from a window's record",
+        "bench/serving/record.py",
+        "if len(self.requests) != self.load.num_requests:",
+        "if False:",
+        _SERVING + "test_a_record_comes_back_from_its_line_and_has_one_outcome_for_each_arrival",
+    ),
+    Mutant(
+        "a burst's requests arrive one by one",
+        "bench/serving/trace.py",
+        "np.repeat(moments, load.num_together)",
+        "np.sort(rng.uniform(0, load.seconds, load.num_requests))",
+        _SERVING + "test_as_many_requests_arrive_as_the_rate_says_and_none_outside_the_window",
+    ),
+    Mutant(
+        "the reference server keeps the pages of who has finished",
+        "bench/serving/one_process.py",
+        "        self.pool.release(work.pages)\n",
+        "",
+        _SERVING + "test_one_process_answers_as_the_model_does_whatever_else_it_answers",
+    ),
+    Mutant(
+        "the reference server takes the newest prompt first",
+        "bench/serving/one_process.py",
+        "self._waiting.append(work)",
+        "self._waiting.appendleft(work)",
+        _SERVING + "test_one_process_takes_prompts_in_the_order_in_which_they_came",
     ),
     # What the quality benchmark says.
     Mutant(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bench.harness.contest import Case, Contest, Measured, Run, Spread, measure, timed
 from bench.harness.environment import in_fresh_process, peak_memory_bytes, processor
+from bench.harness.percentile import percentile
 from bench.harness.suite import Options, arguments, run
 from bench.harness.units import length, parse_length, show, show_shape, unit_of
 
@@ -194,6 +195,30 @@ def test_the_seed_reaches_the_cases() -> None:
 
     run([ScriptedCase(num_tokens=1, make=make)], options("--rounds", "1", "--seed", "11"))
     assert seeds == [11]
+
+
+@pytest.mark.parametrize(
+    ("num_values", "percent", "place"),
+    [
+        (1, 95, 1),
+        (1, 1, 1),
+        (16, 95, 16),
+        (20, 95, 19),
+        (100, 95, 95),
+        (3, 50, 2),
+        (4, 50, 2),
+        (100, 7, 7),
+        (9, 100, 9),
+    ],
+)
+def test_so_many_in_100_values_are_not_above_a_percentile(num_values: int, percent: int, place: int) -> None:
+    assert percentile(list(map(float, reversed(range(1, num_values + 1)))), percent) == place
+
+
+@pytest.mark.parametrize(("values", "percent"), [([], 50), ([1.0], 0), ([1.0], 101)])
+def test_what_has_no_percentile_is_refused(values: list[float], percent: int) -> None:
+    with pytest.raises(ValueError, match=f"percent={percent} of {len(values)} values"):
+        percentile(values, percent)
 
 
 @pytest.mark.parametrize("words", [["--rounds", "0"], ["--threads", "-1"]])

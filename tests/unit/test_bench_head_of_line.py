@@ -9,7 +9,7 @@ import pytest
 from bench.harness.suite import Options, arguments, run
 from bench.harness.units import unit_of
 from bench.head_of_line import case as case_module
-from bench.head_of_line.case import HeadOfLineCase, p95
+from bench.head_of_line.case import HeadOfLineCase
 from cluster.state import ClusterState
 from tests.gateway import TakingTurns, gateway
 from tests.nodes import decode_node, prefill_node
@@ -41,8 +41,3 @@ async def test_every_way_to_come_is_measured_beside_the_document(
         for name in ("document_s", "p50_x", "p95_x", "document_x", "p95_of_bar_fraction", "document_of_bar_fraction"):
             assert metrics[f"{loop}_{name}"]["median"] > 0
             unit_of(f"{loop}_{name}")
-
-
-@pytest.mark.parametrize(("num_values", "place"), [(1, 1), (16, 16), (20, 19), (100, 95)])
-def test_95_in_100_values_are_not_above_p95(num_values: int, place: int) -> None:
-    assert p95(list(map(float, reversed(range(1, num_values + 1))))) == place

@@ -1,0 +1,1 @@
+"""Open-loop load on a running cluster, and on one process that does both, under the same arrivals."""

@@ -1,0 +1,649 @@
+"""The benchmark of serving: arrivals, outcomes, goodput, the reference server, and records that a kill leaves valid."""
+
+import asyncio
+import json
+import math
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from bench.harness import records
+from bench.serving import __main__ as command
+from bench.serving.check import check_greedy
+from bench.serving.one_process import OneProcess, serving
+from bench.serving.open_loop import answer, run_trace, send_all
+from bench.serving.outcome import Answered, Objective, Percentiles, Summary
+from bench.serving.plot import write_plot
+from bench.serving.record import WindowRecord, last_run
+from bench.serving.report import BEGIN, END, rows, write_docs
+from bench.serving.systems import System, by_role, serve_one_process
+from bench.serving.trace import Asked, Load, LogNormal, arrivals, check_lengths, text_for, trace
+from bench.serving.usage import RoleUsage, Usage
+from cluster.front_door.placement import DecodeJob, DecodeLease
+from cluster.options import load_config
+from colm.checkpoint import Checkpoint
+from colm.client import Client, collect
+from colm.clock import Deadline, MonotonicClock
+from colm.dtypes import fastest_dtype
+from colm.errors import (
+    CapacityExceeded,
+    ColmError,
+    ConfigError,
+    DeadlineExceeded,
+    InvalidRequest,
+    PeerUnavailable,
+    Unauthenticated,
+)
+from colm.events import Event, Finished, FinishReason, Timings, Token
+from colm.events import Usage as Used
+from colm.kv import KvFormat, fingerprint
+from colm.nodes import NodeReport, ProcessFacts, Role
+from colm.placement import CPU
+from colm.sampling import SamplingParams
+from colm.wire.security import Security
+from tests import children
+from tests.tiny import tiny_checkpoint, tiny_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LENGTHS = LogNormal(median=20, sigma=0.5, low=2, high=60)
+LOAD = Load(
+    pattern="poisson",
+    rate_per_s=5,
+    seconds=4,
+    burst_size=3,
+    documents=LENGTHS,
+    answers=LogNormal(median=4, sigma=0.5, low=1, high=8),
+    shared_fraction=0.3,
+    num_prefixes=2,
+    prefix_tokens=8,
+)
+OBJECTIVE = Objective(first_s=1, first_s_per_token=0.01, token_s=0.1)
+BURSTS = LOAD.model_copy(update={"pattern": "bursts"})
+
+
+def noise(count: int, rng: np.random.Generator) -> Any:
+    return rng.integers(0, 300, count)
+
+
+# Arrivals.
+
+
+def test_gaps_between_poisson_arrivals_are_exponential() -> None:
+    load = LOAD.model_copy(update={"rate_per_s": 20.0, "seconds": 200.0})
+    times = arrivals(load, np.random.default_rng(1))
+    assert len(times) == 4000
+    gaps = np.sort(np.diff(times))
+    seen = np.arange(1, len(gaps) + 1) / len(gaps)
+    # Kolmogorov's distance; 1.63 / sqrt(n) is passed by 1 in 100 samples of the right distribution.
+    assert np.abs(seen - (1 - np.exp(-20 * gaps))).max() < 1.63 / math.sqrt(len(gaps))
+
+
+@given(
+    st.sampled_from(["poisson", "bursts"]),
+    st.floats(0.01, 50),
+    st.floats(0.1, 100),
+    st.integers(1, 7),
+    st.integers(0, 3),
+)
+def test_as_many_requests_arrive_as_the_rate_says_and_none_outside_the_window(
+    pattern: str, rate_per_s: float, seconds: float, burst_size: int, seed: int
+) -> None:
+    load = LOAD.model_copy(
+        update={"pattern": pattern, "rate_per_s": rate_per_s, "seconds": seconds, "burst_size": burst_size}
+    )
+    times = arrivals(load, np.random.default_rng(seed))
+    together = burst_size if pattern == "bursts" else 1
+    assert len(times) == load.num_requests
+    assert abs(len(times) - rate_per_s * seconds) <= together
+    assert times == sorted(times)
+    assert 0 <= times[0] <= times[-1] <= seconds
+    assert all(len(set(times[first : first + together])) == 1 for first in range(0, len(times), together))
+
+
+def test_lengths_have_the_median_and_the_spread_that_they_are_given() -> None:
+    drawn = LogNormal(median=256, sigma=0.9, low=1, high=1 << 20).draw(20_000, np.random.default_rng(0))
+    logs = np.log(drawn)
+    assert np.median(drawn) == pytest.approx(256, rel=0.03)
+    assert logs.std() == pytest.approx(0.9, rel=0.03)
+    clipped = LogNormal(median=256, sigma=0.9, low=100, high=500).draw(1000, np.random.default_rng(0))
+    assert (clipped.min(), clipped.max()) == (100, 500)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("256,0.9,32", "is not MEDIAN,SIGMA,LOW,HIGH"),
+        ("0,0.9,32,64", "median"),
+        ("9,-1,32,64", "sigma"),
+        ("9,1,0,64", "low"),
+        ("9,1,64,32", "low=64 is above high=32"),
+        ("a,1,32,64", "median"),
+    ],
+)
+def test_a_distribution_that_is_none_is_refused(text: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.parser().parse_args(["--documents", text])
+    assert words in capsys.readouterr().err
+
+
+def test_a_trace_depends_on_the_seed_alone_and_has_its_share_of_shared_prefixes() -> None:
+    first, again, other = (trace(LOAD, noise, seed) for seed in ([3, 0], [3, 0], [3, 1]))
+    assert [each.at_s for each in first] == [each.at_s for each in again] != [each.at_s for each in other]
+    assert all(np.array_equal(one.token_ids_N, two.token_ids_N) for one, two in zip(first, again, strict=True))
+    shared = [each for each in first if each.prefix is not None]
+    assert len(shared) == round(0.3 * LOAD.num_requests)
+    for each in first:
+        assert LENGTHS.low <= len(each.token_ids_N) <= LENGTHS.high
+        assert 1 <= each.max_new_tokens <= 8
+    begins = {(each.prefix, *each.token_ids_N[:2].tolist()) for each in shared}
+    assert len(begins) == len({each.prefix for each in shared})
+
+
+def test_lengths_beyond_the_context_are_refused(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", tiny_config(max_context=64))
+    with pytest.raises(ConfigError, match=r"--documents up to 60 .* make 68, beyond the model's context of 64; lower"):
+        check_lengths(LOAD, checkpoint)
+
+
+def test_a_model_with_a_tokenizer_reads_prose_and_one_without_reads_noise(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny")
+    ids = text_for(checkpoint)(1000, np.random.default_rng(0))
+    assert 0 <= ids.min() <= ids.max() < checkpoint.config.vocab_size
+
+
+# Outcomes.
+
+
+def token(token_id: int = 7) -> Token:
+    return Token(token_id=token_id, text="", logprob=0.0, num_chains=1)
+
+
+FINISHED = Finished(
+    reason=FinishReason.LENGTH,
+    usage=Used(
+        num_prompt_tokens=3,
+        num_prefill_tokens=2,
+        num_decode_prompt_tokens=1,
+        num_new_tokens=3,
+        kv_received_bytes=0,
+        num_kv_streams=1,
+    ),
+    timings=Timings(queue_s=0.25, prefill_s=0.1, first_token_s=0.5, decode_s=0.2),
+)
+ASKED = Asked(at_s=1.0, token_ids_N=np.arange(3), max_new_tokens=3, prefix=None)
+
+
+def scripted(*steps: Event | ColmError) -> Callable[[Asked], AsyncGenerator[Event]]:
+    async def generate(_: Asked, /) -> AsyncGenerator[Event]:
+        for step in steps:
+            if isinstance(step, ColmError):
+                raise step
+            yield step
+
+    return generate
+
+
+async def test_times_count_from_when_a_request_was_to_arrive_not_from_when_it_was_sent() -> None:
+    """A client that the system has held up would else leave out the wait that it was held up for."""
+    clock = iter([103.0, 104.0, 104.5, 106.0, 107.0]).__next__
+    found = await answer(scripted(token(), token(), token(), FINISHED), ASKED, 100.0, clock)
+    assert (found.outcome, found.error, found.num_new_tokens) == ("finished", "", 3)
+    assert (found.at_s, found.sent_late_s, found.ttft_s) == (1.0, 2.0, 3.0)
+    assert (found.tpot_s, found.longest_gap_s, found.total_s, found.queue_s) == (1.0, 1.5, 6.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("steps", "outcome", "num_new_tokens"),
+    [
+        ([CapacityExceeded("full")], "refused", 0),
+        ([DeadlineExceeded("over")], "late", 0),
+        ([token(), DeadlineExceeded("over")], "late", 1),
+        ([token(), token(), PeerUnavailable("gone")], "failed", 2),
+        ([InvalidRequest("token_ids", 7, "no")], "failed", 0),
+        ([token()], "failed", 1),
+        ([token(), FINISHED], "finished", 1),
+    ],
+)
+async def test_every_end_is_one_outcome(steps: list[Event | ColmError], outcome: str, num_new_tokens: int) -> None:
+    found = await answer(scripted(*steps), ASKED, 0.0, iter(range(2, 20)).__next__)
+    assert (found.outcome, found.num_new_tokens) == (outcome, num_new_tokens)
+    assert bool(found.error) == (outcome != "finished")
+    assert (found.ttft_s is None) == (num_new_tokens == 0)
+    assert (found.tpot_s is None) == (num_new_tokens < 2)
+
+
+async def test_requests_are_sent_when_they_are_due_although_none_is_answered() -> None:
+    waiting, all_here = 0, asyncio.Event()
+
+    async def generate(_: Asked, /) -> AsyncGenerator[Event]:
+        nonlocal waiting
+        waiting += 1
+        if waiting == 3:
+            all_here.set()
+        await all_here.wait()
+        yield token()
+        yield FINISHED
+
+    ended: list[int] = []
+    asked = [replace(ASKED, at_s=at_s) for at_s in (0.0, 0.0, 0.05)]
+    async with asyncio.timeout(60):
+        found = await send_all(generate, asked, lambda: ended.append(1))
+    assert [each.outcome for each in found] == ["finished"] * 3
+    assert [each.at_s for each in found] == [0.0, 0.0, 0.05]
+    assert len(ended) == 3
+
+
+def answered(**changes: Any) -> Answered:
+    values = {
+        "at_s": 0.0, "sent_late_s": 0.0, "num_prompt_tokens": 100, "prefix": None, "max_new_tokens": 8,
+        "num_new_tokens": 8, "outcome": "finished", "error": "", "ttft_s": 0.5, "tpot_s": 0.05, "longest_gap_s": 0.06,
+        "total_s": 0.9, "queue_s": 0.1,
+    }  # fmt: skip
+    return Answered(**(values | changes))
+
+
+REFUSED: dict[str, Any] = {
+    "num_new_tokens": 0, "outcome": "refused", "error": "CapacityExceeded: full", "ttft_s": None, "tpot_s": None,
+    "longest_gap_s": None, "queue_s": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_met"),
+    [
+        ({}, True),
+        ({"ttft_s": 2.0}, True),  # 1 s and 10 ms for each of 100 tokens
+        ({"ttft_s": 2.001}, False),
+        ({"ttft_s": 2.0, "num_prompt_tokens": 99}, False),
+        ({"tpot_s": 0.1}, True),
+        ({"tpot_s": 0.1001}, False),
+        ({"num_new_tokens": 1, "tpot_s": None, "longest_gap_s": None}, True),
+        ({"outcome": "late", "error": "DeadlineExceeded: over"}, False),
+        (REFUSED, False),
+    ],
+)
+def test_the_objective_is_of_both_times_and_of_whole_answers(changes: dict[str, Any], is_met: bool) -> None:
+    assert OBJECTIVE.is_met(answered(**changes)) is is_met
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"outcome": "late"},
+        {"error": "PeerFailed: why"},
+        {"ttft_s": None},
+        {"num_new_tokens": 0},
+        {"num_new_tokens": 9},
+        {"tpot_s": None},
+        {"outcome": "lost", "error": "x"},
+        {"at_s": -1.0},
+        REFUSED | {"num_new_tokens": 1},
+    ],
+)
+def test_what_cannot_have_become_of_a_request_is_no_record(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        answered(**changes)
+
+
+def test_a_request_without_a_first_token_is_later_than_any_other() -> None:
+    """Left out, refusals would make the others' percentiles the better the more of them there are."""
+    found = Percentiles.of([0.4, None, 0.1, 0.2])
+    assert (found.p50, found.p95, found.p99, found.num) == (0.2, None, None, 4)
+    assert Percentiles.of([]) == Percentiles(p50=None, p95=None, p99=None, num=0)
+
+
+def test_a_summary_counts_every_request_once() -> None:
+    requests = [
+        answered(),
+        answered(ttft_s=5.0),
+        answered(**REFUSED),
+        answered(num_new_tokens=2, outcome="late", error="DeadlineExceeded: over", queue_s=None),
+    ]
+    found = Summary.of(requests, OBJECTIVE, 2.0)
+    assert found.outcomes == {"finished": 2, "refused": 1, "late": 1, "failed": 0}
+    assert (found.num_requests, found.num_met, found.goodput_per_s, found.new_tokens_per_s) == (4, 1, 0.5, 9.0)
+    assert (found.ttft_s.num, found.tpot_s.num, found.total_s.num, found.queue_s.num) == (4, 3, 4, 2)
+    assert (found.ttft_s.p50, found.ttft_s.p95, found.total_s.p50, found.total_s.p95) == (0.5, None, 0.9, None)
+
+
+# The reference server.
+
+
+def config_of(checkpoint: Checkpoint, **overrides: Any) -> Any:
+    values = {"model.path": checkpoint.path, "model.dtype": "float32", "gateway.port": 0, "prefill.tile_tokens": 31}
+    return load_config(None, values | {"decode.page_tokens": 16, "decode.kv_cache_bytes": 1 << 20} | overrides)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tiny_checkpoint(tmp_path_factory.mktemp("serving") / "tiny", tokenizer=True)
+
+
+def assert_idle(engine: OneProcess) -> None:
+    engine.pool.check_integrity()
+    assert engine.pool.num_used == 0
+
+
+async def test_one_process_answers_as_the_model_does_whatever_else_it_answers(checkpoint: Checkpoint) -> None:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 270, length) for length in (1, 2, 31, 32, 33, 100)]
+    greedy = SamplingParams(ignore_eos=True)
+
+    def ask(address: str, number: int) -> list[int]:
+        with Client(address) as client:
+            found = collect(client.generate(token_ids=prompts[number], max_new_tokens=6, sampling=greedy))
+        assert found.finished.usage.num_prompt_tokens == len(prompts[number])
+        assert found.finished.timings.queue_s >= 0
+        return [each.token_id for each in found.tokens]
+
+    async with serving(checkpoint.path, config_of(checkpoint), Security()) as (address, engine):
+        answers = await asyncio.gather(*(asyncio.to_thread(ask, address, number) for number in range(len(prompts))))
+        assert_idle(engine)
+    for prompt_T, answer_T in zip(prompts, answers, strict=True):
+        check_greedy(checkpoint, torch.float32, prompt_T, answer_T)
+    wrong_T = [(token_id + 1) % 270 for token_id in answers[-1]]
+    with pytest.raises(AssertionError, match="was chosen, but"):
+        check_greedy(checkpoint, torch.float32, prompts[-1], wrong_T)
+
+
+async def test_one_process_takes_prompts_in_the_order_in_which_they_came(checkpoint: Checkpoint) -> None:
+    """One answer at a time: the shortest prompt, which came last, is last."""
+    config, ended = config_of(checkpoint, **{"decode.max_batch_size": 1}), []
+    engine = OneProcess(checkpoint, KvFormat.of(checkpoint.config, torch.float32), config)
+
+    async def ask(num_prompt_tokens: int, num_new_tokens: int) -> None:
+        job = DecodeJob(
+            request_id=str(num_prompt_tokens),
+            token_ids=np.arange(3, 3 + num_prompt_tokens),
+            num_chains=1,
+            max_new_tokens=num_new_tokens,
+            sampling=SamplingParams(ignore_eos=True),
+            attention="dense",
+        )
+        lease, deadline = DecodeLease(address="", lease_id=""), Deadline.after(MonotonicClock(), 60)
+        events = [each async for each in engine.decode(lease, job, only_if_room=False, deadline=deadline)]
+        assert [type(each) for each in events] == [Token] * num_new_tokens + [Finished]
+        ended.append(num_prompt_tokens)
+
+    try:
+        await asyncio.gather(ask(99, 60), ask(60, 9), ask(30, 9), ask(2, 1))
+    finally:
+        engine.stop()
+    assert ended == [99, 60, 30, 2]
+    assert_idle(engine)
+
+
+async def test_a_whole_trace_through_the_gateway_ends_with_one_outcome_each_and_nothing_held(
+    checkpoint: Checkpoint,
+) -> None:
+    load = LOAD.model_copy(update={"rate_per_s": 100.0, "seconds": 0.3})
+    asked = trace(load, noise_of(checkpoint), [0])
+    config = config_of(checkpoint, **{"decode.max_requests": 4})
+    async with serving(checkpoint.path, config, Security()) as (address, engine):
+        found = await run_trace(address, Security(), asked, timeout_s=60, ended=lambda: None)
+        assert_idle(engine)
+    summary = Summary.of(found, OBJECTIVE, load.seconds)
+    assert sum(summary.outcomes.values()) == len(asked) == load.num_requests
+    assert summary.outcomes["finished"] >= 4
+    assert summary.outcomes["finished"] + summary.outcomes["refused"] == len(asked)
+    for each, wanted in zip(found, asked, strict=True):
+        assert each.num_new_tokens == (wanted.max_new_tokens if each.outcome == "finished" else 0)
+
+
+def noise_of(checkpoint: Checkpoint) -> Callable[[int, np.random.Generator], Any]:
+    return lambda count, rng: rng.integers(0, min(270, checkpoint.config.vocab_size), count)
+
+
+async def test_who_leaves_frees_pages_for_who_waits_in_order_of_arrival(checkpoint: Checkpoint) -> None:
+    """The cache holds one long answer: the second starts when the first is cancelled, the third after it."""
+    layout_bytes = 64 * 2 * 2 * 2 * 16 * 4  # tokens, keys and values, layers, kv heads, head dim, float32
+    config = config_of(checkpoint, **{"decode.kv_cache_bytes": layout_bytes})
+    async with serving(checkpoint.path, config, Security()) as (address, engine):
+        assert engine.pool.num_pages == 4
+        with Client(address) as client:
+            greedy = SamplingParams(ignore_eos=True)
+            first = client.generate(token_ids=range(3, 10), max_new_tokens=50, sampling=greedy)
+            await asyncio.to_thread(next, first)
+            later = [asyncio.to_thread(ask_for, address, 50) for _ in range(2)]
+            tasks = [asyncio.create_task(each) for each in later]
+            first.close()
+            ends = await asyncio.gather(*tasks)
+            assert ends == [50, 50]
+            with pytest.raises(InvalidRequest, match="needs 5 KV pages with its prompt, and there are 4"):
+                await asyncio.to_thread(ask_for, address, 60)
+        assert_idle(engine)
+
+
+def ask_for(address: str, num_tokens: int) -> int:
+    with Client(address) as client:
+        greedy = SamplingParams(ignore_eos=True)
+        return len(collect(client.generate(token_ids=range(3, 10), max_new_tokens=num_tokens, sampling=greedy)).tokens)
+
+
+async def test_the_process_of_a_system_ends_when_the_other_end_of_its_pipe_is_gone(checkpoint: Checkpoint) -> None:
+    """The kernel closes that end however the benchmark ends, so nothing is left of a run that was killed."""
+    mine, theirs = multiprocessing.Pipe()
+    serves = asyncio.create_task(asyncio.to_thread(serve_one_process, checkpoint.path, theirs))
+    found = await asyncio.to_thread(mine.recv)
+    assert isinstance(found, System)
+    assert found.fingerprint == fingerprint(checkpoint, KvFormat.of(checkpoint.config, fastest_dtype(CPU)))
+    assert found.security.tls is not None
+    assert found.security.tls.key_pem is None
+    assert found.processes() == {"one process": [psutil.Process()]}
+    with pytest.raises(Unauthenticated), Client(found.address, replace(found.security, token=None)) as client:
+        client.cluster_status()
+    mine.close()
+    async with asyncio.timeout(60):
+        await serves
+
+
+# What processes use.
+
+
+def test_processor_time_and_memory_are_of_the_processes_of_each_role() -> None:
+    busy = "import sys; kept = bytearray(b'1') * (64 << 20); sum(range(20_000_000)); print('x', flush=True); input()"
+    with subprocess.Popen(
+        children.python("input();" + busy), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        process = psutil.Process(child.pid)
+        with Usage({"child": [process], "none": []}) as usage:
+            child.stdin.write("go\n")
+            child.stdin.flush()
+            assert child.stdout.readline() == "x\n"
+        child.stdin.write("end\n")
+        child.stdin.close()
+    found = usage.roles()
+    assert found["none"] == RoleUsage(cpu_s=0.0, peak_bytes=0, num_processes=0)
+    assert found["child"].cpu_s > 0.05
+    assert found["child"].peak_bytes >= 64 << 20
+    assert found["child"].num_processes == 1
+
+
+def test_processes_are_known_by_what_they_report_and_the_rest_is_rays() -> None:
+    me = psutil.Process()
+    report = NodeReport(
+        role=Role.PREFILL,
+        replica_id="r",
+        ray_node_id="n",
+        address="",
+        num_active_requests=0,
+        num_queued_requests=0,
+        num_leases=0,
+        process=ProcessFacts.now(),
+    )
+    elsewhere = replace(report, process=replace(report.process, host="elsewhere", pid=1))
+    assert by_role([], [report, elsewhere]) == {"prefill": [me]}
+    assert by_role([me], []) == {"ray": [me]}
+
+
+# Records.
+
+
+def window(**changes: Any) -> WindowRecord:
+    load = changes.pop("load", LOAD)
+    requests = changes.pop("requests", [answered(at_s=float(each % 4)) for each in range(load.num_requests)])
+    values = {
+        "environment": {"commit": "0123456789", "cpu": "CPU", "threads": 2, "command": "c", "date": "today"},
+        "run": "1", "system": "disaggregated", "model": "m", "dtype": "bfloat16", "round": 0, "seed": 0,
+        "timeout_s": 60.0, "load": load, "objective": OBJECTIVE, "busy_s": 5.0, "requests": requests,
+        "usage": {
+            "decode": {"cpu_s": 2.0, "peak_bytes": 100, "num_processes": 1},
+            "client": {"cpu_s": 1.0, "peak_bytes": 50, "num_processes": 1},
+        },
+        "summary": Summary.of(requests, OBJECTIVE, load.seconds),
+    }  # fmt: skip
+    return WindowRecord(**(values | changes))
+
+
+def test_a_record_comes_back_from_its_line_and_has_one_outcome_for_each_arrival(tmp_path: Path) -> None:
+    path, whole = tmp_path / "serving.jsonl", window()
+    records.append(path, [whole.model_dump(mode="json")])
+    assert last_run(path) == [whole]
+    with pytest.raises(ValidationError, match="19 requests have an outcome, and 20 arrived"):
+        window(requests=whole.requests[1:])
+    with pytest.raises(ValidationError, match="the summary is not that of the requests"):
+        window(summary=Summary.of([answered(ttft_s=9.0)], OBJECTIVE, 4.0))
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        WindowRecord.model_validate(whole.model_dump(mode="json") | {"speed": 1})
+
+
+def test_a_torn_line_is_cut_off_and_what_was_over_stays_and_only_the_last_run_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "serving.jsonl"
+    for run, system_name in (("1", "disaggregated"), ("2", "disaggregated"), ("2", "one process")):
+        records.append(path, [window(run=run, system=system_name).model_dump(mode="json")])
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:100])
+    assert [(each.run, each.system) for each in last_run(path)] == [("2", "disaggregated"), ("2", "one process")]
+    path.write_bytes(b'{"benchmark": "bench.serving"}\n')
+    with pytest.raises(ValueError, match=r"serving\.jsonl:1 is no record of bench\.serving"):
+        last_run(path)
+
+
+def test_rounds_are_one_row_and_rows_are_in_the_order_of_arrivals_rates_and_systems() -> None:
+    slow = [answered(ttft_s=3.0)] * LOAD.num_requests
+    fast = LOAD.model_copy(update={"rate_per_s": 10.0})
+    found = rows(
+        [
+            window(system="one process"),
+            window(load=fast),
+            window(load=BURSTS, requests=[answered(**REFUSED)] * BURSTS.num_requests),
+            window(),
+            window(round=1, requests=slow),
+        ]
+    )
+    assert [(row.pattern, row.rate_per_s, row.system) for row in found] == [
+        ("poisson", 5.0, "disaggregated"),
+        ("poisson", 5.0, "one process"),
+        ("poisson", 10.0, "disaggregated"),
+        ("bursts", 5.0, "disaggregated"),
+    ]
+    first = found[0]
+    assert (first.summary.num_requests, first.summary.num_met, first.summary.goodput_per_s) == (40, 20, 2.5)
+    assert (first.cpu_s, first.peak_bytes) == (4.0, 100)  # of both rounds, without the client
+    assert first.roles["client"] == {"cpu_s": 2.0, "peak_bytes": 50}
+    assert "never" in found[3].words()
+    assert "0 of 21; 21 refused" in found[3].words()
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([0.04121, 0.1024], "41.2 / 102 ms"),
+        ([0.5, 2.0], "0.500 / 2.00 s"),
+        ([0.5, None], "500 ms / never"),
+        ([None], "never"),
+        ([], "never"),
+    ],
+)
+def test_two_percentiles_are_shown_in_one_unit(values: list[float | None], shown: str) -> None:
+    found = rows([window()])[0]
+    of_times = found.summary.model_copy(update={"queue_s": Percentiles.of(values)})
+    assert replace(found, summary=of_times).words()[7] == shown
+
+
+def test_the_pages_part_is_replaced_and_the_rest_stays(tmp_path: Path) -> None:
+    page, windows = tmp_path / "serving.md", [window(), window(system="one process")]
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        write_docs(page, rows(windows), windows, "../bench/results/serving.jsonl", "plots/serving.svg")
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n![")
+    assert text.endswith(f"{END}\nafter\n")
+    assert text.count("| poisson 5/s | one process | 20 of 20 |") == 1
+    assert "old" not in text
+    for words in (
+        "log-normal, median 20, sigma 0.5, clipped to 2 .. 60",
+        "30% of the prompts",
+        "first token within 1 s",
+    ):
+        assert words in text
+    page.write_text("no place", encoding="utf-8")
+    with pytest.raises(ConfigError, match="has no place for the table"):
+        write_docs(page, rows(windows), windows, "r", "p")
+
+
+def test_the_plot_draws_what_was_measured_and_leaves_out_what_never_came(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    refused = window(load=BURSTS, requests=[answered(**REFUSED)] * BURSTS.num_requests)
+    write_plot(tmp_path / "plots" / "serving.svg", rows([window(), refused]), "the source")
+    assert (tmp_path / "plots" / "serving.svg").read_bytes().startswith(b"<?xml")
+
+
+# The command.
+
+
+def test_what_was_measured_is_shown_again_and_what_was_not_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "serving.jsonl"
+    monkeypatch.setattr(sys, "argv", ["serving", "--show", "--json", "--record", str(path)])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "has no run to show; leave out --show to measure one" in capsys.readouterr().err
+    records.append(path, [window().model_dump(mode="json")])
+    command.main()
+    *shown, last = capsys.readouterr().out.splitlines()
+    (row,) = json.loads(last)["rows"]
+    assert (row["system"], row["rate_per_s"], row["outcomes"]["finished"]) == ("disaggregated", 5.0, 20)
+    assert any("poisson 5/s" in line for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shared-fraction", "2"], "--shared-fraction=2.0: Input should be less than or equal to 1"),
+        (["--ttft", "-1"], "--ttft=-1.0: Input should be greater than or equal to 0"),
+        (["--state-dir", "nowhere"], "no cluster is known in nowhere"),
+        (["--documents", "9,1,9,99999"], "--documents up to 99999 and --answers up to 64 tokens make 100063"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_impossible_options_end_in_one_line(
+    words: Sequence[str],
+    message: str,
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lengths = ["--documents", "9,1,9,99"]
+    monkeypatch.setattr(sys, "argv", ["serving", "--model", str(checkpoint.path), *lengths, *words])
+    with pytest.raises(SystemExit):
+        command.main()
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert message in err
