@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from colm.errors import CheckpointError
+from colm.files import MAX_TOKENIZER_BYTES, read_json_object, read_text, require_plain
 from colm.finite import NOT_FINITE, is_finite
 from colm.huge_pages import side_by_side
 from colm.model import ChainTransformer, parameter_shapes
@@ -29,6 +30,9 @@ WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 FORMAT = "colm-checkpoint"
 FORMAT_VERSION = 1
+_MAX_ENDS = 1 << 10
+_MAX_TEMPLATE_CHARS = 1 << 20
+_STORED_DTYPES = {"F32", "BF16", "F16"}
 # One key, since the order of several in a file differs from run to run. Older builds had not looked for NaN.
 _DIGEST_KEY, _OLDER_DIGEST_KEY = "backbone_sha256_of_finite_weights", "backbone_sha256"
 
@@ -44,6 +48,21 @@ class TextConfig:
     """Raw completions start with `bos_token_id`; a chat template writes its own."""
     chat_template: str | None = None
     """Jinja template over `messages`; None for a base model."""
+
+    def __post_init__(self) -> None:
+        ends = self.eos_token_ids
+        if not isinstance(ends, tuple) or len(ends) > _MAX_ENDS:
+            raise ValueError(f"eos_token_ids must be a list of at most {_MAX_ENDS} token ids")
+        for name, token_id in [("bos_token_id", self.bos_token_id), *(("eos_token_ids", end) for end in ends)]:
+            if token_id is None and name == "bos_token_id":
+                continue
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < 1 << 31:
+                raise ValueError(f"{name} must be a token id, 0 or more, not {token_id!r:.80}")
+        if not isinstance(self.add_bos, bool):
+            raise ValueError("add_bos must be true or false")
+        template = self.chat_template
+        if template is not None and (not isinstance(template, str) or len(template) > _MAX_TEMPLATE_CHARS):
+            raise ValueError(f"chat_template must be text of at most {_MAX_TEMPLATE_CHARS} characters")
 
 
 class WeightSource(Protocol):
@@ -94,9 +113,13 @@ class Checkpoint:
         return next(iter(self.tensors(["embedding.chain1"]).values())).dtype
 
     def tokenizer_json(self) -> str | None:
-        """Contents of the tokenizer's file; None where there is none."""
+        """Contents of the tokenizer's file; None where there is none.
+
+        Raises:
+            CheckpointError: it is not text, or far too large.
+        """
         path = self.tokenizer_path
-        return None if path is None else path.read_text(encoding="utf-8")
+        return None if path is None else read_text(path, MAX_TOKENIZER_BYTES)
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Map the named tensors into memory; the file's other bytes are not touched.
@@ -149,20 +172,30 @@ class Checkpoint:
 
     def _reader(self) -> Any:
         try:
+            require_plain(self.weights_path)
             return safe_open(self.weights_path, framework="pt")
         except FileNotFoundError as err:
             raise CheckpointError(f"{self.weights_path} is missing") from err
-        except SafetensorError as err:
+        except (SafetensorError, OSError) as err:
             raise CheckpointError(f"{self.weights_path} is truncated or not a safetensors file: {err}") from err
 
     def _check_tensors(self) -> None:
-        expected = parameter_shapes(self.config)
         with self._reader() as reader:
             stored = set(reader.keys())
-            for name, shape in expected.items():
+            if (fewest := self.config.num_layers * self.config.num_chains) > len(stored):
+                raise CheckpointError(
+                    f"{self.weights_path} has {len(stored)} tensors; num_layers={self.config.num_layers} with "
+                    f"{self.config.num_chains} chains needs more than {fewest}"
+                )
+            for name, shape in parameter_shapes(self.config).items():
                 if name not in stored:
                     raise CheckpointError(f"{self.weights_path}: tensor {name!r} is missing")
-                found = torch.Size(reader.get_slice(name).get_shape())
+                part = reader.get_slice(name)
+                if (dtype := part.get_dtype()) not in _STORED_DTYPES:
+                    raise CheckpointError(
+                        f"{self.weights_path}: tensor {name!r} is stored as {dtype}, not as {', '.join(_STORED_DTYPES)}"
+                    )
+                found = torch.Size(part.get_shape())
                 if found != shape:
                     raise CheckpointError(
                         f"{self.weights_path}: tensor {name!r} has shape {tuple(found)}, expected {tuple(shape)}"
@@ -304,30 +337,33 @@ def _may_replace(target: Path) -> bool:
     if not target.is_dir():
         return False
     try:
-        body = json.loads((target / CONFIG_FILE).read_text(encoding="utf-8"))
+        body = read_json_object(target / CONFIG_FILE)
     except FileNotFoundError:
         return not any(target.iterdir())
-    except (OSError, ValueError):
+    except CheckpointError:
         return False
-    return isinstance(body, dict) and body.get("format") == FORMAT
+    return body.get("format") == FORMAT
 
 
 def _read_config(path: Path) -> tuple[ChainConfig, TextConfig]:
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = read_json_object(path)
     except FileNotFoundError as err:
         raise CheckpointError(f"{path} is missing; is {path.parent} a checkpoint made by `colm import`?") from err
-    except (UnicodeDecodeError, json.JSONDecodeError) as err:
-        raise CheckpointError(f"{path} is not valid JSON: {err}") from err
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
+    if body.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a {FORMAT}; run `colm import {path.parent} DEST` first")
     if body.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version={body.get('format_version')!r}, this build reads {FORMAT_VERSION}"
         )
+    model: Any = body.get("model")
+    text: Any = body.get("text", {})
+    for name, section in (("model", model), ("text", text)):
+        if not isinstance(section, dict):
+            raise CheckpointError(f"{path}: {name} must be an object")
+    ends = text.get("eos_token_ids", [])
     try:
-        config = ChainConfig.from_dict(body["model"])
-        text = body.get("text", {})
-        return config, TextConfig(**text | {"eos_token_ids": tuple(text.get("eos_token_ids", ()))})
-    except (KeyError, TypeError, ValueError) as err:
+        config = ChainConfig.from_dict(model)
+        return config, TextConfig(**text | {"eos_token_ids": tuple(ends) if isinstance(ends, list) else ends})
+    except (TypeError, ValueError) as err:
         raise CheckpointError(f"{path}: {err}") from err

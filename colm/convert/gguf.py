@@ -10,9 +10,18 @@ from torch import Tensor
 from colm.checkpoint import Checkpoint, save
 from colm.convert.gguf_file import GgufFile
 from colm.convert.gguf_tokenizer import text_from_gguf
-from colm.convert.llama import Progress, carry_over, chain_config, check_dtype, refuse_unknown, source_names
+from colm.convert.llama import (
+    Progress,
+    carry_over,
+    chain_config,
+    check_dtype,
+    check_num_layers,
+    refuse_unknown,
+    source_names,
+)
 from colm.convert.stretch import Stretch
 from colm.errors import CheckpointError, UnsupportedModel
+from colm.finite import is_finite
 from colm.model.config import ChainConfig, RopeScaling, yarn_attention_factor
 from colm.model.rope import inverse_frequencies
 
@@ -72,6 +81,7 @@ def from_gguf(
     config = _config(file)
     if stretch is not None:
         config = stretch.of(file.path, config)
+    check_num_layers(file, config)
     refuse_unknown(file, {*source_names(config, LAYOUT).values(), ROPE_FACTORS})
 
     def convert(name: str, tensor: Tensor) -> Tensor:
@@ -99,7 +109,7 @@ def _config(file: GgufFile) -> ChainConfig:
     architecture = file.required("general.architecture")
     if architecture != "llama":
         raise UnsupportedModel(f"{file.path}: general.architecture={architecture!r}; only 'llama' can be imported")
-    if (parts := file.metadata("split.count") or 1) > 1:
+    if (parts := _whole(file, "split.count", 1)) > 1:
         raise UnsupportedModel(f"{file.path}: split.count={parts}; join the parts with llama-gguf-split --merge first")
     if experts := file.metadata("llama.expert_count"):
         raise UnsupportedModel(f"{file.path}: llama.expert_count={experts}; mixtures of experts are not supported")
@@ -108,7 +118,7 @@ def _config(file: GgufFile) -> ChainConfig:
     num_heads = _whole(file, "llama.attention.head_count")
     num_kv_heads = _whole(file, "llama.attention.head_count_kv", num_heads)
     dim = _whole(file, "llama.embedding_length")
-    head_dim = _whole(file, "llama.attention.key_length", dim // num_heads)
+    head_dim = _whole(file, "llama.attention.key_length", dim // num_heads if num_heads > 0 else 1)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if _whole(file, key, head_dim) != head_dim:
             raise UnsupportedModel(f"{file.path}: {key}={file.metadata(key)} must equal the head dim {head_dim}")
@@ -120,7 +130,7 @@ def _config(file: GgufFile) -> ChainConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         vocab_size=file.shape(EMBEDDING)[0],
-        rope_theta=file.metadata("llama.rope.freq_base") or 10_000.0,
+        rope_theta=_number(file, "llama.rope.freq_base", 10_000.0),
         rope_scaling=_named_scaling(file),
         norm_eps=file.required("llama.attention.layer_norm_rms_epsilon"),
         tie_embeddings=HEAD not in file.names(),
@@ -134,15 +144,24 @@ def _whole(file: GgufFile, key: str, default: int | None = None) -> int:
     value = file.metadata(key)
     if value is None:
         value = file.required(key) if default is None else default
-    if not isinstance(value, int):
-        raise UnsupportedModel(f"{file.path}: {key}={value!r} must be one number; layers may not differ in shape")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UnsupportedModel(f"{file.path}: {key}={value!r:.80} must be one number; layers may not differ in shape")
     return value
+
+
+def _number(file: GgufFile, key: str, default: float) -> float:
+    value = file.metadata(key)
+    if value is None or value == 0:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UnsupportedModel(f"{file.path}: {key}={value!r:.80} must be one number")
+    return float(value)
 
 
 def _named_scaling(file: GgufFile) -> RopeScaling | None:
     kind = file.metadata("llama.rope.scaling.type")
     # Files older than the key `scaling.type` have `scale_linear` alone.
-    factor = file.metadata("llama.rope.scaling.factor") or file.metadata("llama.rope.scale_linear") or 1.0
+    factor = _number(file, "llama.rope.scaling.factor", _number(file, "llama.rope.scale_linear", 1.0))
     if kind == "none" or (kind is None and factor == 1.0):
         return None
     if kind not in ("linear", "yarn", None):
@@ -162,13 +181,13 @@ def _yarn(file: GgufFile, factor: float) -> RopeScaling:
         value = file.metadata(key + name)
         if value not in (None, usual):
             raise UnsupportedModel(f"{file.path}: {key}{name}={value} is not supported; only {usual} is")
-    attn_factor = file.metadata(key + "attn_factor") or 1.0
+    attn_factor = _number(file, key + "attn_factor", 1.0)
     return RopeScaling(
         kind="yarn",
         factor=factor,
         original_max_context=_whole(file, key + "original_context_length", _whole(file, "llama.context_length")),
-        beta_fast=file.metadata(key + "yarn_beta_fast") or 32.0,
-        beta_slow=file.metadata(key + "yarn_beta_slow") or 1.0,
+        beta_fast=_number(file, key + "yarn_beta_fast", 32.0),
+        beta_slow=_number(file, key + "yarn_beta_slow", 1.0),
         attention_factor=None if attn_factor == 1.0 else attn_factor * yarn_attention_factor(factor),
     )
 
@@ -180,12 +199,20 @@ def _with_llama3_scaling(file: GgufFile, config: ChainConfig) -> ChainConfig:
     `factor`. The two bounds are 1 and 4, as in all published models. The context of pre-training is searched for.
     """
     divisors = file.read(ROPE_FACTORS).flatten()
-    if config.rope_scaling is None and divisors.numel() == config.head_dim // 2 and divisors.min() >= 1.0:
+    if (
+        config.rope_scaling is None
+        and divisors.numel() == config.head_dim // 2
+        and is_finite(divisors)
+        and divisors.min() >= 1.0
+    ):
         if bool((divisors == 1.0).all()):
             return config
         expected = inverse_frequencies(config) / divisors
         for context in LLAMA3_ORIGINAL_CONTEXTS:
-            scaling = RopeScaling(kind="llama3", factor=float(divisors.max()), original_max_context=context)
+            try:
+                scaling = RopeScaling(kind="llama3", factor=float(divisors.max()), original_max_context=context)
+            except ValueError:
+                break
             candidate = replace(config, rope_scaling=scaling)
             if torch.allclose(inverse_frequencies(candidate), expected, rtol=ROPE_FACTOR_TOLERANCE, atol=0.0):
                 return candidate

@@ -1,17 +1,22 @@
 """A GGUF file: its metadata by key, its tensors by name."""
 
+import math
+import mmap
+import struct
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 from torch import Tensor
 
 from colm.convert.llama import common_dtype
 from colm.errors import CheckpointError, UnsupportedModel
+from colm.files import require_plain
 
 FLOAT_TYPES = {
     GGMLQuantizationType.F32: torch.float32,
@@ -20,9 +25,43 @@ FLOAT_TYPES = {
 }
 QUANTISED_TYPES = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
 
+_MAGIC: Final = b"GGUF"
+_VERSIONS: Final = (2, 3)
+_MAX_KEY_BYTES: Final = 1 << 16
+_MAX_ENTRIES: Final = 1 << 20
+"""Of an array, such as the vocabulary: each becomes an object that is larger than what it takes in the file."""
+_MAX_DIMENSIONS: Final = 4
+_NUMBERS: Final = {
+    GGUFValueType.UINT8: "<u1",
+    GGUFValueType.INT8: "<i1",
+    GGUFValueType.UINT16: "<u2",
+    GGUFValueType.INT16: "<i2",
+    GGUFValueType.UINT32: "<u4",
+    GGUFValueType.INT32: "<i4",
+    GGUFValueType.UINT64: "<u8",
+    GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT32: "<f4",
+    GGUFValueType.FLOAT64: "<f8",
+    GGUFValueType.BOOL: "?",
+}
+
+
+class _Malformed(Exception):
+    """The file is not what it says; the message names the place."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    """In PyTorch's order."""
+    offset: int
+    """From the file's beginning."""
+    num_bytes: int
+
 
 class GgufFile:
-    """An opened GGUF file; a `TensorSource`.
+    """An opened GGUF file; a `TensorSource`. What it says of its parts is held against its size before they are read.
 
     Raises:
         CheckpointError: not a GGUF file, or truncated.
@@ -32,23 +71,42 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            reader = GGUFReader(path)
+            size = require_plain(path)
+            with path.open("rb") as file:
+                # An empty file cannot be mapped.
+                self._data: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+            self._fields, self._tensors = _read_header(_Cursor(self._data))
         except FileNotFoundError as err:
             raise CheckpointError(f"{path} does not exist; give a GGUF file") from err
-        except (ValueError, IndexError, KeyError, OverflowError) as err:
+        except OSError as err:
+            raise CheckpointError(f"{path} cannot be read: {err.strerror}") from err
+        except _Malformed as err:
             raise CheckpointError(f"{path} is truncated or not a GGUF file: {err}; fetch it again") from err
-        self._fields = reader.fields
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        for tensor in reader.tensors:
-            if tensor.tensor_type not in (*FLOAT_TYPES, *QUANTISED_TYPES):
+        for name, tensor in self._tensors.items():
+            if tensor.kind not in (*FLOAT_TYPES, *QUANTISED_TYPES):
                 readable = ", ".join(kind.name for kind in (*FLOAT_TYPES, *QUANTISED_TYPES))
                 raise UnsupportedModel(
-                    f"{path}: tensor {tensor.name!r} has type {tensor.tensor_type.name}; use a file of {readable} only"
+                    f"{path}: tensor {name!r} has type {tensor.kind.name}; use a file of {readable} only"
                 )
 
     def metadata(self, key: str) -> Any:
-        """Value of a key as plain Python: str, bool, int, float or a list; None where the file lacks it."""
-        return self._fields[key].contents() if key in self._fields else None
+        """Value of a key as plain Python: str, bool, int, float or a list; None where the file lacks it.
+
+        Raises:
+            CheckpointError: text that is not UTF-8.
+        """
+        value = self._fields.get(key)
+        try:
+            match value:
+                case bytes():
+                    return value.decode()
+                case list():
+                    return [entry.decode() for entry in value]
+                case np.ndarray():
+                    return value.tolist()
+        except UnicodeDecodeError as err:
+            raise CheckpointError(f"{self.path}: metadata {key!r} is not UTF-8; convert the model again") from err
+        return value
 
     def required(self, key: str) -> Any:
         """Value of a key that the model cannot be built without.
@@ -67,21 +125,142 @@ class GgufFile:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape in PyTorch's order; GGUF writes the fastest dimension first."""
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+        return self._tensors[name].shape
 
     def read(self, name: str) -> Tensor:
         """The tensor in float32, which holds each supported type exactly."""
         tensor = self._tensors[name]
-        values = dequantize(tensor.data, tensor.tensor_type)
+        data = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
+        values = dequantize(data.reshape(*tensor.shape[:-1], -1), tensor.kind)
         # The file is mapped read-only, and a float32 tensor is not copied by dequantising it.
-        return torch.from_numpy(np.require(values, np.float32, ["C", "W"]).reshape(self.shape(name)))
+        return torch.from_numpy(np.require(values, np.float32, ["C", "W"]).reshape(tensor.shape))
 
     def natural_dtype(self) -> torch.dtype:
         """bfloat16 where anything is quantised; else the matrices' float type, the widest of several.
 
         Gains do not count: converters write them in float32 whatever the model was trained in.
         """
-        kinds = {tensor.tensor_type for tensor in self._tensors.values() if len(tensor.shape) > 1}
+        kinds = {tensor.kind for tensor in self._tensors.values() if len(tensor.shape) > 1}
         if kinds & set(QUANTISED_TYPES):
             return torch.bfloat16
         return common_dtype([FLOAT_TYPES[kind] for kind in kinds])
+
+
+class _Cursor:
+    """A place in the file's bytes."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+        self.position = 0
+
+    @property
+    def num_left(self) -> int:
+        return len(self._data) - self.position
+
+    def take(self, num_bytes: int, what: str) -> bytes:
+        if num_bytes > self.num_left:
+            raise _Malformed(f"{what} at byte {self.position} has {num_bytes} bytes, and {self.num_left} are left")
+        self.position += num_bytes
+        taken: bytes = self._data[self.position - num_bytes : self.position]
+        return taken
+
+    def whole(self, layout: str, what: str) -> int:
+        number: int = struct.unpack(layout, self.take(struct.calcsize(layout), what))[0]
+        return number
+
+    def count(self, what: str, *, smallest_bytes: int, limit: int = _MAX_ENTRIES) -> int:
+        """How many things follow, each of which takes some bytes."""
+        number = self.whole("<Q", what)
+        if number > limit or number * smallest_bytes > self.num_left:
+            raise _Malformed(f"{number} of {what} at byte {self.position} are more than it can hold")
+        return number
+
+    def text(self, what: str) -> bytes:
+        return self.take(self.whole("<Q", what), what)
+
+    def name(self, what: str) -> str:
+        data = self.text(what)
+        if len(data) > _MAX_KEY_BYTES:
+            raise _Malformed(f"{what} before byte {self.position} has {len(data)} bytes, at most {_MAX_KEY_BYTES} fit")
+        try:
+            return data.decode()
+        except UnicodeDecodeError as err:
+            raise _Malformed(f"{what} before byte {self.position} is not UTF-8") from err
+
+
+def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Stored]]:
+    if cursor.take(len(_MAGIC), "the magic number") != _MAGIC:
+        raise _Malformed("GGUF magic invalid")
+    if (version := cursor.whole("<I", "version")) not in _VERSIONS:
+        raise _Malformed(f"version {version} is not read, only {_VERSIONS} little-endian")
+    num_tensors = cursor.count("tensors", smallest_bytes=24)
+    fields: dict[str, Any] = {}
+    for _ in range(cursor.count("metadata keys", smallest_bytes=13)):
+        key = cursor.name("a metadata key")
+        if key in fields:
+            raise _Malformed(f"metadata {key!r} is there twice")
+        fields[key] = _read_value(cursor, f"metadata {key!r}")
+    alignment = fields.get("general.alignment", 32)
+    if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+        raise _Malformed(f"general.alignment={alignment!r} must be a power of two, 8 or more")
+    tensors: dict[str, _Stored] = {}
+    for _ in range(num_tensors):
+        name = cursor.name("a tensor's name")
+        if name in tensors:
+            raise _Malformed(f"tensor {name!r} is there twice")
+        tensors[name] = _read_tensor(cursor, f"tensor {name!r}")
+    begin = -(-cursor.position // alignment) * alignment
+    end = cursor.position + cursor.num_left
+    for name, tensor in tensors.items():
+        if tensor.offset % alignment or begin + tensor.offset + tensor.num_bytes > end:
+            raise _Malformed(
+                f"tensor {name!r} has {tensor.num_bytes} bytes at {begin + tensor.offset}, the file ends at {end}"
+            )
+    return fields, {
+        name: _Stored(tensor.kind, tensor.shape, begin + tensor.offset, tensor.num_bytes)
+        for name, tensor in tensors.items()
+    }
+
+
+def _read_value(cursor: _Cursor, what: str) -> Any:
+    kind = _value_type(cursor, what)
+    if kind is GGUFValueType.STRING:
+        return cursor.text(what)
+    if kind is not GGUFValueType.ARRAY:
+        return _read_numbers(cursor, kind, 1, what).item()
+    kind = _value_type(cursor, what)
+    if kind is GGUFValueType.ARRAY:
+        raise _Malformed(f"{what} is an array of arrays")
+    if kind is GGUFValueType.STRING:
+        return [cursor.text(what) for _ in range(cursor.count(what, smallest_bytes=8))]
+    return _read_numbers(cursor, kind, cursor.count(what, smallest_bytes=1), what)
+
+
+def _value_type(cursor: _Cursor, what: str) -> GGUFValueType:
+    number = cursor.whole("<I", what)
+    try:
+        return GGUFValueType(number)
+    except ValueError as err:
+        raise _Malformed(f"{what} has the unknown type {number}") from err
+
+
+def _read_numbers(cursor: _Cursor, kind: GGUFValueType, count: int, what: str) -> Any:
+    dtype = np.dtype(_NUMBERS[kind])
+    return np.frombuffer(cursor.take(count * dtype.itemsize, what), dtype)
+
+
+def _read_tensor(cursor: _Cursor, what: str) -> _Stored:
+    num_dimensions = cursor.whole("<I", what)
+    if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
+        raise _Malformed(f"{what} has {num_dimensions} dimensions, 1 to {_MAX_DIMENSIONS} are read")
+    shape = tuple(cursor.whole("<Q", what) for _ in range(num_dimensions))[::-1]
+    number = cursor.whole("<I", what)
+    try:
+        kind = GGMLQuantizationType(number)
+    except ValueError as err:
+        raise _Malformed(f"{what} has the unknown type {number}") from err
+    block_values, block_bytes = GGML_QUANT_SIZES[kind]
+    if not math.prod(shape) or shape[-1] % block_values:
+        raise _Malformed(f"{what} of type {kind.name} cannot have the shape {shape}")
+    num_bytes = math.prod(shape) // block_values * block_bytes
+    return _Stored(kind, shape, cursor.whole("<Q", what), num_bytes)

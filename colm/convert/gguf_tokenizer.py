@@ -1,14 +1,19 @@
 """The tokenizer that a GGUF file describes in its metadata, as a Hugging Face tokenizer.json."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from colm.checkpoint import TextConfig
+from colm.errors import CheckpointError
+from colm.text.tokenizer_file import reading
+
+_T = TypeVar("_T")
 
 GPT2_PRE = ("gpt-2", "default")
 LLAMA3_PRE = ("llama-bpe", "llama3", "llama-v3")
@@ -21,6 +26,10 @@ LLAMA3_WORDS = (
 )
 SPACE = "\u2581"
 """Stands for a space in SentencePiece vocabularies."""
+
+
+_MAX_TOKEN_CHARS = 1024
+"""A token is cut at each of its characters to find what it is made of."""
 
 
 class MetadataSource(Protocol):
@@ -53,7 +62,17 @@ def text_from_gguf(file: MetadataSource) -> tuple[str | None, TextConfig]:
     Returns:
         Contents of tokenizer.json and the conventions. The first is None, with a warning that names the
         reason, where the tokenizer is of a kind that is not known here; the model then serves token ids only.
+
+    Raises:
+        CheckpointError: a value is not of the kind that its key has.
     """
+    try:
+        return _read_text(file)
+    except (TypeError, ValueError) as err:
+        raise CheckpointError(f"{file.path}: tokenizer.{err}; convert the model again") from err
+
+
+def _read_text(file: MetadataSource) -> tuple[str | None, TextConfig]:
     bos_id = file.metadata("tokenizer.ggml.bos_token_id")
     ends = [file.metadata(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     eos_ids = tuple(dict.fromkeys(end for end in ends if end is not None))
@@ -63,7 +82,7 @@ def text_from_gguf(file: MetadataSource) -> tuple[str | None, TextConfig]:
         warnings.warn(
             f"{file.path}: {err}: the checkpoint serves token ids only; put the model's tokenizer.json into "
             "it to serve text",
-            stacklevel=3,
+            stacklevel=4,
         )
         return None, TextConfig(bos_token_id=bos_id, eos_token_ids=eos_ids)
     add_bos = file.metadata("tokenizer.ggml.add_bos_token")
@@ -85,20 +104,25 @@ def _pre(file: MetadataSource) -> str:
 
 def _tokenizer(file: MetadataSource) -> Tokenizer:
     model = file.metadata("tokenizer.ggml.model")
-    tokens: list[str] = file.metadata("tokenizer.ggml.tokens") or []
-    types: list[int] = file.metadata("tokenizer.ggml.token_type") or [_TokenType.NORMAL] * len(tokens)
+    tokens = _list(file, "tokenizer.ggml.tokens", str)
+    types = _list(file, "tokenizer.ggml.token_type", int) or [_TokenType.NORMAL] * len(tokens)
+    if max(map(len, tokens), default=0) > _MAX_TOKEN_CHARS:
+        raise _UnknownTokenizer(f"tokenizer.ggml.tokens holds a token of more than {_MAX_TOKEN_CHARS} characters")
     if len(set(tokens)) != len(tokens) or len(types) != len(tokens):
         raise _UnknownTokenizer("tokenizer.ggml.tokens holds a token twice, or not one for each token_type")
     if model == "gpt2":
         if _pre(file) not in (*GPT2_PRE, *LLAMA3_PRE, *SMOLLM_PRE):
             raise _UnknownTokenizer(f"tokenizer.ggml.pre={_pre(file)!r} is unknown")
-        tokenizer = _byte_level(tokens, file.metadata("tokenizer.ggml.merges") or [], _pre(file))
+        tokenizer = _byte_level(tokens, _list(file, "tokenizer.ggml.merges", str), _pre(file))
     elif model == "llama":
-        scores: list[float] = file.metadata("tokenizer.ggml.scores") or []
-        if len(scores) != len(tokens):
-            raise _UnknownTokenizer("tokenizer.ggml.scores does not hold one score for each token")
+        scores = _list(file, "tokenizer.ggml.scores", float)
+        if len(scores) != len(tokens) or not all(map(math.isfinite, scores)):
+            raise _UnknownTokenizer("tokenizer.ggml.scores does not hold one finite score for each token")
         add_prefix = file.metadata("tokenizer.ggml.add_space_prefix")
-        unknown = tokens[file.metadata("tokenizer.ggml.unknown_token_id") or 0]
+        unknown_id = file.metadata("tokenizer.ggml.unknown_token_id") or 0
+        if not isinstance(unknown_id, int) or not 0 <= unknown_id < len(tokens):
+            raise _UnknownTokenizer(f"tokenizer.ggml.unknown_token_id={unknown_id!r:.80} is no token's")
+        unknown = tokens[unknown_id]
         tokenizer = _sentencepiece(tokens, types, scores, unknown, add_prefix=add_prefix is not False)
     else:
         raise _UnknownTokenizer(f"tokenizer.ggml.model={model!r} is unknown")
@@ -111,6 +135,15 @@ def _tokenizer(file: MetadataSource) -> Tokenizer:
     return tokenizer
 
 
+def _list(file: MetadataSource, key: str, kind: type[_T]) -> list[_T]:
+    found = file.metadata(key)
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(type(entry) is kind for entry in found):
+        raise _UnknownTokenizer(f"{key} is no list of {kind.__name__}")
+    return found
+
+
 def _byte_level(tokens: Sequence[str], merges: Sequence[str], pre: str) -> Tokenizer:
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     for merge in merges:
@@ -118,7 +151,7 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str], pre: str) -> Token
             raise _UnknownTokenizer(f"tokenizer.ggml.merges: {merge!r} makes no token")
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     llama3 = pre in LLAMA3_PRE
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, fuse_unk=False, ignore_merges=llama3))
+    tokenizer = Tokenizer(_bpe(vocab=vocab, merges=pairs, fuse_unk=False, ignore_merges=llama3))
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not llama3)
     if llama3:
         cut = pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated")
@@ -132,11 +165,18 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str], pre: str) -> Token
     return tokenizer
 
 
+def _bpe(**parts: Any) -> Any:
+    try:
+        return reading(lambda: models.BPE(**parts))
+    except CheckpointError as err:
+        raise _UnknownTokenizer(f"tokenizer.ggml.tokens and tokenizer.ggml.merges do not fit: {err.__cause__}") from err
+
+
 def _sentencepiece(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], unknown: str, *, add_prefix: bool
 ) -> Tokenizer:
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
-    model = models.BPE(
+    model = _bpe(
         vocab=vocab,
         merges=_merges_by_score(tokens, types, scores),
         unk_token=unknown,

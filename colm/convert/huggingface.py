@@ -1,6 +1,5 @@
 """Import of a Hugging Face LLaMA directory."""
 
-import json
 import os
 import re
 import warnings
@@ -8,7 +7,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,6 +17,7 @@ from colm.convert.llama import (
     carry_over,
     chain_config,
     check_dtype,
+    check_num_layers,
     common_dtype,
     refuse_unknown,
     source_names,
@@ -26,10 +25,14 @@ from colm.convert.llama import (
 from colm.convert.stretch import Stretch
 from colm.dtypes import DTYPES
 from colm.errors import CheckpointError, UnsupportedModel
+from colm.files import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES, read_json_object, read_text, require_plain
 from colm.model.config import ChainConfig, RopeScaling, parse_rope_kind, yarn_attention_factor
+from colm.text.tokenizer_file import parse_tokenizer, reading
 
 ARCHITECTURE = "LlamaForCausalLM"
 HEAD = "lm_head.weight"
+_USUAL_CONTEXT = 2048
+"""Where the config is silent."""
 # Old checkpoints carry the rotary frequencies, which follow from the config.
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -90,10 +93,14 @@ def from_huggingface(
         config = stretch.of(root / "config.json", config)
     source = _Weights(root)
     names = source.names()
+    check_num_layers(source, config)
     layout = layout_of(config)
     known = set(source_names(config, layout).values()) | {HEAD}
     refuse_unknown(source, known | {name for name in names if DERIVED.fullmatch(name)})
-    wanted = dtype or common_dtype([source.dtype(name) for name in names if name in known])
+    dtypes = [source.dtype(name) for name in names if name in known]
+    if not dtypes:
+        raise CheckpointError(f"{source.path} has no tensor of a LLaMA; fetch the whole model again")
+    wanted = dtype or common_dtype(dtypes)
     tensors = carry_over(config, layout, source, wanted, progress=progress)
     tokenizer_json = _tokenizer_json(root)
     text = _text_config(root, raw, tokenizer_json)
@@ -110,6 +117,10 @@ class _Weights:
             shards = _read_json(index).get("weight_map")
             if not isinstance(shards, Mapping):
                 raise CheckpointError(f"{index}: weight_map is missing; fetch the whole model again")
+            for name, shard in shards.items():
+                # A path could lead out of the folder.
+                if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\0" in shard:
+                    raise CheckpointError(f"{index}: weight_map[{name!r:.80}]={shard!r:.80} is not a file's name")
             self._file_of = {name: root / shard for name, shard in shards.items()}
         elif single.exists():
             self.path = single
@@ -137,7 +148,10 @@ class _Weights:
         return words[word]
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._open(name).get_tensor(name)
+        try:
+            tensor: Tensor = self._open(name).get_tensor(name)
+        except SafetensorError as err:
+            raise CheckpointError(f"{self._file_of[name]}: tensor {name!r} is broken; fetch the file again") from err
         return tensor
 
     def _slice(self, name: str) -> Any:
@@ -154,10 +168,11 @@ class _Weights:
 
     def _reader(self, path: Path) -> Any:
         try:
+            require_plain(path)
             return safe_open(path, framework="pt")
         except FileNotFoundError as err:
             raise CheckpointError(f"{path} is missing, but the index names it; fetch it too") from err
-        except SafetensorError as err:
+        except (SafetensorError, OSError) as err:
             raise CheckpointError(f"{path} is truncated or not a safetensors file: {err}") from err
 
 
@@ -165,10 +180,12 @@ def _config(path: Path, raw: Mapping[str, Any]) -> ChainConfig:
     architectures = raw.get("architectures") or []
     if architectures != [ARCHITECTURE] and (architectures or raw.get("model_type") != "llama"):
         raise UnsupportedModel(
-            f"{path}: architectures={architectures or raw.get('model_type')!r}; only {ARCHITECTURE} can be imported"
+            f"{path}: architectures={architectures or raw.get('model_type')!r:.80}; only {ARCHITECTURE} can be imported"
         )
     if raw.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModel(f"{path}: hidden_act={raw['hidden_act']!r} is not supported; only hidden_act='silu' is")
+        raise UnsupportedModel(
+            f"{path}: hidden_act={raw['hidden_act']!r:.80} is not supported; only hidden_act='silu' is"
+        )
     has_bias = bool(raw.get("attention_bias", False))
     if has_bias != bool(raw.get("mlp_bias", False)):
         raise UnsupportedModel(
@@ -191,7 +208,7 @@ def _config(path: Path, raw: Mapping[str, Any]) -> ChainConfig:
             rope_scaling=scaling,
             norm_eps=raw.get("rms_norm_eps", 1e-6),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_context=_max_context(raw),
+            max_context=raw.get("max_position_embeddings", _USUAL_CONTEXT),
             explicit_head_dim=raw.get("head_dim"),
             bias=has_bias,
         )
@@ -203,7 +220,9 @@ def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None
     """The rotary base and its scaling, as transformers 5 spells them (`rope_parameters`) or as before it."""
     field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     section = raw.get(field) or {}
-    theta = float(section.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+    if not isinstance(section, Mapping):
+        raise UnsupportedModel(f"{path}: {field}={section!r:.80} must be an object")
+    theta = section.get("rope_theta", raw.get("rope_theta", 10_000.0))
     kind = section.get("rope_type", section.get("type", "default"))
     partial = section.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
@@ -220,7 +239,7 @@ def _rope(path: Path, raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None
         return theta, RopeScaling(kind=known, factor=factor, **read(raw, section))
     except KeyError as err:
         raise CheckpointError(f"{path}: {field}.{err.args[0]} is missing, but rope_type={kind!r} needs it") from err
-    except (TypeError, ValueError) as err:
+    except (TypeError, ValueError, OverflowError) as err:
         raise UnsupportedModel(f"{path}: {field}: {err}") from err
 
 
@@ -241,16 +260,12 @@ def _yarn(raw: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
         factor = float(section["factor"])
         attention_factor = yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, mscale_all_dim)
     return {
-        "original_max_context": int(original or _max_context(raw)),
+        "original_max_context": int(original or raw.get("max_position_embeddings", _USUAL_CONTEXT)),
         "beta_fast": float(section.get("beta_fast") or 32),
         "beta_slow": float(section.get("beta_slow") or 1),
         "truncate": bool(section.get("truncate", True)),
         "attention_factor": None if attention_factor is None else float(attention_factor),
     }
-
-
-def _max_context(raw: Mapping[str, Any]) -> int:
-    return int(raw.get("max_position_embeddings", 2048))
 
 
 def _tokenizer_json(root: Path) -> str | None:
@@ -262,10 +277,17 @@ def _tokenizer_json(root: Path) -> str | None:
             stacklevel=3,
         )
         return None
-    return path.read_text(encoding="utf-8")
+    return read_text(path, MAX_TOKENIZER_BYTES)
 
 
 def _text_config(root: Path, raw: Mapping[str, Any], tokenizer_json: str | None) -> TextConfig:
+    try:
+        return _read_text_config(root, raw, tokenizer_json)
+    except ValueError as err:
+        raise CheckpointError(f"{root}: {err}; correct the model's config files") from err
+
+
+def _read_text_config(root: Path, raw: Mapping[str, Any], tokenizer_json: str | None) -> TextConfig:
     """Stop ids: generation_config.json is the authority, then config.json, then the tokenizer's eos token."""
     generation = _read_json(root / "generation_config.json", required=False)
     eos_ids = _id_list(generation.get("eos_token_id")) or _id_list(raw.get("eos_token_id"))
@@ -273,14 +295,15 @@ def _text_config(root: Path, raw: Mapping[str, Any], tokenizer_json: str | None)
     if tokenizer_json is None:
         return TextConfig(bos_token_id=bos_id, eos_token_ids=eos_ids)
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-    except Exception as err:  # the Rust side raises Exception itself, for any malformed file
-        raise CheckpointError(f"{root / 'tokenizer.json'} cannot be read: {err}; fetch the file again") from err
+        tokenizer = parse_tokenizer(tokenizer_json)
+        begins_with = reading(lambda: tokenizer.encode("a").ids[:1])
+    except CheckpointError as err:
+        raise CheckpointError(f"{root}: {err}") from err
     section = _read_json(root / "tokenizer_config.json", required=False)
     named_bos, named_eos = (_token_id(tokenizer, section.get(name)) for name in ("bos_token", "eos_token"))
     bos_id = bos_id if named_bos is None else named_bos
     # The tokenizer's post-processor adds the token, unless its config has an explicit setting.
-    begins = tokenizer.encode("a").ids[:1] == [bos_id]
+    begins = begins_with == [bos_id]
     add_bos = section.get("add_bos_token")
     return TextConfig(
         bos_token_id=bos_id,
@@ -293,34 +316,35 @@ def _text_config(root: Path, raw: Mapping[str, Any], tokenizer_json: str | None)
 def _chat_template(root: Path, section: Mapping[str, Any]) -> str | None:
     path = root / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        return read_text(path, MAX_JSON_BYTES)
     template = section.get("chat_template")
     if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        named = [entry for entry in template if isinstance(entry, Mapping) and entry.get("name") == "default"]
+        return named[0].get("template") if named else None
     return template
 
 
-def _token_id(tokenizer: Any, token: str | Mapping[str, Any] | None) -> int | None:
+def _token_id(tokenizer: Any, token: object) -> int | None:
     content = token.get("content") if isinstance(token, Mapping) else token
-    found: int | None = None if content is None else tokenizer.token_to_id(content)
+    if content is None:
+        return None
+    if not isinstance(content, str):
+        raise ValueError(f"tokenizer_config.json names the token {content!r:.80}, which is no text")
+    found: int | None = tokenizer.token_to_id(content)
     return found
 
 
-def _id_list(value: int | list[int] | None) -> tuple[int, ...]:
+def _id_list(value: Any) -> tuple[int, ...]:
+    """Ids of a field that holds one, a list of them, or none; `TextConfig` checks them."""
     if value is None:
         return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except FileNotFoundError as err:
         if not required:
             return {}
         raise CheckpointError(f"{path} is missing; give the directory of a Hugging Face model") from err
-    except (UnicodeDecodeError, json.JSONDecodeError) as err:
-        raise CheckpointError(f"{path} is not valid JSON: {err}; fetch the file again") from err
-    if not isinstance(body, dict):
-        raise CheckpointError(f"{path} holds {type(body).__name__}, not an object; fetch the file again")
-    return body

@@ -45,8 +45,8 @@ def chain_config(source: Path, **values: Any) -> ChainConfig:
     Raises:
         UnsupportedModel: the values do not fit together.
     """
-    num_heads, head_dim = values["num_heads"], values["explicit_head_dim"]
-    if head_dim is not None and head_dim * num_heads == values["dim"]:
+    num_heads, head_dim, dim = values["num_heads"], values["explicit_head_dim"], values["dim"]
+    if all(isinstance(value, int) for value in (num_heads, head_dim, dim)) and head_dim * num_heads == dim:
         values["explicit_head_dim"] = None
     try:
         return ChainConfig(chains=(num_heads,), **values)
@@ -128,6 +128,16 @@ def carry_over(
         if progress is not None:
             progress(done, len(names))
     return tensors
+
+
+def check_num_layers(source: TensorSource, config: ChainConfig) -> None:
+    """Refuse more layers than the source can have, before there is a list of all their names.
+
+    Raises:
+        CheckpointError: it has fewer tensors than layers.
+    """
+    if config.num_layers > (found := len(source.names())):
+        raise CheckpointError(f"{source.path}: it has {found} tensors, too few for {config.num_layers} layers")
 
 
 def refuse_unknown(source: TensorSource, known: Collection[str]) -> None:

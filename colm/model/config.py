@@ -10,6 +10,18 @@ Activation = Literal["swiglu", "gelu"]
 
 RopeKind = Literal["linear", "llama3", "yarn"]
 _LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
+# What no model reaches. Beyond it sizes overflow, or are lists that take minutes to build.
+_LARGEST = {
+    "dim": 1 << 20,
+    "hidden_dim": 1 << 22,
+    "num_layers": 1 << 12,
+    "num_heads": 1 << 14,
+    "num_kv_heads": 1 << 14,
+    "vocab_size": 1 << 24,
+    "max_context": (1 << 31) - 1,
+    "explicit_head_dim": 1 << 14,
+}
+_LARGEST_NUMBER = 1e15
 
 
 def parse_rope_kind(kind: str) -> RopeKind:
@@ -18,6 +30,8 @@ def parse_rope_kind(kind: str) -> RopeKind:
     Raises:
         ValueError: an unknown kind, or one whose keys could not be kept.
     """
+    if not isinstance(kind, str):
+        raise ValueError(f"{_shown(kind)} is no word; use {', '.join(map(repr, get_args(RopeKind)))}")
     if kind in _LENGTH_DEPENDENT:
         raise ValueError(
             f"{kind!r} cannot be served: its frequencies follow the prompt's length, so the keys kept of a text are "
@@ -52,24 +66,26 @@ class RopeScaling:
     """yarn: multiplies rotated queries and keys; None for the paper's, 1 + ln(factor) / 10."""
 
     def __post_init__(self) -> None:
+        _check_number("rope_scaling.factor", self.factor, 1.0, _LARGEST_NUMBER)
+        for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
+            if (value := getattr(self, name)) is not None or name != "attention_factor":
+                _check_number(f"rope_scaling.{name}", value, -_LARGEST_NUMBER, _LARGEST_NUMBER)
+        _check_whole("rope_scaling.original_max_context", self.original_max_context, _LARGEST["max_context"])
+        _check_flag("rope_scaling.truncate", self.truncate)
         try:
             parse_rope_kind(self.kind)
         except ValueError as err:
             raise ValueError(f"rope_scaling.kind={err}") from err
-        if not 1.0 <= self.factor < math.inf:
-            raise ValueError(f"rope_scaling.factor={self.factor} must be at least 1.0, and finite")
-        if self.original_max_context < 1:
-            raise ValueError(f"rope_scaling.original_max_context={self.original_max_context} must be at least 1")
         if self.kind == "llama3" and not 0.0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"rope_scaling.low_freq_factor={self.low_freq_factor} must be above 0 and below "
                 f"high_freq_factor={self.high_freq_factor}"
             )
-        if self.kind == "yarn" and not 0.0 < self.beta_slow < self.beta_fast < math.inf:
+        if self.kind == "yarn" and not 0.0 < self.beta_slow < self.beta_fast:
             raise ValueError(
                 f"rope_scaling.beta_slow={self.beta_slow} must be above 0 and below beta_fast={self.beta_fast}"
             )
-        if self.attention_factor is not None and not 0.0 < self.attention_factor < math.inf:
+        if self.attention_factor is not None and not self.attention_factor > 0.0:
             raise ValueError(f"rope_scaling.attention_factor={self.attention_factor} must be above 0, and finite")
 
     def __str__(self) -> str:
@@ -132,18 +148,14 @@ class ChainConfig:
     """Head dim where it is not `dim / num_heads`."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "dim",
-            "hidden_dim",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "vocab_size",
-            "max_context",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.activation not in get_args(Activation):
+        for name, largest in _LARGEST.items():
+            if name != "explicit_head_dim" or self.explicit_head_dim is not None:
+                _check_whole(name, getattr(self, name), largest)
+        for name in ("tie_embeddings", "kv_sharing", "bias"):
+            _check_flag(name, getattr(self, name))
+        _check_number("rope_theta", self.rope_theta, 1.0, _LARGEST_NUMBER)
+        _check_number("norm_eps", self.norm_eps, 0.0, 1.0)
+        if not isinstance(self.activation, str) or self.activation not in get_args(Activation):
             raise ValueError(f"activation={self.activation!r} is unknown; use {' or '.join(get_args(Activation))}")
         _check_chains(self)
         _check_widths(self)
@@ -215,20 +227,50 @@ class ChainConfig:
         if unknown := sorted(set(data) - known):
             raise ValueError(f"unknown model fields {unknown}; known are {sorted(known)}")
         values = dict(data)
+        scaling = values.get("rope_scaling")
+        if scaling is not None and not isinstance(scaling, Mapping):
+            raise ValueError(f"rope_scaling={_shown(scaling)} must be an object, or null")
         try:
-            if isinstance(values.get("rope_scaling"), Mapping):
-                values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-            if "chains" in values:
+            if scaling is not None:
+                values["rope_scaling"] = RopeScaling(**scaling)
+            if isinstance(values.get("chains"), list):
                 values["chains"] = tuple(values["chains"])
             return cls(**values)
         except TypeError as err:
             raise ValueError(f"model section: {err}") from err
 
 
+def _shown(value: object) -> str:
+    # Python refuses to print an integer of thousands of digits.
+    text = "a number of that many bits" if isinstance(value, int) and value.bit_length() > 256 else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_whole(value: object, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
+
+
+def _check_whole(name: str, value: object, largest: int) -> None:
+    if not _is_whole(value, largest):
+        raise ValueError(f"{name}={_shown(value)} must be a whole number, at least 1 and at most {largest}")
+
+
+def _check_number(name: str, value: object, lowest: float, highest: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+        raise ValueError(f"{name}={_shown(value)} must be at least {lowest}, and finite: at most {highest:g}")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={_shown(value)} must be true or false")
+
+
 def _check_chains(config: ChainConfig) -> None:
-    chains, num_heads, total = config.chains, config.num_heads, sum(config.chains)
-    if not chains or min(chains) < 1:
-        raise ValueError(f"chains={chains} must be a non-empty list of positive head counts")
+    chains, num_heads = config.chains, config.num_heads
+    are_counts = isinstance(chains, tuple) and 0 < len(chains) <= num_heads
+    if not are_counts or not all(_is_whole(chain, _LARGEST["num_heads"]) for chain in chains):
+        raise ValueError(f"chains={_shown(chains)} must be a non-empty list of positive head counts")
+    total = sum(chains)
     if total != num_heads:
         rest = num_heads - sum(chains[:-1])
         nearest = f"chains={(*chains[:-1], rest)} or num_heads={total}" if rest > 0 else f"num_heads={total}"

@@ -8,15 +8,16 @@ from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
 from colm.checkpoint import Checkpoint, TextConfig
-from colm.errors import CheckpointError, InvalidRequest
+from colm.errors import InvalidRequest
+from colm.files import MAX_TOKENIZER_BYTES, read_text
 from colm.text.bound import TokenBound
 from colm.text.chat_template import ChatTemplate
 from colm.text.detokenizer import Detokenizer, TextStream
 from colm.text.pieces import PieceEncoder
+from colm.text.tokenizer_file import parse_tokenizer
 
 # Stands for the content while the template is rendered. Private-use characters: no template writes them.
 MARKER = "\ue000content\ue001"
@@ -62,7 +63,7 @@ class Tokenizer:
             UnsupportedModel: the tokenizer is of a kind that cannot be decoded token by token.
         """
         path = checkpoint.tokenizer_path
-        return None if path is None else cls(path.read_text(encoding="utf-8"), checkpoint.text, now)
+        return None if path is None else cls(read_text(path, MAX_TOKENIZER_BYTES), checkpoint.text, now)
 
     @property
     def has_chat_template(self) -> bool:
@@ -204,10 +205,7 @@ def _one(token_id: int) -> NDArray[np.int64]:
 
 
 def _content_encoder(tokenizer_json: str) -> Any:
-    try:
-        encoder = tokenizers.Tokenizer.from_str(tokenizer_json)
-    except Exception as err:  # the Rust side raises Exception itself, for any malformed file
-        raise CheckpointError(f"tokenizer.json cannot be read: {err}; import the model again") from err
+    encoder = parse_tokenizer(tokenizer_json)
     encoder.encode_special_tokens = True
     encoder.no_truncation()
     encoder.no_padding()

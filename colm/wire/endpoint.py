@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from colm.wire.malformed import MalformedInterceptor
 from colm.wire.security import Security, TokenInterceptor
 
 # Tiles and document pieces stay near 1 MiB, where gRPC moves bytes fastest; the limit only stops abuse.
@@ -62,7 +63,9 @@ _LOOPBACKS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 def create_server(security: Security) -> grpc.aio.Server:
     """A server that demands the security's token; add services, then `bind` and start it."""
-    interceptors = [TokenInterceptor(security.token)] if security.token else []
+    interceptors: list[grpc.aio.ServerInterceptor] = [MalformedInterceptor()]
+    if security.token:
+        interceptors.insert(0, TokenInterceptor(security.token))
     return grpc.aio.server(interceptors=interceptors, options=server_options())
 
 

@@ -265,8 +265,8 @@ DAMAGES: dict[str, tuple[Callable[[Checkpoint], object], str]] = {
     ),
     "no config": (lambda ck: (ck.path / "config.json").unlink(), r"config\.json is missing; .*colm import"),
     "bad JSON": (lambda ck: (ck.path / "config.json").write_text("{"), r"config\.json is not valid JSON"),
-    "not text": (lambda ck: (ck.path / "config.json").write_bytes(b"\xff"), r"config\.json is not valid JSON"),
-    "not an object": (lambda ck: (ck.path / "config.json").write_text("[]"), r"config\.json is not a colm-checkpoint"),
+    "not text": (lambda ck: (ck.path / "config.json").write_bytes(b"\xff"), r"config\.json is not UTF-8"),
+    "not an object": (lambda ck: (ck.path / "config.json").write_text("[]"), r"config\.json holds list, not an object"),
     "another format": (
         lambda ck: edit_json(ck.path / "config.json", format="gguf"),
         r"config\.json is not a colm-checkpoint; run `colm import",
@@ -275,7 +275,10 @@ DAMAGES: dict[str, tuple[Callable[[Checkpoint], object], str]] = {
         lambda ck: edit_json(ck.path / "config.json", format_version=99),
         r"config\.json: format_version=99, this build reads 1",
     ),
-    "no model section": (lambda ck: edit_json(ck.path / "config.json", model=None), r"config\.json: 'model'"),
+    "no model section": (
+        lambda ck: edit_json(ck.path / "config.json", model=None),
+        r"config\.json: model must be an object",
+    ),
     "impossible model": (lambda ck: edit_model(ck, num_heads=7), r"config\.json: chains=.*num_heads=7"),
     "unknown model field": (lambda ck: edit_model(ck, window=8), r"config\.json: unknown model fields \['window'\]"),
     "unknown text field": (

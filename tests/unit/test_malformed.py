@@ -1,0 +1,29 @@
+"""Bytes that are no message of a call are the caller's fault."""
+
+import grpc
+import pytest
+
+from colm.wire.endpoint import open_channel
+from colm.wire.security import Security
+from tests.gateway import TakingTurns, gateway
+from tests.tiny import tiny_config
+
+GARBAGE = b"\xff\xff\xff\xff"
+
+
+@pytest.mark.parametrize("messages", [[GARBAGE], [b"", GARBAGE]])
+async def test_garbage_on_a_stream_is_an_invalid_argument(messages: list[bytes]) -> None:
+    """Bug: it was answered INTERNAL, as if the server had a defect."""
+    async with gateway(tiny_config(), TakingTurns([""])) as address, open_channel(address, Security()) as channel:
+        call = channel.stream_stream("/colm.wire.v1.GenerationService/Generate")(iter(messages), timeout=30)
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await call.read()
+        assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_garbage_in_a_single_message_is_an_invalid_argument() -> None:
+    async with gateway(tiny_config(), TakingTurns([""])) as address, open_channel(address, Security()) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await channel.unary_unary("/colm.wire.v1.GenerationService/GetClusterStatus")(GARBAGE, timeout=30)
+        assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "are not a message" in str(refusal.value.details())
