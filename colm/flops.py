@@ -1,6 +1,7 @@
 """Floating-point operations of a prefill: matrix products alone, a multiplication and an addition each."""
 
 from dataclasses import dataclass
+from functools import cache
 
 from colm.checkpoint import prefill_tensor_names
 from colm.model import parameter_shapes
@@ -26,6 +27,7 @@ class LayerFlops:
     """The projections around attention, and the feed-forward; the last layer has none of it in a prefill."""
 
     @classmethod
+    @cache
     def of(cls, config: ChainConfig) -> "LayerFlops":
         """Every layer of a model is the same."""
         shapes = parameter_shapes(config, 1)

@@ -1,8 +1,11 @@
 """How fast chain 1 reads a prompt: the paper's prefill tables on this machine, or the presets that are named.
 
-`python -m bench.prefill --budget-minutes 180` runs every row of the tables, 2K to 1M, beside its baseline: whole, on a
-sample of one layer's tiles, or by a model of this machine, as the budget allows. Each record says which. Records are
-lines that are added to `--output`; what they hold already is not run again. `python -m bench.report` compares them.
+`python -m bench.prefill --budget-minutes 25` runs every row of the tables, dense and sparse, 2K to 1M, beside its
+baseline: whole, on a sample of one layer's tiles, or by a model of this machine, as the budget allows; short lengths
+come first. Each record says which, and how far a sample is off the whole where both ran. Sparse rows give a row of
+queries `--keys-per-row` keys. Peers run the baseline's shape in the same turns, 512 to 8K. Records are lines that are
+added to `--output`, group by group: interrupt it at any time; what the file holds already is not run again.
+`python -m bench.report` compares them with the paper's.
 
 `python -m bench.prefill --preset llama-3.2-1b-8-8-8-8-air --lengths 2K,8K --json` times whole prefills in rounds.
 `gemm_fraction` is the rate of the products that the model needs, divided by the rate of the best of a few matrix
@@ -23,14 +26,17 @@ from pathlib import Path
 import psutil
 import torch
 
-from bench import paper
+from bench import paper, peers
 from bench.harness.environment import environment
 from bench.harness.suite import Options, arguments, positive, run
 from bench.harness.units import length, parse_length
 from bench.prefill.case import PrefillCase, ProfileCase
+from bench.prefill.cost import Costs
 from bench.prefill.memory import choose
 from bench.prefill.plan import groups
-from bench.prefill.suite import EngineTimer, Suite
+from bench.prefill.sparse import KEYS_PER_ROW, Budget
+from bench.prefill.suite import Suite
+from bench.prefill.timer import EngineTimer
 from bench.roofline.calibrate import calibrate
 from colm import defaults
 from colm.dtypes import dtype_name, fastest_dtype
@@ -53,6 +59,8 @@ class PrefillOptions(Options):
     budget_minutes: float | None
     dtype: str
     tile_tokens: int
+    keys_per_row: int
+    peers: list[str]
     profile: bool
 
 
@@ -103,6 +111,20 @@ def main() -> None:
         "--dtype", choices=DTYPES, default=dtype_name(fastest_dtype(CPU)), help="of weights and products"
     )
     parser.add_argument("--tile-tokens", type=positive, default=defaults.TILE_TOKENS, help="of the engine")
+    parser.add_argument(
+        "--keys-per-row",
+        type=positive,
+        default=KEYS_PER_ROW,
+        help=f"that sparse rows of the tables give a row of queries at most; {KEYS_PER_ROW}",
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=tuple(peers.PEERS),
+        default=list(peers.PEERS),
+        help=f"run the shape of {peers.BASELINE} at 512 to 8K beside it, with a budget; all; one that is not installed "
+        "is absent",
+    )
     parser.add_argument("--profile", action="store_true", help="each operation's share of the time, in place of rates")
     options = parser.parse_args(namespace=PrefillOptions())
     if options.budget_minutes is not None:
@@ -117,30 +139,52 @@ def _suite(parser: argparse.ArgumentParser, options: PrefillOptions, budget_minu
     if options.profile:
         parser.error("--profile goes with --preset alone, without --budget-minutes")
     tables = paper.load()
-    names = [name for name, _ in options.preset] if options.preset else list(tables.rows)
+    installed = [name for name in options.peers if peers.is_installed(name)]
     try:
-        todo = groups(names, options.lengths or sorted({cell.num_tokens for cell in tables.cells.values()}))
+        budget = Budget(options.keys_per_row)
+        todo = groups(
+            [name for name, _ in options.preset] if options.preset else list(tables.rows),
+            options.lengths or sorted({cell.num_tokens for cell in tables.cells.values()}),
+            peers=options.peers,
+            peers_baseline=peers.BASELINE,
+            peer_lengths=peers.LENGTHS
+            if options.lengths is None
+            else [each for each in peers.LENGTHS if each in options.lengths],
+        )
     except ValueError as err:
-        parser.error(f"--preset: {err}")
+        parser.error(str(err))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    dtype = DTYPES[options.dtype]
-    Suite(
+    torch.manual_seed(options.seed)
+    dtype, path = DTYPES[options.dtype], options.output or RECORDS
+    suite = Suite(
         groups=todo,
-        dtype=dtype,
-        tile_tokens=options.tile_tokens,
-        num_rounds=options.rounds,
+        costs=Costs(
+            machine=calibrate(dtype, seed=options.seed, with_stream=False),
+            dtype=dtype,
+            tile_tokens=options.tile_tokens,
+            num_rounds=options.rounds,
+            available_bytes=psutil.virtual_memory().available,
+            budget=budget,
+            peers=installed,
+        ),
         budget_s=60 * budget_minutes,
-        available_bytes=psutil.virtual_memory().available,
-        machine=calibrate(dtype, seed=options.seed, with_stream=False),
-        path=options.output or RECORDS,
+        path=path,
         environment={
             "command": shlex.join(["python", "-m", options.module, *sys.argv[1:]]),
             "date": datetime.now(UTC).date().isoformat(),
             "seed": options.seed,
             **environment(),
         },
-    ).run(EngineTimer(dtype=dtype, tile_tokens=options.tile_tokens, seed=options.seed))
+    )
+    timer = EngineTimer(dtype=dtype, tile_tokens=options.tile_tokens, seed=options.seed, budget=budget)
+    try:
+        suite.run(timer)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\ninterrupted; {path} has every group that was done; the same command goes on after them\n")
+        sys.exit(130)
+    finally:
+        timer.close()
 
 
 def _rounds(options: PrefillOptions, models: dict[str, ChainConfig]) -> None:

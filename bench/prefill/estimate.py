@@ -16,6 +16,9 @@ import numpy as np
 NUM_STRATA = 8
 PER_STRATUM = 2
 """The least that says how much the tiles of a stratum differ."""
+MANY_TILES = 256
+"""Each doubling above halves the strata, down to `LEAST_STRATA`: long tiles stray less, and take longer."""
+LEAST_STRATA = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,15 +34,21 @@ class Estimate:
 
 def strata(num_tiles: int) -> list[range]:
     """Runs of neighbouring tiles of about equal number, each of `PER_STRATUM` or more where there are so many."""
-    num_strata = max(1, min(NUM_STRATA, num_tiles // PER_STRATUM))
+    many = max(LEAST_STRATA, NUM_STRATA * MANY_TILES // max(MANY_TILES, num_tiles))
+    num_strata = max(1, min(many, num_tiles // PER_STRATUM))
     ends = [index * num_tiles // num_strata for index in range(num_strata + 1)]
     return [range(start, stop) for start, stop in pairwise(ends)]
 
 
 def choose(groups: Sequence[range], *, seed: int) -> list[int]:
-    """`PER_STRATUM` tiles of each stratum, at random and in random order."""
+    """`PER_STRATUM` tiles of each stratum, at random and in random order; all where that is about as many."""
     generator = random.Random(seed)
-    chosen = [tile for group in groups for tile in generator.sample(group, min(PER_STRATUM, len(group)))]
+    is_few = sum(map(len, groups)) <= NUM_STRATA * PER_STRATUM
+    chosen = [
+        tile
+        for group in groups
+        for tile in generator.sample(group, len(group) if is_few else min(PER_STRATUM, len(group)))
+    ]
     generator.shuffle(chosen)
     return chosen
 
@@ -73,6 +82,7 @@ def estimate(
         variance += len(group) ** 2 * open_share * spread / len(missed)
     # The fit follows the sample, by as many numbers as it has.
     variance *= len(timed) / max(1, len(timed) - int(rank))
+    total = max(total, math.fsum(costs.values()))  # the rest took some time too, however the sample scatters
     return Estimate(
         total=total, standard_error=math.sqrt(variance), num_timed=len(timed), num_tiles=sum(map(len, groups))
     )

@@ -2,24 +2,50 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from bench import paper
 from bench.harness.contest import Measured
 from bench.harness.units import length
+from bench.paper import Attention
 
 MODES: Final[tuple[Measured, ...]] = ("modelled", "sampled", "whole")
 """From the cheapest."""
 
 
+class Row(NamedTuple):
+    """What takes turns: a preset, and whether its attention is sparse."""
+
+    preset: str
+    attention: Attention
+
+    @property
+    def name(self) -> str:
+        """E.g. `llama-3.2-1b sparse`."""
+        return self.preset if self.attention == "dense" else f"{self.preset} {self.attention}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Presets at one length that take turns, so that a ratio is one of the same run; all run in the same way."""
+    """Rows at one length that take turns, so that a ratio is one of the same run; all run in the same way."""
 
-    baseline: str
-    presets: tuple[str, ...]
-    """The baseline first."""
+    rows: tuple[Row, ...]
+    """The dense baseline first."""
     num_tokens: int
+    peers: tuple[str, ...] = ()
+    """Other software that prefills the baseline's shape in the same turns, where the rows run whole."""
+    is_for_peers: bool = False
+    """The paper's tables do not have the length: it runs whole, beside peers, or not at all."""
+
+    @property
+    def baseline(self) -> str:
+        """The preset that the rows' speed-ups are over."""
+        return self.rows[0].preset
+
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """Each once."""
+        return tuple(dict.fromkeys(row.preset for row in self.rows))
 
     @property
     def name(self) -> str:
@@ -27,42 +53,72 @@ class Group:
         return f"{self.baseline} at {length(self.num_tokens)}"
 
 
-def groups(presets: Sequence[str], lengths: Sequence[int]) -> list[Group]:
-    """The rows of these presets, with the baselines that their speed-ups are over; family by family, short ones first.
+def groups(
+    presets: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    peers: Sequence[str] = (),
+    peers_baseline: str = "",
+    peer_lengths: Sequence[int] = (),
+) -> list[Group]:
+    """The rows of these presets, with the baselines that their speed-ups are over; short ones first.
+
+    A preset's sparse row stands at the lengths at which the paper has one.
+
+    Args:
+        presets: of the paper's tables.
+        lengths: of their prompts.
+        peers: what else runs the shape of `peers_baseline`.
+        peers_baseline: a baseline of the tables.
+        peer_lengths: where peers run; those that `lengths` does not have are groups of their own.
 
     Raises:
         ValueError: a preset is not a row of the paper's tables.
     """
-    rows = paper.load().rows
+    tables = paper.load()
+    rows = tables.rows
     if unknown := [name for name in presets if name not in rows]:
         raise ValueError(f"{unknown} are not in the paper's prefill tables; rows are {', '.join(rows)}")
-    families = dict.fromkeys(rows[name] for name in presets)
-    return [
-        Group(
-            baseline=baseline,
-            presets=(baseline, *(name for name in rows if name in presets and rows[name] == baseline != name)),
-            num_tokens=num_tokens,
-        )
-        for baseline in families
-        for num_tokens in sorted(set(lengths))
-    ]
+    found = []
+    for baseline in dict.fromkeys(rows[name] for name in presets):
+        named = [name for name in rows if name in presets and rows[name] == baseline]
+        at_peers = set(peer_lengths) if peers and baseline == peers_baseline else set()
+        for num_tokens in {*lengths, *at_peers}:
+            sparse = [name for name in named if (name, "sparse", num_tokens) in tables.cells]
+            found.append(
+                Group(
+                    rows=(
+                        *(Row(name, "dense") for name in dict.fromkeys((baseline, *named))),
+                        *(Row(name, "sparse") for name in sparse),
+                    ),
+                    num_tokens=num_tokens,
+                    peers=tuple(peers) if num_tokens in at_peers else (),
+                    is_for_peers=num_tokens not in lengths,
+                )
+            )
+    return sorted(found, key=lambda group: group.num_tokens)
 
 
 def choose_modes(costs: Mapping[Group, Mapping[Measured, float]], budget_s: float) -> dict[Group, Measured]:
     """How each group runs: as many as possible on a sample, then as many as possible whole, the cheapest first.
 
     Args:
-        costs: predicted seconds of each way that is possible; a group that runs whole is sampled as well.
+        costs: predicted seconds of each way that is possible, all that it takes; whole runs are sampled as well.
         budget_s: what all of them may take, as predicted.
     """
     chosen: dict[Group, Measured] = dict.fromkeys(costs, "modelled")
     left_s = budget_s
     for mode in MODES[1:]:
         able = [group for group in costs if mode in costs[group]]
-        for group in sorted(able, key=lambda group: costs[group][mode]):
-            if mode == "whole" and chosen[group] != "sampled":
-                continue
-            if costs[group][mode] <= left_s:
-                left_s -= costs[group][mode]
+
+        def more_s(group: Group, mode: Measured = mode) -> float:
+            before = chosen[group]
+            return costs[group][mode] - (costs[group][before] if before != "modelled" else 0.0)
+
+        for group in sorted(able, key=more_s):
+            if mode == "whole" and "sampled" in costs[group] and chosen[group] != "sampled":
+                continue  # what a sample has no time for, the whole has none for either
+            if (more := more_s(group)) <= left_s:
+                left_s -= more
                 chosen[group] = mode
     return chosen

@@ -1,54 +1,39 @@
 """The paper's prefill tables on this machine: whole, on a sample, or by the model, as a budget of time allows.
 
-A record of every cell is written as soon as its group is done, and a suite that starts again goes on after the groups
-that its records hold.
+Records of a group are written as soon as it is done, and a suite that starts again goes on after the groups that its
+records hold. Before each group the rest of the budget is laid out anew, by what the groups before it took in truth.
 """
 
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, Protocol
-
-import torch
 
 from bench.harness import records
 from bench.harness.contest import Measured
 from bench.harness.units import digits, duration, length
 from bench.kernels.common import short
-from bench.prefill.case import CHECKED_TILE_TOKENS, check_engine, engine_of_random, prompt
-from bench.prefill.estimate import NUM_STRATA, PER_STRATUM, Estimate, choose, estimate, strata
-from bench.prefill.layer import KeysValues, SampledLayer, TileSeconds
-from bench.prefill.memory import sampled_bytes, weights_bytes, working_bytes
-from bench.prefill.plan import MODES, Group, choose_modes
-from bench.prefill.record import Bar, CellRecord, Sample
-from bench.roofline.machine import Machine
-from bench.roofline.model import Prompt, prefill_s
-from cluster.cli.output import human_bytes
-from colm.kv import KvFormat
-from colm.model.config import ChainConfig
-from colm.model.presets import preset
-from prefill_node.engine import PrefillEngine
+from bench.paper import Attention
+from bench.prefill import record as recorded
+from bench.prefill.cost import Costs
+from bench.prefill.plan import Group, Row, choose_modes
+from bench.prefill.record import Bar, CellRecord, PeerRecord, Sample
+from bench.prefill.timer import PeerTimed, Seen
 
-QUICK_S = 20.0
-"""A group that takes less is run in several rounds, a longer one once."""
-WEIGHTS_GB_PER_S = 0.1
-"""At which random weights are made; for the budget alone."""
-AGREES_WITHIN = 0.05
-"""A sample that is further from the whole is pointed out."""
+PRIOR_S = 20.0
+"""So much of what was predicted is taken to have come true before anything has run."""
 
 
 class Timer(Protocol):
     """What times a group; replaced in tests."""
 
-    def whole(self, group: Group, num_rounds: int) -> Mapping[str, Sequence[float]]:
-        """Seconds of each preset's prefill, one a round."""
+    def keep(self, presets: Collection[str], *, with_peers: bool) -> None:
+        """Other presets, and peers, have no group left."""
 
-    def sampled(self, group: Group, num_repeats: int) -> Mapping[str, Estimate]:
-        """Each preset's prefill as a sample of one layer says."""
+    def measure(self, group: Group, *, is_whole: bool, num_rounds: int) -> Seen:
+        """Run it on a sample, or whole and on a sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,279 +42,201 @@ class Suite:
 
     Args:
         groups: in their order.
-        dtype: of weights and computation.
-        tile_tokens: of the engine.
-        num_rounds: of groups that are quick.
-        budget_s: for all groups, as predicted.
-        available_bytes: memory that may be taken.
-        machine: this one, calibrated; predicts and models.
+        costs: what groups would take.
+        budget_s: for all of them.
         path: of the records.
         environment: of this run, as every record states it.
-    """
-
-    groups: Sequence[Group]
-    dtype: torch.dtype
-    tile_tokens: int
-    num_rounds: int
-    budget_s: float
-    available_bytes: int
-    machine: Machine
-    path: Path
-    environment: Mapping[str, Any]
-
-    def run(self, timer: Timer, say: Callable[[str], object] = sys.stderr.write) -> list[CellRecord]:
-        """Run what the records do not hold yet; returns what was added."""
-        held = {
-            record.key: record
-            for record in map(CellRecord.model_validate, records.read(self.path))
-            if record.conditions == self._conditions
-        }
-
-        def is_done(group: Group) -> bool:
-            found = [held.get((name, "dense", group.num_tokens)) for name in group.presets]
-            return all(record is not None and record.measured != "modelled" for record in found)
-
-        todo = [group for group in self.groups if not is_done(group)]
-        say(f"{len(self.groups) - len(todo)} of {len(self.groups)} groups are in {self.path} already\n")
-        costs = {group: self._costs(group) for group in todo}
-        modes = choose_modes({group: cost for group, (cost, _) in costs.items()}, self.budget_s)
-        added: list[CellRecord] = []
-        for group in todo:
-            mode, (cost, no_room) = modes[group], costs[group]
-            if mode == "modelled" and all((name, "dense", group.num_tokens) in held for name in group.presets):
-                continue
-            say(f"{group.name}: {mode}, predicted {duration(_predicted_s(mode, cost))}\n")
-            fresh = self._cells(group, mode, cost, no_room, timer)
-            records.append(self.path, [record.model_dump(mode="json") for record in fresh])
-            for record in fresh:
-                say(f"  {describe(record)}\n")
-            added += fresh
-        return added
-
-    @property
-    def _conditions(self) -> tuple[object, ...]:
-        where = tuple(self.environment.get(name) for name in ("commit", "cpu", "cpu_family", "cpu_model", "threads"))
-        return (*where, short(self.dtype), self.tile_tokens)
-
-    def _modelled(self, group: Group) -> dict[str, float]:
-        """Seconds of each preset, as this machine's file has it."""
-        prompts = {
-            name: Prompt(config=preset(name), num_tokens=group.num_tokens, tile_tokens=self.tile_tokens)
-            for name in group.presets
-        }
-        return {name: prefill_s(self.machine, prompt) for name, prompt in prompts.items()}
-
-    def _costs(self, group: Group) -> tuple[dict[Measured, float], str]:
-        """Predicted seconds of every way that has room, and why the whole has none."""
-        configs = [preset(name) for name in group.presets]
-        run_s = self._modelled(group)
-        share = min(1.0, NUM_STRATA * PER_STRATUM * self.tile_tokens / group.num_tokens)
-        layer_s = sum(each / config.num_layers for each, config in zip(run_s.values(), configs, strict=True))
-        costs: dict[Measured, float] = {}
-        needed = sampled_bytes(configs, self.dtype, num_tokens=group.num_tokens, tile_tokens=self.tile_tokens)
-        if needed <= self.available_bytes:
-            costs["sampled"] = layer_s * share * self._rounds(layer_s * share)
-        weights = sum(weights_bytes(config, self.dtype) for config in configs)
-        needed = weights + max(
-            working_bytes(config, self.dtype, num_tokens=group.num_tokens, tile_tokens=self.tile_tokens)
-            for config in configs
-        )
-        no_room = ""
-        if needed <= self.available_bytes:
-            total_s = sum(run_s.values())
-            costs["whole"] = total_s * self._rounds(total_s) + weights / (WEIGHTS_GB_PER_S * 1e9)
-        else:
-            no_room = f"whole needs {human_bytes(needed)}, {human_bytes(self.available_bytes)} are available"
-        return costs, no_room
-
-    def _rounds(self, predicted_s: float) -> int:
-        return self.num_rounds if predicted_s <= QUICK_S else 1
-
-    def _cells(
-        self, group: Group, mode: Measured, cost: Mapping[Measured, float], no_room: str, timer: Timer
-    ) -> list[CellRecord]:
-        samples: Mapping[str, Estimate] = {}
-        if mode != "modelled":
-            samples = timer.sampled(group, self._rounds(cost["sampled"] / self.num_rounds))
-        if mode == "whole":
-            turns = timer.whole(group, self._rounds(sum(self._modelled(group).values())))
-            bars = {name: Bar(value=median(each), low=min(each), high=max(each)) for name, each in turns.items()}
-            ratios = {name: _ratio_of_rounds(turns[group.baseline], each) for name, each in turns.items()}
-            num_rounds = len(turns[group.baseline])
-        else:
-            if mode == "sampled":
-                bars = {name: Bar.around(each.total, each.standard_error) for name, each in samples.items()}
-            else:
-                bars = {name: Bar.around(each, 0.0) for name, each in self._modelled(group).items()}
-            ratios = {name: _ratio_of_bars(bars[group.baseline], bar) for name, bar in bars.items()}
-            num_rounds = 0
-        budget = "" if mode == "whole" else no_room or "the budget of time"
-        return [
-            CellRecord(
-                environment=dict(self.environment),
-                preset=name,
-                baseline=group.baseline,
-                attention="dense",
-                num_tokens=group.num_tokens,
-                dtype=short(self.dtype),
-                tile_tokens=self.tile_tokens,
-                measured=mode,
-                reason=budget,
-                seconds=bars[name],
-                over_baseline=ratios[name],
-                num_rounds=num_rounds,
-                sample=_sample(samples.get(name)),
-                machine=self.machine.dump() if mode == "modelled" else None,
-            )
-            for name in group.presets
-        ]
-
-
-def _predicted_s(mode: Measured, cost: Mapping[Measured, float]) -> float:
-    """A group that runs whole is sampled too; the model takes no time."""
-    return sum(cost[each] for each in MODES[1 : MODES.index(mode) + 1])
-
-
-def _sample(found: Estimate | None) -> Sample | None:
-    if found is None:
-        return None
-    bar = Bar.around(found.total, found.standard_error)
-    return Sample(seconds=bar, num_timed=found.num_timed, num_tiles=found.num_tiles)
-
-
-def _ratio_of_rounds(baseline: Sequence[float], mine: Sequence[float]) -> Bar:
-    ratios = [theirs / ours for theirs, ours in zip(baseline, mine, strict=True)]
-    return Bar(value=median(ratios), low=min(ratios), high=max(ratios))
-
-
-def _ratio_of_bars(baseline: Bar, mine: Bar) -> Bar:
-    if mine is baseline:
-        return Bar(value=1.0, low=1.0, high=1.0)
-    return Bar(
-        value=baseline.value / mine.value, low=baseline.low / mine.high, high=baseline.high / max(mine.low, 1e-12)
-    )
-
-
-def describe(record: CellRecord) -> str:
-    """One line: the time, the rate, the ratio, and a sample that does not agree with the whole."""
-    bar = record.seconds
-    line = (
-        f"{record.preset} {length(record.num_tokens)}: {duration(bar.value)} "
-        f"({duration(bar.low)} .. {duration(bar.high)}), {digits(record.tokens_per_s)} tokens/s, "
-        f"{digits(record.over_baseline.value)}x, {record.measured}"
-    )
-    if record.measured == "whole" and record.sample is not None:
-        off = record.sample.seconds.value / bar.value - 1
-        line += f"; its sample is {off:+.1%} off" + (", more than it should be" if abs(off) > AGREES_WITHIN else "")
-    return line
-
-
-@dataclass(kw_only=True)
-class EngineTimer:
-    """The timer of real runs. Engines of one family are kept from one length to the next.
-
-    Args:
-        dtype: of weights and computation.
-        tile_tokens: of the engine.
-        seed: of weights, prompts and samples.
         clock: in seconds.
     """
 
-    dtype: torch.dtype
-    tile_tokens: int
-    seed: int
-    clock: Callable[[], float] = time.perf_counter
-    _engines: dict[str, PrefillEngine] = field(default_factory=dict)
-    _checked: set[str] = field(default_factory=set)
+    groups: Sequence[Group]
+    costs: Costs
+    budget_s: float
+    path: Path
+    environment: Mapping[str, Any]
+    clock: Callable[[], float] = time.monotonic
 
-    def whole(self, group: Group, num_rounds: int) -> Mapping[str, Sequence[float]]:
-        """Rounds in which all presets take turns; a short prompt of each warms up."""
-        self._engines = {name: engine for name, engine in self._engines.items() if name in group.presets}
-        for name in group.presets:
-            if name not in self._engines:
-                self._check(name)
-                self._engines[name] = engine_of_random(preset(name), self.dtype, self.tile_tokens, self.seed)
-            self._prefill(name, min(self.tile_tokens, group.num_tokens))
-        seconds: dict[str, list[float]] = {name: [] for name in group.presets}
-        for _ in range(num_rounds):
-            for name in group.presets:
-                began_s = self.clock()
-                self._prefill(name, group.num_tokens)
-                seconds[name].append(self.clock() - began_s)
-        return seconds
+    def run(self, timer: Timer, say: Callable[[str], object] = sys.stderr.write) -> list[CellRecord | PeerRecord]:
+        """Run what the records do not hold yet; returns what was added."""
+        held = self._held()
+        todo = [group for group in self.groups if not self._is_done(group, held)]
+        say(f"{len(self.groups) - len(todo)} of {len(self.groups)} groups are in {self.path} already\n")
+        ends_s = self.clock() + self.budget_s
+        added: list[CellRecord | PeerRecord] = []
+        made: set[str] = set()
+        predicted_s = taken_s = PRIOR_S
+        while todo:
+            pace, left_s = taken_s / predicted_s, ends_s - self.clock()
+            found = {group: self.costs.of(group, made) for group in todo}
+            paced = {
+                group: {mode: pace * seconds for mode, seconds in cost.items()} for group, (cost, _) in found.items()
+            }
+            modes = choose_modes(paced, left_s)
+            group = next((group for group in todo if modes[group] != "modelled"), None)
+            if group is None:
+                break
+            whole = [each for each in todo if modes[each] == "whole"]
+            timer.keep({name for each in whole for name in each.presets}, with_peers=any(each.peers for each in whole))
+            say(_progress(group, modes, paced, left_s))
+            todo.remove(group)
+            began_s = self.clock()
+            fresh = self._measured(group, modes[group], found[group][1], timer)
+            predicted_s += found[group][0][modes[group]]
+            taken_s += self.clock() - began_s
+            made = (made | set(group.presets) if modes[group] == "whole" else made) & {
+                name for each in whole for name in each.presets
+            }
+            added += self._written(fresh, say)
+        for group in todo:
+            if not group.is_for_peers and not all((*row, group.num_tokens) in held for row in group.rows):
+                say(f"{group.name}: modelled\n")
+                added += self._written(self._modelled(group, self.costs.of(group)[1]), say)
+        return added
 
-    def sampled(self, group: Group, num_repeats: int) -> Mapping[str, Estimate]:
-        """Tiles of one layer of each preset; the presets take turns at every tile."""
-        configs = {name: preset(name) for name in group.presets}
-        held: dict[tuple[int, int], KeysValues] = {}
-        layers = {}
-        for name, config in configs.items():
-            self._check(name)
-            kv_format = KvFormat.of(config, self.dtype)
-            heads = (kv_format.num_kv_heads, kv_format.head_dim)
-            if heads not in held:
-                held[heads] = KeysValues.random(kv_format, group.num_tokens, self.seed)
-            layers[name] = SampledLayer(
-                config, self.dtype, held[heads], tile_tokens=self.tile_tokens, seed=self.seed, clock=self.clock
-            )
-        return sample_layers(
-            configs,
-            {name: layer.time for name, layer in layers.items()},
-            num_tokens=group.num_tokens,
-            tile_tokens=self.tile_tokens,
-            num_repeats=num_repeats,
-            seed=self.seed,
+    def _held(self) -> dict[tuple[str, Attention, int], CellRecord]:
+        """Cells that the records have of these conditions, by preset, attention and tokens."""
+        wanted = (*recorded.where(self.environment), short(self.costs.dtype), self.costs.tile_tokens)
+        held: dict[tuple[str, Attention, int], CellRecord] = {}
+        for record in recorded.cells(recorded.read(self.path)):
+            is_same = record.sparse is None or record.sparse == self.costs.budget.record()
+            if record.conditions == wanted and is_same:
+                held[record.key] = record
+        return held
+
+    def _is_done(self, group: Group, held: Mapping[tuple[str, Attention, int], CellRecord]) -> bool:
+        found = [held.get((*row, group.num_tokens)) for row in group.rows]
+        return all(record is not None and record.measured != "modelled" for record in found)
+
+    def _written(
+        self, fresh: Sequence[CellRecord | PeerRecord], say: Callable[[str], object]
+    ) -> Sequence[CellRecord | PeerRecord]:
+        records.append(self.path, [record.model_dump(mode="json") for record in fresh])
+        for record in fresh:
+            say(f"  {describe(record)}\n")
+        return fresh
+
+    def _measured(self, group: Group, mode: Measured, no_room: str, timer: Timer) -> Sequence[CellRecord | PeerRecord]:
+        is_whole = mode == "whole"
+        num_rounds = self.costs.whole_rounds(group) if is_whole else self.costs.sampled_rounds(group)
+        seen = timer.measure(group, is_whole=is_whole, num_rounds=num_rounds)
+        turns = {row: each.whole_s for row, each in seen.rows.items()}
+        if is_whole:
+            bars = {row: Bar.over(each) for row, each in turns.items()}
+            ratios = {row: _ratio_of_rounds(turns[group.rows[0]], each) for row, each in turns.items()}
+        else:
+            bars = {row: Bar.around(each.sample.total, each.sample.standard_error) for row, each in seen.rows.items()}
+            ratios = _ratios_of_bars(group, bars)
+        samples = {
+            row: Sample.of(each.sample, bars[row].value if is_whole else None) for row, each in seen.rows.items()
+        }
+        reason = "" if is_whole else no_room or "the budget of time"
+        cells = self._cells(group, mode, reason, bars, ratios, samples, num_rounds if is_whole else 0)
+        return [*cells, *(self._peer(group, name, each, turns) for name, each in seen.peers.items())]
+
+    def _modelled(self, group: Group, no_room: str) -> Sequence[CellRecord]:
+        bars = {row: Bar.around(self.costs.row_s(row, group.num_tokens), 0.0) for row in group.rows}
+        return self._cells(
+            group, "modelled", no_room or "the budget of time", bars, _ratios_of_bars(group, bars), {}, 0
         )
 
-    def _prefill(self, name: str, num_tokens: int) -> None:
-        deque(self._engines[name].run(prompt(preset(name), num_tokens, self.seed)), maxlen=0)
+    def _cells(
+        self,
+        group: Group,
+        mode: Measured,
+        reason: str,
+        bars: Mapping[Row, Bar],
+        ratios: Mapping[Row, Bar],
+        samples: Mapping[Row, Sample],
+        num_rounds: int,
+    ) -> list[CellRecord]:
+        return [
+            CellRecord(
+                **self._conditions(group),
+                preset=row.preset,
+                baseline=group.baseline,
+                attention=row.attention,
+                sparse=self.costs.budget.record() if row.attention == "sparse" else None,
+                measured=mode,
+                reason=reason,
+                seconds=bars[row],
+                over_baseline=ratios[row],
+                num_rounds=num_rounds,
+                sample=samples.get(row),
+                machine=self.costs.machine.dump() if mode == "modelled" else None,
+            )
+            for row in group.rows
+        ]
 
-    def _check(self, name: str) -> None:
-        if name not in self._checked:
-            check_engine(preset(name), self.dtype, min(self.tile_tokens, CHECKED_TILE_TOKENS), self.seed)
-            self._checked.add(name)
+    def _peer(self, group: Group, name: str, seen: PeerTimed, turns: Mapping[Row, Sequence[float]]) -> PeerRecord:
+        dense = {row.preset: turns[row] for row in group.rows if row.attention == "dense"}
+        return PeerRecord(
+            **self._conditions(group),
+            peer=name,
+            version=seen.version,
+            baseline=group.baseline,
+            reason=seen.absent,
+            seconds=None if seen.absent else Bar.over(seen.seconds),
+            num_rounds=len(seen.seconds),
+            speedups={} if seen.absent else {key: _ratio_of_rounds(seen.seconds, each) for key, each in dense.items()},
+        )
+
+    def _conditions(self, group: Group) -> dict[str, Any]:
+        return {
+            "environment": dict(self.environment),
+            "num_tokens": group.num_tokens,
+            "dtype": short(self.costs.dtype),
+            "tile_tokens": self.costs.tile_tokens,
+        }
 
 
-def sample_layers(
-    configs: Mapping[str, ChainConfig],
-    layers: Mapping[str, Callable[[int, int], TileSeconds]],
-    *,
-    num_tokens: int,
-    tile_tokens: int,
-    num_repeats: int,
-    seed: int,
-) -> dict[str, Estimate]:
-    """Prefills of several models from tiles of one layer of each, which take turns at every tile.
+def _progress(
+    group: Group, modes: Mapping[Group, Measured], costs: Mapping[Group, Mapping[Measured, float]], left_s: float
+) -> str:
+    numbers = {mode: sum(each == mode for each in modes.values()) for mode in dict.fromkeys(modes.values())}
+    planned_s = sum(costs[each][mode] for each, mode in modes.items() if mode != "modelled")
+    return (
+        f"{group.name}: {modes[group]}, about {minutes(costs[group][modes[group]])}. "
+        f"{minutes(max(0.0, left_s))} left, {minutes(planned_s)} of it planned: "
+        f"{', '.join(f'{number} {mode}' for mode, number in numbers.items())}\n"
+    )
 
-    Args:
-        configs: of the models, by name.
-        layers: time the tile from one token to another.
-        num_tokens: of the prompt.
-        tile_tokens: of the engine.
-        num_repeats: turns of each tile, of which the median counts.
-        seed: of the sample.
-    """
-    num_tiles = -(-num_tokens // tile_tokens)
-    groups = strata(num_tiles)
 
-    def bounds(tile: int) -> tuple[int, int]:
-        return tile * tile_tokens, min((tile + 1) * tile_tokens, num_tokens)
+def minutes(seconds: float) -> str:
+    """E.g. 4 min 20 s."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 100 else f"{whole // 60} min {whole % 60} s"
 
-    def known(tile: int) -> tuple[float, float]:
-        start, stop = bounds(tile)
-        rows = stop - start
-        return rows, rows * start + rows * (rows + 1) / 2
 
-    for layer in layers.values():
-        layer(*bounds(0))  # the first call of an operation also sets things up
-    costs: dict[str, dict[int, float]] = {name: {} for name in configs}
-    for tile in choose(groups, seed=seed):
-        turns: dict[str, list[float]] = {name: [] for name in configs}
-        for _ in range(num_repeats):
-            for name, layer in layers.items():
-                seen = layer(*bounds(tile))
-                whole, cut = configs[name].num_layers - 1, 1
-                turns[name].append((whole + cut) * seen.keys_values_s + whole * seen.rest_s)
-        for name, each in turns.items():
-            costs[name][tile] = median(each)
-    return {name: estimate(groups, each, known, num_layers=configs[name].num_layers) for name, each in costs.items()}
+def _ratio_of_rounds(baseline: Sequence[float], mine: Sequence[float]) -> Bar:
+    return Bar.over([theirs / ours for theirs, ours in zip(baseline, mine, strict=True)])
+
+
+def _ratios_of_bars(group: Group, bars: Mapping[Row, Bar]) -> dict[Row, Bar]:
+    baseline = bars[group.rows[0]]
+    return {
+        row: Bar(value=1.0, low=1.0, high=1.0)
+        if row == group.rows[0]
+        else Bar(
+            value=baseline.value / bar.value, low=baseline.low / bar.high, high=baseline.high / max(bar.low, 1e-12)
+        )
+        for row, bar in bars.items()
+    }
+
+
+def describe(record: CellRecord | PeerRecord) -> str:
+    """One line: the time, the rate, the ratio, and how far a sample is off the whole."""
+    if isinstance(record, PeerRecord):
+        what = f"{record.peer} {length(record.num_tokens)}: "
+        if record.seconds is None:
+            return f"{what}absent: {record.reason}"
+        return f"{what}{duration(record.seconds.value)}, ours {digits(record.speedups[record.baseline].value)}x"
+    bar = record.seconds
+    line = (
+        f"{Row(record.preset, record.attention).name} {length(record.num_tokens)}: {duration(bar.value)} "
+        f"({duration(bar.low)} .. {duration(bar.high)}), {digits(record.tokens_per_s)} tokens/s, "
+        f"{digits(record.over_baseline.value)}x, {record.measured}"
+    )
+    if record.sample is not None and record.sample.off is not None:
+        line += f"; its sample is {record.sample.off:+.1%} off"
+        line += "" if record.sample.agrees else ", more than it should be"
+    return line

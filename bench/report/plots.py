@@ -6,17 +6,18 @@ from typing import Any, Final
 
 from bench.harness.units import length
 from bench.prefill.record import CellRecord
-from bench.report.compare import Comparison
+from bench.report.compare import Comparison, Found
 
 PAPER, OURS, ALLOWED, INK, GROUND = "#b3531d", "#1f5fa8", "#8a8a8a", "#222222", "#fbfbf9"
 _LINES: Final = ("#222222", "#1f5fa8", "#b3531d", "#2e7d4f", "#8a4fa3", "#a3822a", "#3d8f9b")
 _FILLS: Final = {"whole": "full", "sampled": "none", "modelled": "none"}
 _MARKS: Final = {"whole": "o", "sampled": "o", "modelled": "x"}
+_SPARSE_MARK: Final = "^"
+"""In place of the circle."""
+_DASHES: Final = {"dense": "-", "sparse": "--"}
 
 
-def write(
-    compared: Sequence[Comparison], found: Sequence[CellRecord], folder: Path, suffix: str = ".svg"
-) -> list[Path]:
+def write(compared: Sequence[Comparison], found: Found, folder: Path, suffix: str = ".svg") -> list[Path]:
     """Two plots a family: speed-up against length for each configuration, and tokens a second against length.
 
     Raises:
@@ -35,7 +36,7 @@ def write(
             cells = [each for each in compared if each.cell.baseline == family]
             if not any(each.ours for each in cells):
                 continue
-            source = _source(found[-1])
+            source = _source(found.last)
             for name, draw in (("speedup", _speedups), ("tokens", _rates)):
                 path = folder / f"prefill-{name}-{family}{suffix}"
                 figure = draw(cells, family, source)
@@ -65,15 +66,24 @@ def _speedups(cells: Sequence[Comparison], family: str, source: str) -> Any:
     for ax in axes[-1]:
         ax.set_xlabel("prompt tokens")
     for ax, name in zip(axes.flat, names, strict=False):
-        row = [each for each in cells if each.cell.preset == name]
-        right = [each for each in row if each.paper_speedup is not None]
-        ax.plot(*_points(right, "paper_speedup"), color=PAPER, marker="s", markersize=3.5, linewidth=1.2)
-        ax.plot(*_points(row, "flops_ratio"), color=ALLOWED, linestyle=":", linewidth=1.2)
-        _ours(ax, [each.ours for each in row if each.ours], "over_baseline", OURS)
+        for attention, dashes in _DASHES.items():
+            row = [each for each in cells if each.cell.preset == name and each.cell.attention == attention]
+            right = [each for each in row if each.paper_speedup is not None]
+            ax.plot(
+                *_points(right, "paper_speedup"),
+                color=PAPER,
+                marker="s" if attention == "dense" else _SPARSE_MARK,
+                markersize=3.5,
+                linewidth=1.2,
+                linestyle=dashes,
+            )
+            allowed = [each for each in row if each.flops_ratio is not None]
+            ax.plot(*_points(allowed, "flops_ratio"), color=ALLOWED, linestyle=":", linewidth=1.2)
+            _ours(ax, [each.ours for each in row if each.ours], "over_baseline", OURS)
         _dress(ax, name.removeprefix(f"{family}-").replace("-air", " air").replace("-same-params", ", same parameters"))
     figure.supylabel("times the baseline's speed", fontsize=9)
     figure.suptitle(f"{family}: prefill speed-up over the dense baseline, by prompt length\n{source}", fontsize=9)
-    figure.legend(handles=_legend(with_paper=True), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles=_legend(with_paper=True), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
@@ -82,14 +92,15 @@ def _rates(cells: Sequence[Comparison], family: str, source: str) -> Any:
     ax = figure.subplots()
     for color, name in zip(_LINES, dict.fromkeys(each.cell.preset for each in cells), strict=True):
         row = [each.ours for each in cells if each.cell.preset == name and each.ours]
-        _ours(ax, row, None, color)
+        for attention in _DASHES:
+            _ours(ax, [each for each in row if each.attention == attention], None, color)
         ax.plot([], [], color=color, label=name)
     _dress(ax, "", base=10)
     figure.suptitle(f"{family}: prompt tokens per second, by prompt length\n{source}", fontsize=9)
     ax.set_ylabel("tokens/s")
     ax.set_xlabel("prompt tokens")
     ax.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.legend(handles=_legend(with_paper=False), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=_legend(with_paper=False), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -101,7 +112,11 @@ def _ours(ax: Any, found: Sequence[CellRecord], bar: str | None, color: str) -> 
     """Measured cells are joined; modelled ones stand alone."""
     measured = [each for each in found if each.measured != "modelled"]
     ax.plot(
-        [each.num_tokens for each in measured], [_value(each, bar) for each in measured], color=color, linewidth=1.2
+        [each.num_tokens for each in measured],
+        [_value(each, bar) for each in measured],
+        color=color,
+        linewidth=1.2,
+        linestyle=_DASHES[found[0].attention] if found else "-",
     )
     for each in found:
         if bar is None:
@@ -114,12 +129,17 @@ def _ours(ax: Any, found: Sequence[CellRecord], bar: str | None, color: str) -> 
             [value],
             yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
             color=color,
-            marker=_MARKS[each.measured],
+            marker=_mark(each),
             markerfacecolor=color if each.measured == "whole" else GROUND,
             markersize=4.5,
             elinewidth=1,
             capsize=2,
         )
+
+
+def _mark(record: CellRecord) -> str:
+    is_measured = record.measured != "modelled"
+    return _SPARSE_MARK if is_measured and record.attention == "sparse" else _MARKS[record.measured]
 
 
 def _value(record: CellRecord, bar: str | None) -> float:
@@ -149,6 +169,9 @@ def _legend(*, with_paper: bool) -> list[Any]:
         )
         for how, label in (("whole", "ours, whole"), ("sampled", "ours, sampled"), ("modelled", "ours, modelled"))
     ]
+    ours.append(
+        Line2D([], [], color=INK, marker=_SPARSE_MARK, markersize=4.5, linestyle="--", label="sparse attention")
+    )
     if not with_paper:
         return ours
     return [

@@ -60,7 +60,7 @@ class Prompt:
 
     def tiles(self) -> Iterator[Tile]:
         """A layer's tiles, in order."""
-        chain1, flops = slice_config(self.config, 1), _layer_flops(self.config)
+        chain1, flops = slice_config(self.config, 1), LayerFlops.of(self.config)
         query_dim = chain1.num_heads * chain1.head_dim
         step = self.tile_tokens or self.num_tokens
         for start in range(0, self.num_tokens, step):
@@ -155,6 +155,3 @@ def first_step_s(machine: Machine, config: ChainConfig, num_tokens: int) -> floa
 def _decode_weight_bytes(config: ChainConfig) -> int:
     shapes = parameter_shapes(config).items()
     return sum(shape.numel() for name, shape in shapes if not name.startswith("embedding.")) * ELEMENT_BYTES
-
-
-_layer_flops = cache(LayerFlops.of)

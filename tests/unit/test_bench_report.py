@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.paper import Attention
 from bench.report import plots
 from bench.report.compare import Comparison, compare, load
 from bench.report.figures import problems, sections, slug
@@ -16,8 +17,9 @@ RECORDS = STORED / "records.jsonl"
 ROOT = Path(__file__).parents[2]
 
 
-def compared() -> dict[tuple[str, int], Comparison]:
-    return {(each.cell.preset, each.cell.num_tokens): each for each in compare(load(RECORDS))}
+def compared(attention: Attention = "dense") -> dict[tuple[str, int], Comparison]:
+    found = compare(load(RECORDS))
+    return {(each.cell.preset, each.cell.num_tokens): each for each in found if each.cell.attention == attention}
 
 
 def test_the_page_comes_out_of_stored_records_byte_for_byte() -> None:
@@ -38,8 +40,28 @@ def test_where_the_paper_is_beyond_the_operations_the_bar_is_most_of_what_they_a
     each = compared()["llama-3.2-1b-16-16-air", 128 << 10]
     assert each.flops_ratio == pytest.approx(2.20, abs=0.005)
     assert each.bar == pytest.approx(0.97 * each.flops_ratio)
+    assert each.bar is not None
     assert each.bar < (each.paper_speedup or 0)
     assert each.is_met is False
+
+
+def test_a_sparse_cell_is_over_the_dense_baseline_and_its_bar_is_the_papers() -> None:
+    each = compared("sparse")["llama-3.2-1b", 128 << 10]
+    assert each.paper_speedup == pytest.approx(8.6 / 5.5)
+    assert each.over_paper == pytest.approx(2.0 / (8.6 / 5.5))
+    assert (each.flops_ratio, each.bar, each.is_met) == (None, each.paper_speedup, True)
+    wrong = compared("sparse")["llama-3.1-8b-8-8-8-8-air", 1 << 20]
+    assert (wrong.paper_speedup, wrong.bar, wrong.is_met) == (None, None, None)
+
+
+def test_samples_peers_and_sparse_budgets_are_on_the_page() -> None:
+    found = load(RECORDS)
+    text = page(compare(found), found, "r.jsonl", [])
+    assert "| 4K | 1 | 6.2% | +6.2%, llama-3.2-1b | no |" in text
+    assert "| 2K | transformers 5.23.0 | 12.0 s | 1.50x (1.40 .. 1.60) | 6.00x |" in text
+    assert "| 2K | llama.cpp | absent: llama-cpp-python is not installed |  |  |" in text
+    assert "gives each query row of a kv head 4,096 keys at most" in text
+    assert "| 128K, sparse | 1.56x | 2.00x (1.90 .. 2.10) |" in text
 
 
 def test_modelled_cells_cells_not_run_and_cells_that_the_paper_has_wrong_are_not_judged() -> None:
@@ -59,7 +81,7 @@ def test_records_of_another_commit_are_not_mixed_in() -> None:
 
 
 def test_a_file_without_records_says_how_they_are_made(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"bench\.prefill --budget-minutes 180` makes them"):
+    with pytest.raises(ValueError, match=r"bench\.prefill --budget-minutes 25` makes them"):
         load(tmp_path / "none.jsonl")
 
 

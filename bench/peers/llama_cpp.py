@@ -1,0 +1,67 @@
+"""llama.cpp through llama-cpp-python, from a GGUF file of the same shape that is written for it."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench.peers import INSTALL, PeerAbsent
+from bench.peers.gguf_file import write_gguf
+from colm.checkpoint import WeightSource
+
+BATCH_TOKENS = 512
+"""Rows that it takes through a layer at once, its own default; ours has tiles of as many."""
+
+
+@dataclass(frozen=True)
+class _LlamaCpp:
+    model: Any
+    version: str
+
+    def prefill(self, token_ids: NDArray[np.int64]) -> Tensor:
+        """Evaluate the prompt in its batches; logits of the last token alone."""
+        self.model.reset()
+        self.model.eval(token_ids.tolist())
+        logits = self.model._ctx.get_logits()  # noqa: SLF001 - the public list of scores is a copy of all rows
+        return torch.from_numpy(np.ctypeslib.as_array(logits, shape=(self.model.n_vocab(),)).copy())
+
+
+@contextmanager
+def open_llama_cpp(weights: WeightSource, dtype: torch.dtype, max_tokens: int) -> Iterator[_LlamaCpp]:
+    """The model from a file that is deleted when the context ends, on as many threads as PyTorch has.
+
+    Raises:
+        PeerAbsent: llama-cpp-python is not installed, or it cannot read the file.
+    """
+    try:
+        import llama_cpp
+    except ImportError as err:
+        raise PeerAbsent(f"llama-cpp-python is not installed; {INSTALL}") from err
+    with tempfile.TemporaryDirectory(prefix="colm-peer-") as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(path, weights, dtype)
+        threads = torch.get_num_threads()
+        try:
+            model = llama_cpp.Llama(
+                str(path),
+                n_ctx=max_tokens,
+                n_batch=BATCH_TOKENS,
+                n_ubatch=BATCH_TOKENS,
+                n_threads=threads,
+                n_threads_batch=threads,
+                n_gpu_layers=0,
+                verbose=False,
+            )
+        except (ValueError, RuntimeError) as err:
+            raise PeerAbsent(f"llama.cpp {llama_cpp.__version__} does not load the model: {err}") from err
+        try:
+            yield _LlamaCpp(model, llama_cpp.__version__)
+        finally:
+            model.close()
