@@ -189,7 +189,7 @@ class OneProcess:
         work.prefilled_s = perf_counter()
         eos_token_ids = () if job.sampling.ignore_eos else self._eos_token_ids
         work.answer = RunningAnswer(
-            next_token_id=int(job.token_ids[-1]),
+            unread_token_ids=job.token_ids[-1:].tolist(),
             position=len(job.token_ids) - 1,
             num_chains=job.num_chains,
             max_new_tokens=job.max_new_tokens,
@@ -203,7 +203,7 @@ class OneProcess:
         """One token for every answer."""
         batch = [(work, work.answer) for work in self._running if work.answer is not None]
         batch.sort(key=lambda each: each[0].job.num_chains, reverse=True)
-        logits_QV = self._decode.step(StepPlan(tuple(answer.next_row() for _, answer in batch)))
+        logits_QV = self._decode.step(StepPlan(tuple(row for _, answer in batch for row in answer.next_rows())))
         choices = choose([answer.sampler for _, answer in batch], logits_QV)
         now_s = perf_counter()
         for (work, answer), choice in zip(batch, choices, strict=True):
