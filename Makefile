@@ -52,7 +52,7 @@ demo: model
 	@$(BIN)/colm demo --model $(EXPANDED)
 
 test: model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m tests.side_by_side
 
 mutants: setup
 	$(BIN)/python -m tests.mutation
