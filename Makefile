@@ -53,7 +53,7 @@ demo: model
 	@$(BIN)/colm demo --model $(EXPANDED)
 
 test: model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m tests.side_by_side
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz $(FUZZ)

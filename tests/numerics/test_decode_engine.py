@@ -4,6 +4,7 @@ Shapes: R requests, V vocabulary, L layers, B pages, P tokens of a page, K kv he
 """
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from colm.checkpoint import Checkpoint
 from colm.kv import KvFormat
+from colm.model import ChainTransformer
 from colm.model.config import RopeScaling
 from colm.sampling import SamplingParams
 from colm.wire.tile_codec import decode_message, decode_tile, encode_tile
@@ -28,6 +30,7 @@ from decode_node.page_pool import PagePool
 from decode_node.plan import PlanRow, StepPlan
 from decode_node.running_answer import RunningAnswer
 from prefill_node.engine import PrefillEngine
+from tests.covering import pairs
 from tests.tiny import tiny_checkpoint, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,9 +92,9 @@ class Machine:
         return keys.flatten(1, 2)[:, :num_tokens], values.flatten(1, 2)[:, :num_tokens]
 
 
-@pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
-def checkpoint(tmp_path: Path, request: pytest.FixtureRequest) -> Checkpoint:
-    return tiny_checkpoint(tmp_path / "model", tiny_config(**request.param))
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Checkpoint:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny", tiny_config(**MODELS[request.param]))
 
 
 @pytest.fixture
@@ -103,10 +106,15 @@ def prompt(num_tokens: int, seed: int = 5) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, 320, num_tokens)
 
 
+@lru_cache(maxsize=1)
+def exact_model(path: Path) -> ChainTransformer:
+    return Checkpoint.open(path).load(dtype=torch.float64)
+
+
 @torch.inference_mode()
 def oracle(checkpoint: Checkpoint, token_ids: NDArray[np.int64], num_chains: int) -> tolerance.Expected:
     """The plain model's logits after the last token."""
-    model, config = checkpoint.load(dtype=torch.float64), checkpoint.config
+    model, config = exact_model(checkpoint.path), checkpoint.config
     logits_BTV: Tensor = model(torch.from_numpy(token_ids).unsqueeze(0), num_chains)
     return tolerance.layers(logits_BTV[0, -1], torch.float32, num_layers=config.num_layers, width=config.dim)
 
@@ -115,8 +123,9 @@ def assert_oracles(result_V: Tensor, checkpoint: Checkpoint, token_ids: NDArray[
     oracle(checkpoint, token_ids, num_chains).check(result_V)
 
 
-@pytest.mark.parametrize("num_chains", SCALES)
-@pytest.mark.parametrize("num_tokens", LENGTHS)
+@pytest.mark.parametrize(
+    *pairs({"checkpoint": MODELS, "num_tokens": LENGTHS, "num_chains": SCALES}), indirect=["checkpoint"]
+)
 def test_the_first_logits_are_the_oracles_at_every_scale(
     checkpoint: Checkpoint, num_tokens: int, num_chains: int
 ) -> None:
@@ -180,8 +189,9 @@ def test_a_step_writes_its_own_token_and_nothing_else(tiny: Checkpoint) -> None:
         }
 
 
-@pytest.mark.parametrize("num_tokens", [1, 7, 8])
-@pytest.mark.parametrize("num_chains", SCALES)
+@pytest.mark.parametrize(
+    *pairs({"checkpoint": MODELS, "num_tokens": [1, 7, 8], "num_chains": SCALES}), indirect=["checkpoint"]
+)
 def test_greedy_tokens_are_the_oracles(checkpoint: Checkpoint, num_tokens: int, num_chains: int) -> None:
     """The seven steps cross at least one page's end."""
     machine, token_ids = Machine(checkpoint), prompt(num_tokens)

@@ -94,7 +94,7 @@ def outcome(checkpoint: Checkpoint, dtype: torch.dtype, plan: StepPlan, *, in_on
 
 @pytest.mark.parametrize("variant", LIBRARY)
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_one_call_gives_the_bits_of_the_models_own_modules(
     checkpoint: Checkpoint, dtype: torch.dtype, variant: Variant, data: st.DataObject

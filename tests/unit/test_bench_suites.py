@@ -39,8 +39,10 @@ CASES: list[Case] = [
     *(SamplerCase(choice=choice, logits="falling", num_rows=2, vocab_size=50) for choice in CHOICES),
     PackingCase(**PACKING),
     WaitingCase(**PACKING),
+]
+OF_PROCESSES: list[Case] = [
     StreamCase(message_bytes=128 << 10, num_messages=3),
-    LoadCase(model="tiny", config=tiny_config()),
+    LoadCase(model="tiny", config=tiny_config(chains=(4, 2))),
 ]
 
 
@@ -53,6 +55,20 @@ def test_a_case_runs_to_its_record(case: Case, capsys: pytest.CaptureFixture[str
     assert entry["metrics"]
     for metric in entry["metrics"]:
         unit_of(metric)
+
+
+@pytest.mark.parametrize("case", OF_PROCESSES, ids=lambda case: case.name)
+def test_each_turn_of_a_case_that_starts_processes_runs(case: Case) -> None:
+    """Once: a process takes seconds to start."""
+    with case.contest(0) as contest:
+        contest.check()
+        turns = {name: run() for name, run in contest.contenders.items()}
+    assert len(turns) > 1
+    for seen in turns.values():
+        assert all(value > 0 for value in seen.values())
+        for metric in seen:
+            unit_of(metric)
+    assert not contest.against or all(contest.compared_by in seen for seen in turns.values())
 
 
 @pytest.mark.skipif(native.default_variant(torch.float32) == "torch", reason="the library is not built")

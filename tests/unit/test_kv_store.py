@@ -3,6 +3,8 @@
 Shapes: L layers, B pages, P tokens of a page, K kv heads, T tokens, D head dim, R requests.
 """
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from colm.kv import KvFormat, KvTile
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.page_pool import PageLease
+from tests.covering import pairs
 
 NUM_LAYERS, NUM_KV_HEADS, PAGE_TOKENS, HEAD_DIM = 2, 3, 4, 8
 NUM_PAGES = 12
@@ -46,11 +49,16 @@ def store_of(dtype: torch.dtype) -> KvStore:
     return store
 
 
-@pytest.mark.parametrize("dtype", WIDTHS.keys(), ids=str)
-@pytest.mark.parametrize("place", PLACES.keys())
-@pytest.mark.parametrize("first_token", [0, 3, 2 * PAGE_TOKENS, 2 * PAGE_TOKENS + 1])
-@pytest.mark.parametrize("layer", range(NUM_LAYERS))
-@pytest.mark.parametrize("num_tokens", LENGTHS)
+@pytest.mark.parametrize(
+    *pairs(
+        {
+            "first_token,num_tokens": product([0, 3, 2 * PAGE_TOKENS, 2 * PAGE_TOKENS + 1], LENGTHS),
+            "place": PLACES,
+            "layer": range(NUM_LAYERS),
+            "dtype": WIDTHS,
+        }
+    )
+)
 def test_a_tile_lands_bit_for_bit_and_touches_nothing_else(
     num_tokens: int, layer: int, first_token: int, place: str, dtype: torch.dtype
 ) -> None:

@@ -1,0 +1,66 @@
+"""`make test`: all tests in two processes at once, those on real clusters beside all others.
+
+A cluster's tests wait for processes that start and stop, while the others compute, most of them with one thread.
+"""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+CLUSTERS = "tests/e2e"
+PARTS = {"clusters": (CLUSTERS,), "all others": (f"--ignore={CLUSTERS}",)}
+"""Pytest's arguments, by name: together all tests, each once."""
+
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def start(arguments: Sequence[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],  # one cache would be of the last to end
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,  # Ctrl-C reaches it once, from here: a second one would break off the end of a cluster
+    )
+
+
+def follow(name: str, process: "subprocess.Popen[str]") -> int:
+    """Pass on a process's lines as they come, under its name; returns its exit status."""
+    started_s = time.monotonic()
+    assert process.stdout is not None
+    for line in process.stdout:
+        say(f"{name}: {line}")
+    status = process.wait()
+    say(f"{name}: ended with {status} after {time.monotonic() - started_s:.0f} s\n")
+    return status
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line)
+    sys.stdout.flush()
+
+
+def main(parts: Mapping[str, Sequence[str]] = PARTS) -> int:
+    """Run the parts; the exit status is 0 if all tests of each passed. An interruption ends all of them in order."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def interrupt(*_: object) -> None:
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+
+    before = [signal.signal(number, interrupt) for number in INTERRUPTIONS]
+    try:
+        processes.extend(map(start, parts.values()))
+        with ThreadPoolExecutor(len(processes)) as threads:
+            return int(any(list(threads.map(follow, parts, processes))))
+    finally:
+        for number, handler in zip(INTERRUPTIONS, before, strict=True):
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
