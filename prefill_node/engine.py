@@ -88,7 +88,7 @@ class PrefillEngine:
             sparse: plans the prompt's attention, layer by layer; tiles are then whole row blocks. None attends to
                 everything.
             cancelled: looked at inside attention and plans, and between a tile's operations; once it is set, the run
-                ends with `Cancelled`.
+                ends with `Cancelled`. Says how far the attention of the present step is, and 0 between steps.
 
         Raises:
             InvalidRequest: no tokens, more than the model's context, or an id outside the vocabulary.
@@ -132,6 +132,8 @@ class PrefillEngine:
                 self._attend(left)
             left = _left(runs)
             tiles = self._plan_tile(*left) if left[0].is_second_pass else self._write_keys_values(left)
+        for run in runs:
+            run.cancelled.rewind()
         return [tiles.get(run) for run in runs]
 
     def run(

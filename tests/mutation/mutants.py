@@ -1085,6 +1085,36 @@ MUTANTS = (
         '"num_steps": sum(work.num_steps',
         _PREFILL + "test_a_shared_step_is_predicted_and_learnt_from_once",
     ),
+    # How far a tile is.
+    Mutant(
+        "a step that is over counts as the next one's work",
+        "prefill_node/engine.py",
+        "            run.cancelled.rewind()\n",
+        "            pass\n",
+        _PACK + "test_a_runs_flag_says_nothing_of_a_step_that_is_over",
+    ),
+    Mutant(
+        "a reader is told of less than before",
+        "prefill_node/prefill_job.py",
+        "                    self._told = reached\n",
+        "",
+        _PREFILL + "test_a_reader_that_waits_for_a_tile_is_told_how_far_it_is_and_never_of_less",
+    ),
+    Mutant(
+        "a plan's steps count nothing",
+        "prefill_node/prefill_job.py",
+        "        share = before + (after - before) * self.cancelled.done_share\n",
+        "        share = self.cancelled.done_share\n",
+        "tests/unit/test_prefill_job.py::"
+        "test_a_sparse_job_reaches_a_tiles_end_with_the_plan_and_the_attention_of_the_layer_before",
+    ),
+    Mutant(
+        "what is said to be reached is not shown",
+        "decode_node/transfer_ledger.py",
+        "max(self.position, self._reached)",
+        "self.position",
+        "tests/fault/test_progress.py::test_a_request_hears_how_far_the_tile_is_that_is_being_computed",
+    ),
     # What the quality benchmark says.
     Mutant(
         "an interval of 95% is one of 90%",

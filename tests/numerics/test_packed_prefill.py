@@ -219,3 +219,12 @@ def test_a_prompt_that_is_not_finite_spoils_nobody_elses(tmp_path: Path, dtype: 
     assert not tiles[spoilt][-1].k_KTD.isfinite().any()
     for run in (first, last):
         Oracle(checkpoint, dtype).check(run, tiles[run])
+
+
+def test_a_runs_flag_says_nothing_of_a_step_that_is_over(checkpoint: Checkpoint) -> None:
+    """Else the next step, for which it may wait, would seem to be done already."""
+    engine, tiles = engine_of(checkpoint), dict[PrefillRun, list[KvTile]]()
+    run, other = engine.begin(prompt(81)), engine.begin(prompt(9))
+    for runs in ([run], [run], [run], [run], [other], [other]):
+        step(engine, runs, tiles)
+        assert runs[0].cancelled.done_share == 0
