@@ -26,7 +26,7 @@ from colm.model.block import ChainBlock, Rows
 from colm.model.one_call import step_layers
 from colm.model.rope import Rope
 from colm.placement import CPU
-from prefill_node.memory import run_bytes
+from prefill_node.memory import pack_bytes, run_bytes
 from prefill_node.prefill_run import NobodyLeft, Pack, PackCache, PrefillRun
 from prefill_node.sparse.plan import LayerPlan
 from prefill_node.sparse.policy import ROW_BLOCK
@@ -94,6 +94,8 @@ class PrefillEngine:
             InvalidRequest: no tokens, more than the model's context, or an id outside the vocabulary.
         """
         self.check(token_ids)
+        if sparse is not None and not sparse.covers_any(len(token_ids)):
+            sparse = None
         return PrefillRun(
             token_ids,
             num_layers=self.kv_format.num_layers,
@@ -269,6 +271,10 @@ class PrefillEngine:
         """Predicted peak of a `run` over so many tokens, beside the weights; see `prefill_node.memory`."""
         dense = run_bytes(self.config, self.kv_format.dtype, num_tokens=num_tokens, tile_tokens=self.tile_tokens)
         return dense + (0 if sparse is None else sparse.memory_bytes(num_tokens, self.tile_tokens))
+
+    def pack_bytes(self, num_tokens: int) -> int:
+        """What a run of so many tokens may hold of those that have shared its steps; see `prefill_node.memory`."""
+        return pack_bytes(self.config, self.kv_format.dtype, num_tokens=num_tokens, tile_tokens=self.tile_tokens)
 
     def check(self, token_ids: NDArray[np.int64]) -> None:
         """Refuse a prompt that this model cannot read."""

@@ -90,6 +90,7 @@ class PrefillJob:
         self.acknowledged = order.resume_from
         self.end = KvPosition(kv_format.num_layers, 0)
         self._costs = costs
+        self._is_ever_planned = order.sparse is not None and order.sparse.covers_any(len(order.token_ids))
         self._begun_bytes = begun_bytes
         self._produced = KV_START
         self._num_pauses = 0
@@ -152,9 +153,10 @@ class PrefillJob:
 
     @property
     def tile_rows(self) -> int | None:
-        """The prompt's length, where its steps may be shared: it is dense and one tile; None otherwise."""
+        """The prompt's length, where its steps may be shared: it is one tile, and no layer is planned; else None."""
         num_tokens = len(self.token_ids)
-        return num_tokens if self.sparse is None and num_tokens <= self._costs.shape.tile_tokens else None
+        may_share = num_tokens <= self._costs.shape.tile_tokens and not self._is_ever_planned
+        return num_tokens if may_share else None
 
     @property
     def reached(self) -> KvPosition:
@@ -326,9 +328,10 @@ class PrefillJob:
 
 
 def job_bytes(engine: PrefillEngine, num_tokens: int, sparse: PromptPlans | None = None) -> int:
-    """What a job of so many tokens holds at most once it has begun: the engine's run, and a full window."""
+    """What a job of so many tokens holds at most once it has begun: a run, a pack's rows, and a full window."""
     kv_format, tile_bytes = engine.kv_format, min(num_tokens, engine.tile_tokens) * engine.kv_format.layer_token_bytes
-    return engine.memory_bytes(num_tokens, sparse) + min(num_tokens * kv_format.token_bytes, WINDOW_BYTES + tile_bytes)
+    window_bytes = min(num_tokens * kv_format.token_bytes, WINDOW_BYTES + tile_bytes)
+    return engine.memory_bytes(num_tokens, sparse) + engine.pack_bytes(num_tokens) + window_bytes
 
 
 class JobStream:

@@ -1085,6 +1085,20 @@ MUTANTS = (
         '"num_steps": sum(work.num_steps',
         _PREFILL + "test_a_shared_step_is_predicted_and_learnt_from_once",
     ),
+    Mutant(
+        "a prompt too short to be sparse shares no step because it asked",
+        "prefill_node/prefill_job.py",
+        "self._is_ever_planned = order.sparse is not None and order.sparse.covers_any(len(order.token_ids))",
+        "self._is_ever_planned = order.sparse is not None",
+        _PREFILL + "test_prompts_too_short_to_be_sparse_share_steps_with_all",
+    ),
+    Mutant(
+        "the rows of a pack that was left are nobody's",
+        "prefill_node/memory.py",
+        "return max(0, tile_tokens - num_tokens) * (",
+        "return 0 * (",
+        _PACK + "test_what_a_run_keeps_of_a_pack_that_it_has_left_is_counted",
+    ),
     # How far a tile is.
     Mutant(
         "a step that is over counts as the next one's work",
@@ -1114,6 +1128,13 @@ MUTANTS = (
         "max(self.position, self._reached)",
         "self.position",
         "tests/fault/test_progress.py::test_a_request_hears_how_far_the_tile_is_that_is_being_computed",
+    ),
+    Mutant(
+        "a switch costs what a prompt's first step takes",
+        "bench/job_switch.py",
+        "if number != before and place:",
+        "if number != before:",
+        "tests/unit/test_bench_job_switch.py::test_a_switch_costs_what_the_steps_behind_the_other_prompt_take_longer",
     ),
     # What the quality benchmark says.
     Mutant(

@@ -269,6 +269,32 @@ async def test_short_prompts_that_wait_make_their_steps_as_one(bench: Bench) -> 
     assert bench.engine.steps[: 1 + NUM_SHORT_STEPS] == ["a", "s+t", "s+t"]
 
 
+@pytest.mark.parametrize("names", [{"s"}, {"t"}, {"s", "t"}])
+async def test_prompts_too_short_to_be_sparse_share_steps_with_all(bench: Bench, names: set[str]) -> None:
+    """Bug: who asked for sparse attention never shared a step, though short prompts are dense whatever they ask for."""
+    bench.engine.gates["a"].close()
+    long = bench.loop.attach(order("a"))
+    await bench.engine.gates["a"].until_reached()
+    streams = [
+        bench.loop.attach(replace(order(name), sparse=sparse_plans(bench.engine) if name in names else None))
+        for name in ("s", "t")
+    ]
+    bench.engine.gates["a"].open()
+    await asyncio.gather(*map(bench.read, (long, *streams)))
+    assert bench.engine.steps[: 1 + NUM_SHORT_STEPS] == ["a", "s+t", "s+t"]
+    assert [stream.job.sparse_report is not None for stream in streams] == [name in names for name in ("s", "t")]
+
+
+def test_a_prompt_too_short_to_be_sparse_has_the_tiles_of_a_dense_one(engine: SteppedEngine) -> None:
+    """A tile that is a whole number of row blocks may be shorter than a prompt that fits into a tile."""
+    tiles = [engine.begin(PROMPTS["u"], sparse=sparse).tile_tokens for sparse in (None, sparse_plans(engine))]
+    assert tiles == [engine.tile_tokens] * 2
+
+
+def sparse_plans(engine: PrefillEngine) -> PromptPlans:
+    return PromptPlans(SparsePlanner(engine.config, SparsePolicy()))
+
+
 class Share(CancelFlag):
     """Of an operation that is as far as the test says."""
 
