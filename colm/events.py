@@ -46,7 +46,7 @@ class Reserved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefillProgress:
-    """How much of the prompt's keys and values has arrived, averaged over layers."""
+    """How much of the prompt's keys and values has arrived or, of the next tile, is done; averaged over layers."""
 
     num_tokens_done: int
     num_tokens_total: int

@@ -9,6 +9,7 @@ import grpc
 from colm.clock import Clock
 from colm.errors import PeerUnavailable
 from colm.events import Queued, SparseReport
+from colm.kv_position import KvPosition
 from colm.wire.channels import BlockingChannels
 from colm.wire.messages import queued_from_pb, sparse_report_from_pb
 from colm.wire.security import Security
@@ -105,6 +106,8 @@ class KvReceiver:
                     self.started_s = self._clock.now()
                 case "tile":
                     self._store_tile(message.tile, payload)
+                case "reached":
+                    self._ledger.reach(KvPosition(message.reached.layer, message.reached.token))
                 case _:
                     self._ledger.complete(
                         transfer_id=message.complete.transfer_id,

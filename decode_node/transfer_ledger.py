@@ -13,7 +13,7 @@ A broken stream leaves the ledger as it is. The next stream has a newer epoch an
 from dataclasses import dataclass
 
 from colm.errors import PeerUnavailable
-from colm.kv_position import KV_START
+from colm.kv_position import KV_START, KvPosition
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +47,7 @@ class TransferLedger:
         """Tiles admitted in this epoch."""
         self.payload_bytes = 0
         """Bytes of those tiles."""
+        self._reached = KV_START
         self._num_layers = num_layers
         self._num_tokens = num_tokens
 
@@ -63,9 +64,20 @@ class TransferLedger:
 
     @property
     def num_tokens_done(self) -> int:
-        """Tokens arrived, averaged over layers."""
-        layer, token = self.position
+        """Tokens arrived or, inside a tile, said to be reached; averaged over layers. Never falls."""
+        layer, token = max(self.position, self._reached)
         return (layer * self._num_tokens + token) // self._num_layers
+
+    def reach(self, position: KvPosition) -> None:
+        """Note how far the sender says that it is; nothing has arrived with it.
+
+        Raises:
+            PeerUnavailable: it is no place in this transfer.
+        """
+        layer, token = position
+        is_inside = token < self._num_tokens and position <= (self._num_layers, 0)
+        self._expect(is_inside, f"layer {layer} token {token} is reached, of {self._num_layers} layers")
+        self._reached = max(self._reached, position)
 
     def admit(self, arrival: Arrival) -> None:
         """Admit a tile that is about to be stored.

@@ -26,7 +26,7 @@ from colm.model.block import ChainBlock, Rows
 from colm.model.one_call import step_layers
 from colm.model.rope import Rope
 from colm.placement import CPU
-from prefill_node.memory import run_bytes
+from prefill_node.memory import pack_bytes, run_bytes
 from prefill_node.prefill_run import NobodyLeft, Pack, PackCache, PrefillRun
 from prefill_node.sparse.plan import LayerPlan
 from prefill_node.sparse.policy import ROW_BLOCK
@@ -88,12 +88,14 @@ class PrefillEngine:
             sparse: plans the prompt's attention, layer by layer; tiles are then whole row blocks. None attends to
                 everything.
             cancelled: looked at inside attention and plans, and between a tile's operations; once it is set, the run
-                ends with `Cancelled`.
+                ends with `Cancelled`. Says how far the attention of the present step is, and 0 between steps.
 
         Raises:
             InvalidRequest: no tokens, more than the model's context, or an id outside the vocabulary.
         """
         self.check(token_ids)
+        if sparse is not None and not sparse.covers_any(len(token_ids)):
+            sparse = None
         return PrefillRun(
             token_ids,
             num_layers=self.kv_format.num_layers,
@@ -132,6 +134,8 @@ class PrefillEngine:
                 self._attend(left)
             left = _left(runs)
             tiles = self._plan_tile(*left) if left[0].is_second_pass else self._write_keys_values(left)
+        for run in runs:
+            run.cancelled.rewind()
         return [tiles.get(run) for run in runs]
 
     def run(
@@ -267,6 +271,10 @@ class PrefillEngine:
         """Predicted peak of a `run` over so many tokens, beside the weights; see `prefill_node.memory`."""
         dense = run_bytes(self.config, self.kv_format.dtype, num_tokens=num_tokens, tile_tokens=self.tile_tokens)
         return dense + (0 if sparse is None else sparse.memory_bytes(num_tokens, self.tile_tokens))
+
+    def pack_bytes(self, num_tokens: int) -> int:
+        """What a run of so many tokens may hold of those that have shared its steps; see `prefill_node.memory`."""
+        return pack_bytes(self.config, self.kv_format.dtype, num_tokens=num_tokens, tile_tokens=self.tile_tokens)
 
     def check(self, token_ids: NDArray[np.int64]) -> None:
         """Refuse a prompt that this model cannot read."""

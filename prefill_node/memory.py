@@ -30,6 +30,16 @@ def run_bytes(config: ChainConfig, dtype: torch.dtype, *, num_tokens: int, tile_
     return num_tokens * whole + min(num_tokens, KEPT_POSITIONS) * tables + min(num_tokens, tile_tokens) * of_tile
 
 
+def pack_bytes(config: ChainConfig, dtype: torch.dtype, *, num_tokens: int, tile_tokens: int) -> int:
+    """What a prompt that has shared steps holds of the others' rows until its next step, even if they have ended.
+
+    At most the rest of a tile: hidden states, those after the norm, and the rotary tables' rows. 0 for a prompt that is
+    too long to share.
+    """
+    chain1 = slice_config(config, 1)
+    return max(0, tile_tokens - num_tokens) * (2 * chain1.dim * dtype.itemsize + 2 * 4 * chain1.head_dim)
+
+
 def require_room_for_a_tile(config: ChainConfig, dtype: torch.dtype, *, tile_tokens: int, memory_bytes: int) -> None:
     """Refuse tiles whose work alone has no room: no prompt of a tile's length could ever begin.
 

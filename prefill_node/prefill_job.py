@@ -7,7 +7,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,19 @@ from colm.errors import InvalidRequest, TransferSuperseded
 from colm.events import SparseReport
 from colm.kv import KvFormat
 from colm.kv_position import KV_START, KvPosition
+from colm.line import wait_at_most
 from colm.wire.tile_codec import WINDOW_BYTES
 from prefill_node.cost_model import CostModel, Work
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
 from prefill_node.engine import PrefillEngine
 from prefill_node.prefill_run import PrefillRun
 from prefill_node.sparse.prompt_plans import PromptPlans
+
+PROGRESS_INTERVAL_S = 0.5
+"""How often a reader that waits for a tile is told how far it is."""
+
+Progress = Callable[[KvPosition], Awaitable[None]]
+"""Told how far the computation is inside a tile, whenever that has grown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,10 +90,12 @@ class PrefillJob:
         self.acknowledged = order.resume_from
         self.end = KvPosition(kv_format.num_layers, 0)
         self._costs = costs
+        self._is_ever_planned = order.sparse is not None and order.sparse.covers_any(len(order.token_ids))
         self._begun_bytes = begun_bytes
         self._produced = KV_START
         self._num_pauses = 0
         self._work_left = self._work_from(KV_START, 0)
+        self._step_share = self._share_of_step()
         self._window: deque[EncodedTile] = deque()
         self._num_dropped = 0
         self._window_bytes = 0
@@ -144,9 +153,20 @@ class PrefillJob:
 
     @property
     def tile_rows(self) -> int | None:
-        """The prompt's length, where its steps may be shared: it is dense and one tile; None otherwise."""
+        """The prompt's length, where its steps may be shared: it is one tile, and no layer is planned; else None."""
         num_tokens = len(self.token_ids)
-        return num_tokens if self.sparse is None and num_tokens <= self._costs.shape.tile_tokens else None
+        may_share = num_tokens <= self._costs.shape.tile_tokens and not self._is_ever_planned
+        return num_tokens if may_share else None
+
+    @property
+    def reached(self) -> KvPosition:
+        """How far the computation is, as if the next tile came token by token with the work on it."""
+        if self.run is None:
+            return self._produced
+        before, after = self._step_share
+        share = before + (after - before) * self.cancelled.done_share
+        num_tile_tokens = min(self.run.tile_tokens, self.run.num_tokens - self._produced.token)
+        return self._produced.after(int(share * num_tile_tokens), self.run.num_tokens)
 
     @property
     def memory_bytes(self) -> int:
@@ -186,6 +206,7 @@ class PrefillJob:
         self._produced, self._num_pauses = produced, num_pauses
         # Anew, since what is expected of a sparse layer changes once it has been planned.
         self._work_left = self._work_from(produced, num_pauses)
+        self._step_share = self._share_of_step()
         if self.is_computed:
             self.run = None
         self._window += tiles
@@ -282,6 +303,20 @@ class PrefillJob:
             return shape.work_before(position, num_tokens)
         return shape.sparse_work_before(position, num_pauses, num_tokens, self.sparse)
 
+    def _share_of_step(self) -> tuple[float, float]:
+        """Of the work between the last tile and the next one, what is done before and after the next step."""
+        if self.sparse is None or self.is_computed:
+            return 0.0, 1.0
+        shape, num_tokens = self._costs.shape, len(self.token_ids)
+        tile, here = self._produced, (self._produced, self._num_pauses)
+        step, next_tile = shape.after_pause(*here, num_tokens, self.sparse), shape.after_step(tile, num_tokens)
+        places = (tile, 0), here, step, (next_tile, 0)
+        last_s, here_s, step_s, next_s = (self._costs.seconds(self._work_before(*place)) for place in places)
+        if (whole_s := next_s - last_s) <= 0:
+            return 0.0, 1.0
+        # A plan may take more steps than were expected.
+        return min((here_s - last_s) / whole_s, 1.0), min((step_s - last_s) / whole_s, 1.0)
+
     def _drop_stored(self) -> None:
         while self._window and self._window[0].end <= self.acknowledged:
             self._window_bytes -= len(self._window.popleft().message)
@@ -292,33 +327,11 @@ class PrefillJob:
             self.stream.news.set()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Quantum:
-    """Steps that the engine makes before anybody is asked again, of one job or of several as one."""
-
-    num_steps: int
-    steps_s: float
-    own_s: dict[PrefillJob, float]
-    """What each job's own steps would take alone."""
-
-
-def steps_within(jobs: Sequence[PrefillJob], costs: CostModel, quantum_s: float) -> Quantum:
-    """As many steps of jobs as fit into a time, and at least one; of several jobs, each step of all as one."""
-    num_steps, steps_s, own_s = 0, 0.0, dict.fromkeys(jobs, 0.0)
-    for works in zip(*(job.works_ahead() for job in jobs), strict=True):
-        step_s = costs.seconds(Work.shared(works))
-        if num_steps and steps_s + step_s > quantum_s:
-            break
-        num_steps, steps_s = num_steps + 1, steps_s + step_s
-        for job, work in zip(jobs, works, strict=True):
-            own_s[job] += costs.seconds(work)
-    return Quantum(num_steps=num_steps, steps_s=steps_s, own_s=own_s)
-
-
 def job_bytes(engine: PrefillEngine, num_tokens: int, sparse: PromptPlans | None = None) -> int:
-    """What a job of so many tokens holds at most once it has begun: the engine's run, and a full window."""
+    """What a job of so many tokens holds at most once it has begun: a run, a pack's rows, and a full window."""
     kv_format, tile_bytes = engine.kv_format, min(num_tokens, engine.tile_tokens) * engine.kv_format.layer_token_bytes
-    return engine.memory_bytes(num_tokens, sparse) + min(num_tokens * kv_format.token_bytes, WINDOW_BYTES + tile_bytes)
+    window_bytes = min(num_tokens * kv_format.token_bytes, WINDOW_BYTES + tile_bytes)
+    return engine.memory_bytes(num_tokens, sparse) + engine.pack_bytes(num_tokens) + window_bytes
 
 
 class JobStream:
@@ -332,6 +345,7 @@ class JobStream:
         """Called when the job is dropped, also while the reader is in the middle of a write."""
         self._epoch = order.epoch
         self._read = order.resume_from
+        self._told = order.resume_from
         self._number = job.first_number
         self._has_ended = False
         self._error: BaseException | None = None
@@ -370,8 +384,11 @@ class JobStream:
         self._read = tile.end
         return tile
 
-    async def tiles(self) -> AsyncIterator[EncodedTile]:
+    async def tiles(self, progress: Progress | None = None) -> AsyncIterator[EncodedTile]:
         """Read to the end.
+
+        Args:
+            progress: told while the next tile is waited for, every `PROGRESS_INTERVAL_S`; never of less than before.
 
         Raises:
             TransferSuperseded: a newer stream reads the job.
@@ -388,8 +405,13 @@ class JobStream:
                     self.job.acknowledged,
                     f"the caller closed its side; with {WINDOW_BYTES} bytes that are not acknowledged no more is sent",
                 )
-            else:
+            elif progress is None:
                 await self.news.wait()
+            else:
+                await wait_at_most(self.news, PROGRESS_INTERVAL_S)
+                if (reached := self.job.reached) > max(self._told, self._read) and not self.news.is_set():
+                    self._told = reached
+                    await progress(reached)
 
     async def until_stored(self) -> None:
         """Wait until the reader has acknowledged everything, or will acknowledge nothing more.

@@ -15,8 +15,9 @@ from prefill_node.cost_model import CostModel, Work
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait, charge, companions, job_in_the_way, next_job, wait_of
-from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder, job_bytes, steps_within
+from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder, job_bytes
 from prefill_node.prefill_run import PrefillRun
+from prefill_node.quantum import steps_within
 from prefill_node.sparse.prompt_plans import PromptPlans
 
 QUANTUM_S = 0.010

@@ -81,7 +81,7 @@ class PrefillRun:
         """Where its last tile's rows lie."""
         self.pack_rows = slice(0)
         self._num_layers = num_layers
-        self._tile_tokens = tile_tokens
+        self.tile_tokens = tile_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -91,7 +91,7 @@ class PrefillRun:
     @property
     def stop(self) -> int:
         """Where the tile ends that begins at `start`."""
-        return min(self.start + self._tile_tokens, self.num_tokens)
+        return min(self.start + self.tile_tokens, self.num_tokens)
 
     @property
     def is_over(self) -> bool:

@@ -140,13 +140,17 @@ class PrefillService:
             )
             await context.write(pb.PullKvResponse(queued=queued_to_pb(queued)).SerializeToString())
 
+        async def progress(reached: KvPosition) -> None:
+            position = pb.KvPosition(layer=reached.layer, token=reached.token)
+            await context.write(pb.PullKvResponse(reached=position).SerializeToString())
+
         complete = pb.TransferComplete(transfer_id=opened.transfer_id, epoch=opened.epoch)
         started_s, ended = time.monotonic(), "cancelled"
         try:
             await self._loop.turn(stream, beat)
             started_s = time.monotonic()
             await context.write(pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString())
-            async for tile in stream.tiles():
+            async for tile in stream.tiles(progress):
                 await context.write(tile.message)
                 complete.num_tiles += 1
                 complete.payload_bytes += tile.payload_bytes

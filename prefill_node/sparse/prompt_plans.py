@@ -47,6 +47,10 @@ class PromptPlans:
         """Whether a layer may be sparse, of a prompt of that length."""
         return not self._planner.policy.is_dense(layer, num_tokens)
 
+    def covers_any(self, num_tokens: int) -> bool:
+        """Whether any layer may be sparse, of a prompt of that length."""
+        return any(self.covers(layer, num_tokens) for layer in range(self._planner.config.num_layers - 1))
+
     def density(self, layer: int, num_tokens: int) -> float:
         """Share of the causal pairs that a planned layer attends to; before, as others of the prompt, or expected."""
         if layer in self._planned:

@@ -24,7 +24,7 @@ from prefill_node import prefill_job, prefill_loop
 from prefill_node.engine import PrefillEngine
 from prefill_node.node import PrefillNode
 from tests.gates import LIMIT_S, Gate, gate_before
-from tests.nodes import decode, decode_node, prefill_node, pull_kv_requests, spoilt_prefill
+from tests.nodes import decode, decode_node, is_reached, prefill_node, pull_kv_requests, spoilt_prefill
 from tests.oracle import assert_greedy
 from tests.relay import relay
 from tests.tiny import tiny_checkpoint
@@ -171,6 +171,8 @@ class Caller:
         def take() -> list[pb.PullKvResponse]:
             taken = []
             for data in self._call:
+                if is_reached(data):
+                    continue
                 taken.append(decode_message(data)[0])
                 if len(taken) == num_messages:
                     break

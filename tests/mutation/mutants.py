@@ -1367,4 +1367,55 @@ MUTANTS = (
         "tests/unit/test_bench_prefill_suite.py::"
         "test_all_tiles_of_one_layer_are_summed_and_the_other_layers_leave_an_error_bar",
     ),
+    Mutant(
+        "a prompt too short to be sparse shares no step because it asked",
+        "prefill_node/prefill_job.py",
+        "self._is_ever_planned = order.sparse is not None and order.sparse.covers_any(len(order.token_ids))",
+        "self._is_ever_planned = order.sparse is not None",
+        _PREFILL + "test_prompts_too_short_to_be_sparse_share_steps_with_all",
+    ),
+    Mutant(
+        "the rows of a pack that was left are nobody's",
+        "prefill_node/memory.py",
+        "return max(0, tile_tokens - num_tokens) * (",
+        "return 0 * (",
+        _PACK + "test_what_a_run_keeps_of_a_pack_that_it_has_left_is_counted",
+    ),
+    # How far a tile is.
+    Mutant(
+        "a step that is over counts as the next one's work",
+        "prefill_node/engine.py",
+        "            run.cancelled.rewind()\n",
+        "            pass\n",
+        _PACK + "test_a_runs_flag_says_nothing_of_a_step_that_is_over",
+    ),
+    Mutant(
+        "a reader is told of less than before",
+        "prefill_node/prefill_job.py",
+        "                    self._told = reached\n",
+        "",
+        _PREFILL + "test_a_reader_that_waits_for_a_tile_is_told_how_far_it_is_and_never_of_less",
+    ),
+    Mutant(
+        "a plan's steps count nothing",
+        "prefill_node/prefill_job.py",
+        "        share = before + (after - before) * self.cancelled.done_share\n",
+        "        share = self.cancelled.done_share\n",
+        "tests/unit/test_prefill_job.py::"
+        "test_a_sparse_job_reaches_a_tiles_end_with_the_plan_and_the_attention_of_the_layer_before",
+    ),
+    Mutant(
+        "what is said to be reached is not shown",
+        "decode_node/transfer_ledger.py",
+        "max(self.position, self._reached)",
+        "self.position",
+        "tests/fault/test_progress.py::test_a_request_hears_how_far_the_tile_is_that_is_being_computed",
+    ),
+    Mutant(
+        "a switch costs what a prompt's first step takes",
+        "bench/job_switch.py",
+        "if number != before and place:",
+        "if number != before:",
+        "tests/unit/test_bench_job_switch.py::test_a_switch_costs_what_the_steps_behind_the_other_prompt_take_longer",
+    ),
 )

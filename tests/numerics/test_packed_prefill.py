@@ -219,3 +219,29 @@ def test_a_prompt_that_is_not_finite_spoils_nobody_elses(tmp_path: Path, dtype: 
     assert not tiles[spoilt][-1].k_KTD.isfinite().any()
     for run in (first, last):
         Oracle(checkpoint, dtype).check(run, tiles[run])
+
+
+def test_what_a_run_keeps_of_a_pack_that_it_has_left_is_counted(checkpoint: Checkpoint) -> None:
+    """Bug: the rows of all stayed alive with any one of them, and no prediction had them."""
+    engine, tiles = engine_of(checkpoint), dict[PrefillRun, list[KvTile]]()
+    left, other = engine.begin(prompt(1)), engine.begin(prompt(39))
+    step(engine, [left, other], tiles)
+    while not other.is_over:
+        step(engine, [other], tiles)
+    assert left.pack is not None
+    rows = left.pack.rows
+    held = [left.hidden_ND, left.k_KNE, left.v_KNE, left.pack.x_RD, left.pack.normed_RD, rows.cos_RE, rows.sin_RE]
+    storages = [each.untyped_storage() for each in held if each is not None]
+    held_bytes = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+    assert held_bytes > engine.pack_bytes(1) > 0
+    assert held_bytes <= engine.memory_bytes(1) + engine.pack_bytes(1)
+    assert engine.pack_bytes(TILE_TOKENS) == engine.pack_bytes(10 * TILE_TOKENS) == 0
+
+
+def test_a_runs_flag_says_nothing_of_a_step_that_is_over(checkpoint: Checkpoint) -> None:
+    """Else the next step, for which it may wait, would seem to be done already."""
+    engine, tiles = engine_of(checkpoint), dict[PrefillRun, list[KvTile]]()
+    run, other = engine.begin(prompt(81)), engine.begin(prompt(9))
+    for runs in ([run], [run], [run], [run], [other], [other]):
+        step(engine, runs, tiles)
+        assert runs[0].cancelled.done_share == 0

@@ -11,6 +11,7 @@ from bench.harness.contest import Case
 from bench.harness.suite import Options, arguments, run
 from bench.harness.units import unit_of
 from bench.head_of_line.packing import PackingCase, WaitingCase
+from bench.job_switch import JobSwitchCase
 from bench.kernels.common import KernelCase
 from bench.kernels.decode import DecodeCase
 from bench.kernels.linear import LinearCase
@@ -39,6 +40,7 @@ CASES: list[Case] = [
     *(SamplerCase(choice=choice, logits="falling", num_rows=2, vocab_size=50) for choice in CHOICES),
     PackingCase(**PACKING),
     WaitingCase(**PACKING),
+    JobSwitchCase(model="tiny", config=tiny_config(), dtype=torch.float32, tile_tokens=16, num_tokens=40),
 ]
 OF_PROCESSES: list[Case] = [
     StreamCase(message_bytes=128 << 10, num_messages=3),

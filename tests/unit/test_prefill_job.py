@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from colm_kernels.native import CancelFlag
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -17,6 +18,7 @@ from colm.wire.tile_codec import decode_message, decode_tile
 from prefill_node import prefill_job
 from prefill_node.cost_model import CostModel, PrefillShape
 from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder
+from prefill_node.prefill_run import PrefillRun
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.policy import SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans
@@ -181,6 +183,56 @@ def test_a_full_window_has_room_again_when_enough_is_stored(monkeypatch: pytest.
     assert not job.has_room
     stream.acknowledge(KvPosition(1, 0))
     assert job.has_room
+
+
+class Share(CancelFlag):
+    """Of an operation that is as far as the test says."""
+
+    share = 0.0
+
+    @property
+    def done_share(self) -> float:
+        return self.share
+
+
+def begun_job(sparse: PromptPlans | None = None) -> tuple[PrefillJob, Share]:
+    job, flag = new_job(replace(order(1), sparse=sparse)), Share()
+    job.start(PrefillRun(job.token_ids, num_layers=FORMAT.num_layers, tile_tokens=5, sparse=sparse, cancelled=flag))
+    job.cancelled = flag
+    return job, flag
+
+
+def test_a_job_reaches_into_the_tile_that_its_step_computes_and_never_past_it() -> None:
+    job, flag = begun_job()
+    for produced, reached in (
+        ((0, 0), [(0, 0), (0, 2), (0, 5)]),
+        ((0, 10), [(0, 10), (0, 11), (1, 0)]),  # the last tile has two tokens
+        ((1, 0), [(1, 0), (1, 2), (1, 5)]),
+        ((2, 0), [(2, 0)] * 3),
+    ):
+        job.produce([], KvPosition(*produced))
+        seen = []
+        for flag.share in (0.0, 0.5, 1.0):
+            seen.append(job.reached)
+        assert seen == reached
+
+
+def test_a_sparse_job_reaches_a_tiles_end_with_the_plan_and_the_attention_of_the_layer_before() -> None:
+    """And never passes it, however many steps the plan takes beyond those that were expected."""
+    policy = SparsePolicy(mass=None, keys_per_row=400, dense_below_tokens=0)
+    sparse = PromptPlans(SparsePlanner(tiny_config(), policy))
+    job, flag = begun_job(sparse)
+    all_there, num_tiles, reached = KvPosition(1, 0), 3, []
+    num_steps = sparse.num_plan_steps(0, NUM_TOKENS) + num_tiles + 1
+    for num_pauses in range(num_steps + 3):
+        job.produce([], all_there, num_pauses)
+        for flag.share in (0.0, 0.5, 1.0):
+            reached.append(job.reached)
+    expected = reached[: 3 * num_steps]
+    assert expected == sorted(expected)
+    assert (expected[0], expected[-1]) == (all_there, (1, 5))
+    assert len(set(expected)) > 3
+    assert max(reached) == (1, 5)
 
 
 def test_positions_follow_the_order_of_travel() -> None:

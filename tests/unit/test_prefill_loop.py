@@ -25,7 +25,7 @@ from prefill_node.cost_model import CostModel, PrefillShape
 from prefill_node.encoded_tile import EncodedTile
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait
-from prefill_node.prefill_job import JobStream, PrefillOrder, job_bytes
+from prefill_node.prefill_job import JobStream, PrefillOrder, Progress, job_bytes
 from prefill_node.prefill_loop import QUANTUM_S, PrefillLoop
 from prefill_node.prefill_run import PrefillRun
 from prefill_node.sparse.planner import SparsePlanner
@@ -97,12 +97,14 @@ class Bench:
         }
         self.loop = PrefillLoop(engine, self.costs, self.clock, **chosen)
 
-    async def read(self, stream: JobStream, num_tiles: int | None = None) -> list[EncodedTile]:
+    async def read(
+        self, stream: JobStream, num_tiles: int | None = None, progress: Progress | None = None
+    ) -> list[EncodedTile]:
         """Take, store and acknowledge tiles; all of them, or so many."""
         await self.loop.turn(stream, no_beat)
         read: list[EncodedTile] = []
         async with asyncio.timeout(LIMIT_S):
-            async for tile in stream.tiles():
+            async for tile in stream.tiles(progress):
                 stream.acknowledge(tile.end)
                 read.append(tile)
                 if len(read) == num_tiles:
@@ -265,6 +267,65 @@ async def test_short_prompts_that_wait_make_their_steps_as_one(bench: Bench) -> 
     bench.engine.gates["t"].open()
     assert [len(tiles) for tiles in await asyncio.gather(*shorts)] == [NUM_SHORT_STEPS] * 2
     assert bench.engine.steps[: 1 + NUM_SHORT_STEPS] == ["a", "s+t", "s+t"]
+
+
+@pytest.mark.parametrize("names", [{"s"}, {"t"}, {"s", "t"}])
+async def test_prompts_too_short_to_be_sparse_share_steps_with_all(bench: Bench, names: set[str]) -> None:
+    """Bug: who asked for sparse attention never shared a step, though short prompts are dense whatever they ask for."""
+    bench.engine.gates["a"].close()
+    long = bench.loop.attach(order("a"))
+    await bench.engine.gates["a"].until_reached()
+    streams = [
+        bench.loop.attach(replace(order(name), sparse=sparse_plans(bench.engine) if name in names else None))
+        for name in ("s", "t")
+    ]
+    bench.engine.gates["a"].open()
+    await asyncio.gather(*map(bench.read, (long, *streams)))
+    assert bench.engine.steps[: 1 + NUM_SHORT_STEPS] == ["a", "s+t", "s+t"]
+    assert [stream.job.sparse_report is not None for stream in streams] == [name in names for name in ("s", "t")]
+
+
+def test_a_prompt_too_short_to_be_sparse_has_the_tiles_of_a_dense_one(engine: SteppedEngine) -> None:
+    """A tile that is a whole number of row blocks may be shorter than a prompt that fits into a tile."""
+    tiles = [engine.begin(PROMPTS["u"], sparse=sparse).tile_tokens for sparse in (None, sparse_plans(engine))]
+    assert tiles == [engine.tile_tokens] * 2
+
+
+def sparse_plans(engine: PrefillEngine) -> PromptPlans:
+    return PromptPlans(SparsePlanner(engine.config, SparsePolicy()))
+
+
+class Share(CancelFlag):
+    """Of an operation that is as far as the test says."""
+
+    share = 0.0
+    num_looks = 0
+
+    @property
+    def done_share(self) -> float:
+        self.num_looks += 1
+        return self.share
+
+
+async def test_a_reader_that_waits_for_a_tile_is_told_how_far_it_is_and_never_of_less(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: the progress of a million tokens stood still for the seconds of a tile."""
+    monkeypatch.setattr(prefill_job, "PROGRESS_INTERVAL_S", 0.001)
+    gate, told, flag = bench.engine.gates["a"], asyncio.Queue[KvPosition](), Share()
+    gate.close()
+    stream = bench.loop.attach(order("a"))
+    reading = asyncio.create_task(bench.read(stream, progress=told.put))
+    await gate.until_reached()
+    stream.job.cancelled = flag  # the loop's end of it
+    for flag.share, num_told in ((0.2, 1), (0.6, 2), (0.1, 2), (0.8, 3)):
+        num_looks = flag.num_looks
+        await bench.until(lambda: told.qsize() == num_told and flag.num_looks > num_looks + 2)  # noqa: B023
+    flag.share = 0.0
+    gate.open()
+    await reading
+    assert [told.get_nowait() for _ in range(3)] == [(0, 5), (0, 15), (0, 20)]
+    assert told.empty()
 
 
 @pytest.mark.parametrize("window_bytes", [1, prefill_job.WINDOW_BYTES])

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from colm.errors import PeerUnavailable
+from colm.kv_position import KV_START, KvPosition
 from decode_node.transfer_ledger import Arrival, TransferLedger
 
 TOKEN_BYTES = 24
@@ -185,3 +186,28 @@ def test_a_refusal_names_what_came_and_what_was_expected() -> None:
     wrong = Arrival(transfer_id="t-1", epoch=3, layer=1, first_token=0, num_tokens=4, payload_bytes=96)
     with pytest.raises(PeerUnavailable, match="tile at layer 1 token 0, expected layer 0 token 0"):
         stream.ledger().admit(wrong)
+
+
+@given(streams(), st.data())
+def test_what_is_reached_shows_until_more_has_arrived_and_does_no_more(stream: Stream, data: st.DataObject) -> None:
+    ledger, done = stream.ledger(), [0]
+    for arrival in stream.arrivals:
+        first = (arrival.layer, arrival.first_token)
+        token = data.draw(st.integers(0, arrival.num_tokens - 1))
+        ledger.reach(KvPosition(arrival.layer, arrival.first_token + token))
+        assert ledger.position == first
+        done.append(ledger.num_tokens_done)
+        assert done[-1] == (first[0] * stream.num_tokens + first[1] + token) // stream.num_layers
+        ledger.reach(KV_START)
+        ledger.admit(arrival)
+        done += [ledger.num_tokens_done] * 2
+    assert done == sorted(done)
+    assert done[-1] == stream.num_tokens
+
+
+@pytest.mark.parametrize("position", [(0, 5), (2, 1), (3, 0)])
+def test_a_place_outside_the_transfer_cannot_be_reached(position: tuple[int, int]) -> None:
+    ledger = TransferLedger(transfer_id="t-1", num_layers=2, num_tokens=5)
+    with pytest.raises(PeerUnavailable, match=f"layer {position[0]} token {position[1]} is reached, of 2 layers"):
+        ledger.reach(KvPosition(*position))
+    assert ledger.num_tokens_done == 0

@@ -59,18 +59,20 @@ class OpenKvTransfer(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ...) -> None: ...
 
 class PullKvResponse(_message.Message):
-    __slots__ = ("tile", "complete", "queued", "started", "payload")
+    __slots__ = ("tile", "complete", "queued", "started", "reached", "payload")
     TILE_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
+    REACHED_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     tile: TileHeader
     complete: TransferComplete
     queued: _common_pb2.Queued
     started: TransferStarted
+    reached: KvPosition
     payload: bytes
-    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., started: _Optional[_Union[TransferStarted, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., started: _Optional[_Union[TransferStarted, _Mapping]] = ..., reached: _Optional[_Union[KvPosition, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class TransferStarted(_message.Message):
     __slots__ = ()
