@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,17 +22,26 @@ _LABELS: Final = (
 )
 
 
+def check_plots() -> None:
+    """See that plots can be drawn.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib, the extra `bench`; `make setup` installs it")
+
+
 def write_plot(path: Path, found: Sequence[Row], source: str) -> None:
     """Draw the rows, as the path's suffix says, on a light ground of their own.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as err:
-        raise ConfigError("plots need matplotlib, the extra `bench`; `make setup` installs it") from err
+    check_plots()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     patterns = [each for each in PATTERNS if any(row.pattern == each for row in found)]
     style = {"svg.hashsalt": "colm", "svg.fonttype": "path", "font.size": 9}
     with mpl.rc_context(style):

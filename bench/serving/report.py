@@ -118,6 +118,15 @@ def print_table(out: Console, found: Sequence[Row]) -> None:
     out.print("times: median / what 95 in 100 do not exceed, of all requests; the first token counts from the arrival")
 
 
+def check_page(page: Path) -> None:
+    """See that a page has a place for the figures.
+
+    Raises:
+        ConfigError: the page cannot be read or has not the two markers.
+    """
+    markdown.around(page, BEGIN, END)
+
+
 def write_docs(page: Path, found: Sequence[Row], windows: Sequence[WindowRecord], record: str, plot: str) -> None:
     """Put plot, table and their source between a page's two markers.
 

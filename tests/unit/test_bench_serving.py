@@ -631,6 +631,7 @@ def test_what_was_measured_is_shown_again_and_what_was_not_is_refused(
         (["--state-dir", "nowhere"], "no cluster is known in nowhere"),
         (["--documents", "9,1,9,99999"], "--documents up to 99999 and --answers up to 64 tokens make 100063"),
         (["--model", "nowhere"], "nowhere"),
+        (["--write-docs", "--docs", "nowhere"], "nowhere/serving.md cannot be read"),
     ],
 )
 def test_impossible_options_end_in_one_line(
