@@ -51,7 +51,7 @@ from colm.kv import KvFormat, fingerprint
 from colm.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[2]
-_WIDTH_OF_A_FILE = 160
+_WIDTH_OF_A_FILE = 190
 _CHECKED_TOKENS = (48, 8)
 """Of the prompt and of the answer that are held against the model."""
 
