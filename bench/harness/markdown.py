@@ -18,6 +18,16 @@ def replace_between(page: Path, begin: str, end: str, lines: Sequence[str]) -> N
     Raises:
         ConfigError: the page cannot be read or has not the two markers.
     """
+    before, after = around(page, begin, end)
+    page.write_text(before + "\n".join([begin, *lines, end]) + after, encoding="utf-8")
+
+
+def around(page: Path, begin: str, end: str) -> tuple[str, str]:
+    """What stands before and after a page's two markers.
+
+    Raises:
+        ConfigError: the page cannot be read or has not the two markers.
+    """
     try:
         text = page.read_text(encoding="utf-8")
     except OSError as err:
@@ -26,4 +36,4 @@ def replace_between(page: Path, begin: str, end: str, lines: Sequence[str]) -> N
     _, found_end, after = rest.partition(end)
     if not found_begin or not found_end:
         raise ConfigError(f"{page} has no place for the table, which is between {begin} and {end}")
-    page.write_text(before + "\n".join([begin, *lines, end]) + after, encoding="utf-8")
+    return before, after

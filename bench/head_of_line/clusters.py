@@ -3,7 +3,7 @@
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.lifecycle import down, up
@@ -35,4 +35,5 @@ def running(model: Path, state_dir: Path | None) -> Iterator[ClusterState]:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    with suppress(OSError):  # whoever read it may be gone, and what is being stopped must be stopped all the same
+        sys.stderr.write(f"{line}\n")

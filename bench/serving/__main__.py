@@ -18,8 +18,8 @@ import asyncio
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,13 @@ from bench.harness.suite import positive
 from bench.serving.check import check_greedy
 from bench.serving.open_loop import run_trace
 from bench.serving.outcome import Objective, Summary
-from bench.serving.plot import write_plot
+from bench.serving.plot import check_plots, write_plot
 from bench.serving.record import WindowRecord, last_run
-from bench.serving.report import conditions, print_table, rows, write_docs
+from bench.serving.report import check_page, conditions, print_table, rows, write_docs
 from bench.serving.systems import NAMES, Name, System, system
 from bench.serving.trace import PATTERNS, Asked, Load, LogNormal, Pattern, Text, check_lengths, text_for, trace
 from bench.serving.usage import Usage
-from cluster.cli.output import note
+from cluster.cli.output import interruptible, note
 from cluster.options import load_config
 from colm.checkpoint import Checkpoint
 from colm.client import Client, collect
@@ -51,7 +51,7 @@ from colm.kv import KvFormat, fingerprint
 from colm.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[2]
-_WIDTH_OF_A_FILE = 160
+_WIDTH_OF_A_FILE = 190
 _CHECKED_TOKENS = (48, 8)
 """Of the prompt and of the answer that are held against the model."""
 
@@ -142,7 +142,11 @@ def main() -> None:
     """Measure, or show what was measured."""
     options = parser().parse_args(namespace=ServingOptions())
     try:
-        windows = last_run(options.record) if options.show else measure(options)
+        if options.write_docs:
+            check_plots()
+            check_page(options.docs / "serving.md")
+        with interruptible("interrupted"):
+            windows = last_run(options.record) if options.show else measure(options)
         if not windows:
             raise ConfigError(f"--record={options.record} has no run to show; leave out --show to measure one")
         show(windows, options)
@@ -190,12 +194,14 @@ def measure(options: ServingOptions) -> list[WindowRecord]:
     loads, objective = plan(options)
     check_lengths(loads[0], checkpoint)
     bench = _Bench(options, checkpoint, loads, objective)
-    windows = []
+    windows: list[WindowRecord] = []
     for number in range(options.rounds):
         for name in options.systems:
-            for window in bench.windows(name, number):
-                records.append(options.record, [window.model_dump(mode="json")])
-                windows.append(window)
+            # Closed however the loop is left: the system then stops, and nothing waits for it in vain.
+            with closing(bench.windows(name, number)) as turn:
+                for window in turn:
+                    records.append(options.record, [window.model_dump(mode="json")])
+                    windows.append(window)
     return windows
 
 
@@ -250,6 +256,7 @@ class _Bench:
         config = load_config(None, {"model.path": options.model})
         self._dtype_name = config.resolved_dtype
         self._dtype = parse_dtype(self._dtype_name)
+        self._num_begun = 0
         self._run = datetime.now(UTC).isoformat(timespec="seconds")
         self._environment: dict[str, Any] = {
             "command": shlex.join(["python", "-m", "bench.serving", *sys.argv[1:]]),
@@ -257,7 +264,7 @@ class _Bench:
             **environment(),
         }
 
-    def windows(self, name: Name, number: int) -> Iterator[WindowRecord]:
+    def windows(self, name: Name, number: int) -> Generator[WindowRecord]:
         """One system's turn in a round: it is up only for this."""
         options = self._options
         with system(name, options.model, options.state_dir) as found:
@@ -285,7 +292,10 @@ class _Bench:
         check_greedy(self._checkpoint, self._dtype, short_N, [token.token_id for token in short.tokens])
 
     def _window(self, found: System, load: Load, asked: Sequence[Asked], number: int) -> WindowRecord:
-        options, label = self._options, f"{found.name}, {load.pattern} {load.rate_per_s:g}/s"
+        options = self._options
+        self._num_begun += 1
+        total = options.rounds * len(options.systems) * len(self._loads)
+        label = f"{self._num_begun}/{total} {found.name}, {load.pattern} {load.rate_per_s:g}/s"
         processes = found.processes() | {"client": [psutil.Process()]}
         with _progress(label, len(asked)) as ended, Usage(processes) as usage:
             sending = run_trace(found.address, found.security, asked, timeout_s=options.timeout, ended=ended)

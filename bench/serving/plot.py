@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,10 +16,20 @@ _COLOURS: Final[dict[Name, str]] = {"disaggregated": "#1f5fa8", "one process": "
 _GROUND: Final = "#fbfbf9"
 _TITLES: Final = {"poisson": "Poisson arrivals", "bursts": "bursts"}
 _LABELS: Final = (
-    "time to the first token, s\n(a missing point: so many never had it)",
+    "time to the first token, s",
     "time per token after the first, ms",
     "goodput: requests a second\nthat met the objective",
 )
+
+
+def check_plots() -> None:
+    """See that plots can be drawn.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib, the extra `bench`; `make setup` installs it")
 
 
 def write_plot(path: Path, found: Sequence[Row], source: str) -> None:
@@ -27,11 +38,10 @@ def write_plot(path: Path, found: Sequence[Row], source: str) -> None:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as err:
-        raise ConfigError("plots need matplotlib, the extra `bench`; `make setup` installs it") from err
+    check_plots()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     patterns = [each for each in PATTERNS if any(row.pattern == each for row in found)]
     style = {"svg.hashsalt": "colm", "svg.fonttype": "path", "font.size": 9}
     with mpl.rc_context(style):
@@ -60,19 +70,23 @@ def write_plot(path: Path, found: Sequence[Row], source: str) -> None:
             axis.set_ylabel(label)
         handles, labels = axes[2][0].get_legend_handles_labels()
         times, words = axes[0][0].get_legend_handles_labels()
-        figure.legend(
-            [*times, handles[-1]], [*words, labels[-1]], loc="outside upper center", ncols=3, frameon=False, fontsize=8
-        )
+        (never,) = axes[0][0].plot([], [], "x", color="#222222")
+        shown = [*times, handles[-1], never], [*words, labels[-1], "so many never had one"]
+        figure.legend(*shown, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
         figure.supxlabel("\n".join(textwrap.wrap(source, 62 * len(patterns))), fontsize=7)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, facecolor=_GROUND, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _times(axis: Any, mine: Sequence[Row], of: Callable[[Summary], Percentiles], scale: float = 1.0) -> None:
-    """Median and 95th percentile; one that was never reached has no point."""
+    """Median and 95th percentile; one that so many requests never had is a cross at the top."""
     for name, line, mark, words in (("p50", "-", "o", "median"), ("p95", "--", "^", "95 in 100")):
         points = [(row.rate_per_s, getattr(of(row.summary), name)) for row in mine]
         known = [(rate, scale * value) for rate, value in points if value is not None]
+        never = [rate for rate, value in points if value is None]
+        if never and of(mine[0].summary).num:
+            at_top, colour = axis.get_xaxis_transform(), _COLOURS[mine[0].system]
+            axis.plot(never, [1.0] * len(never), "x", color=colour, transform=at_top, clip_on=False, zorder=3)
         _line(axis, mine, known, linestyle=line, marker=mark, label=f"{mine[0].system}, {words}" if mine else None)
 
 

@@ -115,7 +115,16 @@ def print_table(out: Console, found: Sequence[Row]) -> None:
     for row in found:
         table.add_row(*row.words())
     out.print(table)
-    out.print("times: median / what 95 in 100 do not exceed, of all requests; the first token counts from the arrival")
+    out.print("times: median / what 95 in 100 do not exceed; all count from the arrival")
+
+
+def check_page(page: Path) -> None:
+    """See that a page has a place for the figures.
+
+    Raises:
+        ConfigError: the page cannot be read or has not the two markers.
+    """
+    markdown.around(page, BEGIN, END)
 
 
 def write_docs(page: Path, found: Sequence[Row], windows: Sequence[WindowRecord], record: str, plot: str) -> None:
@@ -137,7 +146,7 @@ def write_docs(page: Path, found: Sequence[Row], windows: Sequence[WindowRecord]
         *markdown.table(COLUMNS, [row.words() for row in found]).splitlines(),
         "",
         *(f"- {each}" for each in conditions(windows)),
-        f"- Record: [{Path(record).name}]({record}), run {windows[0].run}.",
+        f"- Record: [{Path(record).name}]({record}), run {windows[0].run}, `{windows[0].environment.get('command')}`.",
     ]
     markdown.replace_between(page, BEGIN, END, lines)
 
@@ -150,8 +159,8 @@ def conditions(windows: Sequence[WindowRecord]) -> list[str]:
     return [
         f"{environment.get('date')}, {environment.get('cpu')}, {environment.get('threads')} threads, {first.model}, "
         f"{first.dtype}, commit {str(environment.get('commit'))[:7]}{dirty}.",
-        f"`{environment.get('command')}`: windows of {load.seconds:g} s, {num_rounds} for each row, "
-        f"seed {first.seed}, timeout {first.timeout_s:g} s, bursts of {load.burst_size}.",
+        f"Windows of {load.seconds:g} s, {num_rounds} for each row, seed {first.seed}, timeout {first.timeout_s:g} s, "
+        f"bursts of {load.burst_size}.",
         f"Prompt tokens {load.documents}; new tokens {load.answers}; {load.shared_fraction:.0%} of the prompts begin "
         f"with one of {load.num_prefixes} prefixes of {load.prefix_tokens} tokens.",
         f"Objective: {first.objective}. Times are median / 95th percentile.",

@@ -4,9 +4,11 @@ import asyncio
 import json
 import math
 import multiprocessing
+import os
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -332,6 +334,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return tiny_checkpoint(tmp_path_factory.mktemp("serving") / "tiny", tokenizer=True)
 
 
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Without a tokenizer, so that no text has to be encoded."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("serving") / "bare")
+
+
 def assert_idle(engine: OneProcess) -> None:
     engine.pool.check_integrity()
     assert engine.pool.num_used == 0
@@ -607,6 +615,40 @@ def test_the_plot_draws_what_was_measured_and_leaves_out_what_never_came(tmp_pat
 # The command.
 
 
+async def test_every_window_is_run_recorded_and_shown(
+    bare: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "serving.jsonl"
+    words = ["--patterns", "poisson", "bursts", "--rates", "20", "--seconds", "0.3", "--rounds", "2", "--burst", "2"]
+    lengths = ["--documents", "9,1,2,60", "--answers", "3,1,1,6", "--record", str(path), "--json"]
+    argv = ["serving", "--model", str(bare.path), "--systems", "one process", *words, *lengths]
+    monkeypatch.setattr(sys, "argv", argv)
+    config = config_of(bare, **{"model.dtype": "auto"})
+    async with serving(bare.path, config, Security()) as (address, engine):
+
+        @contextmanager
+        def here(name: str, model: Path, state_dir: Path | None) -> Iterator[System]:
+            assert (name, model, state_dir) == ("one process", bare.path, None)
+            yield System(name="one process", address=address, security=Security(), pid=os.getpid())
+
+        monkeypatch.setattr(command, "system", here)
+        await asyncio.to_thread(command.main)
+        assert_idle(engine)
+    windows = last_run(path)
+    assert [(each.round, each.load.pattern) for each in windows] == [
+        *((0, "poisson"), (0, "bursts")),
+        *((1, "poisson"), (1, "bursts")),
+    ]
+    assert windows[0].requests != windows[2].requests
+    for each in windows:
+        assert each.summary.outcomes["finished"] == each.summary.num_requests == 6
+        assert set(each.usage) == {"one process", "client"}
+    out, err = capsys.readouterr()
+    first, second = json.loads(out.splitlines()[-1])["rows"]
+    assert (first["arrivals"], first["num_requests"], second["arrivals"]) == ("poisson", 12, "bursts")
+    assert "4/4 one process, bursts 20/s: 6 requests" in err
+
+
 def test_what_was_measured_is_shown_again_and_what_was_not_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -631,17 +673,18 @@ def test_what_was_measured_is_shown_again_and_what_was_not_is_refused(
         (["--state-dir", "nowhere"], "no cluster is known in nowhere"),
         (["--documents", "9,1,9,99999"], "--documents up to 99999 and --answers up to 64 tokens make 100063"),
         (["--model", "nowhere"], "nowhere"),
+        (["--write-docs", "--docs", "nowhere"], "nowhere/serving.md cannot be read"),
     ],
 )
 def test_impossible_options_end_in_one_line(
     words: Sequence[str],
     message: str,
-    checkpoint: Checkpoint,
+    bare: Checkpoint,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     lengths = ["--documents", "9,1,9,99"]
-    monkeypatch.setattr(sys, "argv", ["serving", "--model", str(checkpoint.path), *lengths, *words])
+    monkeypatch.setattr(sys, "argv", ["serving", "--model", str(bare.path), *lengths, *words])
     with pytest.raises(SystemExit):
         command.main()
     err = capsys.readouterr().err
