@@ -100,7 +100,7 @@ def groups(
 
 
 def choose_modes(costs: Mapping[Group, Mapping[Measured, float]], budget_s: float) -> dict[Group, Measured]:
-    """How each group runs: as many as possible on a sample, then as many as possible whole, the cheapest first.
+    """How each group runs: on a sample, from the first group on as far as the budget goes; then whole, cheapest first.
 
     Args:
         costs: predicted seconds of each way that is possible, all that it takes; whole runs are sampled as well.
@@ -115,7 +115,7 @@ def choose_modes(costs: Mapping[Group, Mapping[Measured, float]], budget_s: floa
             before = chosen[group]
             return costs[group][mode] - (costs[group][before] if before != "modelled" else 0.0)
 
-        for group in sorted(able, key=more_s):
+        for group in able if mode == "sampled" else sorted(able, key=more_s):
             if mode == "whole" and "sampled" in costs[group] and chosen[group] != "sampled":
                 continue  # what a sample has no time for, the whole has none for either
             if (more := more_s(group)) <= left_s:

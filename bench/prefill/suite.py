@@ -17,10 +17,12 @@ from bench.harness.units import digits, duration, length
 from bench.kernels.common import short
 from bench.paper import Attention
 from bench.prefill import record as recorded
-from bench.prefill.cost import Costs
+from bench.prefill.cost import Costs, layer_of
 from bench.prefill.plan import Group, Row, choose_modes
 from bench.prefill.record import Bar, CellRecord, PeerRecord, Sample
 from bench.prefill.timer import PeerTimed, Seen
+from colm.model.config import ChainConfig
+from colm.model.presets import preset
 
 PRIOR_S = 20.0
 """So much of what was predicted is taken to have come true before anything has run."""
@@ -64,10 +66,11 @@ class Suite:
         ends_s = self.clock() + self.budget_s
         added: list[CellRecord | PeerRecord] = []
         made: set[str] = set()
+        met: set[ChainConfig] = set()
         predicted_s = taken_s = PRIOR_S
         while todo:
             pace, left_s = taken_s / predicted_s, ends_s - self.clock()
-            found = {group: self.costs.of(group, made) for group in todo}
+            found = {group: self.costs.of(group, made, met) for group in todo}
             paced = {
                 group: {mode: pace * seconds for mode, seconds in cost.items()} for group, (cost, _) in found.items()
             }
@@ -86,11 +89,14 @@ class Suite:
             made = (made | set(group.presets) if modes[group] == "whole" else made) & {
                 name for each in whole for name in each.presets
             }
-            added += self._written(fresh, say)
+            met |= {layer_of(preset(name)) for name in group.presets}
+            added += self._written(fresh)
+            for record in fresh:
+                say(f"  {describe(record)}\n")
         for group in todo:
             if not group.is_for_peers and not all((*row, group.num_tokens) in held for row in group.rows):
                 say(f"{group.name}: modelled\n")
-                added += self._written(self._modelled(group, self.costs.of(group)[1]), say)
+                added += self._written(self._modelled(group, self.costs.of(group)[1]))
         return added
 
     def _held(self) -> dict[tuple[str, Attention, int], CellRecord]:
@@ -107,12 +113,8 @@ class Suite:
         found = [held.get((*row, group.num_tokens)) for row in group.rows]
         return all(record is not None and record.measured != "modelled" for record in found)
 
-    def _written(
-        self, fresh: Sequence[CellRecord | PeerRecord], say: Callable[[str], object]
-    ) -> Sequence[CellRecord | PeerRecord]:
+    def _written(self, fresh: Sequence[CellRecord | PeerRecord]) -> Sequence[CellRecord | PeerRecord]:
         records.append(self.path, [record.model_dump(mode="json") for record in fresh])
-        for record in fresh:
-            say(f"  {describe(record)}\n")
         return fresh
 
     def _measured(self, group: Group, mode: Measured, no_room: str, timer: Timer) -> Sequence[CellRecord | PeerRecord]:

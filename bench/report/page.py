@@ -108,7 +108,7 @@ def _peers(found: Found) -> str:
     """Other software on the baseline's shape."""
     head = "## Beside other software\n\n"
     if not found.peers:
-        return f"{head}None was asked for.\n"
+        return f"{head}None ran: peers take turns with rows that run whole.\n"
     presets = list(dict.fromkeys(name for each in found.peers for name in each.speedups))
     return (
         f"{head}The baseline's shape with random weights, a prompt read from nothing, in the same turns as our rows.\n"

@@ -1323,6 +1323,30 @@ MUTANTS = (
         "tests/unit/test_bench_prefill_suite.py::test_records_of_another_commit_or_a_model_stand_for_nothing",
     ),
     Mutant(
+        "a tile of a long prompt's sample finds its weights in memory",
+        "bench/prefill/sampling.py",
+        "        self._layer.time(*self._bounds(0))\n        self._turns[tile]",
+        "        self._turns[tile]",
+        "tests/unit/test_bench_prefill_suite.py::"
+        "test_long_prompts_layers_take_turns_at_every_tile_behind_their_own_first",
+    ),
+    Mutant(
+        "what groups took in truth does not count for those behind them",
+        "bench/prefill/suite.py",
+        "pace, left_s = taken_s / predicted_s, ends_s - self.clock()",
+        "pace, left_s = 1.0, self.budget_s",
+        "tests/unit/test_bench_prefill_suite.py::"
+        "test_a_group_that_takes_longer_than_predicted_leaves_less_for_those_behind_it",
+    ),
+    Mutant(
+        "a sampled sparse layer attends to everything",
+        "bench/prefill/layer.py",
+        "attention = _dense if self._plan is None else partial(_sparse, self._plan)",
+        "attention = _dense",
+        "tests/unit/test_bench_prefill_suite.py::"
+        "test_a_sampled_sparse_tile_leaves_the_hidden_states_that_the_engine_computes",
+    ),
+    Mutant(
         "a modelled stream has no window",
         "bench/roofline/model.py",
         "                computed_s = max(computed_s, arrived_s)\n",

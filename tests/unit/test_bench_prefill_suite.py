@@ -16,6 +16,7 @@ from bench.harness import records
 from bench.harness.contest import Measured
 from bench.prefill import __main__ as command
 from bench.prefill import cost, record, timer
+from bench.prefill import suite as suite_module
 from bench.prefill.case import engine_of_random, prompt
 from bench.prefill.cost import Costs
 from bench.prefill.estimate import NUM_STRATA, PER_STRATUM, Estimate, choose, estimate, strata
@@ -260,6 +261,12 @@ def test_a_budget_buys_samples_first_and_then_whole_runs_from_the_cheapest(
     assert list(choose_modes(costs, budget_s).values()) == modes
 
 
+def test_short_lengths_are_sampled_before_cheaper_long_ones() -> None:
+    """An 8B model at 4K costs more than a 1B one at 64K: every configuration has its short lengths first."""
+    costs: dict[Group, dict[Measured, float]] = {group(1): {"sampled": 5}, group(2): {"sampled": 2}}
+    assert list(choose_modes(costs, 6.0).values()) == ["sampled", "modelled"]
+
+
 @dataclass
 class FakeTimer:
     """Each preset in its own time; notes what it was asked for, and lets a clock run."""
@@ -445,7 +452,7 @@ def test_the_command_runs_the_tables_through_the_engine_and_adds_to_its_records(
         command.main()
         return cells_of(path)
 
-    for module in (command, cost, timer):
+    for module in (command, cost, suite_module, timer):
         monkeypatch.setattr(module, "preset", lambda _: TINY)
     monkeypatch.setattr(command, "calibrate", lambda *_, **__: machine("cpu"))
     words = ["--preset", FAMILY[2], "--tile-tokens", "16", "--rounds", "2", "--peers"]
