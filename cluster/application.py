@@ -81,6 +81,8 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
             dtype=dtype,
             host=gateway.host,
             port=gateway.port,
+            audit_folder=None if gateway.audit_folder is None else str(gateway.audit_folder.absolute()),
+            audit_keep_days=gateway.audit_keep_days,
             limits=GatewayLimits(
                 max_document_bytes=gateway.max_document_bytes,
                 max_upload_bytes=gateway.max_upload_bytes,

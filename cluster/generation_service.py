@@ -1,12 +1,15 @@
 """GenerationService, the gRPC adapter of the front door: messages become requests, events become messages."""
 
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import grpc
 
+from cluster.accounts import Accounts
+from cluster.client_tokens import Client, Clients
 from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.prompt import PromptPart
-from colm.errors import InvalidRequest
+from colm.errors import InvalidRequest, Unauthenticated
 from colm.wire.messages import (
     cluster_status_to_pb,
     gateway_response,
@@ -14,6 +17,7 @@ from colm.wire.messages import (
     token_ids_from_pb,
 )
 from colm.wire.prompt_stream import read_open, read_pieces
+from colm.wire.security import shown_token
 from colm.wire.status import answering
 from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1.generation_service_pb2_grpc import (
@@ -28,11 +32,15 @@ class GenerationService(GenerationServiceServicer):
     Args:
         front_door: serves the requests.
         upload_idle_s: longest pause between two pieces of a prompt.
+        clients: who calls.
+        accounts: what each of them may take.
     """
 
-    def __init__(self, front_door: FrontDoor, *, upload_idle_s: float) -> None:
+    def __init__(self, front_door: FrontDoor, *, upload_idle_s: float, clients: Clients, accounts: Accounts) -> None:
         self._front_door = front_door
         self._upload_idle_s = upload_idle_s
+        self._clients = clients
+        self._accounts = accounts
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server."""
@@ -42,20 +50,32 @@ class GenerationService(GenerationServiceServicer):
         self, request_iterator: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext
     ) -> None:
         """Serve one request; see the .proto file."""
-        async with answering(context, "generate"):
+        async with answering(context, "generate"), AsyncExitStack() as stack:
+            usage = stack.enter_context(self._accounts.open(self._caller(context)))
             request = generate_request_from_pb(await read_open(request_iterator))
-            prompt, waits_s = _prompt(request_iterator, self._upload_idle_s), context.time_remaining()
+            prompt = usage.counted(_prompt(request_iterator, self._upload_idle_s))
+            waits_s = context.time_remaining()
             async with self._front_door.generate(request, prompt, caller_waits_s=waits_s) as events:
                 async for event in events:
+                    usage.see(event)
                     await context.write(gateway_response(event))
 
     async def GetClusterStatus(
         self,
         request: pb.GetClusterStatusRequest,  # noqa: ARG002
-        context: grpc.aio.ServicerContext,  # noqa: ARG002
+        context: grpc.aio.ServicerContext,
     ) -> pb.GetClusterStatusResponse:
-        """Report models, nodes and load."""
-        return cluster_status_to_pb(self._front_door.status())
+        """Report models, nodes and load; where the nodes are, to the operator alone."""
+        async with answering(context, "status"):
+            status = self._front_door.status()
+            return cluster_status_to_pb(status if self._caller(context).is_operator else status.without_places())
+        raise AssertionError("answering ends the call")
+
+    def _caller(self, context: grpc.aio.ServicerContext) -> Client:
+        client = self._clients.of(shown_token(context.invocation_metadata()))
+        if client is None:  # revoked since the call was let in
+            raise Unauthenticated("the token is wrong")
+        return client
 
 
 async def _prompt(requests: AsyncIterator[pb.GenerateRequest], idle_s: float) -> AsyncIterator[PromptPart]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from cluster.client_tokens import TOKENS_FILE, read_clients
 from cluster.interrupts import Interrupts
 from cluster.local_ray import free_port, is_left, is_running, show_token, start_ray, stop_ray
 from cluster.options import ClusterConfig, SecuritySection
@@ -169,12 +170,17 @@ def _dangers(config: ClusterConfig) -> list[str]:
 
 def _secrets(section: SecuritySection, state_dir: Path) -> SecretFiles:
     folder = section.folder
+    clients_file = (state_dir if folder is None else folder) / TOKENS_FILE
     if folder is None:
         folder = state_dir / SECRETS
         shutil.rmtree(folder, ignore_errors=True)  # a killed `up` may have left it
         write_secrets(folder)
+    read_clients(clients_file)  # a damaged one is refused now, rather than left to the gateway's log
     return SecretFiles(
-        folder=str(folder.absolute()), has_tls=section.tls == "auto", has_client_token=section.token == "auto"
+        folder=str(folder.absolute()),
+        has_tls=section.tls == "auto",
+        has_client_token=section.token == "auto",
+        clients_file=str(clients_file.absolute()),
     )
 
 

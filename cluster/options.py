@@ -72,6 +72,10 @@ class GatewaySection(Settings):
     """Slowest decoding, in new tokens/s, that such a request is given time for."""
     max_timeout_s: PositiveFloat = 24 * 3600.0
     """Longest timeout_s that a client may ask for, and longest deadline of any request, in seconds."""
+    audit_folder: Path | None = None
+    """Folder of the audit log, on the gateway's machine: a line for each request, sizes only; by default none."""
+    audit_keep_days: PositiveInt = 30
+    """Days that the audit log is kept, today included."""
 
 
 # Options of the gateway, and those that limit them.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.client_tokens import Clients
 from cluster.state import write_private
 from colm.errors import ClusterError
 from colm.wire.security import Security, Tls, new_tls, new_token
@@ -19,6 +20,8 @@ class SecretFiles:
     has_tls: bool
     has_client_token: bool
     """False admits every client."""
+    clients_file: str | None = None
+    """Tokens of further clients, which `colm token` writes; the gateway alone reads it."""
 
     def of_clients(self) -> Security:
         """What the gateway demands of clients.
@@ -27,6 +30,14 @@ class SecretFiles:
             ClusterError: a file is missing or empty, or others can read it; named with the way out.
         """
         return Security(token=self._read(_CLIENT_TOKEN) if self.has_client_token else None, tls=self._tls())
+
+    def clients(self) -> Clients:
+        """Whom the gateway admits.
+
+        Raises:
+            ClusterError: see `of_clients`.
+        """
+        return Clients(self.of_clients().token, Path(self.clients_file) if self.clients_file else None)
 
     def of_nodes(self) -> Security:
         """What nodes demand of the gateway and of each other.

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import psutil
@@ -82,3 +82,12 @@ class ClusterStatus:
     nodes: tuple[NodeStatus, ...]
     num_active_requests: int
     """Requests inside the gateway."""
+
+    def without_places(self) -> "ClusterStatus":
+        """The same without what only an operator needs: addresses, processes and names of machines."""
+        return replace(self, nodes=tuple(map(_without_place, self.nodes)))
+
+
+def _without_place(node: NodeStatus) -> NodeStatus:
+    process = replace(node.report.process, pid=0, host="")
+    return replace(node, report=replace(node.report, address="", ray_node_id="", process=process))

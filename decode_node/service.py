@@ -11,7 +11,7 @@ from colm.events import Event
 from colm.leases import LeaseTable
 from colm.model.config import ChainConfig
 from colm.wire.messages import attention_from_pb, decode_response, sampling_from_pb
-from colm.wire.prompt_stream import read_open, read_token_ids
+from colm.wire.prompt_stream import check_id, read_open, read_token_ids
 from colm.wire.status import answering
 from colm.wire.v1 import decode_service_pb2 as pb
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
@@ -41,6 +41,8 @@ class DecodeService(DecodeServiceServicer):
         """Serve one request; see the .proto file."""
         async with answering(context, "decode"), AsyncExitStack() as stack:
             opened = await read_open(request_iterator)
+            check_id("request_id", opened.request_id)
+            check_id("lease_id", opened.lease_id)
             if self._leases is not None:
                 stack.callback(self._leases.release, self._leases.open(opened.lease_id))
             self._check(opened)

@@ -15,7 +15,7 @@ from colm.events import Queued, WaitsFor
 from colm.kv_position import KvPosition
 from colm.leases import LeaseTable
 from colm.wire.messages import attention_from_pb, queued_to_pb, sparse_report_to_pb
-from colm.wire.prompt_stream import read_open, read_token_ids
+from colm.wire.prompt_stream import check_id, read_open, read_token_ids
 from colm.wire.status import answering
 from colm.wire.tile_codec import pull_kv_handlers
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
@@ -76,6 +76,8 @@ class PrefillService:
         """One transfer; see the .proto file."""
         async with answering(context, "pull_kv"), AsyncExitStack() as stack:
             opened = await read_open(requests)
+            for field in ("transfer_id", "fingerprint", "lease_id"):
+                check_id(field, getattr(opened, field))
             if opened.fingerprint != self._fingerprint:
                 raise FingerprintMismatch(
                     f"this prefill node serves {self._fingerprint[:16]}, the caller wants {opened.fingerprint[:16]}: "

@@ -5,6 +5,9 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+from cluster.accounts import Accounts
+from cluster.audit_log import AuditLog
+from cluster.client_tokens import Clients
 from cluster.decode_calls import GrpcDecodeCalls
 from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.placement import DecodeLease, DecodePool
@@ -72,9 +75,11 @@ async def gateway(
     pool: DecodePool,
     tokenizer: Tokenizer | None = None,
     num_decode_nodes: int = 1,
+    clients: Clients | None = None,
+    audit_log: AuditLog | None = None,
     **limits: Any,
 ) -> AsyncIterator[str]:
-    """Run a gateway whose registry knows of that many decode nodes; yields its address."""
+    """Run a gateway whose registry knows of that many decode nodes; yields its address. It admits everybody."""
     server, calls = create_server(Security()), GrpcDecodeCalls(Security())
     chosen = replace(LIMITS, **limits)
     front_door = FrontDoor(
@@ -85,7 +90,12 @@ async def gateway(
         registry=decode_nodes(num_decode_nodes),
         clock=MonotonicClock(),
     )
-    GenerationService(front_door, upload_idle_s=chosen.upload_idle_s).add_to(server)
+    GenerationService(
+        front_door,
+        upload_idle_s=chosen.upload_idle_s,
+        clients=clients or Clients(None),
+        accounts=Accounts(MonotonicClock(), audit_log),
+    ).add_to(server)
     port = bind(server, "127.0.0.1", 0, Security())
     await server.start()
     try:

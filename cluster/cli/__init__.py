@@ -7,6 +7,7 @@ import typer
 from cluster.cli.cluster import register as register_cluster
 from cluster.cli.models import register as register_models
 from cluster.cli.submit import register as register_submit
+from cluster.cli.tokens import register as register_tokens
 from colm.errors import ColmError
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
 register_models(app)
 register_cluster(app)
 register_submit(app)
+register_tokens(app)
 
 
 def main() -> None:

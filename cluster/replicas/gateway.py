@@ -5,13 +5,15 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from cluster.accounts import Accounts
+from cluster.audit_log import AuditLog
 from cluster.decode_calls import GrpcDecodeCalls
 from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.placement import DecodeLease
@@ -31,6 +33,7 @@ from colm.line import Beat
 from colm.nodes import NodeReport, Role
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server, dial_address
+from colm.wire.health import BoundedHealth
 from colm.wire.v1 import generation_service_pb2
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,9 @@ class GatewayOptions:
     host: str
     port: int
     limits: GatewayLimits
+    audit_folder: str | None
+    """None without an audit log."""
+    audit_keep_days: int
 
 
 class ServeDecodePool:
@@ -93,10 +99,17 @@ class GatewayReplica:
             registry=self._registry,
             clock=MonotonicClock(),
         )
-        client_security = secrets.of_clients()
-        self._server: grpc.aio.Server = create_server(client_security)
-        GenerationService(front_door, upload_idle_s=options.limits.upload_idle_s).add_to(self._server)
-        self._health = health_aio.HealthServicer()
+        client_security, clients = secrets.of_clients(), secrets.clients()
+        self._server: grpc.aio.Server = create_server(client_security, lambda token: clients.of(token) is not None)
+        folder, keep_days = options.audit_folder, options.audit_keep_days
+        audit_log = None if folder is None else AuditLog(Path(folder), keep_days=keep_days)
+        GenerationService(
+            front_door,
+            upload_idle_s=options.limits.upload_idle_s,
+            clients=clients,
+            accounts=Accounts(MonotonicClock(), audit_log),
+        ).add_to(self._server)
+        self._health = BoundedHealth()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for name in ("", _SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

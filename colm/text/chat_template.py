@@ -79,6 +79,16 @@ class ChatTemplate:
                 f"{_MAX_CHARS >> 20} MiB of text; import the model again with another one"
             ) from err
         answer: dict[str, Any] = json.loads(child.stdout)
+        if not _is_text(str(answer.get("text", ""))):
+            raise CheckpointError("text.chat_template writes half a surrogate pair; import the model again")
         if "broken" in answer:
             raise CheckpointError(f"text.chat_template{answer['broken']}; import the model again")
         return answer
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

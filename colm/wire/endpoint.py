@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from colm.wire.malformed import MalformedInterceptor
-from colm.wire.security import Security, TokenInterceptor
+from colm.wire.security import Admits, Security, TokenInterceptor, only
 
 # Tiles and document pieces stay near 1 MiB, where gRPC moves bytes fastest; the limit only stops abuse.
 MAX_MESSAGE_BYTES = 8 << 20
@@ -31,6 +31,10 @@ class Keepalive:
 KEEPALIVE = Keepalive()
 IDLE_MS = 300_000
 """A connection without calls is closed after this time; the next call opens another."""
+HANDSHAKE_MS = 10_000
+"""Within this time a new connection has its TLS and its first HTTP/2 frames, or it is closed."""
+MAX_CALLS_PER_CONNECTION = 1024
+"""Calls at once over one connection; the next waits in its client. All calls between two nodes share one."""
 
 
 def _common_options() -> list[tuple[str, object]]:
@@ -54,6 +58,9 @@ def server_options() -> list[tuple[str, object]]:
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE.interval_ms // 2),
         # Without this a second server on the same port would silently take half of the calls.
         ("grpc.so_reuseport", 0),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", IDLE_MS),
+        ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
     ]
 
 
@@ -61,11 +68,16 @@ def server_options() -> list[tuple[str, object]]:
 _LOOPBACKS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def create_server(security: Security) -> grpc.aio.Server:
-    """A server that demands the security's token; add services, then `bind` and start it."""
+def create_server(security: Security, admits: Admits | None = None) -> grpc.aio.Server:
+    """A server that demands a token, if the security has one; add services, then `bind` and start it.
+
+    Args:
+        security: of the server.
+        admits: whom it admits; None for whoever shows the security's own token.
+    """
     interceptors: list[grpc.aio.ServerInterceptor] = [MalformedInterceptor()]
     if security.token:
-        interceptors.insert(0, TokenInterceptor(security.token))
+        interceptors.insert(0, TokenInterceptor(admits or only(security.token)))
     return grpc.aio.server(interceptors=interceptors, options=server_options())
 
 

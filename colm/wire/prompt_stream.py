@@ -15,6 +15,8 @@ OPEN_TIMEOUT_S = 10.0
 """Seconds within which a call must send its `open`; until then it takes up one of the server's calls."""
 
 UPLOAD_IDLE_S = defaults.UPLOAD_IDLE_S
+MAX_ID_CHARS = 128
+"""Of the ids that a call brings, which are written to logs and kept in tables."""
 
 _Open = TypeVar("_Open", covariant=True)
 _Part = TypeVar("_Part", bound="PromptPart[object]")
@@ -52,6 +54,17 @@ async def read_open(requests: AsyncIterator[PromptPart[_Open]]) -> _Open:
     if (part := request.WhichOneof("part")) != "open":
         raise InvalidRequest("part", part, "the first message of a call must be `open`")
     return request.open
+
+
+def check_id(field: str, value: str) -> str:
+    """An id that a caller chose.
+
+    Raises:
+        InvalidRequest: it is too long, or holds what would break a line of a log.
+    """
+    if len(value) > MAX_ID_CHARS or not value.isprintable():
+        raise InvalidRequest(field, value[:MAX_ID_CHARS], f"must be at most {MAX_ID_CHARS} printable characters")
+    return value
 
 
 async def read_pieces(requests: AsyncIterator[_Part], *, idle_s: float) -> AsyncIterator[_Part]:

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 from cryptography import x509
@@ -150,11 +151,29 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
     )
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped here
-    """Lets a call through only with the right token; health checks need none."""
+_SCHEME = "Bearer "
 
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}"
+Admits = Callable[[str], bool]
+"""Whether a server admits whoever shows this token."""
+
+
+def only(token: str) -> Admits:
+    """Admits one token, in a time that does not depend on how much of it is right."""
+    expected = token.encode()
+    return lambda shown: hmac.compare_digest(shown.encode(), expected)
+
+
+def shown_token(metadata: Any) -> str:
+    """The token that a call's metadata shows; empty without one."""
+    shown = str(dict(metadata or ()).get(AUTHORIZATION, ""))
+    return shown.removeprefix(_SCHEME) if shown.startswith(_SCHEME) else ""
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped here
+    """Lets a call through only with a token that is admitted; health checks need none."""
+
+    def __init__(self, admits: Admits) -> None:
+        self._admits = admits
 
     async def intercept_service(
         self,
@@ -163,13 +182,14 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
     ) -> grpc.RpcMethodHandler:
         """The call's own handler if its token is right, else one of the same kind that answers UNAUTHENTICATED."""
         handler = await continuation(handler_call_details)
-        shown = dict(handler_call_details.invocation_metadata).get(AUTHORIZATION, "")
         if handler is None or handler_call_details.method.startswith(_OPEN_SERVICES):
             return handler
-        if hmac.compare_digest(str(shown).encode(), self._expected.encode()):
+        metadata = handler_call_details.invocation_metadata
+        if (shown := shown_token(metadata)) and self._admits(shown):
             return handler
+        is_shown = AUTHORIZATION in dict(metadata)
         return _refusal(
-            handler, "the token is wrong" if shown else "a token is needed (metadata `authorization: Bearer`)"
+            handler, "the token is wrong" if is_shown else "a token is needed (metadata `authorization: Bearer`)"
         )
 
 

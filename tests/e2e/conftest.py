@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,18 +89,6 @@ def until(condition: Callable[[], bool], within_s: float, complaint: Callable[[]
         assert time.monotonic() - started_s < within_s, complaint()
         time.sleep(0.05)
     return time.monotonic() - started_s
-
-
-def listeners(processes: Iterable[psutil.Process]) -> Iterator[tuple[str, str, int]]:
-    """(process, address, port) of each TCP port on which processes listen."""
-    for process in processes:
-        for connection in process.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN:
-                yield process.name(), connection.laddr.ip, connection.laddr.port
-
-
-def is_loopback(address: str) -> bool:
-    return address.removeprefix("::ffff:").startswith("127.") or address == "::1"
 
 
 @pytest.fixture(scope="session")

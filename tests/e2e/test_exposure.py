@@ -8,7 +8,8 @@ import grpc
 import psutil
 import pytest
 
-from tests.e2e.conftest import RunningCluster, is_loopback, listeners
+from tests.e2e.conftest import RunningCluster
+from tests.listening import family, is_loopback, listeners
 
 CONNECT_S = 10.0
 PACKET_S = 30.0
@@ -16,8 +17,7 @@ PACKET_S = 30.0
 
 def processes(cluster: RunningCluster) -> list[psutil.Process]:
     assert cluster.state.ray_pid is not None
-    head = psutil.Process(cluster.state.ray_pid)
-    return [head, *head.children(recursive=True)]
+    return family(cluster.state.ray_pid)
 
 
 def other_addresses() -> list[str]:

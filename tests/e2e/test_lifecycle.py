@@ -11,7 +11,8 @@ import pytest
 
 from cluster.state import ClusterState
 from colm.wire.endpoint import dial_address
-from tests.e2e.conftest import colm_command, colm_env, is_loopback, last_json, listeners, run_colm, until
+from tests.e2e.conftest import colm_command, colm_env, last_json, run_colm, until
+from tests.listening import is_loopback, listeners
 from tests.nodes import EVERYWHERE
 from tests.tiny import tiny_checkpoint
 

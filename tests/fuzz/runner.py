@@ -110,7 +110,7 @@ def _one_child(
             status = child.wait()
             child.stdout.close()
         errors.seek(0)
-        said = errors.read()[-3000:]
+        said = errors.read()[:3000]
     if not is_ready:
         raise RuntimeError(f"the undamaged inputs were not accepted:\n{said}")
     if running is None:

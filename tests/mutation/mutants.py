@@ -42,7 +42,45 @@ _PACKED = "tests/numerics/test_packed_linear.py::"
 _QUALITY = "tests/unit/test_bench_quality.py::"
 _SERVING = "tests/unit/test_bench_serving.py::"
 
+_CLIENTS = "tests/unit/test_client_tokens.py::"
+
 MUTANTS = (
+    # What strangers send and what they are told.
+    Mutant(
+        "a count that a GGUF file makes up is believed",
+        "colm/convert/gguf_file.py",
+        "        if number > limit or number * smallest_bytes > self.num_left:\n",
+        "        if number * smallest_bytes > 1 << 80:\n",
+        "tests/unit/test_hostile_files.py::test_a_gguf_file_is_held_against_its_size",
+    ),
+    Mutant(
+        "a revoked token stays valid",
+        "cluster/client_tokens.py",
+        "        if seen == self._seen:\n",
+        "        if self._seen is not None:\n",
+        _CLIENTS + "test_a_token_is_valid_from_the_next_call_on_and_revoked_from_the_next_call_on",
+    ),
+    Mutant(
+        "every client is told where the nodes are",
+        "cluster/generation_service.py",
+        "status if self._caller(context).is_operator else status.without_places()",
+        "status if self._caller(context) else status.without_places()",
+        _CLIENTS + "test_where_the_nodes_are_is_for_the_operator_alone",
+    ),
+    Mutant(
+        "a request that has ended keeps its client's prompt tokens",
+        "cluster/accounts.py",
+        "            account.num_prompt_tokens -= usage.num_prompt_tokens\n",
+        "",
+        _CLIENTS + "test_prompt_tokens_at_once_and_tokens_a_minute_are_limited",
+    ),
+    Mutant(
+        "bytes that are no message are the server's fault",
+        "colm/wire/malformed.py",
+        "        except DecodeError:\n            return _MALFORMED\n",
+        "        except DecodeError:\n            raise\n",
+        "tests/unit/test_malformed.py::test_garbage_on_a_stream_is_an_invalid_argument",
+    ),
     # Who holds pages and engines.
     Mutant(
         "the decode loop never lets go of the pages of who left during a step",

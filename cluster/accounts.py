@@ -1,0 +1,165 @@
+"""What each client's requests take, held against its limits, and written down as they end."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from cluster.audit_log import AuditLog
+from cluster.client_tokens import Client
+from cluster.front_door.prompt import PromptPart
+from colm.clock import Clock
+from colm.errors import CapacityExceeded, InvalidRequest
+from colm.events import Accepted, Event, Finished, Token
+
+logger = logging.getLogger(__name__)
+
+_MINUTE_S = 60.0
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Account:
+    num_requests: int = 0
+    num_bytes: int = 0
+    num_prompt_tokens: int = 0
+    spent: deque[tuple[float, int]] = field(default_factory=deque)
+    """(when, tokens) of the last minute."""
+    num_spent: int = 0
+
+    def spend(self, num_tokens: int, now_s: float) -> None:
+        # Tokens come one by one: those of a second are one entry.
+        if self.spent and now_s - self.spent[-1][0] < 1.0:
+            self.spent[-1] = (self.spent[-1][0], self.spent[-1][1] + num_tokens)
+        else:
+            self.spent.append((now_s, num_tokens))
+        self.num_spent += num_tokens
+
+    def forget(self, now_s: float) -> None:
+        while self.spent and now_s - self.spent[0][0] >= _MINUTE_S:
+            self.num_spent -= self.spent.popleft()[1]
+
+
+class Usage:
+    """What one request takes of its client's account."""
+
+    def __init__(self, client: Client, account: _Account, clock: Clock) -> None:
+        self._client = client
+        self._account = account
+        self._clock = clock
+        self.num_bytes = 0
+        self.num_prompt_tokens = 0
+        self.num_new_tokens = 0
+        self.request_id = ""
+        self.is_finished = False
+
+    async def counted(self, prompt: AsyncIterator[PromptPart]) -> AsyncIterator[PromptPart]:
+        """The prompt's parts, as long as their bytes are within the client's limit.
+
+        Raises:
+            CapacityExceeded: they are not, with those of its other requests.
+        """
+        limit = self._client.limits.max_bytes
+        async for part in prompt:
+            num_bytes = len(part) if isinstance(part, bytes) else part.nbytes
+            self.num_bytes += num_bytes
+            self._account.num_bytes += num_bytes
+            if limit is not None and self._account.num_bytes > limit:
+                if self.num_bytes > limit:
+                    raise InvalidRequest("document", f"over {limit} bytes", f"this client may send {limit} bytes")
+                raise self._full("bytes", limit)
+            yield part
+
+    def see(self, event: Event) -> None:
+        """Count what an event tells of.
+
+        Raises:
+            CapacityExceeded: the prompt is too long beside the client's other requests, or for this minute.
+            InvalidRequest: it is too long for this client at any time.
+        """
+        now_s = self._clock.now()
+        match event:
+            case Accepted():
+                self.request_id = event.request_id
+                self._accept(event.num_prompt_tokens, now_s)
+            case Token():
+                self.num_new_tokens += 1
+                self._account.spend(1, now_s)
+            case Finished():
+                self.is_finished = True
+
+    def _accept(self, num_tokens: int, now_s: float) -> None:
+        limits, account = self._client.limits, self._account
+        account.forget(now_s)
+        for name, used, limit in (
+            ("prompt tokens", account.num_prompt_tokens, limits.max_queued_tokens),
+            ("tokens a minute", account.num_spent, limits.max_tokens_per_minute),
+        ):
+            if limit is not None and num_tokens > limit:
+                raise InvalidRequest("document", f"{num_tokens} prompt tokens", f"this client may use {limit} {name}")
+            if limit is not None and used + num_tokens > limit:
+                raise self._full(name, limit)
+        self.num_prompt_tokens = num_tokens
+        account.num_prompt_tokens += num_tokens
+        account.spend(num_tokens, now_s)
+
+    def _full(self, what: str, limit: int) -> CapacityExceeded:
+        return CapacityExceeded(
+            f"client {self._client.name!r} may use {limit} {what}, and its requests use them now; try again later"
+        )
+
+
+class Accounts:
+    """The accounts of all clients. Lives on one event loop.
+
+    Args:
+        clock: measures the minute.
+        audit_log: gets a line for each request that has ended; None for none.
+    """
+
+    def __init__(self, clock: Clock, audit_log: AuditLog | None = None) -> None:
+        self._clock = clock
+        self._audit_log = audit_log
+        self._accounts: dict[str, _Account] = {}
+
+    @contextmanager
+    def open(self, client: Client) -> Iterator[Usage]:
+        """Count a request of a client as long as the block lasts, and write down how it ended.
+
+        Raises:
+            CapacityExceeded: the client has as many requests as it may have.
+        """
+        account = self._accounts.setdefault(client.name, _Account())
+        usage, started_s, outcome = Usage(client, account, self._clock), self._clock.now(), "lost"
+        account.num_requests += 1
+        try:
+            if (limit := client.limits.max_requests) is not None and account.num_requests > limit:
+                raise CapacityExceeded(
+                    f"client {client.name!r} may have {limit} requests at once; try again when one has ended"
+                )
+            yield usage
+            outcome = "finished" if usage.is_finished else "lost"
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = "cancelled"
+            raise
+        except Exception as err:
+            outcome = type(err).__name__
+            raise
+        finally:
+            account.num_requests -= 1
+            account.num_bytes -= usage.num_bytes
+            account.num_prompt_tokens -= usage.num_prompt_tokens
+            account.forget(self._clock.now())
+            if not account.num_requests and not account.spent:
+                self._accounts.pop(client.name, None)
+            if self._audit_log is not None:
+                self._audit_log.write(
+                    client=client.name,
+                    request_id=usage.request_id,
+                    outcome=outcome,
+                    document_bytes=usage.num_bytes,
+                    prompt_tokens=usage.num_prompt_tokens,
+                    new_tokens=usage.num_new_tokens,
+                    duration_s=round(self._clock.now() - started_s, 3),
+                )
