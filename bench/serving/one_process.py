@@ -20,6 +20,8 @@ from time import perf_counter
 import grpc
 from colm_kernels.native import CancelFlag, Cancelled
 
+from cluster.accounts import Accounts
+from cluster.client_tokens import Clients
 from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.placement import DecodeJob, DecodeLease
 from cluster.front_door.plan import GatewayLimits, ServedModel
@@ -282,7 +284,12 @@ async def serving(model: Path, config: ClusterConfig, security: Security) -> Asy
         clock=clock,
     )
     server: grpc.aio.Server = create_server(security)
-    GenerationService(front_door, upload_idle_s=gateway.upload_idle_s).add_to(server)
+    GenerationService(
+        front_door,
+        upload_idle_s=gateway.upload_idle_s,
+        clients=Clients(None),
+        accounts=Accounts(clock, None),
+    ).add_to(server)
     port = bind(server, gateway.host, gateway.port, security)
     await server.start()
     try:
