@@ -32,7 +32,7 @@ def pairs(axes: Mapping[str, Iterable[Any]]) -> tuple[str, list[Case]]:
         row = dict(min(missing))
         for axis, values in enumerate(sizes):
             if axis not in row:
-                row[axis] = max(values, key=partial(_num_new, missing, row, axis))
+                row[axis] = max(values, key=partial(_gain, missing, rows, row, axis))
         rows.append(tuple(row[axis] for axis in range(len(sizes))))
         missing -= set(combinations(enumerate(rows[-1]), 2))
     cases = [
@@ -46,6 +46,9 @@ def pairs(axes: Mapping[str, Iterable[Any]]) -> tuple[str, list[Case]]:
     return ",".join(several), cases
 
 
-def _num_new(missing: Collection[Any], row: Mapping[int, int], axis: int, value: int) -> int:
-    """How many missing pairs a value would make with those that a case has."""
-    return sum(tuple(sorted([other, (axis, value)])) in missing for other in row.items())
+def _gain(
+    missing: Collection[Any], rows: Iterable[Case], row: Mapping[int, int], axis: int, value: int
+) -> tuple[int, int]:
+    """How many missing pairs a value would make with those that a case has; of equals, the value used least is best."""
+    num_new = sum(tuple(sorted([other, (axis, value)])) in missing for other in row.items())
+    return num_new, -sum(earlier[axis] == value for earlier in rows)

@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.covering import pairs
-
 pytestmark = pytest.mark.kernels
 
 NUM_ROWS = 5
@@ -86,24 +84,13 @@ SHAPES = {
 }
 
 
-NUMBERS_OF_ROWS = [1, 7, 101, WIDEN_MIN_ROWS - 1, WIDEN_MIN_ROWS, WIDEN_MIN_ROWS + 1]
-
-
 @pytest.mark.usefixtures("widens")
-@pytest.mark.parametrize(
-    *pairs(  # rows, widths, dtype and `widens` decide together whether a product is widened
-        {
-            "shape,num_rows": itertools.product(SHAPES, NUMBERS_OF_ROWS),
-            "apply,dtype,widens": itertools.product(
-                [side_by_side, by_chain], [torch.float32, torch.bfloat16], [False, True]
-            ),
-            "bias": [False, True],
-        }
-    ),
-    indirect=["widens"],
-)
-def test_values_and_gradients_are_those_of_the_masked_product(shape, num_rows, bias, dtype, apply):
-    widths = SHAPES[shape]
+@pytest.mark.parametrize("apply", [side_by_side, by_chain])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("num_rows", [1, 7, 101, WIDEN_MIN_ROWS - 1, WIDEN_MIN_ROWS, WIDEN_MIN_ROWS + 1])
+@pytest.mark.parametrize("widths", SHAPES.values(), ids=SHAPES)
+def test_values_and_gradients_are_those_of_the_masked_product(widths, num_rows, bias, dtype, apply):
     xs, weights, biases = operands(widths, bias, dtype, num_rows)
     assert_matches_definition(apply, torch.cat(xs, dim=1), weights, biases, (num_rows,) * len(widths))
 
