@@ -3,14 +3,15 @@
 Two prompts of one length go through the prefill engine, a tile of a layer at a time: one after the other, and by turns,
 a switch before each tile. `switch_s` is what a tile takes longer behind one of the other prompt than behind one of its
 own: the median over all tiles, each compared with itself in the same round. `more_fraction` is what the whole takes
-longer, of the whole. By turns at the same layer, prompts share the weights that a cache holds, and drive each other's
-hidden states, keys and values out; half the model apart, they drive out each other's weights too.
+longer, of the whole. `cpu` is the time of all processors, which others on the machine disturb less. By turns at the
+same layer, prompts share the weights that a cache holds, and drive each other's hidden states, keys and values out;
+half the model apart, they drive out each other's weights too.
 
 It runs the engine itself with random weights, once a short prompt's keys and values are those of the definition.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,9 @@ MODEL = "llama-3.2-1b-8-8-8-8-air"
 
 StepTimes = Sequence[Sequence[float]]
 """Of each prompt, the seconds of each of its steps."""
+
+CLOCKS: Mapping[str, Callable[[], float]] = {"s": perf_counter, "cpu_s": process_time}
+"""By the unit of what they measure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,25 +99,22 @@ class _Turns:
         self._engine = engine
         self._prompts = prompts
         self._num_steps = num_steps
-        self._unswitched: StepTimes = ()
+        self._unswitched: Mapping[str, StepTimes] = {}
 
     def one_after_the_other(self) -> Mapping[str, float]:
         """The second begins when the first is over."""
-        began_cpu_s = process_time()
         self._unswitched = step_times(self._engine, self._prompts, in_turn(self._num_steps, self._num_steps))
-        return {"s": _total(self._unswitched), "cpu_s": process_time() - began_cpu_s}
+        return {unit: _total(times) for unit, times in self._unswitched.items()}
 
     def by_turns(self, lead: int) -> Mapping[str, float]:
         """A switch before each step, once the first is so many steps ahead."""
-        order, began_cpu_s = in_turn(self._num_steps, lead), process_time()
-        times = step_times(self._engine, self._prompts, order)
-        cpu_s = process_time() - began_cpu_s
-        return {
-            "s": _total(times),
-            "cpu_s": cpu_s,
-            "switch_s": switch_s(order, times, self._unswitched),
-            "more_fraction": _total(times) / _total(self._unswitched) - 1,
-        }
+        order, seen = in_turn(self._num_steps, lead), dict[str, float]()
+        for unit, times in step_times(self._engine, self._prompts, order).items():
+            unswitched, clock = self._unswitched[unit], unit.removesuffix("s")
+            seen[unit] = _total(times)
+            seen[f"switch_{unit}"] = switch_s(order, times, unswitched)
+            seen[f"more_{clock}fraction"] = _total(times) / _total(unswitched) - 1
+        return seen
 
 
 def in_turn(num_steps: int, lead: int) -> list[int]:
@@ -121,13 +122,17 @@ def in_turn(num_steps: int, lead: int) -> list[int]:
     return [0] * lead + [0, 1] * (num_steps - lead) + [1] * lead
 
 
-def step_times(engine: PrefillEngine, prompts: Sequence[NDArray[np.int64]], order: Sequence[int]) -> StepTimes:
-    """Make the prompts' steps in an order, each to its end."""
-    runs, times = [engine.begin(each) for each in prompts], [list[float]() for _ in prompts]
+def step_times(
+    engine: PrefillEngine, prompts: Sequence[NDArray[np.int64]], order: Sequence[int]
+) -> Mapping[str, StepTimes]:
+    """Make the prompts' steps in an order, each to its end; what they take by each of the clocks."""
+    runs = [engine.begin(each) for each in prompts]
+    times: dict[str, list[list[float]]] = {unit: [[] for _ in prompts] for unit in CLOCKS}
     for number in order:
-        began_s = perf_counter()
+        began_s = {unit: clock() for unit, clock in CLOCKS.items()}
         engine.step([runs[number]])
-        times[number].append(perf_counter() - began_s)
+        for unit, clock in CLOCKS.items():
+            times[unit][number].append(clock() - began_s[unit])
     assert all(each.is_over for each in runs), "every step was made, and none failed"
     return times
 
