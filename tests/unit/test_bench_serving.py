@@ -35,9 +35,11 @@ from bench.serving.trace import Asked, Load, LogNormal, arrivals, check_lengths,
 from bench.serving.usage import RoleUsage, Usage
 from cluster.front_door.placement import DecodeJob, DecodeLease
 from cluster.options import load_config
+from cluster.state import ClusterState
 from colm.checkpoint import Checkpoint
 from colm.client import Client, collect
 from colm.clock import Deadline, MonotonicClock
+from colm.convert.scale import slice_scale
 from colm.dtypes import fastest_dtype
 from colm.errors import (
     CapacityExceeded,
@@ -447,7 +449,7 @@ async def test_the_process_of_a_system_ends_when_the_other_end_of_its_pipe_is_go
     serves = asyncio.create_task(asyncio.to_thread(serve_one_process, checkpoint.path, theirs))
     found = await asyncio.to_thread(mine.recv)
     assert isinstance(found, System)
-    assert found.fingerprint == fingerprint(checkpoint, KvFormat.of(checkpoint.config, fastest_dtype(CPU)))
+    assert found.model().fingerprint == fingerprint(checkpoint, KvFormat.of(checkpoint.config, fastest_dtype(CPU)))
     assert found.security.tls is not None
     assert found.security.tls.key_pem is None
     assert found.processes() == {"one process": [psutil.Process()]}
@@ -663,6 +665,30 @@ def test_what_was_measured_is_shown_again_and_what_was_not_is_refused(
     (row,) = json.loads(last)["rows"]
     assert (row["system"], row["rate_per_s"], row["outcomes"]["finished"]) == ("disaggregated", 5.0, 20)
     assert any("poisson 5/s" in line for line in shown)
+
+
+@pytest.mark.parametrize("served", ["more chains", "another dtype"])
+async def test_a_cluster_that_serves_something_else_is_refused(
+    bare: Checkpoint,
+    served: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What the fingerprint is of is the same for all models that share chain 1."""
+    asked_for = slice_scale(bare.path, tmp_path / "sliced", 1) if served == "more chains" else bare
+    other = {torch.bfloat16: "float32", torch.float32: "bfloat16"}[fastest_dtype(CPU)]
+    config = config_of(bare, **{"model.dtype": "auto" if served == "more chains" else other})
+    async with serving(bare.path, config, Security()) as (address, _):
+        ClusterState(gateway_address=address, ray_address="", ray_pid=None, client_token=None, ca_pem=None).write(
+            tmp_path / "state"
+        )
+        words = ["--model", str(asked_for.path), "--documents", "9,1,9,99", "--state-dir", str(tmp_path / "state")]
+        monkeypatch.setattr(sys, "argv", ["serving", *words, "--record", str(tmp_path / "serving.jsonl")])
+        with pytest.raises(SystemExit):
+            await asyncio.to_thread(command.main)
+    assert "that cluster serves another model than --model" in capsys.readouterr().err
+    assert not (tmp_path / "serving.jsonl").exists()
 
 
 @pytest.mark.parametrize(
