@@ -7,7 +7,7 @@ lengths that the options say, some prompts with a shared prefix. Each request ha
 it was to arrive.
 
 The reference is one process with the same engines, pages, gateway and defaults: one thread takes prompts first come,
-first served, each whole and before the next decode step.
+first served, each whole, up to its first token, and all that wait before the answers go on.
 
 The defaults take about ten minutes on two cores. A run that is killed leaves the windows that were over in the record,
 and its systems stop by themselves.
