@@ -7,7 +7,7 @@ lengths that the options say, some prompts with a shared prefix. Each request ha
 it was to arrive.
 
 The reference is one process with the same engines, pages, gateway and defaults: one thread takes prompts first come,
-first served, each whole and before the next decode step.
+first served, each whole, up to its first token, and all that wait before the answers go on.
 
 The defaults take about ten minutes on two cores. A run that is killed leaves the windows that were over in the record,
 and its systems stop by themselves.
@@ -275,8 +275,9 @@ class _Bench:
 
     def _warm_up(self, found: System) -> None:
         """Two requests that do not count: a short one that is held against the model, and a long one."""
-        wanted = fingerprint(self._checkpoint, KvFormat.of(self._checkpoint.config, self._dtype))
-        if found.fingerprint != wanted:
+        config, served = self._checkpoint.config, found.model()
+        wanted = fingerprint(self._checkpoint, KvFormat.of(config, self._dtype))  # which says nothing of later chains
+        if (served.fingerprint, served.chains) != (wanted, config.chains):
             raise ConfigError(
                 f"--state-dir={self._options.state_dir}: that cluster serves another model than --model="
                 f"{self._options.model} in {self._dtype_name}; name the one that it serves, or leave out --state-dir"

@@ -1,8 +1,9 @@
 """The reference: one process that prefills and decodes, with the engines, the pages and the gateway of the cluster.
 
 One thread computes, so nothing of a prompt overlaps with anything of an answer. Prompts are taken first come, first
-served, each whole and before the next decode step, as servers without disaggregation or chunked prefill do. What the
-thread makes goes to the client through the gateway's own front door and gRPC service, in the same process.
+served, each whole, up to its first token, and all that wait before the answers go on: as servers without disaggregation
+or chunked prefill do. What the thread makes goes to the client through the gateway's own front door and gRPC service,
+in the same process.
 
 Shapes: N prompt tokens, M pages of a request.
 """
@@ -11,7 +12,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -146,7 +147,7 @@ class OneProcess:
                 if (work := self._next()) is not None:
                     self._begin(work)
                 elif self._running:
-                    self._step()
+                    self._step(self._running)
         except Exception as err:
             logger.exception("one_process.failed")
             with self._changed:
@@ -176,7 +177,7 @@ class OneProcess:
             return work
 
     def _begin(self, work: _Work) -> None:
-        """Prefill a whole prompt but its last token."""
+        """Prefill a whole prompt, and make its first token."""
         assert work.pages is not None
         job, table_M = work.job, self._store.page_table(work.pages)
         work.started_s = perf_counter()
@@ -185,8 +186,7 @@ class OneProcess:
                 for tile in self._prefill.run(job.token_ids[:-1], cancelled=work.cancelled):
                     self._store.write(table_M, tile)
         except (Cancelled, ColmError) as err:
-            work.emit(err)
-            self._end(work)
+            self._end(work, err)
             return
         work.prefilled_s = perf_counter()
         eos_token_ids = () if job.sampling.ignore_eos else self._eos_token_ids
@@ -200,31 +200,33 @@ class OneProcess:
             stop_token_ids={*eos_token_ids, *job.sampling.stop_token_ids},
             text_stream=None if self._tokenizer is None else self._tokenizer.stream(),
         )
+        self._step([work])
 
-    def _step(self) -> None:
-        """One token for every answer."""
-        batch = [(work, work.answer) for work in self._running if work.answer is not None]
+    def _step(self, batched: Sequence[_Work]) -> None:
+        """One token for each of these answers."""
+        batch = [(work, work.answer) for work in batched if work.answer is not None]
         batch.sort(key=lambda each: each[0].job.num_chains, reverse=True)
         logits_QV = self._decode.step(StepPlan(tuple(row for _, answer in batch for row in answer.next_rows())))
         choices = choose([answer.sampler for _, answer in batch], logits_QV)
         now_s = perf_counter()
         for (work, answer), choice in zip(batch, choices, strict=True):
             if isinstance(choice, ColmError):
-                work.emit(choice)
-                self._end(work)
+                self._end(work, choice)
                 continue
             work.first_token_s = work.first_token_s or now_s
             for token in answer.advance([choice]):
                 work.emit(token)
             if answer.finish_reason is not None:
-                work.emit(_finished(work, answer, now_s))
-                self._end(work)
+                self._end(work, _finished(work, answer, now_s))
 
-    def _end(self, work: _Work) -> None:
+    def _end(self, work: _Work, last: Event | Exception | None = None) -> None:
+        """Let go of what a request holds, and then say so: who has the last event may count on it."""
         assert work.pages is not None
         self.pool.release(work.pages)
         with self._changed:
             self._running.remove(work)
+        if last is not None:
+            work.emit(last)
 
 
 def _finished(work: _Work, answer: RunningAnswer, now_s: float) -> Finished:

@@ -69,7 +69,9 @@ class Row:
 
 
 def _pair(found: Percentiles) -> str:
-    """Median and 95th percentile, e.g. `41.2 / 102 ms`; `never` where so many had none."""
+    """Median and 95th percentile, e.g. `41.2 / 102 ms`; `never` where so many had none, `none` where none counts."""
+    if not found.num:
+        return "none"
     if found.p50 is None:
         return "never"
     if found.p95 is None:

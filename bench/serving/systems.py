@@ -27,7 +27,7 @@ from cluster.state import ClusterState
 from colm.client import Client
 from colm.cpus import num_usable_cpus
 from colm.errors import ClusterError, ColmError
-from colm.nodes import NodeReport
+from colm.nodes import ModelStatus, NodeReport
 from colm.wire.security import Security
 
 Name = Literal["disaggregated", "one process"]
@@ -47,12 +47,11 @@ class System:
     pid: int | None
     """The process whose descendants it is; None of a cluster that joined a Ray which was there."""
 
-    @property
-    def fingerprint(self) -> str:
-        """`colm.kv.fingerprint` of what it serves."""
+    def model(self) -> ModelStatus:
+        """What it serves."""
         with Client(self.address, self.security) as client:
             (model,) = client.cluster_status().models
-        return model.fingerprint
+        return model
 
     def processes(self) -> dict[str, list[psutil.Process]]:
         """Its processes on this machine, by role; what is Ray's own is `ray`."""

@@ -1189,6 +1189,13 @@ MUTANTS = (
         _SERVING + "test_one_process_answers_as_the_model_does_whatever_else_it_answers",
     ),
     Mutant(
+        "the reference server makes no first token before it has read all prompts",
+        "bench/serving/one_process.py",
+        "        self._step([work])\n",
+        "",
+        _SERVING + "test_every_prompt_that_waits_goes_before_the_answers_and_has_its_first_token_before_the_next",
+    ),
+    Mutant(
         "the reference server takes the newest prompt first",
         "bench/serving/one_process.py",
         "self._waiting.append(work)",

@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ from bench.serving.trace import Asked, Load, LogNormal, arrivals, check_lengths,
 from bench.serving.usage import RoleUsage, Usage
 from cluster.front_door.placement import DecodeJob, DecodeLease
 from cluster.options import load_config
+from cluster.state import ClusterState
 from colm.checkpoint import Checkpoint
 from colm.client import Client, collect
 from colm.clock import Deadline, MonotonicClock
+from colm.convert.scale import slice_scale
 from colm.dtypes import fastest_dtype
 from colm.errors import (
     CapacityExceeded,
@@ -367,31 +370,78 @@ async def test_one_process_answers_as_the_model_does_whatever_else_it_answers(ch
         check_greedy(checkpoint, torch.float32, prompts[-1], wrong_T)
 
 
-async def test_one_process_takes_prompts_in_the_order_in_which_they_came(checkpoint: Checkpoint) -> None:
-    """One answer at a time: the shortest prompt, which came last, is last."""
-    config, ended = config_of(checkpoint, **{"decode.max_batch_size": 1}), []
-    engine = OneProcess(checkpoint, KvFormat.of(checkpoint.config, torch.float32), config)
+def job(num_prompt_tokens: int, max_new_tokens: int) -> DecodeJob:
+    return DecodeJob(
+        request_id=str(num_prompt_tokens),
+        token_ids=np.arange(3, 3 + num_prompt_tokens),
+        num_chains=1,
+        max_new_tokens=max_new_tokens,
+        sampling=SamplingParams(ignore_eos=True),
+        attention="dense",
+    )
 
-    async def ask(num_prompt_tokens: int, num_new_tokens: int) -> None:
-        job = DecodeJob(
-            request_id=str(num_prompt_tokens),
-            token_ids=np.arange(3, 3 + num_prompt_tokens),
-            num_chains=1,
-            max_new_tokens=num_new_tokens,
-            sampling=SamplingParams(ignore_eos=True),
-            attention="dense",
-        )
-        lease, deadline = DecodeLease(address="", lease_id=""), Deadline.after(MonotonicClock(), 60)
-        events = [each async for each in engine.decode(lease, job, only_if_room=False, deadline=deadline)]
-        assert [type(each) for each in events] == [Token] * num_new_tokens + [Finished]
-        ended.append(num_prompt_tokens)
 
-    try:
-        await asyncio.gather(ask(99, 60), ask(60, 9), ask(30, 9), ask(2, 1))
-    finally:
+async def all_at_once(engine: OneProcess, jobs: Sequence[DecodeJob]) -> tuple[list[str], list[Any]]:
+    """Have jobs wait before the first is begun; returns the owners of all events as made, and the jobs' own times."""
+    lease, deadline = DecodeLease(address="", lease_id=""), Deadline.after(MonotonicClock(), 60)
+    owners: list[str] = []
+
+    async def ask(each: DecodeJob) -> None:
+        async for _ in engine.decode(lease, each, only_if_room=False, deadline=deadline):
+            pass
+
+    def noting(work: Any, emit: Callable[[Any], None]) -> Callable[[Any], None]:
+        def note(event: Any) -> None:
+            owners.append(work.job.request_id)
+            emit(event)
+
+        return note
+
+    with engine._changed:
+        tasks = [asyncio.create_task(ask(each)) for each in jobs]
+        while len(engine._waiting) < len(jobs):
+            await asyncio.sleep(0)
+        works = list(engine._waiting)
+        for work in works:
+            work.emit = noting(work, work.emit)
+    await asyncio.gather(*tasks)
+    return owners, works
+
+
+@pytest.fixture
+def one_process(checkpoint: Checkpoint) -> Iterator[Callable[..., OneProcess]]:
+    made: list[OneProcess] = []
+
+    def make(**options: Any) -> OneProcess:
+        kv_format = KvFormat.of(checkpoint.config, torch.float32)
+        made.append(OneProcess(checkpoint, kv_format, config_of(checkpoint, **options)))
+        return made[-1]
+
+    yield make
+    for engine in made:
         engine.stop()
-    assert ended == [99, 60, 30, 2]
-    assert_idle(engine)
+        assert_idle(engine)
+
+
+async def test_one_process_takes_prompts_in_the_order_in_which_they_came(
+    one_process: Callable[..., OneProcess],
+) -> None:
+    """One answer at a time: the shortest, which came last, is last."""
+    owners, _ = await all_at_once(
+        one_process(**{"decode.max_batch_size": 1}), [job(99, 3), job(60, 2), job(30, 2), job(2, 1)]
+    )
+    # The last event of each is the end.
+    assert owners == 4 * ["99"] + 3 * ["60"] + 3 * ["30"] + 2 * ["2"]
+
+
+async def test_every_prompt_that_waits_goes_before_the_answers_and_has_its_first_token_before_the_next(
+    one_process: Callable[..., OneProcess],
+) -> None:
+    owners, works = await all_at_once(one_process(), [job(40, 3), job(30, 3), job(2, 3)])
+    # The last event of each is the end.
+    assert owners == ["40", "30", "2"] * 2 + ["40", "40", "30", "30", "2", "2"]
+    for earlier, later in pairwise(works):
+        assert earlier.started_s < earlier.first_token_s <= later.started_s
 
 
 async def test_a_whole_trace_through_the_gateway_ends_with_one_outcome_each_and_nothing_held(
@@ -447,7 +497,7 @@ async def test_the_process_of_a_system_ends_when_the_other_end_of_its_pipe_is_go
     serves = asyncio.create_task(asyncio.to_thread(serve_one_process, checkpoint.path, theirs))
     found = await asyncio.to_thread(mine.recv)
     assert isinstance(found, System)
-    assert found.fingerprint == fingerprint(checkpoint, KvFormat.of(checkpoint.config, fastest_dtype(CPU)))
+    assert found.model().fingerprint == fingerprint(checkpoint, KvFormat.of(checkpoint.config, fastest_dtype(CPU)))
     assert found.security.tls is not None
     assert found.security.tls.key_pem is None
     assert found.processes() == {"one process": [psutil.Process()]}
@@ -575,7 +625,7 @@ def test_rounds_are_one_row_and_rows_are_in_the_order_of_arrivals_rates_and_syst
         ([0.5, 2.0], "0.500 / 2.00 s"),
         ([0.5, None], "500 ms / never"),
         ([None], "never"),
-        ([], "never"),
+        ([], "none"),
     ],
 )
 def test_two_percentiles_are_shown_in_one_unit(values: list[float | None], shown: str) -> None:
@@ -663,6 +713,30 @@ def test_what_was_measured_is_shown_again_and_what_was_not_is_refused(
     (row,) = json.loads(last)["rows"]
     assert (row["system"], row["rate_per_s"], row["outcomes"]["finished"]) == ("disaggregated", 5.0, 20)
     assert any("poisson 5/s" in line for line in shown)
+
+
+@pytest.mark.parametrize("served", ["more chains", "another dtype"])
+async def test_a_cluster_that_serves_something_else_is_refused(
+    bare: Checkpoint,
+    served: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What the fingerprint is of is the same for all models that share chain 1."""
+    asked_for = slice_scale(bare.path, tmp_path / "sliced", 1) if served == "more chains" else bare
+    other = {torch.bfloat16: "float32", torch.float32: "bfloat16"}[fastest_dtype(CPU)]
+    config = config_of(bare, **{"model.dtype": "auto" if served == "more chains" else other})
+    async with serving(bare.path, config, Security()) as (address, _):
+        ClusterState(gateway_address=address, ray_address="", ray_pid=None, client_token=None, ca_pem=None).write(
+            tmp_path / "state"
+        )
+        words = ["--model", str(asked_for.path), "--documents", "9,1,9,99", "--state-dir", str(tmp_path / "state")]
+        monkeypatch.setattr(sys, "argv", ["serving", *words, "--record", str(tmp_path / "serving.jsonl")])
+        with pytest.raises(SystemExit):
+            await asyncio.to_thread(command.main)
+    assert "that cluster serves another model than --model" in capsys.readouterr().err
+    assert not (tmp_path / "serving.jsonl").exists()
 
 
 @pytest.mark.parametrize(
