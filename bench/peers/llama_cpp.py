@@ -1,4 +1,7 @@
-"""llama.cpp through llama-cpp-python, from a GGUF file of the same shape that is written for it."""
+"""llama.cpp through llama-cpp-python, from a GGUF file of the same shape that is written for it.
+
+Its keys and values are in fp16, its default.
+"""
 
 import tempfile
 from collections.abc import Iterator
