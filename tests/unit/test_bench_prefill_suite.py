@@ -2,8 +2,9 @@
 
 import json
 import random
+import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -480,11 +481,21 @@ def test_the_command_runs_the_tables_through_the_engine_and_adds_to_its_records(
     assert len(main(*words, "--lengths", "64,96,40")) == 6
 
 
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A command that was interrupted hears nothing further, which the tests after it should."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
 def test_an_interrupted_command_says_where_it_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Suite, "run", interrupted)
     monkeypatch.setattr(command, "calibrate", lambda *_, **__: machine("cpu"))
