@@ -31,8 +31,8 @@ class _Transformers:
 
 
 @contextmanager
-def open_transformers(weights: WeightSource, dtype: torch.dtype, max_tokens: int) -> Iterator[_Transformers]:
-    """The model on the CPU, with these weights.
+def open_transformers(weights: WeightSource, dtype: torch.dtype, _max_tokens: int) -> Iterator[_Transformers]:
+    """The model on the CPU, with these weights; its cache grows with the prompt.
 
     Raises:
         PeerAbsent: transformers is not installed.
@@ -42,7 +42,7 @@ def open_transformers(weights: WeightSource, dtype: torch.dtype, max_tokens: int
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     except ImportError as err:
         raise PeerAbsent(f"transformers is not installed; {INSTALL}") from err
-    config = transformers.LlamaConfig(**_config(weights.config, max_tokens))
+    config = transformers.LlamaConfig(**_config(weights.config))
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     names = source_names(weights.config, layout_of(weights.config))
@@ -53,7 +53,7 @@ def open_transformers(weights: WeightSource, dtype: torch.dtype, max_tokens: int
     yield _Transformers(model.eval(), transformers.__version__)
 
 
-def _config(config: ChainConfig, max_tokens: int) -> dict[str, Any]:
+def _config(config: ChainConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if (scaling := config.rope_scaling) is not None:
         assert scaling.kind == "llama3", "the paper's baselines have no other"
@@ -72,7 +72,7 @@ def _config(config: ChainConfig, max_tokens: int) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
-        "max_position_embeddings": max(max_tokens, rope.get("original_max_position_embeddings", 0)),
+        "max_position_embeddings": config.max_context,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": rope,
         "tie_word_embeddings": True,

@@ -1,4 +1,7 @@
-"""llama.cpp through llama-cpp-python, from a GGUF file of the same shape that is written for it."""
+"""llama.cpp through llama-cpp-python, from a GGUF file of the same shape that is written for it.
+
+Its keys and values are in fp16, its default.
+"""
 
 import tempfile
 from collections.abc import Iterator
@@ -35,7 +38,7 @@ class _LlamaCpp:
 
 @contextmanager
 def open_llama_cpp(weights: WeightSource, dtype: torch.dtype, max_tokens: int) -> Iterator[_LlamaCpp]:
-    """The model from a file that is deleted when the context ends, on as many threads as PyTorch has.
+    """The model from a file that is deleted once it is loaded, on as many threads as PyTorch has.
 
     Raises:
         PeerAbsent: llama-cpp-python is not installed, or it cannot read the file.
@@ -44,11 +47,12 @@ def open_llama_cpp(weights: WeightSource, dtype: torch.dtype, max_tokens: int) -
         import llama_cpp
     except ImportError as err:
         raise PeerAbsent(f"llama-cpp-python is not installed; {INSTALL}") from err
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="colm-peer-") as folder:
         path = Path(folder) / "model.gguf"
         write_gguf(path, weights, dtype)
-        threads = torch.get_num_threads()
         try:
+            # It maps the file, which so can lose its name at once: nobody who is killed later leaves gigabytes.
             model = llama_cpp.Llama(
                 str(path),
                 n_ctx=max_tokens,
@@ -61,7 +65,7 @@ def open_llama_cpp(weights: WeightSource, dtype: torch.dtype, max_tokens: int) -
             )
         except (ValueError, RuntimeError) as err:
             raise PeerAbsent(f"llama.cpp {llama_cpp.__version__} does not load the model: {err}") from err
-        try:
-            yield _LlamaCpp(model, llama_cpp.__version__)
-        finally:
-            model.close()
+    try:
+        yield _LlamaCpp(model, llama_cpp.__version__)
+    finally:
+        model.close()

@@ -38,6 +38,7 @@ from bench.prefill.sparse import KEYS_PER_ROW, Budget
 from bench.prefill.suite import Suite
 from bench.prefill.timer import EngineTimer
 from bench.roofline.calibrate import calibrate
+from cluster.interrupts import Interrupts
 from colm import defaults
 from colm.dtypes import dtype_name, fastest_dtype
 from colm.errors import UnsupportedModel
@@ -179,7 +180,8 @@ def _suite(parser: argparse.ArgumentParser, options: PrefillOptions, budget_minu
     )
     timer = EngineTimer(dtype=dtype, tile_tokens=options.tile_tokens, seed=options.seed, budget=budget)
     try:
-        suite.run(timer)
+        with Interrupts():
+            suite.run(timer)
     except KeyboardInterrupt:
         sys.stderr.write(f"\ninterrupted; {path} has every group that was done; the same command goes on after them\n")
         sys.exit(130)

@@ -61,27 +61,30 @@ class Suite:
     def run(self, timer: Timer, say: Callable[[str], object] = sys.stderr.write) -> list[CellRecord | PeerRecord]:
         """Run what the records do not hold yet; returns what was added."""
         held = self._held()
-        todo = [group for group in self.groups if not self._is_done(group, held)]
+        todo = [group for group in self.groups if not self._is(("sampled", "whole"), group, held)]
         say(f"{len(self.groups) - len(todo)} of {len(self.groups)} groups are in {self.path} already\n")
+        # On a sample so far; whole where time is left when all others are done.
+        again = [group for group in self.groups if group not in todo and not self._is(("whole",), group, held)]
         ends_s = self.clock() + self.budget_s
         added: list[CellRecord | PeerRecord] = []
         made: set[str] = set()
         met: set[ChainConfig] = set()
         predicted_s = taken_s = PRIOR_S
-        while todo:
+        while todo or again:
             pace, left_s = taken_s / predicted_s, ends_s - self.clock()
-            found = {group: self.costs.of(group, made, met) for group in todo}
+            found = {group: self.costs.of(group, made, met) for group in (*todo, *again)}
             paced = {
-                group: {mode: pace * seconds for mode, seconds in cost.items()} for group, (cost, _) in found.items()
+                group: {mode: pace * seconds for mode, seconds in cost.items() if group in todo or mode == "whole"}
+                for group, (cost, _) in found.items()
             }
             modes = choose_modes(paced, left_s)
-            group = next((group for group in todo if modes[group] != "modelled"), None)
+            group = next((group for group, mode in modes.items() if mode != "modelled"), None)
             if group is None:
                 break
-            whole = [each for each in todo if modes[each] == "whole"]
+            whole = [each for each, mode in modes.items() if mode == "whole"]
             timer.keep({name for each in whole for name in each.presets}, with_peers=any(each.peers for each in whole))
             say(_progress(group, modes, paced, left_s))
-            todo.remove(group)
+            (todo if group in todo else again).remove(group)
             began_s = self.clock()
             fresh = self._measured(group, modes[group], found[group][1], timer)
             predicted_s += found[group][0][modes[group]]
@@ -90,6 +93,8 @@ class Suite:
                 name for each in whole for name in each.presets
             }
             met |= {layer_of(preset(name)) for name in group.presets}
+            if modes[group] == "sampled":
+                again.append(group)
             added += self._written(fresh)
             for record in fresh:
                 say(f"  {describe(record)}\n")
@@ -109,9 +114,12 @@ class Suite:
                 held[record.key] = record
         return held
 
-    def _is_done(self, group: Group, held: Mapping[tuple[str, Attention, int], CellRecord]) -> bool:
+    def _is(
+        self, modes: Collection[Measured], group: Group, held: Mapping[tuple[str, Attention, int], CellRecord]
+    ) -> bool:
+        """Whether all rows of a group have records of one of these modes."""
         found = [held.get((*row, group.num_tokens)) for row in group.rows]
-        return all(record is not None and record.measured != "modelled" for record in found)
+        return all(record is not None and record.measured in modes for record in found)
 
     def _written(self, fresh: Sequence[CellRecord | PeerRecord]) -> Sequence[CellRecord | PeerRecord]:
         records.append(self.path, [record.model_dump(mode="json") for record in fresh])

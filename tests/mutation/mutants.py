@@ -1363,7 +1363,7 @@ MUTANTS = (
     Mutant(
         "a modelled cell counts as run",
         "bench/prefill/suite.py",
-        ' and record.measured != "modelled"',
+        " and record.measured in modes",
         "",
         "tests/unit/test_bench_prefill_suite.py::test_records_of_another_commit_or_a_model_stand_for_nothing",
     ),

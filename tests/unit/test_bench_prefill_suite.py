@@ -2,8 +2,9 @@
 
 import json
 import random
+import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from bench.prefill.sampling import LayerSample, share_timed, take_turns
 from bench.prefill.sparse import Budget
 from bench.prefill.suite import Suite, describe, minutes
 from bench.prefill.timer import PeerTimed, Seen, Timed
+from bench.report.compare import newest
 from bench.roofline.machine import machine
 from colm.kv import KvFormat
 from colm.model.config import ChainConfig
@@ -409,6 +411,22 @@ def test_a_group_that_takes_longer_than_predicted_leaves_less_for_those_behind_i
     assert "left, " in told[1]
 
 
+def test_time_that_is_left_when_all_is_sampled_goes_into_whole_runs(tmp_path: Path) -> None:
+    """Predictions were too long, or a later run brings a budget of its own."""
+    of, path = [group(2048), group(4096)], tmp_path / "p.jsonl"
+    sampled_s = {each: costs().of(each)[0]["sampled"] for each in of}
+    clock = FakeClock()
+    timer = FakeTimer(clock, took_s=lambda group: sampled_s[group])
+    suite(path, of=of, budget_s=1.01 * sum(sampled_s.values()), clock=clock).run(timer, quiet)
+    assert timer.asked == [("sampled", 2048), ("sampled", 4096)]
+    again = FakeTimer()
+    suite(path, of=of).run(again, quiet)
+    assert again.asked == [("whole", 2048), ("whole", 4096)]
+    assert {each.measured for each in newest(record.read(path)).cells} == {"whole"}
+    last = FakeTimer()
+    assert suite(path, of=of).run(last, quiet) == []
+
+
 def test_an_interrupted_suite_goes_on_after_the_last_whole_group(tmp_path: Path) -> None:
     path = tmp_path / "prefill.jsonl"
     suite(path).run(FakeTimer(), quiet)
@@ -461,6 +479,32 @@ def test_the_command_runs_the_tables_through_the_engine_and_adds_to_its_records(
     assert {(each.measured, each.num_rounds, each.sample is None) for each in first} == {("whole", 2, False)}
     assert main(*words, "--lengths", "64,96,40")[:4] == first
     assert len(main(*words, "--lengths", "64,96,40")) == 6
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A command that was interrupted hears nothing further, which the tests after it should."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_an_interrupted_command_says_where_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Suite, "run", interrupted)
+    monkeypatch.setattr(command, "calibrate", lambda *_, **__: machine("cpu"))
+    words = ["--budget-minutes", "1", "--lengths", "2K", "--output", str(tmp_path / "p.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["bench.prefill", *words])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 130
+    assert "p.jsonl has every group that was done; the same command goes on after them" in capsys.readouterr().err
 
 
 def test_a_torn_line_is_not_read_and_gives_way_to_the_next(tmp_path: Path) -> None:
