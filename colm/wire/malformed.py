@@ -46,8 +46,8 @@ def _guarded(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         (True, True): (handler.stream_stream, grpc.stream_stream_rpc_method_handler),
     }
     behaviour, make = kinds[(handler.request_streaming, handler.response_streaming)]
-    checked = _checked_stream if handler.request_streaming else _checked_message
-    return make(checked(behaviour), deserialize, handler.response_serializer)
+    checked = (_checked_stream if handler.request_streaming else _checked_message)(behaviour)
+    return handler if checked is behaviour else make(checked, deserialize, handler.response_serializer)
 
 
 def _checked_message(behaviour: Any) -> Any:
@@ -68,7 +68,9 @@ def _checked_stream(behaviour: Any) -> Any:
             yield answer
 
     # gRPC looks at what kind of function it is given.
-    return answers if inspect.isasyncgenfunction(behaviour) else call
+    if inspect.isasyncgenfunction(behaviour):
+        return answers
+    return call if asyncio.iscoroutinefunction(behaviour) else behaviour
 
 
 async def _messages(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -7,15 +7,16 @@ import socket
 import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from colm.wire.endpoint import HANDSHAKE_MS, open_channel
+from colm.wire.outcome import Outcome
 from colm.wire.prompt_stream import OPEN_TIMEOUT_S
-from colm.wire.security import Security, new_tls
+from colm.wire.security import Security, Tls, new_tls
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1.generation_service_pb2_grpc import GenerationServiceStub
@@ -75,7 +76,7 @@ async def garbage_bytes(target: Target) -> str:
     """Messages that are none."""
     async with open_channel(target.address, target.security) as channel:
         codes = await _codes(
-            channel.stream_stream(GENERATE)(_each([b"\xff" * 64]), metadata=target.security.metadata(), timeout=_CALL_S)
+            channel.stream_stream(GENERATE)(each([b"\xff" * 64]), metadata=target.security.metadata(), timeout=_CALL_S)
             for _ in range(64)
         )
     assert set(codes) == {"INVALID_ARGUMENT"}, codes
@@ -86,12 +87,12 @@ async def oversized(target: Target) -> str:
     """A message beyond the limit, a document that never ends, and metadata of a megabyte."""
     metadata = target.security.metadata()
     async with open_channel(target.address, target.security) as channel:
-        huge = channel.stream_stream(GENERATE)(_each([b"\n" * (9 << 20)]), metadata=metadata, timeout=_CALL_S)
+        huge = channel.stream_stream(GENERATE)(each([b"\n" * (9 << 20)]), metadata=metadata, timeout=_CALL_S)
         piece = pb.GenerateRequest(document=b"a" * (1 << 20)).SerializeToString()
         opened = pb.GenerateRequest(open=pb.OpenGenerate(prompt="x")).SerializeToString()
-        endless = channel.stream_stream(GENERATE)(_each([opened, *[piece] * 256]), metadata=metadata, timeout=_CALL_S)
+        endless = channel.stream_stream(GENERATE)(each([opened, *[piece] * 256]), metadata=metadata, timeout=_CALL_S)
         wide = channel.stream_stream(GENERATE)(
-            _each([opened]), metadata=(*metadata, ("x", "a" * (1 << 20))), timeout=_CALL_S
+            each([opened]), metadata=(*metadata, ("x", "a" * (1 << 20))), timeout=_CALL_S
         )
         codes = await _codes([huge, endless, wide])
     assert set(codes) <= {"RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"}, codes
@@ -181,7 +182,7 @@ async def slow_readers(target: Target) -> str:
     async with open_channel(target.address, target.security) as channel:
         stub = GenerationServiceStub(channel)
         calls = [
-            stub.Generate(_each(question(200)), metadata=target.security.metadata(), timeout=_CALL_S) for _ in range(8)
+            stub.Generate(each(question(200)), metadata=target.security.metadata(), timeout=_CALL_S) for _ in range(8)
         ]
         await asyncio.sleep(5)
         for call in calls:
@@ -215,14 +216,13 @@ async def stopped_client(target: Target) -> str:
 _STOPPED_CLIENT = """
 import asyncio, sys
 from colm.wire.endpoint import open_channel
-from colm.wire.security import Security, Tls
 from colm.wire.v1.generation_service_pb2_grpc import GenerationServiceStub
-from tests.attack.attacks import _each, question
+from tests.attack.attacks import each, question, target_of
 async def main():
-    address, token, ca = sys.argv[1:4]
-    security = Security(token=token or None, tls=Tls(ca_pem=ca.encode()) if ca else None)
-    async with open_channel(address, security) as channel:
-        call = GenerationServiceStub(channel).Generate(_each(question(2000)), metadata=security.metadata())
+    target = target_of(sys.argv[1:4])
+    async with open_channel(target.address, target.security) as channel:
+        metadata = target.security.metadata()
+        call = GenerationServiceStub(channel).Generate(each(question(2000)), metadata=metadata)
         await call.read()
         print("reading", flush=True)
         async for _ in call:
@@ -248,6 +248,19 @@ ATTACKS: dict[str, Attack] = {
 }
 
 
+def words_of(target: Target) -> list[str]:
+    """Command-line words from which `target_of` makes the target again."""
+    tls = target.security.tls
+    return [target.address, target.security.token or "", tls.ca_pem.decode() if tls else ""]
+
+
+def target_of(words: list[str]) -> Target:
+    """The target of these words, without its process."""
+    address, token, ca_pem = words
+    tls = Tls(ca_pem=ca_pem.encode()) if ca_pem else None
+    return Target(address=address, security=Security(token=token or None, tls=tls))
+
+
 def question(max_new_tokens: int) -> list[pb.GenerateRequest]:
     """The messages of a short request, in token ids so that every model can read it."""
     sampling = common_pb2.Sampling(ignore_eos=True)
@@ -264,21 +277,30 @@ async def _refused(shown: Security, target: Target, code: str) -> str:
         codes = await _codes(
             [
                 stub.GetClusterStatus(pb.GetClusterStatusRequest(), metadata=metadata, timeout=_CALL_S),
-                stub.Generate(_each(question(1)), metadata=metadata, timeout=_CALL_S),
+                stub.Generate(each(question(1)), metadata=metadata, timeout=_CALL_S),
             ]
         )
     assert set(codes) == {code}, codes
     return _shown(codes)
 
 
-async def _codes(calls: object) -> "Counter[str]":
+async def _codes(calls: Iterable[grpc.aio.Call]) -> "Counter[str]":
     async def code(call: grpc.aio.Call) -> str:
-        return str((await call.code()).name)
+        try:
+            with Outcome(call).statuses():
+                if isinstance(call, grpc.aio.UnaryUnaryCall):
+                    await call
+                else:
+                    async for _ in call:
+                        pass
+        except grpc.aio.AioRpcError as err:
+            return str(err.code().name)
+        return "OK"
 
-    return Counter(await asyncio.gather(*(code(call) for call in calls)))  # type: ignore[attr-defined]
+    return Counter(await asyncio.gather(*map(code, calls)))
 
 
-async def _each(messages: list[object]) -> AsyncIterator[object]:
+async def each(messages: list[object]) -> AsyncIterator[object]:
     for message in messages:
         yield message
 

@@ -47,10 +47,10 @@ _CLIENTS = "tests/unit/test_client_tokens.py::"
 MUTANTS = (
     # What strangers send and what they are told.
     Mutant(
-        "a count that a GGUF file makes up is believed",
+        "a length that a GGUF file makes up is believed",
         "colm/convert/gguf_file.py",
-        "        if number > limit or number * smallest_bytes > self.num_left:\n",
-        "        if number * smallest_bytes > 1 << 80:\n",
+        "        if num_bytes > self.num_left:\n",
+        "        if num_bytes < 0:\n",
         "tests/unit/test_hostile_files.py::test_a_gguf_file_is_held_against_its_size",
     ),
     Mutant(

@@ -5,24 +5,33 @@ import tomllib
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-PINS = {
-    canonicalize_name(name): version
-    for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
-}
+
+
+def pins(file: str) -> dict[str, list[str]]:
+    """The packages of a list, with the lines that follow each."""
+    blocks = re.split(r"^(?=\w)", (ROOT / file).read_text(), flags=re.MULTILINE)
+    return {canonicalize_name(block.partition("==")[0]): block.splitlines()[1:] for block in blocks if "==" in block}
+
+
+SERVING, DEVELOPMENT = pins("requirements.txt"), pins("requirements-dev.txt")
+PINS = SERVING | DEVELOPMENT
 # What PyTorch's CUDA build brings, in the versions that it pins itself.
 BROUGHT_BY_TORCH = re.compile(r"nvidia-.*|cuda-.*")
 
 
-def needed() -> set[str]:
-    """Packages that pyproject.toml asks for, and all that these need on this machine."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = project["project"]["optional-dependencies"]
-    asked = project["project"]["dependencies"] + extras["dev"] + extras["bench"]
-    waiting = [Requirement(word) for word in [*asked, *project["build-system"]["requires"]]]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+OF_SERVING = PROJECT["project"]["dependencies"] + PROJECT["build-system"]["requires"]
+
+
+def needed(asked: list[str]) -> set[str]:
+    """Packages that are asked for, and all that these need on this machine."""
+    waiting = [Requirement(word) for word in asked]
     seen: set[tuple[str, str]] = set()
     while waiting:
         requirement = waiting.pop()
@@ -42,9 +51,26 @@ def needed() -> set[str]:
 
 def test_every_package_is_pinned_and_every_pin_is_needed() -> None:
     """Bug: hf-xet came in as it was that day, and others were pinned for nobody."""
-    names = needed()
+    names = needed(OF_SERVING + EXTRAS["dev"] + EXTRAS["bench"])
     assert sorted(names - PINS.keys()) == []
     assert sorted(PINS.keys() - names) == []
+
+
+def test_serving_needs_no_package_of_development() -> None:
+    assert sorted(SERVING) == sorted(needed(OF_SERVING))
+    assert not SERVING.keys() & DEVELOPMENT.keys()
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("requirements*.txt")))
+def test_every_pin_has_the_hashes_of_its_files(file: str) -> None:
+    """Bug: whoever could change a file on its way could change what was installed."""
+    hashed = re.compile(r"    --hash=sha256:[0-9a-f]{64}( \\)?")
+    assert pins(file)
+    assert [name for name, lines in pins(file).items() if not lines or not all(map(hashed.fullmatch, lines))] == []
+
+
+def test_every_extra_that_is_installed_by_hand_is_pinned() -> None:
+    assert all("==" in word for word in EXTRAS["gpu"])
 
 
 def test_every_package_has_its_licence_listed() -> None:
