@@ -94,10 +94,17 @@ async def test_a_prefill_node_on_the_cpu_refuses_a_backend_of_gpus(checkpoint: C
             pytest.fail("started")
 
 
+PREFILL, DECODE = ["prefill_node"], ["decode_node", "--prefill", "localhost:1"]
+
+
 @pytest.mark.parametrize(
-    "node", [["prefill_node"], ["decode_node", "--prefill", "localhost:1"]], ids=["prefill", "decode"]
+    ("node", "device", "error"),
+    [
+        (PREFILL, "cuda:99", "device='cuda:99': "),
+        (DECODE, "cuda:99", "device='cuda:99': "),
+        (DECODE, "gpu", "--device='gpu': "),  # refused where both nodes' options are read
+    ],
 )
-@pytest.mark.parametrize(("device", "error"), [("cuda:99", "device='cuda:99': "), ("gpu", "--device='gpu': ")])
 def test_a_node_by_hand_answers_a_wrong_device_with_one_line(
     node: list[str], device: str, error: str, checkpoint: Checkpoint
 ) -> None:
