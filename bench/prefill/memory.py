@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -41,6 +42,7 @@ class Skipped:
     reason: str
 
 
+@cache
 def weights_bytes(config: ChainConfig, dtype: torch.dtype) -> int:
     """Of the tensors that a prefill engine holds."""
     shapes = parameter_shapes(config, 1)

@@ -102,6 +102,8 @@ def groups(
 def choose_modes(costs: Mapping[Group, Mapping[Measured, float]], budget_s: float) -> dict[Group, Measured]:
     """How each group runs: on a sample, from the first group on as far as the budget goes; then whole, cheapest first.
 
+    Groups beside peers, which run nowhere else, come before other whole ones.
+
     Args:
         costs: predicted seconds of each way that is possible, all that it takes; whole runs are sampled as well.
         budget_s: what all of them may take, as predicted.
@@ -115,7 +117,8 @@ def choose_modes(costs: Mapping[Group, Mapping[Measured, float]], budget_s: floa
             before = chosen[group]
             return costs[group][mode] - (costs[group][before] if before != "modelled" else 0.0)
 
-        for group in able if mode == "sampled" else sorted(able, key=more_s):
+        able.sort(key=lambda group: (not group.peers, more_s(group)) if mode == "whole" else (False, 0.0))
+        for group in able:
             if mode == "whole" and "sampled" in costs[group] and chosen[group] != "sampled":
                 continue  # what a sample has no time for, the whole has none for either
             if (more := more_s(group)) <= left_s:

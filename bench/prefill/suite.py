@@ -18,7 +18,7 @@ from bench.kernels.common import short
 from bench.paper import Attention
 from bench.prefill import record as recorded
 from bench.prefill.cost import Costs, layer_of
-from bench.prefill.plan import Group, Row, choose_modes
+from bench.prefill.plan import MODES, Group, Row, choose_modes
 from bench.prefill.record import Bar, CellRecord, PeerRecord, Sample
 from bench.prefill.timer import PeerTimed, Seen
 from colm.model.config import ChainConfig
@@ -61,10 +61,10 @@ class Suite:
     def run(self, timer: Timer, say: Callable[[str], object] = sys.stderr.write) -> list[CellRecord | PeerRecord]:
         """Run what the records do not hold yet; returns what was added."""
         held = self._held()
-        todo = [group for group in self.groups if not self._is(("sampled", "whole"), group, held)]
+        todo = [group for group in self.groups if not self._is(MODES[1:], group, held)]
         say(f"{len(self.groups) - len(todo)} of {len(self.groups)} groups are in {self.path} already\n")
         # On a sample so far; whole where time is left when all others are done.
-        again = [group for group in self.groups if group not in todo and not self._is(("whole",), group, held)]
+        again = [group for group in self.groups if group not in todo and not self._is(MODES[-1:], group, held)]
         ends_s = self.clock() + self.budget_s
         added: list[CellRecord | PeerRecord] = []
         made: set[str] = set()

@@ -269,6 +269,14 @@ def test_short_lengths_are_sampled_before_cheaper_long_ones() -> None:
     assert list(choose_modes(costs, 6.0).values()) == ["sampled", "modelled"]
 
 
+def test_peers_have_their_whole_runs_before_cheaper_ones_of_ours_alone() -> None:
+    costs: dict[Group, dict[Measured, float]] = {
+        group(1): {"sampled": 1, "whole": 5},
+        group(2, "p"): {"sampled": 1, "whole": 7},
+    }
+    assert list(choose_modes(costs, 9.0).values()) == ["sampled", "whole"]
+
+
 @dataclass
 class FakeTimer:
     """Each preset in its own time; notes what it was asked for, and lets a clock run."""
