@@ -123,6 +123,8 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
         host=EVERYWHERE,
         port=0,
         limits=LIMITS,
+        audit_folder=None,
+        audit_keep_days=30,
     )
     secrets = secret_files(tmp_path)
 
