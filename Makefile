@@ -3,6 +3,8 @@
 # make audit    look the pinned packages up in the public list of known weaknesses
 # make fuzz     try damaged files, templates, tokenizers and messages; FUZZ="--cases 20000 --seed 7 --seconds 600"
 # make attack   attack a local cluster over its sockets, beside an honest client; ATTACK="--state-dir DIR" for one of yours
+# make bench    time kernels and codec, and compare with the stored times of the same machine; BENCH=--store keeps these
+# make bench-quick    a first look at what this machine makes of it, in some minutes
 # make mutants   break the serving path in many small ways, and see that a test notices each
 # make test-variants   run the tests once for each kernel variant that this machine has, with 1 and with 2 threads
 # make test-sanitize   run the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer
@@ -24,7 +26,7 @@ CPU := requirements-cpu.txt
 CUDA := requirements-cuda.txt
 AUDIT := build/audit
 
-.PHONY: setup model demo test audit fuzz attack mutants test-variants test-sanitize lint type format proto bench clean
+.PHONY: setup model demo test audit fuzz attack mutants test-variants test-sanitize lint type format proto bench bench-quick clean
 .DELETE_ON_ERROR:
 
 # Every replica is a process of its own: compiled bytecode is what makes them start quickly.
@@ -123,7 +125,12 @@ proto: setup
 	$(BIN)/python proto/generate.py
 
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-only
+	@mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/micro.json
+	$(BIN)/python -m bench.compare build/micro.json $(BENCH)
+
+bench-quick: model
+	@$(BIN)/python -m bench.quick $(EXPANDED)
 
 clean:
 	rm -rf $(VENV) build models *.egg-info

@@ -18,7 +18,7 @@ from bench.harness.contest import Case, Result, Spread, measure
 from bench.harness.environment import environment, peak_memory_bytes
 from bench.harness.units import show, show_shape
 
-_WIDTH_OF_A_FILE = 140
+WIDTH_OF_A_FILE = 140
 
 
 class Options(argparse.Namespace):
@@ -61,7 +61,7 @@ def run(cases: Sequence[Case], options: Options, **extra: object) -> None:
         "seed": options.seed,
         "rounds": options.rounds,
     }
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
     measured = []
     for place, case in enumerate(cases, start=1):
         result = _measure(case, options, f"{place}/{len(cases)} {case.name}")
