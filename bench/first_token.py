@@ -8,7 +8,7 @@ plain prefill and 25 ms.
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,7 +166,7 @@ class _Asked:
         return asyncio.run(ask())
 
 
-def _seconds(work: Any, length: int) -> float:
+def _seconds(work: Callable[[int], object], length: int) -> float:
     began_s = perf_counter()
     work(length)
     return perf_counter() - began_s

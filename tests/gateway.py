@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from cluster.accounts import Accounts
@@ -14,6 +15,8 @@ from cluster.front_door.placement import DecodeLease, DecodePool
 from cluster.front_door.plan import GatewayLimits, ServedModel
 from cluster.generation_service import GenerationService
 from cluster.node_registry import NodeRegistry
+from cluster.state import ClusterState
+from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.line import Beat
 from colm.model.config import ChainConfig
@@ -21,6 +24,7 @@ from colm.nodes import NodeReport, ProcessFacts, Role
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
+from tests.nodes import decode_node, prefill_node
 
 LIMITS = GatewayLimits(
     max_document_bytes=1 << 20,
@@ -103,3 +107,17 @@ async def gateway(
     finally:
         await server.stop(0)
         await calls.close()
+
+
+@asynccontextmanager
+async def cluster_in_this_process(checkpoint: Checkpoint, state_dir: Path) -> AsyncIterator[None]:
+    """A gateway over one decode and one prefill node, which a state directory names as it does a cluster."""
+    path = str(checkpoint.path)
+    async with (
+        prefill_node(path) as prefill,
+        decode_node(path, [prefill.address]) as node,
+        gateway(checkpoint.config, TakingTurns([node.address])) as address,
+    ):
+        state = ClusterState(gateway_address=address, ray_address="", ray_pid=None, client_token=None, ca_pem=None)
+        state.write(state_dir)
+        yield

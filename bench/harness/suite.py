@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from bench.harness import records
 from bench.harness.contest import Case, Result, Spread, measure
 from bench.harness.environment import environment, peak_memory_bytes
 from bench.harness.units import show, show_shape
@@ -133,11 +134,10 @@ def _cell(metric: str, spread: Spread | None) -> str:
 
 
 def _write(record: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".jsonl":
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        records.append(path, [record])
     else:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bench.harness import records as jsonl
 from bench.harness.environment import environment
 from bench.harness.suite import Options, arguments, positive
 from bench.harness.units import digits, duration, length
@@ -108,7 +109,7 @@ def run_all(cells: list[Cell], options: MillionOptions) -> None:
                 **watched(cell),
             }
             if options.output is not None:
-                append(options.output, record)
+                jsonl.append(options.output, [record])
         records.append(record)
     out.print(table(records))
     if options.json:
@@ -131,24 +132,8 @@ def watched(cell: Cell) -> dict[str, Any]:
 
 
 def finished(output: Path | None) -> list[dict[str, Any]]:
-    """The records that a file holds; a line that was being written when a run ended is not one."""
-    if output is None or not output.exists():
-        return []
-    records = []
-    for line in output.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return [record for record in records if "cell" in record]
-
-
-def append(output: Path, record: dict[str, Any]) -> None:
-    """Add a record as a line of its own."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    is_cut = output.exists() and not output.read_bytes().endswith(b"\n") and output.stat().st_size > 0
-    with output.open("a", encoding="utf-8") as file:
-        file.write(("\n" if is_cut else "") + json.dumps(record) + "\n")
+    """The records of cells that a file holds."""
+    return [] if output is None else [record for record in jsonl.read(output) if "cell" in record]
 
 
 def table(records: list[dict[str, Any]]) -> Table:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench.peers import INSTALL, PeerAbsent
 from colm.checkpoint import WeightSource
+from colm.convert.export import shape_fields
 from colm.convert.huggingface import layout_of
 from colm.convert.llama import source_names
 from colm.model.config import ChainConfig
@@ -65,15 +66,7 @@ def _config(config: ChainConfig) -> dict[str, Any]:
             "original_max_position_embeddings": scaling.original_max_context,
         }
     return {
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_context,
-        "rms_norm_eps": config.norm_eps,
+        **shape_fields(config),
         "rope_parameters": rope,
         "tie_word_embeddings": True,
         "attn_implementation": "sdpa",

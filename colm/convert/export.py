@@ -61,11 +61,9 @@ def to_huggingface(
     return target
 
 
-def _config(source: Checkpoint, config: ChainConfig) -> dict[str, Any]:
-    # The rope fields are spelled as before transformers 5, which every version reads.
+def shape_fields(config: ChainConfig) -> dict[str, Any]:
+    """The shape of a model of one chain, in the names of transformers' `LlamaConfig`."""
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_dim,
         "num_hidden_layers": config.num_layers,
@@ -75,6 +73,15 @@ def _config(source: Checkpoint, config: ChainConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_context,
         "rms_norm_eps": config.norm_eps,
+    }
+
+
+def _config(source: Checkpoint, config: ChainConfig) -> dict[str, Any]:
+    # The rope fields are spelled as before transformers 5, which every version reads.
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        **shape_fields(config),
         "rope_theta": config.rope_theta,
         "rope_scaling": _rope_scaling(config.rope_scaling),
         "tie_word_embeddings": config.tie_embeddings,

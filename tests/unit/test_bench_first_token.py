@@ -9,10 +9,8 @@ import torch
 
 from bench.first_token import BAR_S, BAR_X, FirstTokenCase
 from bench.harness.suite import Options, arguments, run
-from cluster.state import ClusterState
 from colm.defaults import MAX_LOCAL_PREFILL_TOKENS
-from tests.gateway import TakingTurns, gateway
-from tests.nodes import decode_node, prefill_node
+from tests.gateway import cluster_in_this_process
 from tests.tiny import tiny_checkpoint
 
 
@@ -23,14 +21,7 @@ async def test_lengths_are_asked_of_the_cluster_beside_what_computes_them_alone(
     short, longer = 16, MAX_LOCAL_PREFILL_TOKENS + 1
     case = FirstTokenCase(model=checkpoint.path, state_dir=tmp_path, lengths=[short, longer], dtype=torch.float32)
     options = arguments("bench.first_token", None).parse_args(["--rounds", "1", "--json"], namespace=Options())
-    path = str(checkpoint.path)
-    async with (
-        prefill_node(path) as prefill,
-        decode_node(path, [prefill.address]) as node,
-        gateway(checkpoint.config, TakingTurns([node.address])) as address,
-    ):
-        state = ClusterState(gateway_address=address, ray_address="", ray_pid=None, client_token=None, ca_pem=None)
-        state.write(tmp_path)
+    async with cluster_in_this_process(checkpoint, tmp_path):
         await asyncio.to_thread(run, [case], options)
     (entry,) = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
     seen = {name: metric["median"] for name, metric in entry["metrics"].items()}

@@ -10,9 +10,7 @@ from bench.harness.suite import Options, arguments, run
 from bench.harness.units import unit_of
 from bench.head_of_line import case as case_module
 from bench.head_of_line.case import HeadOfLineCase
-from cluster.state import ClusterState
-from tests.gateway import TakingTurns, gateway
-from tests.nodes import decode_node, prefill_node
+from tests.gateway import cluster_in_this_process
 from tests.tiny import tiny_checkpoint
 
 
@@ -25,14 +23,7 @@ async def test_every_way_to_come_is_measured_beside_the_document(
         model=checkpoint.path, state_dir=tmp_path, document_tokens=500, lengths=[8, 16], num_shorts=3, load=0.5
     )
     options = arguments("bench.head_of_line", None).parse_args(["--rounds", "1", "--json"], namespace=Options())
-    path = str(checkpoint.path)
-    async with (
-        prefill_node(path) as prefill,
-        decode_node(path, [prefill.address]) as node,
-        gateway(checkpoint.config, TakingTurns([node.address])) as address,
-    ):
-        state = ClusterState(gateway_address=address, ray_address="", ray_pid=None, client_token=None, ca_pem=None)
-        state.write(tmp_path)
+    async with cluster_in_this_process(checkpoint, tmp_path):
         await asyncio.to_thread(run, [case], options)
     (entry,) = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
     metrics = entry["metrics"]

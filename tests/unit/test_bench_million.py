@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.million.__main__ import append, finished
+from bench.harness.records import append
+from bench.million.__main__ import finished
 from bench.million.cell import Cell, needed_flops
 from bench.million.sink import Sink, check
 from bench.prefill.case import prompt
@@ -82,9 +83,9 @@ def test_dense_layers_need_all_products_and_sparse_ones_their_share() -> None:
 def test_a_finished_cell_is_found_behind_a_line_that_was_cut(tmp_path: Path) -> None:
     output = tmp_path / "records" / "million.jsonl"
     assert finished(output) == []
-    append(output, {"cell": cell().key, "total_s": 1.0})
+    append(output, [{"cell": cell().key, "total_s": 1.0}])
     with output.open("a", encoding="utf-8") as file:
         file.write('{"cell": {"pre')
-    append(output, {"cell": cell(attention="dense").key, "total_s": 2.0})
+    append(output, [{"cell": cell(attention="dense").key, "total_s": 2.0}])
     assert [record["cell"] for record in finished(output)] == [cell().key, cell(attention="dense").key]
     assert cell(num_tokens=1501).key not in [record["cell"] for record in finished(output)]
