@@ -130,7 +130,7 @@ bench: setup
 	$(BIN)/python -m bench.compare build/micro.json $(BENCH)
 
 bench-quick: model
-	@$(BIN)/python -m bench.quick $(EXPANDED)
+	@$(BIN)/python -m bench.quick $(EXPANDED) $(BENCH)
 
 clean:
 	rm -rf $(VENV) build models *.egg-info

@@ -8,9 +8,11 @@ scales, and answers through a cluster of its own. The other benchmarks measure t
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -19,8 +21,9 @@ from rich.table import Column, Table
 
 from bench.decode import DecodeCase
 from bench.first_token import FirstTokenCase
-from bench.harness.contest import Case, Result, measure
+from bench.harness.contest import Case, measure
 from bench.harness.environment import environment
+from bench.harness.markdown import replace_between, table
 from bench.harness.suite import WIDTH_OF_A_FILE
 from bench.harness.units import digits, duration, length
 from bench.prefill.case import PrefillCase
@@ -38,6 +41,8 @@ PRESETS = {
 }
 PROMPT_TOKENS, ROUNDS = 2048, 3
 FIRST_TOKENS = (16, 512)
+RECORD, PAGE = Path("bench/results/quick.json"), Path("README.md")
+BEGIN, END = "<!-- bench.quick: begin -->", "<!-- bench.quick: end -->"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,82 +55,88 @@ class Line:
     beside: str
 
 
-def prefill_lines(result: Result) -> Iterator[Line]:
-    """How long each model's prefill takes, and how many times as fast it is as the plain one."""
-    times = {name: result.seen[f"{name}_{length(PROMPT_TOKENS)}"]["s"].median for name in PRESETS}
+def lines_of(record: Mapping[str, Any]) -> Iterator[Line]:
+    """The table's lines: prefills, each scale's steps, then the cluster."""
+    prefill, *decode, cluster = ({name: _median(each) for name, each in c["metrics"].items()} for c in record["cases"])
+    times = {name: prefill[f"{name}_{length(PROMPT_TOKENS)}_s"] for name in PRESETS}
     plain_s = times[next(iter(PRESETS))]
     for name, what in PRESETS.items():
-        speed_up = plain_s / times[name]
+        rate, speed_up = PROMPT_TOKENS / times[name], plain_s / times[name]
+        beside = "" if times[name] == plain_s else f"{digits(speed_up)}x as fast"
+        yield Line(what=what, seconds=times[name], rate=f"{rate:,.0f} tokens/s", beside=beside)
+    for scale, step in enumerate(decode, start=1):
+        which = f"scale {scale}" + (", all chains" if scale == len(decode) else "")
         yield Line(
-            what=what,
-            seconds=times[name],
-            rate=f"{PROMPT_TOKENS / times[name]:,.0f} tokens/s",
-            beside="" if times[name] == plain_s else f"{digits(speed_up)}x as fast",
+            what=f"the checkpoint writes a token at {which}",
+            seconds=step["one_call_s"],
+            rate=f"{1 / step['one_call_s']:,.0f} tokens/s",
+            beside=f"{step['over_read_x']:.0%} of the speed of reading memory",
         )
-
-
-def decode_line(scale: int, num_chains: int, result: Result) -> Line:
-    """How long a token takes at one scale."""
-    seconds = result.seen["one_call"]["s"].median
-    share = result.ratios["read"].median
-    whole = ", all chains" if scale == num_chains else ""
-    return Line(
-        what=f"the checkpoint writes a token at scale {scale}{whole}",
-        seconds=seconds,
-        rate=f"{1 / seconds:,.0f} tokens/s",
-        beside=f"{share:.0%} of the speed of reading memory",
-    )
-
-
-def first_token_lines(result: Result) -> Iterator[Line]:
-    """How long the first token takes through a cluster."""
     for num_tokens in FIRST_TOKENS:
-        seconds = result.seen["cluster"][f"tokens{num_tokens}_s"].median
         what = f"the first token after a prompt of {num_tokens}, through a cluster"
-        yield Line(what=what, seconds=seconds, rate="", beside="")
+        yield Line(what=what, seconds=cluster[f"cluster_tokens{num_tokens}_s"], rate="", beside="")
 
 
-def parts(model: Path) -> Iterator[tuple[str, Case, Callable[[Result], Iterator[Line]]]]:
-    """What runs, and what becomes of it."""
+def _median(metric: Any) -> float:
+    return float(metric["median"] if isinstance(metric, Mapping) else metric)
+
+
+def where(record: Mapping[str, Any]) -> str:
+    """The machine, in words."""
+    cpu = f"{record['cpu']} (family {record['cpu_family']}, model {record['cpu_model']})"
+    return f"{cpu}, {record['threads']} threads, {record['date']}, medians of {record['rounds']}"
+
+
+def markdown(record: Mapping[str, Any]) -> list[str]:
+    """The README's part."""
+    cells = [(each.what, duration(each.seconds), each.rate, each.beside) for each in lines_of(record)]
+    return [f"{where(record)}, [record]({RECORD}):", "", *table(("", "time", "", ""), cells).splitlines()]
+
+
+def cases(model: Path) -> Iterator[tuple[str, Case]]:
+    """What runs, in the order of `lines_of`."""
     dtype = parse_dtype(load_config(None, {"model.path": model}).resolved_dtype)
     prefills = [Prefill(model=name, config=preset(name), num_tokens=PROMPT_TOKENS) for name in PRESETS]
-    yield "reading a prompt", PrefillCase(prefills=prefills, dtype=dtype, tile_tokens=TILE_TOKENS), prefill_lines
-    num_chains = Checkpoint.open(model).config.num_chains
-    for scale in range(1, num_chains + 1):
-        case = DecodeCase(model=model, num_chains=scale, context_len=PROMPT_TOKENS, dtype=torch.bfloat16, profile=False)
-
-        def line(result: Result, scale: int = scale) -> Iterator[Line]:
-            yield decode_line(scale, num_chains, result)
-
-        yield f"writing at scale {scale}", case, line
-    cluster = FirstTokenCase(model=model, state_dir=None, lengths=FIRST_TOKENS, dtype=dtype)
-    yield "a cluster", cluster, first_token_lines
+    yield "reading a prompt", PrefillCase(prefills=prefills, dtype=dtype, tile_tokens=TILE_TOKENS)
+    for scale in range(1, Checkpoint.open(model).config.num_chains + 1):
+        yield (
+            f"writing at scale {scale}",
+            DecodeCase(model=model, num_chains=scale, context_len=PROMPT_TOKENS, dtype=torch.bfloat16, profile=False),
+        )
+    yield "a cluster", FirstTokenCase(model=model, state_dir=None, lengths=FIRST_TOKENS, dtype=dtype)
 
 
-def main() -> None:
-    """Measure the parts, one after the other."""
-    parser = argparse.ArgumentParser(prog="python -m bench.quick", description=__doc__)
-    parser.add_argument("model", type=Path, metavar="DIR", help="a checkpoint")
-    parser.add_argument("--json", action="store_true", help="end with one JSON record")
-    options = parser.parse_args()
-    lines: list[Line] = []
-    cases: list[Mapping[str, object]] = []
-    for name, case, lines_of in parts(options.model):
+def measured(model: Path) -> dict[str, Any]:
+    """Run the cases, one after the other; returns their record."""
+    found = []
+    for name, case in cases(model):
         sys.stderr.write(f"{name} ...\n")
         with case.contest(seed=0) as contest:
             result = measure(contest, ROUNDS)
-        lines += lines_of(result)
-        cases.append({"name": case.name, "shape": case.shape, "metrics": result.metrics()})
-    where = environment()
+        found.append({"name": case.name, "shape": case.shape, "metrics": result.metrics()})
+    return {**environment(), "date": datetime.now(UTC).date().isoformat(), "rounds": ROUNDS, "cases": found}
+
+
+def main() -> None:
+    """Measure, and show the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.quick", description=__doc__)
+    parser.add_argument("model", type=Path, metavar="DIR", help="a checkpoint")
+    parser.add_argument("--json", action="store_true", help="end with one JSON record")
+    parser.add_argument("--write-docs", action="store_true", help=f"keep the record in {RECORD}, its table in {PAGE}")
+    options = parser.parse_args()
+    record = measured(options.model)
     out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
     right = [Column(head, justify="right") for head in ("time", "")]
-    table = Table(Column("", no_wrap=True), *right, "", box=SIMPLE_HEAD)
-    for each in lines:
-        table.add_row(each.what, duration(each.seconds), each.rate, each.beside)
-    out.print(table)
-    out.print(f"{where['cpu']}, {where['threads']} threads, medians of {ROUNDS}; commit {str(where['commit'])[:7]}")
+    shown = Table(Column("", no_wrap=True), *right, "", box=SIMPLE_HEAD)
+    for each in lines_of(record):
+        shown.add_row(each.what, duration(each.seconds), each.rate, each.beside)
+    out.print(shown)
+    out.print(where(record))
+    if options.write_docs:
+        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        replace_between(PAGE, BEGIN, END, markdown(record))
     if options.json:
-        sys.stdout.write(json.dumps({**where, "rounds": ROUNDS, "cases": cases}) + "\n")
+        sys.stdout.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":
