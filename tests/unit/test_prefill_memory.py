@@ -1,5 +1,6 @@
 """What a prefill was said to take, against what it takes in a process of its own."""
 
+import ctypes
 import itertools
 from collections import deque
 
@@ -33,11 +34,17 @@ def wide_engine(dtype: torch.dtype, head_dim: int) -> PrefillEngine:
     return engine_of_random(wide(head_dim), dtype, TILE_TOKENS, 0)
 
 
+def held_bytes() -> int:
+    """Resident memory, without what the allocator keeps of freed memory: the next run would take that unseen."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return psutil.Process().memory_info().rss
+
+
 def growth_bytes(num_tokens: int, dtype: torch.dtype, head_dim: int) -> int:
     """The body of the process: one layer and a tile, of a short prompt first, for what libraries set up once."""
     engine = wide_engine(dtype, head_dim)
     for each in (2 * TILE_TOKENS, num_tokens):
-        before = psutil.Process().memory_info().rss
+        before = held_bytes()
         steps = itertools.islice(engine.run(np.zeros(each, dtype=np.int64)), each // TILE_TOKENS + 1)
         deque(steps, maxlen=0)
     return peak_memory_bytes() - before
@@ -56,7 +63,7 @@ def sparse_growth_bytes(num_tokens: int, policy: SparsePolicy, head_dim: int) ->
     """The same of a sparse run, with the first layer's plan, audit and some of its attention."""
     engine = wide_engine(torch.float32, head_dim)
     for each in (8 * TILE_TOKENS, num_tokens):  # the first one is long enough to be planned, too
-        before = psutil.Process().memory_info().rss
+        before = held_bytes()
         run = engine.run(np.arange(each) % wide(head_dim).vocab_size, sparse=sparse_plans(policy, head_dim))
         tile = next(run)
         while tile.layer == 0:
