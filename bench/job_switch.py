@@ -10,7 +10,6 @@ half the model apart, they drive out each other's weights too.
 It runs the engine itself with random weights, once a short prompt's keys and values are those of the definition.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.harness.contest import Case, Contest
-from bench.harness.suite import Options, arguments, positive, run
-from bench.harness.units import parse_length
+from bench.harness.suite import Options, arguments, num_tokens, positive, run
 from bench.kernels.common import short
 from bench.prefill.case import CHECKED_TILE_TOKENS, check_engine, engine_of_random, prompt
 from colm.dtypes import fastest_dtype
@@ -166,19 +164,13 @@ class JobSwitchOptions(Options):
     tile_tokens: list[int]
 
 
-def length(text: str) -> int:
-    """An option's length, e.g. `2K`."""
-    try:
-        return parse_length(text)
-    except ValueError as err:
-        raise argparse.ArgumentTypeError(str(err)) from err
-
-
 def main() -> None:
     """Every length with every tile."""
     parser = arguments("bench.job_switch", __doc__)
     parser.add_argument("--preset", default=MODEL, help=f"a name of colm.model.presets.PRESETS; {MODEL}")
-    parser.add_argument("--lengths", type=length, nargs="+", default=[2 << 10, 8 << 10], help="of the prompts; 2K 8K")
+    parser.add_argument(
+        "--lengths", type=num_tokens, nargs="+", default=[2 << 10, 8 << 10], help="of the prompts; 2K 8K"
+    )
     parser.add_argument("--tile-tokens", type=positive, nargs="+", default=[128, 512], help="of the engine; 128 512")
     options = parser.parse_args(namespace=JobSwitchOptions())
     try:

@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from bench.harness import records
 from bench.harness.contest import Case, Result, Spread, measure
 from bench.harness.environment import environment, peak_memory_bytes
-from bench.harness.units import show, show_shape
+from bench.harness.units import parse_length, show, show_shape
 
 WIDTH_OF_A_FILE = 140
 
@@ -43,6 +43,14 @@ def arguments(module: str, doc: str | None, *, rounds: int = 5) -> argparse.Argu
     parser.add_argument("--json", action="store_true", help="end with one JSON record")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the record there; to .jsonl, add a line")
     return parser
+
+
+def num_tokens(text: str) -> int:
+    """An option's length in tokens, e.g. `2K`."""
+    try:
+        return parse_length(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
 
 
 def run(cases: Sequence[Case], options: Options, **extra: object) -> None:
