@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from prometheus_client import CollectorRegistry
 
 from bench.harness.contest import Case, Contest
 from bench.harness.suite import Options, arguments, num_tokens, run
@@ -31,6 +32,7 @@ from colm.clock import MonotonicClock
 from colm.defaults import JOB_LEASE_S, PAGE_TOKENS, TILE_TOKENS
 from colm.dtypes import fastest_dtype
 from colm.kv import KvFormat
+from colm.metrics.kv_stream import KvStreamMetrics
 from colm.model.config import ChainConfig
 from colm.model.presets import preset
 from colm.placement import CPU
@@ -146,7 +148,9 @@ async def _answer(case: OverlapCase, seed: int, security: Security, pipe: Connec
     )
     planner = SparsePlanner(case.config, settings.sparse_policy, None)
     server = create_server(security)
-    PrefillService(engine, loop, fingerprint=FINGERPRINT, planner=planner).add_to(server)
+    PrefillService(
+        engine, loop, fingerprint=FINGERPRINT, planner=planner, metrics=KvStreamMetrics(CollectorRegistry())
+    ).add_to(server)
     port = bind(server, "127.0.0.1", 0, security)
     await server.start()
     pipe.send(dial_address("127.0.0.1", port))

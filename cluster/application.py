@@ -33,6 +33,8 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
     dtype = config.resolved_dtype
     model = str(model_path)
     report_to = (GATEWAY, APPLICATION)
+    metrics = config.metrics
+    metrics_host = metrics.host if metrics.enabled else None
     prefill = _deployment(
         PrefillReplica,
         name=PREFILL,
@@ -47,6 +49,7 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
         ),
         secrets,
         report_to,
+        metrics_host,
     )
     decode = _deployment(
         DecodeReplica,
@@ -66,6 +69,7 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
         config.prefill.max_queued,
         config.decode.replicas == 1,
         report_to,
+        metrics_host,
     )
     gateway = config.gateway
     return _deployment(
@@ -83,6 +87,8 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
             port=gateway.port,
             audit_folder=None if gateway.audit_folder is None else str(gateway.audit_folder.absolute()),
             audit_keep_days=gateway.audit_keep_days,
+            metrics_host=metrics_host,
+            metrics_port=metrics.port,
             limits=GatewayLimits(
                 max_document_bytes=gateway.max_document_bytes,
                 max_upload_bytes=gateway.max_upload_bytes,

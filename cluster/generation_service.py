@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import grpc
 
@@ -9,6 +10,7 @@ from cluster.accounts import Accounts
 from cluster.client_tokens import Client, Clients
 from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.prompt import PromptPart
+from cluster.metrics import RequestMetrics
 from colm.errors import InvalidRequest, Unauthenticated
 from colm.wire.messages import (
     cluster_status_to_pb,
@@ -34,13 +36,26 @@ class GenerationService(GenerationServiceServicer):
         upload_idle_s: longest pause between two pieces of a prompt.
         clients: who calls.
         accounts: what each of them may take.
+        metrics: counts the requests.
+        metrics_address: where Prometheus reads them; empty where it does not.
     """
 
-    def __init__(self, front_door: FrontDoor, *, upload_idle_s: float, clients: Clients, accounts: Accounts) -> None:
+    def __init__(
+        self,
+        front_door: FrontDoor,
+        *,
+        upload_idle_s: float,
+        clients: Clients,
+        accounts: Accounts,
+        metrics: RequestMetrics,
+        metrics_address: str = "",
+    ) -> None:
         self._front_door = front_door
         self._upload_idle_s = upload_idle_s
         self._clients = clients
         self._accounts = accounts
+        self._metrics = metrics
+        self._metrics_address = metrics_address
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server."""
@@ -51,6 +66,7 @@ class GenerationService(GenerationServiceServicer):
     ) -> None:
         """Serve one request; see the .proto file."""
         async with answering(context, "generate"), AsyncExitStack() as stack:
+            seen = stack.enter_context(self._metrics.request())
             usage = stack.enter_context(self._accounts.open(self._caller(context)))
             request = generate_request_from_pb(await read_open(request_iterator))
             prompt = usage.counted(_prompt(request_iterator, self._upload_idle_s))
@@ -58,6 +74,7 @@ class GenerationService(GenerationServiceServicer):
             async with self._front_door.generate(request, prompt, caller_waits_s=waits_s) as events:
                 async for event in events:
                     usage.see(event)
+                    seen.see(event)
                     await context.write(gateway_response(event))
 
     async def GetClusterStatus(
@@ -67,7 +84,7 @@ class GenerationService(GenerationServiceServicer):
     ) -> pb.GetClusterStatusResponse:
         """Report models, nodes and load; where the nodes are, to the operator alone."""
         async with answering(context, "status"):
-            status = self._front_door.status()
+            status = replace(self._front_door.status(), metrics_address=self._metrics_address)
             return cluster_status_to_pb(status if self._caller(context).is_operator else status.without_places())
         raise AssertionError("answering ends the call")
 

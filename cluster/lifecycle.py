@@ -165,6 +165,8 @@ def _dangers(config: ClusterConfig) -> list[str]:
             dangers.append(f"gateway.host={host!r} admits other machines, and security.token='off' every one of them")
         if config.security.tls == "off":
             dangers.append(f"gateway.host={host!r} admits other machines, and security.tls='off' in plaintext")
+    if config.metrics.enabled and not is_loopback(host := config.metrics.host):
+        dangers.append(f"metrics.host={host!r} shows the numbers of this cluster to whoever reaches it")
     return dangers
 
 

@@ -97,6 +97,17 @@ class SecuritySection(Settings):
     """Folder of `colm secrets`, at the same path on every machine; with ray.address only. Else `colm up` makes one."""
 
 
+class MetricsSection(Settings):
+    """Section [metrics]."""
+
+    enabled: bool = True
+    """Serve numbers to Prometheus from every process, and from the gateway the list of them, at /targets."""
+    host: str = "127.0.0.1"
+    """Where; an address that other machines reach has no token, and shows numbers only to whoever asks."""
+    port: NonNegativeInt = Field(default=0, le=65535)
+    """TCP port of the gateway's; 0 picks a free one, which `colm status` shows. The nodes' are always free ones."""
+
+
 class RaySection(Settings):
     """Section [ray]."""
 
@@ -116,6 +127,7 @@ class ClusterConfig(Settings):
     decode: DecodeSection = DecodeSection()
     gateway: GatewaySection = GatewaySection()
     security: SecuritySection = SecuritySection()
+    metrics: MetricsSection = MetricsSection()
     ray: RaySection = RaySection()
 
     @property

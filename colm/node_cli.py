@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Protocol, get_args, get_origin
 
 import typer
+from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 
 from colm.errors import ColmError, ConfigError
@@ -30,6 +31,7 @@ class Node(Protocol):
     """A prefill or decode node."""
 
     address: str
+    metrics: CollectorRegistry
 
     async def start(self) -> None:
         """Load and listen."""

@@ -42,6 +42,8 @@ class NodeReport:
     """The machine, as Ray names it."""
     address: str
     """host:port of its gRPC server."""
+    metrics_address: str = ""
+    """host:port at which Prometheus reads its metrics; empty where it does not."""
     num_active_requests: int
     num_queued_requests: int
     num_leases: int
@@ -82,12 +84,14 @@ class ClusterStatus:
     nodes: tuple[NodeStatus, ...]
     num_active_requests: int
     """Requests inside the gateway."""
+    metrics_address: str = ""
+    """host:port at which Prometheus reads the gateway's metrics, and /targets; empty where it does not."""
 
     def without_places(self) -> "ClusterStatus":
         """The same without what only an operator needs: addresses, processes and names of machines."""
-        return replace(self, nodes=tuple(map(_without_place, self.nodes)))
+        return replace(self, metrics_address="", nodes=tuple(map(_without_place, self.nodes)))
 
 
 def _without_place(node: NodeStatus) -> NodeStatus:
     process = replace(node.report.process, pid=0, host="")
-    return replace(node, report=replace(node.report, address="", ray_node_id="", process=process))
+    return replace(node, report=replace(node.report, address="", metrics_address="", ray_node_id="", process=process))

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 
 from colm.errors import ColmError, PeerUnavailable
@@ -32,6 +34,17 @@ class _Member:
         return self.answer.next_rows()
 
 
+@dataclass(slots=True)
+class DecodeCounts:
+    """What the loop has done since it began."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    """That were sampled for answers."""
+    steps_s: float = 0.0
+    """In which steps ran."""
+
+
 class DecodeLoop:
     """Owns the decode engine and its thread. Create it on the event loop, then keep `run` going as a task.
 
@@ -50,6 +63,7 @@ class DecodeLoop:
         self._scheduler = Scheduler[_Member](max_batch_size=max_batch_size)
         self._wake = asyncio.Event()
         self._has_stopped = False
+        self.counts = DecodeCounts()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
     async def events(self, answer: RunningAnswer, pages: PageLease) -> AsyncGenerator[Token | Queued]:
@@ -107,6 +121,7 @@ class DecodeLoop:
 
     async def _run(self, step: Step[_Member]) -> None:
         samplers = [member.answer.sampler for member in step.answers]
+        began_s = time.monotonic()
         try:
             outcomes = await asyncio.wrap_future(self._thread.submit(self._compute, step.plan, samplers))
         except Exception as err:
@@ -114,6 +129,8 @@ class DecodeLoop:
             for member in dict.fromkeys(step.answers):
                 self._end(member, err)
             return
+        self.counts.num_steps += 1
+        self.counts.steps_s += time.monotonic() - began_s
         for member, choices in zip(step.answers, outcomes, strict=True):
             if choices:
                 self._advance(member, choices)
@@ -138,6 +155,7 @@ class DecodeLoop:
             logger.exception("decode.advance failed")
             self._end(member, err)
             return
+        self.counts.num_tokens += len(tokens)
         for token in tokens:
             member.outcome.put_nowait(token)
         if member.answer.finish_reason is not None:

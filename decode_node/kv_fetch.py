@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from colm.clock import Clock
 from colm.errors import CapacityExceeded, PeerFailed, PeerUnavailable
 from colm.events import PrefillProgress, Queued, SparseReport, WaitsFor
+from colm.kv_position import KV_START
 from colm.line import BEAT_INTERVAL_S, wait_at_most
+from colm.metrics.kv_stream import KvStreamMetrics
 from colm.request import AttentionMode
 from colm.wire import endpoint
 from decode_node.page_line import PageLine
@@ -99,6 +101,7 @@ class KvFetcher:
         fingerprint: `colm.kv.fingerprint` that a prefill node must serve.
         num_layers: layers of keys and values.
         max_transfers: threads that may receive at once.
+        metrics: counts the streams.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class KvFetcher:
         max_transfers: int,
         clock: Clock,
         retry: RetryPolicy,
+        metrics: KvStreamMetrics,
     ) -> None:
         self._prefill_pool = prefill_pool
         self._receive = receive
@@ -120,6 +124,7 @@ class KvFetcher:
         self._num_layers = num_layers
         self._clock = clock
         self._retry = retry
+        self._metrics = metrics
         self._threads = ThreadPoolExecutor(max_workers=max_transfers, thread_name_prefix="kv-receiver")
 
     async def stop(self) -> None:
@@ -196,7 +201,11 @@ class KvFetcher:
         receiver = self._receive(transfer, lease)
         thread = self._start(receiver, order.pages)
         try:
-            await self._follow(thread, receiver, ledger, len(order.token_ids), emit)
+            with self._metrics.stream(is_resumed=ledger.position > KV_START) as count:
+                try:
+                    await self._follow(thread, receiver, ledger, len(order.token_ids), emit)
+                finally:
+                    count.num_tiles, count.payload_bytes = ledger.num_tiles, ledger.payload_bytes
             account.sparse = receiver.sparse
         finally:
             receiver.cancel()

@@ -5,12 +5,14 @@ import logging
 from dataclasses import dataclass, field
 
 import grpc
+from prometheus_client import CollectorRegistry
 
 from colm import defaults
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
+from colm.metrics.kv_stream import KvStreamMetrics
 from colm.model import parameter_shapes
 from colm.placement import Placement
 from colm.text.tokenizer import Tokenizer
@@ -23,6 +25,7 @@ from decode_node.kv_fetch import KvFetcher, KvTransfer, RetryPolicy
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_receiver import KvReceiver
 from decode_node.kv_store import KvStore
+from decode_node.metrics import DecodeMetrics
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PagePool
 from decode_node.prefill_pool import PrefillLease, PrefillPool
@@ -84,6 +87,7 @@ class DecodeNode:
         self.owner: RequestOwner
         self.page_line: PageLine
         self._fetcher: KvFetcher | None = None
+        self.metrics = CollectorRegistry()
 
     @property
     def load(self) -> DecodeLoad:
@@ -123,6 +127,7 @@ class DecodeNode:
             max_transfers=settings.max_requests,
             clock=clock,
             retry=RetryPolicy(),
+            metrics=KvStreamMetrics(self.metrics),
         )
         self.owner = RequestOwner(
             page_line=self.page_line,
@@ -135,6 +140,7 @@ class DecodeNode:
             max_local_prefill_tokens=settings.max_local_prefill_tokens,
             clock=clock,
         )
+        DecodeMetrics(self.owner, loop, self.page_line, self.metrics)
         DecodeService(self.owner, checkpoint.config, clock, self._leases).add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()

@@ -101,6 +101,8 @@ class RequestOwner:
         self._max_local_prefill_tokens = max_local_prefill_tokens
         self._clock = clock
         self._requests: dict[str, _Request] = {}
+        self.ended = Counter[Stage]()
+        """Requests that have ended, by how they did."""
 
     def stages(self) -> Counter[Stage]:
         """The number of requests in each stage."""
@@ -156,6 +158,7 @@ class RequestOwner:
         if request.pages is not None:
             self._page_line.release(request.pages)
         del self._requests[request.job.request_id]
+        self.ended[outcome] += 1
         logger.info(
             "request.%s request=%s after=%s kv_bytes=%d dur_ms=%.1f",
             outcome.name.lower(),

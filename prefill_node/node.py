@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import grpc
 from colm_kernels.prefill_attention import check_backend
+from prometheus_client import CollectorRegistry
 
 from colm import defaults
 from colm.checkpoint import Checkpoint, prefill_tensor_names
@@ -13,12 +14,14 @@ from colm.clock import Clock, MonotonicClock
 from colm.errors import ConfigError
 from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
+from colm.metrics.kv_stream import KvStreamMetrics
 from colm.placement import Placement
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from prefill_node.cost_model import CostModel, calibrate
 from prefill_node.engine import PrefillEngine
 from prefill_node.memory import default_memory_bytes, require_room_for_a_tile
+from prefill_node.metrics import PrefillMetrics
 from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.service import PrefillService
 from prefill_node.settings import PrefillSettings
@@ -58,6 +61,7 @@ class PrefillNode:
         self._leases = leases
         self._server: grpc.aio.Server = create_server(security)
         self._loop: PrefillLoop | None = None
+        self.metrics = CollectorRegistry()
         self.address = ""
         self.fingerprint = ""
         self.service: PrefillService
@@ -90,9 +94,11 @@ class PrefillNode:
             self._loop,
             fingerprint=self.fingerprint,
             planner=loaded.planner,
+            metrics=KvStreamMetrics(self.metrics),
             audit=settings.audit_policy,
             leases=self._leases,
         )
+        PrefillMetrics(self._loop, self.metrics)
         self.service.add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()

@@ -132,6 +132,11 @@ class PrefillJob:
         return self.has_reader and self._window_bytes > 0 and (self.is_computed or not self.has_room)
 
     @property
+    def window_bytes(self) -> int:
+        """Messages that are not acknowledged."""
+        return self._window_bytes
+
+    @property
     def room_bytes(self) -> int:
         """What the window takes before it is full; the tile that fills it may be larger."""
         return WINDOW_BYTES - self._window_bytes

@@ -35,6 +35,24 @@ class PrefillLoad:
 
     num_active: int
     num_queued: int
+    remaining_s: float
+    """Engine time of all jobs that is still to come, as estimated."""
+    window_bytes: int
+    """Of tiles that are not acknowledged."""
+
+
+@dataclass(slots=True)
+class PrefillCounts:
+    """What the loop has done since it began."""
+
+    num_tokens: int = 0
+    """Of prompts whose last tile has been computed."""
+    engine_s: float = 0.0
+    """In which the engine made steps."""
+    reader_wait_s: float = 0.0
+    """In which it stood still, and full windows were all that hindered it."""
+    num_leases_expired: int = 0
+    """Jobs that were forgotten since no stream came back."""
 
 
 class PrefillLoop:
@@ -80,12 +98,19 @@ class PrefillLoop:
         self._stepping: Sequence[PrefillJob] = ()
         self._timer: asyncio.TimerHandle | None = None
         self._has_stopped = False
+        self._waits_for_readers_since_s: float | None = None
+        self.counts = PrefillCounts()
 
     @property
     def load(self) -> PrefillLoad:
         """Jobs that have begun, those that were given up and still end included, and jobs that wait to begin."""
         started = {job for job in self._jobs.values() if job.is_started}.union(self._stepping)
-        return PrefillLoad(num_active=len(started), num_queued=len(self._waiting()))
+        return PrefillLoad(
+            num_active=len(started),
+            num_queued=len(self._waiting()),
+            remaining_s=sum(job.remaining_s for job in self._jobs.values()),
+            window_bytes=sum(job.window_bytes for job in self._jobs.values()),
+        )
 
     def check(self, num_tokens: int, sparse: PromptPlans | None = None) -> None:
         """Refuse a prompt that could never begin.
@@ -173,11 +198,14 @@ class PrefillLoop:
             return
         now_s = self._clock.now()
         for job in list(self._jobs.values()):
-            if job.is_over or (job.lease_ends_s is not None and job.lease_ends_s <= now_s):
+            has_expired = job.lease_ends_s is not None and job.lease_ends_s <= now_s
+            if job.is_over or has_expired:
+                self.counts.num_leases_expired += has_expired and not job.is_over
                 self._forget(job)
         stalls_end_s = self._drop_stalled(now_s)
         if not self._stepping:
             self._step_next()
+        self._count_wait_for_readers(now_s)
         self._look_again_when(stalls_end_s, now_s)
 
     async def stop(self) -> None:
@@ -235,9 +263,12 @@ class PrefillLoop:
             if failure is None:
                 assert made is not None
                 works.append(job.produce(made.tiles, made.end, made.num_pauses))
+                self.counts.num_tokens += len(job.token_ids) * job.is_computed
             else:
                 del self._jobs[job.transfer_id]
                 job.fail(failure)
+        if error is None:
+            self.counts.engine_s += done.result().took_s
         # What was given up on the way is not what the model counts.
         if len(works) == len(jobs):
             self._costs.observe(Work.shared(works), done.result().took_s)
@@ -246,6 +277,14 @@ class PrefillLoop:
     def _forget(self, job: PrefillJob) -> None:
         del self._jobs[job.transfer_id]
         job.cancel()
+
+    def _count_wait_for_readers(self, now_s: float) -> None:
+        if (since_s := self._waits_for_readers_since_s) is not None:
+            self.counts.reader_wait_s += now_s - since_s
+        is_held_up = not self._stepping and any(
+            job.waits_for_reader and not job.is_computed for job in self._jobs.values()
+        )
+        self._waits_for_readers_since_s = now_s if is_held_up else None
 
     def _drop_stalled(self, now_s: float) -> list[float]:
         """Drop jobs whose readers have stored nothing for too long; returns when the others' time will be over."""

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 
 import grpc
 import numpy as np
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from colm.errors import FingerprintMismatch, InvalidRequest
 from colm.events import Queued, WaitsFor
-from colm.kv_position import KvPosition
+from colm.kv_position import KV_START, KvPosition
 from colm.leases import LeaseTable
+from colm.metrics.kv_stream import KvStreamMetrics, StreamCount
 from colm.wire.messages import attention_from_pb, queued_to_pb, sparse_report_to_pb
 from colm.wire.prompt_stream import check_id, read_open, read_token_ids
 from colm.wire.status import answering
@@ -43,6 +44,7 @@ class PrefillService:
         fingerprint: `colm.kv.fingerprint` of what the engine serves.
         planner: of sparse attention, for those who ask for it.
         audit: what its plans must recall.
+        metrics: counts the streams.
         leases: where a stream must hold a lease, the table of them; None serves any caller.
     """
 
@@ -53,6 +55,7 @@ class PrefillService:
         *,
         fingerprint: str,
         planner: SparsePlanner,
+        metrics: KvStreamMetrics,
         audit: AuditPolicy | None = None,
         leases: LeaseTable | None = None,
     ) -> None:
@@ -60,6 +63,7 @@ class PrefillService:
         self._loop = loop
         self._fingerprint = fingerprint
         self._planner = planner
+        self._metrics = metrics
         self._audit = audit
         self._leases = leases
 
@@ -91,8 +95,10 @@ class PrefillService:
             self._loop.check(opened.num_tokens, self._plans(opened))
             token_ids = await read_token_ids(requests, opened.num_tokens)
             self._engine.check(token_ids)
-            stream = self._loop.attach(self._order(opened, token_ids))
+            order = self._order(opened, token_ids)
+            stream = self._loop.attach(order)
             stack.callback(self._loop.detach, stream)
+            count = stack.enter_context(self._metrics.stream(is_resumed=order.resume_from > KV_START))
             listening = asyncio.create_task(self._listen(requests, stream))
             stack.callback(listening.cancel)
             listening.add_done_callback(lambda done: None if done.cancelled() else stream.end(done.exception()))
@@ -100,8 +106,9 @@ class PrefillService:
                 async with asyncio.timeout(None) as sending:
                     # A caller that reads nothing holds a write up for ever.
                     stream.break_off = lambda: sending.reschedule(asyncio.get_running_loop().time())
-                    with suppress(_GivenUp):
-                        await self._send(opened, stream, context)
+                    await self._send(opened, stream, count, context)
+            except _GivenUp:
+                count.outcome = "given_up"
             except TimeoutError:
                 stream.require_current()
                 raise
@@ -135,7 +142,9 @@ class PrefillService:
                 case part:
                     raise InvalidRequest("part", part, "only `acknowledged` or `give_up` may follow `end_of_prompt`")
 
-    async def _send(self, opened: pb.OpenKvTransfer, stream: JobStream, context: grpc.aio.ServicerContext) -> None:
+    async def _send(
+        self, opened: pb.OpenKvTransfer, stream: JobStream, count: StreamCount, context: grpc.aio.ServicerContext
+    ) -> None:
         async def beat(wait: Wait) -> None:
             queued = Queued(
                 waits_for=WaitsFor.PREFILL_NODE, num_ahead=wait.num_ahead, estimated_wait_s=wait.estimated_s
@@ -146,7 +155,6 @@ class PrefillService:
             position = pb.KvPosition(layer=reached.layer, token=reached.token)
             await context.write(pb.PullKvResponse(reached=position).SerializeToString())
 
-        complete = pb.TransferComplete(transfer_id=opened.transfer_id, epoch=opened.epoch)
         started_s, ended = time.monotonic(), "cancelled"
         try:
             await self._loop.turn(stream, beat)
@@ -154,8 +162,14 @@ class PrefillService:
             await context.write(pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString())
             async for tile in stream.tiles(progress):
                 await context.write(tile.message)
-                complete.num_tiles += 1
-                complete.payload_bytes += tile.payload_bytes
+                count.num_tiles += 1
+                count.payload_bytes += tile.payload_bytes
+            complete = pb.TransferComplete(
+                transfer_id=opened.transfer_id,
+                epoch=opened.epoch,
+                num_tiles=count.num_tiles,
+                payload_bytes=count.payload_bytes,
+            )
             if (report := stream.job.sparse_report) is not None:
                 complete.sparse.CopyFrom(sparse_report_to_pb(report))
             await context.write(pb.PullKvResponse(complete=complete).SerializeToString())
@@ -168,6 +182,6 @@ class PrefillService:
                 opened.transfer_id,
                 opened.epoch,
                 opened.num_tokens,
-                complete.payload_bytes,
+                count.payload_bytes,
                 (time.monotonic() - started_s) * 1e3,
             )

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+
 from cluster.accounts import Accounts
 from cluster.audit_log import AuditLog
 from cluster.client_tokens import Clients
@@ -14,6 +16,7 @@ from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.placement import DecodeLease, DecodePool
 from cluster.front_door.plan import GatewayLimits, ServedModel
 from cluster.generation_service import GenerationService
+from cluster.metrics import RequestMetrics
 from cluster.node_registry import NodeRegistry
 from cluster.state import ClusterState
 from colm.checkpoint import Checkpoint
@@ -99,6 +102,7 @@ async def gateway(
         upload_idle_s=chosen.upload_idle_s,
         clients=clients or Clients(None),
         accounts=Accounts(MonotonicClock(), audit_log),
+        metrics=RequestMetrics(CollectorRegistry()),
     ).add_to(server)
     port = bind(server, "127.0.0.1", 0, Security())
     await server.start()

@@ -20,6 +20,7 @@ from time import perf_counter
 
 import grpc
 from colm_kernels.native import CancelFlag, Cancelled
+from prometheus_client import CollectorRegistry
 
 from cluster.accounts import Accounts
 from cluster.client_tokens import Clients
@@ -27,6 +28,7 @@ from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.placement import DecodeJob, DecodeLease
 from cluster.front_door.plan import GatewayLimits, ServedModel
 from cluster.generation_service import GenerationService
+from cluster.metrics import RequestMetrics
 from cluster.node_registry import NodeRegistry
 from cluster.options import ClusterConfig
 from colm.checkpoint import Checkpoint
@@ -291,6 +293,7 @@ async def serving(model: Path, config: ClusterConfig, security: Security) -> Asy
         upload_idle_s=gateway.upload_idle_s,
         clients=Clients(None),
         accounts=Accounts(clock, None),
+        metrics=RequestMetrics(CollectorRegistry()),
     ).add_to(server)
     port = bind(server, gateway.host, gateway.port, security)
     await server.start()

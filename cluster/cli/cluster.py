@@ -88,6 +88,7 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
             {
                 "gateway_address": state.gateway_address,
                 "ray_address": state.ray_address,
+                "metrics_address": answer.metrics_address,
                 "num_active_requests": answer.num_active_requests,
                 "models": [asdict(model) for model in answer.models],
                 "nodes": [_flat(node) for node in answer.nodes],
@@ -106,6 +107,11 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
         f"gateway {state.gateway_address}, {answer.num_active_requests} requests; Ray {state.ray_address}",
         soft_wrap=True,
     )
+    if answer.metrics_address:
+        console.print(
+            f"metrics http://{answer.metrics_address}/metrics, of all processes by http://{answer.metrics_address}/targets",
+            soft_wrap=True,
+        )
     table = Table("role", Column("address", no_wrap=True), "pid", "active", "queued", "KV pages", "memory")
     for node in answer.nodes:
         report = node.report

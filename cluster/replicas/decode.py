@@ -51,6 +51,7 @@ class DecodeReplica(NodeReplica):
         max_waiting_for_prefill: prompts of this node that may wait for a prefill node.
         is_alone: there is no other decode replica.
         gateway: (deployment, application) to which this node reports.
+        metrics_host: where Prometheus reads its metrics; None for nowhere.
     """
 
     role = Role.DECODE
@@ -64,13 +65,14 @@ class DecodeReplica(NodeReplica):
         max_waiting_for_prefill: int,
         is_alone: bool,
         gateway: tuple[str, str],
+        metrics_host: str | None,
     ) -> None:
         super().__init__()
         self._prefill_pool = ServePrefillPool(
             prefill, num_replicas=num_prefill, max_waiting=max_waiting_for_prefill, is_alone=is_alone
         )
         self._node = DecodeNode(replace(options, host=self._host), secrets.of_nodes(), self._prefill_pool, self._leases)
-        await self._start(self._node, gateway)
+        await self._start(self._node, gateway, metrics_host)
 
     async def check_health(self) -> None:
         """Raise once the decode loop has ended, so that Serve replaces this replica."""

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
 
 from cluster.accounts import Accounts
 from cluster.audit_log import AuditLog
@@ -19,6 +20,7 @@ from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.placement import DecodeLease
 from cluster.front_door.plan import GatewayLimits, ServedModel
 from cluster.generation_service import GenerationService
+from cluster.metrics import RequestMetrics, targets
 from cluster.node_registry import NodeRegistry
 from cluster.replicas.lender import ServeLender
 from cluster.replicas.reporting import log_beside
@@ -30,6 +32,7 @@ from colm.clock import MonotonicClock
 from colm.dtypes import parse_dtype
 from colm.kv import KvFormat, fingerprint
 from colm.line import Beat
+from colm.metrics.endpoint import MetricsEndpoint
 from colm.nodes import NodeReport, Role
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server, dial_address
@@ -54,6 +57,9 @@ class GatewayOptions:
     audit_folder: str | None
     """None without an audit log."""
     audit_keep_days: int
+    metrics_host: str | None
+    """Where Prometheus reads the gateway's metrics; None for nowhere."""
+    metrics_port: int
 
 
 class ServeDecodePool:
@@ -82,6 +88,8 @@ class GatewayReplica:
         decode: handle of the decode deployment.
     """
 
+    _metrics: MetricsEndpoint | None = None
+
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, options: GatewayOptions, secrets: SecretFiles, decode: Any
     ) -> None:
@@ -99,6 +107,9 @@ class GatewayReplica:
             registry=self._registry,
             clock=MonotonicClock(),
         )
+        registry = CollectorRegistry()
+        metrics = RequestMetrics(registry)
+        metrics_address = await self._serve_metrics(registry, options)
         client_security, clients = secrets.of_clients(), secrets.clients()
         self._server: grpc.aio.Server = create_server(client_security, lambda token: clients.of(token) is not None)
         folder, keep_days = options.audit_folder, options.audit_keep_days
@@ -108,6 +119,8 @@ class GatewayReplica:
             upload_idle_s=options.limits.upload_idle_s,
             clients=clients,
             accounts=Accounts(MonotonicClock(), audit_log),
+            metrics=metrics,
+            metrics_address=metrics_address,
         ).add_to(self._server)
         self._health = BoundedHealth()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -124,6 +137,18 @@ class GatewayReplica:
         self._address = dial_address(options.host, port)
         logger.info("gateway.ready address=%s model=%s", self._address, model.name)
 
+    async def _serve_metrics(self, registry: CollectorRegistry, options: GatewayOptions) -> str:
+        if (host := options.metrics_host) is None:
+            return ""
+        self._metrics = metrics = MetricsEndpoint(
+            registry,
+            host=host,
+            port=options.metrics_port,
+            targets=lambda: targets(metrics.address, self._registry.nodes()),
+        )
+        await metrics.start()
+        return metrics.address
+
     async def address(self) -> str:
         """host:port where clients on this machine are served."""
         return self._address
@@ -136,6 +161,8 @@ class GatewayReplica:
         if hasattr(self, "_address"):
             await self._health.enter_graceful_shutdown()
             await self._server.stop(defaults.STOP_GRACE_S)
+            if self._metrics is not None:
+                await self._metrics.stop()
             self._decode_pool.close()
             await self._decode_calls.close()
 

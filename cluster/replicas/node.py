@@ -12,8 +12,10 @@ from cluster.replicas.lender import LEASE_TTL_S
 from cluster.replicas.reporting import keep_reporting, log_beside
 from cluster.replicas.serve_port import keep_serve_port_shut
 from colm.leases import LeaseTable
+from colm.metrics.endpoint import MetricsEndpoint
 from colm.node_cli import Node
 from colm.nodes import NodeReport, ProcessFacts, Role
+from colm.wire.endpoint import is_loopback
 
 
 class NodeReplica:
@@ -21,6 +23,7 @@ class NodeReplica:
 
     role: ClassVar[Role]
     _running: Node | None = None
+    _metrics: MetricsEndpoint | None = None
 
     def __init__(self) -> None:
         log_beside("ray.serve")
@@ -29,10 +32,17 @@ class NodeReplica:
         self._host: str = ray.util.get_node_ip_address()
         """This machine's address."""
 
-    async def _start(self, node: Node, gateway: tuple[str, str]) -> None:
-        """Start the node, and report on it to the gateway, a (deployment, application)."""
+    async def _start(self, node: Node, gateway: tuple[str, str], metrics_host: str | None) -> None:
+        """Start the node, and report on it to the gateway, a (deployment, application).
+
+        Metrics are served on the loopback, or on this machine's own address where the host is another one.
+        """
         await node.start()
         self._running = node
+        if metrics_host is not None:
+            host = metrics_host if is_loopback(metrics_host) else self._host
+            self._metrics = MetricsEndpoint(node.metrics, host=host, port=0)
+            await self._metrics.start()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         handle: Any = serve.get_deployment_handle(*gateway)
         self._reporting = asyncio.create_task(keep_reporting(handle.report.remote, self._report))
@@ -49,6 +59,8 @@ class NodeReplica:
     async def __del__(self) -> None:
         if self._running is not None:
             self._reporting.cancel()
+            if self._metrics is not None:
+                await self._metrics.stop()
             await self._running.stop()
 
     @abstractmethod
@@ -64,6 +76,7 @@ class NodeReplica:
             replica_id=self._replica_id,
             ray_node_id=ray.get_runtime_context().get_node_id(),
             address=self._running.address,
+            metrics_address="" if self._metrics is None else self._metrics.address,
             num_active_requests=num_active,
             num_queued_requests=num_queued,
             num_leases=len(self._leases),

@@ -14,16 +14,17 @@ class PrefillReplica(NodeReplica):
     Args:
         options: host is replaced by this machine's address.
         gateway: (deployment, application) to which this node reports.
+        metrics_host: where Prometheus reads its metrics; None for nowhere.
     """
 
     role = Role.PREFILL
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, options: PrefillOptions, secrets: SecretFiles, gateway: tuple[str, str]
+        self, options: PrefillOptions, secrets: SecretFiles, gateway: tuple[str, str], metrics_host: str | None
     ) -> None:
         super().__init__()
         self._node = PrefillNode(replace(options, host=self._host), secrets.of_nodes(), self._leases)
-        await self._start(self._node, gateway)
+        await self._start(self._node, gateway, metrics_host)
 
     def _report(self) -> NodeReport:
         load = self._node.service.load

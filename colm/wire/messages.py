@@ -245,6 +245,7 @@ def cluster_status_to_pb(status: ClusterStatus) -> generation_pb.GetClusterStatu
         models=[_to_pb(generation_pb.Model, model) for model in status.models],
         nodes=nodes,
         num_active_requests=status.num_active_requests,
+        metrics_address=status.metrics_address,
     )
 
 
@@ -267,7 +268,12 @@ def cluster_status_from_pb(message: generation_pb.GetClusterStatusResponse) -> C
         )
         for model in message.models
     ]
-    return ClusterStatus(models=tuple(models), nodes=tuple(nodes), num_active_requests=message.num_active_requests)
+    return ClusterStatus(
+        models=tuple(models),
+        nodes=tuple(nodes),
+        num_active_requests=message.num_active_requests,
+        metrics_address=message.metrics_address,
+    )
 
 
 def event_from_pb(message: generation_pb.GenerateResponse | decode_pb.DecodeResponse) -> Event:

@@ -1,8 +1,10 @@
 """What a running cluster shows to other machines and to other users of this one: its gateway, where it is told to."""
 
+import json
 import socket
 import stat
 from pathlib import Path
+from urllib.request import urlopen
 
 import grpc
 import psutil
@@ -62,3 +64,18 @@ def test_rays_sockets_logs_and_session_files_are_for_this_user_alone(cluster: Ru
     }
     assert {path.name for path in opened} >= {"raylet", "plasma_store", "gcs_server.out"}
     assert not [path for path in opened if not path.is_relative_to(closed)]
+
+
+def test_prometheus_reads_every_process_of_the_cluster(cluster: RunningCluster) -> None:
+    with cluster.client() as client:
+        own_address = client.cluster_status().metrics_address
+
+    def read(address: str, path: str) -> str:
+        with urlopen(f"http://{address}{path}", timeout=PACKET_S) as answer:
+            return str(answer.read().decode())
+
+    places = {place["labels"]["role"]: place["targets"] for place in json.loads(read(own_address, "/targets"))}
+    assert sorted(places) == ["decode", "gateway", "prefill"]
+    for role, metric in (("gateway", "requests_active"), ("decode", "decode_pages"), ("prefill", "prefill_jobs")):
+        (address,) = places[role]
+        assert f"colm_{metric}" in read(address, "/metrics")

@@ -1487,4 +1487,25 @@ MUTANTS = (
         "if number != before:",
         "tests/unit/test_bench_job_switch.py::test_a_switch_costs_what_the_steps_behind_the_other_prompt_take_longer",
     ),
+    Mutant(
+        "a stream that failed is not counted as complete",
+        "colm/metrics/kv_stream.py",
+        "count.outcome = outcome_of(err)",
+        "outcome_of(err)",
+        "tests/unit/test_metrics.py::test_a_stream_that_broke_and_the_one_that_went_on_are_told_apart",
+    ),
+    Mutant(
+        "an engine that works does not wait for readers",
+        "prefill_node/prefill_loop.py",
+        "is_held_up = not self._stepping and any(",
+        "is_held_up = any(",
+        "tests/unit/test_prefill_stalls.py::test_only_time_in_which_full_windows_alone_hinder_the_engine_is_counted",
+    ),
+    Mutant(
+        "a client sees no address of metrics",
+        "colm/nodes.py",
+        'metrics_address="", ray_node_id',
+        "ray_node_id",
+        "tests/unit/test_metrics.py::test_who_is_not_the_operator_sees_no_address_of_metrics",
+    ),
 )

@@ -7,11 +7,13 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from colm.errors import CapacityExceeded, ColmError, FingerprintMismatch, LeaseExpired, PeerFailed, PeerUnavailable
 from colm.events import LayerRecall, PrefillProgress, Queued, SparseReport, WaitsFor
 from colm.kv_position import KvPosition
 from colm.line import Beat
+from colm.metrics.kv_stream import KvStreamMetrics
 from colm.request import AttentionMode
 from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder, KvTransfer, RetryPolicy
 from decode_node.page_line import PageLine
@@ -103,6 +105,7 @@ class Bench:
         self._script = list(receivers)
         self._next: ScriptedReceiver | None = None
         self.fetcher = KvFetcher(
+            metrics=KvStreamMetrics(CollectorRegistry()),
             prefill_pool=self,
             receive=self._receive,
             page_line=self.page_line,

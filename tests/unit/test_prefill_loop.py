@@ -534,6 +534,7 @@ async def test_the_next_job_begins_when_a_given_up_step_has_ended_and_not_before
     bench.engine.gates["a"].open()
     assert len(await waiting) == NUM_STEPS
     assert bench.engine.steps.count("a") == 1
+    assert (bench.loop.counts.num_leases_expired, bench.loop.counts.num_tokens) == (1, NUM_TOKENS)
 
 
 async def test_a_job_whose_reader_left_before_its_turn_never_begins(bench: Bench) -> None:

@@ -129,3 +129,22 @@ async def test_the_time_ends_by_itself(engine: SteppedEngine) -> None:
         await settle()
         bench.clock.now_s += 1
         assert len(await waiting) == NUM_STEPS
+
+
+async def test_only_time_in_which_full_windows_alone_hinder_the_engine_is_counted(engine: SteppedEngine) -> None:
+    async with a_bench(engine) as bench:
+        slow = await stalled(bench, "a")
+        later(bench, 3.0)
+        assert bench.loop.counts.reader_wait_s == 3.0
+        assert bench.loop.load.window_bytes > 0
+        engine.gates["b"].close()
+        other = bench.loop.attach(order("b"))
+        await engine.gates["b"].until_reached()
+        later(bench, 5.0)
+        assert bench.loop.counts.reader_wait_s == 3.0
+        engine.gates["b"].open()
+        for stream in (other, slow):
+            await bench.read(stream)
+        later(bench, 7.0)
+        assert bench.loop.counts.reader_wait_s == 3.0
+        assert bench.loop.load.window_bytes == 0

@@ -84,14 +84,16 @@ class GetClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetClusterStatusResponse(_message.Message):
-    __slots__ = ("models", "nodes", "num_active_requests")
+    __slots__ = ("models", "nodes", "num_active_requests", "metrics_address")
     MODELS_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
     NUM_ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
     nodes: _containers.RepeatedCompositeFieldContainer[Node]
     num_active_requests: int
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., num_active_requests: _Optional[int] = ...) -> None: ...
+    metrics_address: str
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., num_active_requests: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "chains", "max_context_tokens", "fingerprint", "reads_text")
@@ -108,7 +110,7 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., chains: _Optional[_Iterable[int]] = ..., max_context_tokens: _Optional[int] = ..., fingerprint: _Optional[str] = ..., reads_text: _Optional[bool] = ...) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("role", "replica_id", "address", "pid", "host", "num_active_requests", "num_queued_requests", "num_pages_total", "num_pages_used", "resident_bytes", "age_s", "ray_node_id", "num_leases")
+    __slots__ = ("role", "replica_id", "address", "pid", "host", "num_active_requests", "num_queued_requests", "num_pages_total", "num_pages_used", "resident_bytes", "age_s", "ray_node_id", "num_leases", "metrics_address")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +124,7 @@ class Node(_message.Message):
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     RAY_NODE_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_LEASES_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     role: Role
     replica_id: str
     address: str
@@ -135,4 +138,5 @@ class Node(_message.Message):
     age_s: float
     ray_node_id: str
     num_leases: int
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., replica_id: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., num_active_requests: _Optional[int] = ..., num_queued_requests: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., num_pages_used: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., age_s: _Optional[float] = ..., ray_node_id: _Optional[str] = ..., num_leases: _Optional[int] = ...) -> None: ...
+    metrics_address: str
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., replica_id: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., num_active_requests: _Optional[int] = ..., num_queued_requests: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., num_pages_used: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., age_s: _Optional[float] = ..., ray_node_id: _Optional[str] = ..., num_leases: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,88 @@
+"""What the gateway counts of its requests, and where the cluster's processes are read."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from colm.events import Accepted, Event, Finished, Token
+from colm.metrics.kv_stream import SECONDS, outcome_of
+from colm.nodes import NodeStatus
+
+_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
+
+
+class SeenRequest:
+    """Takes the times of one request's events."""
+
+    def __init__(self, metrics: "RequestMetrics") -> None:
+        self._metrics = metrics
+        self._began_s = time.monotonic()
+        self._last_s: float | None = None
+        self.is_finished = False
+
+    def see(self, event: Event) -> None:
+        """Note an event, before it is sent."""
+        match event:
+            case Accepted():
+                self._metrics.prompt_tokens.inc(event.num_prompt_tokens)
+            case Token():
+                now_s = time.monotonic()
+                if self._last_s is None:
+                    self._metrics.first_token_s.observe(now_s - self._began_s)
+                else:
+                    self._metrics.between_tokens_s.observe(now_s - self._last_s)
+                self._last_s = now_s
+                self._metrics.new_tokens.inc()
+            case Finished():
+                self.is_finished = True
+
+
+class RequestMetrics:
+    """Counts the gateway's requests, whatever their protocol. Lives on one event loop."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._active = Gauge("colm_requests_active", "Requests inside the gateway.", registry=registry)
+        self._ended = Counter(
+            "colm_requests_ended", "Requests that have ended, by how they did.", ["outcome"], registry=registry
+        )
+        self._seconds = Histogram(
+            "colm_request_seconds",
+            "From a request's call to its end, however it ended.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.first_token_s = Histogram(
+            "colm_time_to_first_token_seconds",
+            "From a request's call to its first token, its upload included.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.between_tokens_s = Histogram(
+            "colm_inter_token_seconds", "From a token to the next one.", buckets=_TOKEN_SECONDS, registry=registry
+        )
+        self.prompt_tokens = Counter("colm_prompt_tokens", "Tokens of accepted prompts.", registry=registry)
+        self.new_tokens = Counter("colm_new_tokens", "Tokens of answers.", registry=registry)
+
+    @contextmanager
+    def request(self) -> Iterator[SeenRequest]:
+        """Count the request that lasts as long as the block."""
+        seen, began_s, outcome = SeenRequest(self), time.monotonic(), "lost"
+        with self._active.track_inprogress():
+            try:
+                yield seen
+                outcome = "complete" if seen.is_finished else "lost"
+            except BaseException as err:
+                outcome = outcome_of(err)
+                raise
+            finally:
+                self._ended.labels(outcome).inc()
+                self._seconds.observe(time.monotonic() - began_s)
+
+
+def targets(own_address: str, nodes: list[NodeStatus]) -> list[dict[str, object]]:
+    """The cluster's processes in the form of Prometheus' `http_sd_configs`, each with its role."""
+    places = [("gateway", own_address)]
+    places += [(node.report.role.value, node.report.metrics_address) for node in nodes]
+    return [{"targets": [address], "labels": {"role": role}} for role, address in places if address]

@@ -1,0 +1,1 @@
+"""Metrics that Prometheus reads; docs/metrics.md lists them all."""

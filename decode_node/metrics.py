@@ -1,0 +1,45 @@
+"""What a decode node shows to Prometheus beside its KV streams, looked up whenever it is asked."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from decode_node.decode_loop import DecodeLoop
+from decode_node.page_line import PageLine
+from decode_node.requests import RequestOwner, Stage
+
+_NOW = {Stage.WAITING: "waiting", Stage.PREFILLING: "prefilling", Stage.DECODING: "decoding"}
+_ENDS = {Stage.FINISHED: "finished", Stage.FAILED: "failed", Stage.CANCELLED: "cancelled"}
+
+
+class DecodeMetrics(Collector):
+    """Reads the node's own counts; must be collected on the node's event loop."""
+
+    def __init__(self, owner: RequestOwner, loop: DecodeLoop, page_line: PageLine, registry: CollectorRegistry) -> None:
+        self._owner = owner
+        self._loop = loop
+        self._pool = page_line.pool
+        registry.register(self)
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        """Requests, pages, and steps."""
+        stages, counts = self._owner.stages(), self._loop.counts
+        requests = GaugeMetricFamily("colm_decode_requests", "Requests on this node, by their stage.", labels=["stage"])
+        for stage, name in _NOW.items():
+            requests.add_metric([name], stages[stage])
+        yield requests
+        ended = CounterMetricFamily(
+            "colm_decode_requests_ended", "Requests that have ended, by how they did.", labels=["outcome"]
+        )
+        for stage, name in _ENDS.items():
+            ended.add_metric([name], self._owner.ended[stage])
+        yield ended
+        pages = GaugeMetricFamily("colm_decode_pages", "Pages of the KV pool, by their state.", labels=["state"])
+        pages.add_metric(["used"], self._pool.num_used)
+        pages.add_metric(["free"], self._pool.num_free)
+        yield pages
+        yield CounterMetricFamily("colm_decode_steps", "Steps of the decode engine.", counts.num_steps)
+        yield CounterMetricFamily("colm_decode_step_seconds", "Time in which steps ran.", counts.steps_s)
+        yield CounterMetricFamily("colm_decode_tokens", "Tokens sampled for answers.", counts.num_tokens)
