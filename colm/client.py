@@ -18,7 +18,7 @@ from colm import checks
 from colm.errors import ColmError, InvalidRequest
 from colm.events import Event, Finished, Token
 from colm.nodes import ClusterStatus
-from colm.request import AttentionMode, GenerateRequest
+from colm.request import AttentionMode, ChatMessage, GenerateRequest
 from colm.sampling import TOKEN_IDS, SamplingParams
 from colm.wire.endpoint import open_blocking_channel, open_channel
 from colm.wire.messages import cluster_status_from_pb, event_from_pb, generate_request_to_pb, token_id_pieces
@@ -109,6 +109,8 @@ class GenerateOptions(TypedDict, total=False):
 
     token_ids: Sequence[int] | NDArray[np.integer[Any]]
     """The whole prompt as ids, instead of document and prompt."""
+    history: tuple[ChatMessage, ...]
+    """The conversation before the message that document and prompt are. Default: none."""
     model: str
     """Default: the model the cluster serves."""
     chat: bool | None

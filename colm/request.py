@@ -12,6 +12,28 @@ AttentionMode = Literal["dense", "sparse"]
 ATTENTION_MODES: tuple[AttentionMode, ...] = get_args(AttentionMode)
 
 
+ChatRole = Literal["system", "user", "assistant"]
+CHAT_ROLES: tuple[ChatRole, ...] = get_args(ChatRole)
+MAX_HISTORY = 256
+"""Messages before the last one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatMessage:
+    """What somebody has said in a conversation.
+
+    Raises:
+        InvalidRequest: names the field, its value and the limit.
+    """
+
+    role: ChatRole
+    content: str
+
+    def __post_init__(self) -> None:
+        checks.choice("history.role", self.role, CHAT_ROLES)
+        checks.utf8("history.content", self.content)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateRequest:
     """A request without its document. None leaves the choice to the cluster, which also checks its own limits.
@@ -24,6 +46,8 @@ class GenerateRequest:
     """Empty: the model the cluster serves."""
     prompt: str = ""
     """The instruction that follows the document."""
+    history: tuple[ChatMessage, ...] = ()
+    """The conversation before the user's message, which document and prompt are; needs the chat template."""
     chat: bool | None = None
     """Wrap in the model's chat template. None: if the model has one."""
     num_chains: int | None = None
@@ -38,8 +62,12 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         checks.utf8("model", self.model)
         checks.utf8("prompt", self.prompt)
+        if not isinstance(self.history, tuple) or len(self.history) > MAX_HISTORY:
+            raise InvalidRequest("history", len(self.history), f"must be a tuple of at most {MAX_HISTORY} messages")
         if self.chat is not None:
             checks.flag("chat", self.chat)
+        if self.history and self.chat is False:
+            raise InvalidRequest("chat", False, "a history needs the model's chat template")
         if self.num_chains is not None:
             limit = "must be an integer from 1 to the model's number of chains"
             checks.integer("num_chains", self.num_chains, range(1 << 32), limit)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from colm.errors import DeadlineExceeded, InvalidRequest, UnknownModel
 from colm.model.config import ChainConfig
-from colm.request import AttentionMode, GenerateRequest
+from colm.request import AttentionMode, ChatMessage, GenerateRequest
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 
@@ -45,6 +45,7 @@ class Plan:
     """A request's options as they will be served. The document is not part of them."""
 
     prompt: str
+    history: tuple[ChatMessage, ...]
     chat: bool | None
     num_chains: int
     max_new_tokens: int
@@ -93,6 +94,7 @@ class Plan:
             raise InvalidRequest("stop", request.sampling.stop, limit)
         return cls(
             prompt=request.prompt,
+            history=request.history,
             chat=request.chat,
             num_chains=num_chains,
             max_new_tokens=max_new_tokens,

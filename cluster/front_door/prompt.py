@@ -67,6 +67,7 @@ class PromptReader:
     ) -> NDArray[np.int64]:
         document, extent = bytearray(), TextExtent(self._bound)
         pieces, num_ids = [np.empty(0, dtype=np.int64)], 0
+        self._hold_history(plan, hold)
         async for part in parts:
             hold(len(part) if isinstance(part, bytes) else part.nbytes)
             if isinstance(part, bytes):
@@ -82,13 +83,19 @@ class PromptReader:
                     limit_of_ids = f"at most {self._context}, the context"
                     raise InvalidRequest("token_ids", f"over {self._context} ids", limit_of_ids)
         if num_ids:
-            if document or plan.prompt:
+            if document or plan.prompt or plan.history:
                 raise InvalidRequest("token_ids", f"{num_ids} ids", "give either token ids or text, not both")
             token_ids = np.concatenate(pieces)
         else:
             token_ids = await self._threads.run(lambda check: self._tokenise(plan, document, check))
         self._check_token_ids(token_ids, plan)
         return token_ids
+
+    def _hold_history(self, plan: Plan, hold: Callable[[int], None]) -> None:
+        num_bytes = sum(len(message.content.encode()) for message in plan.history)
+        if num_bytes > (limit := self._max_document_bytes):
+            raise InvalidRequest("history", f"{num_bytes} bytes", f"at most {limit} bytes")
+        hold(num_bytes)
 
     def _check_extent(self, extent: TextExtent, plan: Plan) -> None:
         """Refuse a document with more bytes than the most tokens could stand for, before the rest of it arrives."""
@@ -119,7 +126,9 @@ class PromptReader:
             check_wanted()
             self._check_length(num_tokens, plan)
 
-        return tokenizer.encode_prompt(document=text, prompt=plan.prompt, chat=chat, progress=progress)
+        return tokenizer.encode_prompt(
+            document=text, prompt=plan.prompt, chat=chat or bool(plan.history), history=plan.history, progress=progress
+        )
 
     def _check_token_ids(self, token_ids: NDArray[np.int64], plan: Plan) -> None:
         if not len(token_ids):

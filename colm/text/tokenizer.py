@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Self
@@ -13,14 +14,16 @@ from numpy.typing import NDArray
 from colm.checkpoint import Checkpoint, TextConfig
 from colm.errors import InvalidRequest
 from colm.files import MAX_TOKENIZER_BYTES, read_text
+from colm.request import ChatMessage, ChatRole
 from colm.text.bound import TokenBound
 from colm.text.chat_template import ChatTemplate
 from colm.text.detokenizer import Detokenizer, TextStream
 from colm.text.pieces import PieceEncoder
 from colm.text.tokenizer_file import parse_tokenizer
 
-# Stands for the content while the template is rendered. Private-use characters: no template writes them.
-MARKER = "\ue000content\ue001"
+# What stands for a message's content while the template is rendered, with its number inside. Private-use characters: no
+# template writes them.
+_MARKER = re.compile("\ue000([0-9]{1,3})\ue001")
 # Whitespace to `str.strip`: a template that trims its content removes these, and thereby shows that it trims.
 PADDING = "\u2003"
 _MAX_COPIES = 4
@@ -90,7 +93,13 @@ class Tokenizer:
         return _collect(self._first_pieces.pieces(text), lambda _: None)
 
     def encode_prompt(
-        self, *, document: str, prompt: str, chat: bool, progress: Progress = lambda _: None
+        self,
+        *,
+        document: str,
+        prompt: str,
+        chat: bool,
+        history: Sequence[ChatMessage] = (),
+        progress: Progress = lambda _: None,
     ) -> NDArray[np.int64]:
         """Ids of a whole request.
 
@@ -100,25 +109,30 @@ class Tokenizer:
         Args:
             document: what the prompt is about; may be empty.
             prompt: the instruction or the beginning of the completion; may be empty.
-            chat: render as one user message, `document`, a blank line and `prompt`; else a raw completion of
+            chat: render as a user's message, `document`, a blank line and `prompt`; else a raw completion of
                 `document` and `prompt` end to end, after bos where the model wants one.
+            history: what was said before that message; with `chat` only.
             progress: may stop at a length, or when nobody waits any more.
 
         Raises:
             InvalidRequest: `chat` of a model without a chat template, or whose template refuses the message; or
                 the tokenizer cannot read the text.
         """
-        return _collect(self._prompt_pieces(document, prompt, chat=chat), progress)
+        return _collect(self._prompt_pieces(document, prompt, history, chat=chat), progress)
 
-    def _prompt_pieces(self, document: str, prompt: str, *, chat: bool) -> Iterator[NDArray[np.int64]]:
+    def _prompt_pieces(
+        self, document: str, prompt: str, history: Sequence[ChatMessage], *, chat: bool
+    ) -> Iterator[NDArray[np.int64]]:
         if not chat:
             bos = self._text.bos_token_id
             if self._text.add_bos and bos is not None:
                 yield _one(bos)
             yield from self._first_pieces.pieces(document + prompt)
             return
-        content = SEPARATOR.join(part for part in (document, prompt) if part)
-        yield from self._encode_around(self._render(), content)
+        contents = [message.content for message in history]
+        contents.append(SEPARATOR.join(part for part in (document, prompt) if part))
+        roles = (*(message.role for message in history), "user")
+        yield from self._encode_around(self._render(roles), contents)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids; see `Detokenizer` for invalid bytes."""
@@ -128,42 +142,46 @@ class Tokenizer:
         """A fresh stream for one answer."""
         return TextStream(self._detokenizer, skip_special=skip_special)
 
-    def _render(self) -> str:
-        """The template's text, with `MARKER` where the content belongs."""
+    def _render(self, roles: tuple[ChatRole, ...]) -> str:
+        """The template's text, with markers where the contents belong."""
         if self._template is None:
             raise InvalidRequest("chat", True, "the model has no chat template; use raw completion")
-        text = self._template.text()
-        if (copies := text.count(MARKER)) > _MAX_COPIES:
+        text = self._template.text(roles)
+        found = Counter(_MARKER.findall(text))
+        if any(int(number) >= len(roles) for number in found):
             raise InvalidRequest(
-                "chat", True, f"the chat template writes the message {copies} times; use raw completion"
+                "chat", True, "the chat template writes what stands for no message; use raw completion"
             )
+        if (copies := max(found.values(), default=0)) > _MAX_COPIES:
+            raise InvalidRequest("chat", True, f"the chat template writes a message {copies} times; use raw completion")
         return text
 
     def _chat_template(self, source: str, now: Callable[[], datetime]) -> ChatTemplate:
         variables = {
-            "messages": [{"role": "user", "content": PADDING + MARKER + PADDING}],
             "add_generation_prompt": True,
             "bos_token": self._token(self._text.bos_token_id),
             "eos_token": self._token(next(iter(self.eos_token_ids), None)),
             "tools": None,
             "documents": None,
         }
-        return ChatTemplate(source, variables, now)
+        return ChatTemplate(source, variables, lambda number: f"{PADDING}\ue000{number}\ue001{PADDING}", now)
 
     def _token(self, token_id: int | None) -> str:
         return "" if token_id is None else self._first.id_to_token(token_id) or ""
 
-    def _encode_around(self, rendered: str, content: str) -> Iterator[NDArray[np.int64]]:
-        """Ids of the rendered template with the content in its place.
+    def _encode_around(self, rendered: str, contents: Sequence[str]) -> Iterator[NDArray[np.int64]]:
+        """Ids of the rendered template with the contents in their places.
 
         Special tokens are recognised only in the template's own text. The text between two of them, content included,
         is encoded as one run, as a tokenizer does that sees everything at once.
         """
-        before, *rest = rendered.split(MARKER)
+        # Text and the number of the content behind it, in turn.
+        before, *rest = _MARKER.split(rendered)
         runs: list[str] = [""]
         specials: list[str] = []
         self._append_template(before.removesuffix(PADDING), runs, specials)
-        for after in rest:
+        for number, after in zip(rest[::2], rest[1::2], strict=True):
+            content = contents[int(number)]
             kept = content if before.endswith(PADDING) else content.lstrip()
             runs[-1] += kept if after.startswith(PADDING) else kept.rstrip()
             self._append_template(after.removeprefix(PADDING).removesuffix(PADDING), runs, specials)

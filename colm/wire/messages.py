@@ -25,7 +25,7 @@ from colm.events import (
     WaitsFor,
 )
 from colm.nodes import ClusterStatus, ModelStatus, NodeReport, NodeStatus, ProcessFacts, Role
-from colm.request import ATTENTION_MODES, AttentionMode, GenerateRequest
+from colm.request import ATTENTION_MODES, AttentionMode, ChatMessage, GenerateRequest
 from colm.sampling import SamplingParams
 from colm.wire.v1 import common_pb2 as pb
 from colm.wire.v1 import decode_service_pb2 as decode_pb
@@ -175,6 +175,7 @@ def generate_request_to_pb(request: GenerateRequest) -> generation_pb.OpenGenera
         prompt=request.prompt,
         sampling=sampling_to_pb(request.sampling),
         attention=attention_to_pb(request.attention),
+        history=[generation_pb.ChatMessage(role=each.role, content=each.content) for each in request.history],
     )
     if request.chat is not None:
         message.chat = request.chat
@@ -203,8 +204,14 @@ def generate_request_from_pb(message: generation_pb.OpenGenerate) -> GenerateReq
         prompt=message.prompt,
         sampling=sampling_from_pb(message.sampling),
         attention=attention_from_pb(message.attention),
+        history=tuple(_chat_message(each) for each in message.history),
         **chosen,
     )
+
+
+def _chat_message(message: generation_pb.ChatMessage) -> ChatMessage:
+    role: Any = message.role  # checked where it is made
+    return ChatMessage(role=role, content=message.content)
 
 
 def _event_to_pb(event: Event) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from colm.text.chat_template import ChatTemplate
 
 HERE = timezone(timedelta(hours=2), "CEST")
 DAY = datetime(2026, 3, 5, 12, tzinfo=HERE)
-MESSAGES = {"messages": [{"role": "user", "content": "hello"}]}
+CONTENTS = ("hello", "hi", "more")
 
 GREEDY = {
     "loops for ever": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -23,7 +23,7 @@ GREEDY = {
 
 
 def make(source: str, now: Callable[[], datetime] = lambda: DAY) -> ChatTemplate:
-    return ChatTemplate(source, MESSAGES, now)
+    return ChatTemplate(source, {}, lambda number: CONTENTS[number], now)
 
 
 @pytest.mark.parametrize("source", GREEDY.values(), ids=GREEDY.keys())
@@ -64,10 +64,10 @@ def test_a_date_is_that_of_the_request_in_its_own_zone() -> None:
 def test_a_template_is_rendered_once_for_as_long_as_its_date_stays() -> None:
     now = [DAY]
     template = make("{{ strftime_now('%Y') }}", lambda: now[0])
-    first = template._rendered
+    first = template._rendered["user",]
     now[0] += timedelta(days=1)
     assert template.text() == "2026"
-    assert template._rendered is first
+    assert template._rendered["user",] is first
 
 
 def test_a_template_that_minds_the_date_may_refuse_from_one_day_on() -> None:
@@ -77,3 +77,14 @@ def test_a_template_that_minds_the_date_may_refuse_from_one_day_on() -> None:
     now[0] += timedelta(days=1)
     with pytest.raises(InvalidRequest, match="too late"):
         template.text()
+
+
+def test_each_sequence_of_roles_is_rendered_once_and_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("colm.text.chat_template.MAX_KEPT", 2)
+    template = make("{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}")
+    assert template.text(("system", "user")) == "system: hello;user: hi;"
+    kept = template._rendered["system", "user"]
+    assert template.text(("user", "assistant", "user")) == "user: hello;assistant: hi;user: more;"
+    assert template.text(("system", "user")) == "system: hello;user: hi;"
+    assert template._rendered["system", "user"] is kept
+    assert len(template._rendered) == 2

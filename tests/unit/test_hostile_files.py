@@ -109,4 +109,4 @@ def test_a_token_id_is_bounded(place: str) -> None:
 def test_a_template_that_writes_no_text_is_refused_as_it_is_loaded() -> None:
     """Bug: half of a surrogate pair ended every request of the model in an internal error."""
     with pytest.raises(CheckpointError, match="surrogate"):
-        ChatTemplate("{{ '\ud800' }}", {}, lambda: datetime(2026, 1, 1, tzinfo=UTC))
+        ChatTemplate("{{ '\ud800' }}", {}, str, lambda: datetime(2026, 1, 1, tzinfo=UTC))

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from colm.checkpoint import Checkpoint, TextConfig
 from colm.convert.gguf_tokenizer import text_from_gguf
 from colm.errors import CheckpointError, InvalidRequest, UnsupportedModel
+from colm.request import ChatMessage, ChatRole
 from colm.text.detokenizer import Detokenizer, TextStream
 from colm.text.tokenizer import Tokenizer
 from tests.tiny import CHAT_TEMPLATE, tiny_checkpoint, tiny_tokenizer
@@ -95,6 +96,24 @@ def test_smollm2_chat_encodes_like_transformers(smollm2, text):
     assert ours.encode_prompt(document="", prompt=text, chat=True).tolist() == theirs
 
 
+TURNS: tuple[tuple[ChatRole, ...], ...] = (
+    ("system",),
+    ("user", "assistant"),
+    ("system", "user", "assistant", "user", "assistant"),
+)
+
+
+@pytest.mark.parametrize("roles", TURNS)
+def test_a_conversation_encodes_like_transformers(smollm2, roles):
+    ours, peer = smollm2
+    said = [{"role": role, "content": text} for role, text in zip(roles, TEXTS[1:], strict=False)]
+    theirs = peer.apply_chat_template(
+        [*said, {"role": "user", "content": "and now?"}], add_generation_prompt=True, return_dict=False
+    )
+    history = [ChatMessage(**message) for message in said]
+    assert ours.encode_prompt(document="", prompt="and now?", chat=True, history=history).tolist() == theirs
+
+
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, TRIMMING_TEMPLATE], ids=["as is", "trimming"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_chat_encodes_like_transformers_whether_or_not_the_template_trims(template, text):
@@ -127,9 +146,7 @@ def test_special_tokens_that_swallow_spaces_do_so_as_in_transformers(flags):
 
 
 HOSTILE = st.text(alphabet=st.sampled_from("<|im_endstaroxt>\n \u2003\ue000ä"), max_size=40)
-FRAGMENTS = st.sampled_from(
-    ["<|im_end|>", "<|im_start|>system\n", "<|im_", "end|>", "<|endoftext|>", "\ue000content\ue001"]
-)
+FRAGMENTS = st.sampled_from(["<|im_end|>", "<|im_start|>system\n", "<|im_", "end|>", "<|endoftext|>", "\ue0000\ue001"])
 HOSTILE_TEXT = st.lists(HOSTILE | FRAGMENTS, max_size=5).map("".join)
 
 
@@ -144,6 +161,23 @@ def test_no_content_ever_becomes_a_special_token(document, prompt):
     raw = tokenizer.encode_prompt(document=document, prompt=prompt, chat=False).tolist()
     assert not {0, 1, 2} & set(raw)
     assert tokenizer.decode(raw) == document + prompt
+
+
+@given(first=HOSTILE_TEXT, second=HOSTILE_TEXT)
+def test_nothing_said_before_becomes_a_special_token_or_another_message(first, second):
+    tokenizer = make()
+    history = [ChatMessage(role="user", content=first), ChatMessage(role="assistant", content=second)]
+    ids = tokenizer.encode_prompt(document="", prompt="x", chat=True, history=history).tolist()
+    assert [token for token in ids if token < 3] == [1, 2] * 3 + [1]
+    said = ((message.role, message.content) for message in (*history, ChatMessage(role="user", content="x")))
+    expected = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said)
+    assert tokenizer.decode(ids, skip_special=False) == expected + "<|im_start|>assistant\n"
+
+
+def test_a_template_that_writes_a_marker_of_its_own_is_refused():
+    tokenizer = make(template="\ue0007\ue001{{ messages[0]['content'] }}")
+    with pytest.raises(InvalidRequest, match="stands for no message"):
+        tokenizer.encode_prompt(document="", prompt="a", chat=True)
 
 
 @pytest.mark.parametrize(("document", "prompt", "content"), [("a", "b", "a\n\nb"), ("a", "", "a"), ("", "b", "b")])
@@ -201,7 +235,7 @@ def test_template_that_refuses_the_message_is_quoted():
 
 def test_template_that_multiplies_a_document_is_refused():
     tokenizer = make(template="{% for _ in range(1000) %}{{ messages[0].content }}{% endfor %}")
-    with pytest.raises(InvalidRequest, match="writes the message 1000 times; use raw completion"):
+    with pytest.raises(InvalidRequest, match="writes a message 1000 times; use raw completion"):
         tokenizer.encode_prompt(document="x" * 1000, prompt="a", chat=True)
 
 
