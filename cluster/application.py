@@ -85,6 +85,8 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
             dtype=dtype,
             host=gateway.host,
             port=gateway.port,
+            http_port=gateway.wanted_http_port,
+            max_files_bytes=gateway.max_files_bytes,
             audit_folder=None if gateway.audit_folder is None else str(gateway.audit_folder.absolute()),
             audit_keep_days=gateway.audit_keep_days,
             metrics_host=metrics_host,

@@ -29,6 +29,7 @@ class Deployed:
     """A running application."""
 
     gateway_address: str
+    http_address: str
     ray_address: str
 
 
@@ -102,8 +103,8 @@ def _deploy(
     handle: Any
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
     _wait_until_running(config.ray.ready_timeout_s)
-    address = handle.address.remote().result(timeout_s=_CALL_TIMEOUT_S)
-    return Deployed(address, gcs_address)
+    address, http_address = handle.addresses.remote().result(timeout_s=_CALL_TIMEOUT_S)
+    return Deployed(address, http_address, gcs_address)
 
 
 def _connect(ray_address: str) -> None:

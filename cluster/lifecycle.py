@@ -143,17 +143,19 @@ def _check_devices(config: ClusterConfig) -> None:
         )
 
 
-def _with_port(config: ClusterConfig) -> ClusterConfig:
-    """Replace port 0 by a free port, so that a restarted gateway comes back at the same address.
+def _with_ports(config: ClusterConfig) -> ClusterConfig:
+    """Replace port 0 by a free port, so that a restarted gateway comes back at the same addresses.
 
     Raises:
-        ClusterError: the port is taken, or the host is not this machine's.
+        ClusterError: a port is taken, or the host is not this machine's.
     """
     gateway = config.gateway
-    port = gateway.port or free_port()
-    if (reason := why_not(gateway.host, port)) is not None:
-        raise ClusterError(f"gateway.host={gateway.host!r} and gateway.port={gateway.port}: {reason}")
-    return config.model_copy(update={"gateway": gateway.model_copy(update={"port": port})})
+    wanted = {"port": gateway.port, "http_port": gateway.wanted_http_port}
+    ports = {name: port or free_port() for name, port in wanted.items()}
+    for name, port in ports.items():
+        if (reason := why_not(gateway.host, port)) is not None:
+            raise ClusterError(f"gateway.host={gateway.host!r} and gateway.{name}={wanted[name]}: {reason}")
+    return config.model_copy(update={"gateway": gateway.model_copy(update=ports)})
 
 
 def _dangers(config: ClusterConfig) -> list[str]:
@@ -191,7 +193,7 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
     clients = secrets.of_clients()
     ray_address, ray_pid = config.ray.address, None
     if ray_address is None:
-        config = _with_port(config)
+        config = _with_ports(config)
         say("starting Ray on this machine")
         roles = {"prefill": config.prefill.replicas, "decode": config.decode.replicas}
         ray_address, ray_pid = start_ray(roles, new_ray_root(state_dir), state_dir / _RAY_TOKEN, state_dir / "ray.log")
@@ -209,6 +211,7 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
     deployed = deployment.deploy(config, checkpoint, secrets, ray_address, note_address)
     return ClusterState(
         gateway_address=deployed.gateway_address,
+        http_address=deployed.http_address,
         ray_address=deployed.ray_address,
         ray_pid=ray_pid,
         client_token=clients.token,

@@ -52,6 +52,10 @@ class GatewaySection(Settings):
     """Address that the gateway listens on; "0.0.0.0" admits other machines by IPv4, "::" by both IP versions."""
     port: NonNegativeInt = Field(default=50051, le=65535)
     """TCP port of the gateway; 0 picks a free one."""
+    http_port: NonNegativeInt | None = Field(default=None, le=65535)
+    """TCP port of the same over HTTP, as OpenAI's clients speak; by default the one after `port`; 0 picks one."""
+    max_files_bytes: ByteSize = ByteSize(256 << 20)
+    """Documents kept in the gateway's memory that clients upload to /v1/files, in bytes or with a unit."""
     max_document_bytes: ByteSize = ByteSize(64 << 20)
     """Largest document of a request, in bytes or with a unit, e.g. "64MiB"."""
     max_upload_bytes: ByteSize = ByteSize(1 << 30)
@@ -76,6 +80,13 @@ class GatewaySection(Settings):
     """Folder of the audit log, on the gateway's machine: a line for each request, sizes only; by default none."""
     audit_keep_days: PositiveInt = 30
     """Days that the audit log is kept, today included."""
+
+    @property
+    def wanted_http_port(self) -> int:
+        """The port that `http_port` stands for; 0 for a free one."""
+        if self.http_port is not None:
+            return self.http_port
+        return (self.port + 1) % (1 << 16) if self.port else 0
 
 
 # Options of the gateway, and those that limit them.

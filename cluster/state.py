@@ -16,6 +16,8 @@ from colm.wire.security import Security, Tls
 _FILE = "cluster.json"
 _JOINED_FILE = "joined"
 _LOCK_FILE = "lock"
+CA_FILE = "ca.pem"
+"""For clients that read it from a file."""
 SECRETS = "secrets"
 """Folder of the secrets that `colm up` makes for a Ray of its own."""
 
@@ -79,6 +81,8 @@ class ClusterState:
     """Where a running cluster is, and what its clients must show."""
 
     gateway_address: str
+    http_address: str = ""
+    """Where the gateway speaks HTTP, as OpenAI's clients do."""
     ray_address: str
     ray_pid: int | None
     """Process of the Ray that `colm up` started; None where it joined one."""
@@ -92,9 +96,16 @@ class ClusterState:
         tls = None if self.ca_pem is None else Tls(ca_pem=self.ca_pem.encode())
         return Security(token=self.client_token, tls=tls)
 
+    @property
+    def base_url(self) -> str:
+        """What OpenAI's clients are told."""
+        return f"{'http' if self.ca_pem is None else 'https'}://{self.http_address}/v1"
+
     def write(self, state_dir: Path) -> None:
-        """Write the state file, which only this user can read."""
+        """Write the state file, which only this user can read, and beside it the authority that clients must trust."""
         make_state_dir(state_dir)
+        if self.ca_pem is not None:
+            write_private(state_dir / CA_FILE, self.ca_pem)
         body = json.dumps({name: getattr(self, name) for name in self.__slots__}, indent=2)
         write_private(state_dir / _FILE, body + "\n")
 
@@ -129,6 +140,6 @@ class ClusterState:
     @staticmethod
     def forget(state_dir: Path) -> None:
         """Delete the state files and the cluster's own secrets."""
-        for name in (_FILE, _JOINED_FILE):
+        for name in (_FILE, _JOINED_FILE, CA_FILE):
             (state_dir / name).unlink(missing_ok=True)
         shutil.rmtree(state_dir / SECRETS, ignore_errors=True)

@@ -1,5 +1,6 @@
 """A gateway in this process, over real decode nodes at known addresses."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,6 +19,8 @@ from cluster.front_door.plan import GatewayLimits, ServedModel
 from cluster.generation_service import GenerationService
 from cluster.metrics import RequestMetrics
 from cluster.node_registry import NodeRegistry
+from cluster.openai.app import OpenAiApp
+from cluster.openai.calls import Desk
 from cluster.state import ClusterState
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
@@ -26,7 +29,9 @@ from colm.model.config import ChainConfig
 from colm.nodes import NodeReport, ProcessFacts, Role
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server
-from colm.wire.security import Security
+from colm.wire.http_server import HttpServer
+from colm.wire.security import Security, Tls
+from tests.gates import LIMIT_S
 from tests.nodes import decode_node, prefill_node
 
 LIMITS = GatewayLimits(
@@ -90,7 +95,7 @@ async def gateway(
     server, calls = create_server(Security()), GrpcDecodeCalls(Security())
     chosen = replace(LIMITS, **limits)
     front_door = FrontDoor(
-        model=ServedModel(name="tiny", config=config, tokenizer=tokenizer, fingerprint="f"),
+        model=_model(config, tokenizer),
         limits=chosen,
         decode_pool=pool,
         calls=calls,
@@ -111,6 +116,52 @@ async def gateway(
     finally:
         await server.stop(0)
         await calls.close()
+
+
+@asynccontextmanager
+async def http_gateway(
+    config: ChainConfig,
+    pool: DecodePool,
+    tokenizer: Tokenizer | None = None,
+    *,
+    clients: Clients | None = None,
+    audit_log: AuditLog | None = None,
+    tls: Tls | None = None,
+    max_files_bytes: int = 1 << 20,
+    **limits: Any,
+) -> AsyncIterator[str]:
+    """`gateway` over HTTP; at the end of the block it must hold nothing."""
+    calls, chosen = GrpcDecodeCalls(Security()), replace(LIMITS, **limits)
+    front_door = FrontDoor(
+        model=_model(config, tokenizer),
+        limits=chosen,
+        decode_pool=pool,
+        calls=calls,
+        registry=decode_nodes(1),
+        clock=MonotonicClock(),
+    )
+    app = OpenAiApp(
+        model=_model(config, tokenizer),
+        front_door=front_door,
+        desk=Desk(front_door, Accounts(MonotonicClock(), audit_log), RequestMetrics(CollectorRegistry())),
+        clients=clients or Clients(None),
+        limits=chosen,
+        max_files_bytes=max_files_bytes,
+    )
+    server = HttpServer(app.asgi(), host="127.0.0.1", port=0, max_connections=64, tls=tls)
+    await server.start()
+    try:
+        yield server.address
+        async with asyncio.timeout(LIMIT_S):
+            while app.num_held_bytes or front_door.status().num_active_requests:
+                await asyncio.sleep(0.01)
+    finally:
+        await server.stop()
+        await calls.close()
+
+
+def _model(config: ChainConfig, tokenizer: Tokenizer | None) -> ServedModel:
+    return ServedModel(name="tiny", config=config, tokenizer=tokenizer, fingerprint="f")
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ from rich.table import Column, Table
 
 from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, human_bytes, interruptible, note, print_json
 from cluster.options import default_toml, load_config
-from cluster.state import ClusterState
+from cluster.state import CA_FILE, ClusterState
 from colm.client import Client
 from colm.nodes import NodeStatus
 
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
     app.command("config")(config)
     app.command("secrets")(secrets)
     app.command("status")(status)
+    app.command("env")(env)
     app.command("down")(down)
     app.command("demo")(demo)
 
@@ -59,10 +61,16 @@ def up(
         from cluster.lifecycle import up as bring_up
 
         state = bring_up(load_config(config_file, overrides), state_dir, note)
-    note(f"up: gateway at {state.gateway_address}")
+    note(f"up: gateway at {state.gateway_address}, for OpenAI's clients at {state.base_url}")
     note("next: colm submit FILE --prompt TEXT")
     if json:
-        print_json({"gateway_address": state.gateway_address, "ray_address": state.ray_address})
+        print_json(
+            {
+                "gateway_address": state.gateway_address,
+                "base_url": state.base_url,
+                "ray_address": state.ray_address,
+            }
+        )
 
 
 def config() -> None:
@@ -87,6 +95,7 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
         print_json(
             {
                 "gateway_address": state.gateway_address,
+                "base_url": state.base_url,
                 "ray_address": state.ray_address,
                 "metrics_address": answer.metrics_address,
                 "num_active_requests": answer.num_active_requests,
@@ -104,7 +113,8 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
             soft_wrap=True,
         )
     console.print(
-        f"gateway {state.gateway_address}, {answer.num_active_requests} requests; Ray {state.ray_address}",
+        f"gateway {state.gateway_address} and {state.base_url}, {answer.num_active_requests} requests; "
+        f"Ray {state.ray_address}",
         soft_wrap=True,
     )
     if answer.metrics_address:
@@ -132,6 +142,19 @@ def _flat(node: NodeStatus) -> dict[str, object]:
     process = asdict(node.report.process)
     del facts["process"]
     return facts | process | {"role": node.report.role.value, "age_s": round(node.age_s, 2)}
+
+
+def env(state_dir: StateDir = DEFAULT_STATE_DIR) -> None:
+    """Print what points OpenAI's clients at this cluster: `eval "$(colm env)"`.
+
+    SSL_CERT_FILE makes this cluster's authority the only one that programs of that shell trust.
+    """
+    state = ClusterState.require(state_dir)
+    variables = {"OPENAI_BASE_URL": state.base_url, "OPENAI_API_KEY": state.client_token or "none"}
+    if state.ca_pem is not None:
+        variables["SSL_CERT_FILE"] = str((state_dir / CA_FILE).absolute())
+    for name, value in variables.items():
+        typer.echo(f"export {name}={quote(value)}")
 
 
 def down(state_dir: StateDir = DEFAULT_STATE_DIR) -> None:

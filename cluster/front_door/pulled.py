@@ -1,28 +1,30 @@
 """Turns a coroutine that emits events into an iterator over them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
+from typing import TypeVar
 
-from cluster.front_door.placement import Emit
-from colm.events import Event
+_Event = TypeVar("_Event")
 
 
 @asynccontextmanager
-async def pulled(run: Callable[[Emit], Coroutine[None, None, None]]) -> AsyncIterator[AsyncIterator[Event]]:
+async def pulled(
+    run: Callable[[Callable[[_Event], Awaitable[None]]], Coroutine[None, None, None]],
+) -> AsyncIterator[AsyncIterator[_Event]]:
     """Run `run` as a task, and iterate over the events that it emits; its error is raised after the last one.
 
     At most one event waits for the reader, so a slow reader holds `run` up. The end of the block cancels `run` and
     waits until it has ended.
     """
-    emitted: asyncio.Queue[Event | None] = asyncio.Queue()
+    emitted: asyncio.Queue[_Event | None] = asyncio.Queue()
     may_emit = asyncio.Semaphore(1)
 
-    async def emit(event: Event) -> None:
+    async def emit(event: _Event) -> None:
         await may_emit.acquire()
         emitted.put_nowait(event)
 
-    async def events() -> AsyncGenerator[Event]:
+    async def events() -> AsyncGenerator[_Event]:
         while (event := await emitted.get()) is not None:
             yield event
             may_emit.release()

@@ -22,6 +22,8 @@ from cluster.front_door.plan import GatewayLimits, ServedModel
 from cluster.generation_service import GenerationService
 from cluster.metrics import RequestMetrics, targets
 from cluster.node_registry import NodeRegistry
+from cluster.openai.app import OpenAiApp
+from cluster.openai.calls import Desk
 from cluster.replicas.lender import ServeLender
 from cluster.replicas.reporting import log_beside
 from cluster.replicas.serve_port import keep_serve_port_shut
@@ -37,6 +39,7 @@ from colm.nodes import NodeReport, Role
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.health import BoundedHealth
+from colm.wire.http_server import HttpServer
 from colm.wire.v1 import generation_service_pb2
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,8 @@ class GatewayOptions:
     dtype: str
     host: str
     port: int
+    http_port: int
+    max_files_bytes: int
     limits: GatewayLimits
     audit_folder: str | None
     """None without an audit log."""
@@ -114,11 +119,27 @@ class GatewayReplica:
         self._server: grpc.aio.Server = create_server(client_security, lambda token: clients.of(token) is not None)
         folder, keep_days = options.audit_folder, options.audit_keep_days
         audit_log = None if folder is None else AuditLog(Path(folder), keep_days=keep_days)
+        accounts = Accounts(MonotonicClock(), audit_log)
+        app = OpenAiApp(
+            model=model,
+            front_door=front_door,
+            desk=Desk(front_door, accounts, metrics),
+            clients=clients,
+            limits=options.limits,
+            max_files_bytes=options.max_files_bytes,
+        )
+        self._http = HttpServer(
+            app.asgi(),
+            host=options.host,
+            port=options.http_port,
+            max_connections=2 * options.limits.max_requests,
+            tls=client_security.tls,
+        )
         GenerationService(
             front_door,
             upload_idle_s=options.limits.upload_idle_s,
             clients=clients,
-            accounts=Accounts(MonotonicClock(), audit_log),
+            accounts=accounts,
             metrics=metrics,
             metrics_address=metrics_address,
         ).add_to(self._server)
@@ -134,8 +155,9 @@ class GatewayReplica:
         reflection.enable_server_reflection(names, self._server)
         port = bind(self._server, options.host, options.port, client_security)
         await self._server.start()
+        await self._http.start()
         self._address = dial_address(options.host, port)
-        logger.info("gateway.ready address=%s model=%s", self._address, model.name)
+        logger.info("gateway.ready address=%s http=%s model=%s", self._address, self._http.address, model.name)
 
     async def _serve_metrics(self, registry: CollectorRegistry, options: GatewayOptions) -> str:
         if (host := options.metrics_host) is None:
@@ -149,9 +171,9 @@ class GatewayReplica:
         await metrics.start()
         return metrics.address
 
-    async def address(self) -> str:
-        """host:port where clients on this machine are served."""
-        return self._address
+    async def addresses(self) -> tuple[str, str]:
+        """host:port where clients on this machine are served, over gRPC and over HTTP."""
+        return self._address, self._http.address
 
     async def report(self, report: NodeReport) -> None:
         """Take a node's report."""
@@ -160,7 +182,7 @@ class GatewayReplica:
     async def __del__(self) -> None:
         if hasattr(self, "_address"):
             await self._health.enter_graceful_shutdown()
-            await self._server.stop(defaults.STOP_GRACE_S)
+            await asyncio.gather(self._server.stop(defaults.STOP_GRACE_S), self._http.stop())
             if self._metrics is not None:
                 await self._metrics.stop()
             self._decode_pool.close()

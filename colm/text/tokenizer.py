@@ -138,6 +138,10 @@ class Tokenizer:
         """Text of token ids; see `Detokenizer` for invalid bytes."""
         return self._detokenizer.decode(ids, skip_special=skip_special)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes of one token, which may be part of a character; a special token's are its name."""
+        return self._detokenizer.token_bytes(token_id, skip_special=False)
+
     def stream(self, skip_special: bool = True) -> TextStream:
         """A fresh stream for one answer."""
         return TextStream(self._detokenizer, skip_special=skip_special)

@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import grpc
@@ -44,7 +45,7 @@ from colm.events import (
     Usage,
     WaitsFor,
 )
-from colm.request import ATTENTION_MODES, GenerateRequest
+from colm.request import ATTENTION_MODES, CHAT_ROLES, ChatMessage, GenerateRequest
 from colm.sampling import (
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
@@ -154,6 +155,8 @@ REQUESTS = st.builds(
     timeout_s=st.none() | st.floats(allow_nan=False, allow_infinity=False),
     attention=st.sampled_from(ATTENTION_MODES),
 )
+MESSAGES = st.builds(ChatMessage, role=st.sampled_from(CHAT_ROLES), content=TEXT)
+CONVERSATIONS = st.builds(replace, REQUESTS, chat=st.none(), history=st.lists(MESSAGES, max_size=3).map(tuple))
 
 
 def sent(message: M) -> M:
@@ -171,7 +174,7 @@ def test_an_event_of_a_decode_node_reaches_the_gateway(event: Event) -> None:
     assert event_from_pb(sent(decode_response(event))) == event
 
 
-@given(REQUESTS)
+@given(REQUESTS | CONVERSATIONS)
 def test_a_request_reaches_the_gateway(request: GenerateRequest) -> None:
     assert generate_request_from_pb(sent(generate_request_to_pb(request))) == request
 

@@ -1,5 +1,8 @@
 """A document goes in over gRPC, tokens come out: through gateway, decode replica and prefill replica, on Ray."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -289,3 +292,36 @@ def test_a_second_up_is_refused_while_one_is_up(cluster: RunningCluster, expande
     refused = cluster.colm("up", "--model", str(expanded_checkpoint.path), check=False)
     assert refused.returncode == 1
     assert "colm down" in refused.stderr
+
+
+def test_openais_own_client_is_pointed_at_the_cluster_by_its_environment(
+    cluster: RunningCluster,
+) -> None:
+    exports = (line.removeprefix("export ").split("=", 1) for line in cluster.colm("env").stdout.splitlines())
+    program = """
+import json, sys
+from openai import OpenAI
+client, question = OpenAI(), [{"role": "user", "content": sys.argv[2]}]
+book = client.files.create(file=open(sys.argv[1], "rb"), purpose="user_data")
+stream = client.chat.completions.create(
+    model=client.models.list().data[0].id, messages=question, temperature=0, max_tokens=12, stream=True, logprobs=True,
+    extra_body={"document": book.id, "scale": 2},
+)
+chunks = [chunk.choices[0] for chunk in stream if chunk.choices]
+print(json.dumps({"text": "".join(chunk.delta.content or "" for chunk in chunks), "end": chunks[-1].finish_reason}))
+"""
+    document = cluster.state_dir / "document.txt"
+    document.write_text(DOCUMENT)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(document), PROMPT],
+        env=os.environ | dict(exports),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with cluster.client() as client:
+        answer = collect(client.generate(DOCUMENT, PROMPT, num_chains=2, max_new_tokens=12))
+    assert last_json(done.stdout) == {"text": answer.text, "end": "length"}
+    cluster.assert_idle()

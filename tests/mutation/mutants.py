@@ -1056,8 +1056,8 @@ MUTANTS = (
     Mutant(
         "yesterday's date stays in the prompt",
         "colm/text/chat_template.py",
-        "if any(now.strftime(pattern) != written for",
-        "if any(False for",
+        "any(now.strftime(each) != written for",
+        "any(False for",
         "tests/unit/test_chat_template.py::test_a_date_is_that_of_the_request_in_its_own_zone",
     ),
     Mutant(
@@ -1507,5 +1507,26 @@ MUTANTS = (
         'metrics_address="", ray_node_id',
         "ray_node_id",
         "tests/unit/test_metrics.py::test_who_is_not_the_operator_sees_no_address_of_metrics",
+    ),
+    Mutant(
+        "a client asks about another one's file",
+        "cluster/openai/files.py",
+        "if file is None or file.owner != owner:",
+        "if file is None:",
+        "tests/unit/test_openai.py::test_a_document_is_uploaded_once_and_asked_about_by_its_owner_alone",
+    ),
+    Mutant(
+        "a call over HTTP goes on when its client has gone",
+        "cluster/openai/calls.py",
+        "await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)",
+        "await asyncio.wait([working])",
+        "tests/unit/test_openai.py::test_a_reader_of_a_stream_that_goes_away_ends_it_everywhere",
+    ),
+    Mutant(
+        "several answers share a seed",
+        "cluster/openai/schema.py",
+        "(self.seed + number) % (1 << 64)",
+        "self.seed",
+        "tests/unit/test_openai.py::test_each_answer_of_several_has_its_own_seed_and_comes_again",
     ),
 )

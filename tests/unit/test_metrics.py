@@ -147,7 +147,7 @@ async def test_a_port_that_is_taken_is_named_with_the_way_out() -> None:
     first = MetricsEndpoint(CollectorRegistry(), host="127.0.0.1", port=0)
     await first.start()
     port = int(first.address.rpartition(":")[2])
-    with pytest.raises(ConfigError, match=rf"port {port}.*another metrics\.port"):
+    with pytest.raises(ConfigError, match=rf"port {port} is taken.*set metrics\.host or metrics\.port"):
         await MetricsEndpoint(CollectorRegistry(), host="127.0.0.1", port=port).start()
     await first.stop()
 

@@ -84,7 +84,9 @@ def test_a_directory_into_which_others_may_write_is_refused(tmp_path: Path) -> N
 def test_writing_leaves_no_partial_file(tmp_path: Path) -> None:
     STATE.write(tmp_path)
     STATE.write(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["cluster.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ca.pem", "cluster.json"]
+    ClusterState.forget(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_clients_get_the_token_and_the_authority_and_no_key() -> None:

@@ -1,0 +1,205 @@
+"""The paths of OpenAI's HTTP protocol that this system serves."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cluster.client_tokens import Client, Clients
+from cluster.front_door.front_door import FrontDoor
+from cluster.front_door.plan import GatewayLimits, ServedModel
+from cluster.openai.answers import Shape
+from cluster.openai.bodies import OVERHEAD_BYTES, Bodies
+from cluster.openai.calls import Call, Desk
+from cluster.openai.errors import answer_of
+from cluster.openai.files import FileStore
+from cluster.openai.schema import Ask, read_chat, read_completion
+from colm.errors import InvalidRequest, Unauthenticated, UnknownModel
+from colm.text.tokenizer import SEPARATOR
+from colm.wire.security import AUTHORIZATION, shown_token
+
+_SMALL_BYTES = 64 << 10
+"""Of a body that is parsed at once; a larger one is parsed in a thread."""
+_PURPOSES = ("user_data", "assistants", "document")
+
+
+class OpenAiApp:
+    """Makes the ASGI application.
+
+    Args:
+        front_door: serves the requests.
+        model: the model that is served.
+        desk: the same front door, with accounts and metrics.
+        clients: who calls.
+        limits: of requests.
+        max_files_bytes: of documents that are kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ServedModel,
+        front_door: FrontDoor,
+        desk: Desk,
+        clients: Clients,
+        limits: GatewayLimits,
+        max_files_bytes: int,
+    ) -> None:
+        self._model = model
+        self._front_door = front_door
+        self._desk = desk
+        self._clients = clients
+        self._bodies = Bodies(
+            max_bytes=limits.max_document_bytes + OVERHEAD_BYTES,
+            max_held_bytes=limits.max_upload_bytes,
+            idle_s=limits.upload_idle_s,
+        )
+        self._files = FileStore(max_bytes=max_files_bytes, max_document_bytes=limits.max_document_bytes)
+
+    @property
+    def num_held_bytes(self) -> int:
+        """Of bodies that are being read or answered."""
+        return self._bodies.num_held_bytes
+
+    def asgi(self) -> ASGIApp:
+        """The application."""
+        return Starlette(
+            routes=[
+                Route("/health", self._health),
+                Route("/v1/models", self._guarded(self._models)),
+                Route("/v1/models/{name:path}", self._guarded(self._one_model)),
+                Route("/v1/chat/completions", self._calls(read_chat), methods=["POST"]),
+                Route("/v1/completions", self._calls(read_completion), methods=["POST"]),
+                Route("/v1/files", self._guarded(self._list_files)),
+                Route("/v1/files", self._guarded(self._add_file), methods=["POST"]),
+                Route("/v1/files/{file_id}", self._guarded(self._one_file)),
+                Route("/v1/files/{file_id}", self._guarded(self._delete_file), methods=["DELETE"]),
+                Route("/v1/files/{file_id}/content", self._guarded(self._file_content)),
+            ]
+        )
+
+    def _calls(self, read: Callable[[bytes], Ask]) -> "_Endpoint":
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            # The body is held until its call has been answered.
+            with self._bodies.counted(Request(scope, receive)) as request:
+                response: ASGIApp
+                try:
+                    client = self._caller(request)
+                    body = await request.body()
+                    is_small = len(body) <= _SMALL_BYTES
+                    ask = read(body) if is_small else await asyncio.to_thread(read, body)
+                    del body
+                    response = self._call(client, ask)
+                except ClientDisconnect:
+                    return
+                except Exception as error:  # noqa: BLE001 - whatever it is, it becomes the call's one answer
+                    response = answer_of(error)
+                await response(scope, receive, send)
+
+        return _Endpoint(answer)
+
+    def _call(self, client: Client, ask: Ask) -> Call:
+        documents = [self._files.get(file_id, client.name).content for file_id in ask.documents]
+        separator = SEPARATOR.encode()
+        document = separator.join([*documents, *([text] if (text := _utf8(ask.text)) else [])])
+        shape = Shape(
+            is_chat=ask.is_chat,
+            model=self._model.name,
+            tokenizer=self._model.tokenizer,
+            wants_logprobs=ask.wants_logprobs,
+        )
+        return Call(self._desk, client, ask, document, shape)
+
+    def _guarded(self, handle: Callable[[Request, Client], Awaitable[Response]]) -> Callable[[Request], Any]:
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request, self._caller(request))
+            except Exception as error:  # noqa: BLE001 - whatever it is, it becomes the request's one answer
+                return answer_of(error)
+
+        return answer
+
+    def _caller(self, request: Request) -> Client:
+        shown = request.headers.get(AUTHORIZATION, "")
+        client = self._clients.of(shown_token({AUTHORIZATION: shown}))
+        if client is None:
+            why = "the token is wrong" if shown else "a token is needed (header `Authorization: Bearer`)"
+            raise Unauthenticated(why)
+        return client
+
+    async def _health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _models(self, request: Request, client: Client) -> Response:  # noqa: ARG002 - the handlers' contract
+        return JSONResponse({"object": "list", "data": [self._as_json()]})
+
+    async def _one_model(self, request: Request, client: Client) -> Response:  # noqa: ARG002 - as above
+        if (name := request.path_params["name"]) != self._model.name:
+            raise UnknownModel("model", name, f"this cluster serves {self._model.name!r}")
+        return JSONResponse(self._as_json())
+
+    def _as_json(self) -> dict[str, Any]:
+        (model,) = self._front_door.status().models
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "colm-serve",
+            "colm": {"chains": model.chains, "max_context_tokens": model.max_context_tokens},
+        }
+
+    async def _list_files(self, _: Request, client: Client) -> Response:
+        files = [file.as_json() for file in self._files.of(client.name)]
+        return JSONResponse({"object": "list", "data": files, "has_more": False})
+
+    async def _add_file(self, request: Request, client: Client) -> Response:
+        with self._bodies.counted(request) as counted:
+            try:
+                async with counted.form(max_files=1, max_fields=8, max_part_size=_SMALL_BYTES) as form:
+                    upload, purpose = form.get("file"), form.get("purpose")
+                    if not isinstance(upload, UploadFile):
+                        raise InvalidRequest("file", upload, "must be a file part of multipart/form-data")
+                    if purpose not in _PURPOSES:
+                        raise InvalidRequest("purpose", purpose, f"must be one of {', '.join(_PURPOSES)}")
+                    content = await upload.read()
+                    name = upload.filename or ""
+            except MultiPartException as err:
+                raise InvalidRequest("body", "", f"must be multipart/form-data: {err.message}") from err
+        file = self._files.add(owner=client.name, filename=name, purpose=str(purpose), content=content)
+        return JSONResponse(file.as_json())
+
+    async def _one_file(self, request: Request, client: Client) -> Response:
+        return JSONResponse(self._files.get(request.path_params["file_id"], client.name).as_json())
+
+    async def _delete_file(self, request: Request, client: Client) -> Response:
+        file_id = request.path_params["file_id"]
+        self._files.delete(file_id, client.name)
+        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+    async def _file_content(self, request: Request, client: Client) -> Response:
+        content = self._files.get(request.path_params["file_id"], client.name).content
+        return Response(content, media_type="application/octet-stream")
+
+
+class _Endpoint:
+    """Starlette takes an object as an ASGI application, and a function as a handler of requests."""
+
+    def __init__(self, run: ASGIApp) -> None:
+        self._run = run
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._run(scope, receive, send)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as err:
+        raise InvalidRequest("messages", text[err.start : err.start + 8], "holds half a surrogate pair") from err

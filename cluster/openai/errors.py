@@ -1,0 +1,66 @@
+"""Errors as OpenAI's clients know them: a status, and a body that names type, parameter and code."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from starlette.responses import JSONResponse
+
+from colm.errors import (
+    CapacityExceeded,
+    ColmError,
+    DeadlineExceeded,
+    InvalidRequest,
+    PeerUnavailable,
+    Unauthenticated,
+    UnknownModel,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    status: int
+    type: str
+    code: str | None
+
+
+# Subclasses stand before their bases: the first match wins. The client tries 429 and 5xx again by itself.
+_KINDS: tuple[tuple[type[ColmError], _Kind], ...] = (
+    (UnknownModel, _Kind(404, "invalid_request_error", "model_not_found")),
+    (InvalidRequest, _Kind(400, "invalid_request_error", None)),
+    (Unauthenticated, _Kind(401, "invalid_request_error", "invalid_api_key")),
+    (CapacityExceeded, _Kind(429, "rate_limit_error", "capacity_exceeded")),
+    (DeadlineExceeded, _Kind(504, "timeout_error", "deadline_exceeded")),
+    (PeerUnavailable, _Kind(503, "server_error", "unavailable")),
+)
+_DEFECT = _Kind(500, "server_error", None)
+RETRY_AFTER_S = 1
+
+
+def body_of(error: BaseException) -> dict[str, object]:
+    """The body of an error's answer."""
+    return _body(error, _kind(error))
+
+
+def answer_of(error: BaseException) -> JSONResponse:
+    """The whole answer."""
+    kind = _kind(error)
+    headers: Mapping[str, str] = {"Retry-After": str(RETRY_AFTER_S)} if kind.status == 429 else {}
+    return JSONResponse(_body(error, kind), kind.status, headers)
+
+
+def _kind(error: BaseException) -> _Kind:
+    return next((kind for base, kind in _KINDS if isinstance(error, base)), _DEFECT)
+
+
+def _body(error: BaseException, kind: _Kind) -> dict[str, object]:
+    if isinstance(error, ColmError):
+        message = str(error)
+        logger.info("http.failed error=%s message=%s", type(error).__name__, error)
+    else:
+        message = "internal error; the gateway's log has the trace"
+        logger.error("http.failed by a defect of ours", exc_info=error)
+    param = error.field if isinstance(error, InvalidRequest) else None
+    return {"error": {"message": message, "type": kind.type, "param": param, "code": kind.code}}

@@ -1,0 +1,399 @@
+"""OpenAI's protocol, spoken by OpenAI's own package to a gateway over real nodes."""
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from httpx2 import AsyncClient as HttpClient
+from openai import AsyncOpenAI
+
+from cluster.audit_log import AuditLog
+from cluster.client_tokens import Clients, TokenLimits, create_token
+from colm.checkpoint import Checkpoint
+from colm.request import ChatMessage, ChatRole
+from colm.text.tokenizer import Tokenizer
+from colm.wire import http_server
+from colm.wire.security import new_tls
+from decode_node.engine import DecodeEngine
+from decode_node.node import DecodeNode
+from prefill_node.node import PrefillNode
+from tests.gates import LIMIT_S, gate_before
+from tests.gateway import TakingTurns, http_gateway
+from tests.nodes import decode, decode_node, prefill_node, until_idle
+from tests.tiny import tiny_checkpoint
+
+TOKEN = "the operator's"
+QUESTION: Any = [{"role": "user", "content": "what is the word that nobody says?"}]
+GREEDY: Any = {"model": "tiny", "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny", tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    found = Tokenizer.load(checkpoint)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+async def prefill(checkpoint: Checkpoint) -> AsyncIterator[PrefillNode]:
+    async with prefill_node(str(checkpoint.path)) as node:
+        yield node
+
+
+@pytest.fixture
+async def node(checkpoint: Checkpoint, prefill: PrefillNode) -> AsyncIterator[DecodeNode]:
+    async with decode_node(str(checkpoint.path), [prefill.address]) as node:
+        yield node
+
+
+@asynccontextmanager
+async def client_of(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, node: DecodeNode, token: str = TOKEN, **options: Any
+) -> AsyncIterator[AsyncOpenAI]:
+    pool = TakingTurns([node.address])
+    options = {"clients": Clients(TOKEN)} | options
+    async with (
+        http_gateway(checkpoint.config, pool, tokenizer, **options) as address,
+        AsyncOpenAI(base_url=f"http://{address}/v1", api_key=token, max_retries=0) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+async def client(checkpoint: Checkpoint, tokenizer: Tokenizer, node: DecodeNode) -> AsyncIterator[AsyncOpenAI]:
+    async with client_of(checkpoint, tokenizer, node) as client:
+        yield client
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode_prompt(document="", prompt=text, chat=True).tolist()
+    return ids
+
+
+async def test_a_chat_is_the_answer_that_a_decode_node_gives(
+    client: AsyncOpenAI, tokenizer: Tokenizer, node: DecodeNode
+) -> None:
+    ids = prompt_ids(tokenizer, QUESTION[0]["content"])
+    plain = await decode(node.address, ids, num_chains=3, max_new_tokens=6)
+    answer = await client.chat.completions.create(messages=QUESTION, max_completion_tokens=6, **GREEDY)
+    (choice,) = answer.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content == tokenizer.decode(plain.token_ids)
+    assert choice.finish_reason == "length"
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 6)
+    assert answer.model == "tiny"
+
+
+async def test_a_stream_brings_the_same_text_its_usage_and_its_end(client: AsyncOpenAI) -> None:
+    whole = await client.chat.completions.create(messages=QUESTION, max_tokens=9, **GREEDY)
+    stream = await client.chat.completions.create(
+        messages=QUESTION, max_tokens=9, stream=True, stream_options={"include_usage": True}, **GREEDY
+    )
+    chunks = [chunk async for chunk in stream]
+    deltas = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert deltas[0].delta.role == "assistant"
+    assert "".join(each.delta.content or "" for each in deltas) == whole.choices[0].message.content
+    assert [each.finish_reason for each in deltas if each.finish_reason] == ["length"]
+    assert chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+async def test_a_conversation_is_read_whole(client: AsyncOpenAI, tokenizer: Tokenizer, node: DecodeNode) -> None:
+    messages: Any = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": "and now?"},
+    ]
+    said: tuple[tuple[ChatRole, str], ...] = (("system", "be brief"), ("user", "hello"), ("assistant", "hi"))
+    history = [ChatMessage(role=role, content=content) for role, content in said]
+    ids = tokenizer.encode_prompt(document="", prompt="and now?", chat=True, history=history)
+    plain = await decode(node.address, ids.tolist(), num_chains=3, max_new_tokens=4)
+    answer = await client.chat.completions.create(messages=messages, max_tokens=4, **GREEDY)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(ids)
+    assert answer.choices[0].message.content == tokenizer.decode(plain.token_ids)
+
+
+async def test_completions_take_text_or_ids_and_stop_and_name_their_tokens(
+    client: AsyncOpenAI, tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer.encode_prompt(document="", prompt="some words to go on with", chat=False).tolist()
+    by_text = await client.completions.create(prompt="some words to go on with", max_tokens=8, logprobs=2, **GREEDY)
+    by_ids = await client.completions.create(prompt=ids, max_tokens=8, logprobs=2, **GREEDY)
+    assert by_text.choices[0].text == by_ids.choices[0].text
+    logprobs = by_text.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert len(logprobs.tokens) == 8
+    offsets = logprobs.text_offset or []
+    assert len(offsets) == 8
+    assert offsets[0] == 0
+    assert offsets == sorted(offsets)
+    assert offsets[-1] <= len(by_text.choices[0].text)
+    assert all(len(each) == 2 for each in logprobs.top_logprobs or [])
+    stop = by_text.choices[0].text[3:5]
+    stopped = await client.completions.create(prompt="some words to go on with", max_tokens=8, stop=stop, **GREEDY)
+    assert stopped.choices[0].text == by_text.choices[0].text.split(stop)[0]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+async def test_each_answer_of_several_has_its_own_seed_and_comes_again(client: AsyncOpenAI) -> None:
+    async def texts(**options: Any) -> list[str]:
+        answer = await client.completions.create(
+            model="tiny", prompt="x", max_tokens=12, temperature=1.0, extra_body={"ignore_eos": True}, **options
+        )
+        assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
+        return [choice.text for choice in answer.choices]
+
+    first = await texts(n=3, seed=5)
+    assert await texts(n=3, seed=5) == first
+    assert (await texts(seed=6)) == first[1:2]
+    assert len(set(first)) == 3
+
+
+async def test_logprobs_of_a_chat_come_with_bytes_whole_and_streamed(client: AsyncOpenAI) -> None:
+    options = {"messages": QUESTION, "max_tokens": 5, "logprobs": True, "top_logprobs": 3} | GREEDY
+    whole = await client.chat.completions.create(**options)
+    found = whole.choices[0].logprobs
+    assert found is not None
+    assert found.content is not None
+    assert len(found.content) == 5
+    for each in found.content:
+        assert each.top_logprobs[0].logprob == each.logprob
+        assert bytes(each.bytes or []).decode(errors="replace") == each.token
+    stream = await client.chat.completions.create(stream=True, **options)
+    streamed = [chunk.choices[0].logprobs async for chunk in stream if chunk.choices]
+    content = [each for logprobs in streamed if logprobs is not None for each in logprobs.content or []]
+    assert content == found.content
+
+
+async def test_the_scale_is_chosen_beside_openais_own_fields(
+    client: AsyncOpenAI, tokenizer: Tokenizer, node: DecodeNode
+) -> None:
+    ids = prompt_ids(tokenizer, QUESTION[0]["content"])
+    for scale in (1, 2):
+        plain = await decode(node.address, ids, num_chains=scale, max_new_tokens=6)
+        answer = await client.chat.completions.create(
+            model="tiny",
+            messages=QUESTION,
+            max_tokens=6,
+            temperature=0,
+            extra_body={"scale": scale, "ignore_eos": True, "attention": "sparse"},
+        )
+        assert answer.choices[0].message.content == tokenizer.decode(plain.token_ids)
+        assert answer.model_dump()["colm"][0]["num_chains"] == scale
+
+
+async def test_a_document_is_uploaded_once_and_asked_about_by_its_owner_alone(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, node: DecodeNode, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "tokens.json"
+    other = create_token(tokens, "alice", TokenLimits())
+    text = "a long document. " * 5
+    async with client_of(checkpoint, tokenizer, node, clients=Clients(TOKEN, tokens)) as client:
+        file = await client.files.create(file=("book.txt", text.encode()), purpose="user_data")
+        assert (file.bytes, file.filename, file.status) == (len(text), "book.txt", "processed")
+        assert [each.id async for each in client.files.list()] == [file.id]
+        assert (await client.files.content(file.id)).text == text
+        options: Any = GREEDY | {"extra_body": {"ignore_eos": True, "document": file.id}}
+        answer = await client.chat.completions.create(messages=QUESTION, max_tokens=4, **options)
+        ids = tokenizer.encode_prompt(document=text, prompt=QUESTION[0]["content"], chat=True)
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == len(ids)
+        stranger = client.with_options(api_key=other)
+        with pytest.raises(openai.BadRequestError, match="no file of yours"):
+            await stranger.chat.completions.create(messages=QUESTION, **options)
+        assert not [each async for each in stranger.files.list()]
+        await client.files.delete(file.id)
+        with pytest.raises(openai.BadRequestError, match="no file of yours"):
+            await client.files.retrieve(file.id)
+
+
+async def test_files_are_bounded_and_must_be_text(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, node: DecodeNode
+) -> None:
+    async with client_of(checkpoint, tokenizer, node, max_files_bytes=100, max_document_bytes=80) as client:
+        with pytest.raises(openai.BadRequestError, match="at most 80 bytes"):
+            await client.files.create(file=("a", b"x" * 81), purpose="user_data")
+        with pytest.raises(openai.BadRequestError, match="must be UTF-8 text; byte 1 breaks it"):
+            await client.files.create(file=("a", b"x\xff"), purpose="user_data")
+        with pytest.raises(openai.BadRequestError, match="purpose='fine-tune': must be one of"):
+            await client.files.create(file=("a", b"x"), purpose="fine-tune")
+        first = await client.files.create(file=("a", b"x" * 80), purpose="user_data")
+        with pytest.raises(openai.RateLimitError, match="delete some"):
+            await client.files.create(file=("a", b"x" * 30), purpose="user_data")
+        await client.files.delete(first.id)
+        await client.files.create(file=("a", b"x" * 30), purpose="user_data")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"presence_penalty": 1.0}, "presence_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"extra_body": {"colour": "red"}}, "colour"),
+        ({"temperature": 11}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 9}, "n"),
+        ({"max_tokens": 0}, "max_new_tokens"),
+        ({"extra_body": {"scale": 7}}, "num_chains"),
+        ({"extra_body": {"scale": 1, "num_chains": 2}}, "body"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "body"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None),
+    ],
+)
+async def test_what_cannot_be_served_is_refused_by_name(
+    client: AsyncOpenAI, fields: dict[str, Any], param: str | None
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        await client.chat.completions.create(**{"model": "tiny", "messages": QUESTION} | fields)
+    assert refusal.value.type == "invalid_request_error"
+    if param is not None:
+        assert refusal.value.param == param
+
+
+async def test_models_are_listed_and_another_one_is_not_found(checkpoint: Checkpoint, client: AsyncOpenAI) -> None:
+    (model,) = [each async for each in client.models.list()]
+    assert (model.id, model.owned_by) == ("tiny", "colm-serve")
+    assert (await client.models.retrieve("tiny")).model_dump()["colm"]["chains"] == list(checkpoint.config.chains)
+    with pytest.raises(openai.NotFoundError, match="this cluster serves 'tiny'") as refusal:
+        await client.chat.completions.create(model="gpt-5", messages=QUESTION)
+    assert refusal.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        await client.models.retrieve("gpt-5")
+
+
+async def test_without_the_right_token_nothing_is_answered(client: AsyncOpenAI) -> None:
+    stranger = client.with_options(api_key="wrong")
+    for call in (stranger.models.list(), stranger.files.list()):
+        with pytest.raises(openai.AuthenticationError, match="the token is wrong"):
+            async for _ in call:
+                pass
+    with pytest.raises(openai.AuthenticationError) as refusal:
+        await stranger.chat.completions.create(model="tiny", messages=QUESTION)
+    assert refusal.value.code == "invalid_api_key"
+
+
+async def test_a_client_without_room_is_told_to_come_again(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, node: DecodeNode, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "tokens.json"
+    token = create_token(tokens, "alice", TokenLimits(max_requests=1))
+    audit = AuditLog(tmp_path / "audit", keep_days=1)
+    async with client_of(checkpoint, tokenizer, node, token, clients=Clients(TOKEN, tokens), audit_log=audit) as client:
+        with pytest.raises(openai.RateLimitError, match="may have 1 requests at once") as refusal:
+            await client.chat.completions.create(model="tiny", messages=QUESTION, n=2)
+        assert refusal.value.response.headers["retry-after"] == "1"
+        await client.chat.completions.create(messages=QUESTION, max_tokens=2, **GREEDY)
+    (log,) = (tmp_path / "audit").iterdir()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["client"] for line in lines] == ["alice"] * 3
+    assert lines[-1]["outcome"] == "finished"
+    assert QUESTION[0]["content"] not in log.read_text()
+
+
+async def test_a_client_that_goes_away_ends_its_request_everywhere(client: AsyncOpenAI, node: DecodeNode) -> None:
+    with gate_before(DecodeEngine, "step") as gate:
+        create = client.chat.completions.create
+        asking = asyncio.create_task(create(messages=QUESTION, max_tokens=300, **GREEDY))
+        await gate.until_reached()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        gate.open()
+        await until_idle(node)
+
+
+async def test_a_reader_of_a_stream_that_goes_away_ends_it_everywhere(client: AsyncOpenAI, node: DecodeNode) -> None:
+    with gate_before(DecodeEngine, "step") as gate:
+        stream = await client.chat.completions.create(messages=QUESTION, max_tokens=300, stream=True, **GREEDY)
+        await gate.until_reached()
+        await stream.close()
+        gate.open()
+        await until_idle(node)
+
+
+async def test_an_error_in_mid_stream_is_the_streams_last_word(
+    client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, steps = DecodeEngine.step, 0
+
+    def breaks(self: DecodeEngine, plan: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise RuntimeError("a defect")
+        return whole(self, plan)
+
+    monkeypatch.setattr(DecodeEngine, "step", breaks)
+    stream = await client.chat.completions.create(messages=QUESTION, max_tokens=300, stream=True, **GREEDY)
+    with pytest.raises(openai.APIError, match="decode"):
+        async for _ in stream:
+            pass
+
+
+async def test_what_is_no_json_is_refused_and_too_large_a_body_too(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, node: DecodeNode
+) -> None:
+    pool = TakingTurns([node.address])
+    async with (
+        http_gateway(checkpoint.config, pool, tokenizer, max_document_bytes=100) as address,
+        HttpClient(base_url=f"http://{address}") as http,
+    ):
+        for body, shown in ((b"{", "must be JSON"), (b"[]", "body"), (b"\xff", "must be JSON")):
+            answer = await http.post("/v1/chat/completions", content=body)
+            assert answer.status_code == 400
+            assert shown in answer.text
+        answer = await http.post("/v1/completions", content=b" " * (1 << 20) + b" " * 101)
+        assert answer.status_code == 400
+        assert "at most" in answer.json()["error"]["message"]
+        assert (await http.get("/health")).status_code == 200
+        assert (await http.get("/v2")).status_code == 404
+
+
+async def test_a_head_that_does_not_come_closes_the_connection(
+    checkpoint: Checkpoint, node: DecodeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "HEAD_S", 0.05)
+    async with http_gateway(checkpoint.config, TakingTurns([node.address])) as address:
+        host, port = address.split(":")
+        for begun in (b"", b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Slow: "):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(begun)
+            async with asyncio.timeout(LIMIT_S):
+                assert await reader.read() == b""
+            writer.close()
+
+
+async def test_over_tls_the_clusters_own_authority_is_what_a_client_trusts(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, node: DecodeNode, tmp_path: Path
+) -> None:
+    tls = new_tls()
+    (tmp_path / "ca.pem").write_bytes(tls.ca_pem)
+    async with http_gateway(checkpoint.config, TakingTurns([node.address]), tokenizer, tls=tls) as address:
+        context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+        async with (
+            HttpClient(verify=context) as http,
+            AsyncOpenAI(base_url=f"https://{address}/v1", api_key="x", http_client=http) as client,
+        ):
+            answer = await client.chat.completions.create(messages=QUESTION, max_tokens=2, **GREEDY)
+            assert answer.choices[0].finish_reason == "length"
+        async with AsyncOpenAI(base_url=f"https://{address}/v1", api_key="x", max_retries=0) as stranger:
+            with pytest.raises(openai.APIConnectionError):
+                await stranger.models.list()
