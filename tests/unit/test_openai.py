@@ -308,6 +308,13 @@ async def test_a_client_without_room_is_told_to_come_again(
     assert QUESTION[0]["content"] not in log.read_text()
 
 
+async def until_cancelled(node: DecodeNode) -> None:
+    """Its one request has been, before it could end by itself."""
+    async with asyncio.timeout(LIMIT_S):
+        while not node.metrics.get_sample_value("colm_decode_requests_ended_total", {"outcome": "cancelled"}):
+            await asyncio.sleep(0.01)
+
+
 async def test_a_client_that_goes_away_ends_its_request_everywhere(client: AsyncOpenAI, node: DecodeNode) -> None:
     with gate_before(DecodeEngine, "step") as gate:
         create = client.chat.completions.create
@@ -316,6 +323,7 @@ async def test_a_client_that_goes_away_ends_its_request_everywhere(client: Async
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
+        await until_cancelled(node)
         gate.open()
         await until_idle(node)
 
@@ -325,6 +333,7 @@ async def test_a_reader_of_a_stream_that_goes_away_ends_it_everywhere(client: As
         stream = await client.chat.completions.create(messages=QUESTION, max_tokens=300, stream=True, **GREEDY)
         await gate.until_reached()
         await stream.close()
+        await until_cancelled(node)
         gate.open()
         await until_idle(node)
 
