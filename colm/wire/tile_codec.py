@@ -41,12 +41,12 @@ with warnings.catch_warnings():
 
 
 def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int) -> bytes:
-    """One message of the stream; in CPU memory the only copy of a contiguous tile. `decode_tile` undoes it.
+    """One message of the stream, and in CPU memory the only copy of a tile. `decode_tile` undoes it.
 
     Raises:
         NotFinite: the tile holds NaN or infinities; names its layer and tokens.
     """
-    parts = [_raw(tensor) for tensor in _on_host(tile.k_KTD, tile.v_KTD)]
+    parts = [part for tensor in _on_host(tile.k_KTD, tile.v_KTD) for part in _runs(tensor)]
     checksum = xxhash.xxh3_64()
     for part in parts:
         checksum.update(part)
@@ -152,8 +152,10 @@ def _on_host(k_KTD: Tensor, v_KTD: Tensor) -> tuple[Tensor, Tensor]:
     return on_host
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
+def _runs(tensor_KTD: Tensor) -> list[memoryview]:
+    """A tensor's bytes in as few pieces as they lie in: in the engine's tile, each head's tokens are one."""
+    heads = tensor_KTD.view(1, -1) if tensor_KTD.is_contiguous() else tensor_KTD
+    return [head.data.cast("B") for head in heads.view(torch.uint8).numpy()]
 
 
 def _varint(value: int) -> bytes:
