@@ -92,6 +92,7 @@ class PrefillNode:
             planner=loaded.planner,
             audit=settings.audit_policy,
             leases=self._leases,
+            shares_memory=settings.shared_memory == "auto",
         )
         self.service.add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)

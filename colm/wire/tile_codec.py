@@ -18,6 +18,7 @@ from torch import Tensor
 from colm.errors import FingerprintMismatch, NotFinite, PeerUnavailable
 from colm.finite import bytes_are_finite
 from colm.kv import KvFormat, KvTile
+from colm.wire.shared_memory import Slot
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 
 if sys.byteorder != "little":
@@ -40,8 +41,14 @@ with warnings.catch_warnings():
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
-def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int) -> bytes:
+def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int, slot: Slot | None = None) -> bytes:
     """One message of the stream, and in CPU memory the only copy of a tile. `decode_tile` undoes it.
+
+    Args:
+        tile: to send.
+        transfer_id: of the stream.
+        epoch: of the stream.
+        slot: shared memory, where the payload then goes; the message says where it lies.
 
     Raises:
         NotFinite: the tile holds NaN or infinities; names its layer and tokens.
@@ -57,6 +64,7 @@ def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int) -> bytes:
                 f"{tile.first_token + tile.num_tokens - 1}, hold NaN or infinities; the model's weights or its dtype "
                 "are at fault"
             )
+    length = sum(part.nbytes for part in parts)
     header = pb.PullKvResponse(
         tile=pb.TileHeader(
             transfer_id=transfer_id,
@@ -66,9 +74,12 @@ def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int) -> bytes:
             num_tokens=tile.num_tokens,
             codec=pb.CODEC_RAW,
             checksum=checksum.intdigest(),
+            shared=None if slot is None else pb.SharedPayload(offset_bytes=slot.offset_bytes, num_bytes=length),
         )
     )
-    length = sum(part.nbytes for part in parts)
+    if slot is not None:
+        slot.fill(parts)
+        return header.SerializeToString()
     return b"".join([header.SerializeToString(), _varint(_PAYLOAD_TAG), _varint(length), *parts])
 
 
