@@ -87,6 +87,8 @@ class Usage:
     """Payload of the keys and values received."""
     num_kv_streams: int
     """Streams opened; above 1 when a prefill node was lost on the way."""
+    kv_shared_bytes: int = 0
+    """Of `kv_received_bytes`, those that came through shared memory and not through a stream."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

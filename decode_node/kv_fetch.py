@@ -77,6 +77,7 @@ class KvAccount:
 
     num_kv_streams: int = 0
     kv_received_bytes: int = 0
+    kv_shared_bytes: int = 0
     queue_s: float = 0.0
     prefill_s: float = 0.0
     sparse: SparseReport | None = None
@@ -206,6 +207,7 @@ class KvFetcher:
                     await self._follow(thread, receiver, ledger, len(order.token_ids), emit)
                 finally:
                     count.num_tiles, count.payload_bytes = ledger.num_tiles, ledger.payload_bytes
+                    count.shared_bytes = ledger.shared_bytes
             account.sparse = receiver.sparse
         finally:
             receiver.cancel()
@@ -214,6 +216,7 @@ class KvFetcher:
             account.queue_s += started_s - asked_s
             account.prefill_s += ended_s - started_s
             account.kv_received_bytes += ledger.payload_bytes
+            account.kv_shared_bytes += ledger.shared_bytes
             holder.note(lease.address, None if receiver.heard_s is None else ended_s - receiver.heard_s)
 
     def _start(self, receiver: Receiver, pages: PageLease) -> "Future[None]":

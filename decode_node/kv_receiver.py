@@ -1,5 +1,6 @@
 """The decode node's end of a KV stream: verifies each tile and writes it into its pages."""
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,6 +14,7 @@ from colm.kv_position import KvPosition
 from colm.wire.channels import BlockingChannels
 from colm.wire.messages import queued_from_pb, sparse_report_from_pb
 from colm.wire.security import Security
+from colm.wire.shared_memory import SharedReader
 from colm.wire.status import rpc_errors
 from colm.wire.tile_codec import decode_message, decode_tile, pull_kv_stub
 from colm.wire.v1 import common_pb2
@@ -23,11 +25,22 @@ from decode_node.kv_store import KvStore
 from decode_node.prefill_pool import PrefillLease
 from decode_node.transfer_ledger import Arrival
 
+logger = logging.getLogger(__name__)
+
 
 class KvReceiver:
     """Runs one transfer in a thread of its own: a blocking reader moves three times what an event loop can.
 
     `num_ahead`, `started_s` and `heard_s` may be read from any thread.
+
+    Args:
+        transfer: what to fetch.
+        lease: of the prefill node.
+        store: the pages.
+        channels: to prefill nodes.
+        security: what to show them.
+        clock: of `started_s` and `heard_s`.
+        host: `host_id()`, if payloads may come through shared memory.
     """
 
     def __init__(
@@ -38,6 +51,7 @@ class KvReceiver:
         channels: BlockingChannels,
         security: Security,
         clock: Clock,
+        host: str = "",
     ) -> None:
         self._transfer = transfer
         self._lease = lease
@@ -57,7 +71,8 @@ class KvReceiver:
         self.sparse: SparseReport | None = None
         """What became of sparse attention, once the node has said it."""
         self._ledger = transfer.ledger
-        self._requests = KvRequests(transfer, lease.lease_id, self._break_off)
+        self._requests = KvRequests(transfer, lease.lease_id, self._break_off, host)
+        self._memory: SharedReader | None = None
 
     def run(self) -> None:
         """Receive everything; returns when the last tile lies in its pages.
@@ -80,6 +95,8 @@ class KvReceiver:
             finally:
                 self._requests.close()
                 call.cancel()
+                if self._memory is not None:
+                    self._memory.close()
 
     def cancel(self) -> None:
         """Make `run` return soon; from any thread, at any time."""
@@ -106,6 +123,8 @@ class KvReceiver:
                     self.started_s = self._clock.now()
                 case "tile":
                     self._store_tile(message.tile, payload)
+                case "shared_memory":
+                    self._requests.answer(is_mapped=self._open(message.shared_memory))
                 case "reached":
                     self._ledger.reach(KvPosition(message.reached.layer, message.reached.token))
                 case _:
@@ -114,6 +133,7 @@ class KvReceiver:
                         epoch=message.complete.epoch,
                         num_tiles=message.complete.num_tiles,
                         payload_bytes=message.complete.payload_bytes,
+                        shared_bytes=message.complete.shared_bytes,
                     )
                     if message.complete.HasField("sparse"):
                         self.sparse = sparse_report_from_pb(message.complete.sparse)
@@ -134,7 +154,22 @@ class KvReceiver:
             for _ in call:
                 pass
 
+    def _open(self, place: pb.SharedMemory) -> bool:
+        """Open the node's shared memory, if that can be done; payloads stay on the stream otherwise."""
+        if self._memory is not None:
+            raise PeerUnavailable("the KV stream broke its format: shared memory was offered twice")
+        try:
+            self._memory = SharedReader(place)
+        except OSError as err:
+            logger.info("transfer.not_mapped request=%s cause=%s", self._ledger.transfer_id, err)
+            return False
+        return True
+
     def _store_tile(self, header: pb.TileHeader, payload: memoryview) -> None:
+        if is_shared := header.HasField("shared"):
+            if self._memory is None or payload:
+                raise PeerUnavailable("the KV stream broke its format: a payload where none was expected")
+            payload = self._memory.read(header.shared)
         tile = decode_tile(header, payload, self._store.layout.kv_format)
         self._ledger.admit(
             Arrival(
@@ -144,6 +179,7 @@ class KvReceiver:
                 first_token=tile.first_token,
                 num_tokens=tile.num_tokens,
                 payload_bytes=len(payload),
+                is_shared=is_shared,
             )
         )
         self._store.write(self._transfer.table_M, tile)

@@ -22,11 +22,13 @@ class KvRequests:
         transfer: what the stream shall bring.
         lease_id: the prefill node's lease for the stream.
         on_silence: called if the node does not end the stream within 1 s of `give_up`.
+        host: `host_id()`, if payloads may come through shared memory.
     """
 
-    def __init__(self, transfer: KvTransfer, lease_id: str, on_silence: Callable[[], None]) -> None:
+    def __init__(self, transfer: KvTransfer, lease_id: str, on_silence: Callable[[], None], host: str = "") -> None:
         self._transfer = transfer
         self._lease_id = lease_id
+        self._host = host
         self._on_silence = on_silence
         self._changed = threading.Condition()
         self._stored = self._said = transfer.ledger.position
@@ -34,6 +36,13 @@ class KvRequests:
         self._is_sent = False
         self._is_given_up = False
         self._is_closed = False
+        self._is_mapped: bool | None = None
+
+    def answer(self, *, is_mapped: bool) -> None:
+        """Say whether the node's shared memory could be opened."""
+        with self._changed:
+            self._is_mapped = is_mapped
+            self._changed.notify()
 
     def stored(self, position: KvPosition, num_bytes: int, *, is_last: bool) -> None:
         """Note more stored bytes, up to a position; acknowledged every `ACKNOWLEDGE_BYTES` and at the last tile."""
@@ -74,28 +83,38 @@ class KvRequests:
                 lease_id=self._lease_id,
                 resume_from=_position(self._said),
                 attention=attention_to_pb(transfer.attention),
+                host_id=self._host,
             )
         )
         for piece in token_id_pieces(transfer.token_ids):
             yield pb.PullKvRequest(token_ids=piece)
         yield pb.PullKvRequest(end_of_prompt=common_pb2.EndOfPrompt())
-        while (position := self._next()) is not None:
-            yield pb.PullKvRequest(acknowledged=_position(position))
+        while (request := self._next()) is not None:
+            yield request
         if self._is_given_up:
             yield pb.PullKvRequest(give_up=pb.GiveUp())
             with self._changed:
                 if not self._changed.wait_for(lambda: self._is_closed, _GIVE_UP_S):
                     self._on_silence()
 
-    def _next(self) -> KvPosition | None:
-        """Wait for the next position to acknowledge; None once the stream is given up or closed."""
+    def _next(self) -> pb.PullKvRequest | None:
+        """Wait for the next thing to say; None once the stream is given up or closed."""
         with self._changed:
             self._is_sent = True
-            self._changed.wait_for(lambda: self._stored != self._said or self._is_given_up or self._is_closed)
-            if self._is_given_up or self._stored == self._said:
+            self._changed.wait_for(
+                lambda: (
+                    self._stored != self._said or self._is_mapped is not None or self._is_given_up or self._is_closed
+                )
+            )
+            if self._is_given_up:
+                return None
+            if (is_mapped := self._is_mapped) is not None:
+                self._is_mapped = None
+                return pb.PullKvRequest(shared_memory=pb.SharedMemoryAnswer(is_mapped=is_mapped))
+            if self._stored == self._said:
                 return None
             self._said = self._stored
-            return self._said
+            return pb.PullKvRequest(acknowledged=_position(self._said))
 
 
 def _position(position: KvPosition) -> pb.KvPosition:

@@ -19,6 +19,7 @@ from colm.text.tokenizer import Tokenizer
 from colm.wire.channels import BlockingChannels
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
+from colm.wire.shared_memory import host_id
 from decode_node.decode_loop import DecodeLoop
 from decode_node.engine import DecodeEngine
 from decode_node.kv_fetch import KvFetcher, KvTransfer, RetryPolicy
@@ -116,7 +117,7 @@ class DecodeNode:
         self._loop_task = asyncio.create_task(loop.run(), name="decode-loop")
 
         def receive(transfer: KvTransfer, lease: PrefillLease) -> KvReceiver:
-            return KvReceiver(transfer, lease, store, self._to_prefill_nodes, self._security, clock)
+            return KvReceiver(transfer, lease, store, self._to_prefill_nodes, self._security, clock, host_id())
 
         self._fetcher = KvFetcher(
             prefill_pool=self._prefill_pool,

@@ -248,6 +248,7 @@ class RequestOwner:
                     num_new_tokens=answer.num_new_tokens,
                     kv_received_bytes=account.kv_received_bytes,
                     num_kv_streams=account.num_kv_streams,
+                    kv_shared_bytes=account.kv_shared_bytes,
                 ),
                 timings=Timings(
                     queue_s=account.queue_s,

@@ -26,6 +26,8 @@ class Arrival:
     first_token: int
     num_tokens: int
     payload_bytes: int
+    is_shared: bool = False
+    """The payload lay in shared memory."""
 
 
 class TransferLedger:
@@ -47,6 +49,8 @@ class TransferLedger:
         """Tiles admitted in this epoch."""
         self.payload_bytes = 0
         """Bytes of those tiles."""
+        self.shared_bytes = 0
+        """Of those, the bytes that lay in shared memory."""
         self._reached = KV_START
         self._num_layers = num_layers
         self._num_tokens = num_tokens
@@ -54,7 +58,7 @@ class TransferLedger:
     def begin(self) -> int:
         """Begin a new epoch and return it; tiles of older ones are refused from here on."""
         self.epoch += 1
-        self.num_tiles = self.payload_bytes = 0
+        self.num_tiles = self.payload_bytes = self.shared_bytes = 0
         return self.epoch
 
     @property
@@ -97,8 +101,11 @@ class TransferLedger:
         self.position = self.position.after(arrival.num_tokens, self._num_tokens)
         self.num_tiles += 1
         self.payload_bytes += arrival.payload_bytes
+        self.shared_bytes += arrival.payload_bytes if arrival.is_shared else 0
 
-    def complete(self, *, transfer_id: str, epoch: int, num_tiles: int, payload_bytes: int) -> None:
+    def complete(
+        self, *, transfer_id: str, epoch: int, num_tiles: int, payload_bytes: int, shared_bytes: int = 0
+    ) -> None:
         """Check the sender's counts, its last message, against what has arrived.
 
         Raises:
@@ -110,6 +117,9 @@ class TransferLedger:
         self._expect(
             (num_tiles, payload_bytes) == (self.num_tiles, self.payload_bytes),
             f"{num_tiles} tiles and {payload_bytes} bytes sent, {self.num_tiles} and {self.payload_bytes} arrived",
+        )
+        self._expect(
+            shared_bytes == self.shared_bytes, f"{shared_bytes} bytes shared, {self.shared_bytes} were read there"
         )
 
     def _expect_ours(self, what: str, transfer_id: str, epoch: int) -> None:

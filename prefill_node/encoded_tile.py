@@ -1,10 +1,11 @@
 """Tiles as they wait to be sent: whole messages, the one copy that is made of the engine's output."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KvPosition
+from colm.wire.shared_memory import SharedMemory, Slot
 from colm.wire.tile_codec import decode_message, decode_tile, encode_tile, max_tile_tokens, split_tile
 
 _MESSAGE_BYTES = 1 << 20
@@ -19,20 +20,55 @@ class TileEncoder:
     """Of the prompt."""
     kv_format: KvFormat
 
-    def encode(self, tile: KvTile, *, epoch: int, since: KvPosition) -> "list[EncodedTile]":
-        """Copy a computed tile into messages of about 1 MiB; what lies before `since` is left out."""
+    def encode(
+        self, tile: KvTile, *, epoch: int, since: KvPosition, memory: SharedMemory | None = None
+    ) -> "list[EncodedTile]":
+        """Copy a computed tile into messages of about 1 MiB; what lies before `since` is left out.
+
+        Args:
+            tile: as the engine made it.
+            epoch: of the stream that reads it.
+            since: what the reader has.
+            memory: takes the payloads, as long as it has room.
+        """
         max_tokens = max_tile_tokens(self.kv_format, _MESSAGE_BYTES)
         return [
-            self._one(part, epoch)
+            self._one(part, epoch, memory)
             for rest in self._since(tile, since)
             for part in split_tile(rest, max_tokens)
         ]  # fmt: skip
 
-    def reissue(self, encoded: "EncodedTile", *, epoch: int, since: KvPosition) -> "EncodedTile":
-        """The message again, as one of a newer epoch and without what lies before `since`; it must reach further."""
+    def reissue(self, encoded: "EncodedTile", *, epoch: int, since: KvPosition, is_shared: bool) -> "EncodedTile":
+        """The message again, as one of a newer epoch and without what lies before `since`; it must reach further.
+
+        Args:
+            encoded: as it was made.
+            epoch: of the new stream.
+            since: what its reader has.
+            is_shared: the reader reads shared memory: a payload that it needs whole stays there.
+
+        Raises:
+            PeerUnavailable: it is not what was encoded any more.
+        """
         header, payload = decode_message(encoded.message)
-        (rest,) = self._since(decode_tile(header.tile, payload, self.kv_format), since)
-        return self._one(rest, epoch)
+        payload = payload if encoded.slot is None else encoded.slot.payload
+        tile = decode_tile(header.tile, payload, self.kv_format)
+        if is_shared and encoded.slot is not None and encoded.begin >= since:
+            header.tile.epoch = epoch
+            return replace(encoded, epoch=epoch, message=header.SerializeToString())
+        (rest,) = self._since(tile, since)
+        return self._one(rest, epoch, None)
+
+    def share(self, tile_tokens: int, window_bytes: int) -> SharedMemory:
+        """Memory for a window of this transfer's payloads.
+
+        Raises:
+            OSError: there is none to be had.
+        """
+        slot_tokens = min(max_tile_tokens(self.kv_format, _MESSAGE_BYTES), tile_tokens, self.num_tokens)
+        slot_bytes = slot_tokens * self.kv_format.layer_token_bytes
+        num_payloads = self.kv_format.num_layers * -(-self.num_tokens // slot_tokens)
+        return SharedMemory(slot_bytes, min(num_payloads, -(-window_bytes // slot_bytes) + 1))
 
     def _since(self, tile: KvTile, since: KvPosition) -> Iterator[KvTile]:
         num_gone = min(tile.num_tokens, since.token - tile.first_token) if tile.layer == since.layer else 0
@@ -44,14 +80,17 @@ class TileEncoder:
             k_KTD, v_KTD = tile.k_KTD[:, num_gone:], tile.v_KTD[:, num_gone:]
             yield KvTile(tile.layer, tile.first_token + num_gone, k_KTD, v_KTD)
 
-    def _one(self, tile: KvTile, epoch: int) -> "EncodedTile":
+    def _one(self, tile: KvTile, epoch: int, memory: SharedMemory | None) -> "EncodedTile":
         begin = KvPosition(tile.layer, tile.first_token)
+        payload_bytes = tile.num_tokens * self.kv_format.layer_token_bytes
+        slot = None if memory is None else memory.take(payload_bytes)
         return EncodedTile(
             begin=begin,
             end=begin.after(tile.num_tokens, self.num_tokens),
             epoch=epoch,
-            payload_bytes=tile.num_tokens * self.kv_format.layer_token_bytes,
-            message=encode_tile(tile, transfer_id=self.transfer_id, epoch=epoch),
+            payload_bytes=payload_bytes,
+            message=encode_tile(tile, transfer_id=self.transfer_id, epoch=epoch, slot=slot),
+            slot=slot,
         )
 
 
@@ -64,3 +103,10 @@ class EncodedTile:
     epoch: int
     payload_bytes: int
     message: bytes
+    slot: Slot | None = None
+    """Shared memory that holds the payload; None if the message does."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that it takes."""
+        return len(self.message) + (0 if self.slot is None else self.payload_bytes)

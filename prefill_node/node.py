@@ -97,6 +97,7 @@ class PrefillNode:
             metrics=KvStreamMetrics(self.metrics),
             audit=settings.audit_policy,
             leases=self._leases,
+            shares_memory=settings.shared_memory == "auto",
         )
         PrefillMetrics(self._loop, self.metrics)
         self.service.add_to(self._server)

@@ -5,32 +5,26 @@
 [produced, end)            not computed yet
 """
 
-import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from colm_kernels.native import CancelFlag
 from numpy.typing import NDArray
 
-from colm.errors import InvalidRequest, TransferSuperseded
+from colm.errors import TransferSuperseded
 from colm.events import SparseReport
 from colm.kv import KvFormat
 from colm.kv_position import KV_START, KvPosition
-from colm.line import wait_at_most
+from colm.wire.shared_memory import SharedMemory
 from colm.wire.tile_codec import WINDOW_BYTES
 from prefill_node.cost_model import CostModel, Work
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
 from prefill_node.engine import PrefillEngine
+from prefill_node.job_stream import JobStream
 from prefill_node.prefill_run import PrefillRun
 from prefill_node.sparse.prompt_plans import PromptPlans
-
-PROGRESS_INTERVAL_S = 0.5
-"""How often a reader that waits for a tile is told how far it is."""
-
-Progress = Callable[[KvPosition], Awaitable[None]]
-"""Told how far the computation is inside a tile, whenever that has grown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +71,8 @@ class PrefillJob:
         """Of the stream that came last."""
         self.cancelled = CancelFlag()
         self.encoder = TileEncoder(transfer_id=order.transfer_id, num_tokens=len(order.token_ids), kv_format=kv_format)
+        self.memory: SharedMemory | None = None
+        """Holds the window's payloads that were made while their reader read there; None before it is offered."""
         self.run: PrefillRun | None = None
         """The engine's; None before the job has begun and after its last tile."""
         self.lease_ends_s: float | None = None
@@ -164,6 +160,11 @@ class PrefillJob:
         return num_tokens if may_share else None
 
     @property
+    def tile_tokens(self) -> int:
+        """Of the engine."""
+        return self._costs.shape.tile_tokens
+
+    @property
     def reached(self) -> KvPosition:
         """How far the computation is, as if the next tile came token by token with the work on it."""
         if self.run is None:
@@ -215,7 +216,7 @@ class PrefillJob:
         if self.is_computed:
             self.run = None
         self._window += tiles
-        self._window_bytes += sum(len(tile.message) for tile in tiles)
+        self._window_bytes += sum(tile.held_bytes for tile in tiles)
         self._drop_stored()
         self._tell()
         return work
@@ -232,11 +233,14 @@ class PrefillJob:
         self.fail(error)
         if self.stream is not None:
             self.stream.break_off()
+        self._on_change()
 
     def cancel(self) -> None:
         """Give the work up, wherever it is; nothing of it is held but by a step that still runs."""
         self.cancelled.set()
         self.run = None
+        if self.memory is not None:
+            self.memory.close()
         self._tell()
 
     def can_resume(self, order: PrefillOrder) -> bool:
@@ -245,7 +249,7 @@ class PrefillJob:
         is_same = (self.sparse is None) == (order.sparse is None) and np.array_equal(self.token_ids, order.token_ids)
         return is_same and self.acknowledged <= order.resume_from
 
-    def attach(self, order: PrefillOrder) -> "JobStream":
+    def attach(self, order: PrefillOrder) -> JobStream:
         """Let a stream read from the order's position on; an older one ends.
 
         Raises:
@@ -286,13 +290,18 @@ class PrefillJob:
         return self._window[index] if index < len(self._window) else None
 
     @property
+    def read_memory(self) -> SharedMemory | None:
+        """The shared memory, while the reader reads there."""
+        return self.memory if self.stream is not None and self.stream.reads_memory else None
+
+    @property
     def first_number(self) -> int:
         """Number of the window's first tile, be it there or still to come."""
         return self._num_dropped
 
     def check_integrity(self) -> None:
         """Assert that the window is what lies between `acknowledged` and what was produced, once and in order."""
-        assert self._window_bytes == sum(len(tile.message) for tile in self._window)
+        assert self._window_bytes == sum(tile.held_bytes for tile in self._window)
         position = self.acknowledged
         for tile in self._window:
             assert tile.begin <= position < tile.end
@@ -324,8 +333,11 @@ class PrefillJob:
 
     def _drop_stored(self) -> None:
         while self._window and self._window[0].end <= self.acknowledged:
-            self._window_bytes -= len(self._window.popleft().message)
+            tile = self._window.popleft()
+            self._window_bytes -= tile.held_bytes
             self._num_dropped += 1
+            if tile.slot is not None:
+                tile.slot.release()
 
     def _tell(self) -> None:
         if self.stream is not None:
@@ -337,111 +349,3 @@ def job_bytes(engine: PrefillEngine, num_tokens: int, sparse: PromptPlans | None
     kv_format, tile_bytes = engine.kv_format, min(num_tokens, engine.tile_tokens) * engine.kv_format.layer_token_bytes
     window_bytes = min(num_tokens * kv_format.token_bytes, WINDOW_BYTES + tile_bytes)
     return engine.memory_bytes(num_tokens, sparse) + engine.pack_bytes(num_tokens) + window_bytes
-
-
-class JobStream:
-    """One reader of a job's tiles, from a position on."""
-
-    def __init__(self, job: PrefillJob, order: PrefillOrder) -> None:
-        self.job = job
-        self.news = asyncio.Event()
-        """Set whenever there may be something to take or to say."""
-        self.break_off: Callable[[], None] = lambda: None
-        """Called when the job is dropped, also while the reader is in the middle of a write."""
-        self._epoch = order.epoch
-        self._read = order.resume_from
-        self._told = order.resume_from
-        self._number = job.first_number
-        self._has_ended = False
-        self._error: BaseException | None = None
-
-    def end(self, error: BaseException | None) -> None:
-        """The reader acknowledges nothing more; with an error, it gets nothing more either."""
-        self._has_ended, self._error = True, error
-        self.news.set()
-
-    def require_current(self) -> None:
-        """Refuse to go on for a stream whose job has been taken over, or given up.
-
-        Raises:
-            TransferSuperseded: a newer stream reads the job.
-            BaseException: what the stream ended with, or what the job failed with.
-        """
-        if self._error is not None:
-            raise self._error
-        if self.job.stream is not self:
-            raise TransferSuperseded(f"transfer {self.job.transfer_id!r} is read in epoch {self.job.epoch} by now")
-        if self.job.error is not None:
-            raise self.job.error
-
-    def take(self) -> EncodedTile | None:
-        """The next tile, if it is there.
-
-        Raises:
-            TransferSuperseded: a newer stream reads the job.
-        """
-        if self.job.stream is not self or (tile := self.job.tile(self._number)) is None:
-            self.require_current()
-            return None
-        if tile.epoch != self._epoch or tile.begin < self._read:
-            tile = self.job.encoder.reissue(tile, epoch=self._epoch, since=self._read)
-        self._number += 1
-        self._read = tile.end
-        return tile
-
-    async def tiles(self, progress: Progress | None = None) -> AsyncIterator[EncodedTile]:
-        """Read to the end.
-
-        Args:
-            progress: told while the next tile is waited for, every `PROGRESS_INTERVAL_S`; never of less than before.
-
-        Raises:
-            TransferSuperseded: a newer stream reads the job.
-            InvalidRequest: the window is full, and the reader will not acknowledge anything more.
-            BaseException: what the stream ended with; what the job failed with, after its tiles.
-        """
-        while self._read < self.job.end:
-            self.news.clear()
-            if (tile := self.take()) is not None:
-                yield tile
-            elif self._has_ended and not self.job.has_room:
-                raise InvalidRequest(
-                    "acknowledged",
-                    self.job.acknowledged,
-                    f"the caller closed its side; with {WINDOW_BYTES} bytes that are not acknowledged no more is sent",
-                )
-            elif progress is None:
-                await self.news.wait()
-            else:
-                await wait_at_most(self.news, PROGRESS_INTERVAL_S)
-                if (reached := self.job.reached) > max(self._told, self._read) and not self.news.is_set():
-                    self._told = reached
-                    await progress(reached)
-
-    async def until_stored(self) -> None:
-        """Wait until the reader has acknowledged everything, or will acknowledge nothing more.
-
-        Raises:
-            TransferSuperseded: a newer stream reads the job.
-            BaseException: what the stream ended with.
-        """
-        while not self.job.is_over:
-            self.news.clear()
-            self.require_current()
-            if self._has_ended:
-                return
-            await self.news.wait()
-
-    def acknowledge(self, position: KvPosition) -> None:
-        """Everything before a position has been stored.
-
-        Raises:
-            InvalidRequest: it lies before an earlier one, or was not sent on this stream.
-            TransferSuperseded: a newer stream reads the job.
-        """
-        self.require_current()
-        if not self.job.acknowledged <= position <= self._read:
-            raise InvalidRequest(
-                "acknowledged", position, f"must lie between {self.job.acknowledged} and {self._read}, which was sent"
-            )
-        self.job.acknowledge(position)

@@ -11,11 +11,13 @@ from colm.errors import CapacityExceeded, InvalidRequest, PeerUnavailable, Reade
 from colm.kv import KvTile
 from colm.kv_position import KV_START, KvPosition
 from colm.line import BEAT_INTERVAL_S, wait_at_most
+from colm.wire.shared_memory import SharedMemory
 from prefill_node.cost_model import CostModel, Work
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait, charge, companions, job_in_the_way, next_job, wait_of
-from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder, job_bytes
+from prefill_node.job_stream import JobStream
+from prefill_node.prefill_job import PrefillJob, PrefillOrder, job_bytes
 from prefill_node.prefill_run import PrefillRun
 from prefill_node.quantum import steps_within
 from prefill_node.sparse.prompt_plans import PromptPlans
@@ -199,8 +201,8 @@ class PrefillLoop:
         now_s = self._clock.now()
         for job in list(self._jobs.values()):
             has_expired = job.lease_ends_s is not None and job.lease_ends_s <= now_s
-            if job.is_over or has_expired:
-                self.counts.num_leases_expired += has_expired and not job.is_over
+            if job.is_over or job.error is not None or has_expired:
+                self.counts.num_leases_expired += has_expired and job.error is None and not job.is_over
                 self._forget(job)
         stalls_end_s = self._drop_stalled(now_s)
         if not self._stepping:
@@ -335,6 +337,8 @@ class _Making:
     """Where the job ends."""
     room_bytes: int
     """Messages that fill the window."""
+    memory: SharedMemory | None
+    """Where payloads go, if their reader reads there."""
     tiles: list[EncodedTile] = field(default_factory=list)
     end: KvPosition = KV_START
     """Of the last tile."""
@@ -351,6 +355,7 @@ class _Making:
             num_pauses=job.num_pauses,
             last=job.end,
             room_bytes=job.room_bytes,
+            memory=job.read_memory,
         )
 
     @property
@@ -362,9 +367,9 @@ class _Making:
         """Make the tile's messages."""
         self.end = KvPosition(tile.layer, tile.first_token).after(tile.num_tokens, self.encoder.num_tokens)
         self.num_pauses = 0 if tile.num_tokens else self.num_pauses + 1
-        encoded = self.encoder.encode(tile, epoch=self.epoch, since=self.since)
+        encoded = self.encoder.encode(tile, epoch=self.epoch, since=self.since, memory=self.memory)
         self.tiles += encoded
-        self.room_bytes -= sum(len(each.message) for each in encoded)
+        self.room_bytes -= sum(each.held_bytes for each in encoded)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,18 +17,24 @@ from colm.leases import LeaseTable
 from colm.metrics.kv_stream import KvStreamMetrics, StreamCount
 from colm.wire.messages import attention_from_pb, queued_to_pb, sparse_report_to_pb
 from colm.wire.prompt_stream import check_id, read_open, read_token_ids
+from colm.wire.shared_memory import host_id
 from colm.wire.status import answering
 from colm.wire.tile_codec import pull_kv_handlers
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait
-from prefill_node.prefill_job import JobStream, PrefillOrder
+from prefill_node.job_stream import JobStream
+from prefill_node.prefill_job import PrefillOrder
 from prefill_node.prefill_loop import PrefillLoad, PrefillLoop
 from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.prompt_plans import PromptPlans
 
 logger = logging.getLogger(__name__)
+
+
+_WORTH_SHARING_BYTES = 4 << 20
+"""A shorter transfer is over about as soon as its reader has opened the memory."""
 
 
 class _GivenUp(Exception):
@@ -46,6 +52,7 @@ class PrefillService:
         audit: what its plans must recall.
         metrics: counts the streams.
         leases: where a stream must hold a lease, the table of them; None serves any caller.
+        shares_memory: offer shared memory to callers on this host.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class PrefillService:
         metrics: KvStreamMetrics,
         audit: AuditPolicy | None = None,
         leases: LeaseTable | None = None,
+        shares_memory: bool = False,
     ) -> None:
         self._engine = engine
         self._loop = loop
@@ -66,6 +74,7 @@ class PrefillService:
         self._metrics = metrics
         self._audit = audit
         self._leases = leases
+        self._host_id = host_id() if shares_memory else ""
 
     @property
     def load(self) -> PrefillLoad:
@@ -136,11 +145,13 @@ class PrefillService:
             match request.WhichOneof("part"):
                 case "acknowledged":
                     stream.acknowledge(KvPosition(request.acknowledged.layer, request.acknowledged.token))
+                case "shared_memory":
+                    stream.answer(is_mapped=request.shared_memory.is_mapped)
                 case "give_up":
                     self._loop.give_up(stream)
                     raise _GivenUp
                 case part:
-                    raise InvalidRequest("part", part, "only `acknowledged` or `give_up` may follow `end_of_prompt`")
+                    raise InvalidRequest("part", part, "no such part may follow `end_of_prompt`")
 
     async def _send(
         self, opened: pb.OpenKvTransfer, stream: JobStream, count: StreamCount, context: grpc.aio.ServicerContext
@@ -160,15 +171,19 @@ class PrefillService:
             await self._loop.turn(stream, beat)
             started_s = time.monotonic()
             await context.write(pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString())
+            if self._host_id and opened.host_id == self._host_id:
+                await self._offer_memory(stream, context)
             async for tile in stream.tiles(progress):
                 await context.write(tile.message)
                 count.num_tiles += 1
                 count.payload_bytes += tile.payload_bytes
+                count.shared_bytes += 0 if tile.slot is None else tile.payload_bytes
             complete = pb.TransferComplete(
                 transfer_id=opened.transfer_id,
                 epoch=opened.epoch,
                 num_tiles=count.num_tiles,
                 payload_bytes=count.payload_bytes,
+                shared_bytes=count.shared_bytes,
             )
             if (report := stream.job.sparse_report) is not None:
                 complete.sparse.CopyFrom(sparse_report_to_pb(report))
@@ -177,11 +192,23 @@ class PrefillService:
             ended = "complete"
         finally:
             logger.info(
-                "transfer.%s request=%s epoch=%d tokens=%d bytes=%d dur_ms=%.1f",
+                "transfer.%s request=%s epoch=%d tokens=%d bytes=%d shared_bytes=%d dur_ms=%.1f",
                 ended,
                 opened.transfer_id,
                 opened.epoch,
                 opened.num_tokens,
                 count.payload_bytes,
+                count.shared_bytes,
                 (time.monotonic() - started_s) * 1e3,
             )
+
+    async def _offer_memory(self, stream: JobStream, context: grpc.aio.ServicerContext) -> None:
+        """Ask the caller to open the job's memory; payloads stay on the stream until it has."""
+        if len(stream.job.token_ids) * self._engine.kv_format.token_bytes < _WORTH_SHARING_BYTES:
+            return
+        try:
+            place = stream.share().place()
+        except OSError as err:
+            logger.info("transfer.not_shared request=%s cause=%s", stream.job.transfer_id, err)
+        else:
+            await context.write(pb.PullKvResponse(shared_memory=place).SerializeToString())

@@ -38,6 +38,8 @@ class PrefillSettings(PrefillLineSettings):
     """Seconds of work, as estimated, that may lie before a new prompt on a prefill node; with more it is refused."""
     stall_s: PositiveFloat = defaults.STALL_S
     """Seconds for which a reader may store nothing while others wait for its prompt's memory; else ten times that."""
+    shared_memory: Literal["auto", "off"] = "auto"
+    """auto: keys and values go through shared memory to decode nodes of the same host and user; off: never."""
     memory_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """Memory for the prompts that a prefill node has begun, e.g. "8GiB"; default: half of what is free then."""
 

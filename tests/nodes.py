@@ -90,7 +90,8 @@ def _split(options: dict[str, Any], kind: type[Settings]) -> tuple[dict[str, Any
 async def prefill_node(
     model_path: str, security: Security | None = None, leases: LeaseTable | None = None, **options: Any
 ) -> AsyncIterator[PrefillNode]:
-    settings, others = _split(options, PrefillSettings)
+    """A node that sends every payload over its stream, where tests can spoil it, unless the options say otherwise."""
+    settings, others = _split({"shared_memory": "off"} | options, PrefillSettings)
     chosen = PrefillOptions(
         model_path=model_path,
         **{"placement": PLACEMENT, "settings": PrefillSettings(**{"tile_tokens": TILE_TOKENS, **settings}), **others},
@@ -241,7 +242,7 @@ async def spoilt_prefill(address: str, spoil: Spoil) -> AsyncIterator[str]:
                         await context.write(part)
                     number += 1
             except grpc.aio.AioRpcError as err:
-                await context.abort(err.code(), err.details(), err.trailing_metadata())
+                await context.abort(err.code(), err.details(), tuple(err.trailing_metadata() or ()))
             finally:
                 call.cancel()
 

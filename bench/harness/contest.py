@@ -17,6 +17,16 @@ Measured = Literal["whole", "sampled", "modelled"]
 """How a figure came about: all of the work was run, a part of it that stands for the whole, or a formula."""
 
 
+@dataclass(frozen=True, eq=False)
+class Bar:
+    """What is wanted of a ratio: the best of some contenders over the best of others."""
+
+    name: str
+    best_of: Sequence[str]
+    over: Sequence[str]
+    at_least: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contest:
     """A case that is ready to run.
@@ -35,11 +45,14 @@ class Contest:
     """The contenders that `ours` is compared with."""
     compared_by: str = "s"
     """The metric that ratios compare."""
+    bars: Sequence[Bar] = ()
+    """By the compared metric; the best contender is that of the best median."""
     facts: Mapping[str, float] = field(default_factory=dict)
     """Metrics that need no clock."""
 
     def __post_init__(self) -> None:
-        unknown = {*self.against, *filter(None, [self.ours])} - set(self.contenders)
+        barred = {name for bar in self.bars for name in (*bar.best_of, *bar.over)}
+        unknown = {*self.against, *barred, *filter(None, [self.ours])} - set(self.contenders)
         if unknown:
             raise ValueError(f"{sorted(unknown)} are compared but do not run; contenders: {list(self.contenders)}")
         for metric in self.facts:
@@ -98,13 +111,19 @@ class Result:
     ours: str | None
     ratios: Mapping[str, Spread]
     """How many times better `ours` is than each contender it is compared with; both values are of the same round."""
+    bars: Mapping[Bar, Spread]
     facts: Mapping[str, float]
 
     def metrics(self) -> dict[str, dict[str, float] | float]:
-        """All metrics in one mapping, as in the record: `avx2_gflops_per_s`, `over_sdpa_x`, `density`."""
+        """All metrics in one mapping, as in the record: `avx2_gflops_per_s`, `over_sdpa_x`, `density`.
+
+        A bar brings its ratio and, beside it, the least that is wanted: `NAME_x` and `NAME_bar_x`.
+        """
         seen = {f"{name}_{metric}": spread for name, each in self.seen.items() for metric, spread in each.items()}
         ratios = {f"over_{name}_x": spread for name, spread in self.ratios.items()}
-        return {name: spread.as_json() for name, spread in (seen | ratios).items()} | dict(self.facts)
+        bars = {f"{bar.name}_x": spread for bar, spread in self.bars.items()}
+        wanted = {f"{bar.name}_bar_x": bar.at_least for bar in self.bars}
+        return {name: spread.as_json() for name, spread in (seen | ratios | bars).items()} | wanted | dict(self.facts)
 
 
 def timed(
@@ -155,9 +174,22 @@ def measure(contest: Contest, num_rounds: int, after_turn: Callable[[], None] = 
             pairs = zip(mine, samples[name][contest.compared_by], strict=True)
             more = more_is_better(contest.compared_by)
             ratios[name] = Spread.of([ours / theirs if more else theirs / ours for ours, theirs in pairs])
+    by_metric = {name: each[contest.compared_by] for name, each in samples.items() if contest.compared_by in each}
     return Result(
+        bars={bar: _against(bar, by_metric, contest.compared_by) for bar in contest.bars},
         seen={name: {metric: Spread.of(values) for metric, values in each.items()} for name, each in samples.items()},
         ours=contest.ours,
         ratios=ratios,
         facts=contest.facts,
     )
+
+
+def _against(bar: Bar, by_name: Mapping[str, Sequence[float]], metric: str) -> Spread:
+    """A bar's ratio, round by round."""
+    more = more_is_better(metric)
+
+    def best(names: Sequence[str]) -> Sequence[float]:
+        return max((by_name[name] for name in names), key=lambda values: median(values) if more else -median(values))
+
+    pairs = zip(best(bar.best_of), best(bar.over), strict=True)
+    return Spread.of([ours / theirs if more else theirs / ours for ours, theirs in pairs])

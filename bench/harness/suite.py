@@ -126,6 +126,9 @@ def _print(out: Console, case: Case, result: Result, num_rounds: int) -> None:
     out.print(f"{case.name}: measured {case.measured}, median (min .. max) of {num_rounds}", markup=False)
     out.print("; ".join([show_shape("", case.shape), *facts]), markup=False)
     out.print(table)
+    for bar, seen in result.bars.items():
+        verdict = "holds" if seen.median >= bar.at_least else "does not hold"
+        out.print(f"bar {bar.name}: {_cell('x', seen)}, at least {bar.at_least:g}x: {verdict}", markup=False)
 
 
 def _cell(metric: str, spread: Spread | None) -> str:

@@ -12,7 +12,7 @@ from colm_kernels.prefill_attention import prefill_attention
 
 from bench.harness.environment import environment
 from bench.kernels.common import read_ceiling, short
-from bench.kv_stream import StreamCase
+from bench.kv_stream.codec import StreamCase
 from bench.prefill.layer import KeysValues, SampledLayer
 from bench.roofline.machine import Machine
 from bench.roofline.model import Prompt

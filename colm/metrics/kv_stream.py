@@ -33,6 +33,8 @@ class StreamCount:
 
     num_tiles: int = 0
     payload_bytes: int = 0
+    shared_bytes: int = 0
+    """Of those, bytes through shared memory."""
     outcome: str = "complete"
     """If no error says another one."""
 
@@ -50,7 +52,10 @@ class KvStreamMetrics:
         self._ended = Counter(
             "colm_kv_streams_ended", "KV streams that ended, by how they did.", ["outcome"], registry=registry
         )
-        self._bytes = Counter("colm_kv_bytes", "Bytes of keys and values, as they crossed the wire.", registry=registry)
+        self._bytes = Counter("colm_kv_bytes", "Bytes of keys and values, as they were sent.", registry=registry)
+        self._shared_bytes = Counter(
+            "colm_kv_shared_bytes", "Of those, bytes that went through shared memory.", registry=registry
+        )
         self._tiles = Counter("colm_kv_tiles", "Tiles that crossed the wire, each one message.", registry=registry)
         self._seconds = Histogram(
             "colm_kv_stream_seconds",
@@ -74,5 +79,6 @@ class KvStreamMetrics:
         finally:
             self._ended.labels(count.outcome).inc()
             self._bytes.inc(count.payload_bytes)
+            self._shared_bytes.inc(count.shared_bytes)
             self._tiles.inc(count.num_tiles)
             self._seconds.observe(time.monotonic() - began_s)

@@ -18,6 +18,7 @@ from torch import Tensor
 from colm.errors import FingerprintMismatch, NotFinite, PeerUnavailable
 from colm.finite import bytes_are_finite
 from colm.kv import KvFormat, KvTile
+from colm.wire.shared_memory import Slot
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 
 if sys.byteorder != "little":
@@ -40,13 +41,19 @@ with warnings.catch_warnings():
     torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
-def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int) -> bytes:
-    """One message of the stream; in CPU memory the only copy of a contiguous tile. `decode_tile` undoes it.
+def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int, slot: Slot | None = None) -> bytes:
+    """One message of the stream, and in CPU memory the only copy of a tile. `decode_tile` undoes it.
+
+    Args:
+        tile: to send.
+        transfer_id: of the stream.
+        epoch: of the stream.
+        slot: shared memory, where the payload then goes; the message says where it lies.
 
     Raises:
         NotFinite: the tile holds NaN or infinities; names its layer and tokens.
     """
-    parts = [_raw(tensor) for tensor in _on_host(tile.k_KTD, tile.v_KTD)]
+    parts = [part for tensor in _on_host(tile.k_KTD, tile.v_KTD) for part in _runs(tensor)]
     checksum = xxhash.xxh3_64()
     for part in parts:
         checksum.update(part)
@@ -57,6 +64,7 @@ def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int) -> bytes:
                 f"{tile.first_token + tile.num_tokens - 1}, hold NaN or infinities; the model's weights or its dtype "
                 "are at fault"
             )
+    length = sum(part.nbytes for part in parts)
     header = pb.PullKvResponse(
         tile=pb.TileHeader(
             transfer_id=transfer_id,
@@ -66,9 +74,12 @@ def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int) -> bytes:
             num_tokens=tile.num_tokens,
             codec=pb.CODEC_RAW,
             checksum=checksum.intdigest(),
+            shared=None if slot is None else pb.SharedPayload(offset_bytes=slot.offset_bytes, num_bytes=length),
         )
     )
-    length = sum(part.nbytes for part in parts)
+    if slot is not None:
+        slot.fill(parts)
+        return header.SerializeToString()
     return b"".join([header.SerializeToString(), _varint(_PAYLOAD_TAG), _varint(length), *parts])
 
 
@@ -152,8 +163,10 @@ def _on_host(k_KTD: Tensor, v_KTD: Tensor) -> tuple[Tensor, Tensor]:
     return on_host
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
+def _runs(tensor_KTD: Tensor) -> list[memoryview]:
+    """A tensor's bytes in as few pieces as they lie in: in the engine's tile, each head's tokens are one."""
+    heads = tensor_KTD.view(1, -1) if tensor_KTD.is_contiguous() else tensor_KTD
+    return [head.data.cast("B") for head in heads.view(torch.uint8).numpy()]
 
 
 def _varint(value: int) -> bytes:

@@ -3,8 +3,11 @@
 Shapes: K kv heads, T tokens, D head dim.
 """
 
+import tracemalloc
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +16,14 @@ import xxhash
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from colm.errors import FingerprintMismatch, PeerUnavailable
 from colm.kv import KvFormat, KvTile
 from colm.wire.tile_codec import _on_host, decode_message, decode_tile, encode_tile, max_tile_tokens, split_tile
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
+from decode_node.kv_layout import KvLayout
+from decode_node.kv_store import KvStore
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -115,6 +121,55 @@ def test_a_tile_read_is_a_view_of_its_message_and_warns_nobody() -> None:
         tile = read(ENCODED)
     start = np.frombuffer(ENCODED, dtype=np.uint8).ctypes.data
     assert start < tile.k_KTD.data_ptr() < tile.v_KTD.data_ptr() < start + len(ENCODED)
+
+
+class CountedTensors(TorchDispatchMode):
+    """Counts the bytes of every tensor that is made over memory of its own."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in given:
+            self.num_bytes += out.untyped_storage().nbytes()
+        return out
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """Bytes that work holds at its highest, in Python's and NumPy's memory, and all that it takes for tensors."""
+    with CountedTensors():
+        work()  # what is made once
+    tracemalloc.start()
+    try:
+        with CountedTensors() as tensors:
+            kept = work()
+        del kept
+        return tracemalloc.get_traced_memory()[1] + tensors.num_bytes
+    finally:
+        tracemalloc.stop()
+
+
+SMALL_BYTES = 64 << 10
+
+
+def test_a_tile_is_copied_once_between_the_engine_and_its_message() -> None:
+    """Bug: a tile inside a longer prompt is a slice of every head, and was made contiguous before it was copied."""
+    tile = tile_of(4096, torch.bfloat16)
+    assert not tile.k_KTD.is_contiguous()
+    num_bytes = 2 * tile.k_KTD.nbytes
+    assert num_bytes > 3 * SMALL_BYTES
+    assert num_bytes <= allocated(lambda: encode_tile(tile, transfer_id="t", epoch=1)) < num_bytes + SMALL_BYTES
+
+
+def test_a_tile_is_copied_once_between_its_message_and_the_pages() -> None:
+    kv_format = format_of(torch.bfloat16)
+    tile = tile_of(4096, torch.bfloat16)
+    store, message = KvStore(KvLayout(kv_format, 64), 80), encode_tile(tile, transfer_id="t", epoch=1)
+    table_M = np.arange(80, dtype=np.int32)
+    assert allocated(lambda: store.write(table_M, read(message, kv_format))) < SMALL_BYTES
+    k_SKD = store.k_pages_LBPKD.flatten(1, 2)[tile.layer, tile.first_token :]
+    assert torch.equal(k_SKD[: tile.num_tokens].transpose(0, 1), tile.k_KTD)
 
 
 @given(st.integers(0, len(ENCODED) - 1).filter(lambda length: length != HEADER_BYTES))

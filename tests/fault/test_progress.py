@@ -13,7 +13,7 @@ from colm.wire.endpoint import open_channel
 from colm.wire.security import Security
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
 from prefill_node import engine as engine_module
-from prefill_node import prefill_job
+from prefill_node import job_stream
 from tests.gates import LIMIT_S
 from tests.nodes import decode_node, decode_requests, prefill_node
 from tests.tiny import tiny_checkpoint, tiny_config
@@ -26,7 +26,7 @@ async def test_a_request_hears_how_far_the_tile_is_that_is_being_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug: progress stood still for as long as a tile took, which is seconds at a million keys."""
-    monkeypatch.setattr(prefill_job, "PROGRESS_INTERVAL_S", 0.01)
+    monkeypatch.setattr(job_stream, "PROGRESS_INTERVAL_S", 0.01)
     config = tiny_config(dim=8 * 64, num_layers=NUM_LAYERS, max_context=NUM_TOKENS + 16)  # heads of the native kernels
     path = str(tiny_checkpoint(tmp_path / "tiny", config).path)
     attention, is_heard = engine_module.prefill_attention, threading.Event()

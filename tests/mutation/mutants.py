@@ -612,10 +612,31 @@ MUTANTS = (
     ),
     Mutant(
         "a tile keeps the epoch of the stream that it was computed for",
-        "prefill_node/prefill_job.py",
+        "prefill_node/job_stream.py",
         "if tile.epoch != self._epoch or tile.begin < self._read:",
         "if tile.begin < self._read:",
         _PREFILL + "test_a_newer_stream_takes_the_job_over_and_the_older_one_is_told",
+    ),
+    Mutant(
+        "a stream without shared memory is sent to look there",
+        "prefill_node/encoded_tile.py",
+        "if is_shared and encoded.slot is not None and encoded.begin >= since:",
+        "if encoded.slot is not None and encoded.begin >= since:",
+        "tests/unit/test_prefill_job.py::test_a_newer_stream_that_reads_no_memory_gets_on_the_stream_what_lies_there",
+    ),
+    Mutant(
+        "a payload is checked where its writer can still change it",
+        "colm/wire/shared_memory.py",
+        "        copy[:] = self._view[first:last]\n        return copy\n",
+        "        return self._view[first:last]\n",
+        "tests/unit/test_shared_memory.py::test_what_was_read_is_a_copy_that_the_writer_cannot_change",
+    ),
+    Mutant(
+        "memory that could be shrunk is mapped",
+        "colm/wire/shared_memory.py",
+        "if (missing := _SEALS & ~fcntl.fcntl(fd, fcntl.F_GET_SEALS)) or",
+        "if (missing := 0) or",
+        "tests/unit/test_shared_memory.py::test_whatever_else_a_peer_names_is_not_opened",
     ),
     Mutant(
         "a cancelled attention is finished",
@@ -1460,7 +1481,7 @@ MUTANTS = (
     ),
     Mutant(
         "a reader is told of less than before",
-        "prefill_node/prefill_job.py",
+        "prefill_node/job_stream.py",
         "                    self._told = reached\n",
         "",
         _PREFILL + "test_a_reader_that_waits_for_a_tile_is_told_how_far_it_is_and_never_of_less",

@@ -19,7 +19,7 @@ from bench.kernels.prefill import PrefillCase
 from bench.kernels.small import SMALL_CASES
 from bench.kernels.sparse import SparseCase
 from bench.kernels.staircase import StaircaseCase
-from bench.kv_stream import StreamCase
+from bench.kv_stream.codec import StreamCase
 from bench.load_by_scale import LoadCase
 from bench.sampler import CHOICES, SamplerCase
 from tests.tiny import tiny_config

@@ -1,5 +1,6 @@
 """A job and its readers: whoever comes, leaves and stores what, each tile is brought once, in order, bit for bit."""
 
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,14 +11,17 @@ from colm_kernels.native import CancelFlag
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from colm.errors import InvalidRequest, TransferSuperseded
+from colm.errors import InvalidRequest, PeerUnavailable, TransferSuperseded
 from colm.flops import LayerFlops
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KV_START, KvPosition
+from colm.wire.shared_memory import SharedMemory
 from colm.wire.tile_codec import decode_message, decode_tile
 from prefill_node import prefill_job
 from prefill_node.cost_model import CostModel, PrefillShape
-from prefill_node.prefill_job import JobStream, PrefillJob, PrefillOrder
+from prefill_node.encoded_tile import EncodedTile
+from prefill_node.job_stream import JobStream
+from prefill_node.prefill_job import PrefillJob, PrefillOrder
 from prefill_node.prefill_run import PrefillRun
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.policy import SparsePolicy
@@ -50,6 +54,20 @@ def positions(first: KvPosition, last: KvPosition) -> st.SearchStrategy[KvPositi
     return st.sampled_from([position for position in [*every, END] if first <= position <= last])
 
 
+def begin(job: PrefillJob) -> None:
+    num_layers, flag = FORMAT.num_layers, CancelFlag()
+    job.start(PrefillRun(job.token_ids, num_layers=num_layers, tile_tokens=5, sparse=None, cancelled=flag))
+
+
+def share(stream: JobStream) -> SharedMemory:
+    """What the stream's reader opens."""
+    if not stream.job.is_started:
+        begin(stream.job)
+    memory = stream.share()
+    stream.answer(is_mapped=True)
+    return memory
+
+
 class JobMachine(RuleBasedStateMachine):
     """Against a reader that stores what it gets and says so whenever it likes."""
 
@@ -63,6 +81,7 @@ class JobMachine(RuleBasedStateMachine):
         self.produced = KV_START
         self.epoch = 1
         self.job = new_job(order(1))
+        begin(self.job)
         self.stream: JobStream | None = self.job.attach(order(1))
         self.older: list[JobStream] = []
 
@@ -73,8 +92,18 @@ class JobMachine(RuleBasedStateMachine):
         last = min(first + num_tokens, NUM_TOKENS)
         tile = KvTile(layer, first, *self.truth[layer, :, :, first:last])
         self.produced = self.produced.after(last - first, NUM_TOKENS)
-        encoded = self.job.encoder.encode(tile, epoch=self.job.epoch, since=self.job.acknowledged)
+        encoded = self.job.encoder.encode(
+            tile, epoch=self.job.epoch, since=self.job.acknowledged, memory=self.job.read_memory
+        )
         self.job.produce(encoded, self.produced)
+
+    @precondition(lambda self: self.stream is not None)
+    @rule()
+    def share(self) -> None:
+        """The reader opens the job's memory, or opens it again in a newer stream."""
+        assert self.stream is not None
+        with suppress(OSError):  # once all is computed there is nothing that could go there
+            share(self.stream)
 
     @precondition(lambda self: self.stream is not None)
     @rule()
@@ -85,6 +114,13 @@ class JobMachine(RuleBasedStateMachine):
         if tile is None:
             return
         header, payload = decode_message(tile.message)
+        if tile.slot is not None:
+            assert self.stream.reads_memory
+            assert (header.tile.shared.offset_bytes, header.tile.shared.num_bytes) == (
+                tile.slot.offset_bytes,
+                tile.payload_bytes,
+            )
+            payload = tile.slot.payload
         got = decode_tile(header.tile, payload, FORMAT)
         assert header.tile.epoch == self.epoch
         assert (got.layer, got.first_token) == self.position == tile.begin
@@ -146,8 +182,65 @@ class JobMachine(RuleBasedStateMachine):
                 stored, truth = self.stored[layer, :, :, :num_stored], self.truth[layer, :, :, :num_stored]
                 assert torch.equal(stored, truth)
 
+    def teardown(self) -> None:
+        if hasattr(self, "job"):
+            self.job.cancel()
+
 
 TestPrefillJob = JobMachine.TestCase
+
+
+def test_a_slot_is_taken_again_only_when_its_tile_has_been_stored() -> None:
+    job = new_job(order(1))
+    stream = job.attach(order(1))
+    memory = share(stream)
+    memory._free = memory._free[:1]
+    tiles = [
+        KvTile(0, first, *torch.full((2, FORMAT.num_kv_heads, 4, FORMAT.head_dim), float(first))) for first in (0, 4, 8)
+    ]
+
+    def encode(number: int) -> EncodedTile:
+        (encoded,) = job.encoder.encode(tiles[number], epoch=1, since=KV_START, memory=job.read_memory)
+        job.produce([encoded], encoded.end)
+        return encoded
+
+    first, second = encode(0), encode(1)
+    assert first.slot is not None
+    assert second.slot is None
+    assert stream.take() == first
+    stream.acknowledge(first.end)
+    assert encode(2).slot is first.slot
+    job.cancel()
+
+
+def test_a_newer_stream_that_reads_no_memory_gets_on_the_stream_what_lies_there() -> None:
+    job = new_job(order(1))
+    share(job.attach(order(1)))
+    tile = KvTile(0, 0, *torch.randn(2, FORMAT.num_kv_heads, 5, FORMAT.head_dim))
+    (encoded,) = job.encoder.encode(tile, epoch=1, since=KV_START, memory=job.read_memory)
+    job.produce([encoded], encoded.end)
+    again = job.attach(order(2)).take()
+    assert encoded.slot is not None
+    assert again is not None
+    assert again.slot is None
+    header, payload = decode_message(again.message)
+    assert not header.tile.HasField("shared")
+    assert torch.equal(decode_tile(header.tile, payload, FORMAT).k_KTD, tile.k_KTD)
+    job.cancel()
+
+
+def test_a_tile_that_was_damaged_in_memory_ends_its_job() -> None:
+    job = new_job(order(1))
+    share(job.attach(order(1)))
+    tile = KvTile(0, 0, *torch.zeros(2, FORMAT.num_kv_heads, 5, FORMAT.head_dim))
+    (encoded,) = job.encoder.encode(tile, epoch=1, since=KV_START, memory=job.read_memory)
+    job.produce([encoded], encoded.end)
+    assert encoded.slot is not None
+    encoded.slot.payload[3] ^= 1
+    again = job.attach(order(2))
+    with pytest.raises(PeerUnavailable, match="was damaged"):
+        again.take()
+    assert isinstance(job.error, PeerUnavailable)
 
 
 @pytest.mark.parametrize("epoch", [1, 2])

@@ -20,12 +20,13 @@ from colm.kv_position import KV_START, KvPosition
 from colm.model.ffn import ChainFFN
 from colm.wire.tile_codec import decode_message, decode_tile
 from prefill_node import engine as engine_module
-from prefill_node import prefill_job
+from prefill_node import job_stream, prefill_job
 from prefill_node.cost_model import CostModel, PrefillShape
 from prefill_node.encoded_tile import EncodedTile
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait
-from prefill_node.prefill_job import JobStream, PrefillOrder, Progress, job_bytes
+from prefill_node.job_stream import JobStream, Progress
+from prefill_node.prefill_job import PrefillOrder, job_bytes
 from prefill_node.prefill_loop import QUANTUM_S, PrefillLoop
 from prefill_node.prefill_run import PrefillRun
 from prefill_node.sparse.planner import SparsePlanner
@@ -311,7 +312,7 @@ async def test_a_reader_that_waits_for_a_tile_is_told_how_far_it_is_and_never_of
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug: the progress of a million tokens stood still for the seconds of a tile."""
-    monkeypatch.setattr(prefill_job, "PROGRESS_INTERVAL_S", 0.001)
+    monkeypatch.setattr(job_stream, "PROGRESS_INTERVAL_S", 0.001)
     gate, told, flag = bench.engine.gates["a"], asyncio.Queue[KvPosition](), Share()
     gate.close()
     stream = bench.loop.attach(order("a"))

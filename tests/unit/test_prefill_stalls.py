@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from colm.errors import ReaderStalled
-from prefill_node.prefill_job import JobStream, job_bytes
+from prefill_node.job_stream import JobStream
+from prefill_node.prefill_job import job_bytes
 from prefill_node.prefill_loop import UNHURRIED_STALLS
 from tests.unit.test_line import settle
 from tests.unit.test_prefill_loop import (

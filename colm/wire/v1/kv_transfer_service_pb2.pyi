@@ -15,18 +15,20 @@ CODEC_UNSPECIFIED: Codec
 CODEC_RAW: Codec
 
 class PullKvRequest(_message.Message):
-    __slots__ = ("open", "token_ids", "end_of_prompt", "acknowledged", "give_up")
+    __slots__ = ("open", "token_ids", "end_of_prompt", "acknowledged", "give_up", "shared_memory")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     END_OF_PROMPT_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
     GIVE_UP_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     open: OpenKvTransfer
     token_ids: _common_pb2.TokenIds
     end_of_prompt: _common_pb2.EndOfPrompt
     acknowledged: KvPosition
     give_up: GiveUp
-    def __init__(self, open: _Optional[_Union[OpenKvTransfer, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., acknowledged: _Optional[_Union[KvPosition, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ...) -> None: ...
+    shared_memory: SharedMemoryAnswer
+    def __init__(self, open: _Optional[_Union[OpenKvTransfer, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., acknowledged: _Optional[_Union[KvPosition, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemoryAnswer, _Mapping]] = ...) -> None: ...
 
 class KvPosition(_message.Message):
     __slots__ = ("layer", "token")
@@ -41,7 +43,7 @@ class GiveUp(_message.Message):
     def __init__(self) -> None: ...
 
 class OpenKvTransfer(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id", "resume_from", "attention")
+    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id", "resume_from", "attention", "host_id")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +51,7 @@ class OpenKvTransfer(_message.Message):
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    HOST_ID_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     fingerprint: str
@@ -56,30 +59,59 @@ class OpenKvTransfer(_message.Message):
     lease_id: str
     resume_from: KvPosition
     attention: _common_pb2.AttentionMode
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ...) -> None: ...
+    host_id: str
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., host_id: _Optional[str] = ...) -> None: ...
+
+class SharedMemoryAnswer(_message.Message):
+    __slots__ = ("is_mapped",)
+    IS_MAPPED_FIELD_NUMBER: _ClassVar[int]
+    is_mapped: bool
+    def __init__(self, is_mapped: _Optional[bool] = ...) -> None: ...
 
 class PullKvResponse(_message.Message):
-    __slots__ = ("tile", "complete", "queued", "started", "reached", "payload")
+    __slots__ = ("tile", "complete", "queued", "started", "reached", "shared_memory", "payload")
     TILE_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     REACHED_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     tile: TileHeader
     complete: TransferComplete
     queued: _common_pb2.Queued
     started: TransferStarted
     reached: KvPosition
+    shared_memory: SharedMemory
     payload: bytes
-    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., started: _Optional[_Union[TransferStarted, _Mapping]] = ..., reached: _Optional[_Union[KvPosition, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., started: _Optional[_Union[TransferStarted, _Mapping]] = ..., reached: _Optional[_Union[KvPosition, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class SharedMemory(_message.Message):
+    __slots__ = ("pid", "fd", "size_bytes", "key")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    fd: int
+    size_bytes: int
+    key: bytes
+    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., size_bytes: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
+
+class SharedPayload(_message.Message):
+    __slots__ = ("offset_bytes", "num_bytes")
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    offset_bytes: int
+    num_bytes: int
+    def __init__(self, offset_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class TransferStarted(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class TileHeader(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "layer", "first_token", "num_tokens", "codec", "checksum")
+    __slots__ = ("transfer_id", "epoch", "layer", "first_token", "num_tokens", "codec", "checksum", "shared")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +119,7 @@ class TileHeader(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     layer: int
@@ -94,18 +127,21 @@ class TileHeader(_message.Message):
     num_tokens: int
     codec: Codec
     checksum: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., checksum: _Optional[int] = ...) -> None: ...
+    shared: SharedPayload
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., checksum: _Optional[int] = ..., shared: _Optional[_Union[SharedPayload, _Mapping]] = ...) -> None: ...
 
 class TransferComplete(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "num_tiles", "payload_bytes", "sparse")
+    __slots__ = ("transfer_id", "epoch", "num_tiles", "payload_bytes", "sparse", "shared_bytes")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_TILES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     SPARSE_FIELD_NUMBER: _ClassVar[int]
+    SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     num_tiles: int
     payload_bytes: int
     sparse: _common_pb2.SparseReport
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tiles: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., sparse: _Optional[_Union[_common_pb2.SparseReport, _Mapping]] = ...) -> None: ...
+    shared_bytes: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tiles: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., sparse: _Optional[_Union[_common_pb2.SparseReport, _Mapping]] = ..., shared_bytes: _Optional[int] = ...) -> None: ...

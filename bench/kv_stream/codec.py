@@ -1,4 +1,4 @@
-"""Bytes per second of the KV stream over loopback gRPC: `python -m bench.kv_stream --json`.
+"""The KV stream's codec over loopback gRPC, next to protobuf's generated classes.
 
 A server process sends the same tile again and again; this process reads, verifies and stores it as a decode node does.
 Contenders run in turn: our codec, acknowledged as between the nodes, without and with TLS; the same without a word from
@@ -22,7 +22,6 @@ import xxhash
 
 from bench.harness.contest import Case, Contest
 from bench.harness.environment import peak_memory_bytes
-from bench.harness.suite import Options, arguments, positive, run
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KV_START
 from colm.wire.endpoint import bind, create_server, open_blocking_channel
@@ -215,27 +214,3 @@ def receive(
         elapsed_s = time.perf_counter() - start
     assert count == case.num_messages, f"{count} of {case.num_messages} messages came"
     return elapsed_s
-
-
-class StreamOptions(Options):
-    """Options of this benchmark."""
-
-    mib: int
-    message_kib: list[int]
-
-
-def main() -> None:
-    """Run every size of a message."""
-    parser = arguments("bench.kv_stream", __doc__)
-    parser.add_argument("--mib", type=positive, default=512, help="MiB sent in each turn; 512")
-    parser.add_argument("--message-kib", type=positive, nargs="+", default=[256, 1024, 4096], metavar="KIB")
-    options = parser.parse_args(namespace=StreamOptions())
-    cases = [
-        StreamCase(message_bytes=kib << 10, num_messages=max(1, (options.mib << 10) // kib))
-        for kib in options.message_kib
-    ]
-    run(cases, options)
-
-
-if __name__ == "__main__":
-    main()

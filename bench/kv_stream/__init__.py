@@ -1,0 +1,1 @@
+"""How fast keys and values travel between two processes of one machine."""
