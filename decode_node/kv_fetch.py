@@ -15,7 +15,7 @@ from colm.clock import Clock
 from colm.errors import CapacityExceeded, PeerFailed, PeerUnavailable
 from colm.events import PrefillProgress, Queued, SparseReport, WaitsFor
 from colm.line import BEAT_INTERVAL_S, wait_at_most
-from colm.request import AttentionMode
+from colm.request import AttentionMode, KvCodec
 from colm.wire import endpoint
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease
@@ -40,6 +40,7 @@ class KvTransfer:
     table_M: NDArray[np.int32]
     """Page ids; see `KvStore.page_table`."""
     attention: AttentionMode = "dense"
+    codec: KvCodec = "raw"
 
 
 class Receiver(Protocol):
@@ -67,6 +68,8 @@ class KvOrder:
     table_M: NDArray[np.int32]
     attention: AttentionMode = "dense"
     """The same in every attempt: dense and sparse tiles do not fit together above layer 0."""
+    codec: KvCodec = "raw"
+    """In which they travel."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,6 +78,7 @@ class KvAccount:
 
     num_kv_streams: int = 0
     kv_received_bytes: int = 0
+    kv_effective_bytes: int = 0
     queue_s: float = 0.0
     prefill_s: float = 0.0
     sparse: SparseReport | None = None
@@ -192,6 +196,7 @@ class KvFetcher:
             token_ids=order.token_ids,
             table_M=order.table_M,
             attention=order.attention,
+            codec=order.codec,
         )
         receiver = self._receive(transfer, lease)
         thread = self._start(receiver, order.pages)
@@ -205,6 +210,7 @@ class KvFetcher:
             account.queue_s += started_s - asked_s
             account.prefill_s += ended_s - started_s
             account.kv_received_bytes += ledger.payload_bytes
+            account.kv_effective_bytes += ledger.effective_bytes
             holder.note(lease.address, None if receiver.heard_s is None else ended_s - receiver.heard_s)
 
     def _start(self, receiver: Receiver, pages: PageLease) -> "Future[None]":

@@ -26,6 +26,8 @@ class Arrival:
     first_token: int
     num_tokens: int
     payload_bytes: int
+    effective_bytes: int
+    """What it takes in pages."""
 
 
 class TransferLedger:
@@ -46,7 +48,9 @@ class TransferLedger:
         self.num_tiles = 0
         """Tiles admitted in this epoch."""
         self.payload_bytes = 0
-        """Bytes of those tiles."""
+        """Bytes of those tiles on the wire."""
+        self.effective_bytes = 0
+        """Bytes of those tiles in pages."""
         self._reached = KV_START
         self._num_layers = num_layers
         self._num_tokens = num_tokens
@@ -54,7 +58,7 @@ class TransferLedger:
     def begin(self) -> int:
         """Begin a new epoch and return it; tiles of older ones are refused from here on."""
         self.epoch += 1
-        self.num_tiles = self.payload_bytes = 0
+        self.num_tiles = self.payload_bytes = self.effective_bytes = 0
         return self.epoch
 
     @property
@@ -97,6 +101,7 @@ class TransferLedger:
         self.position = self.position.after(arrival.num_tokens, self._num_tokens)
         self.num_tiles += 1
         self.payload_bytes += arrival.payload_bytes
+        self.effective_bytes += arrival.effective_bytes
 
     def complete(self, *, transfer_id: str, epoch: int, num_tiles: int, payload_bytes: int) -> None:
         """Check the sender's counts, its last message, against what has arrived.

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KvPosition
+from colm.request import KvCodec
+from colm.wire.kv_codec import codec_of, quantised, wire_token_bytes
 from colm.wire.tile_codec import decode_message, decode_tile, encode_tile, max_tile_tokens, split_tile
 
 _MESSAGE_BYTES = 1 << 20
@@ -18,10 +20,15 @@ class TileEncoder:
     num_tokens: int
     """Of the prompt."""
     kv_format: KvFormat
+    codec: KvCodec = "raw"
 
     def encode(self, tile: KvTile, *, epoch: int, since: KvPosition) -> "list[EncodedTile]":
-        """Copy a computed tile into messages of about 1 MiB; what lies before `since` is left out."""
-        max_tokens = max_tile_tokens(self.kv_format, _MESSAGE_BYTES)
+        """Write a computed tile into messages of about 1 MiB; what lies before `since` is left out.
+
+        Raises:
+            NotFinite: the tile cannot be sent.
+        """
+        max_tokens = max_tile_tokens(self.kv_format, _MESSAGE_BYTES, self.codec)
         return [
             self._one(part, epoch)
             for rest in self._since(tile, since)
@@ -31,7 +38,7 @@ class TileEncoder:
     def reissue(self, encoded: "EncodedTile", *, epoch: int, since: KvPosition) -> "EncodedTile":
         """The message again, as one of a newer epoch and without what lies before `since`; it must reach further."""
         header, payload = decode_message(encoded.message)
-        (rest,) = self._since(decode_tile(header.tile, payload, self.kv_format), since)
+        (rest,) = self._since(decode_tile(header.tile, payload, self.kv_format, self.codec), since)
         return self._one(rest, epoch)
 
     def _since(self, tile: KvTile, since: KvPosition) -> Iterator[KvTile]:
@@ -41,16 +48,17 @@ class TileEncoder:
         if num_gone <= 0:
             yield tile
         else:
-            k_KTD, v_KTD = tile.k_KTD[:, num_gone:], tile.v_KTD[:, num_gone:]
-            yield KvTile(tile.layer, tile.first_token + num_gone, k_KTD, v_KTD)
+            yield tile.part(num_gone, tile.num_tokens)
 
     def _one(self, tile: KvTile, epoch: int) -> "EncodedTile":
         begin = KvPosition(tile.layer, tile.first_token)
+        if codec_of(tile) != self.codec:
+            tile = quantised(tile)
         return EncodedTile(
             begin=begin,
             end=begin.after(tile.num_tokens, self.num_tokens),
             epoch=epoch,
-            payload_bytes=tile.num_tokens * self.kv_format.layer_token_bytes,
+            payload_bytes=tile.num_tokens * wire_token_bytes(self.kv_format, self.codec),
             message=encode_tile(tile, transfer_id=self.transfer_id, epoch=epoch),
         )
 
