@@ -83,6 +83,7 @@ class AnswerView:
             "decode_prompt_tokens": usage.num_decode_prompt_tokens,
             "kv_bytes_received": usage.kv_received_bytes,
             "kv_bytes_shared": usage.kv_shared_bytes,
+            "kv_bytes_effective": usage.kv_effective_bytes,
             "kv_streams": usage.num_kv_streams,
             "new_tokens": usage.num_new_tokens,
             "finish_reason": finished.reason.value,

@@ -7,7 +7,7 @@ from colm.clock import Deadline
 from colm.errors import PeerUnavailable
 from colm.events import Event
 from colm.wire.channels import Channels
-from colm.wire.messages import attention_to_pb, event_from_pb, sampling_to_pb, token_id_pieces
+from colm.wire.messages import CODECS, attention_to_pb, event_from_pb, sampling_to_pb, token_id_pieces
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
 from colm.wire.v1 import common_pb2
@@ -43,6 +43,7 @@ class GrpcDecodeCalls:
             lease_id=lease.lease_id,
             only_if_room=only_if_room,
             attention=attention_to_pb(job.attention),
+            kv_codec=CODECS[job.kv_codec],
         )
 
         async def requests() -> AsyncIterator[pb.DecodeRequest]:

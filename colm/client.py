@@ -18,7 +18,7 @@ from colm import checks
 from colm.errors import ColmError, InvalidRequest
 from colm.events import Event, Finished, Token
 from colm.nodes import ClusterStatus
-from colm.request import AttentionMode, ChatMessage, GenerateRequest
+from colm.request import AttentionMode, ChatMessage, GenerateRequest, KvCodec
 from colm.sampling import TOKEN_IDS, SamplingParams
 from colm.wire.endpoint import open_blocking_channel, open_channel
 from colm.wire.messages import cluster_status_from_pb, event_from_pb, generate_request_to_pb, token_id_pieces
@@ -124,6 +124,8 @@ class GenerateOptions(TypedDict, total=False):
     """Seconds until the answer is worthless."""
     attention: AttentionMode
     """`dense`, or `sparse` for long prompts: the prefill skips what each layer's plan finds light. Default: dense."""
+    kv_codec: KvCodec
+    """`raw`, or `int8`: the prompt's keys and values travel in about half the bytes, rounded. Default: raw."""
 
 
 def _upload(document: Document, prompt: str, options: GenerateOptions) -> _Upload:

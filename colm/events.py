@@ -84,7 +84,9 @@ class Usage:
     """Prompt tokens computed by the decode node."""
     num_new_tokens: int
     kv_received_bytes: int
-    """Payload of the keys and values received."""
+    """Payload of the keys and values received, as it was on the wire."""
+    kv_effective_bytes: int
+    """What those keys and values take in the cache; equal with the raw codec."""
     num_kv_streams: int
     """Streams opened; above 1 when a prefill node was lost on the way."""
     kv_shared_bytes: int = 0

@@ -1,6 +1,6 @@
 """Keys and values on the wire and in pages: the format and the fingerprint that both ends must agree on.
 
-Shapes: K kv heads, T tokens of a tile, D head dim.
+Shapes: K kv heads, T tokens of a tile, D head dim, Z the two of keys and values.
 """
 
 import hashlib
@@ -64,11 +64,29 @@ class KvTile:
     first_token: int
     k_KTD: Tensor
     v_KTD: Tensor
+    scale_ZKT: Tensor | None = None
+    """Where keys and values are int8: the bf16 number that each token's and head's are multiples of, keys' first."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens in the tile."""
         return self.k_KTD.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of, in the order of the wire."""
+        both = self.k_KTD, self.v_KTD
+        return both if self.scale_ZKT is None else (*both, self.scale_ZKT)
+
+    def part(self, start: int, stop: int) -> "KvTile":
+        """Its tokens [start, stop), as views."""
+        return KvTile(
+            self.layer,
+            self.first_token + start,
+            self.k_KTD[:, start:stop],
+            self.v_KTD[:, start:stop],
+            None if self.scale_ZKT is None else self.scale_ZKT[:, :, start:stop],
+        )
 
 
 def fingerprint(checkpoint: Checkpoint, kv_format: KvFormat) -> str:

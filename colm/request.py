@@ -10,6 +10,9 @@ from colm.sampling import SamplingParams
 AttentionMode = Literal["dense", "sparse"]
 """What a prompt's tokens attend to at the prefill: everything before them, or what a plan made for the prompt lists."""
 ATTENTION_MODES: tuple[AttentionMode, ...] = get_args(AttentionMode)
+KvCodec = Literal["raw", "int8"]
+"""How a prompt's keys and values travel: as they are, or in int8 with a scale a token and kv head, half the bytes."""
+KV_CODECS: tuple[KvCodec, ...] = get_args(KvCodec)
 
 
 ChatRole = Literal["system", "user", "assistant"]
@@ -58,6 +61,8 @@ class GenerateRequest:
     """Seconds until the client no longer needs the answer."""
     attention: AttentionMode = "dense"
     """Of the prompt, at the prefill."""
+    kv_codec: KvCodec = "raw"
+    """Of the prompt's keys and values, from the prefill node to the decode node."""
 
     def __post_init__(self) -> None:
         checks.utf8("model", self.model)
@@ -79,3 +84,4 @@ class GenerateRequest:
         if self.timeout_s is not None:
             checks.number("timeout_s", self.timeout_s, "must be a finite number of seconds")
         checks.choice("attention", self.attention, ATTENTION_MODES)
+        checks.choice("kv_codec", self.kv_codec, KV_CODECS)

@@ -17,7 +17,7 @@ from colm.events import PrefillProgress, Queued, SparseReport, WaitsFor
 from colm.kv_position import KV_START
 from colm.line import BEAT_INTERVAL_S, wait_at_most
 from colm.metrics.kv_stream import KvStreamMetrics
-from colm.request import AttentionMode
+from colm.request import AttentionMode, KvCodec
 from colm.wire import endpoint
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease
@@ -42,6 +42,7 @@ class KvTransfer:
     table_M: NDArray[np.int32]
     """Page ids; see `KvStore.page_table`."""
     attention: AttentionMode = "dense"
+    codec: KvCodec = "raw"
 
 
 class Receiver(Protocol):
@@ -69,6 +70,8 @@ class KvOrder:
     table_M: NDArray[np.int32]
     attention: AttentionMode = "dense"
     """The same in every attempt: dense and sparse tiles do not fit together above layer 0."""
+    codec: KvCodec = "raw"
+    """In which they travel."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,6 +81,7 @@ class KvAccount:
     num_kv_streams: int = 0
     kv_received_bytes: int = 0
     kv_shared_bytes: int = 0
+    kv_effective_bytes: int = 0
     queue_s: float = 0.0
     prefill_s: float = 0.0
     sparse: SparseReport | None = None
@@ -198,6 +202,7 @@ class KvFetcher:
             token_ids=order.token_ids,
             table_M=order.table_M,
             attention=order.attention,
+            codec=order.codec,
         )
         receiver = self._receive(transfer, lease)
         thread = self._start(receiver, order.pages)
@@ -217,6 +222,7 @@ class KvFetcher:
             account.prefill_s += ended_s - started_s
             account.kv_received_bytes += ledger.payload_bytes
             account.kv_shared_bytes += ledger.shared_bytes
+            account.kv_effective_bytes += ledger.effective_bytes
             holder.note(lease.address, None if receiver.heard_s is None else ended_s - receiver.heard_s)
 
     def _start(self, receiver: Receiver, pages: PageLease) -> "Future[None]":

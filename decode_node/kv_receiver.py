@@ -12,6 +12,7 @@ from colm.errors import PeerUnavailable
 from colm.events import Queued, SparseReport
 from colm.kv_position import KvPosition
 from colm.wire.channels import BlockingChannels
+from colm.wire.kv_codec import require_codec
 from colm.wire.messages import queued_from_pb, sparse_report_from_pb
 from colm.wire.security import Security
 from colm.wire.shared_memory import SharedReader
@@ -120,6 +121,9 @@ class KvReceiver:
                 case "queued":
                     self.queued = self._read_queued(message.queued)
                 case "started":
+                    # Unset by a node that knows raw alone.
+                    codec = message.started.codec or common_pb2.CODEC_RAW
+                    require_codec(codec, self._transfer.codec, f"the KV stream of {self._lease.address}")
                     self.started_s = self._clock.now()
                 case "tile":
                     self._store_tile(message.tile, payload)
@@ -170,7 +174,8 @@ class KvReceiver:
             if self._memory is None or payload:
                 raise PeerUnavailable("the KV stream broke its format: a payload where none was expected")
             payload = self._memory.read(header.shared)
-        tile = decode_tile(header, payload, self._store.layout.kv_format)
+        kv_format = self._store.layout.kv_format
+        tile = decode_tile(header, payload, kv_format, self._transfer.codec)
         self._ledger.admit(
             Arrival(
                 transfer_id=header.transfer_id,
@@ -180,6 +185,7 @@ class KvReceiver:
                 num_tokens=tile.num_tokens,
                 payload_bytes=len(payload),
                 is_shared=is_shared,
+                effective_bytes=tile.num_tokens * kv_format.layer_token_bytes,
             )
         )
         self._store.write(self._transfer.table_M, tile)

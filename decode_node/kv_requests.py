@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from colm.kv_position import KvPosition
-from colm.wire.messages import attention_to_pb, token_id_pieces
+from colm.wire.messages import CODECS, attention_to_pb, token_id_pieces
 from colm.wire.tile_codec import ACKNOWLEDGE_BYTES
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
@@ -82,6 +82,7 @@ class KvRequests:
                 num_tokens=len(transfer.token_ids),
                 lease_id=self._lease_id,
                 resume_from=_position(self._said),
+                codecs=[CODECS[transfer.codec]],
                 attention=attention_to_pb(transfer.attention),
                 host_id=self._host,
             )

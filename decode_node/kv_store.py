@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from colm_kernels.kv_quantise import write_dequantised_kv
 from colm_kernels.rotary import write_kv
 from numpy.typing import NDArray
 from torch import Tensor
@@ -46,14 +47,30 @@ class KvStore:
 
         Args:
             table_M: the request's page ids, from `page_table`.
-            tile: in the store's format, on the host.
+            tile: in the store's format, or in int8, on the host.
         """
         runs = list(self._runs(table_M, tile.first_token, tile.num_tokens))
+        if tile.scale_ZKT is not None:
+            self._write_quantised(runs, tile, tile.scale_ZKT)
+            return
         for cache_LSKD, tokens_KTD in zip(self._caches, (tile.k_KTD, tile.v_KTD), strict=True):
             cache_SKD = cache_LSKD[tile.layer]
             tokens_TKD = self._written(tokens_KTD).swapaxes(0, 1)
             for first, count, slot in runs:
                 cache_SKD[slot : slot + count] = tokens_TKD[first : first + count]
+
+    def _write_quantised(self, runs: list[tuple[int, int, int]], tile: KvTile, scale_ZKT: Tensor) -> None:
+        caches = self._k_cache_LSKD[tile.layer], self._v_cache_LSKD[tile.layer]
+        for cache_SKD, q_KTD, scale_KT in zip(caches, (tile.k_KTD, tile.v_KTD), scale_ZKT, strict=True):
+            q_TKD, scale_TK = q_KTD.transpose(0, 1), scale_KT.t()
+            for first, count, slot in runs:
+                # In this thread alone, as in `_written`.
+                write_dequantised_kv(
+                    q_TKD[first : first + count],
+                    scale_TK[first : first + count],
+                    cache_SKD[slot : slot + count],
+                    num_threads=1,
+                )
 
     def _written(self, tensor: Tensor) -> Any:
         """A tensor as `write` copies it: on the CPU a NumPy view, which copies in the calling thread alone.

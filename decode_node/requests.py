@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from colm.clock import Clock, Deadline
 from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, InvalidRequest
 from colm.events import Event, Finished, Queued, Reserved, Timings, Token, Usage, WaitsFor
-from colm.request import AttentionMode
+from colm.request import AttentionMode, KvCodec
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 from decode_node.decode_loop import DecodeLoop
@@ -43,6 +43,8 @@ class DecodeJob:
     """Refuse the job, rather than let it wait, unless its pages are free now."""
     attention: AttentionMode = "dense"
     """How the prefill attends."""
+    kv_codec: KvCodec = "raw"
+    """How its keys and values come here."""
 
 
 class Stage(Enum):
@@ -184,6 +186,7 @@ class RequestOwner:
                 pages=pages,
                 table_M=table_M,
                 attention=job.attention,
+                codec=job.kv_codec,
             )
             await self._fetcher.fetch(order, request.account, emit)
         request.stage = Stage.DECODING
@@ -247,6 +250,7 @@ class RequestOwner:
                     num_decode_prompt_tokens=len(job.token_ids) - num_prefill_tokens,
                     num_new_tokens=answer.num_new_tokens,
                     kv_received_bytes=account.kv_received_bytes,
+                    kv_effective_bytes=account.kv_effective_bytes,
                     num_kv_streams=account.num_kv_streams,
                     kv_shared_bytes=account.kv_shared_bytes,
                 ),

@@ -10,7 +10,7 @@ from colm.errors import InvalidRequest
 from colm.events import Event
 from colm.leases import LeaseTable
 from colm.model.config import ChainConfig
-from colm.wire.messages import attention_from_pb, decode_response, sampling_from_pb
+from colm.wire.messages import attention_from_pb, decode_response, kv_codec_from_pb, sampling_from_pb
 from colm.wire.prompt_stream import check_id, read_open, read_token_ids
 from colm.wire.status import answering
 from colm.wire.v1 import decode_service_pb2 as pb
@@ -59,6 +59,7 @@ class DecodeService(DecodeServiceServicer):
                 deadline=None if remaining_s is None else Deadline.after(self._clock, remaining_s),
                 only_if_room=opened.only_if_room,
                 attention=attention_from_pb(opened.attention),
+                kv_codec=kv_codec_from_pb(opened.kv_codec),
             )
 
             async def emit(event: Event) -> None:

@@ -26,6 +26,8 @@ class Arrival:
     first_token: int
     num_tokens: int
     payload_bytes: int
+    effective_bytes: int
+    """What it takes in pages."""
     is_shared: bool = False
     """The payload lay in shared memory."""
 
@@ -48,9 +50,11 @@ class TransferLedger:
         self.num_tiles = 0
         """Tiles admitted in this epoch."""
         self.payload_bytes = 0
-        """Bytes of those tiles."""
+        """Bytes of those tiles, as they were sent."""
         self.shared_bytes = 0
         """Of those, the bytes that lay in shared memory."""
+        self.effective_bytes = 0
+        """Bytes of those tiles in pages."""
         self._reached = KV_START
         self._num_layers = num_layers
         self._num_tokens = num_tokens
@@ -58,7 +62,7 @@ class TransferLedger:
     def begin(self) -> int:
         """Begin a new epoch and return it; tiles of older ones are refused from here on."""
         self.epoch += 1
-        self.num_tiles = self.payload_bytes = self.shared_bytes = 0
+        self.num_tiles = self.payload_bytes = self.shared_bytes = self.effective_bytes = 0
         return self.epoch
 
     @property
@@ -102,6 +106,7 @@ class TransferLedger:
         self.num_tiles += 1
         self.payload_bytes += arrival.payload_bytes
         self.shared_bytes += arrival.payload_bytes if arrival.is_shared else 0
+        self.effective_bytes += arrival.effective_bytes
 
     def complete(
         self, *, transfer_id: str, epoch: int, num_tiles: int, payload_bytes: int, shared_bytes: int = 0

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KvPosition
+from colm.request import KvCodec
+from colm.wire.kv_codec import codec_of, quantised, wire_token_bytes
 from colm.wire.shared_memory import SharedMemory, Slot
 from colm.wire.tile_codec import decode_message, decode_tile, encode_tile, max_tile_tokens, split_tile
 
@@ -19,19 +21,23 @@ class TileEncoder:
     num_tokens: int
     """Of the prompt."""
     kv_format: KvFormat
+    codec: KvCodec = "raw"
 
     def encode(
         self, tile: KvTile, *, epoch: int, since: KvPosition, memory: SharedMemory | None = None
     ) -> "list[EncodedTile]":
-        """Copy a computed tile into messages of about 1 MiB; what lies before `since` is left out.
+        """Write a computed tile into messages of about 1 MiB; what lies before `since` is left out.
 
         Args:
             tile: as the engine made it.
             epoch: of the stream that reads it.
             since: what the reader has.
             memory: takes the payloads, as long as it has room.
+
+        Raises:
+            NotFinite: the tile cannot be sent.
         """
-        max_tokens = max_tile_tokens(self.kv_format, _MESSAGE_BYTES)
+        max_tokens = max_tile_tokens(self.kv_format, _MESSAGE_BYTES, self.codec)
         return [
             self._one(part, epoch, memory)
             for rest in self._since(tile, since)
@@ -52,7 +58,7 @@ class TileEncoder:
         """
         header, payload = decode_message(encoded.message)
         payload = payload if encoded.slot is None else encoded.slot.payload
-        tile = decode_tile(header.tile, payload, self.kv_format)
+        tile = decode_tile(header.tile, payload, self.kv_format, self.codec)
         if is_shared and encoded.slot is not None and encoded.begin >= since:
             header.tile.epoch = epoch
             return replace(encoded, epoch=epoch, message=header.SerializeToString())
@@ -65,8 +71,8 @@ class TileEncoder:
         Raises:
             OSError: there is none to be had.
         """
-        slot_tokens = min(max_tile_tokens(self.kv_format, _MESSAGE_BYTES), tile_tokens, self.num_tokens)
-        slot_bytes = slot_tokens * self.kv_format.layer_token_bytes
+        slot_tokens = min(max_tile_tokens(self.kv_format, _MESSAGE_BYTES, self.codec), tile_tokens, self.num_tokens)
+        slot_bytes = slot_tokens * wire_token_bytes(self.kv_format, self.codec)
         num_payloads = self.kv_format.num_layers * -(-self.num_tokens // slot_tokens)
         return SharedMemory(slot_bytes, min(num_payloads, -(-window_bytes // slot_bytes) + 1))
 
@@ -77,12 +83,13 @@ class TileEncoder:
         if num_gone <= 0:
             yield tile
         else:
-            k_KTD, v_KTD = tile.k_KTD[:, num_gone:], tile.v_KTD[:, num_gone:]
-            yield KvTile(tile.layer, tile.first_token + num_gone, k_KTD, v_KTD)
+            yield tile.part(num_gone, tile.num_tokens)
 
     def _one(self, tile: KvTile, epoch: int, memory: SharedMemory | None) -> "EncodedTile":
         begin = KvPosition(tile.layer, tile.first_token)
-        payload_bytes = tile.num_tokens * self.kv_format.layer_token_bytes
+        if codec_of(tile) != self.codec:
+            tile = quantised(tile)
+        payload_bytes = tile.num_tokens * wire_token_bytes(self.kv_format, self.codec)
         slot = None if memory is None else memory.take(payload_bytes)
         return EncodedTile(
             begin=begin,

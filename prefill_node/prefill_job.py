@@ -17,6 +17,7 @@ from colm.errors import TransferSuperseded
 from colm.events import SparseReport
 from colm.kv import KvFormat
 from colm.kv_position import KV_START, KvPosition
+from colm.request import KvCodec
 from colm.wire.shared_memory import SharedMemory
 from colm.wire.tile_codec import WINDOW_BYTES
 from prefill_node.cost_model import CostModel, Work
@@ -38,6 +39,8 @@ class PrefillOrder:
     """The first thing that the stream has to bring."""
     sparse: PromptPlans | None = None
     """Plans the prompt's attention; None for dense. A job keeps those of the order that it began with."""
+    codec: KvCodec = "raw"
+    """Of the tiles; a job keeps that of the order that it began with."""
 
 
 class PrefillJob:
@@ -70,7 +73,9 @@ class PrefillJob:
         self.epoch = -1
         """Of the stream that came last."""
         self.cancelled = CancelFlag()
-        self.encoder = TileEncoder(transfer_id=order.transfer_id, num_tokens=len(order.token_ids), kv_format=kv_format)
+        self.encoder = TileEncoder(
+            transfer_id=order.transfer_id, num_tokens=len(order.token_ids), kv_format=kv_format, codec=order.codec
+        )
         self.memory: SharedMemory | None = None
         """Holds the window's payloads that were made while their reader read there; None before it is offered."""
         self.run: PrefillRun | None = None
@@ -245,9 +250,9 @@ class PrefillJob:
 
     def can_resume(self, order: PrefillOrder) -> bool:
         """Whether what is held, and what is still to come, is all that the order asks for."""
-        # Dense and sparse tiles do not fit together above layer 0.
+        # Dense and sparse tiles do not fit together above layer 0; tiles that wait are written in the job's codec.
         is_same = (self.sparse is None) == (order.sparse is None) and np.array_equal(self.token_ids, order.token_ids)
-        return is_same and self.acknowledged <= order.resume_from
+        return is_same and self.encoder.codec == order.codec and self.acknowledged <= order.resume_from
 
     def attach(self, order: PrefillOrder) -> JobStream:
         """Let a stream read from the order's position on; an older one ends.

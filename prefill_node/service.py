@@ -15,7 +15,9 @@ from colm.events import Queued, WaitsFor
 from colm.kv_position import KV_START, KvPosition
 from colm.leases import LeaseTable
 from colm.metrics.kv_stream import KvStreamMetrics, StreamCount
-from colm.wire.messages import attention_from_pb, queued_to_pb, sparse_report_to_pb
+from colm.request import KvCodec
+from colm.wire.kv_codec import choose_codec
+from colm.wire.messages import CODECS, attention_from_pb, queued_to_pb, sparse_report_to_pb
 from colm.wire.prompt_stream import check_id, read_open, read_token_ids
 from colm.wire.shared_memory import host_id
 from colm.wire.status import answering
@@ -96,6 +98,7 @@ class PrefillService:
                     f"this prefill node serves {self._fingerprint[:16]}, the caller wants {opened.fingerprint[:16]}: "
                     "different chain 1 or dtype"
                 )
+            codec = choose_codec(opened.codecs)
             if self._leases is not None:
                 stack.callback(self._leases.release, self._leases.open(opened.lease_id))
             limit = self._engine.config.max_context
@@ -104,7 +107,7 @@ class PrefillService:
             self._loop.check(opened.num_tokens, self._plans(opened))
             token_ids = await read_token_ids(requests, opened.num_tokens)
             self._engine.check(token_ids)
-            order = self._order(opened, token_ids)
+            order = self._order(opened, token_ids, codec)
             stream = self._loop.attach(order)
             stack.callback(self._loop.detach, stream)
             count = stack.enter_context(self._metrics.stream(is_resumed=order.resume_from > KV_START))
@@ -122,7 +125,7 @@ class PrefillService:
                 stream.require_current()
                 raise
 
-    def _order(self, opened: pb.OpenKvTransfer, token_ids: NDArray[np.int64]) -> PrefillOrder:
+    def _order(self, opened: pb.OpenKvTransfer, token_ids: NDArray[np.int64], codec: KvCodec) -> PrefillOrder:
         position = KvPosition(opened.resume_from.layer, opened.resume_from.token)
         end = KvPosition(self._engine.kv_format.num_layers, 0)
         if position.token >= opened.num_tokens or position > end:
@@ -133,6 +136,7 @@ class PrefillService:
             token_ids=token_ids,
             resume_from=position,
             sparse=self._plans(opened),
+            codec=codec,
         )
 
     def _plans(self, opened: pb.OpenKvTransfer) -> PromptPlans | None:
@@ -166,11 +170,12 @@ class PrefillService:
             position = pb.KvPosition(layer=reached.layer, token=reached.token)
             await context.write(pb.PullKvResponse(reached=position).SerializeToString())
 
+        started = pb.TransferStarted(codec=CODECS[stream.job.encoder.codec])
         started_s, ended = time.monotonic(), "cancelled"
         try:
             await self._loop.turn(stream, beat)
             started_s = time.monotonic()
-            await context.write(pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString())
+            await context.write(pb.PullKvResponse(started=started).SerializeToString())
             if self._host_id and opened.host_id == self._host_id:
                 await self._offer_memory(stream, context)
             async for tile in stream.tiles(progress):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from colm_kernels import native, tolerance
-from colm_kernels.kv_quantise import quantise_kv, quantise_kv_reference
+from colm_kernels.kv_quantise import dequantise_kv, quantise_kv, quantise_kv_reference, write_dequantised_kv
 from colm_kernels.native import use_variant
 from colm_kernels.rms_norm import add_rms_norm_
 from colm_kernels.rotary import write_kv
@@ -181,6 +181,36 @@ class QuantiseCase(SmallCase):
         return lambda: quantise_kv(x), check
 
 
+@dataclass(frozen=True, kw_only=True)
+class DequantiseCase(SmallCase):
+    """int8 keys or values out of a message, head by head, into pages, token by token."""
+
+    num_heads: int
+    head_dim: int
+
+    @property
+    def name(self) -> str:
+        """The shape in one word."""
+        return f"dequantise_kv_{short(self.dtype)}_t{self.num_rows}_kv{self.num_heads}_d{self.head_dim}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in, a scale a row, and bytes out."""
+        return self.num_rows * self.num_heads * (self.head_dim * (self.dtype.itemsize + 1) + 2)
+
+    def prepare(self, seed: int) -> tuple[Callable[[], object], Callable[[], None]]:
+        """Write into the same rows again and again."""
+        q, scale = quantise_kv_reference(self.draw(seed, self.num_rows, self.num_heads, self.head_dim))
+        q, scale = (each.transpose(0, 1).contiguous().transpose(0, 1) for each in (q, scale))
+        out = torch.empty(q.shape, dtype=self.dtype)
+
+        def check() -> None:
+            write_dequantised_kv(q, scale, out)
+            assert torch.equal(out, dequantise_kv(q, scale, self.dtype))
+
+        return lambda: write_dequantised_kv(q, scale, out), check
+
+
 SMALL_CASES: Sequence[SmallCase] = tuple(
     case
     for dtype in (torch.bfloat16, torch.float32)
@@ -190,6 +220,7 @@ SMALL_CASES: Sequence[SmallCase] = tuple(
         RotaryCase(num_rows=num_rows, num_heads=3, head_dim=64, dtype=dtype),
         SwigluCase(num_rows=num_rows, dim=1536 if num_rows == 512 else 2048, dtype=dtype),
         QuantiseCase(num_rows=num_rows, num_heads=3, head_dim=64, dtype=dtype),
+        DequantiseCase(num_rows=num_rows, num_heads=3, head_dim=64, dtype=dtype),
     )
 )
 """Decode steps of one and eight requests, and a prefill tile, of a model of 135M parameters."""

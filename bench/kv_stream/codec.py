@@ -27,6 +27,7 @@ from colm.kv_position import KV_START
 from colm.wire.endpoint import bind, create_server, open_blocking_channel
 from colm.wire.security import Security, new_tls
 from colm.wire.tile_codec import METHOD, SERVICE, WINDOW_BYTES, decode_message, decode_tile, encode_tile
+from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_fetch import KvTransfer
 from decode_node.kv_layout import KvLayout
@@ -93,7 +94,9 @@ def payload_of(tile: KvTile) -> bytes:
 def encode_generated(tile: KvTile) -> bytes:
     """The same message through the generated class, with the copies that it makes."""
     payload = payload_of(tile)
-    header = pb.TileHeader(num_tokens=tile.num_tokens, codec=pb.CODEC_RAW, checksum=xxhash.xxh3_64_intdigest(payload))
+    header = pb.TileHeader(
+        num_tokens=tile.num_tokens, codec=common_pb2.CODEC_RAW, checksum=xxhash.xxh3_64_intdigest(payload)
+    )
     return pb.PullKvResponse(tile=header, payload=payload).SerializeToString()
 
 

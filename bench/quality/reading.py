@@ -45,7 +45,7 @@ class Reading:
     def nlls(self, token_ids_T: NDArray[np.int64]) -> Tensor:
         """-ln p of every token of a text but the first, float64 [T - 1]."""
         following_T = torch.from_numpy(token_ids_T[1:])
-        pairs = zip(self._logits(token_ids_T[:-1]), following_T.split(MAX_QUERY_TOKENS), strict=True)
+        pairs = zip(self.logits(token_ids_T[:-1]), following_T.split(MAX_QUERY_TOKENS), strict=True)
         return torch.cat([negative_log_likelihoods(logits_QV, following_Q) for logits_QV, following_Q in pairs])
 
     def is_answered(self, question_T: NDArray[np.int64], answer_T: NDArray[np.int64]) -> bool:
@@ -53,11 +53,11 @@ class Reading:
 
         It does exactly if every token of the answer is the likeliest after those before it, so all are read at once.
         """
-        logits_TV = torch.cat(list(self._logits(np.concatenate([question_T, answer_T])[:-1])))
+        logits_TV = torch.cat(list(self.logits(np.concatenate([question_T, answer_T])[:-1])))
         chosen_T = logits_TV[-len(answer_T) :].argmax(dim=1)
         return torch.equal(chosen_T, torch.from_numpy(answer_T))
 
-    def _logits(self, token_ids_T: NDArray[np.int64]) -> Iterator[Tensor]:
+    def logits(self, token_ids_T: NDArray[np.int64]) -> Iterator[Tensor]:
         """logits_QV of a text's tokens, some after the others."""
         for start in range(0, len(token_ids_T), MAX_QUERY_TOKENS):
             read = tuple(token_ids_T[start : start + MAX_QUERY_TOKENS].tolist())

@@ -242,6 +242,7 @@ def _finished(work: _Work, answer: RunningAnswer, now_s: float) -> Finished:
             num_decode_prompt_tokens=1,
             num_new_tokens=answer.num_new_tokens,
             kv_received_bytes=0,
+            kv_effective_bytes=0,
             num_kv_streams=0,
         ),
         timings=Timings(

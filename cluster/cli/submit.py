@@ -12,7 +12,7 @@ from cluster.cli.output import DEFAULT_STATE_DIR, INTERRUPTED, JsonFlag, StateDi
 from cluster.state import ClusterState
 from colm.client import Client, Document
 from colm.errors import ClusterError
-from colm.request import AttentionMode
+from colm.request import AttentionMode, KvCodec
 from colm.sampling import SamplingParams
 from colm.wire.security import Security, Tls, read_token
 
@@ -37,6 +37,9 @@ def submit(
     attention: Annotated[
         AttentionMode, typer.Option(help="sparse skips what each layer's plan finds light; for long documents.")
     ] = "dense",
+    kv_codec: Annotated[
+        KvCodec, typer.Option(help="int8 sends keys and values in half the bytes, rounded; for slow networks.")
+    ] = "raw",
     model: Annotated[str, typer.Option(help="Model name; the cluster's only one by default.")] = "",
     address: Annotated[str | None, typer.Option(help="Gateway host:port; this machine's cluster by default.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="With --address: file with the client token.")] = None,
@@ -62,6 +65,7 @@ def submit(
                 sampling=sampling,
                 timeout_s=timeout_s,
                 attention=attention,
+                kv_codec=kv_codec,
             )
             with closing(answer) as events:  # leaving early cancels the request on every node
                 for event in events:

@@ -14,7 +14,7 @@ from colm.errors import CapacityExceeded, PeerUnavailable
 from colm.events import Event, Finished, Queued, Reserved, WaitsFor
 from colm.line import Beat
 from colm.nodes import Role
-from colm.request import AttentionMode
+from colm.request import AttentionMode, KvCodec
 from colm.sampling import SamplingParams
 
 _MAX_LOST_CALLS = 3
@@ -52,6 +52,7 @@ class DecodeJob:
     max_new_tokens: int
     sampling: SamplingParams
     attention: AttentionMode
+    kv_codec: KvCodec
 
 
 class DecodeNodeCalls(Protocol):

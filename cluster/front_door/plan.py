@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from colm.errors import DeadlineExceeded, InvalidRequest, UnknownModel
 from colm.model.config import ChainConfig
-from colm.request import AttentionMode, ChatMessage, GenerateRequest
+from colm.request import AttentionMode, ChatMessage, GenerateRequest, KvCodec
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 
@@ -53,6 +53,7 @@ class Plan:
     timeout_s: float | None
     """The client's deadline; None lets the gateway choose one, once it knows the prompt's length."""
     attention: AttentionMode
+    kv_codec: KvCodec
 
     @classmethod
     def of(
@@ -101,4 +102,5 @@ class Plan:
             sampling=request.sampling,
             timeout_s=timeout_s,
             attention=request.attention,
+            kv_codec=request.kv_codec,
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
@@ -25,7 +25,7 @@ from colm.events import (
     WaitsFor,
 )
 from colm.nodes import ClusterStatus, ModelStatus, NodeReport, NodeStatus, ProcessFacts, Role
-from colm.request import ATTENTION_MODES, AttentionMode, ChatMessage, GenerateRequest
+from colm.request import ATTENTION_MODES, KV_CODECS, AttentionMode, ChatMessage, GenerateRequest, KvCodec
 from colm.sampling import SamplingParams
 from colm.wire.v1 import common_pb2 as pb
 from colm.wire.v1 import decode_service_pb2 as decode_pb
@@ -48,6 +48,7 @@ _ATTENTION_MODES: dict[AttentionMode, pb.AttentionMode] = {
     "dense": pb.ATTENTION_MODE_DENSE,
     "sparse": pb.ATTENTION_MODE_SPARSE,
 }
+CODECS: Final[dict[KvCodec, pb.Codec]] = {"raw": pb.CODEC_RAW, "int8": pb.CODEC_INT8}
 _WAITS_FOR = {
     WaitsFor.DECODE_NODE: pb.WAITS_FOR_DECODE_NODE,
     WaitsFor.PAGES: pb.WAITS_FOR_PAGES,
@@ -120,6 +121,20 @@ def attention_from_pb(value: pb.AttentionMode) -> AttentionMode:
     raise InvalidRequest("attention", value, f"must be {' or '.join(ATTENTION_MODES)}")
 
 
+def kv_codec_from_pb(value: pb.Codec) -> KvCodec:
+    """Wire to domain.
+
+    Raises:
+        InvalidRequest: a codec of a newer client.
+    """
+    if value == pb.CODEC_UNSPECIFIED:
+        return "raw"
+    for codec, known in CODECS.items():
+        if value == known:
+            return codec
+    raise InvalidRequest("kv_codec", value, f"must be {' or '.join(KV_CODECS)}")
+
+
 def sparse_report_to_pb(report: SparseReport) -> pb.SparseReport:
     """Domain to wire."""
     return pb.SparseReport(layers=[_to_pb(pb.LayerRecall, layer) for layer in report.layers])
@@ -176,6 +191,7 @@ def generate_request_to_pb(request: GenerateRequest) -> generation_pb.OpenGenera
         sampling=sampling_to_pb(request.sampling),
         attention=attention_to_pb(request.attention),
         history=[generation_pb.ChatMessage(role=each.role, content=each.content) for each in request.history],
+        kv_codec=CODECS[request.kv_codec],
     )
     if request.chat is not None:
         message.chat = request.chat
@@ -205,6 +221,7 @@ def generate_request_from_pb(message: generation_pb.OpenGenerate) -> GenerateReq
         sampling=sampling_from_pb(message.sampling),
         attention=attention_from_pb(message.attention),
         history=tuple(_chat_message(each) for each in message.history),
+        kv_codec=kv_codec_from_pb(message.kv_codec),
         **chosen,
     )
 

@@ -15,9 +15,12 @@ import xxhash
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from colm.errors import FingerprintMismatch, NotFinite, PeerUnavailable
+from colm.errors import FingerprintMismatch, PeerUnavailable
 from colm.finite import bytes_are_finite
 from colm.kv import KvFormat, KvTile
+from colm.request import KvCodec
+from colm.wire.kv_codec import codec_of, not_finite, read_payload, require_codec, wire_token_bytes
+from colm.wire.messages import CODECS
 from colm.wire.shared_memory import Slot
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 
@@ -51,19 +54,16 @@ def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int, slot: Slot | None
         slot: shared memory, where the payload then goes; the message says where it lies.
 
     Raises:
-        NotFinite: the tile holds NaN or infinities; names its layer and tokens.
+        NotFinite: a raw tile holds NaN or infinities; names its layer and tokens.
     """
-    parts = [part for tensor in _on_host(tile.k_KTD, tile.v_KTD) for part in _runs(tensor)]
+    codec = codec_of(tile)
+    parts = [part for tensor in _on_host(*tile.tensors) for part in _runs(tensor)]
     checksum = xxhash.xxh3_64()
     for part in parts:
         checksum.update(part)
         # Behind the checksum, which has brought the bytes near.
-        if not bytes_are_finite(part, tile.k_KTD.dtype):
-            raise NotFinite(
-                f"the keys or values of layer {tile.layer}, tokens {tile.first_token} to "
-                f"{tile.first_token + tile.num_tokens - 1}, hold NaN or infinities; the model's weights or its dtype "
-                "are at fault"
-            )
+        if codec == "raw" and not bytes_are_finite(part, tile.k_KTD.dtype):
+            raise not_finite(tile, "NaN or infinities")
     length = sum(part.nbytes for part in parts)
     header = pb.PullKvResponse(
         tile=pb.TileHeader(
@@ -72,7 +72,7 @@ def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int, slot: Slot | None
             layer=tile.layer,
             first_token=tile.first_token,
             num_tokens=tile.num_tokens,
-            codec=pb.CODEC_RAW,
+            codec=CODECS[codec],
             checksum=checksum.intdigest(),
             shared=None if slot is None else pb.SharedPayload(offset_bytes=slot.offset_bytes, num_bytes=length),
         )
@@ -86,8 +86,7 @@ def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int, slot: Slot | None
 def split_tile(tile: KvTile, max_tokens: int) -> Iterator[KvTile]:
     """Cut a tile into runs of at most `max_tokens` tokens."""
     for start in range(0, tile.num_tokens, max_tokens):
-        stop = min(start + max_tokens, tile.num_tokens)
-        yield KvTile(tile.layer, tile.first_token + start, tile.k_KTD[:, start:stop], tile.v_KTD[:, start:stop])
+        yield tile.part(start, min(start + max_tokens, tile.num_tokens))
 
 
 def decode_message(data: bytes) -> tuple[pb.PullKvResponse, memoryview]:
@@ -115,33 +114,43 @@ def decode_message(data: bytes) -> tuple[pb.PullKvResponse, memoryview]:
     return header, view[start:]
 
 
-def decode_tile(header: pb.TileHeader, payload: memoryview, kv_format: KvFormat) -> KvTile:
+def decode_tile(header: pb.TileHeader, payload: memoryview, kv_format: KvFormat, codec: KvCodec = "raw") -> KvTile:
     """The tile of a message that `decode_message` has taken apart, as views into it.
+
+    Args:
+        header: of the tile.
+        payload: behind it.
+        kv_format: of both ends.
+        codec: that was agreed on.
 
     Raises:
         PeerUnavailable: the payload was damaged on the way.
-        FingerprintMismatch: it came whole, in a codec or format that this end does not read; a retry cannot help.
+        FingerprintMismatch: it came whole, in another codec or format; a retry cannot help.
     """
     place = f"the tile at layer {header.layer} token {header.first_token}"
     if xxhash.xxh3_64_intdigest(payload) != header.checksum:
         raise PeerUnavailable(f"{place} was damaged on the way (checksum)")
     if not header.num_tokens:
         raise PeerUnavailable(f"{place} is empty")
-    if header.codec != pb.CODEC_RAW:
-        raise FingerprintMismatch(f"{place} came in codec {header.codec}, which this node cannot read")
-    if len(payload) != header.num_tokens * kv_format.layer_token_bytes:
+    require_codec(header.codec, codec, place)
+    if len(payload) != (num_bytes := header.num_tokens * wire_token_bytes(kv_format, codec)):
         raise FingerprintMismatch(
             f"{place} came as {len(payload)} bytes for {header.num_tokens} tokens; "
-            f"in this node's format they are {header.num_tokens * kv_format.layer_token_bytes}"
+            f"in this node's format they are {num_bytes}"
         )
-    shape = (2, kv_format.num_kv_heads, header.num_tokens, kv_format.head_dim)
-    k_KTD, v_KTD = torch.frombuffer(payload, dtype=kv_format.dtype).view(shape)
-    return KvTile(header.layer, header.first_token, k_KTD, v_KTD)
+    return read_payload(
+        payload,
+        codec,
+        kv_format,
+        layer=header.layer,
+        first_token=header.first_token,
+        num_tokens=header.num_tokens,
+    )
 
 
-def max_tile_tokens(kv_format: KvFormat, message_bytes: int) -> int:
+def max_tile_tokens(kv_format: KvFormat, message_bytes: int, codec: KvCodec = "raw") -> int:
     """The longest run of tokens of one layer whose keys and values fit a message; at least one token."""
-    return max(1, message_bytes // kv_format.layer_token_bytes)
+    return max(1, message_bytes // wire_token_bytes(kv_format, codec))
 
 
 def pull_kv_handlers(behaviour: Callable[..., object]) -> grpc.GenericRpcHandler:
@@ -155,18 +164,21 @@ def pull_kv_stub(channel: grpc.Channel) -> grpc.StreamStreamMultiCallable:
     return channel.stream_stream(f"/{SERVICE}/{METHOD}", pb.PullKvRequest.SerializeToString, None)
 
 
-def _on_host(k_KTD: Tensor, v_KTD: Tensor) -> tuple[Tensor, Tensor]:
-    """Both where the host reads them: as they are on the CPU, else copied into pinned memory, side by side."""
-    on_host = k_KTD.to("cpu", non_blocking=True), v_KTD.to("cpu", non_blocking=True)
-    if k_KTD.is_cuda:
-        torch.cuda.current_stream(k_KTD.device).synchronize()
+def _on_host(*tensors: Tensor) -> list[Tensor]:
+    """All where the host reads them: as they are on the CPU, else copied into pinned memory, side by side."""
+    on_host = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    if tensors[0].is_cuda:
+        torch.cuda.current_stream(tensors[0].device).synchronize()
     return on_host
 
 
-def _runs(tensor_KTD: Tensor) -> list[memoryview]:
+def _runs(tensor: Tensor) -> list[memoryview]:
     """A tensor's bytes in as few pieces as they lie in: in the engine's tile, each head's tokens are one."""
-    heads = tensor_KTD.view(1, -1) if tensor_KTD.is_contiguous() else tensor_KTD
-    return [head.data.cast("B") for head in heads.view(torch.uint8).numpy()]
+    if tensor.is_contiguous():
+        rows = tensor.view(1, -1)
+    else:  # keys and values lie head by head, a part's scales token by token
+        rows = tensor if tensor[0].is_contiguous() else tensor.flatten(0, 1)
+    return [row.data.cast("B") for row in rows.view(torch.uint8).numpy()]
 
 
 def _varint(value: int) -> bytes:

@@ -27,6 +27,18 @@ class QuantiseArgs(ctypes.Structure):
     )  # fmt: skip
 
 
+class DequantiseArgs(ctypes.Structure):
+    """`DequantiseArgs` of abi.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "q", "scale", "out", "num_tokens", "num_heads", "head_dim", "q_stride_t", "q_stride_k", "scale_stride_t",
+            "scale_stride_k", "out_stride_t", "out_stride_k", "dtype",
+        )
+    )  # fmt: skip
+
+
 def quantise_kv_reference(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
     """The definition, to the bit; see `quantise_kv`."""
     wide_TKD = x_TKD.float()
@@ -107,8 +119,39 @@ def write_quantised_kv(
 
 
 def dequantise_kv(q_TKD: Tensor, scale_TK: Tensor, dtype: torch.dtype) -> Tensor:
-    """x_TKD = q * scale, in fp32 inside; the error is at most half a scale plus the rounding to dtype."""
+    """x_TKD = q * scale, the definition to the bit: a product that fp32 holds exactly, rounded once to dtype.
+
+    The error is at most half a scale plus that rounding.
+    """
     return (q_TKD.float() * scale_TK.float().unsqueeze(-1)).to(dtype)
+
+
+def write_dequantised_kv(q_TKD: Tensor, scale_TK: Tensor, out_TKD: Tensor, *, num_threads: int | None = None) -> None:
+    """`dequantise_kv` into rows of a cache, in one pass.
+
+    Args:
+        q_TKD: int8, any strides; in host memory also where the cache lies on a device.
+        scale_TK: bf16, any strides, beside q_TKD; both may lie at any address, as in a message.
+        out_TKD: bf16, fp32 or fp16, any strides.
+        num_threads: None takes PyTorch's setting.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together; nothing is written then.
+    """
+    check_dims("q_TKD", q_TKD, None, None, None)
+    _check_pair("q_TKD", q_TKD, "scale_TK", scale_TK)
+    check_dims("out_TKD", out_TKD, *q_TKD.shape)
+    check_dtype("out_TKD", out_TKD, torch.bfloat16, torch.float32, torch.float16)
+    threads, variant = native.resolve_num_threads(num_threads), native.choose_rows_variant(out_TKD)
+    if variant == "torch" or q_TKD.stride(2) != 1:
+        on_device = q_TKD.to(out_TKD.device), scale_TK.to(out_TKD.device)
+        out_TKD.copy_(dequantise_kv(*on_device, out_TKD.dtype))
+        return
+    args = DequantiseArgs(
+        q_TKD.data_ptr(), scale_TK.data_ptr(), out_TKD.data_ptr(), *q_TKD.shape,
+        *q_TKD.stride()[:2], *scale_TK.stride(), *out_TKD.stride()[:2], native.dtype_id(out_TKD.dtype),
+    )  # fmt: skip
+    native.call("colm_dequantise", args, variant, threads)
 
 
 def _check(x_TKD: Tensor, q_cache_SKD: Tensor, scale_cache_SK: Tensor, slot_mapping_T: Tensor | None) -> None:
@@ -119,10 +162,14 @@ def _check(x_TKD: Tensor, q_cache_SKD: Tensor, scale_cache_SK: Tensor, slot_mapp
         raise ValueError("x_TKD has head dim 0, expected at least 1")
     num_slots = num_tokens if slot_mapping_T is None else q_cache_SKD.shape[0]
     check_dims("q_cache_SKD", q_cache_SKD, num_slots, num_heads, head_dim)
-    check_dims("scale_cache_SK", scale_cache_SK, num_slots, num_heads)
-    check_dtype("q_cache_SKD", q_cache_SKD, torch.int8)
-    check_dtype("scale_cache_SK", scale_cache_SK, torch.bfloat16)
+    _check_pair("q_cache_SKD", q_cache_SKD, "scale_cache_SK", scale_cache_SK)
     if slot_mapping_T is not None:
         check_dims("slot_mapping_T", slot_mapping_T, num_tokens)
         if slot_mapping_T.dtype != torch.int64 or not slot_mapping_T.is_contiguous():
             raise ValueError(f"slot_mapping_T is {slot_mapping_T.dtype}, expected contiguous int64")
+
+
+def _check_pair(q_name: str, q: Tensor, scale_name: str, scale: Tensor) -> None:
+    check_dims(scale_name, scale, *q.shape[:2])
+    check_dtype(q_name, q, torch.int8)
+    check_dtype(scale_name, scale, torch.bfloat16)

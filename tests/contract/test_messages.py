@@ -45,7 +45,7 @@ from colm.events import (
     Usage,
     WaitsFor,
 )
-from colm.request import ATTENTION_MODES, CHAT_ROLES, ChatMessage, GenerateRequest
+from colm.request import ATTENTION_MODES, CHAT_ROLES, KV_CODECS, ChatMessage, GenerateRequest
 from colm.sampling import (
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
@@ -91,6 +91,7 @@ USAGES = st.builds(
     num_decode_prompt_tokens=U32,
     num_new_tokens=U32,
     kv_received_bytes=U64,
+    kv_effective_bytes=U64,
     num_kv_streams=U32,
 )
 TIMINGS = st.builds(Timings, queue_s=SECONDS, prefill_s=SECONDS, first_token_s=SECONDS, decode_s=SECONDS)
@@ -154,6 +155,7 @@ REQUESTS = st.builds(
     sampling=SAMPLING,
     timeout_s=st.none() | st.floats(allow_nan=False, allow_infinity=False),
     attention=st.sampled_from(ATTENTION_MODES),
+    kv_codec=st.sampled_from(KV_CODECS),
 )
 MESSAGES = st.builds(ChatMessage, role=st.sampled_from(CHAT_ROLES), content=TEXT)
 CONVERSATIONS = st.builds(replace, REQUESTS, chat=st.none(), history=st.lists(MESSAGES, max_size=3).map(tuple))
@@ -179,19 +181,19 @@ def test_a_request_reaches_the_gateway(request: GenerateRequest) -> None:
     assert generate_request_from_pb(sent(generate_request_to_pb(request))) == request
 
 
-def test_a_request_without_an_attention_mode_is_dense() -> None:
-    assert generate_request_from_pb(generation_service_pb2.OpenGenerate()).attention == "dense"
+def test_a_request_that_says_nothing_of_attention_and_codec_is_dense_and_raw() -> None:
+    request = generate_request_from_pb(generation_service_pb2.OpenGenerate())
+    assert (request.attention, request.kv_codec) == ("dense", "raw")
 
 
-def test_an_attention_mode_that_is_not_known_is_refused_by_name() -> None:
-    message = sent(generation_service_pb2.OpenGenerate(attention=3))  # type: ignore[arg-type]  # of a newer client
+@pytest.mark.parametrize(
+    ("field", "limit"), [("attention", "must be dense or sparse"), ("kv_codec", "must be raw or int8")]
+)
+def test_a_choice_that_is_not_known_is_refused_by_name(field: str, limit: str) -> None:
+    message = sent(generation_service_pb2.OpenGenerate(**{field: 3}))  # type: ignore[arg-type]  # of a newer client
     with pytest.raises(InvalidRequest) as refusal:
         generate_request_from_pb(message)
-    assert (refusal.value.field, refusal.value.value, refusal.value.limit) == (
-        "attention",
-        "3",
-        "must be dense or sparse",
-    )
+    assert (refusal.value.field, refusal.value.value, refusal.value.limit) == (field, "3", limit)
 
 
 def test_a_client_names_an_event_that_it_does_not_know() -> None:

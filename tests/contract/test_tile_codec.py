@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from colm.errors import FingerprintMismatch, PeerUnavailable
 from colm.kv import KvFormat, KvTile
 from colm.wire.tile_codec import _on_host, decode_message, decode_tile, encode_tile, max_tile_tokens, split_tile
+from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
@@ -59,7 +60,7 @@ def message_of(tile: KvTile, transfer_id: str = "t-1", epoch: int = 2) -> pb.Pul
         layer=tile.layer,
         first_token=tile.first_token,
         num_tokens=tile.num_tokens,
-        codec=pb.CODEC_RAW,
+        codec=common_pb2.CODEC_RAW,
         checksum=xxhash.xxh3_64_intdigest(payload),
     )
     return pb.PullKvResponse(tile=header, payload=payload)
@@ -193,7 +194,7 @@ def test_a_damaged_payload_is_worth_another_attempt(from_the_end: int, flip: int
 
 
 def test_a_tile_without_tokens_is_a_broken_stream() -> None:
-    header = pb.TileHeader(codec=pb.CODEC_RAW, checksum=xxhash.xxh3_64_intdigest(b""))
+    header = pb.TileHeader(codec=common_pb2.CODEC_RAW, checksum=xxhash.xxh3_64_intdigest(b""))
     with pytest.raises(PeerUnavailable, match="is empty"):
         read(pb.PullKvResponse(tile=header).SerializeToString())
 

@@ -20,9 +20,11 @@ from colm.errors import ColmError, InvalidRequest, PeerUnavailable, Unauthentica
 from colm.events import Accepted, Finished, FinishReason, PrefillProgress, Token
 from colm.kv import KvFormat
 from colm.model import ChainTransformer
+from colm.request import KV_CODECS, KvCodec
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import open_blocking_channel
+from colm.wire.kv_codec import wire_token_bytes
 from colm.wire.security import Security
 from tests.e2e.conftest import RunningCluster, last_json, run_colm
 from tests.oracle import assert_greedy
@@ -64,10 +66,11 @@ def test_greedy_answer_is_the_oracles_token_for_token(
     assert answer.text == tokenizer.decode(ids_of(answer))
 
 
+@pytest.mark.parametrize("kv_codec", KV_CODECS)
 def test_events_and_usage_account_for_every_token_and_byte(
-    client: Client, tokenizer: Tokenizer, expanded_checkpoint: Checkpoint
+    client: Client, tokenizer: Tokenizer, expanded_checkpoint: Checkpoint, kv_codec: KvCodec
 ) -> None:
-    events = list(client.generate(DOCUMENT, PROMPT, max_new_tokens=8))
+    events = list(client.generate(DOCUMENT, PROMPT, max_new_tokens=8, kv_codec=kv_codec))
     prompt = tokenizer.encode_prompt(document=DOCUMENT, prompt=PROMPT, chat=True)
     accepted, finished = events[0], events[-1]
     assert isinstance(accepted, Accepted)
@@ -80,7 +83,9 @@ def test_events_and_usage_account_for_every_token_and_byte(
     usage = finished.usage
     assert usage.num_prefill_tokens == len(prompt) - 1
     assert usage.num_decode_prompt_tokens == 1
-    assert usage.kv_received_bytes == (len(prompt) - 1) * kv_format.token_bytes
+    num_rows = (len(prompt) - 1) * kv_format.num_layers
+    assert usage.kv_received_bytes == num_rows * wire_token_bytes(kv_format, kv_codec)
+    assert usage.kv_effective_bytes == num_rows * kv_format.layer_token_bytes
     assert usage.num_new_tokens == len([event for event in events if isinstance(event, Token)]) == 8
     assert finished.reason is FinishReason.LENGTH
 

@@ -12,7 +12,9 @@ from colm.checkpoint import Checkpoint, save
 from colm.errors import NotFinite
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KV_START
+from colm.request import KV_CODECS, KvCodec
 from colm.wire.status import error_of
+from colm.wire.v1 import common_pb2
 from prefill_node.encoded_tile import TileEncoder
 from prefill_node.engine import PrefillEngine
 from tests.gates import LIMIT_S
@@ -34,9 +36,10 @@ def overflowing(tmp_path: Path) -> Checkpoint:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("kind", ["keys", "values"])
 @pytest.mark.parametrize("token", [0, 16, 30])
-def test_a_tile_that_is_not_finite_is_not_sent(kind: str, value: float, token: int) -> None:
+@pytest.mark.parametrize("codec", KV_CODECS)
+def test_a_tile_that_is_not_finite_is_not_sent(codec: KvCodec, kind: str, value: float, token: int) -> None:
     kv_format = KvFormat.of(CONFIG, torch.bfloat16)
-    encoder = TileEncoder(transfer_id="t", num_tokens=100, kv_format=kv_format)
+    encoder = TileEncoder(transfer_id="t", num_tokens=100, kv_format=kv_format, codec=codec)
     k_KTD, v_KTD = torch.randn(2, kv_format.num_kv_heads, 31, kv_format.head_dim).bfloat16()
     tile = KvTile(1, 62, k_KTD, v_KTD)
     assert encoder.encode(tile, epoch=1, since=KV_START)
@@ -45,12 +48,15 @@ def test_a_tile_that_is_not_finite_is_not_sent(kind: str, value: float, token: i
         encoder.encode(tile, epoch=1, since=KV_START)
 
 
-async def test_a_request_ends_at_the_tile_and_is_not_tried_again(overflowing: Checkpoint) -> None:
+@pytest.mark.parametrize("codec", [common_pb2.CODEC_RAW, common_pb2.CODEC_INT8])
+async def test_a_request_ends_at_the_tile_and_is_not_tried_again(
+    overflowing: Checkpoint, codec: common_pb2.Codec
+) -> None:
     """Bug: NaN keys were sent to their end, and the answer was an error without a cause."""
     path = str(overflowing.path)
     async with prefill_node(path) as prefill, decode_node(path, [prefill.address]) as node:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await decode(node.address, PROMPT)
+            await decode(node.address, PROMPT, kv_codec=codec)
         error = error_of(caught.value, "decode node")
         assert type(error) is NotFinite
         assert "layer 1, tokens 0 to 30" in str(error)

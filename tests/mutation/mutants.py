@@ -36,6 +36,7 @@ _FETCH = "tests/unit/test_kv_fetch.py::"
 _END = "tests/fault/test_end_of_prompt.py::"
 _PLAN = "tests/unit/test_sparse_plan.py::"
 _SPARSE_ENGINE = "tests/numerics/test_sparse_prefill_engine.py::"
+_CODEC = "tests/contract/test_kv_codec.py::"
 _AUDIT = "tests/unit/test_sparse_audit.py::"
 _PACK = "tests/numerics/test_packed_prefill.py::"
 _PACKED = "tests/numerics/test_packed_linear.py::"
@@ -391,7 +392,7 @@ MUTANTS = (
     Mutant(
         "waiting is prefill",
         "prefill_node/service.py",
-        "            await context.write(pb.PullKvResponse(started=pb.TransferStarted()).SerializeToString())\n",
+        "            await context.write(pb.PullKvResponse(started=started).SerializeToString())\n",
         "",
         _WAITING + "test_waiting_for_a_busy_prefill_node_is_told_and_is_no_prefill",
     ),
@@ -431,11 +432,68 @@ MUTANTS = (
         _STREAM + "test_a_spoilt_stream_is_fetched_again_and_the_answer_is_the_oracles",
     ),
     Mutant(
-        "a codec that nobody reads is asked for again",
-        "colm/wire/tile_codec.py",
-        'raise FingerprintMismatch(f"{place} came in codec',
-        'raise PeerUnavailable(f"{place} came in codec',
-        _STREAM + "test_a_tile_in_another_format_is_final",
+        "a tile is read in whatever codec it comes",
+        "colm/wire/kv_codec.py",
+        "    if value != CODECS[wanted]:",
+        "    if False:",
+        _CODEC + "test_a_tile_in_another_codec_than_was_agreed_on_is_final",
+    ),
+    Mutant(
+        "a codec that nobody knows ends the search",
+        "colm/wire/kv_codec.py",
+        "        if value in names:\n            return names[value]\n",
+        "        return names[value]\n",
+        _CODEC + "test_the_first_codec_that_the_node_knows_is_taken",
+    ),
+    Mutant(
+        "int8 is sent of numbers that come back infinite",
+        "colm/wire/kv_codec.py",
+        "torch.finfo(dtype).max / LARGEST:",
+        "torch.finfo(dtype).max:",
+        _CODEC + "test_numbers_that_would_come_back_infinite_are_not_sent",
+    ),
+    Mutant(
+        "values are widened by the keys' scales",
+        "decode_node/kv_store.py",
+        "(tile.k_KTD, tile.v_KTD), scale_ZKT, strict=True)",
+        "(tile.k_KTD, tile.v_KTD), scale_ZKT[[0, 0]], strict=True)",
+        _CODEC + "test_from_the_engine_to_the_pages_int8_is_the_definition_to_the_bit",
+    ),
+    Mutant(
+        "an int8 transfer goes on with raw tiles",
+        "prefill_node/prefill_job.py",
+        "self.encoder.codec == order.codec and ",
+        "",
+        "tests/unit/test_prefill_job.py::"
+        "test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_attention_or_codec",
+    ),
+    Mutant(
+        "a decode node asks for raw whatever was ordered",
+        "decode_node/kv_fetch.py",
+        "            codec=order.codec,\n",
+        "",
+        _FETCH + "test_every_attempt_asks_for_the_same_attention_and_codec_and_the_last_one_says_what_became_of_it",
+    ),
+    Mutant(
+        "a node that knows raw alone computes for an int8 request",
+        "decode_node/kv_receiver.py",
+        "require_codec(codec, self._transfer.codec,",
+        'require_codec(codec, "raw",',
+        "tests/fault/test_kv_codecs.py::test_a_node_that_knows_raw_alone_is_good_for_raw_and_refused_for_int8",
+    ),
+    Mutant(
+        "effective bytes are those of the wire",
+        "decode_node/kv_receiver.py",
+        "effective_bytes=tile.num_tokens * kv_format.layer_token_bytes",
+        "effective_bytes=len(payload)",
+        "tests/fault/test_kv_codecs.py::test_requests_of_both_codecs_side_by_side_get_their_own_references_answers",
+    ),
+    Mutant(
+        "the gateway drops the client's choice of a codec",
+        "cluster/decode_calls.py",
+        "            kv_codec=CODECS[job.kv_codec],\n",
+        "",
+        "tests/fault/test_kv_codecs.py::test_the_command_asks_for_a_codec_and_says_what_it_moved",
     ),
     Mutant(
         "every tile begins with a page",
@@ -680,14 +738,14 @@ MUTANTS = (
         "(self.sparse is None) == (order.sparse is None) and np",
         "np",
         "tests/unit/test_prefill_job.py::"
-        "test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_nor_another_attention",
+        "test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_attention_or_codec",
     ),
     Mutant(
         "a decode node asks for dense attention whatever was ordered",
         "decode_node/kv_fetch.py",
         "            attention=order.attention,\n",
         "",
-        _FETCH + "test_every_attempt_asks_for_the_same_attention_and_the_last_one_says_what_became_of_it",
+        _FETCH + "test_every_attempt_asks_for_the_same_attention_and_codec_and_the_last_one_says_what_became_of_it",
     ),
     Mutant(
         "nobody learns what the audits said",
@@ -1291,8 +1349,8 @@ MUTANTS = (
     Mutant(
         "values that are not finite are sent",
         "colm/wire/tile_codec.py",
-        "if not bytes_are_finite(part, tile.k_KTD.dtype):",
-        "if part is parts[0] and not bytes_are_finite(part, tile.k_KTD.dtype):",
+        'if codec == "raw" and not bytes_are_finite(part, tile.k_KTD.dtype):',
+        'if codec == "raw" and part is parts[0] and not bytes_are_finite(part, tile.k_KTD.dtype):',
         "tests/fault/test_not_finite.py::test_a_tile_that_is_not_finite_is_not_sent",
     ),
     Mutant(

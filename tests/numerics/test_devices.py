@@ -143,6 +143,17 @@ def test_a_tile_crosses_to_the_stores_device_once_for_keys_and_once_for_values(c
     assert devices(store.k_pages_LBPKD, store.v_pages_LBPKD) == {META}
 
 
+def test_an_int8_tile_is_widened_on_the_stores_device(checkpoint: Checkpoint) -> None:
+    """So that half the bytes cross: numbers and scales, of keys and of values, once for each run of pages."""
+    kv_format = format_of(checkpoint)
+    store = KvStore(KvLayout(kv_format, PAGE_TOKENS), NUM_PAGES, META)
+    tokens = torch.zeros(kv_format.num_kv_heads, 11, kv_format.head_dim, dtype=torch.int8)
+    scales = torch.zeros(2, kv_format.num_kv_heads, 11, dtype=torch.bfloat16)
+    with OneDevice() as seen:
+        store.write(np.array([3, 4, 5, 6], dtype=np.int32), KvTile(1, 2, tokens, tokens, scales))
+    assert seen.num_moves == 4
+
+
 def test_the_model_itself_and_its_rope_tables_follow_the_tokens() -> None:
     config = tiny_config()
     model = tiny_model(config).to(META)

@@ -8,7 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from colm_kernels import native, tolerance
-from colm_kernels.kv_quantise import dequantise_kv, quantise_kv, quantise_kv_reference, write_quantised_kv
+from colm_kernels.kv_quantise import (
+    dequantise_kv,
+    quantise_kv,
+    quantise_kv_reference,
+    write_dequantised_kv,
+    write_quantised_kv,
+)
 from colm_kernels.native import use_variant
 from torch import Tensor
 
@@ -183,3 +189,88 @@ def test_what_does_not_fit_is_refused_by_name(change, message):
     }
     with pytest.raises(ValueError, match=message):
         write_quantised_kv(**change(arguments))
+
+
+PAGE_DTYPES = (*DTYPES, torch.float16)
+
+
+def widened(q_TKD: Tensor, scale_TK: Tensor, dtype: torch.dtype, num_threads: int | None = None) -> Tensor:
+    out_TKD = torch.full(q_TKD.shape, -1.0, dtype=dtype)
+    write_dequantised_kv(q_TKD, scale_TK, out_TKD, num_threads=num_threads)
+    return out_TKD
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", PAGE_DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("num_tokens", [0, 1, 37])
+def test_every_shape_is_widened_to_the_bits_of_the_definition(num_tokens, head_dim, dtype):
+    q_TKD, scale_TK = quantise_kv_reference(inputs(num_tokens, 3, head_dim, torch.float32).clamp(-1e4, 1e4))
+    assert torch.equal(widened(q_TKD, scale_TK, dtype), dequantise_kv(q_TKD, scale_TK, dtype))
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_multiple_of_every_scale_is_widened_to_the_bits_of_the_definition(dtype):
+    """Each finite scale, zero and subnormals included, times each int8: every tie of the rounding to bf16."""
+    scale_TK = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16).unsqueeze(1)
+    q_TKD = torch.arange(-127, 128, dtype=torch.int8).expand(len(scale_TK), 1, -1)
+    assert torch.equal(widened(q_TKD, scale_TK, dtype), dequantise_kv(q_TKD, scale_TK, dtype))
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_rows_widened_by_several_threads_are_those_of_one(num_threads, dtype):
+    q_TKD, scale_TK = quantise_kv_reference(inputs(4001, 3, 64, dtype))
+    assert torch.equal(widened(q_TKD, scale_TK, dtype, num_threads), dequantise_kv(q_TKD, scale_TK, dtype))
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", range(4))
+def test_rows_that_lie_head_by_head_at_any_address_are_widened_into_a_slice_of_the_cache(offset, dtype):
+    """As they lie in a message: the keys of each head side by side, the scales behind them."""
+    q_TKD, scale_TK = quantise_kv_reference(inputs(5, 3, 64, dtype))
+    numbers, scales = (
+        bytearray(offset) + each.transpose(0, 1).contiguous().view(torch.uint8).numpy().tobytes()
+        for each in (q_TKD, scale_TK)
+    )
+    q_KTD = torch.frombuffer(numbers, dtype=torch.int8, offset=offset).view(3, 5, 64)
+    scale_KT = torch.frombuffer(scales, dtype=torch.bfloat16, offset=offset).view(3, 5)
+    cache_SKD = torch.full((9, 3, 70), -1.0, dtype=dtype)
+    write_dequantised_kv(q_KTD.transpose(0, 1), scale_KT.t(), cache_SKD[2:7, :, 3:67], num_threads=1)
+    assert torch.equal(cache_SKD[2:7, :, 3:67], dequantise_kv(q_TKD, scale_TK, dtype))
+    cache_SKD[2:7, :, 3:67] = -1
+    assert (cache_SKD == -1).all()
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", PAGE_DTYPES)
+def test_rows_with_the_scale_nan_are_widened_to_nan(dtype):
+    scale_TK = torch.tensor([[1.0], [float("nan")]], dtype=torch.bfloat16)
+    out_TKD = widened(torch.zeros(2, 1, 19, dtype=torch.int8), scale_TK, dtype)
+    assert not out_TKD[0].any()
+    assert out_TKD[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a | {"q_TKD": a["q_TKD"][0]}, "q_TKD has shape"),
+        (lambda a: a | {"q_TKD": a["q_TKD"].float()}, "q_TKD has dtype"),
+        (lambda a: a | {"scale_TK": a["scale_TK"][:1]}, "scale_TK has shape"),
+        (lambda a: a | {"scale_TK": a["scale_TK"].float()}, "scale_TK has dtype"),
+        (lambda a: a | {"out_TKD": a["out_TKD"][..., :63]}, "out_TKD has shape"),
+        (lambda a: a | {"out_TKD": a["out_TKD"].double()}, "out_TKD has dtype"),
+        (lambda a: a | {"num_threads": 0}, "num_threads=0"),
+    ],
+)
+def test_what_cannot_be_widened_is_refused_by_name(change, message):
+    arguments = {
+        "q_TKD": torch.zeros(2, 3, 64, dtype=torch.int8),
+        "scale_TK": torch.zeros(2, 3, dtype=torch.bfloat16),
+        "out_TKD": torch.zeros(2, 3, 64),
+    }
+    with pytest.raises(ValueError, match=message):
+        write_dequantised_kv(**change(arguments))

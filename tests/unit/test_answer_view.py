@@ -44,6 +44,7 @@ def test_the_last_line_has_no_speed_of_what_did_not_happen(
         num_decode_prompt_tokens=9 - num_prefill_tokens,
         num_new_tokens=num_new_tokens,
         kv_received_bytes=0,
+        kv_effective_bytes=0,
         num_kv_streams=0,
     )
     prefill_s = 0.5 if num_prefill_tokens else 0.0

@@ -184,6 +184,7 @@ FINISHED = Finished(
         num_decode_prompt_tokens=1,
         num_new_tokens=3,
         kv_received_bytes=0,
+        kv_effective_bytes=0,
         num_kv_streams=1,
     ),
     timings=Timings(queue_s=0.25, prefill_s=0.1, first_token_s=0.5, decode_s=0.2),
@@ -378,6 +379,7 @@ def job(num_prompt_tokens: int, max_new_tokens: int) -> DecodeJob:
         max_new_tokens=max_new_tokens,
         sampling=SamplingParams(ignore_eos=True),
         attention="dense",
+        kv_codec="raw",
     )
 
 

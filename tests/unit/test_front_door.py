@@ -57,6 +57,7 @@ FINISHED = Finished(
         num_decode_prompt_tokens=1,
         num_new_tokens=1,
         kv_received_bytes=0,
+        kv_effective_bytes=0,
         num_kv_streams=1,
     ),
     timings=Timings(queue_s=0.0, prefill_s=0.0, first_token_s=0.0, decode_s=0.0),

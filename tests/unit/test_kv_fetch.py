@@ -14,7 +14,7 @@ from colm.events import LayerRecall, PrefillProgress, Queued, SparseReport, Wait
 from colm.kv_position import KvPosition
 from colm.line import Beat
 from colm.metrics.kv_stream import KvStreamMetrics
-from colm.request import AttentionMode
+from colm.request import AttentionMode, KvCodec
 from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder, KvTransfer, RetryPolicy
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PagePool
@@ -68,6 +68,7 @@ class ScriptedReceiver:
                 first_token=first_token,
                 num_tokens=TILE_TOKENS,
                 payload_bytes=BYTES,
+                effective_bytes=2 * BYTES,
             )
         )
         if self._error is not None:
@@ -139,7 +140,7 @@ class Bench:
         self._next.ledger = transfer.ledger
         return self._next
 
-    async def fetch(self, attention: AttentionMode = "dense") -> None:
+    async def fetch(self, attention: AttentionMode = "dense", codec: KvCodec = "raw") -> None:
         assert self.pages is not None
         order = KvOrder(
             request_id="r",
@@ -147,6 +148,7 @@ class Bench:
             pages=self.pages,
             table_M=np.zeros(4, dtype=np.int32),
             attention=attention,
+            codec=codec,
         )
 
         async def emit(event: PrefillProgress | Queued) -> None:
@@ -211,6 +213,7 @@ async def test_a_node_that_fails_is_replaced_under_a_new_epoch(
     assert len({transfer.ledger.transfer_id for transfer in bench.transfers}) == 1
     assert bench.account.num_kv_streams == 3
     assert bench.account.kv_received_bytes == 3 * BYTES
+    assert bench.account.kv_effective_bytes == 6 * BYTES
 
 
 @pytest.mark.parametrize("kind", [PeerUnavailable, PeerFailed])
@@ -275,7 +278,7 @@ async def test_a_lease_that_cannot_be_had_is_asked_for_again_and_is_no_stream(ma
     assert bench.epochs == [1]
 
 
-async def test_every_attempt_asks_for_the_same_attention_and_the_last_one_says_what_became_of_it(
+async def test_every_attempt_asks_for_the_same_attention_and_codec_and_the_last_one_says_what_became_of_it(
     make: Callable[..., Bench],
 ) -> None:
     """Dense and sparse tiles do not fit together above layer 0."""
@@ -284,8 +287,8 @@ async def test_every_attempt_asks_for_the_same_attention_and_the_last_one_says_w
     last = bench._script[-1]
     assert isinstance(last, ScriptedReceiver)
     last.sparse = report
-    await bench.fetch(attention="sparse")
-    assert [transfer.attention for transfer in bench.transfers] == ["sparse", "sparse"]
+    await bench.fetch(attention="sparse", codec="int8")
+    assert [(transfer.attention, transfer.codec) for transfer in bench.transfers] == [("sparse", "int8")] * 2
     assert bench.account.sparse == report
 
 

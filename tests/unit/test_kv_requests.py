@@ -20,7 +20,9 @@ class Said:
     def __init__(self) -> None:
         ledger = TransferLedger(transfer_id="t", num_layers=2, num_tokens=10)
         ledger.begin()
-        ledger.admit(Arrival(transfer_id="t", epoch=1, layer=0, first_token=0, num_tokens=4, payload_bytes=1))
+        ledger.admit(
+            Arrival(transfer_id="t", epoch=1, layer=0, first_token=0, num_tokens=4, payload_bytes=1, effective_bytes=1)
+        )
         ledger.begin()
         transfer = KvTransfer(
             ledger=ledger, fingerprint="f", token_ids=np.arange(10), table_M=np.zeros(1, dtype=np.int32)

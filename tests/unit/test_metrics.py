@@ -87,7 +87,7 @@ async def test_a_stream_that_broke_and_the_one_that_went_on_are_told_apart(check
 def finished() -> Finished:
     usage = dict.fromkeys(
         ("num_prompt_tokens", "num_prefill_tokens", "num_decode_prompt_tokens", "num_new_tokens"), 1
-    ) | {"kv_received_bytes": 0, "num_kv_streams": 0}
+    ) | {"kv_received_bytes": 0, "kv_effective_bytes": 0, "num_kv_streams": 0}
     timings = dict.fromkeys(("queue_s", "prefill_s", "first_token_s", "decode_s"), 0.0)
     return Finished(reason=FinishReason.LENGTH, usage=Usage(**usage), timings=Timings(**timings), text="", sparse=None)
 

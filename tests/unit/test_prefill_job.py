@@ -7,14 +7,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from colm_kernels.kv_quantise import dequantise_kv, quantise_kv_reference
 from colm_kernels.native import CancelFlag
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
 
 from colm.errors import InvalidRequest, PeerUnavailable, TransferSuperseded
 from colm.flops import LayerFlops
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KV_START, KvPosition
+from colm.request import KvCodec
 from colm.wire.shared_memory import SharedMemory
 from colm.wire.tile_codec import decode_message, decode_tile
 from prefill_node import prefill_job
@@ -33,8 +36,9 @@ NUM_TOKENS = 12
 END = KvPosition(FORMAT.num_layers, 0)
 
 
-def order(epoch: int, resume_from: KvPosition = KV_START) -> PrefillOrder:
-    return PrefillOrder(transfer_id="t", epoch=epoch, token_ids=np.arange(NUM_TOKENS), resume_from=resume_from)
+def order(epoch: int, resume_from: KvPosition = KV_START, codec: KvCodec = "raw") -> PrefillOrder:
+    token_ids = np.arange(NUM_TOKENS)
+    return PrefillOrder(transfer_id="t", epoch=epoch, token_ids=token_ids, resume_from=resume_from, codec=codec)
 
 
 def new_job(first: PrefillOrder) -> PrefillJob:
@@ -47,6 +51,12 @@ def new_job(first: PrefillOrder) -> PrefillJob:
     )
     costs = CostModel(shape=shape, linear_flop_s=1.0, attention_flop_s=1.0, step_s=1.0)
     return PrefillJob(first, place=0, kv_format=FORMAT, costs=costs, begun_bytes=1000, on_change=lambda: None)
+
+
+def after_int8(x_LZKTD: Tensor) -> Tensor:
+    """Keys and values as they come out of the codec, by its definition."""
+    rows = x_LZKTD.reshape(-1, 1, FORMAT.head_dim)
+    return dequantise_kv(*quantise_kv_reference(rows), FORMAT.dtype).view(x_LZKTD.shape)
 
 
 def positions(first: KvPosition, last: KvPosition) -> st.SearchStrategy[KvPosition]:
@@ -71,18 +81,21 @@ def share(stream: JobStream) -> SharedMemory:
 class JobMachine(RuleBasedStateMachine):
     """Against a reader that stores what it gets and says so whenever it likes."""
 
+    codec: KvCodec = "raw"
+
     @initialize(seed=st.integers(0, 9))
     def create(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         shape = (FORMAT.num_layers, 2, FORMAT.num_kv_heads, NUM_TOKENS, FORMAT.head_dim)
-        self.truth = torch.randn(shape, generator=generator)
+        self.computed = torch.randn(shape, generator=generator)
+        self.truth = self.computed if self.codec == "raw" else after_int8(self.computed)
         self.stored = torch.zeros(shape)
         self.position = KV_START
         self.produced = KV_START
         self.epoch = 1
-        self.job = new_job(order(1))
+        self.job = new_job(order(1, codec=self.codec))
         begin(self.job)
-        self.stream: JobStream | None = self.job.attach(order(1))
+        self.stream: JobStream | None = self.job.attach(order(1, codec=self.codec))
         self.older: list[JobStream] = []
 
     @precondition(lambda self: self.produced < END)
@@ -90,7 +103,7 @@ class JobMachine(RuleBasedStateMachine):
     def compute(self, num_tokens: int) -> None:
         layer, first = self.produced
         last = min(first + num_tokens, NUM_TOKENS)
-        tile = KvTile(layer, first, *self.truth[layer, :, :, first:last])
+        tile = KvTile(layer, first, *self.computed[layer, :, :, first:last])
         self.produced = self.produced.after(last - first, NUM_TOKENS)
         encoded = self.job.encoder.encode(
             tile, epoch=self.job.epoch, since=self.job.acknowledged, memory=self.job.read_memory
@@ -121,13 +134,14 @@ class JobMachine(RuleBasedStateMachine):
                 tile.payload_bytes,
             )
             payload = tile.slot.payload
-        got = decode_tile(header.tile, payload, FORMAT)
+        got = decode_tile(header.tile, payload, FORMAT, self.codec)
         assert header.tile.epoch == self.epoch
         assert (got.layer, got.first_token) == self.position == tile.begin
         assert tile.payload_bytes == len(payload)
-        self.stored[got.layer, :, :, got.first_token : got.first_token + got.num_tokens] = torch.stack(
-            [got.k_KTD, got.v_KTD]
-        )
+        both_ZKTD = torch.stack((got.k_KTD, got.v_KTD))
+        if got.scale_ZKT is not None:
+            both_ZKTD = both_ZKTD * got.scale_ZKT.float().unsqueeze(3)
+        self.stored[got.layer, :, :, got.first_token : got.first_token + got.num_tokens] = both_ZKTD
         self.position = tile.end
 
     @precondition(lambda self: self.stream is not None)
@@ -157,7 +171,7 @@ class JobMachine(RuleBasedStateMachine):
                 if self.position <= (layer, token) < resume_from:
                     self.stored[layer, :, :, token] = self.truth[layer, :, :, token]
         self.position = resume_from
-        again = order(self.epoch, resume_from)
+        again = order(self.epoch, resume_from, self.codec)
         assert self.job.can_resume(again)
         self.stream = self.job.attach(again)
 
@@ -188,6 +202,15 @@ class JobMachine(RuleBasedStateMachine):
 
 
 TestPrefillJob = JobMachine.TestCase
+
+
+class Int8JobMachine(JobMachine):
+    """The same in int8, of which nothing is rounded twice."""
+
+    codec = "int8"
+
+
+TestInt8PrefillJob = Int8JobMachine.TestCase
 
 
 def test_a_slot_is_taken_again_only_when_its_tile_has_been_stored() -> None:
@@ -252,7 +275,7 @@ def test_a_stream_that_is_not_newer_is_refused_and_changes_nothing(epoch: int) -
     stream.require_current()
 
 
-def test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_nor_another_attention() -> None:
+def test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_attention_or_codec() -> None:
     job = new_job(order(1))
     job.attach(order(1, KvPosition(0, 5)))
     assert job.can_resume(order(2, KvPosition(0, 5)))
@@ -260,6 +283,8 @@ def test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_nor_a
     sparse = PromptPlans(SparsePlanner(tiny_config(), SparsePolicy()))
     assert not job.can_resume(replace(order(2, KvPosition(0, 5)), sparse=sparse))
     assert new_job(replace(order(1), sparse=sparse)).can_resume(replace(order(2), sparse=sparse))
+    assert not job.can_resume(order(2, KvPosition(0, 5), "int8"))
+    assert new_job(order(1, codec="int8")).can_resume(order(2, codec="int8"))
     other = PrefillOrder(transfer_id="t", epoch=2, token_ids=np.arange(NUM_TOKENS) + 1, resume_from=KvPosition(0, 5))
     assert not job.can_resume(other)
 

@@ -50,13 +50,15 @@ def streams(draw: st.DrawFn) -> Stream:
                     first_token=first,
                     num_tokens=last - first,
                     payload_bytes=(last - first) * TOKEN_BYTES,
+                    effective_bytes=2 * (last - first) * TOKEN_BYTES,
                 )
             )
     return Stream(num_layers, num_tokens, tuple(arrivals))
 
 
 def noted(ledger: TransferLedger) -> tuple[Any, ...]:
-    return ledger.num_tiles, ledger.payload_bytes, ledger.num_tokens_done, ledger.is_whole
+    counts = ledger.num_tiles, ledger.payload_bytes, ledger.effective_bytes
+    return *counts, ledger.num_tokens_done, ledger.is_whole
 
 
 def admit_all(ledger: TransferLedger, arrivals: tuple[Arrival, ...]) -> None:
@@ -183,7 +185,9 @@ def test_a_strangers_completion_is_refused(stream: Stream, wrong: dict[str, Any]
 
 def test_a_refusal_names_what_came_and_what_was_expected() -> None:
     stream = Stream(2, 4, ())
-    wrong = Arrival(transfer_id="t-1", epoch=3, layer=1, first_token=0, num_tokens=4, payload_bytes=96)
+    wrong = Arrival(
+        transfer_id="t-1", epoch=3, layer=1, first_token=0, num_tokens=4, payload_bytes=96, effective_bytes=96
+    )
     with pytest.raises(PeerUnavailable, match="tile at layer 1 token 0, expected layer 0 token 0"):
         stream.ledger().admit(wrong)
 

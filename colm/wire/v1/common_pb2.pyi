@@ -13,6 +13,12 @@ class AttentionMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ATTENTION_MODE_DENSE: _ClassVar[AttentionMode]
     ATTENTION_MODE_SPARSE: _ClassVar[AttentionMode]
 
+class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CODEC_UNSPECIFIED: _ClassVar[Codec]
+    CODEC_RAW: _ClassVar[Codec]
+    CODEC_INT8: _ClassVar[Codec]
+
 class WaitsFor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     WAITS_FOR_UNSPECIFIED: _ClassVar[WaitsFor]
@@ -29,6 +35,9 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 ATTENTION_MODE_UNSPECIFIED: AttentionMode
 ATTENTION_MODE_DENSE: AttentionMode
 ATTENTION_MODE_SPARSE: AttentionMode
+CODEC_UNSPECIFIED: Codec
+CODEC_RAW: Codec
+CODEC_INT8: Codec
 WAITS_FOR_UNSPECIFIED: WaitsFor
 WAITS_FOR_DECODE_NODE: WaitsFor
 WAITS_FOR_PAGES: WaitsFor
@@ -129,7 +138,7 @@ class SparseReport(_message.Message):
     def __init__(self, layers: _Optional[_Iterable[_Union[LayerRecall, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_prefill_tokens", "num_decode_prompt_tokens", "num_new_tokens", "kv_received_bytes", "num_kv_streams", "kv_shared_bytes")
+    __slots__ = ("num_prompt_tokens", "num_prefill_tokens", "num_decode_prompt_tokens", "num_new_tokens", "kv_received_bytes", "num_kv_streams", "kv_shared_bytes", "kv_effective_bytes")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_DECODE_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +146,7 @@ class Usage(_message.Message):
     KV_RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_KV_STREAMS_FIELD_NUMBER: _ClassVar[int]
     KV_SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_EFFECTIVE_BYTES_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_prefill_tokens: int
     num_decode_prompt_tokens: int
@@ -144,7 +154,8 @@ class Usage(_message.Message):
     kv_received_bytes: int
     num_kv_streams: int
     kv_shared_bytes: int
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_decode_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., kv_received_bytes: _Optional[int] = ..., num_kv_streams: _Optional[int] = ..., kv_shared_bytes: _Optional[int] = ...) -> None: ...
+    kv_effective_bytes: int
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_decode_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., kv_received_bytes: _Optional[int] = ..., num_kv_streams: _Optional[int] = ..., kv_shared_bytes: _Optional[int] = ..., kv_effective_bytes: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_s", "prefill_s", "first_token_s", "decode_s")

@@ -1,18 +1,11 @@
 from colm.wire.v1 import common_pb2 as _common_pb2
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
-
-class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    CODEC_UNSPECIFIED: _ClassVar[Codec]
-    CODEC_RAW: _ClassVar[Codec]
-CODEC_UNSPECIFIED: Codec
-CODEC_RAW: Codec
 
 class PullKvRequest(_message.Message):
     __slots__ = ("open", "token_ids", "end_of_prompt", "acknowledged", "give_up", "shared_memory")
@@ -43,13 +36,14 @@ class GiveUp(_message.Message):
     def __init__(self) -> None: ...
 
 class OpenKvTransfer(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id", "resume_from", "attention", "host_id")
+    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id", "resume_from", "codecs", "attention", "host_id")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
@@ -58,9 +52,10 @@ class OpenKvTransfer(_message.Message):
     num_tokens: int
     lease_id: str
     resume_from: KvPosition
+    codecs: _containers.RepeatedScalarFieldContainer[_common_pb2.Codec]
     attention: _common_pb2.AttentionMode
     host_id: str
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., host_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.Codec, str]]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., host_id: _Optional[str] = ...) -> None: ...
 
 class SharedMemoryAnswer(_message.Message):
     __slots__ = ("is_mapped",)
@@ -107,8 +102,10 @@ class SharedPayload(_message.Message):
     def __init__(self, offset_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class TransferStarted(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("codec",)
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    codec: _common_pb2.Codec
+    def __init__(self, codec: _Optional[_Union[_common_pb2.Codec, str]] = ...) -> None: ...
 
 class TileHeader(_message.Message):
     __slots__ = ("transfer_id", "epoch", "layer", "first_token", "num_tokens", "codec", "checksum", "shared")
@@ -125,10 +122,10 @@ class TileHeader(_message.Message):
     layer: int
     first_token: int
     num_tokens: int
-    codec: Codec
+    codec: _common_pb2.Codec
     checksum: int
     shared: SharedPayload
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., checksum: _Optional[int] = ..., shared: _Optional[_Union[SharedPayload, _Mapping]] = ...) -> None: ...
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., checksum: _Optional[int] = ..., shared: _Optional[_Union[SharedPayload, _Mapping]] = ...) -> None: ...
 
 class TransferComplete(_message.Message):
     __slots__ = ("transfer_id", "epoch", "num_tiles", "payload_bytes", "sparse", "shared_bytes")

@@ -205,6 +205,16 @@ struct QuantiseArgs {
     int64_t dtype;
 };
 
+// Shapes: T tokens, K kv heads, D head dim.
+struct DequantiseArgs {
+    const int8_t* q;    // T, K, D; D contiguous
+    const char* scale;  // T, K in bf16, at any address: they may lie in a message
+    void* out;          // T, K, D; D contiguous
+    int64_t num_tokens, num_heads, head_dim;
+    int64_t q_stride_t, q_stride_k, scale_stride_t, scale_stride_k, out_stride_t, out_stride_k;
+    int64_t dtype;      // of out
+};
+
 // The weights of one chain in one linear, and its bias.
 struct StepMatrix {
     const void* weight;  // out_dim, in_dim contiguous
@@ -309,6 +319,7 @@ struct Variant {
     RowsKernel<RotaryArgs> (*rotary)(int32_t dtype);
     RowsKernel<SwigluArgs> (*swiglu)(int32_t dtype);
     RowsKernel<QuantiseArgs> (*quantise)(int32_t dtype);
+    RowsKernel<DequantiseArgs> (*dequantise)(int32_t dtype);
 };
 
 extern const Variant kAvx2Variant, kAvx512Variant, kAvx512Bf16Variant;

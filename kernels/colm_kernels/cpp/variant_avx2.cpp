@@ -43,5 +43,5 @@ RowsKernel<Args> rows(int32_t dtype) {
 
 const Variant kAvx2Variant = {
     prefill, row_scores, decode, linear, packed, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
-    rows<QuantiseArgs, Quantise>,
+    rows<QuantiseArgs, Quantise>, rows<DequantiseArgs, Dequantise>,
 };

@@ -38,4 +38,5 @@ RowsKernel<Args> rows(int32_t) {
 
 const Variant kAvx512Bf16Variant = {
     prefill, row_scores, decode, linear, packed, rows<NormArgs>, rows<RotaryArgs>, rows<SwigluArgs>, rows<QuantiseArgs>,
+    rows<DequantiseArgs>,
 };

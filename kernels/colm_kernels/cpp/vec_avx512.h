@@ -98,6 +98,9 @@ inline Vec load_some(const uint16_t* p, int64_t count) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+inline Vec load_some(const int8_t* p, int64_t count) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(count), p)));
+}
 inline void store_some(float* p, Vec x, int64_t count) { _mm512_mask_storeu_ps(p, first(count), x); }
 inline void store_some(uint16_t* p, Vec x, int64_t count) { _mm256_mask_storeu_epi16(p, first(count), round_to_bf16(x)); }
 // Rounded half to even; within -128 .. 127.

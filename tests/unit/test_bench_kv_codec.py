@@ -1,0 +1,85 @@
+"""The benchmark of the codec's quality: its figures, and that either codec's answers are read over its own pages."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.harness.markdown import around
+from bench.harness.units import length
+from bench.quality import kv_codec
+from bench.quality.kv_codec import BEGIN, END, Cell, Experiment, divergences
+from bench.quality.metrics import perplexity_ratio
+from bench.quality.text import Corpus
+from colm.checkpoint import Checkpoint
+from colm.text.tokenizer import Tokenizer
+from tests.tiny import tiny_checkpoint, tiny_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PARTS = [f"Paragraph {number} has {number * number} words, and no more than that." for number in range(2000)]
+CELL = Cell(1100, "float32")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return tiny_checkpoint(tmp_path_factory.mktemp("codec") / "tiny", tiny_config(max_context=2048), tokenizer=True)
+
+
+def test_the_divergence_is_kullback_and_leiblers_from_raw_to_int8() -> None:
+    raw_TV = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    int8_TV = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
+    expected = [0.5 * torch.tensor(4 / 3).log().item(), 0.0]
+    assert divergences(raw_TV, int8_TV).tolist() == pytest.approx(expected, abs=1e-7)
+    assert (divergences(5 * torch.randn(7, 11), 5 * torch.randn(7, 11)) > 0).all()
+
+
+def test_int8_moves_the_answers_a_little_in_half_the_bytes(checkpoint: Checkpoint) -> None:
+    tokenizer = Tokenizer.load(checkpoint)
+    assert tokenizer is not None
+    outcome = Experiment(checkpoint, Corpus.of(PARTS, tokenizer.encode)).run(CELL)
+    config = checkpoint.config
+    rows = 2 * config.num_layers * config.num_kv_heads
+    assert outcome.token_bytes == {"raw": rows * config.head_dim * 4, "int8": rows * (config.head_dim + 2)}
+    assert 0 < outcome.kl_mean < outcome.kl_p99 <= outcome.kl_max < 0.1
+    assert 0.9 < outcome.same_top_share <= 1
+    ratio = perplexity_ratio(outcome.nll_blocks["int8"], outcome.nll_blocks["raw"])
+    assert ratio.value != 1
+    assert ratio.value == pytest.approx(1, abs=0.01)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.quality.kv_codec", *words])
+    kv_codec.main()
+
+
+def test_the_command_keeps_a_record_and_writes_the_table_and_runs_no_cell_twice(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, page = tmp_path / "kv_codec.jsonl", tmp_path / "quality.md"
+    page.write_text(f"Before.\n{BEGIN}\n{END}\nAfter.\n")
+    monkeypatch.setattr(kv_codec, "paragraphs", lambda: PARTS)
+    words = ["--model", str(checkpoint.path), "--lengths", "1100", "--dtypes", "float32", "--record", str(record)]
+    words += ["--docs", str(tmp_path), "--write-docs", "--json"]
+    run(monkeypatch, *words)
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    monkeypatch.setattr(Experiment, "run", lambda *_: pytest.fail("run twice"))
+    run(monkeypatch, *words)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == first["rows"]
+    (row,) = first["rows"]
+    assert (row["num_tokens"], row["dtype"]) == CELL
+    assert len(record.read_text().splitlines()) == 1
+    before, after = around(page, BEGIN, END)
+    assert (before, after) == ("Before.\n", "\nAfter.\n")
+    assert f"| {length(CELL.num_tokens)} | float32 | " in page.read_text()
+    assert "chain 1, float32" in page.read_text()
+
+
+def test_a_text_beyond_the_context_is_refused_by_name(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--model", str(checkpoint.path), "--lengths", "4K", "--record", str(tmp_path / "none"))
+    assert "--lengths: 4K is beyond the model's context, 2K" in capsys.readouterr().err
