@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from cluster.client_tokens import TOKENS_FILE, read_clients
+from cluster.exposure import own_certificate, require_encryption
 from cluster.interrupts import Interrupts
 from cluster.local_ray import free_port, is_left, is_running, show_token, start_ray, stop_ray
-from cluster.options import ClusterConfig, SecuritySection
+from cluster.options import ClusterConfig
 from cluster.ray_files import new_ray_root, remove_ray_root
 from cluster.secret_files import SecretFiles, write_secrets
 from cluster.state import SECRETS, ClusterState, alone, make_state_dir, note_joined, read_joined
@@ -20,6 +21,7 @@ from colm.errors import ClusterError, ConfigError
 from colm.kv import KvFormat
 from colm.placement import parse_device, why_unusable
 from colm.wire.endpoint import is_loopback, why_not
+from colm.wire.tls_files import CA_FILE
 from decode_node.kv_layout import KvLayout
 from prefill_node.memory import require_room_for_a_tile
 from prefill_node.sparse.patterns import PatternFile
@@ -48,6 +50,7 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
     _check_prefill(config, checkpoint)
     if config.ray.address is None:
         _check_devices(config)
+    require_encryption(config)
     make_state_dir(state_dir)
     with alone(state_dir), Interrupts() as interrupts:
         if ClusterState.read(state_dir) is not None:
@@ -168,24 +171,27 @@ def _dangers(config: ClusterConfig) -> list[str]:
     return dangers
 
 
-def _secrets(section: SecuritySection, state_dir: Path) -> SecretFiles:
+def _secrets(config: ClusterConfig, state_dir: Path, say: Say) -> SecretFiles:
+    own, section = own_certificate(config.gateway, say), config.security
     folder = section.folder
     clients_file = (state_dir if folder is None else folder) / TOKENS_FILE
     if folder is None:
         folder = state_dir / SECRETS
         shutil.rmtree(folder, ignore_errors=True)  # a killed `up` may have left it
-        write_secrets(folder)
+        authority = section.ca_certificate, section.ca_key
+        write_secrets(folder, None if authority[0] is None or authority[1] is None else (authority[0], authority[1]))
     read_clients(clients_file)  # a damaged one is refused now, rather than left to the gateway's log
     return SecretFiles(
         folder=str(folder.absolute()),
         has_tls=section.tls == "auto",
         has_client_token=section.token == "auto",
         clients_file=str(clients_file.absolute()),
+        own_certificate=own,
     )
 
 
 def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, say: Say) -> ClusterState:
-    secrets = _secrets(config.security, state_dir)
+    secrets = _secrets(config, state_dir, say)
     clients = secrets.of_clients()
     ray_address, ray_pid = config.ray.address, None
     if ray_address is None:
@@ -205,10 +211,12 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
         say(f"insecure: {danger}")
     say(f"loading {checkpoint.path.name}: {config.prefill.replicas} prefill, {config.decode.replicas} decode")
     deployed = deployment.deploy(config, checkpoint, secrets, ray_address, note_address)
+    own = secrets.own_certificate
     return ClusterState(
         gateway_address=deployed.gateway_address,
         ray_address=deployed.ray_address,
         ray_pid=ray_pid,
         client_token=clients.token,
-        ca_pem=None if clients.tls is None else clients.tls.ca_pem.decode(),
+        ca_pem=(Path(secrets.folder) / CA_FILE).read_text() if secrets.has_tls else None,
+        own_certificate=None if own is None else own.certificate,
     )

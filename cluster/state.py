@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from colm.errors import ClusterError
+from colm.wire.certificates import dialled_name, pem_of, read_certificates
 from colm.wire.security import Security, Tls
 
 _FILE = "cluster.json"
@@ -84,12 +85,22 @@ class ClusterState:
     """Process of the Ray that `colm up` started; None where it joined one."""
     client_token: str | None = field(repr=False)
     ca_pem: str | None
-    """Authority of the gateway's certificate; None without TLS."""
+    """The cluster's authority; None without TLS."""
+    own_certificate: str | None = None
+    """File of the certificate that the gateway shows in place of one of that authority."""
 
     @property
     def security(self) -> Security:
-        """Token and TLS of a client."""
+        """Token and TLS of a client on this machine.
+
+        Raises:
+            ConfigError: the gateway's own certificate cannot be read.
+        """
         tls = None if self.ca_pem is None else Tls(ca_pem=self.ca_pem.encode())
+        if self.own_certificate is not None:
+            # This very certificate, which may be renewed meanwhile: whoever else has one for its name is not trusted.
+            leaf = read_certificates(Path(self.own_certificate))[0]
+            tls = Tls(ca_pem=pem_of([leaf]), server_name=dialled_name(leaf))
         return Security(token=self.client_token, tls=tls)
 
     def write(self, state_dir: Path) -> None:

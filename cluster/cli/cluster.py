@@ -21,7 +21,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("up")(up)
     app.command("config")(config)
-    app.command("secrets")(secrets)
     app.command("status")(status)
     app.command("down")(down)
     app.command("demo")(demo)
@@ -61,6 +60,8 @@ def up(
         state = bring_up(load_config(config_file, overrides), state_dir, note)
     note(f"up: gateway at {state.gateway_address}")
     note("next: colm submit FILE --prompt TEXT")
+    if state.own_certificate is not None:
+        note("clients elsewhere: colm submit --address NAME:PORT --token-file FILE --system-ca")
     if json:
         print_json({"gateway_address": state.gateway_address, "ray_address": state.ray_address})
 
@@ -68,14 +69,6 @@ def up(
 def config() -> None:
     """Print every option with its meaning and its default, as a file to start from."""
     typer.echo(default_toml(), nl=False)
-
-
-def secrets(folder: Annotated[Path, typer.Argument(help="Folder to make.")]) -> None:
-    """Make tokens and certificates for a cluster of several machines, to be copied to the same path on each."""
-    from cluster.secret_files import write_secrets
-
-    write_secrets(folder)
-    note(f"wrote {folder}: whoever can read it can use the cluster")
 
 
 def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> None:

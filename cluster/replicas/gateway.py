@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.accounts import Accounts
 from cluster.audit_log import AuditLog
+from cluster.certificates import keep_looking_after
 from cluster.decode_calls import GrpcDecodeCalls
 from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.placement import DecodeLease
@@ -34,6 +35,7 @@ from colm.nodes import NodeReport, Role
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.health import BoundedHealth
+from colm.wire.members import Member
 from colm.wire.v1 import generation_service_pb2
 
 logger = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ class GatewayReplica:
         model = await asyncio.to_thread(_load, options)
         self._registry = NodeRegistry(MonotonicClock())
         self._decode_pool = ServeDecodePool(decode, max_waiting=options.limits.max_requests)
-        self._decode_calls = GrpcDecodeCalls(secrets.of_nodes())
+        self._decode_calls = GrpcDecodeCalls(secrets.of_nodes(Member.GATEWAY))
         front_door = FrontDoor(
             model=model,
             limits=options.limits,
@@ -121,6 +123,7 @@ class GatewayReplica:
         reflection.enable_server_reflection(names, self._server)
         port = bind(self._server, options.host, options.port, client_security)
         await self._server.start()
+        self._looking_after = asyncio.create_task(keep_looking_after(secrets))
         self._address = dial_address(options.host, port)
         logger.info("gateway.ready address=%s model=%s", self._address, model.name)
 
@@ -134,6 +137,7 @@ class GatewayReplica:
 
     async def __del__(self) -> None:
         if hasattr(self, "_address"):
+            self._looking_after.cancel()
             await self._health.enter_graceful_shutdown()
             await self._server.stop(defaults.STOP_GRACE_S)
             self._decode_pool.close()

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import ray
 from ray import serve
 
+from cluster.certificates import keep_looking_after
 from cluster.replicas.lender import LEASE_TTL_S
 from cluster.replicas.reporting import keep_reporting, log_beside
 from cluster.replicas.serve_port import keep_serve_port_shut
+from cluster.secret_files import SecretFiles
 from colm.leases import LeaseTable
 from colm.node_cli import Node
 from colm.nodes import NodeReport, ProcessFacts, Role
@@ -29,13 +31,14 @@ class NodeReplica:
         self._host: str = ray.util.get_node_ip_address()
         """This machine's address."""
 
-    async def _start(self, node: Node, gateway: tuple[str, str]) -> None:
-        """Start the node, and report on it to the gateway, a (deployment, application)."""
+    async def _start(self, node: Node, secrets: SecretFiles, gateway: tuple[str, str]) -> None:
+        """Start the node, look after its certificates, and report on it to the gateway, a (deployment, application)."""
         await node.start()
         self._running = node
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         handle: Any = serve.get_deployment_handle(*gateway)
         self._reporting = asyncio.create_task(keep_reporting(handle.report.remote, self._report))
+        self._looking_after = asyncio.create_task(keep_looking_after(secrets))
 
     async def lease(self, again: bool) -> AsyncIterator[tuple[str, str]]:
         """Grant a lease for one stream: yields (address, lease id); with `again`, another one after each.
@@ -49,6 +52,7 @@ class NodeReplica:
     async def __del__(self) -> None:
         if self._running is not None:
             self._reporting.cancel()
+            self._looking_after.cancel()
             await self._running.stop()
 
     @abstractmethod

@@ -5,6 +5,7 @@ from dataclasses import replace
 from cluster.replicas.node import NodeReplica
 from cluster.secret_files import SecretFiles
 from colm.nodes import NodeReport, Role
+from colm.wire.members import Member
 from prefill_node.node import PrefillNode, PrefillOptions
 
 
@@ -22,8 +23,9 @@ class PrefillReplica(NodeReplica):
         self, options: PrefillOptions, secrets: SecretFiles, gateway: tuple[str, str]
     ) -> None:
         super().__init__()
-        self._node = PrefillNode(replace(options, host=self._host), secrets.of_nodes(), self._leases)
-        await self._start(self._node, gateway)
+        security = secrets.of_nodes(Member.PREFILL)
+        self._node = PrefillNode(replace(options, host=self._host), security, self._leases)
+        await self._start(self._node, secrets, gateway)
 
     def _report(self) -> NodeReport:
         load = self._node.service.load

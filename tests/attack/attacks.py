@@ -195,7 +195,7 @@ async def stopped_client(target: Target) -> str:
     words = [
         target.address,
         target.security.token or "",
-        target.security.tls.ca_pem.decode() if target.security.tls else "",
+        tls.ca_pem.decode() if (tls := target.security.current_tls) else "",
     ]
     child = await asyncio.to_thread(
         lambda: subprocess.Popen(python(_STOPPED_CLIENT, *words), stdout=subprocess.PIPE, text=True)
@@ -250,7 +250,7 @@ ATTACKS: dict[str, Attack] = {
 
 def words_of(target: Target) -> list[str]:
     """Command-line words from which `target_of` makes the target again."""
-    tls = target.security.tls
+    tls = target.security.current_tls
     return [target.address, target.security.token or "", tls.ca_pem.decode() if tls else ""]
 
 

@@ -1,0 +1,140 @@
+"""The certificates of a cluster's members: which there are, until when, and fresh ones in their place."""
+
+import asyncio
+import fcntl
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cluster.secret_files import CA_KEY_FILE, SecretFiles, issue
+from colm.clock import utc_now
+from colm.errors import ClusterError, ConfigError
+from colm.wire.authority import Authority
+from colm.wire.certificates import read_certificates
+from colm.wire.members import Member
+from colm.wire.tls_files import CA_FILE, certificate_path
+
+logger = logging.getLogger(__name__)
+
+_LOCK_FILE = "renewing.lock"
+_DUE_AT = 2 / 3
+"""Share of its life after which a certificate is renewed."""
+_OWN_NOTICE = timedelta(days=14)
+_LOOK_INTERVAL_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Validity:
+    """From when until when a certificate is valid."""
+
+    path: Path
+    member: Member | None
+    """None for the authority."""
+    begin: datetime
+    end: datetime
+
+    @property
+    def name(self) -> str:
+        """Whose it is."""
+        return "authority" if self.member is None else self.member.value
+
+    def is_due(self, now: datetime) -> bool:
+        """Whether it is to be renewed."""
+        return now >= self.begin + (self.end - self.begin) * _DUE_AT
+
+
+def members_validity(folder: Path) -> list[Validity]:
+    """The members' certificates in a folder, expired ones too.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    paths = [(member, certificate_path(folder, member)) for member in Member]
+    return [validity_of(path, member) for member, path in paths if path.exists()]
+
+
+def validity_of(path: Path, member: Member | None = None) -> Validity:
+    """The first certificate of a file.
+
+    Raises:
+        ConfigError: it has none, or cannot be read.
+    """
+    leaf = read_certificates(path)[0]
+    return Validity(path=path, member=member, begin=leaf.not_valid_before_utc, end=leaf.not_valid_after_utc)
+
+
+def renew(folder: Path, authority: Path, now: datetime, *, only_due: bool) -> list[Validity]:
+    """Give the members of a folder fresh keys and certificates. Nodes that run use them from the next connection on.
+
+    Args:
+        folder: of the certificates.
+        authority: folder with the authority and its key: the same one, or the first machine's.
+        now: the time.
+        only_due: those alone whose time it is, and which would live longer by it.
+
+    Returns:
+        The fresh certificates.
+
+    Raises:
+        ClusterError: the folder cannot be written.
+        ConfigError: the authority cannot be used, or a certificate cannot be read.
+    """
+    with _alone(folder):
+        wanted = [each for each in members_validity(folder) if not only_due or each.is_due(now)]
+        if not wanted:
+            return []
+        signs = Authority.read(authority / CA_FILE, authority / CA_KEY_FILE, now)
+        ends = signs.certificate.not_valid_after_utc
+        members = [each.member for each in wanted if each.member and (not only_due or each.end < ends)]
+        try:
+            issue(folder, signs, members, now)
+        except OSError as err:
+            raise ClusterError(f"cannot write into {folder}: {err.strerror}; certificates are renewed there") from err
+        return [validity_of(certificate_path(folder, member), member) for member in members]
+
+
+def look_after(secrets: SecretFiles, now: datetime) -> list[str]:
+    """Renew the certificates that are due, where their authority's key is at hand.
+
+    Returns:
+        What is left to somebody else, a line for each certificate.
+    """
+    folder = Path(secrets.folder)
+    try:
+        if (folder / CA_KEY_FILE).exists():
+            for fresh in renew(folder, folder, now, only_due=True):
+                logger.info("certificate.renewed path=%s until=%s", fresh.path, fresh.end.isoformat())
+        found = [each for each in (*members_validity(folder), validity_of(folder / CA_FILE)) if each.is_due(now)]
+        if secrets.own_certificate is not None:
+            own = validity_of(Path(secrets.own_certificate.certificate))
+            # These are renewed by others, who do it when they like.
+            found += [own] if own.end - now < _OWN_NOTICE else []
+    except (ClusterError, ConfigError) as err:
+        return [str(err)]
+    return [f"{each.path} expires on {each.end:%Y-%m-%d}; renew it" for each in found]
+
+
+async def keep_looking_after(secrets: SecretFiles, now: Callable[[], datetime] = utc_now) -> None:
+    """Look after the certificates now and every hour, until cancelled; what is left to others goes to the log."""
+    while secrets.has_tls:
+        for complaint in await asyncio.to_thread(look_after, secrets, now()):
+            logger.warning("certificate.due %s", complaint)
+        await asyncio.sleep(_LOOK_INTERVAL_S)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time: all nodes of a machine look after the same folder."""
+    try:
+        lock = os.open(folder / _LOCK_FILE, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as err:
+        raise ClusterError(f"cannot write into {folder}: {err.strerror}; certificates are renewed there") from err
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
