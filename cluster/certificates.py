@@ -20,10 +20,10 @@ from colm.wire.tls_files import CA_FILE, certificate_path
 
 logger = logging.getLogger(__name__)
 
-_LOCK_FILE = "renewing.lock"
 _DUE_AT = 2 / 3
 """Share of its life after which a certificate is renewed."""
-_OWN_NOTICE = timedelta(days=14)
+_NOTICE = timedelta(days=21)
+"""How long before its end a certificate is spoken of that the cluster cannot renew."""
 _LOOK_INTERVAL_S = 3600.0
 
 
@@ -108,14 +108,15 @@ def look_after(secrets: SecretFiles, now: datetime) -> list[str]:
         if (folder / CA_KEY_FILE).exists():
             for fresh in renew(folder, folder, now, only_due=True):
                 logger.info("certificate.renewed path=%s until=%s", fresh.path, fresh.end.isoformat())
-        found = [each for each in (*members_validity(folder), validity_of(folder / CA_FILE)) if each.is_due(now)]
+        authority = validity_of(folder / CA_FILE)
+        left = [each for each in members_validity(folder) if each.is_due(now) and each.end < authority.end]
+        others = [authority]
         if secrets.own_certificate is not None:
-            own = validity_of(Path(secrets.own_certificate.certificate))
-            # These are renewed by others, who do it when they like.
-            found += [own] if own.end - now < _OWN_NOTICE else []
+            others.append(validity_of(Path(secrets.own_certificate.certificate)))
+        left += [each for each in others if each.end - now < _NOTICE]
     except (ClusterError, ConfigError) as err:
         return [str(err)]
-    return [f"{each.path} expires on {each.end:%Y-%m-%d}; renew it" for each in found]
+    return [f"{each.path} expires on {each.end:%Y-%m-%d}; {_way_out(each, authority)}" for each in left]
 
 
 async def keep_looking_after(secrets: SecretFiles, now: Callable[[], datetime] = utc_now) -> None:
@@ -126,13 +127,21 @@ async def keep_looking_after(secrets: SecretFiles, now: Callable[[], datetime] =
         await asyncio.sleep(_LOOK_INTERVAL_S)
 
 
+def _way_out(ending: Validity, authority: Validity) -> str:
+    if ending is authority:
+        return "a cluster has a new one after `colm down` and `colm up`, or with a new folder of `colm secrets`"
+    if ending.member is None:
+        return "renew it: it is read again when it changes"
+    return "its authority's key is not here: `colm certificates rotate --from DIR`"
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time: all nodes of a machine look after the same folder."""
     try:
-        lock = os.open(folder / _LOCK_FILE, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as err:
-        raise ClusterError(f"cannot write into {folder}: {err.strerror}; certificates are renewed there") from err
+        raise ClusterError(f"cannot read {folder}: {err.strerror}; it must be the folder of `colm secrets`") from err
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

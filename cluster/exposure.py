@@ -4,11 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.options import ClusterConfig, GatewaySection
-from cluster.secret_files import OwnCertificate
+from cluster.secret_files import OwnCertificate, SecretFiles
 from colm.clock import utc_now
 from colm.errors import ConfigError
 from colm.wire.certificates import covers, dialled_name, is_open_to_group, names_of, read_pair
 from colm.wire.endpoint import is_loopback, is_wildcard
+from colm.wire.tls_files import CA_FILE
 
 
 def require_encryption(config: ClusterConfig) -> None:
@@ -50,3 +51,12 @@ def own_certificate(gateway: GatewaySection, say: Callable[[str], None]) -> OwnC
     if is_open_to_group(Path(own.key)):
         say(f"insecure: the group of {own.key} may read it; chmod it to 600")
     return own
+
+
+def advice_to_clients(config: ClusterConfig, secrets: SecretFiles) -> str | None:
+    """What clients of other machines need to trust the gateway; None where there are none, or no TLS."""
+    if is_loopback(config.gateway.host) or not secrets.has_tls:
+        return None
+    if secrets.own_certificate is None:
+        return f"clients elsewhere: colm submit --ca-file, with a copy of {Path(secrets.folder) / CA_FILE}"
+    return "clients elsewhere: colm submit --system-ca, or --ca-file and --server-name for an authority of your own"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cluster.client_tokens import TOKENS_FILE, read_clients
-from cluster.exposure import own_certificate, require_encryption
+from cluster.exposure import advice_to_clients, own_certificate, require_encryption
 from cluster.interrupts import Interrupts
 from cluster.local_ray import free_port, is_left, is_running, show_token, start_ray, stop_ray
 from cluster.options import ClusterConfig
@@ -212,6 +212,8 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
     say(f"loading {checkpoint.path.name}: {config.prefill.replicas} prefill, {config.decode.replicas} decode")
     deployed = deployment.deploy(config, checkpoint, secrets, ray_address, note_address)
     own = secrets.own_certificate
+    if (advice := advice_to_clients(config, secrets)) is not None:
+        say(advice)
     return ClusterState(
         gateway_address=deployed.gateway_address,
         ray_address=deployed.ray_address,

@@ -38,6 +38,14 @@ def up(
     secrets: Annotated[
         Path | None, typer.Option(help="With --ray-address: folder of `colm secrets`, on every machine.")
     ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="Your own certificate for clients, with those that lead to its authority; PEM.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+    ca_certificate: Annotated[
+        Path | None, typer.Option(help="Your own authority, which signs the nodes' certificates; PEM.")
+    ] = None,
+    ca_key: Annotated[Path | None, typer.Option(help="Its private key, which stays where it is.")] = None,
     insecure_ray: Annotated[
         bool | None, typer.Option("--insecure-ray", help="Insecure: join a Ray that demands no token.")
     ] = None,
@@ -53,6 +61,10 @@ def up(
         "ray.address": ray_address,
         "ray.insecure": insecure_ray,
         "security.folder": secrets,
+        "security.ca_certificate": ca_certificate,
+        "security.ca_key": ca_key,
+        "gateway.tls_certificate": tls_certificate,
+        "gateway.tls_key": tls_key,
     }
     with interruptible(_NOTHING_LEFT):
         from cluster.lifecycle import up as bring_up
@@ -60,8 +72,6 @@ def up(
         state = bring_up(load_config(config_file, overrides), state_dir, note)
     note(f"up: gateway at {state.gateway_address}")
     note("next: colm submit FILE --prompt TEXT")
-    if state.own_certificate is not None:
-        note("clients elsewhere: colm submit --address NAME:PORT --token-file FILE --system-ca")
     if json:
         print_json({"gateway_address": state.gateway_address, "ray_address": state.ray_address})
 

@@ -13,8 +13,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from typer.testing import CliRunner
 
+from cluster.certificates import look_after
 from cluster.cli import app
-from cluster.exposure import own_certificate, require_encryption
+from cluster.exposure import advice_to_clients, own_certificate, require_encryption
 from cluster.options import load_config
 from cluster.secret_files import OwnCertificate, SecretFiles, write_secrets
 from cluster.state import ClusterState
@@ -220,6 +221,31 @@ async def test_an_own_authority_signs_for_the_members_and_its_key_stays_where_it
     caller = secrets.of_nodes(Member.GATEWAY)
     async with serving(secrets.of_nodes(Member.DECODE)) as address, open_channel(address, caller) as channel:
         assert await ask_status(channel, caller) == 1
+
+
+@pytest.mark.parametrize(("days", "is_told"), [(60, False), (80, True)])
+def test_the_operator_is_told_in_time_that_his_own_certificate_ends(tmp_path: Path, days: int, is_told: bool) -> None:
+    certificate, key = written(tmp_path)
+    write_secrets(tmp_path / "secrets")
+    secrets = SecretFiles(
+        folder=str(tmp_path / "secrets"),
+        has_tls=True,
+        has_client_token=True,
+        own_certificate=OwnCertificate(certificate=str(certificate), key=str(key)),
+    )
+    end = f"{PAIR.leaf.not_valid_after_utc:%Y-%m-%d}"
+    told = [f"{certificate} expires on {end}; renew it: it is read again when it changes"]
+    assert look_after(secrets, NOW + timedelta(days=days)) == (told if is_told else [])
+
+
+def test_clients_of_other_machines_are_told_whom_to_trust(tmp_path: Path) -> None:
+    write_secrets(tmp_path / "secrets")
+    plain = SecretFiles(folder=str(tmp_path / "secrets"), has_tls=True, has_client_token=True)
+    own = replace(plain, own_certificate=OwnCertificate(certificate="c", key="k"))
+    here, beyond = load_config(None, {}), load_config(None, {"gateway.host": "0.0.0.0"})
+    assert advice_to_clients(here, plain) is None
+    assert f"a copy of {tmp_path / 'secrets' / 'ca.pem'}" in str(advice_to_clients(beyond, plain))
+    assert "--system-ca" in str(advice_to_clients(beyond, own))
 
 
 def test_a_certificate_that_may_not_sign_is_no_authority(tmp_path: Path) -> None:
