@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from cluster.certificates import look_after
 from cluster.client_tokens import TOKENS_FILE, read_clients
 from cluster.exposure import advice_to_clients, own_certificate, require_encryption
 from cluster.interrupts import Interrupts
@@ -16,6 +17,7 @@ from cluster.ray_files import new_ray_root, remove_ray_root
 from cluster.secret_files import SecretFiles, write_secrets
 from cluster.state import SECRETS, ClusterState, alone, make_state_dir, note_joined, read_joined
 from colm.checkpoint import Checkpoint
+from colm.clock import utc_now
 from colm.dtypes import parse_dtype
 from colm.errors import ClusterError, ConfigError
 from colm.kv import KvFormat
@@ -178,16 +180,19 @@ def _secrets(config: ClusterConfig, state_dir: Path, say: Say) -> SecretFiles:
     if folder is None:
         folder = state_dir / SECRETS
         shutil.rmtree(folder, ignore_errors=True)  # a killed `up` may have left it
-        authority = section.ca_certificate, section.ca_key
-        write_secrets(folder, None if authority[0] is None or authority[1] is None else (authority[0], authority[1]))
+        write_secrets(folder, section.authority)
     read_clients(clients_file)  # a damaged one is refused now, rather than left to the gateway's log
-    return SecretFiles(
+    secrets = SecretFiles(
         folder=str(folder.absolute()),
         has_tls=section.tls == "auto",
         has_client_token=section.token == "auto",
         clients_file=str(clients_file.absolute()),
         own_certificate=own,
     )
+    if secrets.has_tls:
+        for complaint in look_after(secrets, utc_now()):
+            say(complaint)
+    return secrets
 
 
 def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, say: Say) -> ClusterState:

@@ -106,6 +106,11 @@ class SecuritySection(Settings):
     insecure: bool = False
     """Insecure: lets tls = "off" send tokens and text in plaintext between machines, not on the loopback alone."""
 
+    @property
+    def authority(self) -> tuple[Path, Path] | None:
+        """Your own authority and its key; None without one."""
+        return None if self.ca_certificate is None or self.ca_key is None else (self.ca_certificate, self.ca_key)
+
 
 class RaySection(Settings):
     """Section [ray]."""

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from cluster.certificates import keep_looking_after, look_after, members_validity, renew
 from cluster.cli import app
+from cluster.lifecycle import _secrets
+from cluster.options import load_config
 from cluster.secret_files import SecretFiles, write_machine_secrets, write_secrets
 from colm.errors import ConfigError
 from colm.wire.authority import CERTIFICATE_DAYS, Authority
@@ -163,6 +165,23 @@ async def test_a_running_cluster_looks_after_its_certificates_by_itself(secrets:
         while set(files(secrets)) & set(before):
             await asyncio.sleep(0.01)
     task.cancel()
+
+
+def test_up_renews_what_has_expired_while_the_cluster_was_down_or_says_what_to_do(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    write_secrets(folder, now=NOW - 100 * DAY)
+    config = load_config(None, {"ray.address": "auto", "security.folder": folder})
+    (folder / "ca_key.pem").rename(tmp_path / "elsewhere")
+    said: list[str] = []
+    secrets = _secrets(config, tmp_path, said.append)
+    assert len(said) == len(Member)
+    assert "`colm certificates rotate --from DIR`" in said[0]
+    with pytest.raises(ConfigError, match="expired"):
+        secrets.of_clients()
+    (tmp_path / "elsewhere").rename(folder / "ca_key.pem")
+    said.clear()
+    assert _secrets(config, tmp_path, said.append).of_clients().tls
+    assert said == []
 
 
 async def test_another_machine_has_keys_of_its_own_for_what_it_runs(secrets: SecretFiles, tmp_path: Path) -> None:
