@@ -31,16 +31,11 @@ _LOOK_INTERVAL_S = 3600.0
 class Validity:
     """From when until when a certificate is valid."""
 
+    name: str
+    """Whose it is: a member's word, or another."""
     path: Path
-    member: Member | None
-    """None for the authority."""
     begin: datetime
     end: datetime
-
-    @property
-    def name(self) -> str:
-        """Whose it is."""
-        return "authority" if self.member is None else self.member.value
 
     def is_due(self, now: datetime) -> bool:
         """Whether it is to be renewed."""
@@ -53,18 +48,31 @@ def members_validity(folder: Path) -> list[Validity]:
     Raises:
         ConfigError: one of them cannot be read.
     """
-    paths = [(member, certificate_path(folder, member)) for member in Member]
-    return [validity_of(path, member) for member, path in paths if path.exists()]
+    paths = {member.value: certificate_path(folder, member) for member in Member}
+    return [_validity(name, path) for name, path in paths.items() if path.exists()]
 
 
-def validity_of(path: Path, member: Member | None = None) -> Validity:
-    """The first certificate of a file.
+def authority_validity(folder: Path) -> Validity:
+    """The authority's certificate in a folder.
 
     Raises:
         ConfigError: it has none, or cannot be read.
     """
+    return _validity("authority", folder / CA_FILE)
+
+
+def own_validity(certificate: Path) -> Validity:
+    """The certificate that the gateway's operator has from elsewhere.
+
+    Raises:
+        ConfigError: it has none, or cannot be read.
+    """
+    return _validity("own", certificate)
+
+
+def _validity(name: str, path: Path) -> Validity:
     leaf = read_certificates(path)[0]
-    return Validity(path=path, member=member, begin=leaf.not_valid_before_utc, end=leaf.not_valid_after_utc)
+    return Validity(name=name, path=path, begin=leaf.not_valid_before_utc, end=leaf.not_valid_after_utc)
 
 
 def renew(folder: Path, authority: Path, now: datetime, *, only_due: bool) -> list[Validity]:
@@ -89,12 +97,12 @@ def renew(folder: Path, authority: Path, now: datetime, *, only_due: bool) -> li
             return []
         signs = Authority.read(authority / CA_FILE, authority / CA_KEY_FILE, now)
         ends = signs.certificate.not_valid_after_utc
-        members = [each.member for each in wanted if each.member and (not only_due or each.end < ends)]
+        members = [Member(each.name) for each in wanted if not only_due or each.end < ends]
         try:
             issue(folder, signs, members, now)
         except OSError as err:
             raise ClusterError(f"cannot write into {folder}: {err.strerror}; certificates are renewed there") from err
-        return [validity_of(certificate_path(folder, member), member) for member in members]
+        return [_validity(member.value, certificate_path(folder, member)) for member in members]
 
 
 def look_after(secrets: SecretFiles, now: datetime) -> list[str]:
@@ -108,15 +116,15 @@ def look_after(secrets: SecretFiles, now: datetime) -> list[str]:
         if (folder / CA_KEY_FILE).exists():
             for fresh in renew(folder, folder, now, only_due=True):
                 logger.info("certificate.renewed path=%s until=%s", fresh.path, fresh.end.isoformat())
-        authority = validity_of(folder / CA_FILE)
+        authority = authority_validity(folder)
         left = [each for each in members_validity(folder) if each.is_due(now) and each.end < authority.end]
         others = [authority]
         if secrets.own_certificate is not None:
-            others.append(validity_of(Path(secrets.own_certificate.certificate)))
+            others.append(own_validity(Path(secrets.own_certificate.certificate)))
         left += [each for each in others if each.end - now < _NOTICE]
     except (ClusterError, ConfigError) as err:
         return [str(err)]
-    return [f"{each.path} expires on {each.end:%Y-%m-%d}; {_way_out(each, authority)}" for each in left]
+    return [f"{each.path} expires on {each.end:%Y-%m-%d}; {_WAYS_OUT.get(each.name, _ROTATE)}" for each in left]
 
 
 async def keep_looking_after(secrets: SecretFiles, now: Callable[[], datetime] = utc_now) -> None:
@@ -127,12 +135,11 @@ async def keep_looking_after(secrets: SecretFiles, now: Callable[[], datetime] =
         await asyncio.sleep(_LOOK_INTERVAL_S)
 
 
-def _way_out(ending: Validity, authority: Validity) -> str:
-    if ending is authority:
-        return "a cluster has a new one after `colm down` and `colm up`, or with a new folder of `colm secrets`"
-    if ending.member is None:
-        return "renew it: it is read again when it changes"
-    return "its authority's key is not here: `colm certificates rotate --from DIR`"
+_ROTATE = "its authority's key is not here: `colm certificates rotate --from DIR`"
+_WAYS_OUT = {
+    "authority": "a cluster has a new one after `colm down` and `colm up`, or with a new folder of `colm secrets`",
+    "own": "renew it: it is read again when it changes",
+}
 
 
 @contextmanager

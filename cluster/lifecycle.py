@@ -165,6 +165,8 @@ def _dangers(config: ClusterConfig) -> list[str]:
     dangers = []
     if config.ray.insecure:
         dangers.append("whoever reaches the ports of this Ray can run code on its machines")
+    if config.ray.address is not None and config.security.tls == "off":
+        dangers.append("security.tls='off' has the nodes' token, keys and values in plaintext between machines")
     if not is_loopback(host := config.gateway.host):
         if config.security.token == "off":
             dangers.append(f"gateway.host={host!r} admits other machines, and security.token='off' every one of them")

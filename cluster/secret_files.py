@@ -12,6 +12,7 @@ from cluster.state import write_private
 from colm.clock import utc_now
 from colm.errors import ClusterError
 from colm.wire.authority import Authority
+from colm.wire.certificates import pem_of, read_certificates
 from colm.wire.members import Member
 from colm.wire.security import Security, new_token
 from colm.wire.tls_files import CA_FILE, TlsFiles, certificate_path, of_member
@@ -106,7 +107,7 @@ def write_secrets(folder: Path, authority: tuple[Path, Path] | None = None, now:
             write_private(folder / CA_FILE, signs.certificate_pem.decode())
             write_private(folder / CA_KEY_FILE, signs.key_pem.decode())
         else:
-            write_private(folder / CA_FILE, authority[0].read_text())
+            write_private(folder / CA_FILE, pem_of(read_certificates(authority[0])).decode())
             (folder / CA_KEY_FILE).symlink_to(authority[1].absolute())
         issue(folder, signs, list(Member), now)
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, note, print_json
-from cluster.state import SECRETS
+from cluster.state import SECRETS, ClusterState
 from colm.clock import utc_now
 from colm.errors import ConfigError
 
@@ -63,11 +63,13 @@ def secrets(
 
 def show(secrets: Folder = None, state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> None:
     """Show whose certificates there are, and until when they are valid."""
-    from cluster.certificates import members_validity, validity_of
-    from colm.wire.tls_files import CA_FILE
+    from cluster.certificates import authority_validity, members_validity, own_validity
 
     folder, now = _folder(secrets, state_dir), utc_now()
-    found = [validity_of(folder / CA_FILE), *members_validity(folder)]
+    found = [authority_validity(folder), *members_validity(folder)]
+    state = ClusterState.read(state_dir) if secrets is None else None
+    if state is not None and state.own_certificate is not None:
+        found.append(own_validity(Path(state.own_certificate)))
     if json:
         rows = [{"name": v.name, "file": str(v.path), "end": v.end.isoformat(), "is_due": v.is_due(now)} for v in found]
         print_json({"certificates": rows})

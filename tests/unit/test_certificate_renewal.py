@@ -15,6 +15,7 @@ from cluster.cli import app
 from cluster.lifecycle import _secrets
 from cluster.options import load_config
 from cluster.secret_files import SecretFiles, write_machine_secrets, write_secrets
+from cluster.state import ClusterState
 from colm.errors import ConfigError
 from colm.wire.authority import CERTIFICATE_DAYS, Authority
 from colm.wire.channels import Channels
@@ -217,6 +218,21 @@ def test_the_commands_make_show_and_rotate(tmp_path: Path) -> None:
     assert [row["name"] for row in json.loads(run(*words))["renewed"]] == ["decode"]
     assert (other / "decode.pem").read_bytes() != before
     assert "decode.pem" in run("certificates", "show", "--secrets", str(other))
+
+
+@pytest.mark.usefixtures("secrets")
+def test_an_own_certificate_is_shown_beside_the_clusters(tmp_path: Path) -> None:
+    (tmp_path / "own.pem").write_bytes(Authority.new(NOW).issue(Member.PUBLIC, NOW).chain_pem)
+    ClusterState(
+        gateway_address="a:1",
+        ray_address="",
+        ray_pid=None,
+        client_token=None,
+        ca_pem="",
+        own_certificate=str(tmp_path / "own.pem"),
+    ).write(tmp_path)
+    shown = json.loads(run("certificates", "show", "--state-dir", str(tmp_path), "--json"))["certificates"]
+    assert [row["name"] for row in shown] == ["authority", *(member.value for member in Member), "own"]
 
 
 @pytest.mark.parametrize(

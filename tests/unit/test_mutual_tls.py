@@ -6,6 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from colm.checkpoint import Checkpoint
 from colm.wire.authority import CERTIFICATE_DAYS, Authority
@@ -115,6 +117,27 @@ async def test_the_gateway_demands_no_certificate_of_clients() -> None:
     client = Security(token=TOKEN, tls=new_tls(Member.PUBLIC, AUTHORITY).for_clients())
     async with serving(MEMBERS[Member.PUBLIC]) as address, open_channel(address, client) as channel:
         assert await ask_status(channel, client) == 1
+
+
+@pytest.mark.parametrize("member", Member, ids=str)
+def test_certificates_pass_strict_checks_for_what_they_are_for_and_for_nothing_else(member: Member) -> None:
+    leaf = AUTHORITY.issue(member, NOW).leaf
+    policy = PolicyBuilder().store(Store([AUTHORITY.certificate]))
+
+    def serves() -> bool:
+        try:
+            return bool(policy.build_server_verifier(x509.DNSName(member.certificate_name)).verify(leaf, []))
+        except VerificationError:
+            return False
+
+    def calls() -> bool:
+        try:
+            return bool(policy.build_client_verifier().verify(leaf, []))
+        except VerificationError:
+            return False
+
+    assert (serves(), calls()) == (member is not Member.GATEWAY, member in (Member.GATEWAY, Member.DECODE))
+    assert leaf.not_valid_after_utc - NOW == timedelta(days=CERTIFICATE_DAYS) - timedelta(microseconds=NOW.microsecond)
 
 
 @pytest.fixture(scope="module")
