@@ -5,7 +5,7 @@ import inspect
 import logging
 import re
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Literal, Protocol, get_args, get_origin
@@ -30,7 +30,7 @@ TlsDir = Annotated[
     Path | None,
     typer.Option(help="Folder of `colm secrets`: callers must have a certificate of its authority; none is plaintext."),
 ]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Insecure: plaintext on a --host that is not the loopback.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Insecure: without --tls-dir, speak to other machines.")]
 
 
 class Node(Protocol):
@@ -49,18 +49,26 @@ class Node(Protocol):
 
 
 def read_security(
-    token_file: Path | None, tls_dir: Path | None, member: Member, host: str, *, insecure: bool
+    token_file: Path | None, tls_dir: Path | None, member: Member, hosts: Iterable[str], *, insecure: bool
 ) -> Security:
     """Security of a node that is started by hand.
 
+    Args:
+        token_file: see `TokenFile`.
+        tls_dir: see `TlsDir`.
+        member: the node's role.
+        hosts: where it listens, and whom it calls.
+        insecure: plaintext may leave this machine.
+
     Raises:
-        ConfigError: a file cannot be read, or holds no token; or it would send plaintext to other machines unasked.
+        ConfigError: a file cannot be read, or holds no token; or plaintext would leave this machine unasked.
     """
-    if tls_dir is None and not insecure and not is_loopback(host):
-        raise ConfigError(
-            f"--host {host} without --tls-dir would send keys, values and the token to other machines in plaintext; "
-            "give a folder of `colm secrets`, or --insecure"
-        )
+    for host in hosts if tls_dir is None and not insecure else ():
+        if not is_loopback(host):
+            raise ConfigError(
+                f"host {host!r} without --tls-dir: keys, values, tokens and prompts would go between machines in "
+                "plaintext; give a folder of `colm secrets`, or --insecure"
+            )
     try:
         token = read_token(token_file) if token_file else None
     except OSError as err:

@@ -9,6 +9,7 @@ from colm.clock import MonotonicClock
 from colm.node_cli import Host, Insecure, Port, TlsDir, TokenFile, command, read_security, run_node
 from colm.placement import Placement
 from colm.settings import DtypeSettings, PlacementSettings
+from colm.wire.endpoint import host_of
 from colm.wire.members import Member
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import StaticPrefillPool
@@ -41,7 +42,7 @@ async def main(
     pool = StaticPrefillPool(
         prefill, MonotonicClock(), max_streams=of_prefill.max_streams, max_waiting=of_prefill.max_queued
     )
-    security = read_security(token_file, tls_dir, Member.DECODE, host, insecure=insecure)
+    security = read_security(token_file, tls_dir, Member.DECODE, [host, *map(host_of, prefill)], insecure=insecure)
     await run_node(DecodeNode(options, security, pool))
 
 

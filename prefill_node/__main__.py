@@ -34,7 +34,7 @@ async def main(
         host=host,
         port=port,
     )
-    security = read_security(token_file, tls_dir, Member.PREFILL, host, insecure=insecure)
+    security = read_security(token_file, tls_dir, Member.PREFILL, [host], insecure=insecure)
     await run_node(PrefillNode(options, security))
 
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from colm.errors import ConfigError
-from colm.wire.certificates import Pair, PrivateKey, key_pem_of, pem_of, read_pair
+from colm.wire.certificates import Pair, PrivateKey, PublicKey, key_pem_of, pem_of, read_pair
 from colm.wire.members import CLUSTER_NAME, Member
 
 # A cluster makes a new authority whenever it starts.
@@ -31,8 +31,9 @@ class Authority:
     def new(cls, now: datetime.datetime) -> "Authority":
         """A fresh self-made one."""
         key = ec.generate_private_key(ec.SECP256R1())
-        name = _named(f"{CLUSTER_NAME} authority")
-        builder = _builder(name, name, key.public_key(), key.public_key(), now)
+        name = _name(f"{CLUSTER_NAME} authority")
+        named = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
+        builder = _builder(name, name, key.public_key(), named, now)
         certificate = (
             builder.not_valid_after(now + datetime.timedelta(days=_AUTHORITY_DAYS))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -69,6 +70,15 @@ class Authority:
         """The secret."""
         return key_pem_of(self.key)
 
+    @property
+    def _named(self) -> x509.AuthorityKeyIdentifier:
+        """How certificates name its key: as its own certificate does, if that does."""
+        try:
+            found = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        except x509.ExtensionNotFound:
+            return x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
+        return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(found)
+
     def issue(self, member: Member, now: datetime.datetime) -> Pair:
         """A fresh key and the certificate for it.
 
@@ -80,9 +90,9 @@ class Authority:
         if member is Member.PUBLIC:  # for clients that check the address that they dial
             names += [x509.DNSName("localhost")]
             names += [x509.IPAddress(ipaddress.ip_address(loopback)) for loopback in ("127.0.0.1", "::1")]
-        subject, issuer = _named(member.certificate_name), self.certificate.subject
+        subject, issuer = _name(member.certificate_name), self.certificate.subject
         certificate = (
-            _builder(subject, issuer, key.public_key(), self.key.public_key(), now)
+            _builder(subject, issuer, key.public_key(), self._named, now)
             .not_valid_after(end)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -94,25 +104,26 @@ class Authority:
         return Pair((certificate, self.certificate) if has_another_above else (certificate,), key)
 
 
-def _named(common_name: str) -> x509.Name:
+def _name(common_name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, public_key: object, issuer_key: object, now: datetime.datetime
+    subject: x509.Name,
+    issuer: x509.Name,
+    public_key: PublicKey,
+    named: x509.AuthorityKeyIdentifier,
+    now: datetime.datetime,
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
-        .public_key(public_key)  # type: ignore[arg-type]
+        .public_key(public_key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))  # clocks differ
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)  # type: ignore[arg-type]
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key),  # type: ignore[arg-type]
-            critical=False,
-        )
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+        .add_extension(named, critical=False)
     )
 
 

@@ -95,6 +95,11 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def host_of(address: str) -> str:
+    """The host in host:port, without an IPv6 address's brackets."""
+    return address.rpartition(":")[0].strip("[]")
+
+
 def dial_address(host: str, port: int) -> str:
     """The address that a client on the server's own machine dials: the loopback if `host` is a wildcard."""
     return join_address(_LOOPBACKS.get(host, host), port)

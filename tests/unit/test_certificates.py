@@ -9,8 +9,11 @@ from pathlib import Path
 
 import grpc
 import pytest
+import typer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from typer.testing import CliRunner
 
 from cluster.certificates import look_after
@@ -26,6 +29,7 @@ from colm.wire.certificates import covers, pem_of, read_pair, system_authorities
 from colm.wire.endpoint import open_channel
 from colm.wire.members import Member
 from colm.wire.security import Security, Tls, new_token
+from decode_node.__main__ import main as decode_command
 from tests.doors import ask_status, refusal, serving
 
 NOW = datetime.now(UTC)
@@ -177,9 +181,17 @@ def test_plaintext_leaves_this_machine_only_where_that_is_called_insecure(beyond
 def test_a_node_by_hand_speaks_plaintext_on_the_loopback_or_where_that_is_called_insecure() -> None:
     """Bug: it listened in plaintext on any address, and said nothing."""
     for host, insecure in (("127.0.0.1", False), ("::1", False), ("0.0.0.0", True)):
-        assert read_security(None, None, Member.PREFILL, host, insecure=insecure) == Security()
-    with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 without --tls-dir .* or --insecure"):
-        read_security(None, None, Member.PREFILL, "0.0.0.0", insecure=False)
+        assert read_security(None, None, Member.PREFILL, [host], insecure=insecure) == Security()
+    with pytest.raises(ConfigError, match=r"host '0\.0\.0\.0' without --tls-dir: .* or --insecure"):
+        read_security(None, None, Member.PREFILL, ["0.0.0.0"], insecure=False)
+
+
+def test_a_decode_node_by_hand_calls_no_other_machine_in_plaintext() -> None:
+    command = typer.Typer()
+    command.command()(decode_command)
+    result = CliRunner().invoke(command, ["--model", "m", "--prefill", "[::1]:1", "--prefill", "192.0.2.1:1"])
+    assert result.exit_code == 1
+    assert "host '192.0.2.1' without --tls-dir" in result.output
 
 
 async def test_clients_of_this_machine_trust_the_gateways_own_certificate_and_follow_its_renewal(
@@ -210,6 +222,28 @@ async def test_clients_of_this_machine_trust_the_gateways_own_certificate_and_fo
             certificate.write_bytes(certificate_of(name))
         clusters_own = replace(state, own_certificate=None).security
         assert (await refusal(ask_status, address, clusters_own)).code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_members_name_the_key_of_an_own_authority_as_that_one_does() -> None:
+    """Bug: whoever compares the two found no issuer, where the authority's tool had not hashed its key with SHA-1."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "own")])
+    identifier = x509.SubjectKeyIdentifier(b"a name of its own")
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(NOW)
+        .not_valid_after(NOW + LIFE)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(identifier, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    leaf = Authority(certificate, key).issue(Member.DECODE, NOW).leaf
+    named = leaf.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    assert named.key_identifier == identifier.digest
 
 
 async def test_an_own_authority_signs_for_the_members_and_its_key_stays_where_it_is(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ BAD_TOKENS = {
 
 
 def read_token_of(path: Path) -> str | None:
-    return read_security(path, None, Member.PREFILL, "127.0.0.1", insecure=False).token
+    return read_security(path, None, Member.PREFILL, ["127.0.0.1"], insecure=False).token
 
 
 @pytest.mark.parametrize(("content", "why"), BAD_TOKENS.values(), ids=BAD_TOKENS.keys())
