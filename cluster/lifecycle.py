@@ -7,19 +7,23 @@ from pathlib import Path
 
 import torch
 
+from cluster.certificates import look_after
 from cluster.client_tokens import TOKENS_FILE, read_clients
+from cluster.exposure import advice_to_clients, own_certificate, require_encryption
 from cluster.interrupts import Interrupts
 from cluster.local_ray import free_port, is_left, is_running, show_token, start_ray, stop_ray
-from cluster.options import ClusterConfig, SecuritySection
+from cluster.options import ClusterConfig
 from cluster.ray_files import new_ray_root, remove_ray_root
 from cluster.secret_files import SecretFiles, write_secrets
 from cluster.state import SECRETS, ClusterState, alone, make_state_dir, note_joined, read_joined
 from colm.checkpoint import Checkpoint
+from colm.clock import utc_now
 from colm.dtypes import parse_dtype
 from colm.errors import ClusterError, ConfigError
 from colm.kv import KvFormat
 from colm.placement import parse_device, why_unusable
 from colm.wire.endpoint import is_loopback, why_not
+from colm.wire.tls_files import CA_FILE
 from decode_node.kv_layout import KvLayout
 from prefill_node.memory import require_room_for_a_tile
 from prefill_node.sparse.patterns import PatternFile
@@ -48,6 +52,7 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
     _check_prefill(config, checkpoint)
     if config.ray.address is None:
         _check_devices(config)
+    require_encryption(config)
     make_state_dir(state_dir)
     with alone(state_dir), Interrupts() as interrupts:
         if ClusterState.read(state_dir) is not None:
@@ -162,6 +167,8 @@ def _dangers(config: ClusterConfig) -> list[str]:
     dangers = []
     if config.ray.insecure:
         dangers.append("whoever reaches the ports of this Ray can run code on its machines")
+    if config.ray.address is not None and config.security.tls == "off":
+        dangers.append("security.tls='off' has the nodes' token, keys and values in plaintext between machines")
     if not is_loopback(host := config.gateway.host):
         if config.security.token == "off":
             dangers.append(f"gateway.host={host!r} admits other machines, and security.token='off' every one of them")
@@ -172,24 +179,30 @@ def _dangers(config: ClusterConfig) -> list[str]:
     return dangers
 
 
-def _secrets(section: SecuritySection, state_dir: Path) -> SecretFiles:
+def _secrets(config: ClusterConfig, state_dir: Path, say: Say) -> SecretFiles:
+    own, section = own_certificate(config.gateway, say), config.security
     folder = section.folder
     clients_file = (state_dir if folder is None else folder) / TOKENS_FILE
     if folder is None:
         folder = state_dir / SECRETS
         shutil.rmtree(folder, ignore_errors=True)  # a killed `up` may have left it
-        write_secrets(folder)
+        write_secrets(folder, section.authority)
     read_clients(clients_file)  # a damaged one is refused now, rather than left to the gateway's log
-    return SecretFiles(
+    secrets = SecretFiles(
         folder=str(folder.absolute()),
         has_tls=section.tls == "auto",
         has_client_token=section.token == "auto",
         clients_file=str(clients_file.absolute()),
+        own_certificate=own,
     )
+    if secrets.has_tls:
+        for complaint in look_after(secrets, utc_now()):
+            say(complaint)
+    return secrets
 
 
 def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, say: Say) -> ClusterState:
-    secrets = _secrets(config.security, state_dir)
+    secrets = _secrets(config, state_dir, say)
     clients = secrets.of_clients()
     ray_address, ray_pid = config.ray.address, None
     if ray_address is None:
@@ -209,11 +222,15 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
         say(f"insecure: {danger}")
     say(f"loading {checkpoint.path.name}: {config.prefill.replicas} prefill, {config.decode.replicas} decode")
     deployed = deployment.deploy(config, checkpoint, secrets, ray_address, note_address)
+    own = secrets.own_certificate
+    if (advice := advice_to_clients(config, secrets)) is not None:
+        say(advice)
     return ClusterState(
         gateway_address=deployed.gateway_address,
         http_address=deployed.http_address,
         ray_address=deployed.ray_address,
         ray_pid=ray_pid,
         client_token=clients.token,
-        ca_pem=None if clients.tls is None else clients.tls.ca_pem.decode(),
+        ca_pem=(Path(secrets.folder) / CA_FILE).read_text() if secrets.has_tls else None,
+        own_certificate=None if own is None else own.certificate,
     )

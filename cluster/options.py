@@ -76,6 +76,10 @@ class GatewaySection(Settings):
     """Slowest decoding, in new tokens/s, that such a request is given time for."""
     max_timeout_s: PositiveFloat = 24 * 3600.0
     """Longest timeout_s that a client may ask for, and longest deadline of any request, in seconds."""
+    tls_certificate: Path | None = None
+    """Your own certificate for clients, e.g. Let's Encrypt's fullchain.pem; read again when it changes."""
+    tls_key: Path | None = None
+    """Its private key, on the gateway's machine."""
     audit_folder: Path | None = None
     """Folder of the audit log, on the gateway's machine: a line for each request, sizes only; by default none."""
     audit_keep_days: PositiveInt = 30
@@ -106,6 +110,17 @@ class SecuritySection(Settings):
     """auto makes certificates, and encrypts the gateway's and the nodes' connections; off leaves them in plaintext."""
     folder: Path | None = None
     """Folder of `colm secrets`, at the same path on every machine; with ray.address only. Else `colm up` makes one."""
+    ca_certificate: Path | None = None
+    """Your own authority, which signs the nodes' certificates of the folder that `colm up` makes; else it makes one."""
+    ca_key: Path | None = None
+    """Its private key, which stays where it is."""
+    insecure: bool = False
+    """Insecure: lets tls = "off" send tokens and text in plaintext between machines, not on the loopback alone."""
+
+    @property
+    def authority(self) -> tuple[Path, Path] | None:
+        """Your own authority and its key; None without one."""
+        return None if self.ca_certificate is None or self.ca_key is None else (self.ca_certificate, self.ca_key)
 
 
 class MetricsSection(Settings):
@@ -191,6 +206,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
     _check_limits(config)
     _check_devices(config)
     _check_secrets(config)
+    _check_certificates(config)
     return config
 
 
@@ -234,6 +250,29 @@ def _check_secrets(config: ClusterConfig) -> None:
     if address is None and folder is not None:
         raise ConfigError(
             f"security.folder={str(folder)!r} needs ray.address; a Ray that `colm up` starts has secrets of its own"
+        )
+
+
+def _check_certificates(config: ClusterConfig) -> None:
+    """Refuse halves of pairs, certificates that nobody would use, and plaintext that leaves this machine unasked."""
+    gateway, security = config.gateway, config.security
+    pairs = {
+        "gateway.tls_certificate": gateway.tls_certificate,
+        "gateway.tls_key": gateway.tls_key,
+        "security.ca_certificate": security.ca_certificate,
+        "security.ca_key": security.ca_key,
+    }
+    for one, other in (("gateway.tls_certificate", "gateway.tls_key"), ("security.ca_certificate", "security.ca_key")):
+        for given, missing in ((one, other), (other, one)):
+            if pairs[given] is not None and pairs[missing] is None:
+                raise ConfigError(f"{given}={str(pairs[given])!r} needs {missing}; give both, or neither")
+    for name, path in pairs.items():
+        if path is not None and security.tls == "off":
+            raise ConfigError(f"{name}={str(path)!r} with security.tls='off' is not used; leave one of them out")
+    if security.ca_certificate is not None and security.folder is not None:
+        raise ConfigError(
+            f"security.ca_certificate={str(security.ca_certificate)!r} with security.folder={str(security.folder)!r}: "
+            "that folder has its authority already; give yours to `colm secrets --ca-certificate --ca-key`"
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from colm.errors import ClusterError
+from colm.wire.certificates import dialled_name, pem_of, read_certificates
 from colm.wire.security import Security, Tls
 
 _FILE = "cluster.json"
@@ -88,18 +89,35 @@ class ClusterState:
     """Process of the Ray that `colm up` started; None where it joined one."""
     client_token: str | None = field(repr=False)
     ca_pem: str | None
-    """Authority of the gateway's certificate; None without TLS."""
+    """The cluster's authority; None without TLS."""
+    own_certificate: str | None = None
+    """File of the certificate that the gateway shows in place of one of that authority."""
 
     @property
     def security(self) -> Security:
-        """Token and TLS of a client."""
+        """Token and TLS of a client on this machine.
+
+        Raises:
+            ConfigError: the gateway's own certificate cannot be read.
+        """
         tls = None if self.ca_pem is None else Tls(ca_pem=self.ca_pem.encode())
+        if self.own_certificate is not None:
+            # This very certificate, which may be renewed meanwhile: whoever else has one for its name is not trusted.
+            leaf = read_certificates(Path(self.own_certificate))[0]
+            tls = Tls(ca_pem=pem_of([leaf]), server_name=dialled_name(leaf))
         return Security(token=self.client_token, tls=tls)
 
     @property
     def base_url(self) -> str:
-        """What OpenAI's clients are told."""
-        return f"{'http' if self.ca_pem is None else 'https'}://{self.http_address}/v1"
+        """What OpenAI's clients are told; with an own certificate, its name, which must lead to the gateway.
+
+        Raises:
+            ConfigError: the gateway's own certificate cannot be read.
+        """
+        if self.own_certificate is None:
+            return f"{'http' if self.ca_pem is None else 'https'}://{self.http_address}/v1"
+        name = dialled_name(read_certificates(Path(self.own_certificate))[0])
+        return f"https://{name}:{self.http_address.rpartition(':')[2]}/v1"
 
     def write(self, state_dir: Path) -> None:
         """Write the state file, which only this user can read, and beside it the authority that clients must trust."""

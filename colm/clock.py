@@ -2,7 +2,13 @@
 
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Protocol
+
+
+def utc_now() -> datetime:
+    """The date and time, for what is compared with dates: deadlines use a `Clock`."""
+    return datetime.now(UTC)
 
 
 class Clock(Protocol):

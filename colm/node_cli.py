@@ -5,7 +5,7 @@ import inspect
 import logging
 import re
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Literal, Protocol, get_args, get_origin
@@ -16,7 +16,10 @@ from pydantic import ValidationError
 
 from colm.errors import ColmError, ConfigError
 from colm.settings import Settings, explain
-from colm.wire.security import Security, Tls, read_token
+from colm.wire.endpoint import is_loopback
+from colm.wire.members import Member
+from colm.wire.security import Security, read_token
+from colm.wire.tls_files import of_member
 
 TokenFile = Annotated[
     Path | None,
@@ -24,7 +27,11 @@ TokenFile = Annotated[
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="0 picks a free port.")]
-TlsDir = Annotated[Path | None, typer.Option(help="Directory with ca.pem, cert.pem and key.pem; none is plaintext.")]
+TlsDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder of `colm secrets`: callers must have a certificate of its authority; none is plaintext."),
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Insecure: without --tls-dir, speak to other machines.")]
 
 
 class Node(Protocol):
@@ -43,21 +50,32 @@ class Node(Protocol):
         """Drain and close."""
 
 
-def read_security(token_file: Path | None, tls_dir: Path | None) -> Security:
+def read_security(
+    token_file: Path | None, tls_dir: Path | None, member: Member, hosts: Iterable[str], *, insecure: bool
+) -> Security:
     """Security of a node that is started by hand.
 
+    Args:
+        token_file: see `TokenFile`.
+        tls_dir: see `TlsDir`.
+        member: the node's role.
+        hosts: where it listens, and whom it calls.
+        insecure: plaintext may leave this machine.
+
     Raises:
-        ConfigError: a file cannot be read, or holds no token.
+        ConfigError: a file cannot be read, or holds no token; or plaintext would leave this machine unasked.
     """
+    for host in hosts if tls_dir is None and not insecure else ():
+        if not is_loopback(host):
+            raise ConfigError(
+                f"host {host!r} without --tls-dir: keys, values, tokens and prompts would go between machines in "
+                "plaintext; give a folder of `colm secrets`, or --insecure"
+            )
     try:
         token = read_token(token_file) if token_file else None
-        tls = None
-        if tls_dir:
-            ca, cert, key = ((tls_dir / name).read_bytes() for name in ("ca.pem", "cert.pem", "key.pem"))
-            tls = Tls(ca_pem=ca, cert_pem=cert, key_pem=key)
     except OSError as err:
         raise ConfigError(f"cannot read {err.filename}: {err.strerror}") from err
-    return Security(token=token, tls=tls)
+    return Security(token=token, tls=of_member(tls_dir, member) if tls_dir else None)
 
 
 async def run_node(node: Node) -> None:

@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from colm.clock import MonotonicClock
-from colm.node_cli import Host, Port, TlsDir, TokenFile, command, read_security, run_node
+from colm.node_cli import Host, Insecure, Port, TlsDir, TokenFile, command, read_security, run_node
 from colm.placement import Placement
 from colm.settings import DtypeSettings, PlacementSettings
+from colm.wire.endpoint import host_of
+from colm.wire.members import Member
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import StaticPrefillPool
 from decode_node.settings import DecodeSettings, PrefillPoolSettings
@@ -27,6 +29,7 @@ async def main(
     of_prefill: PrefillPoolSettings,
     token_file: TokenFile = None,
     tls_dir: TlsDir = None,
+    insecure: Insecure = False,
 ) -> None:
     """Serve a model at any scale over keys and values from prefill nodes; prints its address once it is ready."""
     options = DecodeOptions(
@@ -39,7 +42,8 @@ async def main(
     pool = StaticPrefillPool(
         prefill, MonotonicClock(), max_streams=of_prefill.max_streams, max_waiting=of_prefill.max_queued
     )
-    await run_node(DecodeNode(options, read_security(token_file, tls_dir), pool))
+    security = read_security(token_file, tls_dir, Member.DECODE, [host, *map(host_of, prefill)], insecure=insecure)
+    await run_node(DecodeNode(options, security, pool))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from colm.node_cli import Host, Port, TlsDir, TokenFile, command, read_security, run_node
+from colm.node_cli import Host, Insecure, Port, TlsDir, TokenFile, command, read_security, run_node
 from colm.placement import Placement
 from colm.settings import DtypeSettings, PlacementSettings
+from colm.wire.members import Member
 from prefill_node.node import PrefillNode, PrefillOptions
 from prefill_node.settings import PrefillSettings
 
@@ -23,6 +24,7 @@ async def main(
     settings: PrefillSettings,
     token_file: TokenFile = None,
     tls_dir: TlsDir = None,
+    insecure: Insecure = False,
 ) -> None:
     """Serve chain 1 of a model to decode nodes; prints its address once it is ready."""
     options = PrefillOptions(
@@ -32,7 +34,8 @@ async def main(
         host=host,
         port=port,
     )
-    await run_node(PrefillNode(options, read_security(token_file, tls_dir)))
+    security = read_security(token_file, tls_dir, Member.PREFILL, [host], insecure=insecure)
+    await run_node(PrefillNode(options, security))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from colm.nodes import NodeReport, ProcessFacts, Role
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server
 from colm.wire.http_server import HttpServer
-from colm.wire.security import Security, Tls
+from colm.wire.security import Security, TlsSource
 from tests.gates import LIMIT_S
 from tests.nodes import decode_node, prefill_node
 
@@ -126,7 +126,7 @@ async def http_gateway(
     *,
     clients: Clients | None = None,
     audit_log: AuditLog | None = None,
-    tls: Tls | None = None,
+    tls: TlsSource | None = None,
     max_files_bytes: int = 1 << 20,
     **limits: Any,
 ) -> AsyncIterator[str]:

@@ -160,8 +160,9 @@ def serve_one_process(model: Path, pipe: Connection) -> None:
 
 
 async def _serve_until_closed(model: Path, config: ClusterConfig, security: Security, pipe: Connection) -> None:
-    assert security.tls is not None
-    of_clients = Security(token=security.token, tls=security.tls.for_clients())
+    tls = security.current_tls
+    assert tls is not None
+    of_clients = Security(token=security.token, tls=tls.for_clients())
     async with serving(model, config, security) as (address, _):
         pipe.send(System(name="one process", address=address, security=of_clients, pid=os.getpid()))
         await asyncio.to_thread(_wait_until_closed, pipe)

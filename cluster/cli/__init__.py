@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from cluster.cli.certificates import register as register_certificates
 from cluster.cli.cluster import register as register_cluster
 from cluster.cli.models import register as register_models
 from cluster.cli.submit import register as register_submit
@@ -20,6 +21,7 @@ register_models(app)
 register_cluster(app)
 register_submit(app)
 register_tokens(app)
+register_certificates(app)
 
 
 def main() -> None:

@@ -22,7 +22,6 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("up")(up)
     app.command("config")(config)
-    app.command("secrets")(secrets)
     app.command("status")(status)
     app.command("env")(env)
     app.command("down")(down)
@@ -41,6 +40,14 @@ def up(
     secrets: Annotated[
         Path | None, typer.Option(help="With --ray-address: folder of `colm secrets`, on every machine.")
     ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="Your own certificate for clients, with those that lead to its authority; PEM.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+    ca_certificate: Annotated[
+        Path | None, typer.Option(help="Your own authority, which signs the nodes' certificates; PEM.")
+    ] = None,
+    ca_key: Annotated[Path | None, typer.Option(help="Its private key, which stays where it is.")] = None,
     insecure_ray: Annotated[
         bool | None, typer.Option("--insecure-ray", help="Insecure: join a Ray that demands no token.")
     ] = None,
@@ -56,6 +63,10 @@ def up(
         "ray.address": ray_address,
         "ray.insecure": insecure_ray,
         "security.folder": secrets,
+        "security.ca_certificate": ca_certificate,
+        "security.ca_key": ca_key,
+        "gateway.tls_certificate": tls_certificate,
+        "gateway.tls_key": tls_key,
     }
     with interruptible(_NOTHING_LEFT):
         from cluster.lifecycle import up as bring_up
@@ -76,14 +87,6 @@ def up(
 def config() -> None:
     """Print every option with its meaning and its default, as a file to start from."""
     typer.echo(default_toml(), nl=False)
-
-
-def secrets(folder: Annotated[Path, typer.Argument(help="Folder to make.")]) -> None:
-    """Make tokens and certificates for a cluster of several machines, to be copied to the same path on each."""
-    from cluster.secret_files import write_secrets
-
-    write_secrets(folder)
-    note(f"wrote {folder}: whoever can read it can use the cluster")
 
 
 def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> None:
@@ -147,11 +150,12 @@ def _flat(node: NodeStatus) -> dict[str, object]:
 def env(state_dir: StateDir = DEFAULT_STATE_DIR) -> None:
     """Print what points OpenAI's clients at this cluster: `eval "$(colm env)"`.
 
-    SSL_CERT_FILE makes this cluster's authority the only one that programs of that shell trust.
+    SSL_CERT_FILE makes this cluster's authority the only one that programs of that shell trust; a gateway with a
+    certificate from elsewhere needs none.
     """
     state = ClusterState.require(state_dir)
     variables = {"OPENAI_BASE_URL": state.base_url, "OPENAI_API_KEY": state.client_token or "none"}
-    if state.ca_pem is not None:
+    if state.ca_pem is not None and state.own_certificate is None:
         variables["SSL_CERT_FILE"] = str((state_dir / CA_FILE).absolute())
     for name, value in variables.items():
         typer.echo(f"export {name}={quote(value)}")

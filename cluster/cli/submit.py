@@ -14,6 +14,8 @@ from colm.client import Client, Document
 from colm.errors import ClusterError
 from colm.request import AttentionMode, KvCodec
 from colm.sampling import SamplingParams
+from colm.wire.certificates import system_authorities
+from colm.wire.members import CLUSTER_NAME
 from colm.wire.security import Security, Tls, read_token
 
 
@@ -44,6 +46,12 @@ def submit(
     address: Annotated[str | None, typer.Option(help="Gateway host:port; this machine's cluster by default.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="With --address: file with the client token.")] = None,
     ca_file: Annotated[Path | None, typer.Option(help="With --address: authority of its certificate, PEM.")] = None,
+    system_ca: Annotated[
+        bool, typer.Option("--system-ca", help="With --address: trust this system's authorities, and check its name.")
+    ] = False,
+    server_name: Annotated[
+        str | None, typer.Option(help="With --ca-file: name in the certificate, if not that of a cluster's own.")
+    ] = None,
     plaintext: Annotated[
         bool, typer.Option("--plaintext", help="With --token-file: send the token without encryption.")
     ] = False,
@@ -54,7 +62,7 @@ def submit(
     view = AnswerView(stream_text=not json)
     sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop or ()))
     try:
-        with _connect(address, token_file, ca_file, plaintext, state_dir) as client, view:
+        with _connect(address, token_file, ca_file, system_ca, server_name, plaintext, state_dir) as client, view:
             answer = client.generate(
                 _document(file),
                 prompt,
@@ -89,24 +97,37 @@ def _document(file: str) -> Document:
 
 
 def _connect(
-    address: str | None, token_file: Path | None, ca_file: Path | None, plaintext: bool, state_dir: Path
+    address: str | None,
+    token_file: Path | None,
+    ca_file: Path | None,
+    system_ca: bool,
+    server_name: str | None,
+    plaintext: bool,
+    state_dir: Path,
 ) -> Client:
     if address is None:
-        for name, given in (("token-file", token_file), ("ca-file", ca_file)):
+        for name, given in (("token-file", token_file), ("ca-file", ca_file), ("system-ca", system_ca or None)):
             if given is not None:
                 raise ClusterError(f"--{name} needs --address; this machine's cluster has its own")
         state = ClusterState.require(state_dir)
         return Client(state.gateway_address, state.security)
-    if plaintext and ca_file is not None:
-        raise ClusterError("--plaintext and --ca-file exclude each other; leave one of them out")
-    if token_file is not None and ca_file is None and not plaintext:
+    chosen = {"--plaintext": plaintext, "--ca-file": ca_file is not None, "--system-ca": system_ca}
+    if sum(chosen.values()) > 1:
+        words = " and ".join(word for word, is_chosen in chosen.items() if is_chosen)
+        raise ClusterError(f"{words} exclude each other; leave all but one out")
+    if server_name is not None and ca_file is None:
+        raise ClusterError(f"--server-name={server_name!r} needs --ca-file; --system-ca checks the name in --address")
+    if token_file is not None and not any(chosen.values()):
         raise ClusterError(
             f"--token-file without --ca-file would show the token to everybody on the way to {address}; give the "
-            "authority of the gateway's certificate, or --plaintext for a cluster with security.tls off"
+            "authority of the gateway's certificate, --system-ca if it is a public one, or --plaintext for a cluster "
+            "with security.tls off"
         )
     try:
         token = read_token(token_file) if token_file else None
-        tls = Tls(ca_pem=ca_file.read_bytes()) if ca_file else None
+        tls = Tls(ca_pem=ca_file.read_bytes(), server_name=server_name or CLUSTER_NAME) if ca_file else None
+        if system_ca:
+            tls = Tls(ca_pem=system_authorities(), server_name=None)
     except OSError as err:
         raise ClusterError(f"cannot read {err.filename}: {err.strerror}") from err
     return Client(address, Security(token=token, tls=tls))

@@ -10,6 +10,7 @@ from cluster.replicas.node import NodeReplica
 from cluster.secret_files import SecretFiles
 from colm.line import Beat
 from colm.nodes import NodeReport, Role
+from colm.wire.members import Member
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import PrefillLease, no_other
 
@@ -71,8 +72,9 @@ class DecodeReplica(NodeReplica):
         self._prefill_pool = ServePrefillPool(
             prefill, num_replicas=num_prefill, max_waiting=max_waiting_for_prefill, is_alone=is_alone
         )
-        self._node = DecodeNode(replace(options, host=self._host), secrets.of_nodes(), self._prefill_pool, self._leases)
-        await self._start(self._node, gateway, metrics_host)
+        security = secrets.of_nodes(Member.DECODE)
+        self._node = DecodeNode(replace(options, host=self._host), security, self._prefill_pool, self._leases)
+        await self._start(self._node, secrets, gateway, metrics_host)
 
     async def check_health(self) -> None:
         """Raise once the decode loop has ended, so that Serve replaces this replica."""

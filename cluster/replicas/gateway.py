@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from cluster.accounts import Accounts
 from cluster.audit_log import AuditLog
+from cluster.certificates import keep_looking_after
 from cluster.decode_calls import GrpcDecodeCalls
 from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.placement import DecodeLease
@@ -40,6 +41,7 @@ from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.health import BoundedHealth
 from colm.wire.http_server import HttpServer
+from colm.wire.members import Member
 from colm.wire.v1 import generation_service_pb2
 
 logger = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ class GatewayReplica:
         model = await asyncio.to_thread(_load, options)
         self._registry = NodeRegistry(MonotonicClock())
         self._decode_pool = ServeDecodePool(decode, max_waiting=options.limits.max_requests)
-        self._decode_calls = GrpcDecodeCalls(secrets.of_nodes())
+        self._decode_calls = GrpcDecodeCalls(secrets.of_nodes(Member.GATEWAY))
         front_door = FrontDoor(
             model=model,
             limits=options.limits,
@@ -156,6 +158,7 @@ class GatewayReplica:
         port = bind(self._server, options.host, options.port, client_security)
         await self._server.start()
         await self._http.start()
+        self._looking_after = asyncio.create_task(keep_looking_after(secrets))
         self._address = dial_address(options.host, port)
         logger.info("gateway.ready address=%s http=%s model=%s", self._address, self._http.address, model.name)
 
@@ -181,6 +184,7 @@ class GatewayReplica:
 
     async def __del__(self) -> None:
         if hasattr(self, "_address"):
+            self._looking_after.cancel()
             await self._health.enter_graceful_shutdown()
             await asyncio.gather(self._server.stop(defaults.STOP_GRACE_S), self._http.stop())
             if self._metrics is not None:

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import ray
 from ray import serve
 
+from cluster.certificates import keep_looking_after
 from cluster.replicas.lender import LEASE_TTL_S
 from cluster.replicas.reporting import keep_reporting, log_beside
 from cluster.replicas.serve_port import keep_serve_port_shut
+from cluster.secret_files import SecretFiles
 from colm.leases import LeaseTable
 from colm.metrics.endpoint import MetricsEndpoint
 from colm.node_cli import Node
@@ -32,8 +34,10 @@ class NodeReplica:
         self._host: str = ray.util.get_node_ip_address()
         """This machine's address."""
 
-    async def _start(self, node: Node, gateway: tuple[str, str], metrics_host: str | None) -> None:
-        """Start the node, and report on it to the gateway, a (deployment, application).
+    async def _start(
+        self, node: Node, secrets: SecretFiles, gateway: tuple[str, str], metrics_host: str | None
+    ) -> None:
+        """Start the node, look after its certificates, and report on it to the gateway, a (deployment, application).
 
         Metrics are served on the loopback, or on this machine's own address where the host is another one.
         """
@@ -46,6 +50,7 @@ class NodeReplica:
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         handle: Any = serve.get_deployment_handle(*gateway)
         self._reporting = asyncio.create_task(keep_reporting(handle.report.remote, self._report))
+        self._looking_after = asyncio.create_task(keep_looking_after(secrets))
 
     async def lease(self, again: bool) -> AsyncIterator[tuple[str, str]]:
         """Grant a lease for one stream: yields (address, lease id); with `again`, another one after each.
@@ -61,6 +66,7 @@ class NodeReplica:
             self._reporting.cancel()
             if self._metrics is not None:
                 await self._metrics.stop()
+            self._looking_after.cancel()
             await self._running.stop()
 
     @abstractmethod

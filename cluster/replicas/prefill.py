@@ -5,6 +5,7 @@ from dataclasses import replace
 from cluster.replicas.node import NodeReplica
 from cluster.secret_files import SecretFiles
 from colm.nodes import NodeReport, Role
+from colm.wire.members import Member
 from prefill_node.node import PrefillNode, PrefillOptions
 
 
@@ -23,8 +24,9 @@ class PrefillReplica(NodeReplica):
         self, options: PrefillOptions, secrets: SecretFiles, gateway: tuple[str, str], metrics_host: str | None
     ) -> None:
         super().__init__()
-        self._node = PrefillNode(replace(options, host=self._host), secrets.of_nodes(), self._leases)
-        await self._start(self._node, gateway, metrics_host)
+        security = secrets.of_nodes(Member.PREFILL)
+        self._node = PrefillNode(replace(options, host=self._host), security, self._leases)
+        await self._start(self._node, secrets, gateway, metrics_host)
 
     def _report(self) -> NodeReport:
         load = self._node.service.load

@@ -4,14 +4,13 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Generic, TypeVar
 
 import grpc
 
 from colm.errors import PeerUnavailable
 from colm.wire.endpoint import open_blocking_channel, open_channel
-from colm.wire.security import Security
+from colm.wire.security import Security, Tls
 
 MAX_UNUSED = 32
 """Channels kept for addresses that nobody calls now. gRPC has closed their connections after `IDLE_MS` already."""
@@ -19,26 +18,36 @@ MAX_UNUSED = 32
 _Channel = TypeVar("_Channel", grpc.aio.Channel, grpc.Channel)
 
 
+# A channel keeps the certificates that it was opened with: another address or other certificates, another channel.
+_Key = tuple[str, Tls | None]
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Shared(Generic[_Channel]):
-    address: str
+    key: _Key
     channel: _Channel
     num_users: int = 0
 
 
 class _Shelf(Generic[_Channel]):
-    """Counts the users of each channel and keeps one channel an address for the next caller. Thread-safe."""
+    """Counts the users of each channel and keeps one channel an address for the next caller. Thread-safe.
 
-    def __init__(self, open_to: Callable[[str], _Channel]) -> None:
+    After certificates were renewed, callers get a new channel; calls on the old one end there.
+    """
+
+    def __init__(self, open_to: Callable[[str, Security], _Channel], security: Security) -> None:
         self._open_to = open_to
+        self._security = security
         self._lock = threading.Lock()
         # Ordered by last use, the latest last.
-        self._kept: dict[str, _Shared[_Channel]] = {}
+        self._kept: dict[_Key, _Shared[_Channel]] = {}
 
     def take(self, address: str) -> _Shared[_Channel]:
+        security = self._security.current()
+        key = address, security.current_tls
         with self._lock:
-            shared = self._kept.get(address) or _Shared(address=address, channel=self._open_to(address))
-            self._kept[address] = shared
+            shared = self._kept.get(key) or _Shared(key=key, channel=self._open_to(address, security))
+            self._kept[key] = shared
             shared.num_users += 1
             return shared
 
@@ -46,17 +55,17 @@ class _Shelf(Generic[_Channel]):
         """Return the channels that the caller must close: they have no users and get no new ones."""
         with self._lock:
             shared.num_users -= 1
-            is_kept = self._kept.get(shared.address) is shared
+            is_kept = self._kept.get(shared.key) is shared
             if is_kept:
-                del self._kept[shared.address]
+                del self._kept[shared.key]
             if is_kept and not is_lost:
-                self._kept[shared.address] = shared
+                self._kept[shared.key] = shared
             elif not shared.num_users:
                 return [shared.channel]
             unused = [other for other in self._kept.values() if not other.num_users]
             surplus = unused[: max(0, len(unused) - MAX_UNUSED)]
             for other in surplus:
-                del self._kept[other.address]
+                del self._kept[other.key]
             return [other.channel for other in surplus]
 
     def clear(self) -> list[_Channel]:
@@ -73,7 +82,7 @@ class Channels:
     """
 
     def __init__(self, security: Security) -> None:
-        self._shelf = _Shelf[grpc.aio.Channel](partial(open_channel, security=security))
+        self._shelf = _Shelf[grpc.aio.Channel](open_channel, security)
 
     @asynccontextmanager
     async def use(self, address: str) -> AsyncIterator[grpc.aio.Channel]:
@@ -98,7 +107,7 @@ class BlockingChannels:
     """`Channels` for threads."""
 
     def __init__(self, security: Security) -> None:
-        self._shelf = _Shelf[grpc.Channel](partial(open_blocking_channel, security=security))
+        self._shelf = _Shelf[grpc.Channel](open_blocking_channel, security)
 
     @contextmanager
     def use(self, address: str) -> Iterator[grpc.Channel]:

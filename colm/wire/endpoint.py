@@ -3,11 +3,15 @@
 import errno
 import ipaddress
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import grpc
 
+from colm.clock import utc_now
+from colm.wire.callers import CallerInterceptor
 from colm.wire.malformed import MalformedInterceptor
 from colm.wire.security import Admits, Security, TokenInterceptor, only
 
@@ -68,14 +72,19 @@ def server_options() -> list[tuple[str, object]]:
 _LOOPBACKS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def create_server(security: Security, admits: Admits | None = None) -> grpc.aio.Server:
-    """A server that demands a token, if the security has one; add services, then `bind` and start it.
+def create_server(
+    security: Security, admits: Admits | None = None, now: Callable[[], datetime] = utc_now
+) -> grpc.aio.Server:
+    """A server that demands what the security has: a token, a certificate. Add services, then `bind` and start it.
 
     Args:
         security: of the server.
         admits: whom it admits; None for whoever shows the security's own token.
+        now: the time, by which callers' certificates expire.
     """
     interceptors: list[grpc.aio.ServerInterceptor] = [MalformedInterceptor()]
+    if (tls := security.current_tls) is not None and tls.caller_name is not None:
+        interceptors.insert(0, CallerInterceptor(tls.caller_name, now))
     if security.token:
         interceptors.insert(0, TokenInterceptor(admits or only(security.token)))
     return grpc.aio.server(interceptors=interceptors, options=server_options())
@@ -86,9 +95,19 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def host_of(address: str) -> str:
+    """The host in host:port, without an IPv6 address's brackets."""
+    return address.rpartition(":")[0].strip("[]")
+
+
 def dial_address(host: str, port: int) -> str:
     """The address that a client on the server's own machine dials: the loopback if `host` is a wildcard."""
     return join_address(_LOOPBACKS.get(host, host), port)
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether a server that listens on the host is reached by any address of its machine."""
+    return host in _LOOPBACKS
 
 
 def is_loopback(host: str) -> bool:
@@ -154,8 +173,8 @@ def channel_options(security: Security) -> list[tuple[str, object]]:
         # By default a new channel shares an older channel's lost connection and its backoff.
         ("grpc.use_local_subchannel_pool", 1),
     ]
-    if security.tls is not None and security.tls.server_name is not None:
-        options.append(("grpc.ssl_target_name_override", security.tls.server_name))
+    if (tls := security.current_tls) is not None and tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
     return options
 
 

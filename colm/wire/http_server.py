@@ -13,7 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from colm.wire.endpoint import dial_address, why_not
-from colm.wire.security import Tls
+from colm.wire.security import Tls, TlsSource
 
 HEAD_S = 10.0
 """In which a request's head must come, from its connection or its first byte on."""
@@ -55,11 +55,11 @@ class HttpServer:
 
     Args:
         app: the application.
-        tls: None is plaintext.
+        tls: the server's certificates, which may be renewed; None is plaintext.
         max_connections: at once; a request on a further one is answered with 503.
     """
 
-    def __init__(self, app: Any, *, host: str, port: int, max_connections: int, tls: Tls | None = None) -> None:
+    def __init__(self, app: Any, *, host: str, port: int, max_connections: int, tls: TlsSource | None = None) -> None:
         self._host, self._port = host, port
         self._server = _Server(
             uvicorn.Config(
@@ -74,7 +74,7 @@ class HttpServer:
                 limit_concurrency=max_connections,
                 timeout_keep_alive=_IDLE_S,
                 timeout_graceful_shutdown=_STOP_S,
-                ssl_context_factory=None if tls is None else lambda *_: server_context(tls),
+                ssl_context_factory=None if tls is None else lambda *_: _renewed_context(tls),
             )
         )
         self._serving: asyncio.Task[None] | None = None
@@ -104,6 +104,21 @@ class HttpServer:
         if self._serving is not None:
             self._server.should_exit = True
             await self._serving
+
+
+def _renewed_context(source: TlsSource) -> ssl.SSLContext:
+    """A context that shows the certificates of the moment of each handshake."""
+    shown = source.current()
+    context = first = server_context(shown)
+
+    def renew(connection: ssl.SSLObject, *_: object) -> None:
+        nonlocal shown, context
+        if (current := source.current()) is not shown:
+            shown, context = current, server_context(current)
+        connection.context = context
+
+    first.sni_callback = renew  # called in every handshake, whether or not it names a server
+    return first
 
 
 def server_context(tls: Tls) -> ssl.SSLContext:

@@ -9,6 +9,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from colm.errors import InvalidRequest
+from colm.wire.handlers import behaviour_of, with_behaviour
 from colm.wire.status import abort
 
 
@@ -39,15 +40,9 @@ def _guarded(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
         except DecodeError:
             return _MALFORMED
 
-    kinds = {
-        (False, False): (handler.unary_unary, grpc.unary_unary_rpc_method_handler),
-        (False, True): (handler.unary_stream, grpc.unary_stream_rpc_method_handler),
-        (True, False): (handler.stream_unary, grpc.stream_unary_rpc_method_handler),
-        (True, True): (handler.stream_stream, grpc.stream_stream_rpc_method_handler),
-    }
-    behaviour, make = kinds[(handler.request_streaming, handler.response_streaming)]
+    behaviour = behaviour_of(handler)
     checked = (_checked_stream if handler.request_streaming else _checked_message)(behaviour)
-    return handler if checked is behaviour else make(checked, deserialize, handler.response_serializer)
+    return handler if checked is behaviour else with_behaviour(handler, checked, deserialize)
 
 
 def _checked_message(behaviour: Any) -> Any:

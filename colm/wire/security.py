@@ -1,43 +1,51 @@
-"""Who may call: bearer tokens, and TLS with certificates that the cluster makes for itself."""
+"""Who may call: bearer tokens, and TLS with certificates of the cluster's own authority or of the user's."""
 
-import datetime
 import hmac
-import ipaddress
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from colm.clock import utc_now
 from colm.errors import ConfigError
+from colm.wire.authority import Authority
+from colm.wire.handlers import with_behaviour
+from colm.wire.members import CLUSTER_NAME, Member
 
 AUTHORIZATION = "authorization"
-# Self-made certificates carry this name instead of addresses, so they stay valid wherever a replica lands.
-CLUSTER_NAME = "colm-serve"
 _OPEN_SERVICES = ("/grpc.health.v1.Health/",)
-# A cluster makes new ones whenever it starts.
-_VALID_DAYS = 397
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tls:
-    """PEM material of one side. Clients need `ca_pem`; servers need all three."""
+    """PEM material of one side. Clients need `ca_pem`; servers need a certificate and its key."""
 
     ca_pem: bytes
     cert_pem: bytes | None = None
+    """Shown to callers, and to servers that demand one."""
     key_pem: bytes | None = field(default=None, repr=False)
     server_name: str | None = CLUSTER_NAME
-    """The name in the server's certificate; None checks the address that was dialled."""
+    """The name in the certificates of the servers that are called; None checks the address that was dialled."""
+    caller_name: str | None = None
+    """The name in the certificate that a server demands of its callers; None demands none."""
+
+    def current(self) -> "Tls":
+        """Itself: see `TlsSource`."""
+        return self
 
     def for_clients(self) -> "Tls":
         """The part that clients may know."""
         return Tls(ca_pem=self.ca_pem, server_name=self.server_name)
+
+
+class TlsSource(Protocol):
+    """Where certificates come from that may be renewed."""
+
+    def current(self) -> Tls:
+        """Those of now: the same object as before while nothing has changed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +54,7 @@ class Security:
 
     token: str | None = None
     """Sent as `authorization: Bearer`; None leaves the server open."""
-    tls: Tls | None = None
+    tls: TlsSource | None = None
     """None is plaintext."""
 
     def __post_init__(self) -> None:
@@ -56,21 +64,48 @@ class Security:
     def __repr__(self) -> str:
         return f"Security(token={'set' if self.token else None}, tls={'set' if self.tls else None})"
 
+    @property
+    def current_tls(self) -> Tls | None:
+        """The certificates of now; None for plaintext."""
+        return None if self.tls is None else self.tls.current()
+
+    def current(self) -> "Security":
+        """The same with the certificates of now, which stay what they are."""
+        return replace(self, tls=self.current_tls)
+
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """The metadata that a call carries."""
         return ((AUTHORIZATION, f"Bearer {self.token}"),) if self.token else ()
 
     def server_credentials(self) -> grpc.ServerCredentials | None:
-        """None for plaintext."""
-        if self.tls is None:
+        """Credentials that follow the certificates as they are renewed; None for plaintext."""
+        source = self.tls
+        if source is None:
             return None
-        if self.tls.key_pem is None or self.tls.cert_pem is None:
-            raise ValueError("tls.cert_pem and tls.key_pem are needed to serve")
-        return grpc.ssl_server_credentials([(self.tls.key_pem, self.tls.cert_pem)])
+        served = source.current()
+
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            # gRPC asks at every handshake, one at a time, and keeps what it has where the answer is None.
+            nonlocal served
+            if (now := source.current()) is served:
+                return None
+            served = now
+            return _served(now)
+
+        demands = served.caller_name is not None
+        return grpc.dynamic_ssl_server_credentials(_served(served), renewed, require_client_authentication=demands)
 
     def channel_credentials(self) -> grpc.ChannelCredentials | None:
-        """None for plaintext."""
-        return None if self.tls is None else grpc.ssl_channel_credentials(self.tls.ca_pem)
+        """Those of now, for one channel; None for plaintext."""
+        tls = self.current_tls
+        return None if tls is None else grpc.ssl_channel_credentials(tls.ca_pem, tls.key_pem, tls.cert_pem)
+
+
+def _served(tls: Tls) -> grpc.ServerCertificateConfiguration:
+    if tls.key_pem is None or tls.cert_pem is None:
+        raise ValueError("tls.cert_pem and tls.key_pem are needed to serve")
+    trusted = None if tls.caller_name is None else tls.ca_pem
+    return grpc.ssl_server_certificate_configuration([(tls.key_pem, tls.cert_pem)], root_certificates=trusted)
 
 
 def new_token() -> str:
@@ -93,61 +128,17 @@ def read_token(path: Path) -> str:
     return token.decode("ascii")
 
 
-def new_tls() -> Tls:
-    """A fresh self-made authority and a server certificate signed by it, both valid 397 days."""
-    now = datetime.datetime.now(datetime.UTC)
-    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{CLUSTER_NAME} authority")])
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, CLUSTER_NAME)])
-
-    def certificate(subject: x509.Name, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(ca_name)
-            .public_key(public_key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=_VALID_DAYS))
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-        )
-
-    ca = (
-        certificate(ca_name, ca_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(signs_certificates=True), critical=True)
-        .sign(ca_key, hashes.SHA256())
-    )
-    names: list[x509.GeneralName] = [x509.DNSName(CLUSTER_NAME), x509.DNSName("localhost")]
-    names += [x509.IPAddress(ipaddress.ip_address(loopback)) for loopback in ("127.0.0.1", "::1")]
-    cert = (
-        certificate(name, key.public_key())
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
+def new_tls(member: Member = Member.PUBLIC, authority: Authority | None = None) -> Tls:
+    """A fresh certificate of a member, by a fresh authority unless one is given, that no file holds."""
+    now = utc_now()
+    authority = authority or Authority.new(now)
+    issued = authority.issue(member, now)
     return Tls(
-        ca_pem=ca.public_bytes(pem),
-        cert_pem=cert.public_bytes(pem),
-        key_pem=key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
-    )
-
-
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
+        ca_pem=authority.certificate_pem,
+        cert_pem=issued.chain_pem,
+        key_pem=issued.key_pem,
+        server_name=member.callee.certificate_name if member.callee else CLUSTER_NAME,
+        caller_name=member.caller.certificate_name if member.caller else None,
     )
 
 
@@ -197,11 +188,4 @@ def _refusal(handler: grpc.RpcMethodHandler, why: str) -> grpc.RpcMethodHandler:
     async def refuse(_: object, context: grpc.aio.ServicerContext) -> None:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
 
-    kinds = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }
-    make = kinds[(handler.request_streaming, handler.response_streaming)]
-    return make(refuse, handler.request_deserializer, handler.response_serializer)
+    return with_behaviour(handler, refuse)

@@ -136,6 +136,20 @@ def test_triton_stays_with_the_gpu() -> None:
     assert offenders(PRODUCT_FILES, {"triton"}, ("kernels/colm_kernels/gpu/",)) == []
 
 
+PICKLING = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "multiprocessing", "shelve"}
+
+
+def test_no_socket_or_file_of_ours_is_read_as_python_objects() -> None:
+    """Sockets carry protobuf messages and numbers, files text and numbers. Ray's own ports are another matter."""
+    assert offenders(PRODUCT_FILES, PICKLING, ("kernels/",)) == []
+    loads = {place(path) for path in PRODUCT_FILES for node in ast.walk(tree(path)) if is_torch_load(node)}
+    assert loads == set()
+
+
+def is_torch_load(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "ray.cloudpickle")
+
+
 def test_the_operations_import_without_triton() -> None:
     code = (
         "import sys, colm_kernels.prefill_attention, colm_kernels.sparse_prefill_attention, colm_kernels.chain_linear;"

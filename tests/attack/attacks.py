@@ -14,11 +14,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from colm.wire.endpoint import HANDSHAKE_MS, open_channel
+from colm.wire.members import Member
 from colm.wire.outcome import Outcome
 from colm.wire.prompt_stream import OPEN_TIMEOUT_S
 from colm.wire.security import Security, Tls, new_tls
+from colm.wire.tile_codec import pull_kv_stub
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import generation_service_pb2 as pb
+from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
 from colm.wire.v1.generation_service_pb2_grpc import GenerationServiceStub
 from tests.children import python
 from tests.listening import family, is_loopback, listeners
@@ -70,6 +73,23 @@ async def plaintext(target: Target) -> str:
 async def wrong_authority(target: Target) -> str:
     """A client that trusts another authority, as one does that a stranger's server answers."""
     return await _refused(replace(target.security, tls=new_tls().for_clients()), target, "UNAVAILABLE")
+
+
+async def nodes_without_certificate(target: Target) -> str:
+    """A client that knows where the nodes are calls them with its token, and trusts their authority."""
+    async with open_channel(target.address, target.security) as channel:
+        status = await GenerationServiceStub(channel).GetClusterStatus(
+            pb.GetClusterStatusRequest(), metadata=target.security.metadata(), timeout=_CALL_S
+        )
+    tls, codes = target.security.current_tls, Counter[str]()
+    for node in status.nodes:
+        member = Member.DECODE if node.role == pb.ROLE_DECODE else Member.PREFILL
+        shown = replace(target.security, tls=tls and replace(tls, server_name=member.certificate_name))
+        async with open_channel(node.address, shown) as channel:
+            stub = DecodeServiceStub(channel).Decode if member is Member.DECODE else pull_kv_stub(channel)
+            codes += await _codes([stub(each([]), metadata=shown.metadata(), timeout=_CALL_S)])
+    assert set(codes) <= {"UNAVAILABLE" if tls else "UNAUTHENTICATED"}, codes
+    return f"{len(status.nodes)} nodes asked: {_shown(codes)}"
 
 
 async def garbage_bytes(target: Target) -> str:
@@ -195,7 +215,7 @@ async def stopped_client(target: Target) -> str:
     words = [
         target.address,
         target.security.token or "",
-        target.security.tls.ca_pem.decode() if target.security.tls else "",
+        tls.ca_pem.decode() if (tls := target.security.current_tls) else "",
     ]
     child = await asyncio.to_thread(
         lambda: subprocess.Popen(python(_STOPPED_CLIENT, *words), stdout=subprocess.PIPE, text=True)
@@ -236,6 +256,7 @@ ATTACKS: dict[str, Attack] = {
     "wrong token": wrong_token,
     "plaintext": plaintext,
     "wrong authority": wrong_authority,
+    "nodes without a certificate": nodes_without_certificate,
     "garbage bytes": garbage_bytes,
     "oversized": oversized,
     "resets": reset_flood,
@@ -250,7 +271,7 @@ ATTACKS: dict[str, Attack] = {
 
 def words_of(target: Target) -> list[str]:
     """Command-line words from which `target_of` makes the target again."""
-    tls = target.security.tls
+    tls = target.security.current_tls
     return [target.address, target.security.token or "", tls.ca_pem.decode() if tls else ""]
 
 

@@ -103,6 +103,13 @@ def test_a_gateway_that_admits_other_machines_without_token_or_tls_is_called_ins
     assert not _dangers(load_config(None, {"gateway.host": host}))
 
 
+def test_nodes_of_several_machines_without_tls_are_called_insecure() -> None:
+    joined = {"ray.address": "auto", "security.folder": "f"}
+    (danger,) = _dangers(load_config(None, joined | {"security.tls": "off"}))
+    assert "the nodes' token, keys and values in plaintext" in danger
+    assert not _dangers(load_config(None, joined))
+
+
 async def test_nodes_serve_each_other_over_ipv6(checkpoint: Checkpoint) -> None:
     path = str(checkpoint.path)
     async with (

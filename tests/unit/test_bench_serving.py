@@ -500,8 +500,8 @@ async def test_the_process_of_a_system_ends_when_the_other_end_of_its_pipe_is_go
     found = await asyncio.to_thread(mine.recv)
     assert isinstance(found, System)
     assert found.model().fingerprint == fingerprint(checkpoint, KvFormat.of(checkpoint.config, fastest_dtype(CPU)))
-    assert found.security.tls is not None
-    assert found.security.tls.key_pem is None
+    assert (tls := found.security.current_tls) is not None
+    assert tls.key_pem is None
     assert found.processes() == {"one process": [psutil.Process()]}
     with pytest.raises(Unauthenticated), Client(found.address, replace(found.security, token=None)) as client:
         client.cluster_status()

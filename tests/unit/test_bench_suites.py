@@ -7,6 +7,7 @@ import pytest
 import torch
 from colm_kernels import native
 
+from bench.certificates import BytesCase, ConnectionsCase
 from bench.harness.contest import Case
 from bench.harness.suite import Options, arguments, run
 from bench.harness.units import unit_of
@@ -42,13 +43,14 @@ CASES: list[Case] = [
     WaitingCase(**PACKING),
     JobSwitchCase(model="tiny", config=tiny_config(), dtype=torch.float32, tile_tokens=16, num_tokens=40),
 ]
+OF_CONNECTIONS: list[Case] = [ConnectionsCase(num_connections=2), BytesCase(num_mib=1)]
 OF_PROCESSES: list[Case] = [
     StreamCase(message_bytes=128 << 10, num_messages=3),
     LoadCase(model="tiny", config=tiny_config(chains=(4, 2))),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + OF_CONNECTIONS, ids=lambda case: case.name)
 def test_a_case_runs_to_its_record(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--rounds", "1", "--json"]
     run([case], arguments("bench.suites", None).parse_args(words, namespace=Options()))

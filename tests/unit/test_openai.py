@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 from httpx2 import AsyncClient as HttpClient
+from httpx2 import TransportError
 from openai import AsyncOpenAI
 
 from cluster.audit_log import AuditLog
@@ -19,7 +20,7 @@ from colm.checkpoint import Checkpoint
 from colm.request import ChatMessage, ChatRole
 from colm.text.tokenizer import Tokenizer
 from colm.wire import http_server
-from colm.wire.security import new_tls
+from colm.wire.security import Tls, new_tls
 from decode_node.engine import DecodeEngine
 from decode_node.node import DecodeNode
 from prefill_node.node import PrefillNode
@@ -406,3 +407,30 @@ async def test_over_tls_the_clusters_own_authority_is_what_a_client_trusts(
         async with AsyncOpenAI(base_url=f"https://{address}/v1", api_key="x", max_retries=0) as stranger:
             with pytest.raises(openai.APIConnectionError):
                 await stranger.models.list()
+
+
+async def test_a_renewed_certificate_is_shown_from_the_next_connection_on(
+    checkpoint: Checkpoint, node: DecodeNode
+) -> None:
+    class Renewed:
+        tls = new_tls()
+
+        def current(self) -> Tls:
+            return self.tls
+
+    source = Renewed()
+    async with http_gateway(checkpoint.config, TakingTurns([node.address]), tls=source) as address:
+
+        async def answers_to(authority: Tls) -> bool:
+            context = ssl.create_default_context(cadata=authority.ca_pem.decode())
+            try:
+                async with HttpClient(verify=context) as http:
+                    return (await http.get(f"https://{address}/health")).status_code == 200
+            except TransportError:
+                return False
+
+        first = source.tls
+        assert await answers_to(first)
+        source.tls = new_tls()
+        assert await answers_to(source.tls)
+        assert not await answers_to(first)

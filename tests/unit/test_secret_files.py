@@ -1,5 +1,6 @@
 """Secrets lie in files of every machine, closed to others; what Ray keeps only names them."""
 
+import re
 import stat
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from cluster.application import build
 from cluster.options import load_config
 from cluster.secret_files import SecretFiles, write_secrets
 from colm.errors import ClusterError, ConfigError
+from colm.wire.members import Member
 from tests.secret_folder import secret_files
 
-SECRETS = ("client_token", "node_token", "key.pem")
+SECRETS = ("client_token", "node_token", "ca_key.pem", *(f"{member.value}.pem" for member in Member))
+READ = ("client_token", "node_token", "public.pem", "decode.pem")
 
 
 def test_what_ray_keeps_of_the_application_holds_no_secret(tmp_path: Path) -> None:
@@ -37,41 +40,42 @@ def test_a_folder_that_is_there_is_not_written_into(tmp_path: Path) -> None:
         write_secrets(tmp_path)
 
 
-def test_clients_and_nodes_have_tokens_of_their_own_and_one_certificate(tmp_path: Path) -> None:
+def test_clients_and_nodes_have_tokens_of_their_own_and_every_member_a_key(tmp_path: Path) -> None:
     secrets = secret_files(tmp_path)
-    clients, nodes = secrets.of_clients(), secrets.of_nodes()
-    assert clients.tls == nodes.tls
-    assert clients.tls is not None
+    clients, nodes = secrets.of_clients(), [secrets.of_nodes(member) for member in Member]
     assert clients.token
-    assert nodes.token
-    assert clients.token != nodes.token
+    assert len({node.token for node in nodes}) == 1
+    assert nodes[0].token
+    assert clients.token != nodes[0].token
+    assert len({node.current_tls and node.current_tls.key_pem for node in nodes}) == len(Member)
 
 
 def test_what_is_switched_off_is_not_read_but_nodes_always_have_a_token(tmp_path: Path) -> None:
     folder = secret_files(tmp_path).folder
-    for name in ("client_token", "ca.pem", "cert.pem", "key.pem"):
-        (Path(folder) / name).unlink()
+    for path in Path(folder).iterdir():
+        if path.name != "node_token":
+            path.unlink()
     secrets = SecretFiles(folder=folder, has_tls=False, has_client_token=False)
     assert (secrets.of_clients().token, secrets.of_clients().tls) == (None, None)
-    assert secrets.of_nodes().token
+    assert secrets.of_nodes(Member.DECODE).token
 
 
-@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize("name", READ)
 def test_a_secret_that_is_missing_empty_or_open_is_refused_by_name(tmp_path: Path, name: str) -> None:
     """An empty token would leave a server open."""
     secrets = secret_files(tmp_path)
     path = tmp_path / "secrets" / name
 
     def refusal() -> str:
-        with pytest.raises(ClusterError) as refused:
-            [secrets.of_clients(), secrets.of_nodes()]
+        with pytest.raises((ClusterError, ConfigError)) as refused:
+            [secrets.of_clients(), secrets.of_nodes(Member.DECODE)]
         return str(refused.value)
 
     path.chmod(0o644)
-    assert refusal() == f"others may read {path} (mode 644); chmod it to 600"
+    assert re.fullmatch(rf"others may read (the key in )?{path} \(mode 644\); chmod it to 600", refusal())
     path.chmod(0o600)
     path.write_text("\n")
-    assert f"{path} is empty" in refusal()
+    assert re.match(rf"{path} (is empty|holds no certificate)", refusal())
     path.unlink()
     assert f"cannot read {path}: No such file" in refusal()
 

@@ -1,7 +1,7 @@
 """Only callers with the right token, over TLS with the cluster's own authority, are let in."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -9,92 +9,20 @@ import pytest
 from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 
 from colm.wire.endpoint import bind, create_server, open_blocking_channel, open_channel
-from colm.wire.security import AUTHORIZATION, CLUSTER_NAME, Security, Tls, new_tls, new_token
-from colm.wire.tile_codec import pull_kv_handlers
+from colm.wire.members import CLUSTER_NAME, Member
+from colm.wire.security import AUTHORIZATION, Security, Tls, new_tls, new_token
 from colm.wire.v1 import generation_service_pb2 as pb
-from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 from colm.wire.v1.generation_service_pb2_grpc import (
-    GenerationServiceServicer,
     GenerationServiceStub,
-    add_GenerationServiceServicer_to_server,
 )
-from colm.wire.v1.kv_transfer_service_pb2_grpc import KvTransferServiceStub
+from tests.doors import ASKS, ask_status, ask_tiles, refusal, serving
+from tests.gates import LIMIT_S
 from tests.secret_folder import secret_files
 
 TLS = new_tls()
 TOKEN = new_token()
-LIMIT_S = 60.0
-
-
-class OpenDoor(GenerationServiceServicer):
-    """Answers whoever gets this far."""
-
-    async def Generate(
-        self, request_iterator: AsyncIterator[pb.GenerateRequest], _: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.GenerateResponse]:
-        async for _ in request_iterator:
-            yield pb.GenerateResponse()
-
-    async def GetClusterStatus(
-        self, _: pb.GetClusterStatusRequest, __: grpc.aio.ServicerContext
-    ) -> pb.GetClusterStatusResponse:
-        return pb.GetClusterStatusResponse(num_active_requests=1)
-
-
-async def pull_kv(requests: AsyncIterator[kv_pb.PullKvRequest], _: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-    async for _ in requests:
-        yield kv_pb.PullKvResponse().SerializeToString()
-
-
-@asynccontextmanager
-async def serving(security: Security) -> AsyncIterator[str]:
-    """A server with one service of each kind, and its address."""
-    server = create_server(security)
-    add_GenerationServiceServicer_to_server(OpenDoor(), server)
-    server.add_generic_rpc_handlers((pull_kv_handlers(pull_kv),))
-    health = health_aio.HealthServicer()
-    await health.set("", health_pb2.HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    port = bind(server, "127.0.0.1", 0, security)
-    await server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        await server.stop(0)
-
-
-async def ask_status(channel: grpc.aio.Channel, security: Security) -> int:
-    call = GenerationServiceStub(channel).GetClusterStatus(
-        pb.GetClusterStatusRequest(), metadata=security.metadata(), timeout=LIMIT_S
-    )
-    return int((await call).num_active_requests)
-
-
-async def ask_stream(channel: grpc.aio.Channel, security: Security) -> int:
-    call = GenerationServiceStub(channel).Generate(
-        iter([pb.GenerateRequest()]), metadata=security.metadata(), timeout=LIMIT_S
-    )
-    return len([message async for message in call])
-
-
-async def ask_tiles(channel: grpc.aio.Channel, security: Security) -> int:
-    call = KvTransferServiceStub(channel).PullKv(
-        iter([kv_pb.PullKvRequest()]), metadata=security.metadata(), timeout=LIMIT_S
-    )
-    return len([message async for message in call])
-
-
-ASKS = pytest.mark.parametrize("ask", [ask_status, ask_stream, ask_tiles])
-
-
-async def refusal(ask: Callable[..., object], address: str, security: Security) -> grpc.aio.AioRpcError:
-    async with open_channel(address, security) as channel:
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await ask(channel, security)
-    return raised.value
 
 
 @ASKS
@@ -188,15 +116,19 @@ def test_certificates_pass_strict_checks_for_what_they_are_made_for_and_not_for_
 
 async def test_a_clients_token_does_not_open_a_node(tmp_path: Path) -> None:
     secrets = secret_files(tmp_path)
-    async with serving(secrets.of_nodes()) as node:
-        error = await refusal(ask_tiles, node, secrets.of_clients())
+    nodes, caller = secrets.of_nodes(Member.PREFILL), secrets.of_nodes(Member.DECODE)
+    async with serving(nodes) as node:
+        error = await refusal(ask_tiles, node, replace(caller, token=secrets.of_clients().token))
     assert error.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_a_nodes_token_does_not_open_the_gateway(tmp_path: Path) -> None:
     secrets = secret_files(tmp_path)
     async with serving(secrets.of_clients()) as gateway:
-        error = await refusal(ask_status, gateway, secrets.of_nodes())
+        of_clients = secrets.of_clients().current_tls
+        assert of_clients is not None
+        to_gateway = Security(token=secrets.of_nodes(Member.GATEWAY).token, tls=of_clients.for_clients())
+        error = await refusal(ask_status, gateway, to_gateway)
     assert error.code() == grpc.StatusCode.UNAUTHENTICATED
 
 

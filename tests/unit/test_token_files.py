@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from cluster.cli import app
 from colm.errors import ClusterError, ConfigError
 from colm.node_cli import read_security
+from colm.wire.members import Member
 from colm.wire.security import Security, new_tls, new_token
 
 BAD_TOKENS = {
@@ -23,13 +24,17 @@ BAD_TOKENS = {
 }
 
 
+def read_token_of(path: Path) -> str | None:
+    return read_security(path, None, Member.PREFILL, ["127.0.0.1"], insecure=False).token
+
+
 @pytest.mark.parametrize(("content", "why"), BAD_TOKENS.values(), ids=BAD_TOKENS.keys())
 def test_a_file_without_a_token_is_refused(tmp_path: Path, content: bytes, why: str) -> None:
     """Bug: an empty file left a node open to everybody."""
     path = tmp_path / "token"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=why) as refusal:
-        read_security(path, None)
+        read_token_of(path)
     assert str(path) in str(refusal.value)
 
 
@@ -41,7 +46,7 @@ def test_an_empty_token_is_no_token() -> None:
 def test_a_token_is_read_without_the_space_around_it(tmp_path: Path) -> None:
     token = new_token()
     (tmp_path / "token").write_text(f"{token}\n")
-    assert read_security(tmp_path / "token", None).token == token
+    assert read_token_of(tmp_path / "token") == token
 
 
 @contextmanager
