@@ -54,6 +54,21 @@ MUTANTS = (
         "tests/unit/test_hostile_files.py::test_a_gguf_file_is_held_against_its_size",
     ),
     Mutant(
+        "a regular expression may repeat what matches in two ways",
+        "colm/text/regex_cost.py",
+        "            if _cost(body, followed=True) != Cost():\n",
+        "            if False:\n",
+        "tests/unit/test_regex_cost.py::test_what_may_take_longer_or_is_not_understood_is_refused",
+    ),
+    Mutant(
+        "replacements lengthen a text without end",
+        "colm/text/tokenizer_schema.py",
+        "growth > _MAX_GROWTH or ",
+        "",
+        "tests/unit/test_hostile_tokenizers.py::"
+        "test_what_could_hang_or_fill_the_gateway_is_refused_before_the_library_sees_it",
+    ),
+    Mutant(
         "a revoked token stays valid",
         "cluster/client_tokens.py",
         "        if seen == self._seen:\n",
