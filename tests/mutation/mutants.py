@@ -76,6 +76,13 @@ MUTANTS = (
         _CLIENTS + "test_a_token_is_valid_from_the_next_call_on_and_revoked_from_the_next_call_on",
     ),
     Mutant(
+        "a revoked client's calls go on",
+        "cluster/client_tokens.py",
+        "            while client.sha256 in self._by_digest:\n",
+        "            while True:\n",
+        _CLIENTS + "test_a_call_of_a_revoked_token_is_ended_and_those_of_others_go_on",
+    ),
+    Mutant(
         "every client is told where the nodes are",
         "cluster/generation_service.py",
         "status if self._caller(context).is_operator else status.without_places()",
