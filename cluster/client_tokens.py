@@ -1,20 +1,22 @@
 """The clients of a gateway besides its operator: a file with a name, a digest and limits for each token.
 
-The gateway looks at the file whenever a call comes, so a token is valid, or is no longer, from the next call on.
+The gateway looks at the file whenever a call comes, and each second while a client's call lasts. So a token is valid
+from the next call on, and soon after it is revoked its calls have ended.
 """
 
+import asyncio
 import fcntl
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from cluster.state import write_private
-from colm.errors import ClusterError
+from colm.errors import ClusterError, Unauthenticated
 from colm.settings import explain
 from colm.wire.security import new_token
 
@@ -24,6 +26,7 @@ TOKENS_FILE = "client_tokens.json"
 OPERATOR = "operator"
 """Name of whoever shows the cluster's own token, which `colm up` made."""
 _MAX_FILE_BYTES = 16 << 20
+_LOOK_S = 1.0
 
 
 class _Strict(BaseModel):
@@ -83,6 +86,36 @@ class Clients:
         self._look()
         shown = digest(token)
         return self._operator if shown == self._operator.sha256 else self._by_digest.get(shown)
+
+    @asynccontextmanager
+    async def while_admitted(self, client: Client) -> AsyncIterator[None]:
+        """Run a block as long as the client's token is valid.
+
+        Raises:
+            Unauthenticated: it is no longer, and the block has been cancelled.
+        """
+        if client.is_operator:
+            yield
+            return
+
+        async def look() -> None:
+            while client.sha256 in self._by_digest:
+                await asyncio.sleep(_LOOK_S)
+                self._look()
+            lasts.reschedule(asyncio.get_running_loop().time())
+
+        try:
+            async with asyncio.timeout(None) as lasts:
+                looking = asyncio.create_task(look())
+                try:
+                    yield
+                finally:
+                    looking.cancel()
+        except TimeoutError as err:
+            if not lasts.expired():
+                raise
+            logger.info("tokens.call_ended client=%s", client.name)
+            raise Unauthenticated("the token has been revoked") from err
 
     def _look(self) -> None:
         """Read the file if it has changed. One that is damaged changes nothing, and is a line in the log."""
@@ -152,7 +185,7 @@ def create_token(path: Path, name: str, limits: TokenLimits) -> str:
 
 
 def revoke_token(path: Path, name: str) -> None:
-    """Remove a client: its token is refused from the next call on.
+    """Remove a client: its token is refused from the next call on, and its running calls end about a second later.
 
     Raises:
         ClusterError: there is no such client, or the file is damaged.

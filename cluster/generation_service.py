@@ -67,7 +67,8 @@ class GenerationService(GenerationServiceServicer):
         """Serve one request; see the .proto file."""
         async with answering(context, "generate"), AsyncExitStack() as stack:
             seen = stack.enter_context(self._metrics.request())
-            usage = stack.enter_context(self._accounts.open(self._caller(context)))
+            usage = stack.enter_context(self._accounts.open(client := self._caller(context)))
+            await stack.enter_async_context(self._clients.while_admitted(client))
             request = generate_request_from_pb(await read_open(request_iterator))
             prompt = usage.counted(_prompt(request_iterator, self._upload_idle_s))
             waits_s = context.time_remaining()

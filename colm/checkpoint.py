@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from colm.errors import CheckpointError
-from colm.files import MAX_TOKENIZER_BYTES, read_json_object, read_text, require_plain
+from colm.files import MAX_TOKENIZER_BYTES, read_bytes, read_json_object, require_weights
 from colm.finite import NOT_FINITE, is_finite
 from colm.huge_pages import side_by_side
 from colm.model import ChainTransformer, parameter_shapes
@@ -112,14 +112,14 @@ class Checkpoint:
         """The dtype in which the weights are stored."""
         return next(iter(self.tensors(["embedding.chain1"]).values())).dtype
 
-    def tokenizer_json(self) -> str | None:
+    def tokenizer_json(self) -> bytes | None:
         """Contents of the tokenizer's file; None where there is none.
 
         Raises:
-            CheckpointError: it is not text, or far too large.
+            CheckpointError: it is no plain file, or far too large.
         """
         path = self.tokenizer_path
-        return None if path is None else read_text(path, MAX_TOKENIZER_BYTES)
+        return None if path is None else read_bytes(path, MAX_TOKENIZER_BYTES)
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Map the named tensors into memory; the file's other bytes are not touched.
@@ -172,7 +172,7 @@ class Checkpoint:
 
     def _reader(self) -> Any:
         try:
-            require_plain(self.weights_path)
+            require_weights(self.weights_path)
             return safe_open(self.weights_path, framework="pt")
         except FileNotFoundError as err:
             raise CheckpointError(f"{self.weights_path} is missing") from err
@@ -229,7 +229,7 @@ def save(
     tensors: Mapping[str, Tensor],
     *,
     text: TextConfig | None = None,
-    tokenizer_json: str | None = None,
+    tokenizer_json: bytes | None = None,
 ) -> Checkpoint:
     """Write a checkpoint; it appears whole or not at all, and replaces an older one at the same path.
 
@@ -272,7 +272,7 @@ def save(
         }
         (whole / CONFIG_FILE).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
         if tokenizer_json is not None:
-            (whole / TOKENIZER_FILE).write_text(tokenizer_json, encoding="utf-8")
+            (whole / TOKENIZER_FILE).write_bytes(tokenizer_json)
         Checkpoint.open(whole)
     return Checkpoint.open(target)
 

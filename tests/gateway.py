@@ -131,7 +131,7 @@ async def http_gateway(
     **limits: Any,
 ) -> AsyncIterator[str]:
     """`gateway` over HTTP; at the end of the block it must hold nothing."""
-    calls, chosen = GrpcDecodeCalls(Security()), replace(LIMITS, **limits)
+    calls, chosen, known = GrpcDecodeCalls(Security()), replace(LIMITS, **limits), clients or Clients(None)
     front_door = FrontDoor(
         model=_model(config, tokenizer),
         limits=chosen,
@@ -143,8 +143,8 @@ async def http_gateway(
     app = OpenAiApp(
         model=_model(config, tokenizer),
         front_door=front_door,
-        desk=Desk(front_door, Accounts(MonotonicClock(), audit_log), RequestMetrics(CollectorRegistry())),
-        clients=clients or Clients(None),
+        desk=Desk(front_door, known, Accounts(MonotonicClock(), audit_log), RequestMetrics(CollectorRegistry())),
+        clients=known,
         limits=chosen,
         max_files_bytes=max_files_bytes,
     )

@@ -87,7 +87,7 @@ def tiny_checkpoint(
     """Save the model of `random_tensors`; with a tokenizer, its chat template and `<|im_end|>` as eos too."""
     config = config or tiny_config()
     text = TextConfig(bos_token_id=1, eos_token_ids=(2,), chat_template=CHAT_TEMPLATE) if tokenizer else None
-    tokenizer_json = tiny_tokenizer().to_str() if tokenizer else None
+    tokenizer_json = tiny_tokenizer().to_str().encode() if tokenizer else None
     return save(path, config, random_tensors(config, seed), text=text, tokenizer_json=tokenizer_json)
 
 

@@ -68,7 +68,7 @@ def list_tokens(secrets: Secrets = None, state_dir: StateDir = DEFAULT_STATE_DIR
 
 
 def revoke(name: Name, secrets: Secrets = None, state_dir: StateDir = DEFAULT_STATE_DIR) -> None:
-    """Refuse a client's token from its next call on. Calls that run go on to their end."""
+    """Refuse a client's token from its next call on, and end its running calls about a second later."""
     from cluster.client_tokens import revoke_token
 
     revoke_token(_path(secrets, state_dir), name)

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster.accounts import Accounts
-from cluster.client_tokens import Client
+from cluster.client_tokens import Client, Clients
 from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.prompt import PromptPart
 from cluster.front_door.pulled import pulled
@@ -33,12 +32,14 @@ class Desk:
 
     Args:
         front_door: serves the requests.
+        clients: who calls, and whose tokens are still valid.
         accounts: what each client may take.
         metrics: counts the requests.
     """
 
-    def __init__(self, front_door: FrontDoor, accounts: Accounts, metrics: RequestMetrics) -> None:
+    def __init__(self, front_door: FrontDoor, clients: Clients, accounts: Accounts, metrics: RequestMetrics) -> None:
         self._front_door = front_door
+        self._clients = clients
         self._accounts = accounts
         self._metrics = metrics
 
@@ -48,10 +49,9 @@ class Desk:
         """Emit the events of all answers as they come; the first error ends them all."""
 
         async def one(number: int, request: GenerateRequest) -> None:
-            with ExitStack() as stack:
-                seen = stack.enter_context(self._metrics.request())
-                usage = stack.enter_context(self._accounts.open(client))
-                async with self._front_door.generate(request, usage.counted(_parts(ask, document))) as events:
+            with self._metrics.request() as seen, self._accounts.open(client) as usage:
+                prompt = usage.counted(_parts(ask, document))
+                async with self._clients.while_admitted(client), self._front_door.generate(request, prompt) as events:
                     async for event in events:
                         usage.see(event)
                         seen.see(event)

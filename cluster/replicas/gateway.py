@@ -125,7 +125,7 @@ class GatewayReplica:
         app = OpenAiApp(
             model=model,
             front_door=front_door,
-            desk=Desk(front_door, accounts, metrics),
+            desk=Desk(front_door, clients, accounts, metrics),
             clients=clients,
             limits=options.limits,
             max_files_bytes=options.max_files_bytes,

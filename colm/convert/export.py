@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from safetensors.torch import save_file
 
 from colm.checkpoint import Checkpoint
@@ -16,6 +15,7 @@ from colm.errors import CheckpointError, UnsupportedModel
 from colm.model.config import ChainConfig, RopeScaling
 from colm.model.transformer import slice_config
 from colm.staging import staged
+from colm.text.tokenizer_file import parse_tokenizer
 
 
 def to_huggingface(
@@ -54,7 +54,7 @@ def to_huggingface(
         _write_json(whole / "config.json", _config(source, config))
         _write_json(whole / "generation_config.json", _token_ids(source))
         if (tokenizer_json := source.tokenizer_json()) is not None:
-            (whole / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+            (whole / "tokenizer.json").write_bytes(tokenizer_json)
             _write_json(whole / "tokenizer_config.json", _tokenizer_config(source, tokenizer_json))
         if source.text.chat_template is not None:
             (whole / "chat_template.jinja").write_text(source.text.chat_template, encoding="utf-8")
@@ -119,8 +119,8 @@ def _token_ids(source: Checkpoint) -> dict[str, Any]:
     return {"bos_token_id": source.text.bos_token_id, "eos_token_id": list(source.text.eos_token_ids) or None}
 
 
-def _tokenizer_config(source: Checkpoint, tokenizer_json: str) -> dict[str, Any]:
-    tokenizer, text = tokenizers.Tokenizer.from_str(tokenizer_json), source.text
+def _tokenizer_config(source: Checkpoint, tokenizer_json: bytes) -> dict[str, Any]:
+    (tokenizer, _), text = parse_tokenizer(tokenizer_json), source.text
     bos_id, eos_id = text.bos_token_id, next(iter(text.eos_token_ids), None)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

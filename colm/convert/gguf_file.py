@@ -27,9 +27,14 @@ QUANTISED_TYPES = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQua
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
-_MAX_KEY_BYTES: Final = 1 << 16
+_MAX_PARTS: Final = 1 << 14
+"""Tensors, and keys of metadata."""
+_MAX_NAME_BYTES: Final = 1 << 10
+_MAX_TEXT_BYTES: Final = 4 << 20
+"""Of one value, such as a chat template."""
 _MAX_ENTRIES: Final = 1 << 20
-"""Of an array, such as the vocabulary: each becomes an object that is larger than what it takes in the file."""
+"""Of all arrays together, such as the vocabulary: each is walked over, and may become an object."""
+_LENGTH: Final = struct.Struct("<Q")
 _MAX_DIMENSIONS: Final = 4
 _NUMBERS: Final = {
     GGUFValueType.UINT8: "<u1",
@@ -48,6 +53,16 @@ _NUMBERS: Final = {
 
 class _Malformed(Exception):
     """The file is not what it says; the message names the place."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """Texts of the file's bytes, which become objects when somebody asks for them."""
+
+    offset: int
+    """From the file's beginning; there the first one's length stands."""
+    count: int | None
+    """None for a text that is not in an array."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +111,20 @@ class GgufFile:
             CheckpointError: text that is not UTF-8.
         """
         value = self._fields.get(key)
+        if isinstance(value, np.ndarray):
+            return value.tolist()
+        if not isinstance(value, _Texts):
+            return value
+        cursor = _Cursor(self._data, value.offset)
         try:
-            match value:
-                case bytes():
-                    return value.decode()
-                case list():
-                    return [entry.decode() for entry in value]
-                case np.ndarray():
-                    return value.tolist()
+            texts = [
+                cursor.text(f"metadata {key!r}").decode() for _ in range(1 if value.count is None else value.count)
+            ]
         except UnicodeDecodeError as err:
             raise CheckpointError(f"{self.path}: metadata {key!r} is not UTF-8; convert the model again") from err
-        return value
+        except _Malformed as err:
+            raise CheckpointError(f"{self.path}: {err}; convert the model again") from err
+        return texts[0] if value.count is None else texts
 
     def required(self, key: str) -> Any:
         """Value of a key that the model cannot be built without.
@@ -149,18 +167,17 @@ class GgufFile:
 class _Cursor:
     """A place in the file's bytes."""
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Any, position: int = 0) -> None:
         self._data = data
-        self.position = 0
+        self.position = position
+        self._num_entries = 0
 
     @property
     def num_left(self) -> int:
         return len(self._data) - self.position
 
     def take(self, num_bytes: int, what: str) -> bytes:
-        if num_bytes > self.num_left:
-            raise _Malformed(f"{what} at byte {self.position} has {num_bytes} bytes, and {self.num_left} are left")
-        self.position += num_bytes
+        self.skip(num_bytes, what)
         taken: bytes = self._data[self.position - num_bytes : self.position]
         return taken
 
@@ -168,20 +185,48 @@ class _Cursor:
         number: int = struct.unpack(layout, self.take(struct.calcsize(layout), what))[0]
         return number
 
-    def count(self, what: str, *, smallest_bytes: int, limit: int = _MAX_ENTRIES) -> int:
+    def count(self, what: str, *, smallest_bytes: int, limit: int = _MAX_PARTS) -> int:
         """How many things follow, each of which takes some bytes."""
         number = self.whole("<Q", what)
         if number > limit or number * smallest_bytes > self.num_left:
             raise _Malformed(f"{number} of {what} at byte {self.position} are more than it can hold")
         return number
 
-    def text(self, what: str) -> bytes:
-        return self.take(self.whole("<Q", what), what)
+    def count_entries(self, what: str, *, smallest_bytes: int) -> int:
+        """How many entries of an array follow."""
+        number = self.count(what, smallest_bytes=smallest_bytes, limit=_MAX_ENTRIES - self._num_entries)
+        self._num_entries += number
+        return number
+
+    def numbers(self, dtype: Any, count: int, what: str) -> Any:
+        """Numbers as they lie in the file."""
+        position = self.position
+        self.skip(count * dtype.itemsize, what)
+        return np.frombuffer(self._data, dtype, count, position)
+
+    def skip(self, num_bytes: int, what: str) -> None:
+        if num_bytes > self.num_left:
+            raise _Malformed(f"{what} at byte {self.position} has {num_bytes} bytes, and {self.num_left} are left")
+        self.position += num_bytes
+
+    def skip_texts(self, count: int, what: str) -> None:
+        data, position, size = self._data, self.position, len(self._data)
+        for _ in range(count):
+            if position + _LENGTH.size > size:
+                raise _Malformed(f"{what} goes on where the file ends")
+            position += _LENGTH.size + _LENGTH.unpack_from(data, position)[0]
+        if position > size:
+            raise _Malformed(f"{what} goes on where the file ends")
+        self.position = position
+
+    def text(self, what: str, limit: int = _MAX_TEXT_BYTES) -> bytes:
+        num_bytes = self.whole("<Q", what)
+        if num_bytes > limit:
+            raise _Malformed(f"{what} before byte {self.position} has {num_bytes} bytes, at most {limit} are read")
+        return self.take(num_bytes, what)
 
     def name(self, what: str) -> str:
-        data = self.text(what)
-        if len(data) > _MAX_KEY_BYTES:
-            raise _Malformed(f"{what} before byte {self.position} has {len(data)} bytes, at most {_MAX_KEY_BYTES} fit")
+        data = self.text(what, _MAX_NAME_BYTES)
         try:
             return data.decode()
         except UnicodeDecodeError as err:
@@ -225,15 +270,20 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Stored]]:
 def _read_value(cursor: _Cursor, what: str) -> Any:
     kind = _value_type(cursor, what)
     if kind is GGUFValueType.STRING:
-        return cursor.text(what)
+        texts = _Texts(cursor.position, None)
+        cursor.skip_texts(1, what)
+        return texts
     if kind is not GGUFValueType.ARRAY:
-        return _read_numbers(cursor, kind, 1, what).item()
+        return cursor.numbers(np.dtype(_NUMBERS[kind]), 1, what).item()
     kind = _value_type(cursor, what)
     if kind is GGUFValueType.ARRAY:
         raise _Malformed(f"{what} is an array of arrays")
     if kind is GGUFValueType.STRING:
-        return [cursor.text(what) for _ in range(cursor.count(what, smallest_bytes=8))]
-    return _read_numbers(cursor, kind, cursor.count(what, smallest_bytes=1), what)
+        count = cursor.count_entries(what, smallest_bytes=_LENGTH.size)
+        texts = _Texts(cursor.position, count)
+        cursor.skip_texts(count, what)
+        return texts
+    return cursor.numbers(np.dtype(_NUMBERS[kind]), cursor.count_entries(what, smallest_bytes=1), what)
 
 
 def _value_type(cursor: _Cursor, what: str) -> GGUFValueType:
@@ -242,11 +292,6 @@ def _value_type(cursor: _Cursor, what: str) -> GGUFValueType:
         return GGUFValueType(number)
     except ValueError as err:
         raise _Malformed(f"{what} has the unknown type {number}") from err
-
-
-def _read_numbers(cursor: _Cursor, kind: GGUFValueType, count: int, what: str) -> Any:
-    dtype = np.dtype(_NUMBERS[kind])
-    return np.frombuffer(cursor.take(count * dtype.itemsize, what), dtype)
 
 
 def _read_tensor(cursor: _Cursor, what: str) -> _Stored:

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from colm.checkpoint import TextConfig
 from colm.errors import CheckpointError
-from colm.text.tokenizer_file import reading
+from colm.text.tokenizer_file import check, reading
+from colm.text.tokenizer_schema import MAX_ENTRIES, MAX_TOKEN_CHARS
 
 _T = TypeVar("_T")
 
@@ -28,8 +29,8 @@ SPACE = "\u2581"
 """Stands for a space in SentencePiece vocabularies."""
 
 
-_MAX_TOKEN_CHARS = 1024
-"""A token is cut at each of its characters to find what it is made of."""
+_MAX_CUT_CHARS = 1 << 26
+"""A token is cut at each of its characters to find what it is made of: the sum of their lengths' squares."""
 
 
 class MetadataSource(Protocol):
@@ -56,7 +57,7 @@ class _UnknownTokenizer(Exception):
     """The metadata describes no tokenizer that can be built; the message says why."""
 
 
-def text_from_gguf(file: MetadataSource) -> tuple[str | None, TextConfig]:
+def text_from_gguf(file: MetadataSource) -> tuple[bytes | None, TextConfig]:
     """Read the tokenizer and the text conventions of a GGUF file.
 
     Returns:
@@ -72,12 +73,13 @@ def text_from_gguf(file: MetadataSource) -> tuple[str | None, TextConfig]:
         raise CheckpointError(f"{file.path}: tokenizer.{err}; convert the model again") from err
 
 
-def _read_text(file: MetadataSource) -> tuple[str | None, TextConfig]:
+def _read_text(file: MetadataSource) -> tuple[bytes | None, TextConfig]:
     bos_id = file.metadata("tokenizer.ggml.bos_token_id")
     ends = [file.metadata(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     eos_ids = tuple(dict.fromkeys(end for end in ends if end is not None))
     try:
-        tokenizer = _tokenizer(file)
+        tokenizer_json = str(_tokenizer(file).to_str()).encode()
+        check(tokenizer_json)
     except _UnknownTokenizer as err:
         warnings.warn(
             f"{file.path}: {err}: the checkpoint serves token ids only; put the model's tokenizer.json into "
@@ -95,7 +97,7 @@ def _read_text(file: MetadataSource) -> tuple[str | None, TextConfig]:
         add_bos=bool(add_bos) and bos_id is not None,
         chat_template=file.metadata("tokenizer.chat_template"),
     )
-    return str(tokenizer.to_str()), text
+    return tokenizer_json, text
 
 
 def _pre(file: MetadataSource) -> str:
@@ -106,8 +108,12 @@ def _tokenizer(file: MetadataSource) -> Tokenizer:
     model = file.metadata("tokenizer.ggml.model")
     tokens = _list(file, "tokenizer.ggml.tokens", str)
     types = _list(file, "tokenizer.ggml.token_type", int) or [_TokenType.NORMAL] * len(tokens)
-    if max(map(len, tokens), default=0) > _MAX_TOKEN_CHARS:
-        raise _UnknownTokenizer(f"tokenizer.ggml.tokens holds a token of more than {_MAX_TOKEN_CHARS} characters")
+    if len(tokens) > MAX_ENTRIES or max(map(len, tokens), default=0) > MAX_TOKEN_CHARS:
+        raise _UnknownTokenizer(
+            f"tokenizer.ggml.tokens holds over {MAX_ENTRIES} tokens, or one of more than {MAX_TOKEN_CHARS} characters"
+        )
+    if sum(len(token) ** 2 for token in tokens) > _MAX_CUT_CHARS:
+        raise _UnknownTokenizer("tokenizer.ggml.tokens holds too many long tokens")
     if len(set(tokens)) != len(tokens) or len(types) != len(tokens):
         raise _UnknownTokenizer("tokenizer.ggml.tokens holds a token twice, or not one for each token_type")
     if model == "gpt2":

@@ -25,7 +25,7 @@ from colm.convert.llama import (
 from colm.convert.stretch import Stretch
 from colm.dtypes import DTYPES
 from colm.errors import CheckpointError, UnsupportedModel
-from colm.files import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES, read_json_object, read_text, require_plain
+from colm.files import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES, read_bytes, read_json_object, read_text, require_weights
 from colm.model.config import ChainConfig, RopeScaling, parse_rope_kind, yarn_attention_factor
 from colm.text.tokenizer_file import parse_tokenizer, reading
 
@@ -168,7 +168,7 @@ class _Weights:
 
     def _reader(self, path: Path) -> Any:
         try:
-            require_plain(path)
+            require_weights(path)
             return safe_open(path, framework="pt")
         except FileNotFoundError as err:
             raise CheckpointError(f"{path} is missing, but the index names it; fetch it too") from err
@@ -268,7 +268,7 @@ def _yarn(raw: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tokenizer_json(root: Path) -> str | None:
+def _tokenizer_json(root: Path) -> bytes | None:
     path = root / "tokenizer.json"
     if not path.exists():
         warnings.warn(
@@ -277,17 +277,17 @@ def _tokenizer_json(root: Path) -> str | None:
             stacklevel=3,
         )
         return None
-    return read_text(path, MAX_TOKENIZER_BYTES)
+    return read_bytes(path, MAX_TOKENIZER_BYTES)
 
 
-def _text_config(root: Path, raw: Mapping[str, Any], tokenizer_json: str | None) -> TextConfig:
+def _text_config(root: Path, raw: Mapping[str, Any], tokenizer_json: bytes | None) -> TextConfig:
     try:
         return _read_text_config(root, raw, tokenizer_json)
     except ValueError as err:
         raise CheckpointError(f"{root}: {err}; correct the model's config files") from err
 
 
-def _read_text_config(root: Path, raw: Mapping[str, Any], tokenizer_json: str | None) -> TextConfig:
+def _read_text_config(root: Path, raw: Mapping[str, Any], tokenizer_json: bytes | None) -> TextConfig:
     """Stop ids: generation_config.json is the authority, then config.json, then the tokenizer's eos token."""
     generation = _read_json(root / "generation_config.json", required=False)
     eos_ids = _id_list(generation.get("eos_token_id")) or _id_list(raw.get("eos_token_id"))
@@ -295,7 +295,7 @@ def _read_text_config(root: Path, raw: Mapping[str, Any], tokenizer_json: str | 
     if tokenizer_json is None:
         return TextConfig(bos_token_id=bos_id, eos_token_ids=eos_ids)
     try:
-        tokenizer = parse_tokenizer(tokenizer_json)
+        tokenizer, _ = parse_tokenizer(tokenizer_json)
         begins_with = reading(lambda: tokenizer.encode("a").ids[:1])
     except CheckpointError as err:
         raise CheckpointError(f"{root}: {err}") from err

@@ -1,13 +1,13 @@
 """Token ids back into text, all at once or one at a time, with the same result."""
 
 import codecs
-import json
 import re
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 from colm.errors import UnsupportedModel
+from colm.text.tokenizer_file import part_of
 
 SENTENCEPIECE_SPACE = "\u2581"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -28,8 +28,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        decoder = json.loads(tokenizer.to_str())["decoder"]
-        kinds = {step["type"]: step for step in _steps(decoder)}
+        kinds = {step["type"]: step for step in _steps(part_of(tokenizer.decoder))}
         self._tokenizer = tokenizer
         self._byte_level = "ByteLevel" in kinds
         if not self._byte_level and not kinds.keys() & {"ByteFallback", "Metaspace"}:

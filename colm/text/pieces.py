@@ -14,6 +14,8 @@ WINDOW_CHARS = 65_537
 three digits, then give other tokens in the next window, so equal tokens are never a coincidence."""
 MAX_WINDOW_CHARS = 16 * WINDOW_CHARS
 """The longest window; a text that has no safe cut in it is refused."""
+SHORT_WINDOW_CHARS = 16_411
+"""The same for a tokenizer that takes time for the square of a window: about a second, at most."""
 OVERLAP_CHARS = 4096
 """Characters that two windows share. The end of a text changes a word or two, a few tokens: far less than this."""
 
@@ -48,12 +50,21 @@ class PieceEncoder:
         encoder: a `tokenizers.Tokenizer`.
         window_chars: see `WINDOW_CHARS`.
         overlap_chars: see `OVERLAP_CHARS`; longer where a token is long.
+        max_window_chars: see `MAX_WINDOW_CHARS`.
     """
 
-    def __init__(self, encoder: Any, *, window_chars: int = WINDOW_CHARS, overlap_chars: int = OVERLAP_CHARS) -> None:
+    def __init__(
+        self,
+        encoder: Any,
+        *,
+        window_chars: int = WINDOW_CHARS,
+        overlap_chars: int = OVERLAP_CHARS,
+        max_window_chars: int = MAX_WINDOW_CHARS,
+    ) -> None:
         longest = max(map(len, encoder.get_vocab(with_added_tokens=True)), default=1)
         self._encoder = encoder
         self._window_chars = window_chars
+        self._max_window_chars = max_window_chars
         self._overlap_chars = max(overlap_chars, 16 * longest)
 
     def pieces(self, text: str) -> Iterator[NDArray[np.int64]]:
@@ -75,7 +86,7 @@ class PieceEncoder:
                     window, first, agreed = following, cut[1], overlap
                     continue
             grown = again = None
-            if 2 * (window.end - window.begin) <= MAX_WINDOW_CHARS:
+            if 2 * (window.end - window.begin) <= self._max_window_chars:
                 grown = self._window(text, window.begin, 2 * window.end - window.begin)
                 again = (0, 0) if first == 0 else _meet(window, grown, agreed)
             if grown is None or again is None:

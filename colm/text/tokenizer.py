@@ -9,17 +9,18 @@ from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from colm.checkpoint import Checkpoint, TextConfig
-from colm.errors import InvalidRequest
-from colm.files import MAX_TOKENIZER_BYTES, read_text
+from colm.errors import CheckpointError, InvalidRequest
+from colm.files import MAX_TOKENIZER_BYTES, read_bytes
 from colm.request import ChatMessage, ChatRole
 from colm.text.bound import TokenBound
 from colm.text.chat_template import ChatTemplate
 from colm.text.detokenizer import Detokenizer, TextStream
-from colm.text.pieces import PieceEncoder
-from colm.text.tokenizer_file import parse_tokenizer
+from colm.text.pieces import SHORT_WINDOW_CHARS, PieceEncoder
+from colm.text.tokenizer_file import parse_tokenizer, part_of
 
 # What stands for a message's content while the template is rendered, with its number inside. Private-use characters: no
 # template writes them.
@@ -38,11 +39,12 @@ Progress = Callable[[int], None]
 class Tokenizer:
     """Encodes prompts and decodes answers. It never changes, so one instance serves any number of threads."""
 
-    def __init__(self, tokenizer_json: str, text: TextConfig, now: Callable[[], datetime]) -> None:
+    def __init__(self, tokenizer_json: bytes, text: TextConfig, now: Callable[[], datetime]) -> None:
         self._text = text
-        self._first = _content_encoder(tokenizer_json)
-        self._first_pieces = PieceEncoder(self._first)
-        self._inner_pieces = PieceEncoder(_content_encoder(_without_first_space(tokenizer_json)))
+        self._first, is_linear = parse_tokenizer(tokenizer_json)
+        self._first_pieces = _content_pieces(self._first, is_linear=is_linear)
+        inner = _without_first_space(self._first)
+        self._inner_pieces = self._first_pieces if inner is None else _content_pieces(inner, is_linear=is_linear)
         self._detokenizer = Detokenizer(self._first)
         self._template = None if text.chat_template is None else self._chat_template(text.chat_template, now)
         added = self._first.get_added_tokens_decoder()
@@ -66,7 +68,13 @@ class Tokenizer:
             UnsupportedModel: the tokenizer is of a kind that cannot be decoded token by token.
         """
         path = checkpoint.tokenizer_path
-        return None if path is None else cls(read_text(path, MAX_TOKENIZER_BYTES), checkpoint.text, now)
+        if path is None:
+            return None
+        tokenizer_json = read_bytes(path, MAX_TOKENIZER_BYTES)
+        try:
+            return cls(tokenizer_json, checkpoint.text, now)
+        except CheckpointError as err:
+            raise CheckpointError(f"{checkpoint.path}: {err}") from err
 
     @property
     def has_chat_template(self) -> bool:
@@ -226,23 +234,30 @@ def _one(token_id: int) -> NDArray[np.int64]:
     return np.array([token_id], dtype=np.int64)
 
 
-def _content_encoder(tokenizer_json: str) -> Any:
-    encoder = parse_tokenizer(tokenizer_json)
+def _content_pieces(encoder: Any, *, is_linear: bool) -> PieceEncoder:
+    """Content has no special tokens: none is found in it, and none is put around it."""
     encoder.encode_special_tokens = True
-    encoder.no_truncation()
-    encoder.no_padding()
-    return encoder
+    encoder.post_processor = None
+    if is_linear:
+        return PieceEncoder(encoder)
+    return PieceEncoder(encoder, window_chars=SHORT_WINDOW_CHARS, max_window_chars=SHORT_WINDOW_CHARS)
 
 
-def _without_first_space(tokenizer_json: str) -> str:
-    """The same tokenizer for text that follows a special token.
+def _without_first_space(encoder: Any) -> Any:
+    """The same tokenizer for text that follows a special token; None where it is no other.
 
     Metaspace with the scheme "first" puts a space before the very beginning of a text; a run encoded on its
     own would get one too.
     """
-    body = json.loads(tokenizer_json)
-    step = body.get("pre_tokenizer") or {}
-    for part in step.get("pretokenizers", [step]):
-        if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
-            part["prepend_scheme"] = "never"
-    return json.dumps(body)
+    changed = part_of(encoder.pre_tokenizer) or {}
+    steps = changed.get("pretokenizers", [changed])
+    first = [step for step in steps if step.get("type") == "Metaspace" and step.get("prepend_scheme") == "first"]
+    if not first:
+        return None
+    for step in first:
+        step["prepend_scheme"] = "never"
+    inner = tokenizers.Tokenizer.from_str(encoder.to_str())
+    pre_tokenizer = inner.pre_tokenizer
+    pre_tokenizer.__setstate__(json.dumps(changed).encode())
+    inner.pre_tokenizer = pre_tokenizer
+    return inner

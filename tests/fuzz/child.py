@@ -14,15 +14,16 @@ from typing import Any
 
 from colm.errors import ColmError
 from tests.fuzz.files import FILES
+from tests.fuzz.large import LargeFiles
 from tests.fuzz.messages import Messages
 
-MAX_BYTES = 256 << 20
+MAX_BYTES = 64 << 20
 """Memory of a case, beside what the process has taken before the first."""
-CPU_S = 10.0
-"""Processor time of a case; the system ends the process after it."""
+CPU_S = 1.0
+"""Processor time of a case, however busy the machine is; the system ends the process after it."""
 
-KINDS: dict[str, Callable[[Path], Any]] = {**FILES, "messages": Messages}
-_SHARES = {"gguf": 10, "huggingface": 8, "checkpoint": 7, "tokenizer": 6, "messages": 8, "template": 1}
+KINDS: dict[str, Callable[[Path], Any]] = {**FILES, "large": LargeFiles, "messages": Messages}
+_SHARES = {"gguf": 10, "huggingface": 8, "checkpoint": 7, "tokenizer": 6, "messages": 8, "template": 1, "large": 1}
 
 
 def kind_of(kinds: list[str], seed: int, number: int) -> str:

@@ -260,7 +260,7 @@ class Checkpoints:
         self._whole, self._copy = folder / "whole", folder / "colm"
         # Without a chat template, whose child takes a hundred times as long as all the rest.
         text = TextConfig(bos_token_id=1, eos_token_ids=(2,), add_bos=True)
-        save(self._whole, CONFIG, random_tensors(CONFIG), text=text, tokenizer_json=tiny_tokenizer().to_str())
+        save(self._whole, CONFIG, random_tensors(CONFIG), text=text, tokenizer_json=tiny_tokenizer().to_str().encode())
         self._body = json.loads((self._whole / "config.json").read_text())
         read_checkpoint(self._whole)
 
@@ -310,7 +310,11 @@ class Tokenizers:
         self._use(written)
 
     def _use(self, written: str) -> None:
-        use(Tokenizer(written, TextConfig(bos_token_id=1, eos_token_ids=(2,)), _no_date))
+        use(
+            Tokenizer(
+                written.encode("utf-8", "surrogatepass"), TextConfig(bos_token_id=1, eos_token_ids=(2,)), _no_date
+            )
+        )
 
 
 class Templates:
@@ -344,7 +348,7 @@ class Templates:
     )
 
     def __init__(self, _: Path) -> None:
-        self._tokenizer_json = tiny_tokenizer().to_str()
+        self._tokenizer_json = tiny_tokenizer().to_str().encode()
         self._use(CHAT_TEMPLATE)
 
     def run(self, rng: random.Random) -> None:

@@ -55,11 +55,33 @@ MUTANTS = (
         "tests/unit/test_hostile_files.py::test_a_gguf_file_is_held_against_its_size",
     ),
     Mutant(
+        "a regular expression may repeat what matches in two ways",
+        "colm/text/regex_cost.py",
+        "            if _cost(body, followed=True) != Cost():\n",
+        "            if False:\n",
+        "tests/unit/test_regex_cost.py::test_what_may_take_longer_or_is_not_understood_is_refused",
+    ),
+    Mutant(
+        "replacements lengthen a text without end",
+        "colm/text/tokenizer_schema.py",
+        "growth > _MAX_GROWTH or ",
+        "",
+        "tests/unit/test_hostile_tokenizers.py::"
+        "test_what_could_hang_or_fill_the_gateway_is_refused_before_the_library_sees_it",
+    ),
+    Mutant(
         "a revoked token stays valid",
         "cluster/client_tokens.py",
         "        if seen == self._seen:\n",
         "        if self._seen is not None:\n",
         _CLIENTS + "test_a_token_is_valid_from_the_next_call_on_and_revoked_from_the_next_call_on",
+    ),
+    Mutant(
+        "a revoked client's calls go on",
+        "cluster/client_tokens.py",
+        "            while client.sha256 in self._by_digest:\n",
+        "            while True:\n",
+        _CLIENTS + "test_a_call_of_a_revoked_token_is_ended_and_those_of_others_go_on",
     ),
     Mutant(
         "every client is told where the nodes are",

@@ -68,12 +68,12 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> No
 def test_config_text_and_tokenizer_come_back(tmp_path: Path) -> None:
     config = tiny_config(rope_scaling=RopeScaling(kind="linear", factor=2.0), tie_embeddings=True)
     text = TextConfig(bos_token_id=1, eos_token_ids=(2, 7), add_bos=True, chat_template="{{ x }}")
-    tokenizer_json = tiny_tokenizer().to_str()
+    tokenizer_json = tiny_tokenizer().to_str().encode()
     save(tmp_path / "model", config, random_tensors(config), text=text, tokenizer_json=tokenizer_json)
     opened = Checkpoint.open(tmp_path / "model")
     assert (opened.config, opened.text) == (config, text)
     assert opened.tokenizer_path is not None
-    assert opened.tokenizer_path.read_text() == tokenizer_json
+    assert opened.tokenizer_path.read_bytes() == tokenizer_json
 
 
 def test_without_a_tokenizer_there_is_none(tmp_path: Path) -> None:

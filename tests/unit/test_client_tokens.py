@@ -4,14 +4,17 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
+from cluster import client_tokens
 from cluster.accounts import Accounts
 from cluster.audit_log import AuditLog
 from cluster.cli import app
@@ -21,6 +24,7 @@ from colm.events import Accepted, Finished, FinishReason, Timings, Token, Usage
 from colm.wire import health
 from colm.wire.endpoint import bind, create_server, open_channel
 from colm.wire.security import Security
+from colm.wire.v1 import common_pb2
 from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1.generation_service_pb2_grpc import GenerationServiceStub
 from tests.clock import FakeClock
@@ -229,6 +233,51 @@ async def test_where_the_nodes_are_is_for_the_operator_alone(path: Path) -> None
         for stranger in ("x", None):
             with pytest.raises(grpc.aio.AioRpcError, match="UNAUTHENTICATED"):
                 await node_of(stranger)
+
+
+async def test_a_call_of_a_revoked_token_is_ended_and_those_of_others_go_on(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a revoked client's calls went on until their own deadline."""
+    monkeypatch.setattr(client_tokens, "_LOOK_S", 0.02)
+    tokens = {name: create_token(path, name, TokenLimits()) for name in ("alice", "bob")} | {"operator": OPERATOR_TOKEN}
+    clients, log = Clients(OPERATOR_TOKEN, path), AuditLog(tmp_path / "audit", keep_days=1)
+    async with (
+        gateway(tiny_config(), TakingTurns([""]), clients=clients, audit_log=log) as address,
+        AsyncExitStack() as stack,
+    ):
+
+        async def open_call(shown: str) -> Any:
+            security = Security(token=shown)
+            channel = await stack.enter_async_context(open_channel(address, security))
+            call = GenerationServiceStub(channel).Generate(metadata=security.metadata(), timeout=60)
+            await call.write(pb.GenerateRequest(open=pb.OpenGenerate(max_new_tokens=1)))
+            await call.write(pb.GenerateRequest(token_ids=common_pb2.TokenIds(ids=[1])))
+            return call
+
+        calls = {name: await open_call(shown) for name, shown in tokens.items()}
+        async with open_channel(address, operator := Security(token=OPERATOR_TOKEN)) as channel:
+            stub = GenerationServiceStub(channel)
+
+            async def num_active() -> int:
+                request = pb.GetClusterStatusRequest()
+                status = await stub.GetClusterStatus(request, metadata=operator.metadata(), timeout=30)
+                return int(status.num_active_requests)
+
+            while await num_active() < 3:
+                await asyncio.sleep(0.01)
+            revoke_token(path, "alice")
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                await calls["alice"].read()
+            assert ended.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert ended.value.details() == "the token has been revoked"
+            assert await num_active() == 2
+        assert not calls["bob"].done()
+        assert not calls["operator"].done()
+        (line,) = [
+            json.loads(line) for file in (tmp_path / "audit").iterdir() for line in file.read_text().splitlines()
+        ]
+        assert (line["client"], line["outcome"]) == ("alice", "Unauthenticated")
 
 
 async def test_no_more_calls_watch_health_than_there_are_places(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,7 @@ async def test_an_answer_is_accepted_then_relayed_without_what_concerns_the_node
 
 
 async def test_a_document_in_pieces_becomes_token_ids() -> None:
-    tokenizer = Tokenizer(tiny_tokenizer().to_str(), TextConfig(), lambda: NOW)
+    tokenizer = Tokenizer(tiny_tokenizer().to_str().encode(), TextConfig(), lambda: NOW)
     calls, document = Scripted(ANSWER), "the thing, wörtlich".encode()
     await ask(door(calls, Pool(), tokenizer=tokenizer), document[:13], document[13:], prompt=" and")
     assert calls.jobs[0].token_ids.dtype == np.int64
@@ -298,7 +298,7 @@ async def test_the_requests_inside_are_bounded_and_a_place_is_free_when_its_bloc
 
 async def test_the_uploads_of_all_requests_together_are_bounded() -> None:
     """Bug: 64 clients that sent documents of 64 MiB took 4 GiB of the gateway."""
-    tokenizer = Tokenizer(tiny_tokenizer().to_str(), TextConfig(), lambda: NOW)
+    tokenizer = Tokenizer(tiny_tokenizer().to_str().encode(), TextConfig(), lambda: NOW)
     front_door = door(Scripted(ANSWER), Pool(), tokenizer=tokenizer, max_upload_bytes=100)
     more, go_on = asyncio.Event(), asyncio.Event()
 

@@ -15,7 +15,7 @@ from httpx2 import TransportError
 from openai import AsyncOpenAI
 
 from cluster.audit_log import AuditLog
-from cluster.client_tokens import Clients, TokenLimits, create_token
+from cluster.client_tokens import Clients, TokenLimits, create_token, revoke_token
 from colm.checkpoint import Checkpoint
 from colm.request import ChatMessage, ChatRole
 from colm.text.tokenizer import Tokenizer
@@ -337,6 +337,23 @@ async def test_a_reader_of_a_stream_that_goes_away_ends_it_everywhere(client: As
         await until_cancelled(node)
         gate.open()
         await until_idle(node)
+
+
+async def test_a_stream_ends_when_its_clients_token_is_revoked(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, node: DecodeNode, tmp_path: Path
+) -> None:
+    tokens = tmp_path / "tokens.json"
+    token = create_token(tokens, "alice", TokenLimits())
+    async with client_of(checkpoint, tokenizer, node, token, clients=Clients(TOKEN, tokens)) as client:
+        with gate_before(DecodeEngine, "step") as gate:
+            stream = await client.chat.completions.create(messages=QUESTION, max_tokens=300, stream=True, **GREEDY)
+            await gate.until_reached()
+            revoke_token(tokens, "alice")
+            await until_cancelled(node)
+            gate.open()
+        with pytest.raises(openai.APIError, match="the token has been revoked"):
+            async for _ in stream:
+                pass
 
 
 async def test_an_error_in_mid_stream_is_the_streams_last_word(

@@ -42,7 +42,7 @@ TEXTS = [
 def make(backend: tokenizers.Tokenizer | None = None, template: str | None = CHAT_TEMPLATE, **text: Any) -> Tokenizer:
     values: dict[str, Any] = {"bos_token_id": 1, "eos_token_ids": (2,)} | text
     backend = backend or tiny_tokenizer()
-    return Tokenizer(backend.to_str(), TextConfig(chat_template=template, **values), lambda: NOW)
+    return Tokenizer(backend.to_str().encode(), TextConfig(chat_template=template, **values), lambda: NOW)
 
 
 def chat_ids_of_transformers(backend: tokenizers.Tokenizer, template: str, content: str) -> list[int]:
@@ -249,7 +249,7 @@ def test_broken_template_and_broken_tokenizer_are_refused():
     with pytest.raises(CheckpointError, match="chat_template line 1"):
         make(template="{% for %}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
-        Tokenizer("{}", TextConfig(), lambda: NOW)
+        Tokenizer(b"{}", TextConfig(), lambda: NOW)
     backend = tiny_tokenizer()
     backend.decoder = decoders.WordPiece()
     with pytest.raises(UnsupportedModel, match="WordPiece"):
@@ -370,7 +370,7 @@ def test_unfinished_character_becomes_one_replacement_at_the_end():
 @given(st.text(alphabet="the in日€ "))
 def test_sentencepiece_stream_equals_the_library_on_valid_text(text):
     tokenizer_json, _ = text_from_gguf(FakeGguf(sentencepiece_metadata()))
-    backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+    backend = tokenizers.Tokenizer.from_buffer(tokenizer_json)
     ids = backend.encode(text, add_special_tokens=False).ids
     stream = TextStream(Detokenizer(backend))
     assert "".join([stream.push(token_id) for token_id in ids]) + stream.flush() == backend.decode(ids) == text
