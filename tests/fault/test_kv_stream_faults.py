@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 from colm.checkpoint import Checkpoint, save
-from colm.errors import LeaseExpired
+from colm.errors import DeadlineExceeded, LeaseExpired
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KvPosition
 from colm.leases import LeaseTable
@@ -31,6 +31,7 @@ from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 from decode_node import node as node_module
 from decode_node.kv_fetch import RetryPolicy
 from prefill_node import encoded_tile, prefill_job
+from prefill_node import service as prefill_service
 from prefill_node.engine import PrefillEngine
 from prefill_node.prefill_run import PrefillRun
 from tests.gates import LIMIT_S, gate_before
@@ -335,6 +336,25 @@ async def test_an_expired_lease_is_worth_another_try(checkpoint: Checkpoint) -> 
                 await asyncio.to_thread(list, call)
         assert isinstance(error_of(caught.value, "prefill node"), LeaseExpired)
         assert not len(leases)
+
+
+async def test_a_prompt_that_a_prefill_node_waits_for_in_vain_is_sent_again(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: the caller, who had set no deadline, was told that the deadline was over."""
+    read, late = prefill_service.read_token_ids, [DeadlineExceeded("the next piece did not come within 30 s")]
+
+    async def impatient(requests: Any, num_tokens: int) -> Any:
+        if late:
+            raise late.pop()
+        return await read(requests, num_tokens)
+
+    monkeypatch.setattr(prefill_service, "read_token_ids", impatient)
+    path = str(checkpoint.path)
+    async with prefill_node(path) as prefill, decode_node(path, [prefill.address]) as node:
+        answer = await decode(node.address, PROMPT, num_chains=3)
+    assert answer.usage.num_kv_streams == 2
+    assert answer.usage.kv_received_bytes == prompt_bytes(checkpoint)
 
 
 async def test_a_prefill_node_whose_line_is_full_refuses(checkpoint: Checkpoint) -> None:
