@@ -324,7 +324,7 @@ class BothEnds(RuleBasedStateMachine):
 
 
 BothEnds.TestCase.settings = settings(
-    max_examples=80 * int(os.environ.get("COLM_FAULTS", "1")),
+    max_examples=50 * int(os.environ.get("COLM_FAULTS", "1")),
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=list(HealthCheck),
