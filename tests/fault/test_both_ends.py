@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numpy.typing import NDArray
 
 from colm.errors import CapacityExceeded, FingerprintMismatch, InvalidRequest, PeerUnavailable
+from colm.wire import prompt_stream
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node import kv_requests
 from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder, KvTransfer, RetryPolicy
@@ -65,6 +66,9 @@ class BothEnds(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(prefill_job, "WINDOW_BYTES", WINDOW_BYTES)
         self.patch.setattr(kv_requests, "ACKNOWLEDGE_BYTES", 1)
+        # The fake clock does not move these, and a busy machine is slow.
+        for name in ("OPEN_TIMEOUT_S", "UPLOAD_IDLE_S"):
+            self.patch.setattr(prompt_stream, name, 1e6)
         self.names = count()
         self.clock = FakeClock()
         self.wires: list[Wire] = []
