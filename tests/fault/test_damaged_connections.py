@@ -112,8 +112,9 @@ async def test_the_answer_is_right_or_there_is_one_typed_error_and_nothing_is_le
                 assert got.usage.kv_received_bytes == undisturbed.usage.kv_received_bytes, fault
                 assert got.usage.num_decode_prompt_tokens == 1, fault
             else:
-                # Fields of a request or of a header that came as others, and were refused for what they say.
+                # A request came as another one, and was refused for what it said.
                 assert not is_secure, (fault, got)
+                assert not is_from_server, (fault, got)
                 assert isinstance(got, FingerprintMismatch | InvalidRequest), (fault, got)
                 assert fault.mishap in {Mishap.FLIP, Mishap.LOSE, Mishap.REPEAT, Mishap.SWAP}, (fault, got)
         assert line.num_spoilt >= num_faults * 3 // 4

@@ -25,7 +25,7 @@ from colm.leases import LeaseTable
 from colm.wire.endpoint import open_blocking_channel
 from colm.wire.security import Security
 from colm.wire.status import error_of
-from colm.wire.tile_codec import decode_message, pull_kv_stub
+from colm.wire.tile_codec import decode_message, pull_kv_stub, seal
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 from decode_node import node as node_module
@@ -71,11 +71,20 @@ def flip_payload_bit(_: int, __: int, data: bytes) -> list[bytes]:
     return [data[:-1] + bytes([data[-1] ^ 1])]
 
 
+def flip_header_bit(_: int, __: int, data: bytes) -> list[bytes]:
+    """A length that does not fit the payload, as a tile in another format has."""
+    header, payload = decode_message(data)
+    header.tile.num_tokens ^= 1
+    header.payload = bytes(payload)
+    return [header.SerializeToString()]
+
+
 def rewrite_header(**fields: object) -> Spoil:
     def spoil(_: int, __: int, data: bytes) -> list[bytes]:
         header, payload = decode_message(data)
         for name, value in fields.items():
             setattr(header.tile, name, value)
+        seal(header.tile)
         header.payload = bytes(payload)
         return [header.SerializeToString()]
 
@@ -97,6 +106,7 @@ FAULTS = {
     "connection lost before the first tile": first_attempt(0, lambda *_: None),
     "connection lost in the middle": first_attempt(4, lambda *_: None),
     "payload damaged": first_attempt(3, flip_payload_bit),
+    "header damaged": first_attempt(3, flip_header_bit),
     "tile lost": first_attempt(2, lambda *_: []),
     "tile sent twice": first_attempt(1, lambda _, __, data: [data, data]),
     "tile of an older epoch": first_attempt(2, rewrite_header(epoch=0)),
@@ -130,6 +140,7 @@ def drop_half_the_heads(_: int, __: int, data: bytes) -> list[bytes]:
     header, payload = decode_message(data)
     header.payload = bytes(payload[: len(payload) // 2])
     header.tile.checksum = xxhash.xxh3_64_intdigest(header.payload)
+    seal(header.tile)
     return [header.SerializeToString()]
 
 

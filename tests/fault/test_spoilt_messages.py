@@ -9,19 +9,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import grpc
 import pytest
 import torch
 
-from colm.errors import ColmError, FingerprintMismatch
 from colm.kv import KvFormat
-from colm.wire.status import error_of
 from colm.wire.tile_codec import decode_message
 from decode_node import node as node_module
 from decode_node.kv_fetch import RetryPolicy
-from decode_node.node import DecodeNode
 from tests.leaks import nothing_left
-from tests.nodes import Answer, decode, decode_node, prefill_node, spoilt_prefill, until_idle, until_prefill_idle
+from tests.nodes import decode, decode_node, prefill_node, spoilt_prefill, until_idle, until_prefill_idle
 from tests.tiny import tiny_checkpoint
 
 PROMPT = torch.randint(0, 320, (150,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -90,13 +86,6 @@ class Schedule:
         return None
 
 
-async def outcome(node: DecodeNode) -> Answer | ColmError:
-    try:
-        return await decode(node.address, PROMPT, num_chains=3)
-    except grpc.aio.AioRpcError as err:
-        return error_of(err, "decode node")
-
-
 def _is_last(message: bytes) -> bool:
     return decode_message(message)[0].WhichOneof("event") == "complete"
 
@@ -109,7 +98,7 @@ async def test_no_schedule_of_spoilt_messages_gives_another_answer(
     checkpoint = tiny_checkpoint(tmp_path / "tiny")
     path, prompt_bytes = str(checkpoint.path), 149 * KvFormat.of(checkpoint.config, torch.float32).token_bytes
     schedule: Callable[[int, int, bytes], list[bytes] | None] = lambda *_: [_[-1]]  # noqa: E731
-    num_faults, num_streams, num_final = Counter[str](), Counter[int](), 0
+    num_faults, num_streams = Counter[str](), Counter[int]()
     async with (
         nothing_left(),
         prefill_node(path, job_lease_s=0.1, tile_tokens=tile_tokens) as prefill,
@@ -119,20 +108,13 @@ async def test_no_schedule_of_spoilt_messages_gives_another_answer(
         undisturbed = await decode(node.address, PROMPT, num_chains=3)
         for seed in range(NUM_SCHEDULES):
             schedule = drawn = Schedule(seed)
-            got = await outcome(node)
-            if isinstance(got, Answer):
-                assert (got.token_ids, got.logprobs) == (undisturbed.token_ids, undisturbed.logprobs), seed
-                assert got.usage.kv_received_bytes == prompt_bytes, seed
-                assert got.usage.num_decode_prompt_tokens == 1, seed
-                num_streams[got.usage.num_kv_streams] += 1
-            else:
-                # A header that says something else, and is refused for it: trying again would bring the same.
-                assert isinstance(got, FingerprintMismatch), (seed, got)
-                assert drawn.num_faults["flip"], seed
-                num_final += 1
+            answer = await decode(node.address, PROMPT, num_chains=3)
+            assert (answer.token_ids, answer.logprobs) == (undisturbed.token_ids, undisturbed.logprobs), seed
+            assert answer.usage.kv_received_bytes == prompt_bytes, seed
+            assert answer.usage.num_decode_prompt_tokens == 1, seed
+            num_streams[answer.usage.num_kv_streams] += 1
             num_faults += drawn.num_faults
             await until_idle(node)
         await until_prefill_idle(prefill)
     assert len(num_faults) == 7, num_faults
-    assert sum(num_streams.values()) > 9 * num_final, (num_streams, num_final)
     assert max(num_streams) > 2, num_streams

@@ -460,6 +460,13 @@ MUTANTS = (
         _GATEWAY + "test_a_request_behind_another_prefill_hears_that_it_waits_and_for_how_long",
     ),
     Mutant(
+        "a damaged header is believed",
+        "colm/wire/tile_codec.py",
+        '    if header.HasField("header_checksum") and header.header_checksum != _header_checksum(header):\n',
+        "    if False:\n",
+        _STREAM + "test_a_spoilt_stream_is_fetched_again_and_the_answer_is_the_oracles",
+    ),
+    Mutant(
         "a damaged payload is stored",
         "colm/wire/tile_codec.py",
         "    if xxhash.xxh3_64_intdigest(payload) != header.checksum:\n",

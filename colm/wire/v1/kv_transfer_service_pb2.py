@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from colm.wire.v1 import common_pb2 as colm_dot_wire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&colm/wire/v1/kv_transfer_service.proto\x12\x0c\x63olm.wire.v1\x1a\x19\x63olm/wire/v1/common.proto\"\x87\x02\n\rPullKvRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.colm.wire.v1.OpenKvTransferH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.colm.wire.v1.TokenIdsH\x00\x12\x32\n\rend_of_prompt\x18\x03 \x01(\x0b\x32\x19.colm.wire.v1.EndOfPromptH\x00\x12\x30\n\x0c\x61\x63knowledged\x18\x04 \x01(\x0b\x32\x18.colm.wire.v1.KvPositionH\x00\x12\'\n\x07give_up\x18\x05 \x01(\x0b\x32\x14.colm.wire.v1.GiveUpH\x00\x42\x06\n\x04partJ\x04\x08\x06\x10\n\"*\n\nKvPosition\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\r\"\x08\n\x06GiveUp\"\xd4\x01\n\x0eOpenKvTransfer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x10\n\x08lease_id\x18\x05 \x01(\t\x12-\n\x0bresume_from\x18\x06 \x01(\x0b\x32\x18.colm.wire.v1.KvPosition\x12.\n\tattention\x18\x0c \x01(\x0e\x32\x1b.colm.wire.v1.AttentionModeJ\x04\x08\x07\x10\x0c\"\x95\x02\n\x0ePullKvResponse\x12(\n\x04tile\x18\x01 \x01(\x0b\x32\x18.colm.wire.v1.TileHeaderH\x00\x12\x32\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1e.colm.wire.v1.TransferCompleteH\x00\x12&\n\x06queued\x18\x03 \x01(\x0b\x32\x14.colm.wire.v1.QueuedH\x00\x12\x30\n\x07started\x18\x04 \x01(\x0b\x32\x1d.colm.wire.v1.TransferStartedH\x00\x12+\n\x07reached\x18\x05 \x01(\x0b\x32\x18.colm.wire.v1.KvPositionH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05\x65ventJ\x04\x08\x06\x10\x0f\"\x11\n\x0fTransferStarted\"\xa4\x01\n\nTileHeader\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\"\n\x05\x63odec\x18\x06 \x01(\x0e\x32\x13.colm.wire.v1.Codec\x12\x10\n\x08\x63hecksum\x18\x07 \x01(\x06J\x04\x08\x08\x10\x0c\"\x8c\x01\n\x10TransferComplete\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\tnum_tiles\x18\x03 \x01(\r\x12\x15\n\rpayload_bytes\x18\x04 \x01(\x04\x12*\n\x06sparse\x18\x05 \x01(\x0b\x32\x1a.colm.wire.v1.SparseReport*3\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\r\n\tCODEC_RAW\x10\x01\"\x04\x08\x02\x10\x07\x32\\\n\x11KvTransferService\x12G\n\x06PullKv\x12\x1b.colm.wire.v1.PullKvRequest\x1a\x1c.colm.wire.v1.PullKvResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&colm/wire/v1/kv_transfer_service.proto\x12\x0c\x63olm.wire.v1\x1a\x19\x63olm/wire/v1/common.proto\"\x87\x02\n\rPullKvRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.colm.wire.v1.OpenKvTransferH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.colm.wire.v1.TokenIdsH\x00\x12\x32\n\rend_of_prompt\x18\x03 \x01(\x0b\x32\x19.colm.wire.v1.EndOfPromptH\x00\x12\x30\n\x0c\x61\x63knowledged\x18\x04 \x01(\x0b\x32\x18.colm.wire.v1.KvPositionH\x00\x12\'\n\x07give_up\x18\x05 \x01(\x0b\x32\x14.colm.wire.v1.GiveUpH\x00\x42\x06\n\x04partJ\x04\x08\x06\x10\n\"*\n\nKvPosition\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\r\"\x08\n\x06GiveUp\"\xd4\x01\n\x0eOpenKvTransfer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x10\n\x08lease_id\x18\x05 \x01(\t\x12-\n\x0bresume_from\x18\x06 \x01(\x0b\x32\x18.colm.wire.v1.KvPosition\x12.\n\tattention\x18\x0c \x01(\x0e\x32\x1b.colm.wire.v1.AttentionModeJ\x04\x08\x07\x10\x0c\"\x95\x02\n\x0ePullKvResponse\x12(\n\x04tile\x18\x01 \x01(\x0b\x32\x18.colm.wire.v1.TileHeaderH\x00\x12\x32\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1e.colm.wire.v1.TransferCompleteH\x00\x12&\n\x06queued\x18\x03 \x01(\x0b\x32\x14.colm.wire.v1.QueuedH\x00\x12\x30\n\x07started\x18\x04 \x01(\x0b\x32\x1d.colm.wire.v1.TransferStartedH\x00\x12+\n\x07reached\x18\x05 \x01(\x0b\x32\x18.colm.wire.v1.KvPositionH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05\x65ventJ\x04\x08\x06\x10\x0f\"\x11\n\x0fTransferStarted\"\xd6\x01\n\nTileHeader\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\"\n\x05\x63odec\x18\x06 \x01(\x0e\x32\x13.colm.wire.v1.Codec\x12\x10\n\x08\x63hecksum\x18\x07 \x01(\x06\x12\x1c\n\x0fheader_checksum\x18\r \x01(\x06H\x00\x88\x01\x01\x42\x12\n\x10_header_checksumJ\x04\x08\x08\x10\x0c\"\x8c\x01\n\x10TransferComplete\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\tnum_tiles\x18\x03 \x01(\r\x12\x15\n\rpayload_bytes\x18\x04 \x01(\x04\x12*\n\x06sparse\x18\x05 \x01(\x0b\x32\x1a.colm.wire.v1.SparseReport*3\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\r\n\tCODEC_RAW\x10\x01\"\x04\x08\x02\x10\x07\x32\\\n\x11KvTransferService\x12G\n\x06PullKv\x12\x1b.colm.wire.v1.PullKvRequest\x1a\x1c.colm.wire.v1.PullKvResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'colm.wire.v1.kv_transfer_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CODEC']._serialized_start=1227
-  _globals['_CODEC']._serialized_end=1278
+  _globals['_CODEC']._serialized_start=1277
+  _globals['_CODEC']._serialized_end=1328
   _globals['_PULLKVREQUEST']._serialized_start=84
   _globals['_PULLKVREQUEST']._serialized_end=347
   _globals['_KVPOSITION']._serialized_start=349
@@ -47,9 +47,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRANSFERSTARTED']._serialized_start=898
   _globals['_TRANSFERSTARTED']._serialized_end=915
   _globals['_TILEHEADER']._serialized_start=918
-  _globals['_TILEHEADER']._serialized_end=1082
-  _globals['_TRANSFERCOMPLETE']._serialized_start=1085
-  _globals['_TRANSFERCOMPLETE']._serialized_end=1225
-  _globals['_KVTRANSFERSERVICE']._serialized_start=1280
-  _globals['_KVTRANSFERSERVICE']._serialized_end=1372
+  _globals['_TILEHEADER']._serialized_end=1132
+  _globals['_TRANSFERCOMPLETE']._serialized_start=1135
+  _globals['_TRANSFERCOMPLETE']._serialized_end=1275
+  _globals['_KVTRANSFERSERVICE']._serialized_start=1330
+  _globals['_KVTRANSFERSERVICE']._serialized_end=1422
 # @@protoc_insertion_point(module_scope)

@@ -79,7 +79,7 @@ class TransferStarted(_message.Message):
     def __init__(self) -> None: ...
 
 class TileHeader(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "layer", "first_token", "num_tokens", "codec", "checksum")
+    __slots__ = ("transfer_id", "epoch", "layer", "first_token", "num_tokens", "codec", "checksum", "header_checksum")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,7 @@ class TileHeader(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    HEADER_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     layer: int
@@ -94,7 +95,8 @@ class TileHeader(_message.Message):
     num_tokens: int
     codec: Codec
     checksum: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., checksum: _Optional[int] = ...) -> None: ...
+    header_checksum: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., codec: _Optional[_Union[Codec, str]] = ..., checksum: _Optional[int] = ..., header_checksum: _Optional[int] = ...) -> None: ...
 
 class TransferComplete(_message.Message):
     __slots__ = ("transfer_id", "epoch", "num_tiles", "payload_bytes", "sparse")
