@@ -209,9 +209,10 @@ class PrefillJob:
         self._step_share = self._share_of_step()
         if self.is_computed:
             self.run = None
+        # A step that had begun before a newer stream came may bring what that one has from elsewhere.
+        tiles = [tile for tile in tiles if tile.end > self.acknowledged]
         self._window += tiles
         self._window_bytes += sum(len(tile.message) for tile in tiles)
-        self._drop_stored()
         self._tell()
         return work
 

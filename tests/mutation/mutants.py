@@ -647,6 +647,13 @@ MUTANTS = (
         _PREFILL + "test_a_job_that_nobody_reads_gives_way_when_the_engine_would_idle",
     ),
     Mutant(
+        "a step's tiles that the reader has from elsewhere are counted",
+        "prefill_node/prefill_job.py",
+        "        tiles = [tile for tile in tiles if tile.end > self.acknowledged]\n        self._window += tiles\n",
+        "        self._window += tiles\n        self._drop_stored()\n",
+        "tests/unit/test_prefill_job.py::test_what_a_step_brings_that_a_newer_stream_has_from_elsewhere_is_passed_over",
+    ),
+    Mutant(
         "a job without a reader is kept for ever",
         "prefill_node/prefill_loop.py",
         "job.lease_ends_s <= now_s",

@@ -23,6 +23,7 @@ _WARM_UP_S = 10.0
 """Of a process's life: what it loads and allocates once."""
 _LEAST_SAMPLES_S = 120.0
 """Of a role; with less its slope is not judged."""
+_MOST_POINTS = 60
 _SLACK_BYTES = 64 << 20
 _SLACK_SHARE = 0.1
 
@@ -109,7 +110,14 @@ class Memory:
             "growth_in_run_bytes": None if growth_bytes is None else round(growth_bytes),
             "allowed_bytes": round(allowed_bytes),
             "is_flat": is_flat,
+            "seen_bytes": self._over_time(role),
         }
+
+    def _over_time(self, role: str) -> list[tuple[float, int]]:
+        """(seconds, bytes) of the role's processes one after the other, at most `_MOST_POINTS`."""
+        points = sorted(point for life in self.samples[role].values() for point in life)
+        every = -(-len(points) // _MOST_POINTS) or 1
+        return [(round(t - points[0][0], 1), size) for t, size in points[::every]]
 
 
 def _slope(lives: list[list[tuple[float, int]]]) -> float | None:

@@ -53,6 +53,7 @@ CASES = {
     "no time": (answer(error=DeadlineExceeded("late")), End.DEADLINE),
     "a defect": (answer(error=PeerFailed("internal error")), End.LOST),
     "something of ours": (answer(error=ColmError("internal error")), End.LOST),
+    "something of nobody's": (answer(error=RuntimeError("a defect")), End.LOST),
 }
 
 
