@@ -3,6 +3,7 @@
 # make audit    look the pinned packages up in the public list of known weaknesses
 # make fuzz     try damaged files, templates, tokenizers and messages; FUZZ="--cases 20000 --seed 7 --seconds 600"
 # make attack   attack a local cluster over its sockets, beside an honest client; ATTACK="--state-dir DIR" for one of yours
+# make soak     ask a local cluster for 10 minutes, with faults and killed replicas; SOAK="--seconds 90 --seed 7 --json"
 # make bench    time kernels and codec, and compare with the stored times of the same machine; BENCH=--store keeps these
 # make bench-quick    a first look at what this machine makes of it, in some minutes
 # make mutants   break the serving path in many small ways, and see that a test notices each
@@ -26,7 +27,7 @@ CPU := requirements-cpu.txt
 CUDA := requirements-cuda.txt
 AUDIT := build/audit
 
-.PHONY: setup model demo test audit fuzz attack mutants test-variants test-sanitize lint type format proto bench bench-quick clean
+.PHONY: setup model demo test audit fuzz attack soak mutants test-variants test-sanitize lint type format proto bench bench-quick clean
 .DELETE_ON_ERROR:
 
 # Every replica is a process of its own: compiled bytecode is what makes them start quickly.
@@ -89,6 +90,9 @@ fuzz: setup
 
 attack: model
 	$(BIN)/python -m tests.attack --model $(EXPANDED) $(ATTACK)
+
+soak: setup
+	$(BIN)/python -m tests.soak $(SOAK)
 
 mutants: setup
 	$(BIN)/python -m tests.mutation

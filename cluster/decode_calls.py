@@ -7,10 +7,9 @@ from colm.clock import Deadline
 from colm.errors import PeerUnavailable
 from colm.events import Event
 from colm.wire.channels import Channels
-from colm.wire.messages import CODECS, attention_to_pb, event_from_pb, sampling_to_pb, token_id_pieces
+from colm.wire.messages import CODECS, attention_to_pb, end_of_prompt, event_from_pb, sampling_to_pb, token_id_pieces
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
-from colm.wire.v1 import common_pb2
 from colm.wire.v1 import decode_service_pb2 as pb
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
 
@@ -50,7 +49,7 @@ class GrpcDecodeCalls:
             yield pb.DecodeRequest(open=opened)
             for piece in token_id_pieces(job.token_ids):
                 yield pb.DecodeRequest(token_ids=piece)
-            yield pb.DecodeRequest(end_of_prompt=common_pb2.EndOfPrompt())
+            yield pb.DecodeRequest(end_of_prompt=end_of_prompt(job.token_ids))
 
         async with self._channels.use(lease.address) as channel:
             call = DecodeServiceStub(channel).Decode(

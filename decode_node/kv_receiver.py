@@ -8,7 +8,7 @@ from contextlib import suppress
 import grpc
 
 from colm.clock import Clock
-from colm.errors import PeerUnavailable
+from colm.errors import DeadlineExceeded, PeerUnavailable
 from colm.events import Queued, SparseReport
 from colm.kv_position import KvPosition
 from colm.wire.channels import BlockingChannels
@@ -93,6 +93,8 @@ class KvReceiver:
                 with rpc_errors(peer):
                     if not self._receive(call):
                         raise PeerUnavailable(f"{peer} ended the KV stream before it was complete")
+            except DeadlineExceeded as err:  # not the request's: this call has none
+                raise PeerUnavailable(f"{peer} waited for the prompt in vain") from err
             finally:
                 self._requests.close()
                 call.cancel()

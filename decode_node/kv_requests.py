@@ -4,9 +4,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 from colm.kv_position import KvPosition
-from colm.wire.messages import CODECS, attention_to_pb, token_id_pieces
+from colm.wire.messages import CODECS, attention_to_pb, end_of_prompt, token_id_pieces
 from colm.wire.tile_codec import ACKNOWLEDGE_BYTES
-from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_fetch import KvTransfer
 
@@ -89,7 +88,7 @@ class KvRequests:
         )
         for piece in token_id_pieces(transfer.token_ids):
             yield pb.PullKvRequest(token_ids=piece)
-        yield pb.PullKvRequest(end_of_prompt=common_pb2.EndOfPrompt())
+        yield pb.PullKvRequest(end_of_prompt=end_of_prompt(transfer.token_ids))
         while (request := self._next()) is not None:
             yield request
         if self._is_given_up:

@@ -8,7 +8,7 @@ from colm.kv_position import KvPosition
 from colm.request import KvCodec
 from colm.wire.kv_codec import codec_of, quantised, wire_token_bytes
 from colm.wire.shared_memory import SharedMemory, Slot
-from colm.wire.tile_codec import decode_message, decode_tile, encode_tile, max_tile_tokens, split_tile
+from colm.wire.tile_codec import decode_message, decode_tile, encode_tile, max_tile_tokens, seal, split_tile
 
 _MESSAGE_BYTES = 1 << 20
 
@@ -61,6 +61,7 @@ class TileEncoder:
         tile = decode_tile(header.tile, payload, self.kv_format, self.codec)
         if is_shared and encoded.slot is not None and encoded.begin >= since:
             header.tile.epoch = epoch
+            seal(header.tile)
             return replace(encoded, epoch=epoch, message=header.SerializeToString())
         (rest,) = self._since(tile, since)
         return self._one(rest, epoch, None)
@@ -117,3 +118,8 @@ class EncodedTile:
     def held_bytes(self) -> int:
         """Memory that it takes."""
         return len(self.message) + (0 if self.slot is None else self.payload_bytes)
+
+    def let_go(self) -> None:
+        """Give its shared memory back; nobody needs the payload any more."""
+        if self.slot is not None:
+            self.slot.release()

@@ -220,9 +220,13 @@ class PrefillJob:
         self._step_share = self._share_of_step()
         if self.is_computed:
             self.run = None
-        self._window += tiles
-        self._window_bytes += sum(tile.held_bytes for tile in tiles)
-        self._drop_stored()
+        for tile in tiles:
+            # A step that had begun before a newer stream came may bring what that one has from elsewhere.
+            if tile.end <= self.acknowledged:
+                tile.let_go()
+            else:
+                self._window.append(tile)
+                self._window_bytes += tile.held_bytes
         self._tell()
         return work
 
@@ -341,8 +345,7 @@ class PrefillJob:
             tile = self._window.popleft()
             self._window_bytes -= tile.held_bytes
             self._num_dropped += 1
-            if tile.slot is not None:
-                tile.slot.release()
+            tile.let_go()
 
     def _tell(self) -> None:
         if self.stream is not None:

@@ -152,6 +152,14 @@ async def until_idle(node: DecodeNode) -> None:
         await asyncio.sleep(0.02)
 
 
+async def until_prefill_idle(node: PrefillNode) -> None:
+    """Wait until the node has no job, and so no window, no memory and no lease."""
+    async with asyncio.timeout(LIMIT_S):
+        while node.service._loop is not None and node.service._loop._jobs:
+            await asyncio.sleep(0.02)
+    assert (node.service.load.num_active, node.service.load.num_queued) == (0, 0)
+
+
 def decode_requests(
     token_ids: Sequence[int],
     *,
@@ -196,11 +204,18 @@ def pull_kv_requests(
 
 
 async def decode(
-    address: str, token_ids: Sequence[int], *, timeout_s: float | None = 60.0, **request: object
+    address: str,
+    token_ids: Sequence[int],
+    *,
+    timeout_s: float | None = 60.0,
+    security: Security | None = None,
+    **request: object,
 ) -> Answer:
     """Call a decode node and read its answer to the end."""
-    async with open_channel(address, Security()) as channel:
-        call = DecodeServiceStub(channel).Decode(iter(decode_requests(token_ids, **request)), timeout=timeout_s)  # type: ignore[arg-type]
+    shown = security or Security()
+    async with open_channel(address, shown) as channel:
+        requests = iter(decode_requests(token_ids, **request))  # type: ignore[arg-type]
+        call = DecodeServiceStub(channel).Decode(requests, metadata=shown.metadata(), timeout=timeout_s)
         with Outcome(call).statuses():
             responses = [response async for response in call]
     tokens = [r.token for r in responses if r.WhichOneof("event") == "token"]

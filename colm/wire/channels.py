@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import grpc
 
-from colm.errors import PeerUnavailable
+from colm.errors import PeerFailed, PeerUnavailable
 from colm.wire.endpoint import open_blocking_channel, open_channel
 from colm.wire.security import Security, Tls
 
@@ -78,6 +78,8 @@ class _Shelf(Generic[_Channel]):
 class Channels:
     """Channels of one event loop. A channel whose peer was lost is replaced: the new one connects without backoff.
 
+    So is one on which a call failed in a way that says nothing: its connection may be damaged, and fail every call.
+
     Streams of one connection do not wait for each other: gRPC limits the unread bytes of each stream separately.
     """
 
@@ -86,11 +88,11 @@ class Channels:
 
     @asynccontextmanager
     async def use(self, address: str) -> AsyncIterator[grpc.aio.Channel]:
-        """The channel to an address, for calls that end with the block; the block lets `PeerUnavailable` through."""
+        """The channel to an address, for calls that end with the block; the block lets their errors through."""
         shared, is_lost = self._shelf.take(address), False
         try:
             yield shared.channel
-        except PeerUnavailable:
+        except (PeerUnavailable, PeerFailed):
             is_lost = True
             raise
         finally:
@@ -115,7 +117,7 @@ class BlockingChannels:
         shared, is_lost = self._shelf.take(address), False
         try:
             yield shared.channel
-        except PeerUnavailable:
+        except (PeerUnavailable, PeerFailed):
             is_lost = True
             raise
         finally:

@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
+import xxhash
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
@@ -61,6 +62,16 @@ def token_id_pieces(token_ids: NDArray[np.int64]) -> Iterator[pb.TokenIds]:
     """Cut a prompt into messages far below gRPC's limit."""
     for start in range(0, len(token_ids), IDS_PER_MESSAGE):
         yield pb.TokenIds(ids=token_ids[start : start + IDS_PER_MESSAGE].tolist())
+
+
+def end_of_prompt(token_ids: NDArray[np.int64]) -> pb.EndOfPrompt:
+    """The end of a prompt whose ids must arrive as they are here."""
+    return pb.EndOfPrompt(checksum=ids_checksum(token_ids))
+
+
+def ids_checksum(token_ids: NDArray[np.int64]) -> int:
+    """XXH3-64 of token ids, as `end_of_prompt` brings it."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(token_ids, dtype="<i8").data)
 
 
 def token_ids_from_pb(message: pb.TokenIds) -> NDArray[np.int64]:

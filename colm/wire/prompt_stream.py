@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colm import defaults
-from colm.errors import DeadlineExceeded, InvalidRequest
+from colm.errors import DeadlineExceeded, InvalidRequest, PeerUnavailable
+from colm.wire.messages import ids_checksum
 from colm.wire.v1 import common_pb2 as pb
 
 OPEN_TIMEOUT_S = 10.0
@@ -32,6 +33,10 @@ class PromptPart(Protocol[_Open]):
     @property
     def token_ids(self) -> pb.TokenIds:
         """Set in a piece of the prompt."""
+
+    @property
+    def end_of_prompt(self) -> pb.EndOfPrompt:
+        """Set in its last message."""
 
     def WhichOneof(self, oneof_group: str, /) -> str | None:
         """Which part is set."""
@@ -74,6 +79,41 @@ async def read_pieces(requests: AsyncIterator[_Part], *, idle_s: float) -> Async
         InvalidRequest: the half-close came first.
         DeadlineExceeded: the next message did not come within `idle_s`.
     """
+    async for request in _pieces_and_end(requests, idle_s):
+        if request.WhichOneof("part") != "end_of_prompt":
+            yield request
+
+
+async def read_token_ids(requests: AsyncIterator[PromptPart[object]], num_tokens: int) -> NDArray[np.int64]:
+    """Read a prompt of exactly `num_tokens` token ids, and its `end_of_prompt`.
+
+    Raises:
+        InvalidRequest: it has more or fewer, holds another kind of message, or is cut off before `end_of_prompt`.
+        DeadlineExceeded: a piece did not come within `UPLOAD_IDLE_S` of the one before.
+        PeerUnavailable: other ids came than were sent.
+    """
+    token_ids = np.empty(num_tokens, dtype=np.int64)
+    filled, checksum = 0, None
+    async for request in _pieces_and_end(requests, UPLOAD_IDLE_S):
+        match request.WhichOneof("part"):
+            case "token_ids":
+                piece = request.token_ids.ids
+                if filled + len(piece) > num_tokens:
+                    raise InvalidRequest("token_ids", filled + len(piece), f"{num_tokens} were announced")
+                token_ids[filled : filled + len(piece)] = piece
+                filled += len(piece)
+            case "end_of_prompt":
+                checksum = request.end_of_prompt.checksum if request.end_of_prompt.HasField("checksum") else None
+            case part:
+                raise InvalidRequest("part", part, "only `token_ids`, then `end_of_prompt`, may follow `open`")
+    if filled != num_tokens:
+        raise InvalidRequest("token_ids", filled, f"{num_tokens} were announced")
+    if checksum not in (None, ids_checksum(token_ids)):
+        raise PeerUnavailable("the prompt's token ids were damaged on the way (checksum)")
+    return token_ids
+
+
+async def _pieces_and_end(requests: AsyncIterator[_Part], idle_s: float) -> AsyncIterator[_Part]:
     parts = aiter(requests)
     while True:
         try:
@@ -83,30 +123,8 @@ async def read_pieces(requests: AsyncIterator[_Part], *, idle_s: float) -> Async
             raise DeadlineExceeded(f"the next piece of the prompt did not come within {idle_s:g} s") from err
         if request is None:
             break
+        yield request
         if request.WhichOneof("part") == "end_of_prompt":
             return
-        yield request
     # A caller that vanishes ends the iteration as well, before gRPC cancels the handler.
     raise InvalidRequest("end_of_prompt", None, "must come before the half-close; the prompt may have been cut off")
-
-
-async def read_token_ids(requests: AsyncIterator[PromptPart[object]], num_tokens: int) -> NDArray[np.int64]:
-    """Read a prompt of exactly `num_tokens` token ids, and its `end_of_prompt`.
-
-    Raises:
-        InvalidRequest: it has more or fewer, holds another kind of message, or is cut off before `end_of_prompt`.
-        DeadlineExceeded: a piece did not come within `UPLOAD_IDLE_S` of the one before.
-    """
-    token_ids = np.empty(num_tokens, dtype=np.int64)
-    filled = 0
-    async for request in read_pieces(requests, idle_s=UPLOAD_IDLE_S):
-        if (part := request.WhichOneof("part")) != "token_ids":
-            raise InvalidRequest("part", part, "only `token_ids`, then `end_of_prompt`, may follow `open`")
-        piece = request.token_ids.ids
-        if filled + len(piece) > num_tokens:
-            raise InvalidRequest("token_ids", filled + len(piece), f"{num_tokens} were announced")
-        token_ids[filled : filled + len(piece)] = piece
-        filled += len(piece)
-    if filled != num_tokens:
-        raise InvalidRequest("token_ids", filled, f"{num_tokens} were announced")
-    return token_ids

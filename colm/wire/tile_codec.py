@@ -77,10 +77,16 @@ def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int, slot: Slot | None
             shared=None if slot is None else pb.SharedPayload(offset_bytes=slot.offset_bytes, num_bytes=length),
         )
     )
+    seal(header.tile)
     if slot is not None:
         slot.fill(parts)
         return header.SerializeToString()
     return b"".join([header.SerializeToString(), _varint(_PAYLOAD_TAG), _varint(length), *parts])
+
+
+def seal(header: pb.TileHeader) -> None:
+    """Give a header its checksum, once all else in it is as it shall be sent."""
+    header.header_checksum = _header_checksum(header)
 
 
 def split_tile(tile: KvTile, max_tokens: int) -> Iterator[KvTile]:
@@ -124,9 +130,11 @@ def decode_tile(header: pb.TileHeader, payload: memoryview, kv_format: KvFormat,
         codec: that was agreed on.
 
     Raises:
-        PeerUnavailable: the payload was damaged on the way.
+        PeerUnavailable: header or payload was damaged on the way.
         FingerprintMismatch: it came whole, in another codec or format; a retry cannot help.
     """
+    if header.HasField("header_checksum") and header.header_checksum != _header_checksum(header):
+        raise PeerUnavailable("a tile's header was damaged on the way (checksum)")
     place = f"the tile at layer {header.layer} token {header.first_token}"
     if xxhash.xxh3_64_intdigest(payload) != header.checksum:
         raise PeerUnavailable(f"{place} was damaged on the way (checksum)")
@@ -162,6 +170,13 @@ def pull_kv_handlers(behaviour: Callable[..., object]) -> grpc.GenericRpcHandler
 def pull_kv_stub(channel: grpc.Channel) -> grpc.StreamStreamMultiCallable:
     """Call `KvTransferService.PullKv`; yields undecoded messages."""
     return channel.stream_stream(f"/{SERVICE}/{METHOD}", pb.PullKvRequest.SerializeToString, None)
+
+
+def _header_checksum(header: pb.TileHeader) -> int:
+    rest = pb.TileHeader()
+    rest.CopyFrom(header)
+    rest.ClearField("header_checksum")
+    return xxhash.xxh3_64_intdigest(rest.SerializeToString(deterministic=True))
 
 
 def _on_host(*tensors: Tensor) -> list[Tensor]:

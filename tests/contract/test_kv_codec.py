@@ -16,7 +16,7 @@ from colm.errors import FingerprintMismatch, NotFinite, PeerUnavailable
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KV_START, KvPosition
 from colm.wire.kv_codec import choose_codec, quantised, require_codec, wire_token_bytes
-from colm.wire.tile_codec import decode_message, decode_tile, encode_tile, max_tile_tokens, split_tile
+from colm.wire.tile_codec import decode_message, decode_tile, encode_tile, max_tile_tokens, seal, split_tile
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_layout import KvLayout
@@ -63,6 +63,7 @@ def message_of(tile: KvTile) -> pb.PullKvResponse:
         codec=common_pb2.CODEC_INT8,
         checksum=xxhash.xxh3_64_intdigest(payload),
     )
+    seal(header)
     return pb.PullKvResponse(tile=header, payload=payload)
 
 

@@ -58,6 +58,7 @@ from colm.wire.endpoint import bind, create_server, open_blocking_channel, open_
 from colm.wire.messages import (
     IDS_PER_MESSAGE,
     decode_response,
+    end_of_prompt,
     event_from_pb,
     gateway_response,
     generate_request_from_pb,
@@ -68,6 +69,7 @@ from colm.wire.messages import (
     token_ids_from_pb,
 )
 from colm.wire.outcome import Outcome
+from colm.wire.prompt_stream import read_token_ids
 from colm.wire.security import Security
 from colm.wire.status import answering, error_of
 from colm.wire.tile_codec import pull_kv_handlers, pull_kv_stub
@@ -230,6 +232,27 @@ def test_token_ids_are_cut_into_messages_without_loss(num_ids: int) -> None:
     pieces = [token_ids_from_pb(sent(piece)) for piece in token_id_pieces(np.arange(num_ids))]
     assert [token_id for piece in pieces for token_id in piece.tolist()] == list(range(num_ids))
     assert all(1 <= len(piece) <= IDS_PER_MESSAGE for piece in pieces)
+
+
+async def read_back(pieces: list[common_pb2.TokenIds], end: common_pb2.EndOfPrompt, num_ids: int) -> list[int]:
+    async def requests() -> AsyncIterator[kv_pb.PullKvRequest]:
+        for piece in pieces:
+            yield kv_pb.PullKvRequest(token_ids=piece)
+        yield kv_pb.PullKvRequest(end_of_prompt=end)
+
+    ids: list[int] = (await read_token_ids(requests(), num_ids)).tolist()
+    return ids
+
+
+@pytest.mark.parametrize("num_ids", [1, IDS_PER_MESSAGE + 1])
+async def test_ids_that_changed_on_the_way_are_told_from_those_that_were_sent(num_ids: int) -> None:
+    """Bug: the prompt had no checksum, though its keys and values had one."""
+    pieces, end = list(token_id_pieces(np.arange(num_ids))), end_of_prompt(np.arange(num_ids))
+    assert await read_back(pieces, end, num_ids) == list(range(num_ids))
+    pieces[-1].ids[-1] ^= 1
+    with pytest.raises(PeerUnavailable, match="damaged on the way"):
+        await read_back(pieces, end, num_ids)
+    assert (await read_back(pieces, common_pb2.EndOfPrompt(), num_ids))[:-1] == list(range(num_ids - 1))
 
 
 def failing(error: BaseException, num_answers: int = 0) -> Callable[..., object]:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from colm.errors import FingerprintMismatch, PeerUnavailable
 from colm.kv import KvFormat, KvTile
-from colm.wire.tile_codec import _on_host, decode_message, decode_tile, encode_tile, max_tile_tokens, split_tile
+from colm.wire.tile_codec import _on_host, decode_message, decode_tile, encode_tile, max_tile_tokens, seal, split_tile
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_layout import KvLayout
@@ -63,6 +63,7 @@ def message_of(tile: KvTile, transfer_id: str = "t-1", epoch: int = 2) -> pb.Pul
         codec=common_pb2.CODEC_RAW,
         checksum=xxhash.xxh3_64_intdigest(payload),
     )
+    header.header_checksum = xxhash.xxh3_64_intdigest(header.SerializeToString())
     return pb.PullKvResponse(tile=header, payload=payload)
 
 
@@ -193,6 +194,21 @@ def test_a_damaged_payload_is_worth_another_attempt(from_the_end: int, flip: int
         read(bytes(garbled))
 
 
+@pytest.mark.parametrize("field", ["epoch", "layer", "first_token", "num_tokens", "codec", "checksum"])
+def test_a_damaged_header_is_worth_another_attempt(field: str) -> None:
+    """Bug: a flip in `num_tokens` or `codec` was taken for another format, which no attempt would mend."""
+    message = message_of(tile_of(3))
+    setattr(message.tile, field, getattr(message.tile, field) ^ 2)
+    with pytest.raises(PeerUnavailable, match="header was damaged on the way"):
+        read(message.SerializeToString())
+
+
+def test_a_header_without_a_checksum_is_read() -> None:
+    message = message_of(tile_of(3))
+    message.tile.ClearField("header_checksum")
+    assert read(message.SerializeToString()).num_tokens == 3
+
+
 def test_a_tile_without_tokens_is_a_broken_stream() -> None:
     header = pb.TileHeader(codec=common_pb2.CODEC_RAW, checksum=xxhash.xxh3_64_intdigest(b""))
     with pytest.raises(PeerUnavailable, match="is empty"):
@@ -202,6 +218,7 @@ def test_a_tile_without_tokens_is_a_broken_stream() -> None:
 def test_an_unknown_codec_is_final() -> None:
     message = message_of(tile_of(3))
     message.tile.codec = 7
+    seal(message.tile)
     with pytest.raises(FingerprintMismatch, match="codec 7, which this node cannot read"):
         read(message.SerializeToString())
 

@@ -19,7 +19,7 @@ from prefill_node.engine import PrefillEngine
 from prefill_node.node import PrefillNode
 from prefill_node.prefill_run import PrefillRun
 from tests.gates import LIMIT_S, gate_before
-from tests.nodes import decode, decode_node, decode_requests, prefill_node, until_idle
+from tests.nodes import decode, decode_node, decode_requests, prefill_node, until_idle, until_prefill_idle
 from tests.tiny import tiny_checkpoint, tiny_config
 
 PROMPT = torch.randint(0, 320, (3000,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -45,12 +45,6 @@ async def cancel_at(node: DecodeNode, event: str, **request: object) -> None:
             if response.WhichOneof("event") == event:
                 break
         call.cancel()
-
-
-async def until_prefill_idle(prefill: PrefillNode) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while prefill.service.load.num_active or prefill.service.load.num_queued:
-            await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("stage", ["reserved", "prefill_progress", "token"])

@@ -18,19 +18,20 @@ import torch
 import xxhash
 
 from colm.checkpoint import Checkpoint, save
-from colm.errors import LeaseExpired
+from colm.errors import DeadlineExceeded, LeaseExpired
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KvPosition
 from colm.leases import LeaseTable
 from colm.wire.endpoint import open_blocking_channel
 from colm.wire.security import Security
 from colm.wire.status import error_of
-from colm.wire.tile_codec import decode_message, pull_kv_stub
+from colm.wire.tile_codec import decode_message, pull_kv_stub, seal
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 from decode_node import node as node_module
 from decode_node.kv_fetch import RetryPolicy
 from prefill_node import encoded_tile, prefill_job
+from prefill_node import service as prefill_service
 from prefill_node.engine import PrefillEngine
 from prefill_node.prefill_run import PrefillRun
 from tests.gates import LIMIT_S, gate_before
@@ -70,11 +71,20 @@ def flip_payload_bit(_: int, __: int, data: bytes) -> list[bytes]:
     return [data[:-1] + bytes([data[-1] ^ 1])]
 
 
+def flip_header_bit(_: int, __: int, data: bytes) -> list[bytes]:
+    """A length that does not fit the payload, as a tile in another format has."""
+    header, payload = decode_message(data)
+    header.tile.num_tokens ^= 1
+    header.payload = bytes(payload)
+    return [header.SerializeToString()]
+
+
 def rewrite_header(**fields: object) -> Spoil:
     def spoil(_: int, __: int, data: bytes) -> list[bytes]:
         header, payload = decode_message(data)
         for name, value in fields.items():
             setattr(header.tile, name, value)
+        seal(header.tile)
         header.payload = bytes(payload)
         return [header.SerializeToString()]
 
@@ -96,6 +106,7 @@ FAULTS = {
     "connection lost before the first tile": first_attempt(0, lambda *_: None),
     "connection lost in the middle": first_attempt(4, lambda *_: None),
     "payload damaged": first_attempt(3, flip_payload_bit),
+    "header damaged": first_attempt(3, flip_header_bit),
     "tile lost": first_attempt(2, lambda *_: []),
     "tile sent twice": first_attempt(1, lambda _, __, data: [data, data]),
     "tile of an older epoch": first_attempt(2, rewrite_header(epoch=0)),
@@ -129,6 +140,7 @@ def drop_half_the_heads(_: int, __: int, data: bytes) -> list[bytes]:
     header, payload = decode_message(data)
     header.payload = bytes(payload[: len(payload) // 2])
     header.tile.checksum = xxhash.xxh3_64_intdigest(header.payload)
+    seal(header.tile)
     return [header.SerializeToString()]
 
 
@@ -335,6 +347,25 @@ async def test_an_expired_lease_is_worth_another_try(checkpoint: Checkpoint) -> 
                 await asyncio.to_thread(list, call)
         assert isinstance(error_of(caught.value, "prefill node"), LeaseExpired)
         assert not len(leases)
+
+
+async def test_a_prompt_that_a_prefill_node_waits_for_in_vain_is_sent_again(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: the caller, who had set no deadline, was told that the deadline was over."""
+    read, late = prefill_service.read_token_ids, [DeadlineExceeded("the next piece did not come within 30 s")]
+
+    async def impatient(requests: Any, num_tokens: int) -> Any:
+        if late:
+            raise late.pop()
+        return await read(requests, num_tokens)
+
+    monkeypatch.setattr(prefill_service, "read_token_ids", impatient)
+    path = str(checkpoint.path)
+    async with prefill_node(path) as prefill, decode_node(path, [prefill.address]) as node:
+        answer = await decode(node.address, PROMPT, num_chains=3)
+    assert answer.usage.num_kv_streams == 2
+    assert answer.usage.kv_received_bytes == prompt_bytes(checkpoint)
 
 
 async def test_a_prefill_node_whose_line_is_full_refuses(checkpoint: Checkpoint) -> None:

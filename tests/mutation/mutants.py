@@ -361,17 +361,53 @@ MUTANTS = (
         _END + "test_a_side_that_is_closed_before_the_end_was_cut_off_and_starts_nothing",
     ),
     Mutant(
+        "a prompt that was damaged on the way is computed",
+        "colm/wire/prompt_stream.py",
+        "    if checksum not in (None, ids_checksum(token_ids)):\n",
+        "    if False:\n",
+        "tests/contract/test_messages.py::test_ids_that_changed_on_the_way_are_told_from_those_that_were_sent",
+    ),
+    Mutant(
+        "a decode node sends no checksum of the prompt",
+        "decode_node/kv_requests.py",
+        "end_of_prompt(transfer.token_ids)",
+        "{}",
+        "tests/unit/test_kv_requests.py::test_the_prompt_comes_first_and_says_what_is_there_already",
+    ),
+    Mutant(
+        "a damaged connection is kept",
+        "colm/wire/channels.py",
+        """        except (PeerUnavailable, PeerFailed):
+            is_lost = True
+            raise
+        finally:
+            for channel in self._shelf.give_back(shared, is_lost=is_lost):
+                await""",
+        """        except PeerUnavailable:
+            is_lost = True
+            raise
+        finally:
+            for channel in self._shelf.give_back(shared, is_lost=is_lost):
+                await""",
+        "tests/unit/test_channels.py::test_a_lost_channel_is_not_closed_under_its_other_users",
+    ),
+    Mutant(
+        "a prefill node's own deadline is the request's",
+        "decode_node/kv_receiver.py",
+        "            except DeadlineExceeded as err:",
+        "            except TimeoutError as err:",
+        _STREAM + "test_a_prompt_that_a_prefill_node_waits_for_in_vain_is_sent_again",
+    ),
+    Mutant(
         "work waits for the caller's half-close",
         "colm/wire/prompt_stream.py",
         """        if request.WhichOneof("part") == "end_of_prompt":
             return
-        yield request
 """,
         """        if request.WhichOneof("part") == "end_of_prompt":
             async for _ in requests:
                 pass
             return
-        yield request
 """,
         _END + "test_the_whole_answer_comes_while_the_callers_side_stays_open",
     ),
@@ -445,6 +481,13 @@ MUTANTS = (
         "estimated_wait_s=wait.estimated_s\n",
         "estimated_wait_s=None\n",
         _GATEWAY + "test_a_request_behind_another_prefill_hears_that_it_waits_and_for_how_long",
+    ),
+    Mutant(
+        "a damaged header is believed",
+        "colm/wire/tile_codec.py",
+        '    if header.HasField("header_checksum") and header.header_checksum != _header_checksum(header):\n',
+        "    if False:\n",
+        _STREAM + "test_a_spoilt_stream_is_fetched_again_and_the_answer_is_the_oracles",
     ),
     Mutant(
         "a damaged payload is stored",
@@ -682,6 +725,13 @@ MUTANTS = (
         "            self._forget(idle)\n",
         "",
         _PREFILL + "test_a_job_that_nobody_reads_gives_way_when_the_engine_would_idle",
+    ),
+    Mutant(
+        "a step's tiles that the reader has from elsewhere are counted",
+        "prefill_node/prefill_job.py",
+        "if tile.end <= self.acknowledged:\n                tile.let_go()",
+        "if tile.end <= self.acknowledged:\n                self._num_dropped += 1",
+        "tests/unit/test_prefill_job.py::test_what_a_step_brings_that_a_newer_stream_has_from_elsewhere_is_passed_over",
     ),
     Mutant(
         "a job without a reader is kept for ever",

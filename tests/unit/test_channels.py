@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import grpc
 import pytest
 
-from colm.errors import CapacityExceeded, PeerUnavailable
+from colm.errors import CapacityExceeded, ColmError, PeerFailed, PeerUnavailable
 from colm.wire import channels as channels_module
 from colm.wire import endpoint
 from colm.wire.channels import BlockingChannels, Channels
@@ -162,18 +162,20 @@ async def test_a_connection_that_broke_costs_at_most_the_call_that_finds_out(pee
         await peer.start()
 
 
-async def test_a_lost_channel_is_not_closed_under_its_other_users() -> None:
+@pytest.mark.parametrize("error", [PeerUnavailable("lost"), PeerFailed("illegal header")], ids=["lost", "damaged"])
+async def test_a_lost_channel_is_not_closed_under_its_other_users(error: ColmError) -> None:
+    """Bug: one whose header table was damaged failed every call, and was kept."""
     shared, answers = Channels(SECURITY), Answers()
 
     async def lose(address: str) -> None:
         async with shared.use(address):
-            raise PeerUnavailable("lost")
+            raise error
 
     async with serving(answers) as address, relay(address) as peer:
         async with shared.use(peer.address) as channel:
             call = pull_kv_stub(channel)(iter(asked("wait")), metadata=SECURITY.metadata(), timeout=LIMIT_S)
             assert await call.read() == b"begun"
-            with pytest.raises(PeerUnavailable):
+            with pytest.raises(type(error)):
                 await lose(peer.address)
             async with shared.use(peer.address) as successor:
                 assert successor is not channel

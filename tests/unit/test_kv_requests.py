@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from colm.kv_position import KvPosition
+from colm.wire.messages import ids_checksum
 from colm.wire.tile_codec import ACKNOWLEDGE_BYTES
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node import kv_requests
@@ -56,7 +57,7 @@ def test_the_prompt_comes_first_and_says_what_is_there_already(said: Said) -> No
     assert (opened.open.transfer_id, opened.open.epoch, opened.open.lease_id) == ("t", 2, "l")
     assert (opened.open.resume_from.layer, opened.open.resume_from.token) == (0, 4)
     assert list(ids.token_ids.ids) == list(range(10))
-    assert end.WhichOneof("part") == "end_of_prompt"
+    assert end.end_of_prompt.checksum == ids_checksum(np.arange(10))
 
 
 def test_positions_are_said_when_they_are_worth_a_message_the_newest_alone_and_the_end_in_any_case(said: Said) -> None:

@@ -289,6 +289,25 @@ def test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_atten
     assert not job.can_resume(other)
 
 
+def tile_at(first: int, num_tokens: int) -> KvTile:
+    return KvTile(0, first, *torch.zeros(2, FORMAT.num_kv_heads, num_tokens, FORMAT.head_dim))
+
+
+@pytest.mark.parametrize("num_later", [0, 1])
+def test_what_a_step_brings_that_a_newer_stream_has_from_elsewhere_is_passed_over(num_later: int) -> None:
+    """Bug: the step had begun before; its tiles were dropped, and the stream read others from the window's end."""
+    job = new_job(order(1))
+    job.attach(order(1))
+    begun = job.encoder.encode(tile_at(0, 5), epoch=1, since=job.acknowledged)
+    begun += job.encoder.encode(tile_at(5, 3 * num_later), epoch=1, since=job.acknowledged) if num_later else []
+    newer = job.attach(order(2, KvPosition(0, 5)))
+    job.produce(begun, KvPosition(0, 5 + 3 * num_later))
+    job.produce(job.encoder.encode(tile_at(5 + 3 * num_later, 4), epoch=2, since=job.acknowledged), KvPosition(0, 9))
+    taken = newer.take()
+    assert taken is not None
+    assert (taken.begin, taken.epoch) == ((0, 5), 2)
+
+
 def test_a_full_window_has_room_again_when_enough_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill_job, "WINDOW_BYTES", 500)
     job = new_job(order(1))

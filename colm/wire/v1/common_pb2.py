@@ -24,47 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63olm/wire/v1/common.proto\x12\x0c\x63olm.wire.v1\"\xb8\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x42\x08\n\x06_top_pB\x07\n\x05_seed\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\r\n\x0b\x45ndOfPrompt\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"~\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x30\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x1a.colm.wire.v1.TokenLogprob\x12\x12\n\nnum_chains\x18\x05 \x01(\r\"z\n\x06Queued\x12)\n\twaits_for\x18\x01 \x01(\x0e\x32\x16.colm.wire.v1.WaitsFor\x12\x11\n\tnum_ahead\x18\x02 \x01(\r\x12\x1d\n\x10\x65stimated_wait_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_estimated_wait_s\"D\n\x0fPrefillProgress\x12\x17\n\x0fnum_tokens_done\x18\x01 \x01(\r\x12\x18\n\x10num_tokens_total\x18\x02 \x01(\r\"m\n\x0bLayerRecall\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0e\n\x06recall\x18\x03 \x01(\x01\x12\x14\n\x0crecall_bound\x18\x04 \x01(\x01\x12\x17\n\x0fnum_dense_heads\x18\x05 \x01(\r\"9\n\x0cSparseReport\x12)\n\x06layers\x18\x01 \x03(\x0b\x32\x19.colm.wire.v1.LayerRecall\"\xe0\x01\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1a\n\x12num_prefill_tokens\x18\x02 \x01(\r\x12 \n\x18num_decode_prompt_tokens\x18\x03 \x01(\r\x12\x16\n\x0enum_new_tokens\x18\x04 \x01(\r\x12\x19\n\x11kv_received_bytes\x18\x05 \x01(\x04\x12\x16\n\x0enum_kv_streams\x18\x06 \x01(\r\x12\x17\n\x0fkv_shared_bytes\x18\x07 \x01(\x04\x12\x1a\n\x12kv_effective_bytes\x18\x08 \x01(\x04\"V\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x03 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x04 \x01(\x01\"\xbc\x01\n\x08\x46inished\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.colm.wire.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.colm.wire.v1.Usage\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.colm.wire.v1.Timings\x12\x0c\n\x04text\x18\x04 \x01(\t\x12*\n\x06sparse\x18\x05 \x01(\x0b\x32\x1a.colm.wire.v1.SparseReport\"\x85\x03\n\x0b\x45rrorDetail\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.colm.wire.v1.ErrorDetail.Kind\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\t\x12\r\n\x05limit\x18\x04 \x01(\t\"\x9a\x02\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14KIND_INVALID_REQUEST\x10\x01\x12\x16\n\x12KIND_UNKNOWN_MODEL\x10\x02\x12\x18\n\x14KIND_UNAUTHENTICATED\x10\x03\x12\x1a\n\x16KIND_CAPACITY_EXCEEDED\x10\x04\x12\x19\n\x15KIND_PEER_UNAVAILABLE\x10\x05\x12\x1d\n\x19KIND_FINGERPRINT_MISMATCH\x10\x06\x12\x1a\n\x16KIND_DEADLINE_EXCEEDED\x10\x07\x12\x11\n\rKIND_INTERNAL\x10\x08\x12\x16\n\x12KIND_LEASE_EXPIRED\x10\t\x12\x13\n\x0fKIND_NOT_FINITE\x10\n*d\n\rAttentionMode\x12\x1e\n\x1a\x41TTENTION_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41TTENTION_MODE_DENSE\x10\x01\x12\x19\n\x15\x41TTENTION_MODE_SPARSE\x10\x02*C\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\r\n\tCODEC_RAW\x10\x01\x12\x0e\n\nCODEC_INT8\x10\x02\"\x04\x08\x03\x10\x07*\x86\x01\n\x08WaitsFor\x12\x19\n\x15WAITS_FOR_UNSPECIFIED\x10\x00\x12\x19\n\x15WAITS_FOR_DECODE_NODE\x10\x01\x12\x13\n\x0fWAITS_FOR_PAGES\x10\x02\x12\x1a\n\x16WAITS_FOR_PREFILL_NODE\x10\x03\x12\x13\n\x0fWAITS_FOR_BATCH\x10\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63olm/wire/v1/common.proto\x12\x0c\x63olm.wire.v1\"\xb8\x01\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x42\x08\n\x06_top_pB\x07\n\x05_seed\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"1\n\x0b\x45ndOfPrompt\x12\x15\n\x08\x63hecksum\x18\x01 \x01(\x06H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"~\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x30\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x1a.colm.wire.v1.TokenLogprob\x12\x12\n\nnum_chains\x18\x05 \x01(\r\"z\n\x06Queued\x12)\n\twaits_for\x18\x01 \x01(\x0e\x32\x16.colm.wire.v1.WaitsFor\x12\x11\n\tnum_ahead\x18\x02 \x01(\r\x12\x1d\n\x10\x65stimated_wait_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_estimated_wait_s\"D\n\x0fPrefillProgress\x12\x17\n\x0fnum_tokens_done\x18\x01 \x01(\r\x12\x18\n\x10num_tokens_total\x18\x02 \x01(\r\"m\n\x0bLayerRecall\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0e\n\x06recall\x18\x03 \x01(\x01\x12\x14\n\x0crecall_bound\x18\x04 \x01(\x01\x12\x17\n\x0fnum_dense_heads\x18\x05 \x01(\r\"9\n\x0cSparseReport\x12)\n\x06layers\x18\x01 \x03(\x0b\x32\x19.colm.wire.v1.LayerRecall\"\xe0\x01\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1a\n\x12num_prefill_tokens\x18\x02 \x01(\r\x12 \n\x18num_decode_prompt_tokens\x18\x03 \x01(\r\x12\x16\n\x0enum_new_tokens\x18\x04 \x01(\r\x12\x19\n\x11kv_received_bytes\x18\x05 \x01(\x04\x12\x16\n\x0enum_kv_streams\x18\x06 \x01(\r\x12\x17\n\x0fkv_shared_bytes\x18\x07 \x01(\x04\x12\x1a\n\x12kv_effective_bytes\x18\x08 \x01(\x04\"V\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x03 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x04 \x01(\x01\"\xbc\x01\n\x08\x46inished\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.colm.wire.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.colm.wire.v1.Usage\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.colm.wire.v1.Timings\x12\x0c\n\x04text\x18\x04 \x01(\t\x12*\n\x06sparse\x18\x05 \x01(\x0b\x32\x1a.colm.wire.v1.SparseReport\"\x85\x03\n\x0b\x45rrorDetail\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.colm.wire.v1.ErrorDetail.Kind\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\t\x12\r\n\x05limit\x18\x04 \x01(\t\"\x9a\x02\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14KIND_INVALID_REQUEST\x10\x01\x12\x16\n\x12KIND_UNKNOWN_MODEL\x10\x02\x12\x18\n\x14KIND_UNAUTHENTICATED\x10\x03\x12\x1a\n\x16KIND_CAPACITY_EXCEEDED\x10\x04\x12\x19\n\x15KIND_PEER_UNAVAILABLE\x10\x05\x12\x1d\n\x19KIND_FINGERPRINT_MISMATCH\x10\x06\x12\x1a\n\x16KIND_DEADLINE_EXCEEDED\x10\x07\x12\x11\n\rKIND_INTERNAL\x10\x08\x12\x16\n\x12KIND_LEASE_EXPIRED\x10\t\x12\x13\n\x0fKIND_NOT_FINITE\x10\n*d\n\rAttentionMode\x12\x1e\n\x1a\x41TTENTION_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41TTENTION_MODE_DENSE\x10\x01\x12\x19\n\x15\x41TTENTION_MODE_SPARSE\x10\x02*C\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\r\n\tCODEC_RAW\x10\x01\x12\x0e\n\nCODEC_INT8\x10\x02\"\x04\x08\x03\x10\x07*\x86\x01\n\x08WaitsFor\x12\x19\n\x15WAITS_FOR_UNSPECIFIED\x10\x00\x12\x19\n\x15WAITS_FOR_DECODE_NODE\x10\x01\x12\x13\n\x0fWAITS_FOR_PAGES\x10\x02\x12\x1a\n\x16WAITS_FOR_PREFILL_NODE\x10\x03\x12\x13\n\x0fWAITS_FOR_BATCH\x10\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'colm.wire.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ATTENTIONMODE']._serialized_start=1711
-  _globals['_ATTENTIONMODE']._serialized_end=1811
-  _globals['_CODEC']._serialized_start=1813
-  _globals['_CODEC']._serialized_end=1880
-  _globals['_WAITSFOR']._serialized_start=1883
-  _globals['_WAITSFOR']._serialized_end=2017
-  _globals['_FINISHREASON']._serialized_start=2019
-  _globals['_FINISHREASON']._serialized_end=2114
+  _globals['_ATTENTIONMODE']._serialized_start=1747
+  _globals['_ATTENTIONMODE']._serialized_end=1847
+  _globals['_CODEC']._serialized_start=1849
+  _globals['_CODEC']._serialized_end=1916
+  _globals['_WAITSFOR']._serialized_start=1919
+  _globals['_WAITSFOR']._serialized_end=2053
+  _globals['_FINISHREASON']._serialized_start=2055
+  _globals['_FINISHREASON']._serialized_end=2150
   _globals['_SAMPLING']._serialized_start=44
   _globals['_SAMPLING']._serialized_end=228
   _globals['_TOKENIDS']._serialized_start=230
   _globals['_TOKENIDS']._serialized_end=253
   _globals['_ENDOFPROMPT']._serialized_start=255
-  _globals['_ENDOFPROMPT']._serialized_end=268
-  _globals['_TOKENLOGPROB']._serialized_start=270
-  _globals['_TOKENLOGPROB']._serialized_end=319
-  _globals['_TOKEN']._serialized_start=321
-  _globals['_TOKEN']._serialized_end=447
-  _globals['_QUEUED']._serialized_start=449
-  _globals['_QUEUED']._serialized_end=571
-  _globals['_PREFILLPROGRESS']._serialized_start=573
-  _globals['_PREFILLPROGRESS']._serialized_end=641
-  _globals['_LAYERRECALL']._serialized_start=643
-  _globals['_LAYERRECALL']._serialized_end=752
-  _globals['_SPARSEREPORT']._serialized_start=754
-  _globals['_SPARSEREPORT']._serialized_end=811
-  _globals['_USAGE']._serialized_start=814
-  _globals['_USAGE']._serialized_end=1038
-  _globals['_TIMINGS']._serialized_start=1040
-  _globals['_TIMINGS']._serialized_end=1126
-  _globals['_FINISHED']._serialized_start=1129
-  _globals['_FINISHED']._serialized_end=1317
-  _globals['_ERRORDETAIL']._serialized_start=1320
-  _globals['_ERRORDETAIL']._serialized_end=1709
-  _globals['_ERRORDETAIL_KIND']._serialized_start=1427
-  _globals['_ERRORDETAIL_KIND']._serialized_end=1709
+  _globals['_ENDOFPROMPT']._serialized_end=304
+  _globals['_TOKENLOGPROB']._serialized_start=306
+  _globals['_TOKENLOGPROB']._serialized_end=355
+  _globals['_TOKEN']._serialized_start=357
+  _globals['_TOKEN']._serialized_end=483
+  _globals['_QUEUED']._serialized_start=485
+  _globals['_QUEUED']._serialized_end=607
+  _globals['_PREFILLPROGRESS']._serialized_start=609
+  _globals['_PREFILLPROGRESS']._serialized_end=677
+  _globals['_LAYERRECALL']._serialized_start=679
+  _globals['_LAYERRECALL']._serialized_end=788
+  _globals['_SPARSEREPORT']._serialized_start=790
+  _globals['_SPARSEREPORT']._serialized_end=847
+  _globals['_USAGE']._serialized_start=850
+  _globals['_USAGE']._serialized_end=1074
+  _globals['_TIMINGS']._serialized_start=1076
+  _globals['_TIMINGS']._serialized_end=1162
+  _globals['_FINISHED']._serialized_start=1165
+  _globals['_FINISHED']._serialized_end=1353
+  _globals['_ERRORDETAIL']._serialized_start=1356
+  _globals['_ERRORDETAIL']._serialized_end=1745
+  _globals['_ERRORDETAIL_KIND']._serialized_start=1463
+  _globals['_ERRORDETAIL_KIND']._serialized_end=1745
 # @@protoc_insertion_point(module_scope)

@@ -108,7 +108,7 @@ class TransferStarted(_message.Message):
     def __init__(self, codec: _Optional[_Union[_common_pb2.Codec, str]] = ...) -> None: ...
 
 class TileHeader(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "layer", "first_token", "num_tokens", "codec", "checksum", "shared")
+    __slots__ = ("transfer_id", "epoch", "layer", "first_token", "num_tokens", "codec", "checksum", "shared", "header_checksum")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +117,7 @@ class TileHeader(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
+    HEADER_CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     layer: int
@@ -125,7 +126,8 @@ class TileHeader(_message.Message):
     codec: _common_pb2.Codec
     checksum: int
     shared: SharedPayload
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., checksum: _Optional[int] = ..., shared: _Optional[_Union[SharedPayload, _Mapping]] = ...) -> None: ...
+    header_checksum: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., checksum: _Optional[int] = ..., shared: _Optional[_Union[SharedPayload, _Mapping]] = ..., header_checksum: _Optional[int] = ...) -> None: ...
 
 class TransferComplete(_message.Message):
     __slots__ = ("transfer_id", "epoch", "num_tiles", "payload_bytes", "sparse", "shared_bytes")

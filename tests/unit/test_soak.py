@@ -1,0 +1,91 @@
+"""What a soak makes of what it sees: an answer that is not the known one never passes."""
+
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, PeerFailed, PeerUnavailable
+from colm.events import Event, Finished, FinishReason, Timings, Token, Usage
+from colm.nodes import ModelStatus
+from tests.soak.questions import End, Question, questions
+from tests.soak.watch import Memory, _slope
+
+QUESTION = Question(number=0, options={"token_ids": [3]}, expected=[7, 8, 9])
+USAGE = Usage(
+    num_prompt_tokens=1,
+    num_prefill_tokens=0,
+    num_decode_prompt_tokens=1,
+    num_new_tokens=3,
+    kv_received_bytes=0,
+    kv_effective_bytes=0,
+    num_kv_streams=0,
+)
+FINISHED = Finished(
+    reason=FinishReason.LENGTH,
+    usage=USAGE,
+    timings=Timings(queue_s=0.0, prefill_s=0.0, first_token_s=0.0, decode_s=0.0),
+    text="",
+)
+
+
+def tokens(*ids: int) -> list[Event]:
+    return [Token(token_id=token_id, text="", logprob=0.0, num_chains=1) for token_id in ids]
+
+
+def answer(*events: Event, error: Exception | None = None) -> Callable[[], Iterator[Event]]:
+    def events_of() -> Iterator[Event]:
+        yield from events
+        if error is not None:
+            raise error
+
+    return events_of
+
+
+CASES = {
+    "the answer": (answer(*tokens(7, 8, 9), FINISHED), End.RIGHT),
+    "another answer": (answer(*tokens(7, 8, 8), FINISHED), End.WRONG),
+    "too short an answer": (answer(*tokens(7, 8), FINISHED), End.WRONG),
+    "an answer twice": (answer(*tokens(7, 8, 9), FINISHED, FINISHED), End.LOST),
+    "no end": (answer(*tokens(7, 8, 9)), End.LOST),
+    "a process lost": (answer(*tokens(7, 8), error=PeerUnavailable("lost")), End.UNAVAILABLE),
+    "a wrong token, then a process lost": (answer(*tokens(7, 9), error=PeerUnavailable("lost")), End.WRONG),
+    "no room": (answer(error=CapacityExceeded("full")), End.REFUSED),
+    "no time": (answer(error=DeadlineExceeded("late")), End.DEADLINE),
+    "a defect": (answer(error=PeerFailed("internal error")), End.LOST),
+    "something of ours": (answer(error=ColmError("internal error")), End.LOST),
+    "something of nobody's": (answer(error=RuntimeError("a defect")), End.LOST),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_request_ends_in_one_way_and_a_wrong_token_is_wrong_however_it_ends(case: str) -> None:
+    events, end = CASES[case]
+    assert QUESTION.judge(events())[0] is end
+
+
+def test_the_same_seed_asks_the_same_of_every_kind() -> None:
+    model = ModelStatus(name="m", chains=(4, 2, 2), max_context_tokens=8192, fingerprint="f", reads_text=True)
+    asked = questions(random.Random(1), 60, model)
+    assert asked == questions(random.Random(1), 60, model)
+    options = [question.options for question in asked]
+    assert {each["num_chains"] for each in options} == {1, 2, 3}
+    assert {each["attention"] for each in options} == {"dense", "sparse"}
+    assert {each["sampling"].temperature for each in options} == {0.0, 0.8}
+    assert min(map(len, (each["token_ids"] for each in options))) < 120
+    assert max(map(len, (each["token_ids"] for each in options))) >= 3000
+
+
+def test_memory_that_grows_within_lives_is_seen_and_another_process_of_another_size_is_not() -> None:
+    flat = [[(t, 500.0) for t in range(100)], [(t, 900.0) for t in range(100, 200)]]
+    growing = [[(t, level + 2.0 * t) for t in range(100)] for level in (500.0, 100.0)]
+    assert _slope(flat) == 0.0  # type: ignore[arg-type]
+    assert _slope(growing) == pytest.approx(2.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("bytes_per_s", "is_flat"), [(0, True), (1 << 20, False)])
+def test_a_leak_of_a_mebibyte_a_second_is_no_flat_memory(bytes_per_s: int, is_flat: bool) -> None:
+    memory = Memory()
+    memory.samples["decode"][1] = [(float(t), (300 << 20) + bytes_per_s * t) for t in range(300)]
+    assert memory.summary("decode", run_s=300.0)["is_flat"] is is_flat
+    assert memory.summary("prefill", run_s=300.0)["is_flat"] is None
