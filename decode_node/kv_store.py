@@ -6,10 +6,10 @@ tile or of a step, S = B * P rows.
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
+from colm_kernels.kv_payload import scatter_rows
 from colm_kernels.rotary import write_kv
 from numpy.typing import NDArray
 from torch import Tensor
@@ -33,9 +33,6 @@ class KvStore:
         self.k_pages_LBPKD = torch.empty(shape, dtype=kv_format.dtype, device=device)
         self.v_pages_LBPKD = torch.empty(shape, dtype=kv_format.dtype, device=device)
         self._k_cache_LSKD, self._v_cache_LSKD = self.k_pages_LBPKD.flatten(1, 2), self.v_pages_LBPKD.flatten(1, 2)
-        # numpy has no bfloat16; moving bytes needs only the width.
-        self._width = {2: torch.int16, 4: torch.int32}[kv_format.dtype.itemsize]
-        self._caches = [self._written(cache) for cache in (self._k_cache_LSKD, self._v_cache_LSKD)]
 
     def page_table(self, lease: PageLease) -> NDArray[np.int32]:
         """The lease's page ids in the order of the tokens that they hold: table_M."""
@@ -49,19 +46,13 @@ class KvStore:
             tile: in the store's format, on the host.
         """
         runs = list(self._runs(table_M, tile.first_token, tile.num_tokens))
-        for cache_LSKD, tokens_KTD in zip(self._caches, (tile.k_KTD, tile.v_KTD), strict=True):
-            cache_SKD = cache_LSKD[tile.layer]
-            tokens_TKD = self._written(tokens_KTD).swapaxes(0, 1)
+        for cache_LSKD, tokens_KTD in zip(
+            (self._k_cache_LSKD, self._v_cache_LSKD), (tile.k_KTD, tile.v_KTD), strict=True
+        ):
+            # On a device, the copies of all threads go to its default stream, ahead of the steps that read them.
+            cache_SKD, here_KTD = cache_LSKD[tile.layer], tokens_KTD.to(self.device)
             for first, count, slot in runs:
-                cache_SKD[slot : slot + count] = tokens_TKD[first : first + count]
-
-    def _written(self, tensor: Tensor) -> Any:
-        """A tensor as `write` copies it: on the CPU a NumPy view, which copies in the calling thread alone.
-
-        On a device, the copies of all threads go to its default stream, ahead of the steps that read them.
-        """
-        words = tensor.view(self._width)
-        return words.numpy() if self.device.type == "cpu" else words.to(self.device)
+                scatter_rows(here_KTD[:, first : first + count], cache_SKD[slot : slot + count])
 
     def _runs(self, table_M: NDArray[np.int32], first_token: int, num_tokens: int) -> Iterator[tuple[int, int, int]]:
         """Divide a tile where its pages are not neighbours: (token of the tile, count, row of the cache)."""

@@ -5,6 +5,7 @@ taking the payload out as a view, keeps the bytes on the wire exactly those of t
 twice as fast as the generated classes do (docs/adr/0003).
 """
 
+import ctypes
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,8 +17,8 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from colm.errors import FingerprintMismatch, NotFinite, PeerUnavailable
-from colm.finite import bytes_are_finite
 from colm.kv import KvFormat, KvTile
+from colm.wire.payload import write_payload
 from colm.wire.shared_memory import Slot
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 
@@ -31,6 +32,9 @@ WINDOW_BYTES = 64 << 20
 busy, little enough to notice a slow reader."""
 ACKNOWLEDGE_BYTES = 4 << 20
 """A receiver acknowledges at least as often: well before the window is full."""
+# Bytes that are not written yet, as CPython itself makes them.
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, (ctypes.c_char_p, ctypes.c_ssize_t)
 _PAYLOAD_TAG = 15 << 3 | 2
 _EVENT_TAGS = {field.number << 3 | 2 for field in pb.PullKvResponse.DESCRIPTOR.oneofs_by_name["event"].fields}
 
@@ -53,18 +57,8 @@ def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int, slot: Slot | None
     Raises:
         NotFinite: the tile holds NaN or infinities; names its layer and tokens.
     """
-    parts = [part for tensor in _on_host(tile.k_KTD, tile.v_KTD) for part in _runs(tensor)]
-    checksum = xxhash.xxh3_64()
-    for part in parts:
-        checksum.update(part)
-        # Behind the checksum, which has brought the bytes near.
-        if not bytes_are_finite(part, tile.k_KTD.dtype):
-            raise NotFinite(
-                f"the keys or values of layer {tile.layer}, tokens {tile.first_token} to "
-                f"{tile.first_token + tile.num_tokens - 1}, hold NaN or infinities; the model's weights or its dtype "
-                "are at fault"
-            )
-    length = sum(part.nbytes for part in parts)
+    tensors = _on_host(tile.k_KTD, tile.v_KTD)
+    num_bytes = sum(tensor.nbytes for tensor in tensors)
     header = pb.PullKvResponse(
         tile=pb.TileHeader(
             transfer_id=transfer_id,
@@ -73,14 +67,28 @@ def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int, slot: Slot | None
             first_token=tile.first_token,
             num_tokens=tile.num_tokens,
             codec=pb.CODEC_RAW,
-            checksum=checksum.intdigest(),
-            shared=None if slot is None else pb.SharedPayload(offset_bytes=slot.offset_bytes, num_bytes=length),
+            checksum=1,  # in its place: every checksum but 0 takes as many bytes
+            shared=None if slot is None else pb.SharedPayload(offset_bytes=slot.offset_bytes, num_bytes=num_bytes),
         )
     )
-    if slot is not None:
-        slot.fill(parts)
-        return header.SerializeToString()
-    return b"".join([header.SerializeToString(), _varint(_PAYLOAD_TAG), _varint(length), *parts])
+    between = b"" if slot is not None else _varint(_PAYLOAD_TAG) + _varint(num_bytes)
+    start = header.ByteSize() + len(between)
+    # Nobody else has seen the message yet, so its bytes may be written.
+    message: bytes = _new_bytes(None, start + num_bytes if slot is None else start)
+    written = torch.frombuffer(message, dtype=torch.uint8)
+    payload = written[start:] if slot is None else torch.frombuffer(slot.reserve(num_bytes), dtype=torch.uint8)
+    header.tile.checksum, is_finite = write_payload(tensors, payload)
+    if not is_finite:
+        raise NotFinite(
+            f"the keys or values of layer {tile.layer}, tokens {tile.first_token} to "
+            f"{tile.first_token + tile.num_tokens - 1}, hold NaN or infinities; the model's weights or its dtype "
+            "are at fault"
+        )
+    front = header.SerializeToString() + between
+    if len(front) != start:
+        return front + message[start:]
+    written[:start] = torch.frombuffer(front, dtype=torch.uint8)
+    return message
 
 
 def split_tile(tile: KvTile, max_tokens: int) -> Iterator[KvTile]:
@@ -161,12 +169,6 @@ def _on_host(k_KTD: Tensor, v_KTD: Tensor) -> tuple[Tensor, Tensor]:
     if k_KTD.is_cuda:
         torch.cuda.current_stream(k_KTD.device).synchronize()
     return on_host
-
-
-def _runs(tensor_KTD: Tensor) -> list[memoryview]:
-    """A tensor's bytes in as few pieces as they lie in: in the engine's tile, each head's tokens are one."""
-    heads = tensor_KTD.view(1, -1) if tensor_KTD.is_contiguous() else tensor_KTD
-    return [head.data.cast("B") for head in heads.view(torch.uint8).numpy()]
 
 
 def _varint(value: int) -> bytes:
