@@ -20,6 +20,7 @@ from bench.kernels.small import SMALL_CASES
 from bench.kernels.sparse import SparseCase
 from bench.kernels.staircase import StaircaseCase
 from bench.kv_stream.codec import StreamCase
+from bench.kv_stream.transports import TransportCase
 from bench.load_by_scale import LoadCase
 from bench.sampler import CHOICES, SamplerCase
 from tests.tiny import tiny_config
@@ -43,6 +44,7 @@ CASES: list[Case] = [
     JobSwitchCase(model="tiny", config=tiny_config(), dtype=torch.float32, tile_tokens=16, num_tokens=40),
 ]
 OF_PROCESSES: list[Case] = [
+    TransportCase(num_tokens=100, raw_message_bytes=(64 << 10,)),
     StreamCase(message_bytes=128 << 10, num_messages=3),
     LoadCase(model="tiny", config=tiny_config(chains=(4, 2))),
 ]
