@@ -1,7 +1,6 @@
 """Payloads through shared memory: the answer is the oracle's whatever happens to them, and no memory stays open."""
 
 import asyncio
-import gc
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -45,7 +44,6 @@ def of_any_length(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(service, "_WORTH_SHARING_BYTES", 0)
     monkeypatch.setattr(prefill_loop, "QUANTUM_S", 0.0)  # the first step knows of no memory, every other one does
     yield
-    gc.collect()  # an exception that was logged holds its frames
     assert not open_memories()
 
 
