@@ -6,10 +6,10 @@ tile or of a step, S = B * P rows.
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
+from colm_kernels.kv_payload import scatter_rows
 from colm_kernels.kv_quantise import write_dequantised_kv
 from colm_kernels.rotary import write_kv
 from numpy.typing import NDArray
@@ -34,9 +34,6 @@ class KvStore:
         self.k_pages_LBPKD = torch.empty(shape, dtype=kv_format.dtype, device=device)
         self.v_pages_LBPKD = torch.empty(shape, dtype=kv_format.dtype, device=device)
         self._k_cache_LSKD, self._v_cache_LSKD = self.k_pages_LBPKD.flatten(1, 2), self.v_pages_LBPKD.flatten(1, 2)
-        # numpy has no bfloat16; moving bytes needs only the width.
-        self._width = {2: torch.int16, 4: torch.int32}[kv_format.dtype.itemsize]
-        self._caches = [self._written(cache) for cache in (self._k_cache_LSKD, self._v_cache_LSKD)]
 
     def page_table(self, lease: PageLease) -> NDArray[np.int32]:
         """The lease's page ids in the order of the tokens that they hold: table_M."""
@@ -53,32 +50,26 @@ class KvStore:
         if tile.scale_ZKT is not None:
             self._write_quantised(runs, tile, tile.scale_ZKT)
             return
-        for cache_LSKD, tokens_KTD in zip(self._caches, (tile.k_KTD, tile.v_KTD), strict=True):
-            cache_SKD = cache_LSKD[tile.layer]
-            tokens_TKD = self._written(tokens_KTD).swapaxes(0, 1)
+        for cache_LSKD, tokens_KTD in zip(
+            (self._k_cache_LSKD, self._v_cache_LSKD), (tile.k_KTD, tile.v_KTD), strict=True
+        ):
+            # On a device, the copies of all threads go to its default stream, ahead of the steps that read them.
+            cache_SKD, here_KTD = cache_LSKD[tile.layer], tokens_KTD.to(self.device)
             for first, count, slot in runs:
-                cache_SKD[slot : slot + count] = tokens_TKD[first : first + count]
+                scatter_rows(here_KTD[:, first : first + count], cache_SKD[slot : slot + count])
 
     def _write_quantised(self, runs: list[tuple[int, int, int]], tile: KvTile, scale_ZKT: Tensor) -> None:
         caches = self._k_cache_LSKD[tile.layer], self._v_cache_LSKD[tile.layer]
         for cache_SKD, q_KTD, scale_KT in zip(caches, (tile.k_KTD, tile.v_KTD), scale_ZKT, strict=True):
             q_TKD, scale_TK = q_KTD.transpose(0, 1), scale_KT.t()
             for first, count, slot in runs:
-                # In this thread alone, as in `_written`.
+                # In this thread alone, as `scatter_rows` does.
                 write_dequantised_kv(
                     q_TKD[first : first + count],
                     scale_TK[first : first + count],
                     cache_SKD[slot : slot + count],
                     num_threads=1,
                 )
-
-    def _written(self, tensor: Tensor) -> Any:
-        """A tensor as `write` copies it: on the CPU a NumPy view, which copies in the calling thread alone.
-
-        On a device, the copies of all threads go to its default stream, ahead of the steps that read them.
-        """
-        words = tensor.view(self._width)
-        return words.numpy() if self.device.type == "cpu" else words.to(self.device)
 
     def _runs(self, table_M: NDArray[np.int32], first_token: int, num_tokens: int) -> Iterator[tuple[int, int, int]]:
         """Divide a tile where its pages are not neighbours: (token of the tile, count, row of the cache)."""

@@ -7,7 +7,7 @@ from colm.kv import KvFormat, KvTile
 from colm.kv_position import KvPosition
 from colm.request import KvCodec
 from colm.wire.kv_codec import codec_of, quantised, wire_token_bytes
-from colm.wire.shared_memory import SharedMemory, Slot
+from colm.wire.shared_memory import SHARED_WINDOW_BYTES, SharedMemory, Slot
 from colm.wire.tile_codec import decode_message, decode_tile, encode_tile, max_tile_tokens, seal, split_tile
 
 _MESSAGE_BYTES = 1 << 20
@@ -66,8 +66,8 @@ class TileEncoder:
         (rest,) = self._since(tile, since)
         return self._one(rest, epoch, None)
 
-    def share(self, tile_tokens: int, window_bytes: int) -> SharedMemory:
-        """Memory for a window of this transfer's payloads.
+    def share(self, tile_tokens: int) -> SharedMemory:
+        """Memory for a window of this transfer's payloads, and for the tile that fills it.
 
         Raises:
             OSError: there is none to be had.
@@ -75,7 +75,8 @@ class TileEncoder:
         slot_tokens = min(max_tile_tokens(self.kv_format, _MESSAGE_BYTES, self.codec), tile_tokens, self.num_tokens)
         slot_bytes = slot_tokens * wire_token_bytes(self.kv_format, self.codec)
         num_payloads = self.kv_format.num_layers * -(-self.num_tokens // slot_tokens)
-        return SharedMemory(slot_bytes, min(num_payloads, -(-window_bytes // slot_bytes) + 1))
+        num_of_tile = -(-min(tile_tokens, self.num_tokens) // slot_tokens)
+        return SharedMemory(slot_bytes, min(num_payloads, -(-SHARED_WINDOW_BYTES // slot_bytes) + num_of_tile))
 
     def _since(self, tile: KvTile, since: KvPosition) -> Iterator[KvTile]:
         num_gone = min(tile.num_tokens, since.token - tile.first_token) if tile.layer == since.layer else 0

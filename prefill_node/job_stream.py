@@ -134,7 +134,7 @@ class JobStream:
         if job.memory is None:
             if job.run is None:  # all is computed, or the job has ended and would close it no more
                 raise OSError("no tile is to come")
-            job.memory = job.encoder.share(job.tile_tokens, WINDOW_BYTES)
+            job.memory = job.encoder.share(job.tile_tokens)
         self._is_asked = True
         return job.memory
 

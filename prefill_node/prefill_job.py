@@ -18,7 +18,7 @@ from colm.events import SparseReport
 from colm.kv import KvFormat
 from colm.kv_position import KV_START, KvPosition
 from colm.request import KvCodec
-from colm.wire.shared_memory import SharedMemory
+from colm.wire.shared_memory import SHARED_WINDOW_BYTES, SharedMemory
 from colm.wire.tile_codec import WINDOW_BYTES
 from prefill_node.cost_model import CostModel, Work
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
@@ -125,7 +125,7 @@ class PrefillJob:
     @property
     def has_room(self) -> bool:
         """The window takes another tile."""
-        return self._window_bytes < WINDOW_BYTES
+        return self.room_bytes > 0
 
     @property
     def waits_for_reader(self) -> bool:
@@ -140,7 +140,8 @@ class PrefillJob:
     @property
     def room_bytes(self) -> int:
         """What the window takes before it is full; the tile that fills it may be larger."""
-        return WINDOW_BYTES - self._window_bytes
+        window_bytes = WINDOW_BYTES if self.read_memory is None else min(WINDOW_BYTES, SHARED_WINDOW_BYTES)
+        return window_bytes - self._window_bytes
 
     @property
     def remaining_s(self) -> float:

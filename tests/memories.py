@@ -1,11 +1,13 @@
 """The shared memory that this process has open."""
 
+import gc
 import os
 from pathlib import Path
 
 
 def open_memories() -> list[str]:
     """Files of shared memory among this process's own, mapped ones included."""
+    gc.collect()  # an exception that was kept holds its frames, and they hold tiles
     found = []
     for entry in Path("/proc/self/fd").iterdir():
         try:

@@ -17,6 +17,7 @@ class StreamOptions(Options):
 
     mib: int
     message_kib: list[int]
+    codec_kib: list[int]
 
 
 def main() -> None:
@@ -25,6 +26,10 @@ def main() -> None:
     parser.add_argument("--mib", type=positive, default=256, help="MiB sent in each turn; 256")
     sizes = [256, 512, 1024, 2048, 4096]
     parser.add_argument("--message-kib", type=positive, nargs="+", default=sizes, metavar="KIB", help="of raw gRPC")
+    codec_sizes = [256, 1024, 4096]
+    parser.add_argument(
+        "--codec-kib", type=positive, nargs="*", default=codec_sizes, metavar="KIB", help="of the codec"
+    )
     options = parser.parse_args(namespace=StreamOptions())
     cases: list[Case] = [
         TransportCase(
@@ -34,7 +39,7 @@ def main() -> None:
     ]
     cases += [
         StreamCase(message_bytes=kib << 10, num_messages=max(1, (options.mib << 10) // kib))
-        for kib in options.message_kib
+        for kib in options.codec_kib
     ]
     run(cases, options)
 

@@ -3,7 +3,8 @@
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -30,7 +31,10 @@ from decode_node.transfer_ledger import TransferLedger
 LAYOUT: Final = KvLayout(FORMAT, page_tokens=64)
 STREAM_OF_GRPC: Final = 0.85
 SHARED_OF_STREAM: Final = 2.0
+STRIPES: Final = (2, 4)
 _SOCKET_BYTES: Final = 1 << 20
+_SURELY_SHARED_BYTES: Final = 128 << 20
+"""Far more than what is sent before the reader has opened the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,10 @@ class TransportCase(Case):
                     "tcp": ways.tcp,
                     **{f"grpc_{name}": partial(ways.raw, size, is_private=False) for name, size in sizes.items()},
                     **grpc_tls,
+                    **{
+                        f"grpc_tls_{num}_channels": partial(ways.raw, 1 << 20, is_private=True, num_channels=num)
+                        for num in STRIPES
+                    },
                     **streams,
                     shared: partial(ways.stream, is_private=True, is_shared=True),
                 },
@@ -113,7 +121,7 @@ class _Ways:
 
     def copy(self) -> Mapping[str, float]:
         """Copies in this process, each of more than the caches hold."""
-        times = self._case.num_bytes // len(self._source)
+        times = max(1, self._case.num_bytes // len(self._source))
 
         def work() -> None:
             for _ in range(times):
@@ -135,18 +143,25 @@ class _Ways:
 
             return self._timed(work)
 
-    def raw(self, message_bytes: int, *, is_private: bool) -> Mapping[str, float]:
-        """Messages of bytes, which nobody looks at."""
+    def raw(self, message_bytes: int, *, is_private: bool, num_channels: int = 1) -> Mapping[str, float]:
+        """Messages of bytes, which nobody looks at, over one connection or divided among several."""
         address, security = self._end(is_private)
-        times = self._case.num_bytes // message_bytes
-        with open_blocking_channel(address, security) as channel:
-            grpc.channel_ready_future(channel).result()
+        times = max(1, self._case.num_bytes // message_bytes // num_channels)
+
+        def read(channel: grpc.Channel) -> int:
             call = channel.unary_stream(RAW)
+            return sum(len(message) for message in call(b"%d,%d" % (message_bytes, times)))
+
+        with ExitStack() as stack:
+            channels = [stack.enter_context(open_blocking_channel(address, security)) for _ in range(num_channels)]
+            readers = stack.enter_context(ThreadPoolExecutor(num_channels))
+            for channel in channels:
+                grpc.channel_ready_future(channel).result()
 
             def work() -> None:
-                assert sum(len(message) for message in call(b"%d,%d" % (message_bytes, times))) == times * message_bytes
+                assert sum(readers.map(read, channels)) == num_channels * times * message_bytes
 
-            return self._timed(work, times * message_bytes)
+            return self._timed(work, num_channels * times * message_bytes)
 
     def stream(self, *, is_private: bool, is_shared: bool = False) -> Mapping[str, float]:
         """From the engine's output to the pages, as between the nodes; headers alone over the stream if shared."""
@@ -173,7 +188,8 @@ class _Ways:
             channels.close()
         assert ledger.is_whole
         assert ledger.payload_bytes == self._case.num_bytes
-        assert bool(ledger.shared_bytes) == is_shared
+        if not is_shared or self._case.num_bytes >= _SURELY_SHARED_BYTES:
+            assert (2 * ledger.shared_bytes > self._case.num_bytes) == is_shared
         return seen
 
     def _end(self, is_private: bool) -> tuple[str, Security]:

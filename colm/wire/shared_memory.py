@@ -11,7 +11,6 @@ import hmac
 import mmap
 import os
 import secrets
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -19,6 +18,9 @@ from typing import Final
 from colm.errors import PeerUnavailable
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 
+SHARED_WINDOW_BYTES: Final = 16 << 20
+"""What a sender holds there of tiles that are not acknowledged: several times what a reader stores before it says so,
+and little enough for the caches, so that neither end waits for memory."""
 _NAME: Final = "colm-kv"
 _KEY_BYTES: Final = 32
 _FIRST_SLOT: Final = mmap.PAGESIZE
@@ -58,12 +60,10 @@ class Slot:
         """What it holds."""
         return self._view[: self.num_bytes]
 
-    def fill(self, parts: Sequence[memoryview]) -> None:
-        """Copy a payload in."""
-        self.num_bytes = 0
-        for part in parts:
-            self._view[self.num_bytes : self.num_bytes + len(part)] = part
-            self.num_bytes += len(part)
+    def reserve(self, num_bytes: int) -> memoryview:
+        """Where a payload of so many bytes goes."""
+        self.num_bytes = num_bytes
+        return self.payload
 
     def release(self) -> None:
         """Let another payload have it."""

@@ -16,8 +16,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
 
 from colm.errors import CapacityExceeded, FingerprintMismatch, InvalidRequest, PeerUnavailable
+from colm.metrics.kv_stream import KvStreamMetrics
 from colm.wire import prompt_stream
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node import kv_requests
@@ -85,6 +87,7 @@ class BothEnds(RuleBasedStateMachine):
             self.nodes = {address: self.prefill_end(address) for address in TILES}
             self.pool = StaticPrefillPool(list(TILES), self.clock, max_streams=3)
             self.fetcher = KvFetcher(
+                metrics=KvStreamMetrics(CollectorRegistry()),
                 prefill_pool=self.pool,
                 receive=self.receive,
                 page_line=self.page_line,

@@ -1,8 +1,7 @@
 """Payloads through shared memory: the answer is the oracle's whatever happens to them, and no memory stays open."""
 
 import asyncio
-import gc
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -21,7 +20,7 @@ from colm.wire.tile_codec import decode_message, pull_kv_stub
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node import kv_receiver
 from decode_node import node as decode_node_module
-from prefill_node import prefill_loop, service
+from prefill_node import encoded_tile, prefill_loop, service
 from prefill_node.engine import PrefillEngine
 from prefill_node.node import PrefillNode
 from tests.gates import LIMIT_S, gate_before
@@ -45,7 +44,6 @@ def of_any_length(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(service, "_WORTH_SHARING_BYTES", 0)
     monkeypatch.setattr(prefill_loop, "QUANTUM_S", 0.0)  # the first step knows of no memory, every other one does
     yield
-    gc.collect()  # an exception that was logged holds its frames
     assert not open_memories()
 
 
@@ -176,16 +174,18 @@ async def test_a_bit_that_flips_in_memory_is_found_and_the_tile_made_anew(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What lies in the window is wrong for good then, so the node refuses to send it and computes the prompt again."""
-    fill, num_filled = Slot.fill, 0
+    encode, num_encoded = encoded_tile.encode_tile, 0
 
-    def flip(slot: Slot, parts: Sequence[memoryview]) -> None:
-        nonlocal num_filled
-        fill(slot, parts)
-        num_filled += 1
-        if num_filled == 4:
+    def flip(*args: Any, slot: Slot | None, **kwargs: Any) -> bytes:
+        nonlocal num_encoded
+        message = encode(*args, slot=slot, **kwargs)
+        num_encoded += 1
+        if num_encoded == 4:
+            assert slot is not None
             slot.payload[7] ^= 1
+        return message
 
-    monkeypatch.setattr(Slot, "fill", flip)
+    monkeypatch.setattr(encoded_tile, "encode_tile", flip)
     async with nodes(checkpoint) as ask:
         answer = await ask()
     assert_right(checkpoint, answer, num_streams=3)

@@ -599,8 +599,8 @@ MUTANTS = (
     Mutant(
         "a reader that does not read stops nobody",
         "prefill_node/prefill_job.py",
-        "return self._window_bytes < WINDOW_BYTES",
-        "return True",
+        "        return self.room_bytes > 0\n",
+        "        return True\n",
         _STREAM + "test_a_reader_that_stores_nothing_stops_the_engine_and_gets_all_when_it_does",
     ),
     # Where a node computes.
@@ -1477,16 +1477,16 @@ MUTANTS = (
     Mutant(
         "values that are not finite are sent",
         "colm/wire/tile_codec.py",
-        'if codec == "raw" and not bytes_are_finite(part, tile.k_KTD.dtype):',
-        'if codec == "raw" and part is parts[0] and not bytes_are_finite(part, tile.k_KTD.dtype):',
+        "    if not is_finite:\n",
+        "    if False:\n",
         "tests/fault/test_not_finite.py::test_a_tile_that_is_not_finite_is_not_sent",
     ),
     Mutant(
-        "negative infinities are finite",
-        "colm/finite.py",
-        " and bits.view(unsigned).max() < sign + infinity",
-        "",
-        "tests/unit/test_finite.py::test_one_is_found_wherever_it_stands",
+        "values without the library may be anything",
+        "colm/wire/payload.py",
+        "all(is_finite(tensor) for tensor in tensors)",
+        "is_finite(tensors[0])",
+        "tests/numerics/test_kv_payload.py::test_a_value_that_is_not_finite_is_found_wherever_it_stands",
     ),
     Mutant(
         "a model that overflows is tried on every node",

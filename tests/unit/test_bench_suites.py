@@ -21,6 +21,7 @@ from bench.kernels.small import SMALL_CASES
 from bench.kernels.sparse import SparseCase
 from bench.kernels.staircase import StaircaseCase
 from bench.kv_stream.codec import StreamCase
+from bench.kv_stream.transports import TransportCase
 from bench.load_by_scale import LoadCase
 from bench.sampler import CHOICES, SamplerCase
 from tests.tiny import tiny_config
@@ -45,6 +46,7 @@ CASES: list[Case] = [
 ]
 OF_CONNECTIONS: list[Case] = [ConnectionsCase(num_connections=2), BytesCase(num_mib=1)]
 OF_PROCESSES: list[Case] = [
+    TransportCase(num_tokens=100, raw_message_bytes=(64 << 10,)),
     StreamCase(message_bytes=128 << 10, num_messages=3),
     LoadCase(model="tiny", config=tiny_config(chains=(4, 2))),
 ]

@@ -23,7 +23,7 @@ import sys, time
 from colm.wire.shared_memory import SharedMemory
 memory = SharedMemory(100, 2)
 slot = memory.take(5)
-slot.fill([memoryview(b"bytes")])
+slot.reserve(5)[:] = b"bytes"
 sys.stdout.buffer.write(memory.place().SerializeToString().hex().encode() + b"\\n")
 sys.stdout.flush()
 time.sleep(600)
@@ -43,15 +43,15 @@ def memory() -> Iterator[SharedMemory]:
     memory.close()
 
 
-def filled(memory: SharedMemory, *parts: bytes) -> pb.SharedPayload:
-    slot = memory.take(sum(map(len, parts)))
+def filled(memory: SharedMemory, payload: bytes) -> pb.SharedPayload:
+    slot = memory.take(len(payload))
     assert slot is not None
-    slot.fill([memoryview(part) for part in parts])
+    slot.reserve(len(payload))[:] = payload
     return pb.SharedPayload(offset_bytes=slot.offset_bytes, num_bytes=slot.num_bytes)
 
 
 def test_a_reader_finds_each_payload_where_it_was_put(memory: SharedMemory) -> None:
-    first, second = filled(memory, b"keys", b"values"), filled(memory, b"x" * 2 * PAGE)
+    first, second = filled(memory, b"keysvalues"), filled(memory, b"x" * 2 * PAGE)
     reader = SharedReader(memory.place())
     assert bytes(reader.read(first)) == b"keysvalues"
     assert bytes(reader.read(second)) == b"x" * 2 * PAGE
@@ -61,10 +61,10 @@ def test_a_reader_finds_each_payload_where_it_was_put(memory: SharedMemory) -> N
 def test_what_was_read_is_a_copy_that_the_writer_cannot_change(memory: SharedMemory) -> None:
     slot = memory.take(4)
     assert slot is not None
-    slot.fill([memoryview(b"true")])
+    slot.reserve(4)[:] = b"true"
     reader = SharedReader(memory.place())
     read = reader.read(pb.SharedPayload(offset_bytes=slot.offset_bytes, num_bytes=4))
-    slot.fill([memoryview(b"lies")])
+    slot.payload[:] = b"lies"
     assert bytes(read) == b"true"
     reader.close()
 

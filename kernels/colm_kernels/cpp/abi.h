@@ -215,6 +215,24 @@ struct DequantiseArgs {
     int64_t dtype;      // of out
 };
 
+struct PackArgs {
+    const unsigned char* const* pieces;  // num_pieces, each of piece_bytes
+    unsigned char* out;                  // num_bytes: the pieces, one behind the other
+    int64_t num_pieces, piece_bytes, num_bytes;
+    int64_t dtype;      // of all values; int8 where nothing is looked for
+    uint64_t checksum;  // out: XXH3-64
+    int64_t is_finite;  // out: whether no value is NaN or an infinity
+};
+
+// Shapes: K kv heads, T tokens, D head dim.
+struct ScatterArgs {
+    const unsigned char* x;  // K, T, D; T and D contiguous
+    unsigned char* out;      // T, K, D; K and D contiguous
+    int64_t num_heads, num_tokens;
+    int64_t head_bytes;              // of one token's D
+    int64_t x_stride_k, out_stride;  // bytes
+};
+
 // The weights of one chain in one linear, and its bias.
 struct StepMatrix {
     const void* weight;  // out_dim, in_dim contiguous
