@@ -63,7 +63,7 @@ class KvStore:
         for cache_SKD, q_KTD, scale_KT in zip(caches, (tile.k_KTD, tile.v_KTD), scale_ZKT, strict=True):
             q_TKD, scale_TK = q_KTD.transpose(0, 1), scale_KT.t()
             for first, count, slot in runs:
-                # In this thread alone, as `scatter_rows` does.
+                # In the calling thread alone: the others decode.
                 write_dequantised_kv(
                     q_TKD[first : first + count],
                     scale_TK[first : first + count],

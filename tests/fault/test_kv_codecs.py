@@ -59,7 +59,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = tiny_config()
 FORMAT = KvFormat.of(CONFIG, torch.float32)
 NUM_NEW_TOKENS, NUM_CHAINS = 12, 3
-PROMPTS = [torch.randint(0, 320, (150,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in (1, 2)]
+PROMPTS = [torch.randint(0, 320, (150,), generator=torch.Generator().manual_seed(seed)).tolist() for seed in (5, 19)]
 NUM_TILES = 10  # two layers of five
 UNKNOWN = 9
 
@@ -107,10 +107,10 @@ def reference(path: Path, prompt: tuple[int, ...], codec: KvCodec) -> Reference:
 def assert_references(answer: Answer, checkpoint: Checkpoint, prompt: Sequence[int], codec: KvCodec) -> None:
     """Token for token, and nearer to its own codec's probabilities than to the other's."""
     own, other = (reference(checkpoint.path, tuple(prompt), each) for each in (codec, *{*KV_CODECS} - {codec}))
-    assert own.least_gap > 1e-3, "too close for float32 to tell"
+    assert own.least_gap > 0.05, "too close for arithmetic that adds up in another order"
     assert answer.token_ids == own.token_ids
     assert answer.logprobs == pytest.approx(own.logprobs, abs=1e-4)
-    assert max(abs(mine - others) for mine, others in zip(answer.logprobs, other.logprobs, strict=True)) > 1e-3
+    assert max(abs(mine - others) for mine, others in zip(answer.logprobs, other.logprobs, strict=True)) > 2e-3
 
 
 async def ask(address: str, prompt: Sequence[int], codec: KvCodec, request_id: str = "r") -> Answer:
