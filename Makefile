@@ -1,6 +1,6 @@
 # make demo   set up everything and run the main job
 # make test   set up everything and run the tests
-# make audit    look the pinned packages up in the public list of known weaknesses
+# make audit    look the pinned packages up in the public list of known weaknesses; AUDIT="--service osv"
 # make fuzz     try damaged files, templates, tokenizers and messages; FUZZ="--cases 20000 --seed 7 --seconds 600"
 # make attack   attack a local cluster over its sockets, beside an honest client; ATTACK="--state-dir DIR" for one of yours
 # make soak     ask a local cluster for 10 minutes, with faults and killed replicas; SOAK="--seconds 90 --seed 7 --json"
@@ -25,7 +25,7 @@ SERVING := requirements.txt
 DEVELOPMENT := requirements-dev.txt
 CPU := requirements-cpu.txt
 CUDA := requirements-cuda.txt
-AUDIT := build/audit
+AUDITOR := build/audit
 
 .PHONY: setup model demo test audit fuzz attack soak mutants test-variants test-sanitize lint type format proto bench bench-quick clean
 .DELETE_ON_ERROR:
@@ -70,20 +70,13 @@ demo: model
 test: model
 	$(BIN)/python -m tests.side_by_side
 
-$(AUDIT)/.installed: requirements-audit.txt
-	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
-	$(AUDIT)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement $<
+$(AUDITOR)/.installed: requirements-audit.txt
+	test -x $(AUDITOR)/bin/python || $(PYTHON) -m venv $(AUDITOR)
+	$(AUDITOR)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement $<
 	@touch $@
 
-# pip-audit counts a package that it was told nothing about as one without weaknesses.
-audit: $(AUDIT)/.installed
-	@for list in $(SERVING) $(DEVELOPMENT) $(CUDA); do \
-		$(AUDIT)/bin/pip-audit --disable-pip --require-hashes --progress-spinner off --requirement $$list \
-			>$(AUDIT)/$$list 2>&1; status=$$?; cat $(AUDIT)/$$list; \
-		if grep -q "could not be audited" $(AUDIT)/$$list; then \
-			echo "$$list: NOT AUDITED IN FULL, since the list of known weaknesses cannot be had here"; exit 2; fi; \
-		test $$status = 0 || exit $$status; \
-	done
+audit: $(AUDITOR)/.installed
+	@$(AUDITOR)/bin/python -m tests.audit --pip-audit $(AUDITOR)/bin/pip-audit $(SERVING) $(DEVELOPMENT) $(CUDA) $(AUDIT)
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz $(FUZZ)

@@ -176,7 +176,7 @@ class Checkpoint:
             return safe_open(self.weights_path, framework="pt")
         except FileNotFoundError as err:
             raise CheckpointError(f"{self.weights_path} is missing") from err
-        except (SafetensorError, OSError) as err:
+        except (SafetensorError, OSError, RuntimeError) as err:  # the last where it cannot be mapped
             raise CheckpointError(f"{self.weights_path} is truncated or not a safetensors file: {err}") from err
 
     def _check_tensors(self) -> None:

@@ -1,8 +1,10 @@
-"""`make test`: all tests in two processes at once, those on real clusters beside all others.
+"""`make test`: all tests in three processes at once: those on real clusters, the fuzzer, and all others.
 
-A cluster's tests wait for processes that start and stop, while the others compute, most of them with one thread.
+A cluster's tests wait for processes that start and stop, while the others compute, most of them with one thread. The
+fuzzer has the lowest priority, and takes what the two leave.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,15 +12,16 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-CLUSTERS = "tests/e2e"
-PARTS = {"clusters": (CLUSTERS,), "all others": (f"--ignore={CLUSTERS}",)}
+CLUSTERS, FUZZER = "tests/e2e", "tests/fuzz"
+PARTS = {"clusters": (CLUSTERS,), "fuzzer": (FUZZER,), "all others": (f"--ignore={CLUSTERS}", f"--ignore={FUZZER}")}
 """Pytest's arguments, by name: together all tests, each once."""
+LOWEST_PRIORITY = 19
 
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def start(arguments: Sequence[str]) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
+def start(name: str, arguments: Sequence[str]) -> "subprocess.Popen[str]":
+    process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],  # one cache would be of the last to end
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -26,6 +29,9 @@ def start(arguments: Sequence[str]) -> "subprocess.Popen[str]":
         text=True,
         process_group=0,  # Ctrl-C reaches it once, from here: a second one would break off the end of a cluster
     )
+    if name == "fuzzer":
+        os.setpriority(os.PRIO_PROCESS, process.pid, LOWEST_PRIORITY)
+    return process
 
 
 def follow(name: str, process: "subprocess.Popen[str]") -> int:
@@ -54,7 +60,7 @@ def main(parts: Mapping[str, Sequence[str]] = PARTS) -> int:
 
     before = [signal.signal(number, interrupt) for number in INTERRUPTIONS]
     try:
-        processes.extend(map(start, parts.values()))
+        processes.extend(map(start, parts, parts.values()))
         with ThreadPoolExecutor(len(processes)) as threads:
             return int(any(list(threads.map(follow, parts, processes))))
     finally:

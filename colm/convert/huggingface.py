@@ -172,7 +172,7 @@ class _Weights:
             return safe_open(path, framework="pt")
         except FileNotFoundError as err:
             raise CheckpointError(f"{path} is missing, but the index names it; fetch it too") from err
-        except (SafetensorError, OSError) as err:
+        except (SafetensorError, OSError, RuntimeError) as err:  # the last where it cannot be mapped
             raise CheckpointError(f"{path} is truncated or not a safetensors file: {err}") from err
 
 

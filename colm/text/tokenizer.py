@@ -49,9 +49,7 @@ class Tokenizer:
         self._template = None if text.chat_template is None else self._chat_template(text.chat_template, now)
         added = self._first.get_added_tokens_decoder()
         self._special = {token.content: token for token in added.values() if token.special}
-        # Longest first: a regex takes the first alternative that matches, the tokenizer the longest.
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._special_finder = _finder(self._special)
 
     @classmethod
     def load(
@@ -202,11 +200,11 @@ class Tokenizer:
 
     def _append_template(self, text: str, runs: list[str], specials: list[str]) -> None:
         end = 0
-        for match in self._special_pattern.finditer(text):
-            runs[-1] += text[end : match.start()]
-            specials.append(match[0])
+        for begin, after in self._special_finder.encode(text).offsets:
+            runs[-1] += text[end:begin]
+            specials.append(text[begin:after])
             runs.append("")
-            end = match.end()
+            end = after
         runs[-1] += text[end:]
 
     def _join(self, runs: list[str], specials: list[str]) -> Iterator[NDArray[np.int64]]:
@@ -232,6 +230,16 @@ def _collect(pieces: Iterable[NDArray[np.int64]], progress: Progress) -> NDArray
 
 def _one(token_id: int) -> NDArray[np.int64]:
     return np.array([token_id], dtype=np.int64)
+
+
+def _finder(contents: Iterable[str]) -> Any:
+    """A tokenizer that knows nothing but these tokens.
+
+    It finds the longest of those that begin at a place, in time for the text's length alone; there may be many.
+    """
+    finder = tokenizers.Tokenizer(tokenizers.models.BPE())
+    finder.add_tokens([tokenizers.AddedToken(content, normalized=False, special=True) for content in contents])
+    return finder
 
 
 def _content_pieces(encoder: Any, *, is_linear: bool) -> PieceEncoder:

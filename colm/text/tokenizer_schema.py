@@ -7,7 +7,6 @@ ends the process where a table does not fit. Only what published models use is l
 import base64
 import binascii
 import json
-import math
 import reprlib
 import resource
 import sys
@@ -26,6 +25,7 @@ _MAX_MERGES: Final = 1 << 20
 _MAX_ADDED: Final = 1 << 17
 _MAX_CHARS: Final = {"BPE": 1 << 22, "Unigram": 1 << 21, "added_tokens": 1 << 20}
 """Of all tokens together. The library makes a node of a tree for each of Unigram's."""
+_MAX_SCORE: Final = 1e9
 _MAX_STEPS: Final = 16
 _MAX_UNICODE_STEPS: Final = 2
 _MAX_GROWTH: Final = 16
@@ -170,10 +170,10 @@ def _check_vocabulary(model: _Model) -> None:
             raise ValueError(f"model.vocab must have a token id of 0 or more, below {_MAX_TOKEN_ID}, for each token")
     else:
         _check_kind("model.vocab", vocab, list, MAX_ENTRIES)
-        if not all(isinstance(entry, list) and list(map(type, entry)) == [str, float] for entry in vocab):
+        if not all(isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is str for entry in vocab):
             raise ValueError("model.vocab must be a list of [token, score]")
-        if not all(math.isfinite(score) for _, score in vocab):
-            raise ValueError("model.vocab has a score that is not finite")
+        if not all(type(score) in (int, float) and abs(score) <= _MAX_SCORE for _, score in vocab):
+            raise ValueError("model.vocab has a score that is no finite number")
         tokens = [token for token, _ in vocab]
     _check_chars("model.vocab", tokens, _MAX_CHARS[model.type])
     _check_kind("model.merges", model.merges or [], list, _MAX_MERGES)

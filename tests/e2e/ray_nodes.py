@@ -8,7 +8,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from ray.util import get_node_ip_address
 
 from cluster.local_ray import free_port, stop_ray
 from cluster.state import write_private
@@ -59,13 +68,15 @@ class RayNodes:
 
 
 @contextmanager
-def ray_nodes(*carried: Mapping[str, int], demands_token: bool) -> Iterator[RayNodes]:
+def ray_nodes(*carried: Mapping[str, int], demands_token: bool, has_tls: bool = False) -> Iterator[RayNodes]:
     """A head without resources of ours and a node for each mapping of resources. All of it ends with the block."""
     with tempfile.TemporaryDirectory(prefix="colm-ray-") as name:  # short, for the paths of sockets
         folder = Path(name)
         token = folder / "token"
         write_private(token, new_token())
         environment = {"RAY_AUTH_MODE": "token" if demands_token else "disabled", "RAY_AUTH_TOKEN_PATH": str(token)}
+        if has_tls:
+            environment |= write_certificates(folder)
         head, client = free_port(), free_port()
         ports = (f"--port={head}", f"--ray-client-server-port={client}", f"--temp-dir={folder / 'r'}")
         try:
@@ -76,6 +87,38 @@ def ray_nodes(*carried: Mapping[str, int], demands_token: bool) -> Iterator[RayN
             yield RayNodes(address, environment)
         finally:
             stop_ray(token)
+
+
+def write_certificates(folder: Path) -> dict[str, str]:
+    """An authority and a certificate of this machine, as Ray's own TLS asks for them; returns the environment."""
+    now, key, authority_key = datetime.now(UTC), *(ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    addresses = [x509.IPAddress(ip_address(name)) for name in ("127.0.0.1", get_node_ip_address())]
+
+    def certificate(name: str, public_key: Any) -> x509.CertificateBuilder:
+        names = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, each)]) for each in (name, "authority"))
+        subject, issuer = names
+        builder = x509.CertificateBuilder(issuer, subject, public_key, x509.random_serial_number())
+        return builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+
+    authority = certificate("authority", authority_key.public_key()).add_extension(
+        x509.BasicConstraints(ca=True, path_length=0), critical=True
+    )
+    node = (
+        certificate("node", key.public_key())
+        .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
+        .add_extension(
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
+        )
+    )
+    pem = serialization.Encoding.PEM
+    files = {
+        "RAY_TLS_CA_CERT": authority.sign(authority_key, hashes.SHA256()).public_bytes(pem),
+        "RAY_TLS_SERVER_CERT": node.sign(authority_key, hashes.SHA256()).public_bytes(pem),
+        "RAY_TLS_SERVER_KEY": key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+    }
+    for name, data in files.items():
+        write_private(folder / name, data.decode())
+    return {"RAY_USE_TLS": "1"} | {name: str(folder / name) for name in files}
 
 
 def _start(log: Path, token: Path, environment: Mapping[str, str], *words: str) -> str:

@@ -48,10 +48,19 @@ def main() -> int:
 
 
 def _table(counts: Counts) -> Table:
-    table = Table("kind", "tried", "typed error", "ok", "other", title=f"{MAX_BYTES >> 20} MiB and {CPU_S:g} s a case")
+    table = Table(
+        "kind",
+        "tried",
+        "typed error",
+        "ok",
+        "other",
+        "most CPU s",
+        title=f"{MAX_BYTES >> 20} MiB and {CPU_S:g} s a case",
+    )
     for kind in sorted(counts.tried):
         other = len(counts.other.get(kind, []))
-        table.add_row(kind, *map(str, (counts.tried[kind], counts.typed[kind], counts.ok[kind], other)))
+        most = f"{counts.most_cpu_s[kind]:.2f}"
+        table.add_row(kind, *map(str, (counts.tried[kind], counts.typed[kind], counts.ok[kind], other, most)))
     sums = (counts.tried.total(), counts.typed.total(), counts.ok.total(), counts.num_other)
     table.add_row("all", *map(str, sums))
     return table

@@ -1,6 +1,7 @@
 """Runs cases one after the other, within a memory limit, and says of each how it ended."""
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -18,7 +19,7 @@ from tests.fuzz.large import LargeFiles
 from tests.fuzz.messages import Messages
 
 MAX_BYTES = 64 << 20
-"""Memory of a case, beside what the process has taken before the first."""
+"""Memory of a case, beside what the process has taken before it."""
 CPU_S = 1.0
 """Processor time of a case, however busy the machine is; the system ends the process after it."""
 
@@ -46,13 +47,13 @@ def _run(kinds: list[str], seed: int, first: int, last: int, folder: Path) -> No
     for kind in kinds:
         (folder / kind).mkdir()
         targets[kind] = KINDS[kind](folder / kind)
-    limit = _data_bytes() + MAX_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    started_s = _cpu_s()
     _say(ready=True)
     for number in range(first, last):
         kind = kind_of(kinds, seed, number)
         _say(number=number, kind=kind)
+        resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + MAX_BYTES, resource.RLIM_INFINITY))
         signal.setitimer(signal.ITIMER_PROF, CPU_S)
         try:
             targets[kind].run(random.Random(f"{kind}:{seed}:{number}"))
@@ -61,12 +62,17 @@ def _run(kinds: list[str], seed: int, first: int, last: int, folder: Path) -> No
             ended, why = "typed", f"{type(err).__name__}: {err}"
         except BaseException as err:  # noqa: BLE001 - whatever it is, it is the finding
             ended, why = "other", "".join(traceback.format_exception(err)[-6:])
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _say(number=number, ended=ended, why=why[-3000:])
+        left_s, _ = signal.setitimer(signal.ITIMER_PROF, 0)
+        _say(number=number, ended=ended, why=why[-3000:], cpu_s=CPU_S - left_s, all_cpu_s=_cpu_s() - started_s)
     for target in targets.values():
         if hasattr(target, "close"):
             target.close()
     _say(done=True)
+
+
+def _cpu_s() -> float:
+    """Processor time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def _data_bytes() -> int:

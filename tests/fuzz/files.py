@@ -105,7 +105,7 @@ class GgufFiles:
                 fields.insert(at, fields[rng.randrange(len(fields))])
             case 2:
                 fields[at] = (key, kind, fields[rng.randrange(len(fields))][2])
-            case 3 if isinstance(content, tuple):
+            case 3 if isinstance(content, tuple) and content[1]:
                 entries = list(content[1])
                 entries[rng.randrange(len(entries))] = mutations.value(rng)
                 fields[at] = (key, kind, (content[0], entries[: rng.choice((None, 1, 5, -1))]))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import signal
@@ -13,10 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
+
 from tests.children import python
 
-_SILENCE_S = 180.0
-"""A case that takes longer hangs. One that computes is ended by its own limit of processor time long before."""
+_SILENCE_S = 120.0
+"""A case that says nothing for longer hangs, unless the machine gives it no processor time. One that computes is ended
+by its own limit long before."""
 _MAIN = "from tests.fuzz.child import main; main()"
 
 
@@ -29,10 +33,15 @@ class Counts:
     ok: Counter[str] = field(default_factory=Counter)
     other: dict[str, list[str]] = field(default_factory=dict)
     """Kind against what it was, with the case's name."""
+    most_cpu_s: dict[str, float] = field(default_factory=dict)
+    """Kind against the processor time of the case that took most."""
+    cpu_s: float = 0.0
+    """Processor time of all cases, with that of their own children."""
 
-    def add(self, kind: str, ended: str, why: str) -> None:
+    def add(self, kind: str, ended: str, why: str, cpu_s: float = 0.0) -> None:
         """Count a case."""
         self.tried[kind] += 1
+        self.most_cpu_s[kind] = max(cpu_s, self.most_cpu_s.get(kind, 0.0))
         if ended == "other":
             self.other.setdefault(kind, []).append(why)
         else:
@@ -51,6 +60,7 @@ def run(
     first: int,
     num_cases: int,
     seconds: float | None = None,
+    cpu_s: float | None = None,
     progress: Callable[[Counts], None] = lambda _: None,
 ) -> Counts:
     """Run cases.
@@ -61,35 +71,32 @@ def run(
         first: number of the first case.
         num_cases: how many follow.
         seconds: stop after this time, whatever is left; None for no limit.
+        cpu_s: the same in processor time of the cases.
         progress: told after each case.
     """
     counts = Counts()
-    end_s = None if seconds is None else time.monotonic() + seconds
+    end_s = math.inf if seconds is None else time.monotonic() + seconds
+
+    def is_over() -> bool:
+        progress(counts)
+        return time.monotonic() > end_s or counts.cpu_s > (math.inf if cpu_s is None else cpu_s)
+
     next_case, last = first, first + num_cases
-    while next_case < last and (end_s is None or time.monotonic() < end_s):
-        next_case = _one_child(kinds, seed, next_case, last, end_s, counts, progress)
+    while next_case < last and not is_over():
+        next_case = _one_child(kinds, seed, next_case, last, counts, is_over)
     return counts
 
 
-def _one_child(
-    kinds: list[str],
-    seed: int,
-    first: int,
-    last: int,
-    end_s: float | None,
-    counts: Counts,
-    progress: Callable[[Counts], None],
-) -> int:
+def _one_child(kinds: list[str], seed: int, first: int, last: int, counts: Counts, is_over: Callable[[], bool]) -> int:
     """Run cases until the child ends; returns the number of the next."""
     command = python(_MAIN, ",".join(kinds), str(seed), str(first), str(last))
     next_case, running, is_ready, is_done = first, None, False, False
+    before_s = counts.cpu_s
     with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1, start_new_session=True
-        )
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
         assert child.stdout is not None
         try:
-            for words in _lines(child.stdout):
+            for words in _lines(child):
                 is_ready |= "ready" in words
                 is_done |= "done" in words
                 if "kind" in words:
@@ -97,10 +104,10 @@ def _one_child(
                 elif "ended" in words:
                     assert running is not None
                     name = f"{running['kind']}, case {words['number']} of seed {seed}"
-                    counts.add(running["kind"], words["ended"], f"{name}: {words['why']}")
+                    counts.add(running["kind"], words["ended"], f"{name}: {words['why']}", words["cpu_s"])
+                    counts.cpu_s = before_s + words["all_cpu_s"]
                     next_case, running = words["number"] + 1, None
-                    progress(counts)
-                    if end_s is not None and time.monotonic() > end_s:
+                    if is_over():
                         return last
         except TimeoutError:
             pass
@@ -123,19 +130,21 @@ def _one_child(
     return int(running["number"]) + 1
 
 
-def _lines(stream: Any) -> Any:
+def _lines(child: "subprocess.Popen[bytes]") -> Any:
     """The child's lines.
 
     Raises:
-        TimeoutError: none came for too long.
+        TimeoutError: none came for too long, in which it had nothing to compute.
     """
+    stream: Any = child.stdout
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
         os.set_blocking(stream.fileno(), False)
         waiting = ""
         while True:
-            if not selector.select(_SILENCE_S):
-                raise TimeoutError
+            while not selector.select(_SILENCE_S):
+                if psutil.Process(child.pid).status() != psutil.STATUS_RUNNING:
+                    raise TimeoutError
             data = os.read(stream.fileno(), 1 << 16)
             if not data:
                 return

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
 from colm.checkpoint import TextConfig
@@ -126,6 +127,25 @@ def test_windows_are_short_and_stay_short_where_time_grows_with_their_square() -
     assert slow._first_pieces._window_chars == slow._first_pieces._max_window_chars == SHORT_WINDOW_CHARS
     assert fast._first_pieces._window_chars > SHORT_WINDOW_CHARS
     assert slow.decode(slow.encode(document)) == document
+
+
+def test_a_template_with_twenty_thousand_special_tokens_is_read_in_one_pass() -> None:
+    """A character of the template could be held against each of the tokens, for every request."""
+    names = [f"<a{number}>" for number in range(20_000)]
+    tokens = [AddedToken(name, normalized=False, special=True) for name in names]
+    encoder = tiny_tokenizer()
+    encoder.add_tokens(tokens)
+    text = TextConfig(chat_template="{{ '<a7777>' }}{{ '<a1' * 50000 }}{{ messages[0].content }}<a7>")
+    tokenizer = Tokenizer(encoder.to_str().encode(), text, lambda: datetime(2026, 1, 1, tzinfo=UTC))
+    ids = tokenizer.encode_prompt(document="the <a7> end", prompt="", chat=True).tolist()
+    first, last = (encoder.token_to_id(name) for name in ("<a7777>", "<a7>"))
+    assert [token for token in ids if token >= min(first, last)] == [first, last]
+
+
+@pytest.mark.parametrize("score", ["0", 10**400, True, None], ids=str)
+def test_a_score_is_a_number(score: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.vocab has a score that is no finite number"):
+        parse_tokenizer(model(type="Unigram", vocab=[["a", score]], unk_id=0))
 
 
 def test_what_a_file_puts_around_a_text_or_cuts_from_it_is_left_out() -> None:

@@ -1,4 +1,4 @@
-"""`make test` in two processes: what it says, and that a failure in either is its own."""
+"""`make test` in several processes: what it says, and that a failure in either is its own."""
 
 import pytest
 
