@@ -29,7 +29,7 @@ from colm.errors import ColmError
 from tests.e2e.conftest import holds, run_colm
 from tests.soak.faults import Fault, ask_for_nothing, cancel, lines, read_slowly, run_out_of_time
 from tests.soak.questions import End, Question, questions
-from tests.soak.watch import ROLES, Watch
+from tests.soak.watch import ROLES, WHOLE, Watch
 from tests.tiny import tiny_checkpoint, tiny_config
 
 REQUESTS_PER_S = 500 / 600
@@ -43,6 +43,8 @@ class Counts:
     """How requests have ended, by several threads."""
 
     ends: Counter[End] = field(default_factory=Counter)
+    without_fault: Counter[End] = field(default_factory=Counter)
+    """Of those that had no fault of their own: the killed processes' work."""
     faults: Counter[str] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
     """What was said about the first requests that were wrong or lost."""
@@ -55,6 +57,8 @@ class Counts:
             self.ends[end] += 1
             if fault:
                 self.faults[fault] += 1
+            else:
+                self.without_fault[end] += 1
             if end in (End.WRONG, End.LOST) and len(self.bad) < 20:
                 self.bad.append(f"request {question.number} ({fault or 'no fault'}) {end.value}: {why}")
             if end is End.UNAVAILABLE and not fault:
@@ -70,14 +74,18 @@ class Counts:
 def main() -> int:
     """Soak, print a table, write a record; exit with 1 if something must not have been."""
     options = _options()
-    config = '[gateway]\nport = 0\n[decode]\nkv_cache_bytes = "64MiB"\n[prefill]\nsparse_dense_below_tokens = 256\n'
     with tempfile.TemporaryDirectory(prefix="colm-soak-") as folder:
         model = (
             options.model
             or tiny_checkpoint(Path(folder) / "tiny", tiny_config(num_layers=4, max_context=8192), tokenizer=True).path
         )
         file, state_dir = Path(folder) / "colm.toml", Path(folder) / "state"
-        file.write_text('[model]\ndtype = "float32"\n' + config)
+        # So little that the tiny model's requests wait for pages now and then.
+        kv_cache_bytes = "32MiB" if options.model is None else "4GiB"
+        file.write_text(
+            f'[model]\ndtype = "float32"\n[gateway]\nport = 0\n[decode]\nkv_cache_bytes = "{kv_cache_bytes}"\n'
+            "[prefill]\nsparse_dense_below_tokens = 256\n"
+        )
         note(f"colm up --model {model}")
         try:
             run_colm(state_dir, "up", "--config", str(file), "--model", str(model))
@@ -187,17 +195,17 @@ def _held(state: ClusterState) -> list[str]:
 
 
 def _record(options: argparse.Namespace, counts: Counts, watch: Watch, run_s: float, held: list[str]) -> dict[str, Any]:
-    memory = {role: watch.memory.summary(role, run_s) for role in ROLES}
+    memory = {role: watch.memory.summary(role, run_s) for role in (*ROLES, WHOLE)}
     ends = {end.value: counts.ends[end] for end in End}
     num_requests, num_wanted = counts.ends.total(), round(REQUESTS_PER_S * options.seconds)
-    num_unavailable = counts.unavailable.total()
+    num_without_answer = counts.without_fault.total() - counts.without_fault[End.RIGHT]
     problems = [*counts.bad]
     problems += [f"{num_requests} requests, fewer than {num_wanted}"] * (num_requests < num_wanted)
     problems += [f"held at the end: {each}" for each in held]
     problems += [f"memory of {role} grows: {each}" for role, each in memory.items() if each["is_flat"] is False]
     problems += [f"a killed {kill.role} did not come back" for kill in watch.kills[:-1] if kill.back_after_s is None]
-    if options.strict and num_unavailable:
-        problems.append(f"{num_unavailable} requests without a fault of their own were lost with a process")
+    if options.strict and num_without_answer:
+        problems.append(f"{num_without_answer} requests without a fault of their own got no answer")
     return {
         "bench": "soak",
         "seed": options.seed,
@@ -208,7 +216,7 @@ def _record(options: argparse.Namespace, counts: Counts, watch: Watch, run_s: fl
         "num_questions": options.questions,
         "num_requests": num_requests,
         "ends": ends,
-        "num_unavailable_without_fault": num_unavailable,
+        "ends_without_fault": {end.value: counts.without_fault[end] for end in End},
         "unavailable": dict(counts.unavailable.most_common()),
         "faults": dict(counts.faults),
         "kills": [asdict(kill) for kill in watch.kills],
@@ -224,13 +232,15 @@ def _table(record: dict[str, Any]) -> Table:
     )
     for end, number in record["ends"].items():
         table.add_row(f"requests {end}", str(number))
-    table.add_row("of those unavailable, without a fault", str(record["num_unavailable_without_fault"]))
+    unanswered = sum(record["ends_without_fault"].values()) - record["ends_without_fault"]["right"]
+    table.add_row("unanswered without a fault", str(unanswered))
     for role in ROLES:
         backs = sorted(
             k["back_after_s"] for k in record["kills"] if k["role"] == role and k["back_after_s"] is not None
         )
         middle = f", back after {backs[len(backs) // 2]:.1f} s" if backs else ""
         table.add_row(f"{role} killed", f"{sum(k['role'] == role for k in record['kills'])} times{middle}")
+    for role in (*ROLES, WHOLE):
         seen = record["memory"][role]
         slope = seen["slope_bytes_per_min"]
         grows = "not seen long enough" if slope is None else f"{human_bytes(slope)} a minute"

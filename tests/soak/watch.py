@@ -7,6 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import psutil
@@ -18,8 +19,10 @@ from colm.nodes import Role
 from tests.listening import family
 
 ROLES = ("gateway", *(role.value for role in Role))
+WHOLE = "cluster"
+"""All processes together, Ray's own among them."""
 _RESTART_S = 120.0
-_WARM_UP_S = 10.0
+_WARM_UP_S = 30.0
 """Of a process's life: what it loads and allocates once."""
 _LEAST_SAMPLES_S = 120.0
 """Of a role; with less its slope is not judged."""
@@ -78,7 +81,7 @@ class Processes:
 
 @dataclass
 class Memory:
-    """Resident memory of each role's processes over their lives."""
+    """Resident memory of each role's processes over their lives, and of all together."""
 
     samples: dict[str, dict[int, list[tuple[float, int]]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
@@ -90,6 +93,14 @@ class Memory:
             self.samples[role][pid].append((now_s, psutil.Process(pid).memory_info().rss))
         except psutil.Error:
             return
+
+    def see_all(self, pid: int, now_s: float) -> None:
+        """Take a sample of a process and all its descendants."""
+        size = 0
+        for process in family(pid):
+            with suppress(psutil.Error):
+                size += process.memory_info().rss
+        self.samples[WHOLE][pid].append((now_s, size))
 
     def summary(self, role: str, run_s: float) -> dict[str, object]:
         """Peak, last and slope of a role, and whether it is flat; None where there was too little to see."""
@@ -164,6 +175,8 @@ class Watch:
                 for role, pids in processes.pids(client).items():
                     for pid in pids:
                         self.memory.see(role, pid, time.monotonic())
+                assert self._state.ray_pid is not None
+                self.memory.see_all(self._state.ray_pid, time.monotonic())
 
     def _kill(self) -> None:
         processes = Processes(self._state)
