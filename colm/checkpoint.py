@@ -22,6 +22,7 @@ from colm.finite import NOT_FINITE, is_finite
 from colm.huge_pages import side_by_side
 from colm.model import ChainTransformer, parameter_shapes
 from colm.model.config import ChainConfig
+from colm.model.weights import lay_out_in_panels
 from colm.placement import CPU
 from colm.staging import staged
 
@@ -164,6 +165,20 @@ class Checkpoint:
         with torch.device("meta"):
             model = ChainTransformer(self.config, num_chains)
         assign(model, self.tensors(name for name, _ in model.named_parameters()), dtype, device)
+        return model
+
+    def load_in_panels(self, dtype: torch.dtype) -> ChainTransformer:
+        """Build the whole model for few rows on the CPU: what multiplies them lies in panels, copied from the file.
+
+        Args:
+            dtype: cast to this; one for which `colm_kernels.panels.pays`.
+        """
+        with torch.device("meta"):
+            model = ChainTransformer(self.config)
+        with self._reader() as reader:
+            laid_out = frozenset(lay_out_in_panels(model.multiplied, reader.get_tensor, dtype))
+        # By a reader of their own: the other's pages go with it.
+        assign(model, self.tensors(name for name, _ in model.named_parameters() if name not in laid_out), dtype)
         return model
 
     def _metadata(self) -> dict[str, str]:

@@ -14,27 +14,32 @@ _ALIGNMENT: Final = 64
 
 
 def side_by_side(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copy tensors into one piece of CPU memory, in their order.
+    """Copies of tensors, which may be anywhere, in memory of `empty_side_by_side`."""
+    places = empty_side_by_side({name: tensor.shape for name, tensor in tensors.items()}, dtype)
+    return {name: places[name].copy_(tensor) for name, tensor in tensors.items()}
+
+
+def empty_side_by_side(shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors in one piece of CPU memory, in their order.
 
     Args:
-        tensors: anywhere.
-        dtype: of the copies.
+        shapes: of the tensors, by name.
+        dtype: of all.
 
     Returns:
-        The copies, contiguous; the memory is freed with the last of them. Huge pages are asked for, not demanded: where
-        the system gives none, the memory is as any other.
+        The tensors, contiguous; the memory is freed with the last of them. Huge pages are asked for, not demanded:
+        where the system gives none, the memory is as any other.
     """
-    sizes = [tensor.numel() * dtype.itemsize for tensor in tensors.values()]
+    sizes = [shape.numel() * dtype.itemsize for shape in shapes.values()]
     *places, num_bytes = accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0)
     memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if (advice := getattr(mmap, "MADV_HUGEPAGE", None)) is not None:
         with suppress(OSError):  # a kernel without them
             memory.madvise(advice)
-    copies = {}
-    for (name, tensor), place, size in zip(tensors.items(), places, sizes, strict=True):
+    tensors = {}
+    for (name, shape), place, size in zip(shapes.items(), places, sizes, strict=True):
         if size:
-            flat = torch.frombuffer(memory, dtype=dtype, count=tensor.numel(), offset=place)
-            copies[name] = flat.view(tensor.shape).copy_(tensor)
+            tensors[name] = torch.frombuffer(memory, dtype=dtype, count=shape.numel(), offset=place).view(shape)
         else:
-            copies[name] = torch.empty(tensor.shape, dtype=dtype)
-    return copies
+            tensors[name] = torch.empty(shape, dtype=dtype)
+    return tensors

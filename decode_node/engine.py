@@ -12,6 +12,7 @@ from operator import is_not
 
 import numpy as np
 import torch
+from colm_kernels import panels
 from colm_kernels.decode_attention import MAX_QUERY_TOKENS, decode_attention
 from colm_kernels.decode_step import DecodeStep, StepRows
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from colm.checkpoint import Checkpoint
 from colm.kv import require_shared_kv
+from colm.model import ChainTransformer
 from colm.model.block import Rows
 from colm.model.one_call import all_gains, step_layers
 from colm.model.rope import Rope
@@ -41,7 +43,7 @@ class DecodeEngine:
         self.config = checkpoint.config
         self._store = store
         self._table = _BatchTable(store.device)
-        self._model = checkpoint.load(dtype=store.layout.kv_format.dtype, device=store.device)
+        self._model = _load(checkpoint, store.layout.kv_format.dtype, store.device)
         self._rope = Rope(checkpoint.config, store.device)
         self._one_call: DecodeStep | None = None
         if in_one_call and (layers := step_layers(self._model, store.device)) is not None:
@@ -114,6 +116,12 @@ class DecodeEngine:
         numbers = torch.tensor([number for each in lists for number in each], dtype=torch.int64)
         moved: tuple[Tensor, ...] = numbers.to(self._store.device).split([len(each) for each in lists])
         return moved
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> ChainTransformer:
+    if device.type == "cpu" and panels.pays(dtype):
+        return checkpoint.load_in_panels(dtype)
+    return checkpoint.load(dtype=dtype, device=device)
 
 
 def _chain_rows(plan: StepPlan, counts_R: Sequence[int]) -> list[int]:

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 
 import torch
 from colm_kernels.chain_linear import chain_linear
+from colm_kernels.panels import Panels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from colm.model.weights import ChainWeights
 
-class ChainTable(nn.Module):
+
+class ChainTable(ChainWeights):
     """A (V, D) matrix whose columns belong to chains: `chain1` (V, D_1), `chain2` (V, D_2), ..."""
 
     def __init__(self, vocab_size: int, dims: Sequence[int]) -> None:
@@ -20,10 +23,6 @@ class ChainTable(nn.Module):
         for name, dim in zip(self.names, dims, strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(vocab_size, dim)))
 
-    def columns(self, num_chains: int) -> list[Tensor]:
-        """(V, D_i) of the first `num_chains` chains."""
-        return [self.get_parameter(name) for name in self.names[:num_chains]]
-
     def embed(self, tokens_R: Tensor, num_chains: int) -> Tensor:
         """x_RD: row `tokens_R[r]` of the first `num_chains` chains."""
         rows = self.embed_by_chain(tokens_R, num_chains)
@@ -31,7 +30,8 @@ class ChainTable(nn.Module):
 
     def embed_by_chain(self, tokens_R: Tensor, num_chains: int) -> list[Tensor]:
         """The result of `embed`, one tensor a chain."""
-        return [F.embedding(tokens_R, columns) for columns in self.columns(num_chains)]
+        tables = self.weights(num_chains)
+        return [t.select(tokens_R) if isinstance(t, Panels) else F.embedding(tokens_R, t) for t in tables]
 
     def logits(self, x_RD: Tensor, chain_rows: Sequence[int]) -> Tensor:
         """logits_RV of normalised hidden states, each row at its own scale.
@@ -39,7 +39,7 @@ class ChainTable(nn.Module):
         Chains are added one after the other, so that a chain whose columns are zero leaves the sum
         bit-identical; that is what makes a freshly expanded model answer exactly like its first chain.
         """
-        tables = self.columns(len(chain_rows))
+        tables = self.weights(len(chain_rows))
         num_rows = x_RD.shape[0]
         column = tables[0].shape[1]
         logits_RV = chain_linear(x_RD[:, :column], tables[:1], None, (num_rows,))

@@ -11,8 +11,10 @@ from colm_kernels.chain_linear import chain_linear, chain_linear_by_chain
 from colm_kernels.staircase import Staircase
 from torch import Tensor, nn
 
+from colm.model.weights import ChainWeights
 
-class ChainLinear(nn.Module):
+
+class ChainLinear(ChainWeights):
     """y_i = W_i x_{1..i} + b_i: output chain i reads input chains 1..i only.
 
     Parameters are named `chain1`, `chain2`, ...: block i has shape (out_dims[i], in_dims[0] + .. + in_dims[i]);
@@ -27,10 +29,6 @@ class ChainLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(out_dim, width)))
             if bias:
                 self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(out_dim)))
-
-    def weights(self, num_chains: int) -> list[Tensor]:
-        """The blocks of the first `num_chains` chains."""
-        return [getattr(self, name) for name in self.names[:num_chains]]
 
     def biases(self, num_chains: int) -> list[Tensor] | None:
         """The biases of the first `num_chains` chains; None where there are none."""
@@ -47,4 +45,4 @@ class ChainLinear(nn.Module):
 
     def by_chain(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """One tensor a chain, differentiable, as the oracle and training run it."""
-        return chain_linear_by_chain(xs, self.weights(len(xs)), self.biases(len(xs)))
+        return chain_linear_by_chain(xs, self.matrices(len(xs)), self.biases(len(xs)))

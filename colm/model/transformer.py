@@ -16,6 +16,7 @@ from colm.model.config import ChainConfig
 from colm.model.embedding import ChainTable, nested_logits
 from colm.model.norm import ChainRMSNorm
 from colm.model.rope import Rope
+from colm.model.weights import ChainWeights
 
 
 class ChainTransformer(nn.Module):
@@ -50,6 +51,12 @@ class ChainTransformer(nn.Module):
         """The head; the embedding itself where they are tied."""
         return self.embedding if self.config.tie_embeddings else self.head
 
+    @property
+    def multiplied(self) -> dict[str, ChainWeights]:
+        """By name, what a step multiplies by: every linear and the head, but no embedding that is not tied to it."""
+        of_all = {name: module for name, module in self.named_modules() if isinstance(module, ChainWeights)}
+        return {name: m for name, m in of_all.items() if m is not self.embedding or m is self.output_table}
+
     def forward(self, tokens_BT: Tensor, num_chains: int | None = None) -> Tensor:
         """Logits of whole sequences.
 
@@ -61,7 +68,7 @@ class ChainTransformer(nn.Module):
             logits_BTV at that scale, in the weights' dtype.
         """
         xs = self.hidden_states(tokens_BT, num_chains)
-        logits_RV = nested_logits(xs, self.output_table.columns(len(xs)))
+        logits_RV = nested_logits(xs, self.output_table.matrices(len(xs)))
         return logits_RV.view(*tokens_BT.shape, -1)
 
     def hidden_states(self, tokens_BT: Tensor, num_chains: int | None = None) -> list[Tensor]:

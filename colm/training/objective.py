@@ -55,7 +55,7 @@ def scale_losses(
     if tokens_BT.shape[1] < 2:
         raise ValueError(f"tokens_BT has {tokens_BT.shape[1]} tokens a sequence; at least 2 are needed")
     xs = model.hidden_states(tokens_BT[:, :-1], wanted[-1])
-    columns = model.output_table.columns(wanted[-1])
+    columns = model.output_table.matrices(wanted[-1])
     labels_R = tokens_BT[:, 1:].flatten()
     total, *losses = _NestedCrossEntropy.apply(labels_R, wanted, chunk_tokens, len(xs), *xs, *columns)
     return ScaleLosses(total, {scale: loss.item() for scale, loss in zip(wanted, losses, strict=True)})

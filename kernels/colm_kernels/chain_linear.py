@@ -13,7 +13,8 @@ from colm_kernels.few_rows_linear import few_rows_linear, library_variant, varia
 from colm_kernels.many_rows_linear import many_rows_linear, step_of_chain
 from colm_kernels.packed_linear import packed_linear, packed_swiglu
 from colm_kernels.packed_linear import takes as packed_takes
-from colm_kernels.staircase import Staircase
+from colm_kernels.panels import Panels, all_in_panels, as_rows
+from colm_kernels.staircase import Staircase, Weights
 from colm_kernels.swiglu import swiglu_
 
 
@@ -38,20 +39,18 @@ def chain_linear_reference(
     return y_RO
 
 
-def chain_linear(
-    x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, chain_rows: Sequence[int]
-) -> Tensor:
+def chain_linear(x_RI: Tensor, weights: Weights, biases: Sequence[Tensor] | None, chain_rows: Sequence[int]) -> Tensor:
     """Apply the staircase, chain by chain, to as many leading rows as each chain serves.
 
     Few rows without gradients, as in decode, run in the library, which memory bounds. A row's result is then
-    bit-identical in any batch and at any scale. So do many rows of bf16 where its products are the fastest, see
-    `packed_linear`. Otherwise many rows take one PyTorch product a chain, and in the backward pass one for each weight
-    and one for each input: a staircase of n steps cannot be cut into fewer than n rectangles without multiplying
-    zeros. Tensors that require no gradient are left out of those products.
+    bit-identical in any batch and at any scale. With weights in panels, any number of rows does. So do many rows of
+    bf16 where its products are the fastest, see `packed_linear`. Otherwise many rows take one PyTorch product a chain,
+    and in the backward pass one for each weight and one for each input: a staircase of n steps cannot be cut into
+    fewer than n rectangles without multiplying zeros. Tensors that require no gradient are left out of those products.
 
     Args:
         x_RI: input of the active chains, side by side; I = weights[-1].shape[1].
-        weights: one block a chain, (O_i, I_1 + .. + I_i).
+        weights: one block a chain, (O_i, I_1 + .. + I_i); as tensors, or all in panels.
         biases: one (O_i,) a chain, or None.
         chain_rows: for chain i the number of leading rows that compute it; never increasing. Rows that run at a
             larger scale stand first, so a batch of mixed scales reads every weight once.
@@ -69,6 +68,7 @@ def chain_linear(
     variant = variant_for(x_RI, weights, biases)
     if variant != "torch":
         return few_rows_linear(x_RI, weights, biases, chain_rows, variant)
+    weights = as_rows(weights)
     if packed_takes(x_RI, weights, biases or ()):
         return packed_linear(x_RI, [(weights, biases, chain_rows)])[0]
     named = _named("weights", weights) | _named("biases", biases or ())
@@ -140,7 +140,7 @@ def joint_linear(x_RI: Tensor, staircases: Sequence[Staircase]) -> list[Tensor]:
 
     Example: x of 5 features, weights of (4, 5) and (2, 3): y_1 of 4 features, and y_2 of 2 that read x[:, :3].
     """
-    all_weights: list[Tensor] = []
+    all_weights: list[Tensor | Panels] = []
     all_biases: list[Tensor] = []
     all_rows: list[int] = []
     out_dims = []
@@ -155,7 +155,7 @@ def joint_linear(x_RI: Tensor, staircases: Sequence[Staircase]) -> list[Tensor]:
         if variant != "torch":
             y_RO = few_rows_linear(x_RI, all_weights, all_biases or None, all_rows, variant)
             return list(y_RO.split(out_dims, dim=1))
-    if packed_takes(x_RI, all_weights, all_biases):
+    if not all_in_panels(all_weights) and packed_takes(x_RI, as_rows(all_weights), all_biases):
         return packed_linear(x_RI, staircases)
     return [chain_linear(_first_inputs(x_RI, staircase[0]), *staircase) for staircase in staircases]
 
@@ -183,18 +183,19 @@ def swiglu_linear(x_RI: Tensor, gate: Staircase, up: Staircase) -> Tensor:
             f"gate and up differ: weights of {[tuple(w.shape) for w in gates]} and {[tuple(w.shape) for w in ups]}, "
             f"chain_rows {tuple(gate_rows)} and {tuple(up_rows)}, biases in both or in neither"
         )
-    is_few = library_variant(len(x_RI), x_RI.dtype) != "torch"
-    if not is_few and packed_takes(x_RI, (*gates, *ups), (*(gate_biases or ()), *(up_biases or ()))):
+    if all_in_panels(gates) or library_variant(len(x_RI), x_RI.dtype) != "torch":
+        return swiglu_(*joint_linear(x_RI, [gate, up]))
+    if packed_takes(x_RI, as_rows((*gates, *ups)), (*(gate_biases or ()), *(up_biases or ()))):
         return packed_swiglu(x_RI, gate, up)
     return swiglu_(*joint_linear(x_RI, [gate, up]))
 
 
-def _first_inputs(x_RI: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def _first_inputs(x_RI: Tensor, weights: Weights) -> Tensor:
     width = weights[-1].shape[-1] if weights else 0
     return x_RI if width == x_RI.shape[-1] else x_RI[..., :width]
 
 
-def _check(x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, chain_rows: Sequence[int]) -> None:
+def _check(x_RI: Tensor, weights: Weights, biases: Sequence[Tensor] | None, chain_rows: Sequence[int]) -> None:
     # Called a hundred times a decode step: only plain comparisons when the arguments are right.
     if x_RI.dim() != 2:
         check_dims("x_RI", x_RI, None, None)

@@ -17,8 +17,10 @@ from torch import Tensor
 from colm_kernels import native
 from colm_kernels.few_rows_linear import library_variant
 from colm_kernels.native import HEAD_DIMS, Variant
+from colm_kernels.panels import Panels
+from colm_kernels.staircase import Weights
 
-Matrices = tuple[Sequence[Tensor], Sequence[Tensor] | None]
+Matrices = tuple[Weights, Sequence[Tensor] | None]
 """The weights of a linear, one a chain, and its biases."""
 
 
@@ -32,6 +34,7 @@ class StepArgs(ctypes.Structure):
                 "matrices", "norms", "chain_heads", "chain_rows", "k_pages", "v_pages", "cos", "sin", "slots",
                 "block_table", "context_lens", "cu_seqlens_q", "x", "y", "num_layers", "num_chains", "num_active",
                 "num_tokens", "num_requests", "num_kv_heads", "head_dim", "num_pages", "page_tokens", "table_columns",
+                "in_panels",
             )
         ),
         ("eps", ctypes.c_float),
@@ -82,7 +85,7 @@ class StepTable:
 
     Args:
         layers: contiguous tensors of one dtype on the CPU; they must not move as long as this object lives. On the meta
-            device are those that no call reads.
+            device are those that no call reads. Linears are all in panels, or none is.
         final_gains: of the norm behind the last layer.
         chain_heads: query heads of each chain.
     """
@@ -90,6 +93,10 @@ class StepTable:
     def __init__(self, layers: Sequence[StepLayer], final_gains: Sequence[Tensor], chain_heads: Sequence[int]) -> None:
         gains = [each for layer in layers for each in (layer.attention_gains, layer.ffn_gains)] + [final_gains]
         matrices = [each for layer in layers for each in layer.matrices]
+        kinds = {isinstance(weight, Panels) for weights, _ in matrices for weight in weights}
+        if len(kinds) > 1:
+            raise ValueError("some weights are in panels and others are not; lay out all or none")
+        self.in_panels = kinds == {True}
         self._tensors = [tensor for tensor in _tensors(gains, matrices) if not tensor.is_meta]
         self.dtype = self._tensors[0].dtype
         for tensor in self._tensors:
@@ -133,7 +140,9 @@ class DecodeStep:
     def variant_for(self, num_tokens: int) -> Variant:
         """The variant that runs a step of so many tokens; "torch" where the library cannot or is not faster."""
         k_pages_LBPKE, _ = self._pages
-        return library_variant(num_tokens, k_pages_LBPKE.dtype) if k_pages_LBPKE.shape[-1] in HEAD_DIMS else "torch"
+        if k_pages_LBPKE.shape[-1] not in HEAD_DIMS:
+            return "torch"
+        return library_variant(num_tokens, k_pages_LBPKE.dtype, in_panels=self._table.in_panels)
 
     def run(self, x_TD: Tensor, rows: StepRows, variant: Variant) -> Tensor:
         """Write the tokens' keys and values into the pages, and run all layers.
@@ -162,7 +171,7 @@ class DecodeStep:
             rows.cu_seqlens_q_R1.data_ptr(), x_TD.data_ptr(), y_TD.data_ptr(),
             self._num_layers, len(self._table.chain_heads), len(rows.chain_rows), len(x_TD), num_requests,
             num_kv_heads, head_dim, num_pages, page_tokens, table_columns,
-            self._eps, head_dim**-0.5, native.dtype_id(x_TD.dtype),
+            self._table.in_panels, self._eps, head_dim**-0.5, native.dtype_id(x_TD.dtype),
             native.variant_id(native.choose_memory_bound_variant(head_dim, x_TD)),
         )  # fmt: skip
         native.call("colm_decode_step", args, variant, torch.get_num_threads())
@@ -173,16 +182,17 @@ def _tensors(gains: Sequence[Sequence[Tensor]], matrices: Sequence[Matrices]) ->
     for each in gains:
         yield from each
     for weights, biases in matrices:
-        yield from weights
+        yield from (weight.panels if isinstance(weight, Panels) else weight for weight in weights)
         yield from biases or ()
 
 
-def _words(weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> Iterator[int]:
+def _words(weights: Weights, biases: Sequence[Tensor] | None) -> Iterator[int]:
     """The `StepMatrix` of each chain."""
     for chain, weight in enumerate(weights):
         out_dim, in_dim = weight.shape
         yield from (_address(weight), 0 if biases is None else _address(biases[chain]), in_dim, out_dim)
 
 
-def _address(tensor: Tensor) -> int:
-    return 0 if tensor.is_meta else tensor.data_ptr()
+def _address(tensor: Tensor | Panels) -> int:
+    is_there = isinstance(tensor, Panels) or not tensor.is_meta
+    return tensor.data_ptr() if is_there else 0

@@ -12,8 +12,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from colm_kernels import native
+from colm_kernels import native, panels
 from colm_kernels.native import Variant
+from colm_kernels.panels import Panels, all_in_panels
+from colm_kernels.staircase import Weights
 
 MAX_ROWS: Final = 16
 """Most rows for which the library is used.
@@ -40,18 +42,21 @@ class LinearArgs(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
-            "x", "y", "blocks", "num_blocks", "num_rows", "in_dim", "x_stride", "y_stride", "dtype", "words",
+            "x", "y", "blocks", "num_blocks", "num_rows", "in_dim", "x_stride", "y_stride", "dtype", "in_panels",
+            "words",
         )
     )  # fmt: skip
 
 
-def variant_for(x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> Variant:
+def variant_for(x_RI: Tensor, weights: Weights, biases: Sequence[Tensor] | None) -> Variant:
     """The variant that runs these tensors; "torch" where the library cannot or is not faster."""
     dtype = x_RI.dtype
-    variant = library_variant(x_RI.shape[0], dtype)
+    of_panels = all_in_panels(weights)
+    variant = library_variant(x_RI.shape[0], dtype, in_panels=of_panels)
     if variant == "torch" or x_RI.stride(1) != 1 or not x_RI.is_cpu:
         return "torch"
-    tensors = weights if biases is None else (*weights, *biases)
+    stored = [weight.panels if isinstance(weight, Panels) else weight for weight in weights]
+    tensors = stored if biases is None else (*stored, *biases)
     for tensor in tensors:
         if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
             return "torch"
@@ -60,8 +65,10 @@ def variant_for(x_RI: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     return variant
 
 
-def library_variant(num_rows: int, dtype: torch.dtype) -> Variant:
+def library_variant(num_rows: int, dtype: torch.dtype, *, in_panels: bool = False) -> Variant:
     """The variant that runs so many rows of a dtype; "torch" where the library cannot or is not faster."""
+    if in_panels:
+        return panels.library_variant(dtype)
     if not 0 < num_rows <= MAX_ROWS_OF_PAIRS or dtype not in (torch.bfloat16, torch.float32):
         return "torch"
     variant = native.forced_variant() or native.default_variant(dtype)
@@ -71,12 +78,14 @@ def library_variant(num_rows: int, dtype: torch.dtype) -> Variant:
 
 def few_rows_linear(
     x_RI: Tensor,
-    weights: Sequence[Tensor],
+    weights: Weights,
     biases: Sequence[Tensor] | None,
     chain_rows: Sequence[int],
     variant: Variant,
 ) -> Tensor:
     """`chain_linear` of checked arguments, in one call of the library; other Python threads run meanwhile.
+
+    Weights in panels take any number of rows.
 
     A row's result depends neither on the other rows nor on the other chains: it is bit-identical in any batch and at
     any scale. Sums run in fp32; the error budget is in tolerance.py. Where pairs of bf16 are multiplied, numbers below
@@ -103,6 +112,7 @@ def few_rows_linear(
         x_RI.stride(0),
         out_dim,
         native.dtype_id(dtype),
+        all_in_panels(weights),
     )
     native.call("colm_linear", args, variant, torch.get_num_threads())
     return y_RO

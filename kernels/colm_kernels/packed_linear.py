@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from colm_kernels import native
-from colm_kernels.staircase import Staircase
+from colm_kernels.staircase import Staircase, Weights
 
 INPUT_MULTIPLE: Final = 32
 """Inputs of every chain are a multiple of it: what a vector of bf16 holds."""
@@ -88,7 +88,7 @@ def packed_swiglu(x_RI: Tensor, gate: Staircase, up: Staircase) -> Tensor:
     return y_RO
 
 
-def _new_output(x_RI: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def _new_output(x_RI: Tensor, weights: Weights) -> Tensor:
     return x_RI.new_empty(len(x_RI), sum(weight.shape[0] for weight in weights))
 
 

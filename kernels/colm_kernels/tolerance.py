@@ -18,12 +18,13 @@ from torch import Tensor
 from colm_kernels.chain_linear import chain_linear_reference
 from colm_kernels.decode_attention import decode_attention_reference
 from colm_kernels.kv_quantise import LARGEST
+from colm_kernels.panels import as_rows
 from colm_kernels.prefill_attention import prefill_attention_reference
 from colm_kernels.rms_norm import rms_norm_reference
 from colm_kernels.rotary import rotate_reference
 from colm_kernels.sparse_index import SparseIndex
 from colm_kernels.sparse_prefill_attention import sparse_prefill_attention_reference
-from colm_kernels.staircase import Staircase
+from colm_kernels.staircase import Staircase, Weights
 from colm_kernels.swiglu import swiglu_reference
 
 SUM_STEPS = 2.0
@@ -144,11 +145,11 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def linear(x_RI: Tensor, weights: Tensors, biases: Tensors | None, chain_rows: Sequence[int]) -> Expected:
+def linear(x_RI: Tensor, weights: Weights, biases: Tensors | None, chain_rows: Sequence[int]) -> Expected:
     """Budget of `chain_linear`: sums in fp32, rounded once."""
 
     def run(of: Callable[[Tensor], Tensor]) -> Tensor:
-        x, ws, bs = _wide(of, x_RI, weights, biases)
+        x, ws, bs = _wide(of, x_RI, as_rows(weights), biases)
         return chain_linear_reference(x, ws, bs, chain_rows)
 
     return _rounded(run(_same), sum_error(x_RI.shape[1]) * run(torch.abs), x_RI.dtype)

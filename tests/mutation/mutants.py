@@ -1163,6 +1163,35 @@ MUTANTS = (
         "tests/numerics/test_decode_step.py::test_how_many_tokens_one_call_takes_is_what_linear_takes",
     ),
     Mutant(
+        "a panel's words are of one output after the other",
+        "kernels/colm_kernels/panels.py",
+        "panels.copy_(whole.view(num_panels, outputs, num_words, elements).transpose(1, 2))",
+        "panels.copy_(whole.view(num_panels, num_words, outputs, elements))",
+        "tests/numerics/test_panels.py::test_a_panel_has_a_word_of_each_output_side_by_side",
+    ),
+    Mutant(
+        "the library takes panels for rows",
+        "kernels/colm_kernels/few_rows_linear.py",
+        "        all_in_panels(weights),\n",
+        "        False,\n",
+        "tests/numerics/test_panels.py::test_chains_serve_their_rows_and_leave_zeros_to_the_others",
+    ),
+    Mutant(
+        "an embedding that is not tied lies in panels too",
+        "colm/model/transformer.py",
+        "if m is not self.embedding or m is self.output_table",
+        "if m is not None",
+        "tests/unit/test_weights_in_panels.py::test_what_a_step_multiplies_by_lies_in_panels_and_all_else_as_before",
+    ),
+    Mutant(
+        "the whole file's tensors are held until all lie in panels",
+        "colm/model/weights.py",
+        "        module.take([in_panels(weight_of(name), places[name]) for name in names])",
+        "        held = [weight_of(name) for name in names]\n"
+        "        module.take([in_panels(weight, places[name]) for weight, name in zip(held, names, strict=True)])",
+        "tests/unit/test_weights_in_panels.py::test_a_tensor_of_the_file_is_let_go_of_before_the_next_is_read",
+    ),
+    Mutant(
         "the one call is never made",
         "decode_node/engine.py",
         'one_call.variant_for(len(x_TD))) != "torch":',

@@ -11,7 +11,7 @@ import pytest
 import torch
 from colm_kernels import native
 from colm_kernels.decode_attention import MAX_QUERY_TOKENS
-from colm_kernels.decode_step import DecodeStep, StepRows
+from colm_kernels.decode_step import DecodeStep, StepRows, StepTable
 from colm_kernels.few_rows_linear import MAX_ROWS, MAX_ROWS_OF_PAIRS
 from colm_kernels.native import BadTable, Variant, use_variant
 from hypothesis import given, settings
@@ -123,7 +123,7 @@ def test_steps_that_the_library_takes_run_in_one_call(tiny: Checkpoint, monkeypa
     engine.step(StepPlan((row[0],)))
     assert runs == [native.default_variant(torch.float32)]
     engine.step(StepPlan((*row[:1], PlanRow((1,), 0, 1, tables[1]))))
-    assert len(runs) == 1, f"{MAX_ROWS + 1} tokens are more than few"
+    assert len(runs) == 2, f"weights in panels take {MAX_ROWS + 1} tokens too"
 
 
 @pytest.mark.parametrize("variant", LIBRARY)
@@ -134,6 +134,15 @@ def test_how_many_tokens_one_call_takes_is_what_linear_takes(tiny: Checkpoint, v
         assert [step.variant_for(num_tokens) for num_tokens in (0, 1, most, most + 1)] == [
             "torch", variant, variant, "torch",
         ]  # fmt: skip
+
+
+def test_some_weights_in_panels_beside_others_by_rows_are_refused(tiny: Checkpoint) -> None:
+    layers = step_layers(tiny.load(dtype=torch.float32), CPU)
+    mixed = step_layers(tiny.load_in_panels(torch.float32), CPU)
+    assert layers is not None
+    assert mixed is not None
+    with pytest.raises(ValueError, match="some weights are in panels and others are not; lay out all or none"):
+        StepTable([layers[0], mixed[1]], [], tiny.config.chains)
 
 
 def test_a_feed_forward_without_a_gate_runs_in_its_modules(tmp_path: Path) -> None:

@@ -110,9 +110,13 @@ struct DecodeArgs {
     int32_t dtype, page_dtype;
 };
 
+// Outputs of a panel. A weight in panels is: panels, words of I, outputs of the panel; a word is one fp32 or two bf16 that
+// follow each other along I. Where O or I end inside a panel or a word, zeros follow.
+constexpr int64_t kPanelOutputs = 32;
+
 // Shapes: R rows, I input features, O output features of one block.
 struct LinearBlock {
-    const void* weight;            // O, I contiguous
+    const void* weight;            // O, I contiguous; or its panels
     const void* bias;              // O contiguous; may be null
     int64_t num_rows;              // leading rows of x that compute this block; the others get zeros
     int64_t in_dim, out_dim;       // its inputs are the first in_dim features of x
@@ -127,6 +131,7 @@ struct LinearArgs {
     int64_t num_blocks, num_rows, in_dim;
     int64_t x_stride, y_stride;
     int64_t dtype;
+    int64_t in_panels;             // whether all weights are
     const float* words;            // x as the kernel reads it; set by the launcher
 };
 
@@ -235,7 +240,7 @@ struct ScatterArgs {
 
 // The weights of one chain in one linear, and its bias.
 struct StepMatrix {
-    const void* weight;  // out_dim, in_dim contiguous
+    const void* weight;  // out_dim, in_dim contiguous; or its panels
     const void* bias;    // out_dim contiguous; may be null
     int64_t in_dim, out_dim;
 };
@@ -259,6 +264,7 @@ struct StepArgs {
     void* y;                      // T, D contiguous: x after the final norm
     int64_t num_layers, num_chains, num_active, num_tokens, num_requests;
     int64_t num_kv_heads, head_dim, num_pages, page_tokens, table_columns;
+    int64_t in_panels;            // whether all weights are
     float eps, scale;
     int32_t dtype, attention_variant;
 };
@@ -307,8 +313,9 @@ struct DecodeKernel {
 
 struct LinearKernel {
     LinearFn run;  // outputs [begin, end) of a block
-    void (*prepare)(const LinearArgs&, float* words);
+    void (*prepare)(const LinearArgs&, float* words);  // null where x is read as it is
     int64_t (*words_per_row)(int64_t in_dim);
+    int64_t tile;  // outputs that are taken at once: items begin at a multiple of it
 };
 
 struct PackedKernel {
@@ -332,6 +339,7 @@ struct Variant {
     RowScoresKernel (*row_scores)(int32_t dtype, int64_t head_dim);
     DecodeKernel (*decode)(int32_t page_dtype, int64_t head_dim);
     LinearKernel (*linear)(int32_t dtype);
+    LinearKernel (*panel)(int32_t dtype);
     PackedKernel (*packed)(int32_t dtype);
     RowsKernel<NormArgs> (*norm)(int32_t dtype);
     RowsKernel<RotaryArgs> (*rotary)(int32_t dtype);

@@ -7,17 +7,16 @@
 
 namespace {
 
-constexpr int64_t kLinearTile = 4;  // outputs that the kernel takes at once
 // Small enough that threads end at nearly the same time, large enough that reading reaches its full rate.
 constexpr int64_t kFewestLinearItemBytes = 64 << 10, kMostLinearItemBytes = 1 << 20, kLinearItemsPerThread = 16;
 
 // Divides the outputs of the blocks of a staircase into items.
 struct LinearSplit {
-    int64_t item_bytes, width;
+    int64_t item_bytes, width, tile;
 
     int64_t outputs_per_item(const LinearBlock& block) const {
         const int64_t fitting = item_bytes / std::max<int64_t>(block.in_dim * width, 1);
-        return std::max(fitting / kLinearTile, int64_t{1}) * kLinearTile;
+        return std::max(fitting / tile, int64_t{1}) * tile;
     }
 
     int64_t num_items(const LinearBlock& block) const {
@@ -30,8 +29,9 @@ struct LinearSplit {
 
 COLM_EXPORT
 int32_t colm_linear(LinearArgs* args, int32_t variant, int32_t num_threads) {
-    const auto kernel =
-        select<LinearKernel>(variant, [&](const Variant& v) { return v.linear(static_cast<int32_t>(args->dtype)); });
+    const auto kernel = select<LinearKernel>(variant, [&](const Variant& v) {
+        return (args->in_panels ? v.panel : v.linear)(static_cast<int32_t>(args->dtype));
+    });
     if (kernel.run == nullptr) return kUnsupported;
     const int64_t width = element_bytes(args->dtype);
     int64_t num_bytes = 0, column = 0;
@@ -48,14 +48,16 @@ int32_t colm_linear(LinearArgs* args, int32_t variant, int32_t num_threads) {
     const int64_t threads = std::clamp<int64_t>(num_bytes / kFewestBytesPerThread, 1, std::max(num_threads, 1));
     const LinearSplit split{
         std::clamp(num_bytes / (threads * kLinearItemsPerThread), kFewestLinearItemBytes, kMostLinearItemBytes),
-        width};
+        width, kernel.tile};
     int64_t num_items = 0;
     for (int64_t i = 0; i < args->num_blocks; ++i) num_items += split.num_items(args->blocks[i]);
     // No further workspace is requested below, so this one stays in place until the call ends.
-    auto* words = reinterpret_cast<float*>(workspace(4 * args->num_rows * kernel.words_per_row(args->in_dim)));
-    if (words == nullptr) return kOutOfMemory;
-    kernel.prepare(*args, words);
-    args->words = words;
+    if (kernel.prepare != nullptr) {
+        auto* words = reinterpret_cast<float*>(workspace(4 * args->num_rows * kernel.words_per_row(args->in_dim)));
+        if (words == nullptr) return kOutOfMemory;
+        kernel.prepare(*args, words);
+        args->words = words;
+    }
 
     struct Context {
         const LinearArgs& args;

@@ -244,7 +244,7 @@ struct Linear {
         }
     }
 
-    static LinearKernel kernel() { return {run, prepare, words_per_row}; }
+    static LinearKernel kernel() { return {run, prepare, words_per_row, kOuts}; }
 };
 
 }  // namespace

@@ -79,7 +79,7 @@ class Layers {
             }
         }
         LinearArgs linear{x, y, blocks_.data(), static_cast<int64_t>(blocks_.size()), args_.num_tokens, in_dim,
-                          x_stride, out_dim, args_.dtype, nullptr};
+                          x_stride, out_dim, args_.dtype, args_.in_panels, nullptr};
         check(colm_linear(&linear, variant_, num_threads_));
     }
 

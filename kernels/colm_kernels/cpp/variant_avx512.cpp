@@ -3,6 +3,7 @@
 #include "decode.h"
 #include "linear.h"
 #include "norm.h"
+#include "panel.h"
 #include "prefill.h"
 #include "quantise.h"
 #include "rotary.h"
@@ -32,6 +33,10 @@ LinearKernel linear(int32_t dtype) {
     return dtype == kBfloat16 ? Linear<uint16_t, Widened>::kernel() : Linear<float, Widened>::kernel();
 }
 
+LinearKernel panel(int32_t dtype) {
+    return dtype == kBfloat16 ? Panel<WidePairs, uint16_t, 8>::kernel() : Panel<FloatWords, float, 8>::kernel();
+}
+
 PackedKernel packed(int32_t) { return {nullptr, nullptr, 0, 0}; }
 
 template <class Args, template <class> class Kernel>
@@ -42,6 +47,6 @@ RowsKernel<Args> rows(int32_t dtype) {
 }  // namespace
 
 const Variant kAvx512Variant = {
-    prefill, row_scores, decode, linear, packed, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
+    prefill, row_scores, decode, linear, panel, packed, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
     rows<QuantiseArgs, Quantise>, rows<DequantiseArgs, Dequantise>,
 };

@@ -4,6 +4,7 @@
 #include "decode.h"
 #include "linear.h"
 #include "packed.h"
+#include "panel.h"
 #include "prefill.h"
 #include "row_scores.h"
 
@@ -22,7 +23,11 @@ DecodeKernel decode(int32_t page_dtype, int64_t head_dim) {
 }
 
 LinearKernel linear(int32_t dtype) {
-    return dtype == kBfloat16 ? Linear<uint16_t, Pairs>::kernel() : LinearKernel{nullptr, nullptr, nullptr};
+    return dtype == kBfloat16 ? Linear<uint16_t, Pairs>::kernel() : LinearKernel{nullptr, nullptr, nullptr, 0};
+}
+
+LinearKernel panel(int32_t dtype) {
+    return dtype == kBfloat16 ? Panel<Bf16Words, uint16_t, 8>::kernel() : LinearKernel{nullptr, nullptr, nullptr, 0};
 }
 
 PackedKernel packed(int32_t dtype) {
@@ -37,6 +42,6 @@ RowsKernel<Args> rows(int32_t) {
 }  // namespace
 
 const Variant kAvx512Bf16Variant = {
-    prefill, row_scores, decode, linear, packed, rows<NormArgs>, rows<RotaryArgs>, rows<SwigluArgs>, rows<QuantiseArgs>,
+    prefill, row_scores, decode, linear, panel, packed, rows<NormArgs>, rows<RotaryArgs>, rows<SwigluArgs>, rows<QuantiseArgs>,
     rows<DequantiseArgs>,
 };
