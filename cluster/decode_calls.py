@@ -43,6 +43,7 @@ class GrpcDecodeCalls:
             lease_id=lease.lease_id,
             only_if_room=only_if_room,
             attention=attention_to_pb(job.attention),
+            max_draft_tokens=job.max_draft_tokens,
         )
 
         async def requests() -> AsyncIterator[pb.DecodeRequest]:

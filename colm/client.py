@@ -122,6 +122,9 @@ class GenerateOptions(TypedDict, total=False):
     """Seconds until the answer is worthless."""
     attention: AttentionMode
     """`dense`, or `sparse` for long prompts: the prefill skips what each layer's plan finds light. Default: dense."""
+    max_draft_tokens: int | None
+    """Tokens that chain 1 may draft before all chains verify them; no token changes, and 0 drafts none. Default: the
+    decode node's limit."""
 
 
 def _upload(document: Document, prompt: str, options: GenerateOptions) -> _Upload:

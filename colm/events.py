@@ -87,6 +87,10 @@ class Usage:
     """Payload of the keys and values received."""
     num_kv_streams: int
     """Streams opened; above 1 when a prefill node was lost on the way."""
+    num_draft_tokens: int = 0
+    """Drafted by chain 1 and verified by all chains."""
+    num_accepted_tokens: int = 0
+    """Drafts that became tokens of the answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

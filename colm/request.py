@@ -34,6 +34,9 @@ class GenerateRequest:
     """Seconds until the client no longer needs the answer."""
     attention: AttentionMode = "dense"
     """Of the prompt, at the prefill."""
+    max_draft_tokens: int | None = None
+    """Tokens that chain 1 may draft before all chains verify them, which changes no token; 0 for none. None, and above
+    it: the decode node's own limit."""
 
     def __post_init__(self) -> None:
         checks.utf8("model", self.model)
@@ -51,3 +54,6 @@ class GenerateRequest:
         if self.timeout_s is not None:
             checks.number("timeout_s", self.timeout_s, "must be a finite number of seconds")
         checks.choice("attention", self.attention, ATTENTION_MODES)
+        if self.max_draft_tokens is not None:
+            limit = "must be an integer from 0 to 2^32 - 1"
+            checks.integer("max_draft_tokens", self.max_draft_tokens, range(1 << 32), limit)

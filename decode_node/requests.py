@@ -18,6 +18,7 @@ from colm.request import AttentionMode
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 from decode_node.decode_loop import DecodeLoop
+from decode_node.drafter import Drafter, StepTimes
 from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder
 from decode_node.kv_store import KvStore
 from decode_node.page_line import PageLine
@@ -43,6 +44,8 @@ class DecodeJob:
     """Refuse the job, rather than let it wait, unless its pages are free now."""
     attention: AttentionMode = "dense"
     """How the prefill attends."""
+    max_draft_tokens: int | None = None
+    """Of a round; None leaves it to the node, whose own limit holds in any case."""
 
 
 class Stage(Enum):
@@ -76,6 +79,8 @@ class RequestOwner:
         eos_token_ids: tokens that end an answer by the model's own convention.
         max_requests: requests at once, waiting ones included; the next is refused.
         max_local_prefill_tokens: prompts of so many tokens are computed here, longer ones by a prefill node.
+        max_draft_tokens: most drafts of a round.
+        times: what steps take, by which answers decide how much they draft; None drafts nothing.
     """
 
     def __init__(
@@ -89,6 +94,8 @@ class RequestOwner:
         eos_token_ids: tuple[int, ...],
         max_requests: int,
         max_local_prefill_tokens: int,
+        max_draft_tokens: int,
+        times: StepTimes | None,
         clock: Clock,
     ) -> None:
         self._page_line = page_line
@@ -99,6 +106,8 @@ class RequestOwner:
         self._eos_token_ids = eos_token_ids
         self._max_requests = max_requests
         self._max_local_prefill_tokens = max_local_prefill_tokens
+        self._max_draft_tokens = max_draft_tokens
+        self._times = times
         self._clock = clock
         self._requests: dict[str, _Request] = {}
         self.ended = Counter[Stage]()
@@ -214,6 +223,14 @@ class RequestOwner:
 
         return await self._page_line.reserve(job.request_id, num_pages, beat)
 
+    def _drafter(self, job: DecodeJob) -> Drafter | None:
+        """Decides what the answer drafts; None where it never does, as chain 1 alone has nothing to gain."""
+        asked, limit = job.max_draft_tokens, self._max_draft_tokens
+        max_draft_tokens = limit if asked is None else min(asked, limit)
+        if self._times is None or max_draft_tokens == 0 or job.num_chains == 1:
+            return None
+        return Drafter(self._times, max_draft_tokens)
+
     async def _decode(self, request: _Request, pages: PageLease, table_M: NDArray[np.int32], emit: Emit) -> None:
         job = request.job
         num_prefill_tokens = self._num_prefill_tokens(job)
@@ -227,6 +244,7 @@ class RequestOwner:
             sampling=job.sampling,
             stop_token_ids={*eos_token_ids, *job.sampling.stop_token_ids},
             text_stream=None if self._tokenizer is None else self._tokenizer.stream(),
+            drafter=self._drafter(job),
         )
         first_token_s = last_token_s = None
         async with aclosing(self._loop.events(answer, pages)) as events:
@@ -248,6 +266,8 @@ class RequestOwner:
                     num_new_tokens=answer.num_new_tokens,
                     kv_received_bytes=account.kv_received_bytes,
                     num_kv_streams=account.num_kv_streams,
+                    num_draft_tokens=answer.num_draft_tokens,
+                    num_accepted_tokens=answer.num_accepted_tokens,
                 ),
                 timings=Timings(
                     queue_s=account.queue_s,

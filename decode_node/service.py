@@ -59,6 +59,7 @@ class DecodeService(DecodeServiceServicer):
                 deadline=None if remaining_s is None else Deadline.after(self._clock, remaining_s),
                 only_if_room=opened.only_if_room,
                 attention=attention_from_pb(opened.attention),
+                max_draft_tokens=opened.max_draft_tokens if opened.HasField("max_draft_tokens") else None,
             )
 
             async def emit(event: Event) -> None:

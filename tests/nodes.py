@@ -161,6 +161,7 @@ def decode_requests(
     only_if_room: bool = False,
     lease_id: str = "",
     attention: common_pb2.AttentionMode = common_pb2.ATTENTION_MODE_UNSPECIFIED,
+    max_draft_tokens: int | None = None,
 ) -> list[decode_service_pb2.DecodeRequest]:
     opened = decode_service_pb2.OpenDecode(
         request_id=request_id,
@@ -171,6 +172,7 @@ def decode_requests(
         only_if_room=only_if_room,
         lease_id=lease_id,
         attention=attention,
+        max_draft_tokens=max_draft_tokens,
     )
     pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(np.array(token_ids))]
     end = decode_service_pb2.DecodeRequest(end_of_prompt=common_pb2.EndOfPrompt())

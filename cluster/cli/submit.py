@@ -37,6 +37,10 @@ def submit(
     attention: Annotated[
         AttentionMode, typer.Option(help="sparse skips what each layer's plan finds light; for long documents.")
     ] = "dense",
+    max_draft_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens that chain 1 may draft for all chains to verify; 0 drafts none. Changes no token."),
+    ] = None,
     model: Annotated[str, typer.Option(help="Model name; the cluster's only one by default.")] = "",
     address: Annotated[str | None, typer.Option(help="Gateway host:port; this machine's cluster by default.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="With --address: file with the client token.")] = None,
@@ -62,6 +66,7 @@ def submit(
                 sampling=sampling,
                 timeout_s=timeout_s,
                 attention=attention,
+                max_draft_tokens=max_draft_tokens,
             )
             with closing(answer) as events:  # leaving early cancels the request on every node
                 for event in events:

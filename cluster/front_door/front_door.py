@@ -127,6 +127,7 @@ class FrontDoor:
             max_new_tokens=plan.max_new_tokens,
             sampling=plan.sampling,
             attention=plan.attention,
+            max_draft_tokens=plan.max_draft_tokens,
         )
 
     def _accepted(self, job: DecodeJob, timeout_s: float) -> Accepted:

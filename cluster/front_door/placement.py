@@ -52,6 +52,7 @@ class DecodeJob:
     max_new_tokens: int
     sampling: SamplingParams
     attention: AttentionMode
+    max_draft_tokens: int | None
 
 
 class DecodeNodeCalls(Protocol):

@@ -52,6 +52,8 @@ class Plan:
     timeout_s: float | None
     """The client's deadline; None lets the gateway choose one, once it knows the prompt's length."""
     attention: AttentionMode
+    max_draft_tokens: int | None
+    """None: the decode node's limit."""
 
     @classmethod
     def of(
@@ -99,4 +101,5 @@ class Plan:
             sampling=request.sampling,
             timeout_s=timeout_s,
             attention=request.attention,
+            max_draft_tokens=request.max_draft_tokens,
         )

@@ -91,6 +91,8 @@ USAGES = st.builds(
     num_new_tokens=U32,
     kv_received_bytes=U64,
     num_kv_streams=U32,
+    num_draft_tokens=U32,
+    num_accepted_tokens=U32,
 )
 TIMINGS = st.builds(Timings, queue_s=SECONDS, prefill_s=SECONDS, first_token_s=SECONDS, decode_s=SECONDS)
 ACCEPTED = st.builds(
@@ -153,6 +155,7 @@ REQUESTS = st.builds(
     sampling=SAMPLING,
     timeout_s=st.none() | st.floats(allow_nan=False, allow_infinity=False),
     attention=st.sampled_from(ATTENTION_MODES),
+    max_draft_tokens=st.none() | U32,
 )
 
 

@@ -55,7 +55,7 @@ async def test_an_answer_that_cannot_be_advanced_ends_alone(node: DecodeNode, mo
     advance = RunningAnswer.advance
 
     def fail_one(answer: RunningAnswer, choices: Any) -> Any:
-        if answer.num_new_tokens == 2 and answer._num_chains == 2:
+        if answer.num_new_tokens == 2 and answer.num_chains == 2:
             raise ValueError("a character that is none")
         return advance(answer, choices)
 

@@ -378,6 +378,7 @@ def job(num_prompt_tokens: int, max_new_tokens: int) -> DecodeJob:
         max_new_tokens=max_new_tokens,
         sampling=SamplingParams(ignore_eos=True),
         attention="dense",
+        max_draft_tokens=None,
     )
 
 

@@ -30,7 +30,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[OpenGenerate, _Mapping]] = ..., document: _Optional[bytes] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ...) -> None: ...
 
 class OpenGenerate(_message.Message):
-    __slots__ = ("model", "prompt", "chat", "num_chains", "max_new_tokens", "sampling", "timeout_s", "attention")
+    __slots__ = ("model", "prompt", "chat", "num_chains", "max_new_tokens", "sampling", "timeout_s", "attention", "max_draft_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class OpenGenerate(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
     chat: bool
@@ -47,7 +48,8 @@ class OpenGenerate(_message.Message):
     sampling: _common_pb2.Sampling
     timeout_s: float
     attention: _common_pb2.AttentionMode
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[bool] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ...) -> None: ...
+    max_draft_tokens: int
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[bool] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., max_draft_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("accepted", "prefill_progress", "token", "finished", "queued")
