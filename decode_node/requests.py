@@ -18,7 +18,7 @@ from colm.request import AttentionMode
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 from decode_node.decode_loop import DecodeLoop
-from decode_node.drafter import Drafter, StepTimes
+from decode_node.drafter import Drafting
 from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder
 from decode_node.kv_store import KvStore
 from decode_node.page_line import PageLine
@@ -79,8 +79,7 @@ class RequestOwner:
         eos_token_ids: tokens that end an answer by the model's own convention.
         max_requests: requests at once, waiting ones included; the next is refused.
         max_local_prefill_tokens: prompts of so many tokens are computed here, longer ones by a prefill node.
-        max_draft_tokens: most drafts of a round.
-        times: what steps take, by which answers decide how much they draft; None drafts nothing.
+        drafting: decides how much answers draft; None drafts nothing.
     """
 
     def __init__(
@@ -94,8 +93,7 @@ class RequestOwner:
         eos_token_ids: tuple[int, ...],
         max_requests: int,
         max_local_prefill_tokens: int,
-        max_draft_tokens: int,
-        times: StepTimes | None,
+        drafting: Drafting | None,
         clock: Clock,
     ) -> None:
         self._page_line = page_line
@@ -106,8 +104,7 @@ class RequestOwner:
         self._eos_token_ids = eos_token_ids
         self._max_requests = max_requests
         self._max_local_prefill_tokens = max_local_prefill_tokens
-        self._max_draft_tokens = max_draft_tokens
-        self._times = times
+        self._drafting = drafting
         self._clock = clock
         self._requests: dict[str, _Request] = {}
         self.ended = Counter[Stage]()
@@ -223,14 +220,6 @@ class RequestOwner:
 
         return await self._page_line.reserve(job.request_id, num_pages, beat)
 
-    def _drafter(self, job: DecodeJob) -> Drafter | None:
-        """Decides what the answer drafts; None where it never does, as chain 1 alone has nothing to gain."""
-        asked, limit = job.max_draft_tokens, self._max_draft_tokens
-        max_draft_tokens = limit if asked is None else min(asked, limit)
-        if self._times is None or max_draft_tokens == 0 or job.num_chains == 1:
-            return None
-        return Drafter(self._times, max_draft_tokens)
-
     async def _decode(self, request: _Request, pages: PageLease, table_M: NDArray[np.int32], emit: Emit) -> None:
         job = request.job
         num_prefill_tokens = self._num_prefill_tokens(job)
@@ -244,7 +233,8 @@ class RequestOwner:
             sampling=job.sampling,
             stop_token_ids={*eos_token_ids, *job.sampling.stop_token_ids},
             text_stream=None if self._tokenizer is None else self._tokenizer.stream(),
-            drafter=self._drafter(job),
+            # Chain 1 alone has nothing to gain.
+            drafter=self._drafting.drafter(job.max_draft_tokens) if self._drafting and job.num_chains > 1 else None,
         )
         first_token_s = last_token_s = None
         async with aclosing(self._loop.events(answer, pages)) as events:

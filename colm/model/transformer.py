@@ -121,7 +121,7 @@ def num_parameters(config: ChainConfig, num_chains: int | None = None) -> int:
     return sum(shape.numel() for shape in parameter_shapes(config, num_chains).values())
 
 
-def num_step_parameters(config: ChainConfig, num_chains: int) -> int:
+def num_step_parameters(config: ChainConfig, num_chains: int | None = None) -> int:
     """Weights of the first `num_chains` chains that a decode step reads: all but an embedding that is not the head."""
     looked_up = 0 if config.tie_embeddings else config.vocab_size * sum(config.chain_dims[:num_chains])
     return num_parameters(config, num_chains) - looked_up

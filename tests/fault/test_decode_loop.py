@@ -33,8 +33,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 async def node(checkpoint: Checkpoint) -> AsyncIterator[DecodeNode]:
+    """Its answers advance by one token a step."""
     path = str(checkpoint.path)
-    async with prefill_node(path) as prefill, decode_node(path, [prefill.address], max_batch_size=3) as node:
+    async with (
+        prefill_node(path) as prefill,
+        decode_node(path, [prefill.address], max_batch_size=3, max_draft_tokens=0) as node,
+    ):
         yield node
 
 

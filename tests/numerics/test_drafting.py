@@ -20,7 +20,7 @@ from colm.events import FinishReason, Token
 from colm.kv import KvFormat
 from colm.sampling import SamplingParams
 from colm.text.detokenizer import Detokenizer, TextStream
-from decode_node.drafter import Drafter, StepTimes
+from decode_node.drafter import Drafter, Drafting, StepTimes
 from decode_node.engine import DecodeEngine
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
@@ -67,7 +67,7 @@ class Wishes(Drafter):
     """Wants a number of drafts that a test draws anew for each round."""
 
     def __init__(self, wishes: tuple[int, ...], max_draft_tokens: int) -> None:
-        super().__init__(StepTimes((1, 2), max_tokens=64), max_draft_tokens)
+        super().__init__(Drafting(StepTimes((1, 2), max_tokens=64), max_draft_tokens), max_draft_tokens)
         self._wishes = wishes
         self._num_rounds = 0
 

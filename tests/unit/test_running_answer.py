@@ -12,7 +12,7 @@ from colm.errors import NotFinite
 from colm.events import FinishReason, Token
 from colm.sampling import SamplingParams
 from colm.text.detokenizer import Detokenizer, TextStream
-from decode_node.drafter import Drafter, StepTimes
+from decode_node.drafter import Drafter, Drafting, StepTimes
 from decode_node.plan import MAX_PROMPT_TOKENS
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice
@@ -61,7 +61,7 @@ class DraftsOf(Drafter):
     """Always wants as many drafts, and remembers what became of them."""
 
     def __init__(self, num_tokens: int) -> None:
-        super().__init__(StepTimes((1, 2), max_tokens=64), num_tokens)
+        super().__init__(Drafting(StepTimes((1, 2), max_tokens=64), num_tokens), num_tokens)
         self.noted: list[tuple[int, bool]] = []
 
     def num_drafts(self, num_answers: int) -> int:
