@@ -6,6 +6,10 @@ Answers at full scale through the decode loop, as a decode node runs it, from a 
     off       a node that may draft, and answers that do not ask for it: must cost nothing
     drafts    chain 1 drafts as many tokens as pay, at most `--max-draft-tokens`
 
+Beside them are the engine's own steps: `chain1_1` and `all_1` of one token of each answer, `chain1_9` and `all_9` of
+all that a round of 8 drafts verifies. A verification computes chain 1's part anew; what `chain1_9` takes longer than
+`chain1_1` is the most that keeping it could save.
+
 The weights of a preset are random, and the head of its later chains is zero: all chains then choose what chain 1 chose.
 `--acceptance` spoils that many of its drafts at random, so that a draft is accepted with that probability. A checkpoint
 keeps its own weights. First, drafts must give the tokens of plain steps.
@@ -25,7 +29,7 @@ import torch
 from colm_kernels import native
 from torch import Tensor
 
-from bench.harness.contest import Case, Contest
+from bench.harness.contest import Case, Contest, Run, timed
 from bench.harness.suite import Options, arguments, num_tokens, positive, run
 from bench.harness.units import length
 from bench.kernels.common import short
@@ -46,7 +50,7 @@ from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PagePool
-from decode_node.plan import MAX_DRAFT_TOKENS
+from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice
 
@@ -103,7 +107,7 @@ class DraftCase(Case):
 
         yield Contest(
             check=check,
-            contenders={"plain": plain, "off": off, "drafts": drafts},
+            contenders={"plain": plain, "off": off, "drafts": drafts} | node.steps(),
             ours="drafts",
             against=("plain", "off"),
             compared_by="tokens_per_s",
@@ -142,6 +146,21 @@ class _Node:
             weights = RandomWeights(config=config, dtype=case.dtype, seed=seed)
             checkpoint = _RandomCheckpoint(path=Path(case.preset), config=config, text=TextConfig(), weights=weights)
         self.engine = DecodeEngine(checkpoint, self.store)
+
+    def steps(self) -> dict[str, Run]:
+        """Steps of chain 1 and of all chains, of one token an answer and of a whole round."""
+        each, case = np.arange(self.pages_each, dtype=np.int32), self.case
+        tables = [number * self.pages_each + each for number in range(case.batch_size)]
+
+        def step(num_chains: int, num_tokens: int) -> Run:
+            row = partial(PlanRow, (1,) * num_tokens, case.context_len - 1, num_chains, num_logits=num_tokens)
+            return timed(partial(self.engine.step, StepPlan(tuple(row(table_M) for table_M in tables))))
+
+        return {
+            f"{name}_{num_tokens}": step(num_chains, num_tokens)
+            for num_tokens in (1, 1 + case.max_draft_tokens)
+            for name, num_chains in (("chain1", 1), ("all", case.config.num_chains))
+        }
 
 
 class _Spoilt(RunningAnswer):
