@@ -10,12 +10,15 @@ import torch
 from colm_kernels import native
 
 from colm.checkpoint import Checkpoint, save
+from colm.client import AsyncClient
+from colm.events import Finished, Usage
 from colm.sampling import SamplingParams
 from decode_node.drafter import Drafter
 from decode_node.engine import DecodeEngine
 from decode_node.node import DecodeNode
 from decode_node.plan import StepPlan
 from tests.gates import gate_before
+from tests.gateway import TakingTurns, gateway
 from tests.nodes import Answer, decode, decode_node, until_idle
 from tests.tiny import random_tensors, tiny_config
 
@@ -99,6 +102,21 @@ async def test_a_request_may_ask_for_fewer_drafts_and_not_for_more_than_the_node
         answer = await decode(off.address, PROMPT, num_chains=3, max_new_tokens=30, max_draft_tokens=9)
     assert answer.usage.num_draft_tokens == 0
     assert answer.token_ids == one.token_ids
+
+
+async def test_what_a_client_asks_for_goes_through_the_gateway(checkpoint: Checkpoint, node: DecodeNode) -> None:
+    async with gateway(checkpoint.config, TakingTurns([node.address])) as address, AsyncClient(address) as client:
+
+        async def usage(max_draft_tokens: int | None) -> Usage:
+            answer = client.generate(token_ids=PROMPT, max_new_tokens=30, max_draft_tokens=max_draft_tokens)
+            *_, finished = [event async for event in answer]
+            assert isinstance(finished, Finished)
+            return finished.usage
+
+        free, one, none = [await usage(asked) for asked in (None, 1, 0)]
+    assert free.num_draft_tokens > one.num_draft_tokens > 0
+    assert free.num_accepted_tokens > 0
+    assert none.num_draft_tokens == none.num_accepted_tokens == 0
 
 
 async def test_an_answer_that_leaves_in_mid_draft_leaves_its_neighbour_alone_and_holds_nothing(

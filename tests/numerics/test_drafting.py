@@ -290,10 +290,23 @@ TestDrafting = DraftingMachine.TestCase
 TestDrafting.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)
 
 
+def beside_it(num_tokens: int) -> tuple[PlanRow, ...]:
+    """Other answers' rows of so many tokens, at scale 2, each in pages of its own."""
+    starts = range(0, num_tokens, MAX_QUERY_TOKENS)
+    tables = [np.arange(40 + 2 * place, 42 + 2 * place, dtype=np.int32) for place in range(len(starts))]
+    return tuple(
+        PlanRow((7,) * min(MAX_QUERY_TOKENS, num_tokens - start), 0, 2, table_M)
+        for start, table_M in zip(starts, tables, strict=True)
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("num_drafts", [1, 3, 7, MAX_DRAFT_TOKENS])
 def test_a_verification_has_the_bits_of_single_steps(dtype: torch.dtype, num_drafts: int) -> None:
-    """Logits, keys and values of k + 1 rows are those of k + 1 steps, over what chain 1's drafts have written."""
+    """Logits, keys and values of k + 1 rows are those of k + 1 steps, over what chain 1's drafts have written.
+
+    Alone, and beside as many tokens of others as keep the bits: 16 in all, or 64 where pairs of bf16 are multiplied.
+    """
     if native.default_variant(dtype) == "torch":
         pytest.skip("PyTorch's bits depend on the rows beside")
     engine, store = engine_of("random", dtype)
@@ -305,11 +318,9 @@ def test_a_verification_has_the_bits_of_single_steps(dtype: torch.dtype, num_dra
         engine.step(StepPlan((PlanRow((text[position],), position, 1, together),)))
     alone_QV = torch.cat([engine.step(StepPlan((PlanRow((text[at],), at, 3, singly),))) for at in range(10, len(text))])
     row = PlanRow(tuple(text[10:]), 10, 3, together, num_logits=num_drafts + 1)
-    beside = PlanRow((7,), 0, 2, np.arange(48, 49, dtype=np.int32))
-    rows = (row,) if num_drafts == MAX_DRAFT_TOKENS else (row, beside)
-    verified_QV = engine.step(StepPlan(rows))[: num_drafts + 1]
-    assert sum(len(row.token_ids) for row in rows) <= engine.max_exact_tokens
-    assert torch.equal(verified_QV, alone_QV)
+    for beside in ((), beside_it(engine.max_exact_tokens - num_drafts - 1)):
+        verified_QV = engine.step(StepPlan((row, *beside)))[: num_drafts + 1]
+        assert torch.equal(verified_QV, alone_QV)
     for pages_LBPKD in (store.k_pages_LBPKD, store.v_pages_LBPKD):
         ours, one_by_one = (
             pages_LBPKD[:, torch.from_numpy(table_M).long()].flatten(1, 2)[:, : len(text)]
