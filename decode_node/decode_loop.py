@@ -76,7 +76,7 @@ class DecodeLoop:
         self._engine = engine
         self._times = times
         self._page_line = page_line
-        self._scheduler = Scheduler[_Member](max_batch_size=max_batch_size)
+        self._scheduler = Scheduler[_Member](max_batch_size=max_batch_size, max_tokens=engine.max_exact_tokens)
         self._wake = asyncio.Event()
         self._has_stopped = False
         self.counts = DecodeCounts()

@@ -3,7 +3,7 @@
 Shapes: M pages of a request.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -32,6 +32,17 @@ class PlanRow:
     num_logits: int = 1
     """How many of the last tokens get logits: 0 where the cache only catches up, 1 for the next token, all of them to
     verify a draft."""
+
+    @property
+    def num_drafts(self) -> int:
+        """How many of its tokens are drafts: all that ask for logits, but the first of these."""
+        return max(0, self.num_logits - 1)
+
+    def without_drafts(self, count: int) -> "PlanRow":
+        """The row without its last drafts, so many of them."""
+        if count == 0:
+            return self
+        return replace(self, token_ids=self.token_ids[:-count], num_logits=self.num_logits - count)
 
     @property
     def chosen_positions(self) -> range:

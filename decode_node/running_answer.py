@@ -114,13 +114,14 @@ class RunningAnswer:
         """Append what a step of `next_rows` has chosen; sets `finish_reason` at the last token, or `error`.
 
         Args:
-            outcomes: what follows the next token, then what follows each draft.
+            outcomes: what follows the next token, then what follows each of the first drafts; the others are forgotten.
 
         Returns:
             A token for each outcome, up to the first that is another than its draft, or that ends the answer; those
             behind it follow what is not the answer's text, and are dropped.
         """
-        drafts, self._draft_token_ids, self._num_to_draft = self._draft_token_ids, [], None
+        drafts = self._draft_token_ids[: max(0, len(outcomes) - 1)]
+        self._draft_token_ids, self._num_to_draft = [], None
         tokens: list[Token] = []
         for outcome, draft in zip_longest(outcomes, drafts):
             if isinstance(outcome, ColmError):

@@ -55,12 +55,14 @@ class Scheduler(Generic[A]):
 
     Args:
         max_batch_size: answers active at once; more wait their turn.
+        max_tokens: a step of more verifies fewer drafts, as when somebody came while the others drafted; None for any.
     """
 
-    def __init__(self, *, max_batch_size: int) -> None:
+    def __init__(self, *, max_batch_size: int, max_tokens: int | None = None) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size} must be at least 1")
         self._max_batch_size = max_batch_size
+        self._max_tokens = max_tokens
         # Dicts without values: sets in the order of arrival.
         self._waiting: dict[A, None] = {}
         self._active: dict[A, None] = {}
@@ -106,7 +108,7 @@ class Scheduler(Generic[A]):
             self._active[first] = None
         if self._active:
             drafts = self._draft_rows()
-            rows = sorted(self._rows(drafts), key=lambda pair: pair[1].num_chains, reverse=True)
+            rows = sorted(self._within_limit(drafts), key=lambda pair: pair[1].num_chains, reverse=True)
             plan = StepPlan(tuple(row for _, row in rows))
             self._step = Step(tuple(answer for answer, _ in rows), plan, frozenset(drafts))
         return self._step
@@ -155,6 +157,16 @@ class Scheduler(Generic[A]):
                 return {}
             drafts[answer] = row
         return drafts
+
+    def _within_limit(self, drafts: Mapping[A, PlanRow]) -> Iterator[tuple[A, PlanRow]]:
+        """The step's rows, without the drafts that are too many; it is then no larger than a step without drafts."""
+        rows = list(self._rows(drafts))
+        num_tokens = sum(len(row.token_ids) for _, row in rows)
+        excess = 0 if self._max_tokens is None else max(0, num_tokens - self._max_tokens)
+        for answer, row in rows:
+            num_cut = min(excess, row.num_drafts)
+            excess -= num_cut
+            yield answer, row.without_drafts(num_cut)
 
     def _rows(self, drafts: Mapping[A, PlanRow]) -> Iterator[tuple[A, PlanRow]]:
         num_prompt_tokens = 0

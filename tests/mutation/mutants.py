@@ -255,6 +255,13 @@ MUTANTS = (
         "tests/unit/test_scheduler.py::test_a_step_drafts_only_while_everybody_of_more_than_one_chain_wants_to",
     ),
     Mutant(
+        "drafts make a step of any size",
+        "decode_node/scheduler.py",
+        "num_cut = min(excess, row.num_drafts)",
+        "num_cut = 0",
+        "tests/unit/test_scheduler.py::test_drafts_give_way_where_a_step_would_be_larger_than_it_may_be",
+    ),
+    Mutant(
         "every token has the same random number",
         "decode_node/sampler.py",
         "sampler.uniform(position)",

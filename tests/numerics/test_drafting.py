@@ -66,15 +66,14 @@ plain_engine, mixed_engine = cache(engine_of), cache(engine_of)
 class Wishes(Drafter):
     """Wants a number of drafts that a test draws anew for each round."""
 
-    def __init__(self, wishes: tuple[int, ...], max_draft_tokens: int) -> None:
-        super().__init__(Drafting(StepTimes((1, 2), max_tokens=64), max_draft_tokens), max_draft_tokens)
+    def __init__(self, wishes: tuple[int, ...]) -> None:
+        super().__init__(Drafting(StepTimes((1, 2), max_tokens=64), MAX_DRAFT_TOKENS), MAX_DRAFT_TOKENS)
         self._wishes = wishes
         self._num_rounds = 0
 
     def num_drafts(self, num_answers: int) -> int:
         self._num_rounds += 1
-        assert num_answers >= 1
-        return min(self._wishes[self._num_rounds % len(self._wishes)], self._max_draft_tokens)
+        return min(self._wishes[self._num_rounds % len(self._wishes)], MAX_TOKENS // num_answers - 1)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Ask:
     wishes: tuple[int, ...]
     """Drafts of each round, in turns."""
 
-    def answer(self, table_M: NDArray[np.int32], *, max_draft_tokens: int) -> RunningAnswer:
+    def answer(self, table_M: NDArray[np.int32], *, drafts: bool) -> RunningAnswer:
         return RunningAnswer(
             unread_token_ids=self.prompt,
             position=0,
@@ -98,7 +97,7 @@ class Ask:
             sampling=self.sampling,
             stop_token_ids={2, *self.sampling.stop_token_ids},
             text_stream=TextStream(Detokenizer(TOKENIZER)),
-            drafter=Wishes(self.wishes, max_draft_tokens) if max_draft_tokens else None,
+            drafter=Wishes(self.wishes) if drafts and self.num_chains > 1 else None,
         )
 
 
@@ -131,8 +130,7 @@ class Batch:
     def __init__(self, engine: DecodeEngine, store: KvStore, max_batch_size: int = 1) -> None:
         self.engine, self.store = engine, store
         self.pool = PagePool(self.store.num_pages)
-        self.scheduler: Scheduler[Member] = Scheduler(max_batch_size=max_batch_size)
-        self.max_draft_tokens = MAX_TOKENS // max_batch_size - 1
+        self.scheduler: Scheduler[Member] = Scheduler(max_batch_size=max_batch_size, max_tokens=MAX_TOKENS)
         self.members: list[Member] = []
         self.step: Step[Member] | None = None
 
@@ -140,8 +138,7 @@ class Batch:
         num_pages = self.store.layout.pages(len(ask.prompt) + ask.max_new_tokens)
         if (pages := self.pool.reserve("request", num_pages)) is None:
             return None
-        max_draft_tokens = self.max_draft_tokens if drafts and ask.num_chains > 1 else 0
-        member = Member(ask, ask.answer(self.store.page_table(pages), max_draft_tokens=max_draft_tokens), pages)
+        member = Member(ask, ask.answer(self.store.page_table(pages), drafts=drafts), pages)
         self.scheduler.join(member)
         self.members.append(member)
         return member

@@ -262,6 +262,17 @@ def test_drafts_count_up_to_the_first_that_is_another_than_what_all_chains_choos
     assert (row.token_ids, row.position, sequence.num_new_tokens) == ((taken[-1],), 10 + len(taken), 1 + len(taken))
 
 
+def test_drafts_that_no_step_has_read_are_forgotten() -> None:
+    sequence = answer(num_drafts=3)
+    advance(sequence, [40])
+    draft(sequence, [50, 60, 70])
+    tokens = sequence.advance([chosen(50), chosen(60)])
+    assert [token.token_id for token in tokens] == [50, 60]
+    assert (sequence.num_draft_tokens, sequence.num_accepted_tokens) == (1, 1)
+    (row,) = sequence.next_rows()
+    assert (row.token_ids, row.position) == ((60,), 12)
+
+
 def test_no_draft_lies_behind_the_last_token_that_the_answer_may_have() -> None:
     """Its pages end there, and so may the model's context."""
     sequence = answer(num_drafts=15, max_new_tokens=5)

@@ -26,13 +26,15 @@ class Reader:
     position: int = 0
     num_drafts: int = 0
     """How many more tokens it wants to draft."""
+    num_logits: int = 1
 
     def draft_row(self, num_answers: int) -> PlanRow | None:
         assert num_answers >= 1
         return PlanRow((self.number,), self.position, 1, self.table_M) if self.num_drafts else None
 
     def next_rows(self) -> list[PlanRow]:
-        row = PlanRow((self.number,) * self.num_tokens, self.position, self.num_chains, self.table_M)
+        tokens = (self.number,) * self.num_tokens
+        row = PlanRow(tokens, self.position, self.num_chains, self.table_M, self.num_logits)
         prompt = (self.number,) * self.num_prompt_tokens
         return [
             row,
@@ -216,6 +218,19 @@ def test_a_step_drafts_only_while_everybody_of_more_than_one_chain_wants_to() ->
     assert step is not None
     assert step.drafting == set()
     assert [row.num_chains for row in step.plan.rows] == [3, 2, 1]
+
+
+def test_drafts_give_way_where_a_step_would_be_larger_than_it_may_be() -> None:
+    """Somebody came while they drafted; what is left is no larger than a step without drafts."""
+    for max_tokens, expected in ((16, [5, 5, 1]), (9, [3, 5, 1]), (4, [1, 2, 1]), (2, [1, 1, 1])):
+        scheduler: Scheduler[Reader] = Scheduler(max_batch_size=9, max_tokens=max_tokens)
+        for reader in (Reader(1, 3, 5, num_logits=5), Reader(2, 2, 5, num_logits=5), Reader(3, 2)):
+            scheduler.join(reader)
+        step = scheduler.begin_step()
+        assert step is not None
+        assert [len(row.token_ids) for row in step.plan.rows] == expected
+        assert [row.num_logits for row in step.plan.rows] == expected
+        assert [row.chosen_positions[0] for row in step.plan.rows] == [1, 1, 1]
 
 
 def test_a_step_holds_whoever_leaves_until_it_has_ended() -> None:
