@@ -25,7 +25,7 @@ from bench.kernels.common import read_ceiling, short
 from bench.prefill.parts import PARTS, Parts, parts_timed
 from colm.checkpoint import Checkpoint
 from colm.kv import KvFormat
-from colm.model import num_parameters
+from colm.model import num_step_parameters
 from colm.model.embedding import ChainTable
 from decode_node import engine
 from decode_node.engine import DecodeEngine
@@ -89,9 +89,7 @@ class DecodeCase(Case):
             assert modules.isfinite().all(), "logits that are not finite"
             assert torch.equal(one_call, modules), "one call and modules differ"
 
-        num_bytes = num_parameters(config, self.num_chains) * self.dtype.itemsize
-        if not config.tie_embeddings:  # rows of the embedding are looked up; the tied one is the head, and read
-            num_bytes -= config.vocab_size * sum(config.chain_dims[: self.num_chains]) * self.dtype.itemsize
+        num_bytes = num_step_parameters(config, self.num_chains) * self.dtype.itemsize
         turn = _profiled if self.profile else _timed
         yield Contest(
             check=check,

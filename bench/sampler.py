@@ -56,7 +56,7 @@ class SamplerCase(Case):
             check=partial(check, params, logits_RV[:CHECKED_ROWS]),
             contenders={
                 "sorting": timed(partial(sort_rows, params, logits_RV, generator)),
-                "choose": timed(partial(choose, samplers, logits_RV)),
+                "choose": timed(partial(choose, samplers, range(self.num_rows), logits_RV)),
             },
             ours="choose",
             against=("sorting",),
@@ -94,7 +94,7 @@ def check(params: SamplingParams, logits_RV: Tensor) -> None:
         AssertionError: one is not.
     """
     for row_V in logits_RV:
-        (choice,) = choose([Sampler(params)], row_V[None])
+        (choice,) = choose([Sampler(params)], [0], row_V[None])
         _, kept = by_sorting(params, row_V, torch.Generator())
         assert choice.token_id in kept, f"{params} drew a token that sorting does not keep"  # type: ignore[union-attr]
 

@@ -86,6 +86,8 @@ class AnswerView:
             "kv_bytes_effective": usage.kv_effective_bytes,
             "kv_streams": usage.num_kv_streams,
             "new_tokens": usage.num_new_tokens,
+            "draft_tokens": usage.num_draft_tokens,
+            "accepted_tokens": usage.num_accepted_tokens,
             "finish_reason": finished.reason.value,
             "ttft_s": round(self._first_token_s or 0.0, 4),
             "queue_s": round(timings.queue_s, 4),
@@ -102,13 +104,15 @@ class AnswerView:
     def print_summary(self) -> None:
         """Print what was measured, as one line on stderr."""
         record = self.record()
+        drafted, accepted = record["draft_tokens"], record["accepted_tokens"]
+        drafts = f"; {accepted} of {drafted} drafts accepted" if drafted else ""
         # A short prompt has no prefill, and one new token no rate.
         prefill, decode = (record[f"{what}_tokens_per_s"] for what in ("prefill", "decode"))
         Console(stderr=True, highlight=False).print(
             f"\n{record['prompt_tokens']} prompt tokens, first token after {record['ttft_s']:.2f} s"
             f"{'' if prefill is None else f' (prefill {prefill} tokens/s)'}; {record['new_tokens']} new tokens"
             f"{'' if decode is None else f' at {decode} tokens/s'} on {record['num_chains']} chains, ended by "
-            f"{record['finish_reason']}",
+            f"{record['finish_reason']}{drafts}",
             style="dim",
             soft_wrap=True,
         )

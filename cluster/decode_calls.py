@@ -43,6 +43,7 @@ class GrpcDecodeCalls:
             only_if_room=only_if_room,
             attention=attention_to_pb(job.attention),
             kv_codec=CODECS[job.kv_codec],
+            max_draft_tokens=job.max_draft_tokens,
         )
 
         async def requests() -> AsyncIterator[pb.DecodeRequest]:

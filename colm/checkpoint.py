@@ -175,9 +175,8 @@ class Checkpoint:
         """
         with torch.device("meta"):
             model = ChainTransformer(self.config)
-        with self._reader() as reader:
-            laid_out = frozenset(lay_out_in_panels(model.multiplied, reader.get_tensor, dtype))
-        # By a reader of their own: the other's pages go with it.
+        # Each by a reader of its own, with which its pages go.
+        laid_out = frozenset(lay_out_in_panels(model.multiplied, lambda name: self.tensors([name])[name], dtype))
         assign(model, self.tensors(name for name, _ in model.named_parameters() if name not in laid_out), dtype)
         return model
 

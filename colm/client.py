@@ -126,6 +126,9 @@ class GenerateOptions(TypedDict, total=False):
     """`dense`, or `sparse` for long prompts: the prefill skips what each layer's plan finds light. Default: dense."""
     kv_codec: KvCodec
     """`raw`, or `int8`: the prompt's keys and values travel in about half the bytes, rounded. Default: raw."""
+    max_draft_tokens: int | None
+    """Tokens that chain 1 may draft before all chains verify them; no token changes, and 0 drafts none. Default: the
+    decode node's limit."""
 
 
 def _upload(document: Document, prompt: str, options: GenerateOptions) -> _Upload:

@@ -12,6 +12,8 @@ MAX_REQUESTS = 64
 """Most requests at one time, on a decode node and inside a gateway."""
 MAX_LOCAL_PREFILL_TOKENS = 32
 """Longest prompt that a decode node computes without a prefill node."""
+MAX_DRAFT_TOKENS = 8
+"""Tokens that chain 1 may draft before all chains of an answer verify them."""
 MAX_QUEUED = 64
 """Prompts that may wait for a prefill node."""
 MAX_STREAMS = 16

@@ -91,6 +91,10 @@ class Usage:
     """Streams opened; above 1 when a prefill node was lost on the way."""
     kv_shared_bytes: int = 0
     """Of `kv_received_bytes`, those that came through shared memory and not through a stream."""
+    num_draft_tokens: int = 0
+    """Drafted by chain 1 and verified by all chains."""
+    num_accepted_tokens: int = 0
+    """Drafts that became tokens of the answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

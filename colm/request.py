@@ -63,6 +63,9 @@ class GenerateRequest:
     """Of the prompt, at the prefill."""
     kv_codec: KvCodec = "raw"
     """Of the prompt's keys and values, from the prefill node to the decode node."""
+    max_draft_tokens: int | None = None
+    """Tokens that chain 1 may draft before all chains verify them, which changes no token; 0 for none. None, and above
+    it: the decode node's own limit."""
 
     def __post_init__(self) -> None:
         checks.utf8("model", self.model)
@@ -85,3 +88,6 @@ class GenerateRequest:
             checks.number("timeout_s", self.timeout_s, "must be a finite number of seconds")
         checks.choice("attention", self.attention, ATTENTION_MODES)
         checks.choice("kv_codec", self.kv_codec, KV_CODECS)
+        if self.max_draft_tokens is not None:
+            limit = "must be an integer from 0 to 2^32 - 1"
+            checks.integer("max_draft_tokens", self.max_draft_tokens, range(1 << 32), limit)

@@ -11,6 +11,7 @@ from itertools import islice
 from colm.errors import ColmError, PeerUnavailable
 from colm.events import Queued, Token, WaitsFor
 from colm.line import BEAT_INTERVAL_S
+from decode_node.drafter import StepTimes
 from decode_node.engine import DecodeEngine
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease
@@ -30,6 +31,13 @@ class _Member:
         self.pages = pages
         self.outcome: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
 
+    @property
+    def num_chains(self) -> int:
+        return self.answer.num_chains
+
+    def draft_row(self, num_answers: int) -> PlanRow | None:
+        return self.answer.draft_row(num_answers)
+
     def next_rows(self) -> list[PlanRow]:
         return self.answer.next_rows()
 
@@ -41,6 +49,10 @@ class DecodeCounts:
     num_steps: int = 0
     num_tokens: int = 0
     """That were sampled for answers."""
+    num_draft_tokens: int = 0
+    """That chain 1 chose and all chains verified."""
+    num_accepted_tokens: int = 0
+    """Those of them that became tokens of answers."""
     steps_s: float = 0.0
     """In which steps ran."""
 
@@ -55,12 +67,16 @@ class DecodeLoop:
         engine: runs one step at a time in a thread of its own.
         page_line: holds the answers' pages for the loop.
         max_batch_size: answers advanced in one step; more wait their turn.
+        times: learns what steps take, where answers draft.
     """
 
-    def __init__(self, engine: DecodeEngine, page_line: PageLine, *, max_batch_size: int) -> None:
+    def __init__(
+        self, engine: DecodeEngine, page_line: PageLine, *, max_batch_size: int, times: StepTimes | None = None
+    ) -> None:
         self._engine = engine
+        self._times = times
         self._page_line = page_line
-        self._scheduler = Scheduler[_Member](max_batch_size=max_batch_size)
+        self._scheduler = Scheduler[_Member](max_batch_size=max_batch_size, max_tokens=engine.max_exact_tokens)
         self._wake = asyncio.Event()
         self._has_stopped = False
         self.counts = DecodeCounts()
@@ -130,36 +146,40 @@ class DecodeLoop:
                 self._end(member, err)
             return
         self.counts.num_steps += 1
-        self.counts.steps_s += time.monotonic() - began_s
-        for member, choices in zip(step.answers, outcomes, strict=True):
-            if choices:
-                self._advance(member, choices)
+        step_s = time.monotonic() - began_s
+        self.counts.steps_s += step_s
+        if self._times is not None:
+            self._times.note(step.plan, step_s)
+        for member, of_row in zip(step.answers, outcomes, strict=True):
+            if member in step.drafting:
+                member.answer.add_draft(of_row[0])
+            elif of_row:
+                self._advance(member, of_row)
 
     def _compute(self, plan: StepPlan, samplers: Sequence[Sampler]) -> list[list[Choice | ColmError]]:
         """Run a step and sample: for each row, one choice for each of its tokens that gets logits."""
         logits_QV = self._engine.step(plan)
         sampler_of_Q = [s for s, row in zip(samplers, plan.rows, strict=True) for _ in range(row.num_logits)]
-        choices = iter(choose(sampler_of_Q, logits_QV))
+        positions_Q = [position for row in plan.rows for position in row.chosen_positions]
+        choices = iter(choose(sampler_of_Q, positions_Q, logits_QV))
         return [list(islice(choices, row.num_logits)) for row in plan.rows]
 
     def _advance(self, member: _Member, outcomes: Sequence[Choice | ColmError]) -> None:
-        choices: list[Choice] = []
-        for outcome in outcomes:
-            if isinstance(outcome, ColmError):
-                self._end(member, outcome)
-                return
-            choices.append(outcome)
+        answer = member.answer
+        num_draft_tokens, num_accepted_tokens = answer.num_draft_tokens, answer.num_accepted_tokens
         try:
-            tokens = member.answer.advance(choices)
+            tokens = answer.advance(outcomes)
         except Exception as err:
             logger.exception("decode.advance failed")
             self._end(member, err)
             return
         self.counts.num_tokens += len(tokens)
+        self.counts.num_draft_tokens += answer.num_draft_tokens - num_draft_tokens
+        self.counts.num_accepted_tokens += answer.num_accepted_tokens - num_accepted_tokens
         for token in tokens:
             member.outcome.put_nowait(token)
-        if member.answer.finish_reason is not None:
-            self._end(member, None)
+        if answer.finish_reason is not None or answer.error is not None:
+            self._end(member, answer.error)
 
     def _end(self, member: _Member, error: Exception | None) -> None:
         member.outcome.put_nowait(error)

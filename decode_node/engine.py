@@ -15,6 +15,7 @@ import torch
 from colm_kernels import panels
 from colm_kernels.decode_attention import MAX_QUERY_TOKENS, decode_attention
 from colm_kernels.decode_step import DecodeStep, StepRows
+from colm_kernels.few_rows_linear import MAX_ROWS_OF_PAIRS, library_variant
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -50,6 +51,16 @@ class DecodeEngine:
             pages = store.k_pages_LBPKD, store.v_pages_LBPKD
             gains, config = all_gains(self._model.final_norm), checkpoint.config
             self._one_call = DecodeStep(layers, gains, config.chains, *pages, eps=config.norm_eps)
+
+    @property
+    def max_exact_tokens(self) -> int:
+        """Most tokens of a step in which each gets the bits that it gets alone; `MAX_ROWS_OF_PAIRS` where none does.
+
+        Beyond it PyTorch's products serve, whose sums depend on the number of rows, within the same budget.
+        """
+        dtype = self._store.layout.kv_format.dtype
+        in_library = (num for num in range(MAX_ROWS_OF_PAIRS, 0, -1) if library_variant(num, dtype) != "torch")
+        return next(in_library, MAX_ROWS_OF_PAIRS)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> Tensor:

@@ -43,3 +43,9 @@ class DecodeMetrics(Collector):
         yield CounterMetricFamily("colm_decode_steps", "Steps of the decode engine.", counts.num_steps)
         yield CounterMetricFamily("colm_decode_step_seconds", "Time in which steps ran.", counts.steps_s)
         yield CounterMetricFamily("colm_decode_tokens", "Tokens sampled for answers.", counts.num_tokens)
+        yield CounterMetricFamily(
+            "colm_decode_draft_tokens", "Tokens drafted by chain 1 and verified.", counts.num_draft_tokens
+        )
+        yield CounterMetricFamily(
+            "colm_decode_accepted_tokens", "Drafts that became tokens of answers.", counts.num_accepted_tokens
+        )

@@ -21,6 +21,7 @@ from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from colm.wire.shared_memory import host_id
 from decode_node.decode_loop import DecodeLoop
+from decode_node.drafter import Drafting, StepTimes
 from decode_node.engine import DecodeEngine
 from decode_node.kv_fetch import KvFetcher, KvTransfer, RetryPolicy
 from decode_node.kv_layout import KvLayout
@@ -113,7 +114,11 @@ class DecodeNode:
         checkpoint, tokenizer, store, engine = await asyncio.to_thread(_load, options)
         self.fingerprint = await asyncio.to_thread(fingerprint, checkpoint, store.layout.kv_format)
         self.page_line = PageLine(PagePool(store.num_pages), max_waiting=settings.max_requests)
-        loop = DecodeLoop(engine, self.page_line, max_batch_size=settings.max_batch_size)
+        times = StepTimes.of(checkpoint.config, max_tokens=engine.max_exact_tokens)
+        drafting = Drafting(times, settings.max_draft_tokens) if settings.max_draft_tokens else None
+        loop = DecodeLoop(
+            engine, self.page_line, max_batch_size=settings.max_batch_size, times=times if drafting else None
+        )
         self._loop_task = asyncio.create_task(loop.run(), name="decode-loop")
 
         def receive(transfer: KvTransfer, lease: PrefillLease) -> KvReceiver:
@@ -139,6 +144,7 @@ class DecodeNode:
             eos_token_ids=checkpoint.text.eos_token_ids,
             max_requests=settings.max_requests,
             max_local_prefill_tokens=settings.max_local_prefill_tokens,
+            drafting=drafting,
             clock=clock,
         )
         DecodeMetrics(self.owner, loop, self.page_line, self.metrics)

@@ -3,11 +3,14 @@
 Shapes: M pages of a request.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+MAX_DRAFT_TOKENS: Final = 15
+"""Most drafts that a step verifies: with the token before them they are one row, of at most `MAX_QUERY_TOKENS`."""
 
 MAX_PROMPT_TOKENS: Final = 64
 """Prompt tokens that answers read in one step: answers that run meanwhile wait no longer than these take. Rows of about
@@ -29,6 +32,23 @@ class PlanRow:
     num_logits: int = 1
     """How many of the last tokens get logits: 0 where the cache only catches up, 1 for the next token, all of them to
     verify a draft."""
+
+    @property
+    def num_drafts(self) -> int:
+        """How many of its tokens are drafts: all that ask for logits, but the first of these."""
+        return max(0, self.num_logits - 1)
+
+    def without_drafts(self, count: int) -> "PlanRow":
+        """The row without its last drafts, so many of them."""
+        if count == 0:
+            return self
+        return replace(self, token_ids=self.token_ids[:-count], num_logits=self.num_logits - count)
+
+    @property
+    def chosen_positions(self) -> range:
+        """Where in the text the tokens are that its logits choose."""
+        end = self.position + len(self.token_ids) + 1
+        return range(end - self.num_logits, end)
 
     def __post_init__(self) -> None:
         assert self.token_ids, "a row without tokens"

@@ -18,6 +18,7 @@ from colm.request import AttentionMode, KvCodec
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 from decode_node.decode_loop import DecodeLoop
+from decode_node.drafter import Drafting
 from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder
 from decode_node.kv_store import KvStore
 from decode_node.page_line import PageLine
@@ -45,6 +46,8 @@ class DecodeJob:
     """How the prefill attends."""
     kv_codec: KvCodec = "raw"
     """How its keys and values come here."""
+    max_draft_tokens: int | None = None
+    """Of a round; None leaves it to the node, whose own limit holds in any case."""
 
 
 class Stage(Enum):
@@ -78,6 +81,7 @@ class RequestOwner:
         eos_token_ids: tokens that end an answer by the model's own convention.
         max_requests: requests at once, waiting ones included; the next is refused.
         max_local_prefill_tokens: prompts of so many tokens are computed here, longer ones by a prefill node.
+        drafting: decides how much answers draft; None drafts nothing.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class RequestOwner:
         eos_token_ids: tuple[int, ...],
         max_requests: int,
         max_local_prefill_tokens: int,
+        drafting: Drafting | None,
         clock: Clock,
     ) -> None:
         self._page_line = page_line
@@ -101,6 +106,7 @@ class RequestOwner:
         self._eos_token_ids = eos_token_ids
         self._max_requests = max_requests
         self._max_local_prefill_tokens = max_local_prefill_tokens
+        self._drafting = drafting
         self._clock = clock
         self._requests: dict[str, _Request] = {}
         self.ended = Counter[Stage]()
@@ -230,6 +236,8 @@ class RequestOwner:
             sampling=job.sampling,
             stop_token_ids={*eos_token_ids, *job.sampling.stop_token_ids},
             text_stream=None if self._tokenizer is None else self._tokenizer.stream(),
+            # Chain 1 alone has nothing to gain.
+            drafter=self._drafting.drafter(job.max_draft_tokens) if self._drafting and job.num_chains > 1 else None,
         )
         first_token_s = last_token_s = None
         async with aclosing(self._loop.events(answer, pages)) as events:
@@ -253,6 +261,8 @@ class RequestOwner:
                     kv_effective_bytes=account.kv_effective_bytes,
                     num_kv_streams=account.num_kv_streams,
                     kv_shared_bytes=account.kv_shared_bytes,
+                    num_draft_tokens=answer.num_draft_tokens,
+                    num_accepted_tokens=answer.num_accepted_tokens,
                 ),
                 timings=Timings(
                     queue_s=account.queue_s,

@@ -1,14 +1,17 @@
 """The state of one answer: which tokens to read next, the text held back, and whether the answer has finished."""
 
 from collections.abc import Collection, Sequence
+from itertools import zip_longest
 
 import numpy as np
 from colm_kernels.decode_attention import MAX_QUERY_TOKENS
 from numpy.typing import NDArray
 
+from colm.errors import ColmError
 from colm.events import FinishReason, Token
 from colm.sampling import SamplingParams
 from colm.text.detokenizer import TextStream
+from decode_node.drafter import Drafter
 from decode_node.plan import PlanRow
 from decode_node.sampler import Choice, Sampler
 from decode_node.stop_matcher import StopMatcher
@@ -23,6 +26,7 @@ class RunningAnswer:
         position: tokens in the cache.
         stop_token_ids: any of these ends the answer.
         text_stream: None for a model without a tokenizer; tokens then carry no text.
+        drafter: decides how many tokens chain 1 drafts before all chains verify them; None drafts none.
     """
 
     def __init__(
@@ -36,46 +40,101 @@ class RunningAnswer:
         sampling: SamplingParams,
         stop_token_ids: Collection[int],
         text_stream: TextStream | None,
+        drafter: Drafter | None = None,
     ) -> None:
         self._unread_token_ids = tuple(unread_token_ids)
         self._position = position
-        self._num_chains = num_chains
+        self.num_chains = num_chains
         self._max_new_tokens = max_new_tokens
         self._table_M = table_M
         self._stop_token_ids = frozenset(stop_token_ids)
         self._text_stream = text_stream
         self._stop_matcher = StopMatcher(sampling.stop)
+        self._drafter = drafter
+        # Behind the unread tokens; chain 1 has read all but the last, and none is part of the answer yet.
+        self._draft_token_ids: list[int] = []
+        self._num_to_draft: int | None = None
         self.sampler = Sampler(sampling)
         self.num_new_tokens = 0
+        self.num_draft_tokens = 0
+        """Drafts that were verified."""
+        self.num_accepted_tokens = 0
+        """Those of them that became tokens of the answer."""
         self.finish_reason: FinishReason | None = None
+        self.error: ColmError | None = None
+        """Why the answer cannot go on."""
         self.tail = ""
         """Text that was held back, and belongs to the answer once it has finished."""
+
+    def draft_row(self, num_answers: int) -> PlanRow | None:
+        """The row with which chain 1 drafts one more token; None where the answer wants no more of them, or none.
+
+        Keys and values are chain 1's at every scale, so a draft writes what its verification would write there. None
+        lies behind the last token that the answer may have.
+
+        Args:
+            num_answers: in the batch.
+        """
+        # The first token comes at once.
+        if self._drafter is None or self.num_new_tokens == 0 or len(self._unread_token_ids) > 1:
+            return None
+        drafts = self._draft_token_ids
+        if self._num_to_draft is None:
+            room = self._max_new_tokens - self.num_new_tokens - 1
+            self._num_to_draft = min(room, self._drafter.num_drafts(num_answers))
+        if len(drafts) >= self._num_to_draft:
+            return None
+        (last,) = drafts[-1:] or self._unread_token_ids
+        return PlanRow((last,), self._position + len(drafts), 1, self._table_M)
+
+    def add_draft(self, outcome: Choice | ColmError) -> None:
+        """Take what chain 1 chose at `draft_row`. No draft follows an end of the answer, nor logits that failed."""
+        if isinstance(outcome, Choice):
+            self._draft_token_ids.append(outcome.token_id)
+        if isinstance(outcome, ColmError) or outcome.token_id in self._stop_token_ids:
+            self._num_to_draft = 0
 
     def next_rows(self) -> list[PlanRow]:
         """The rows that the next step reads: the next token's, then those of a prompt that the cache does not hold.
 
+        Drafts stand behind the next token in its row, and ask for logits as well.
+
         Of the prompt's tokens but the last only keys and values are wanted, so they run through chain 1 alone.
         """
         *earlier, last = self._unread_token_ids
-        first, table_M = self._position, self._table_M
+        first, table_M, drafts = self._position, self._table_M, self._draft_token_ids
         starts = range(0, len(earlier), MAX_QUERY_TOKENS)
         pieces = [(start, tuple(earlier[start : start + MAX_QUERY_TOKENS])) for start in starts]
         return [
-            PlanRow((last,), first + len(earlier), self._num_chains, table_M),
+            PlanRow((last, *drafts), first + len(earlier), self.num_chains, table_M, num_logits=1 + len(drafts)),
             *(PlanRow(piece, first + start, 1, table_M, num_logits=0) for start, piece in pieces),
         ]
 
-    def advance(self, choices: Sequence[Choice]) -> list[Token]:
-        """Append a step's choices to the answer, in order; sets `finish_reason` at the last token.
+    def advance(self, outcomes: Sequence[Choice | ColmError]) -> list[Token]:
+        """Append what a step of `next_rows` has chosen; sets `finish_reason` at the last token, or `error`.
+
+        Args:
+            outcomes: what follows the next token, then what follows each of the first drafts; the others are forgotten.
 
         Returns:
-            A token for each choice, up to the one that ends the answer; later choices are dropped.
+            A token for each outcome, up to the first that is another than its draft, or that ends the answer; those
+            behind it follow what is not the answer's text, and are dropped.
         """
-        tokens = []
-        for choice in choices:
-            tokens.append(self._take(choice))
-            if self.finish_reason is not None:
+        drafts = self._draft_token_ids[: max(0, len(outcomes) - 1)]
+        self._draft_token_ids, self._num_to_draft = [], None
+        tokens: list[Token] = []
+        for outcome, draft in zip_longest(outcomes, drafts):
+            if isinstance(outcome, ColmError):
+                self.error = outcome
                 break
+            tokens.append(self._take(outcome))
+            if self.finish_reason is not None or outcome.token_id != draft:
+                break
+        if self._drafter is not None and drafts:
+            num_accepted = sum(token.token_id == draft for token, draft in zip(tokens, drafts, strict=False))
+            self.num_draft_tokens += len(drafts)
+            self.num_accepted_tokens += num_accepted
+            self._drafter.note(num_accepted, was_refused=num_accepted < min(len(tokens), len(drafts)))
         return tokens
 
     def _take(self, choice: Choice) -> Token:
@@ -94,7 +153,7 @@ class RunningAnswer:
             token_id=choice.token_id,
             text=text,
             logprob=choice.logprob,
-            num_chains=self._num_chains,
+            num_chains=self.num_chains,
             top_logprobs=choice.top_logprobs,
         )
 

@@ -1,18 +1,21 @@
 """Chooses the next tokens of a step's requests from their logits.
 
 A request's tokens depend, to the bit, on its own seed, parameters and logits alone: not on the other requests of a
-step, and not on how its tokens are divided into steps. Only log probabilities are computed for all rows at once. NumPy
-has a vectorised argmax and comparisons, PyTorch has not: 0.3 ms against 5.7 ms for the argmax of 32 rows of 128K (2
-cores of an AMD Zen 4).
+step, not on how its tokens are divided into steps, and not on what was drawn before: each position of its text has a
+random number of its own. So what chain 1 drafts is what all chains draw there, wherever their logits agree.
+
+Only log probabilities are computed for all rows at once. NumPy has a vectorised argmax and comparisons, PyTorch has
+not: 0.3 ms against 5.7 ms for the argmax of 32 rows of 128K (2 cores of an AMD Zen 4).
 
 Shapes: Q rows of logits, one or more a request, V vocabulary, C candidates: the tokens that may still be drawn.
 """
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,27 +36,25 @@ class Choice:
 
 
 class Sampler:
-    """One request's sampling parameters and random numbers, one number for each token drawn."""
+    """One request's sampling parameters and random numbers, one number for each position of its text."""
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        self._key = seed.to_bytes(8, "little")
 
-    def uniform(self) -> float:
-        """The next random number, above 0 and at most 1."""
-        return 1.0 - float(torch.rand((), dtype=torch.float64, generator=self._generator))
+    def uniform(self, position: int) -> float:
+        """The random number of the token at a position, above 0 and at most 1."""
+        digest = blake2b(position.to_bytes(8, "little"), digest_size=8, key=self._key).digest()
+        return 1.0 - (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def choose(samplers: Sequence[Sampler], logits_QV: Tensor) -> list[Choice | ColmError]:
+def choose(samplers: Sequence[Sampler], positions_Q: Sequence[int], logits_QV: Tensor) -> list[Choice | ColmError]:
     """Choose the token that follows each row.
 
     Args:
-        samplers: one a row. All rows of a request have its one sampler, and come in the order of their tokens, so that
-            it draws for them one after the other.
+        samplers: one a row; all rows of a request have its one sampler.
+        positions_Q: where in its text, from 0, the token is that is chosen.
         logits_QV: of the model, on any device; the host reads them.
 
     Returns:
@@ -63,23 +64,24 @@ def choose(samplers: Sequence[Sampler], logits_QV: Tensor) -> list[Choice | Colm
     finite_Q = logits_QV.amax(dim=1).isfinite().tolist()
     logprobs = logits_QV.log_softmax(dim=1).numpy()
     return [
-        _choose(sampler, logits_V, logprobs_V)
+        _choose(sampler, position, logits_V, logprobs_V)
         if finite
         else NotFinite("the model's logits are not finite; its weights or the dtype are at fault")
-        for sampler, finite, logits_V, logprobs_V in zip(samplers, finite_Q, logits_QV.numpy(), logprobs, strict=True)
+        for sampler, position, finite, logits_V, logprobs_V in zip(
+            samplers, positions_Q, finite_Q, logits_QV.numpy(), logprobs, strict=True
+        )
     ]
 
 
-def _choose(sampler: Sampler, logits_V: NDArray[np.float32], logprobs_V: NDArray[np.float32]) -> Choice:
+def _choose(sampler: Sampler, position: int, logits_V: NDArray[np.float32], logprobs_V: NDArray[np.float32]) -> Choice:
     params = sampler.params
-    token_id = int(logits_V.argmax()) if params.temperature == 0 else _draw(sampler, logits_V)
+    token_id = int(logits_V.argmax()) if params.temperature == 0 else _draw(params, sampler.uniform(position), logits_V)
     top_ids = _likeliest(logits_V, params.top_logprobs)
     top_logprobs = tuple(zip(top_ids.tolist(), logprobs_V[top_ids].tolist(), strict=True))
     return Choice(token_id, float(logprobs_V[token_id]), top_logprobs)
 
 
-def _draw(sampler: Sampler, logits_V: NDArray[np.float32]) -> int:
-    params = sampler.params
+def _draw(params: SamplingParams, number: float, logits_V: NDArray[np.float32]) -> int:
     ids_C = _likeliest(logits_V, params.top_k) if params.top_k else None
     logits_C = logits_V if ids_C is None else logits_V[ids_C]
     # From the likeliest down and in float64: no temperature above 0 makes this overflow into NaN.
@@ -92,7 +94,7 @@ def _draw(sampler: Sampler, logits_V: NDArray[np.float32]) -> int:
     mass_C = weights_C.cumsum()
     # The number drawn is above 0, so the first token at which the mass reaches it has a weight above 0. It is at most
     # the whole mass, so there is such a token.
-    drawn = int(mass_C.searchsorted(sampler.uniform() * mass_C[-1]))
+    drawn = int(mass_C.searchsorted(number * mass_C[-1]))
     return drawn if ids_C is None else int(ids_C[drawn])
 
 

@@ -9,7 +9,7 @@ An answer moves from left to right, and may leave at any time:
 No step has an answer that is out, so nothing writes into its pages any more.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -18,6 +18,13 @@ from decode_node.plan import MAX_PROMPT_TOKENS, PlanRow, StepPlan
 
 class Answer(Hashable, Protocol):
     """An answer, as the scheduler sees it; answers are told apart by hash and equality."""
+
+    @property
+    def num_chains(self) -> int:
+        """The scale at which it runs."""
+
+    def draft_row(self, num_answers: int) -> PlanRow | None:
+        """The row of its next draft, at scale 1, with so many answers in the batch; None where it wants none."""
 
     def next_rows(self) -> list[PlanRow]:
         """The rows that it reads in the next step: its next token's, then those of an unread prompt."""
@@ -33,6 +40,8 @@ class Step(Generic[A]):
     answers: tuple[A, ...]
     """Whose each of the plan's rows is; an answer with a prompt to read has several."""
     plan: StepPlan
+    drafting: frozenset[A]
+    """Those whose row is a draft: chain 1 chooses a token that all chains will verify."""
 
 
 class Scheduler(Generic[A]):
@@ -40,14 +49,20 @@ class Scheduler(Generic[A]):
 
     Only prompts that are too many tokens for one step wait for the next, in which the first of them has its turn.
 
+    A step drafts while every answer of more than one chain wants another draft: then chain 1's weights alone are read,
+    and answers of one chain take part with the rows that they ask for anyway. As soon as one wants no draft, because it
+    has enough, has just come, or never drafts, the next step is everybody's, and verifies the drafts that there are.
+
     Args:
         max_batch_size: answers active at once; more wait their turn.
+        max_tokens: a step of more verifies fewer drafts, as when somebody came while the others drafted; None for any.
     """
 
-    def __init__(self, *, max_batch_size: int) -> None:
+    def __init__(self, *, max_batch_size: int, max_tokens: int | None = None) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size} must be at least 1")
         self._max_batch_size = max_batch_size
+        self._max_tokens = max_tokens
         # Dicts without values: sets in the order of arrival.
         self._waiting: dict[A, None] = {}
         self._active: dict[A, None] = {}
@@ -92,8 +107,10 @@ class Scheduler(Generic[A]):
             del self._waiting[first]
             self._active[first] = None
         if self._active:
-            rows = sorted(self._next_rows(), key=lambda pair: pair[1].num_chains, reverse=True)
-            self._step = Step(tuple(answer for answer, _ in rows), StepPlan(tuple(row for _, row in rows)))
+            drafts = self._draft_rows()
+            rows = sorted(self._within_limit(drafts), key=lambda pair: pair[1].num_chains, reverse=True)
+            plan = StepPlan(tuple(row for _, row in rows))
+            self._step = Step(tuple(answer for answer, _ in rows), plan, frozenset(drafts))
         return self._step
 
     def end_step(self) -> list[A]:
@@ -130,10 +147,31 @@ class Scheduler(Generic[A]):
         assert in_step <= self._active.keys() | self._leaving, "a step with somebody who is out"
         assert in_step >= self._leaving, "an answer waits for the end of a step that does not have it"
 
-    def _next_rows(self) -> Iterator[tuple[A, PlanRow]]:
+    def _draft_rows(self) -> dict[A, PlanRow]:
+        """The drafts of all answers of more than one chain; none if one of these wants none."""
+        drafts = {}
+        for answer in self._active:
+            if answer.num_chains == 1:
+                continue
+            if (row := answer.draft_row(len(self._active))) is None:
+                return {}
+            drafts[answer] = row
+        return drafts
+
+    def _within_limit(self, drafts: Mapping[A, PlanRow]) -> Iterator[tuple[A, PlanRow]]:
+        """The step's rows, without the drafts that are too many; it is then no larger than a step without drafts."""
+        rows = list(self._rows(drafts))
+        num_tokens = sum(len(row.token_ids) for _, row in rows)
+        excess = 0 if self._max_tokens is None else max(0, num_tokens - self._max_tokens)
+        for answer, row in rows:
+            num_cut = min(excess, row.num_drafts)
+            excess -= num_cut
+            yield answer, row.without_drafts(num_cut)
+
+    def _rows(self, drafts: Mapping[A, PlanRow]) -> Iterator[tuple[A, PlanRow]]:
         num_prompt_tokens = 0
         for answer in self._active:
-            rows = answer.next_rows()
+            rows = [drafts[answer]] if answer in drafts else answer.next_rows()
             if of_prompt := sum(len(row.token_ids) for row in rows[1:]):
                 if num_prompt_tokens and num_prompt_tokens + of_prompt > MAX_PROMPT_TOKENS:
                     continue

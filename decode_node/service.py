@@ -60,6 +60,7 @@ class DecodeService(DecodeServiceServicer):
                 only_if_room=opened.only_if_room,
                 attention=attention_from_pb(opened.attention),
                 kv_codec=kv_codec_from_pb(opened.kv_codec),
+                max_draft_tokens=opened.max_draft_tokens if opened.HasField("max_draft_tokens") else None,
             )
 
             async def emit(event: Event) -> None:

@@ -6,7 +6,7 @@ from pydantic import ByteSize, Field, NonNegativeInt, PositiveInt
 
 from colm import defaults
 from colm.settings import PrefillLineSettings, Settings
-from decode_node.plan import MAX_PROMPT_TOKENS
+from decode_node.plan import MAX_DRAFT_TOKENS, MAX_PROMPT_TOKENS
 
 
 class DecodeSettings(Settings):
@@ -22,6 +22,9 @@ class DecodeSettings(Settings):
     """Requests at once on a decode node, waiting and prefilling ones included; the next is refused."""
     max_local_prefill_tokens: NonNegativeInt = Field(default=defaults.MAX_LOCAL_PREFILL_TOKENS, le=MAX_PROMPT_TOKENS)
     """Longest prompt, in tokens, that a decode node computes in its own step; 0 always asks a prefill node."""
+    max_draft_tokens: NonNegativeInt = Field(default=defaults.MAX_DRAFT_TOKENS, le=MAX_DRAFT_TOKENS)
+    """Tokens that chain 1 may draft before all chains of an answer verify them, which changes how fast tokens come and
+    never which. How many it drafts follows from what steps take and how many drafts are accepted; 0 drafts none."""
 
 
 class PrefillPoolSettings(PrefillLineSettings):

@@ -171,6 +171,7 @@ def decode_requests(
     lease_id: str = "",
     attention: common_pb2.AttentionMode = common_pb2.ATTENTION_MODE_UNSPECIFIED,
     kv_codec: common_pb2.Codec = common_pb2.CODEC_UNSPECIFIED,
+    max_draft_tokens: int | None = None,
 ) -> list[decode_service_pb2.DecodeRequest]:
     opened = decode_service_pb2.OpenDecode(
         request_id=request_id,
@@ -182,6 +183,7 @@ def decode_requests(
         lease_id=lease_id,
         attention=attention,
         kv_codec=kv_codec,
+        max_draft_tokens=max_draft_tokens,
     )
     pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(np.array(token_ids))]
     end = decode_service_pb2.DecodeRequest(end_of_prompt=common_pb2.EndOfPrompt())

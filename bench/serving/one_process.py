@@ -208,8 +208,9 @@ class OneProcess:
         """One token for each of these answers."""
         batch = [(work, work.answer) for work in batched if work.answer is not None]
         batch.sort(key=lambda each: each[0].job.num_chains, reverse=True)
-        logits_QV = self._decode.step(StepPlan(tuple(row for _, answer in batch for row in answer.next_rows())))
-        choices = choose([answer.sampler for _, answer in batch], logits_QV)
+        plan = StepPlan(tuple(row for _, answer in batch for row in answer.next_rows()))
+        positions_Q = [position for row in plan.rows for position in row.chosen_positions]
+        choices = choose([answer.sampler for _, answer in batch], positions_Q, self._decode.step(plan))
         now_s = perf_counter()
         for (work, answer), choice in zip(batch, choices, strict=True):
             if isinstance(choice, ColmError):

@@ -42,6 +42,10 @@ def submit(
     kv_codec: Annotated[
         KvCodec, typer.Option(help="int8 sends keys and values in half the bytes, rounded; for slow networks.")
     ] = "raw",
+    max_draft_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens that chain 1 may draft for all chains to verify; 0 drafts none. Changes no token."),
+    ] = None,
     model: Annotated[str, typer.Option(help="Model name; the cluster's only one by default.")] = "",
     address: Annotated[str | None, typer.Option(help="Gateway host:port; this machine's cluster by default.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="With --address: file with the client token.")] = None,
@@ -74,6 +78,7 @@ def submit(
                 timeout_s=timeout_s,
                 attention=attention,
                 kv_codec=kv_codec,
+                max_draft_tokens=max_draft_tokens,
             )
             with closing(answer) as events:  # leaving early cancels the request on every node
                 for event in events:

@@ -128,6 +128,7 @@ class FrontDoor:
             sampling=plan.sampling,
             attention=plan.attention,
             kv_codec=plan.kv_codec,
+            max_draft_tokens=plan.max_draft_tokens,
         )
 
     def _accepted(self, job: DecodeJob, timeout_s: float) -> Accepted:

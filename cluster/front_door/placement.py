@@ -53,6 +53,7 @@ class DecodeJob:
     sampling: SamplingParams
     attention: AttentionMode
     kv_codec: KvCodec
+    max_draft_tokens: int | None
 
 
 class DecodeNodeCalls(Protocol):

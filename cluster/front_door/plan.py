@@ -54,6 +54,8 @@ class Plan:
     """The client's deadline; None lets the gateway choose one, once it knows the prompt's length."""
     attention: AttentionMode
     kv_codec: KvCodec
+    max_draft_tokens: int | None
+    """None: the decode node's limit."""
 
     @classmethod
     def of(
@@ -103,4 +105,5 @@ class Plan:
             timeout_s=timeout_s,
             attention=request.attention,
             kv_codec=request.kv_codec,
+            max_draft_tokens=request.max_draft_tokens,
         )

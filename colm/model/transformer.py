@@ -126,3 +126,9 @@ def parameter_shapes(config: ChainConfig, num_chains: int | None = None) -> dict
 def num_parameters(config: ChainConfig, num_chains: int | None = None) -> int:
     """Weights of the model of the first `num_chains` chains; a tied head is counted once."""
     return sum(shape.numel() for shape in parameter_shapes(config, num_chains).values())
+
+
+def num_step_parameters(config: ChainConfig, num_chains: int | None = None) -> int:
+    """Weights of the first `num_chains` chains that a decode step reads: all but an embedding that is not the head."""
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * sum(config.chain_dims[:num_chains])
+    return num_parameters(config, num_chains) - looked_up

@@ -212,6 +212,8 @@ def generate_request_to_pb(request: GenerateRequest) -> generation_pb.OpenGenera
         message.max_new_tokens = int(request.max_new_tokens)
     if request.timeout_s is not None:
         message.timeout_s = float(request.timeout_s)
+    if request.max_draft_tokens is not None:
+        message.max_draft_tokens = int(request.max_draft_tokens)
     return message
 
 
@@ -223,7 +225,7 @@ def generate_request_from_pb(message: generation_pb.OpenGenerate) -> GenerateReq
     """
     chosen = {
         name: getattr(message, name)
-        for name in ("chat", "num_chains", "max_new_tokens", "timeout_s")
+        for name in ("chat", "num_chains", "max_new_tokens", "timeout_s", "max_draft_tokens")
         if message.HasField(name)
     }
     return GenerateRequest(

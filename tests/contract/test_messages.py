@@ -95,6 +95,8 @@ USAGES = st.builds(
     kv_received_bytes=U64,
     kv_effective_bytes=U64,
     num_kv_streams=U32,
+    num_draft_tokens=U32,
+    num_accepted_tokens=U32,
 )
 TIMINGS = st.builds(Timings, queue_s=SECONDS, prefill_s=SECONDS, first_token_s=SECONDS, decode_s=SECONDS)
 ACCEPTED = st.builds(
@@ -158,6 +160,7 @@ REQUESTS = st.builds(
     timeout_s=st.none() | st.floats(allow_nan=False, allow_infinity=False),
     attention=st.sampled_from(ATTENTION_MODES),
     kv_codec=st.sampled_from(KV_CODECS),
+    max_draft_tokens=st.none() | U32,
 )
 MESSAGES = st.builds(ChatMessage, role=st.sampled_from(CHAT_ROLES), content=TEXT)
 CONVERSATIONS = st.builds(replace, REQUESTS, chat=st.none(), history=st.lists(MESSAGES, max_size=3).map(tuple))

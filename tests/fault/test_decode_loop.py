@@ -33,8 +33,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 async def node(checkpoint: Checkpoint) -> AsyncIterator[DecodeNode]:
+    """Its answers advance by one token a step."""
     path = str(checkpoint.path)
-    async with prefill_node(path) as prefill, decode_node(path, [prefill.address], max_batch_size=3) as node:
+    async with (
+        prefill_node(path) as prefill,
+        decode_node(path, [prefill.address], max_batch_size=3, max_draft_tokens=0) as node,
+    ):
         yield node
 
 
@@ -55,7 +59,7 @@ async def test_an_answer_that_cannot_be_advanced_ends_alone(node: DecodeNode, mo
     advance = RunningAnswer.advance
 
     def fail_one(answer: RunningAnswer, choices: Any) -> Any:
-        if answer.num_new_tokens == 2 and answer._num_chains == 2:
+        if answer.num_new_tokens == 2 and answer.num_chains == 2:
             raise ValueError("a character that is none")
         return advance(answer, choices)
 

@@ -22,6 +22,7 @@ class Mutant:
     test: str
 
 
+_DRAFTS = "tests/unit/test_running_answer.py::"
 _DEADLINES = "tests/fault/test_deadlines.py::"
 _ENGINE = "tests/numerics/test_decode_engine.py::"
 _LOOP = "tests/fault/test_decode_loop.py::"
@@ -243,9 +244,52 @@ MUTANTS = (
     Mutant(
         "what was chosen behind an answer's end belongs to it",
         "decode_node/running_answer.py",
-        "            if self.finish_reason is not None:\n                break\n",
-        "",
+        "if self.finish_reason is not None or outcome.token_id != draft:",
+        "if outcome.token_id != draft:",
         "tests/unit/test_running_answer.py::test_several_choices_end_in_the_middle_and_what_follows_is_dropped",
+    ),
+    # Drafts.
+    Mutant(
+        "what follows a refused draft belongs to the answer",
+        "decode_node/running_answer.py",
+        "if self.finish_reason is not None or outcome.token_id != draft:",
+        "if self.finish_reason is not None:",
+        _DRAFTS + "test_drafts_count_up_to_the_first_that_is_another_than_what_all_chains_choose",
+    ),
+    Mutant(
+        "drafts run past the last token that an answer may have",
+        "decode_node/running_answer.py",
+        "min(room, self._drafter.num_drafts(num_answers))",
+        "self._drafter.num_drafts(num_answers)",
+        _DRAFTS + "test_no_draft_lies_behind_the_last_token_that_the_answer_may_have",
+    ),
+    Mutant(
+        "an answer drafts on behind its end",
+        "decode_node/running_answer.py",
+        "if isinstance(outcome, ColmError) or outcome.token_id in self._stop_token_ids:",
+        "if isinstance(outcome, ColmError):",
+        _DRAFTS + "test_nothing_is_drafted_behind_a_draft_that_would_end_the_answer_nor_where_chain_1_chose_nothing",
+    ),
+    Mutant(
+        "a step drafts for some while others read all chains",
+        "decode_node/scheduler.py",
+        "                return {}\n",
+        "                continue\n",
+        "tests/unit/test_scheduler.py::test_a_step_drafts_only_while_everybody_of_more_than_one_chain_wants_to",
+    ),
+    Mutant(
+        "drafts make a step of any size",
+        "decode_node/scheduler.py",
+        "num_cut = min(excess, row.num_drafts)",
+        "num_cut = 0",
+        "tests/unit/test_scheduler.py::test_drafts_give_way_where_a_step_would_be_larger_than_it_may_be",
+    ),
+    Mutant(
+        "every token has the same random number",
+        "decode_node/sampler.py",
+        "sampler.uniform(position)",
+        "sampler.uniform(0)",
+        "tests/unit/test_sampling.py::test_tokens_are_drawn_as_often_as_they_are_likely",
     ),
     Mutant(
         "a failed step tells only the first",

@@ -380,6 +380,7 @@ def job(num_prompt_tokens: int, max_new_tokens: int) -> DecodeJob:
         sampling=SamplingParams(ignore_eos=True),
         attention="dense",
         kv_codec="raw",
+        max_draft_tokens=None,
     )
 
 

@@ -192,8 +192,10 @@ async def test_options_arrive_whatever_kind_of_number_they_are(gateway: Gateway,
         timeout_s=60,
         sampling=sampling,
         attention="sparse",
+        max_draft_tokens=np.int8(0),
     )
     sent = gateway.opened
+    assert (sent.HasField("max_draft_tokens"), sent.max_draft_tokens) == (True, 0)
     assert sent.attention == common_pb2.ATTENTION_MODE_SPARSE
     assert (sent.model, sent.chat, sent.num_chains, sent.max_new_tokens, sent.timeout_s) == ("m", False, 2, 7, 60.0)
     assert (sent.sampling.temperature, sent.sampling.top_k, sent.sampling.top_p) == (1.0, 3, 0.5)
@@ -262,6 +264,8 @@ BAD_REQUESTS: dict[str, tuple[Callable[[Path], dict[str, Any]], str, str]] = {
     "None as sampling": (lambda _: {"sampling": None}, "sampling", "None"),
     "attention unknown": (lambda _: {"attention": "quick"}, "attention", "'quick'"),
     "None as attention": (lambda _: {"attention": None}, "attention", "None"),
+    "max_draft_tokens -1": (lambda _: {"max_draft_tokens": -1}, "max_draft_tokens", "-1"),
+    "max_draft_tokens of bool": (lambda _: {"max_draft_tokens": True}, "max_draft_tokens", "True"),
     "dict as sampling": (lambda _: {"sampling": {"top_k": 1}}, "sampling", "top_k"),
     "option that does not exist": (lambda _: {"max_tokens": 5}, "max_tokens", "max_new_tokens"),
 }

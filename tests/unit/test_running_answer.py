@@ -8,9 +8,11 @@ from colm_kernels.decode_attention import MAX_QUERY_TOKENS
 from hypothesis import given
 from hypothesis import strategies as st
 
+from colm.errors import NotFinite
 from colm.events import FinishReason, Token
 from colm.sampling import SamplingParams
 from colm.text.detokenizer import Detokenizer, TextStream
+from decode_node.drafter import Drafter, Drafting, StepTimes
 from decode_node.plan import MAX_PROMPT_TOKENS
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice
@@ -40,6 +42,7 @@ def answer(
     reads_text: bool = True,
     unread_token_ids: Sequence[int] = (17,),
     num_chains: int = 2,
+    num_drafts: int = 0,
 ) -> RunningAnswer:
     return RunningAnswer(
         unread_token_ids=unread_token_ids,
@@ -50,7 +53,23 @@ def answer(
         sampling=SamplingParams(stop=stop),
         stop_token_ids=stop_token_ids,
         text_stream=TextStream(Detokenizer(TOKENIZER)) if reads_text else None,
+        drafter=DraftsOf(num_drafts) if num_drafts else None,
     )
+
+
+class DraftsOf(Drafter):
+    """Always wants as many drafts, and remembers what became of them."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(Drafting(StepTimes((1, 2), max_tokens=64), num_tokens), num_tokens)
+        self.noted: list[tuple[int, bool]] = []
+
+    def num_drafts(self, num_answers: int) -> int:
+        assert num_answers == 1
+        return self._max_draft_tokens
+
+    def note(self, num_accepted: int, *, was_refused: bool) -> None:
+        self.noted.append((num_accepted, was_refused))
 
 
 def chosen(token_id: int) -> Choice:
@@ -64,6 +83,13 @@ def advance(sequence: RunningAnswer, token_ids: Sequence[int]) -> list[Token]:
         assert sequence.finish_reason is None
         tokens += sequence.advance([chosen(token_id)])
     return tokens
+
+
+def verified(sequence: RunningAnswer, token_ids: Sequence[int]) -> list[Token]:
+    """Take a step's tokens, of which all but the last were drafted."""
+    for token_id in token_ids[:-1]:
+        sequence.add_draft(chosen(token_id))
+    return sequence.advance([chosen(token_id) for token_id in token_ids])
 
 
 def shown(sequence: RunningAnswer, tokens: Sequence[Token]) -> str:
@@ -198,9 +224,111 @@ def test_without_a_tokenizer_tokens_carry_no_text() -> None:
     assert (shown(sequence, tokens), sequence.finish_reason) == ("", FinishReason.LENGTH)
 
 
+def draft(sequence: RunningAnswer, token_ids: Sequence[int]) -> None:
+    """Draft these tokens, as long as the answer asks for drafts."""
+    for token_id in token_ids:
+        if sequence.draft_row(1) is not None:
+            sequence.add_draft(chosen(token_id))
+
+
+def test_the_first_token_comes_without_drafts_and_then_chain_1_drafts_token_by_token() -> None:
+    sequence = answer(num_drafts=3)
+    assert sequence.draft_row(1) is None
+    advance(sequence, [40])
+    for place, (last, next_draft) in enumerate([(40, 50), (50, 60), (60, 70)]):
+        row = sequence.draft_row(1)
+        assert row is not None
+        assert (row.token_ids, row.position, row.num_chains, row.num_logits) == ((last,), 10 + place, 1, 1)
+        assert row.table_M is TABLE_M
+        sequence.add_draft(chosen(next_draft))
+    assert sequence.draft_row(1) is None
+    (row,) = sequence.next_rows()
+    assert (row.token_ids, row.position, row.num_chains, row.num_logits) == ((40, 50, 60, 70), 10, 2, 4)
+    assert list(row.chosen_positions) == [11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("num_right", [0, 1, 2, 3])
+def test_drafts_count_up_to_the_first_that_is_another_than_what_all_chains_choose(num_right: int) -> None:
+    right = [50, 60, 70]
+    sequence = answer(num_drafts=3)
+    advance(sequence, [40])
+    draft(sequence, [*right[:num_right], *(token_id + 1 for token_id in right[num_right:])])
+    tokens = sequence.advance([chosen(token_id) for token_id in [*right, 80]])
+    taken = [*right, 80][: num_right + 1]
+    assert [token.token_id for token in tokens] == taken
+    assert (sequence.num_draft_tokens, sequence.num_accepted_tokens) == (3, num_right)
+    assert sequence._drafter.noted == [(num_right, num_right < 3)]  # type: ignore[union-attr]
+    (row,) = sequence.next_rows()
+    assert (row.token_ids, row.position, sequence.num_new_tokens) == ((taken[-1],), 10 + len(taken), 1 + len(taken))
+
+
+def test_drafts_that_no_step_has_read_are_forgotten() -> None:
+    sequence = answer(num_drafts=3)
+    advance(sequence, [40])
+    draft(sequence, [50, 60, 70])
+    tokens = sequence.advance([chosen(50), chosen(60)])
+    assert [token.token_id for token in tokens] == [50, 60]
+    assert (sequence.num_draft_tokens, sequence.num_accepted_tokens) == (1, 1)
+    (row,) = sequence.next_rows()
+    assert (row.token_ids, row.position) == ((60,), 12)
+
+
+def test_no_draft_lies_behind_the_last_token_that_the_answer_may_have() -> None:
+    """Its pages end there, and so may the model's context."""
+    sequence = answer(num_drafts=15, max_new_tokens=5)
+    advance(sequence, [40])
+    draft(sequence, range(100, 115))
+    (row,) = sequence.next_rows()
+    assert len(row.token_ids) == 1 + 3
+    assert row.position + len(row.token_ids) == 9 + 5
+    assert len(sequence.advance([chosen(token_id) for token_id in (100, 101, 102, 7)])) == 4
+    assert sequence.finish_reason is FinishReason.LENGTH
+
+
+def test_nothing_is_drafted_behind_a_draft_that_would_end_the_answer_nor_where_chain_1_chose_nothing() -> None:
+    for outcome in (chosen(EOS), NotFinite("overflow")):
+        sequence = answer(num_drafts=9)
+        advance(sequence, [40])
+        draft(sequence, [50])
+        sequence.add_draft(outcome)
+        assert sequence.draft_row(1) is None
+        assert len(sequence.next_rows()[0].token_ids) == 2 + isinstance(outcome, Choice)
+        sequence.advance([chosen(51)])
+        assert sequence.draft_row(1) is not None
+
+
+def test_an_error_behind_a_draft_that_was_refused_is_nobodys_and_another_ends_the_answer() -> None:
+    for right, error in ((50, True), (51, False)):
+        sequence = answer(num_drafts=1)
+        advance(sequence, [40])
+        draft(sequence, [50])
+        tokens = sequence.advance([chosen(right), NotFinite("overflow")])
+        assert [token.token_id for token in tokens] == [right]
+        assert (sequence.error is not None, sequence.finish_reason) == (error, None)
+
+
+def test_what_an_end_cuts_off_is_no_accepted_token_and_no_refusal() -> None:
+    ids = ids_of("end")
+    sequence = answer(num_drafts=9)
+    advance(sequence, [40])
+    draft(sequence, [*ids, EOS])
+    tokens = sequence.advance([chosen(token_id) for token_id in [*ids, EOS, 50]])
+    assert [token.token_id for token in tokens] == [*ids, EOS]
+    assert (sequence.num_draft_tokens, sequence.num_accepted_tokens) == (len(ids) + 1,) * 2
+    stopped = answer(num_drafts=9, stop=("an",))
+    advance(stopped, [40])
+    drafts = byte_ids("a and more")
+    draft(stopped, drafts)
+    tokens = stopped.advance([chosen(token_id) for token_id in [*drafts, 50]])
+    assert len(tokens) == stopped.num_accepted_tokens == len("a an")
+    assert stopped.num_draft_tokens == 9
+    assert stopped._drafter.noted == [(len("a an"), False)]  # type: ignore[union-attr]
+    assert stopped.num_new_tokens == 1 + len("a an")
+
+
 def test_several_choices_end_in_the_middle_and_what_follows_is_dropped() -> None:
-    sequence = answer()
-    tokens = sequence.advance([chosen(token_id) for token_id in [*ids_of("end"), EOS, *ids_of("beyond")]])
+    sequence = answer(num_drafts=15)
+    tokens = verified(sequence, [*ids_of("end"), EOS, *ids_of("beyond")])
     assert [token.token_id for token in tokens] == [*ids_of("end"), EOS]
     assert (shown(sequence, tokens), sequence.num_new_tokens) == ("end", len(tokens))
     assert sequence.finish_reason is FinishReason.STOP
@@ -208,7 +336,7 @@ def test_several_choices_end_in_the_middle_and_what_follows_is_dropped() -> None
 
 def test_after_several_choices_the_next_step_reads_the_last_of_them() -> None:
     sequence = answer()
-    sequence.advance([chosen(40), chosen(50), chosen(60)])
+    verified(sequence, [40, 50, 60])
     (row,) = sequence.next_rows()
     assert (row.token_ids, row.position, sequence.num_new_tokens) == ((60,), 12, 3)
 
@@ -234,10 +362,10 @@ def test_an_answer_is_the_same_however_its_tokens_are_divided_into_steps(
     def of(counts: Sequence[int]) -> tuple[list[Token], str, FinishReason | None, int]:
         sequence = answer(max_new_tokens=max_new_tokens, stop=stop, stop_token_ids=stop_token_ids)
         tokens: list[Token] = []
-        rest = [chosen(token_id) for token_id in TEXT]
+        rest = TEXT
         for count in counts:
             if sequence.finish_reason is None:
-                tokens += sequence.advance(rest[:count])
+                tokens += verified(sequence, rest[:count])
                 rest = rest[count:]
         return tokens, sequence.tail, sequence.finish_reason, sequence.num_new_tokens
 

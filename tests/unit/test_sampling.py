@@ -79,9 +79,9 @@ def random_logits(seed: int = 0, vocab_size: int = 50) -> Tensor:
     return 2 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed))
 
 
-def choice(sampler: Sampler, logits_V: Tensor) -> Choice:
+def choice(sampler: Sampler, logits_V: Tensor, position: int = 0) -> Choice:
     """The token of a request that is alone in its step."""
-    (outcome,) = choose([sampler], logits_V[None])
+    (outcome,) = choose([sampler], [position], logits_V[None])
     if isinstance(outcome, ColmError):
         raise outcome
     return outcome
@@ -89,7 +89,7 @@ def choice(sampler: Sampler, logits_V: Tensor) -> Choice:
 
 def draws(params: SamplingParams, logits_V: Tensor, count: int) -> list[int]:
     sampler = Sampler(params)
-    return [choice(sampler, logits_V).token_id for _ in range(count)]
+    return [choice(sampler, logits_V, position).token_id for position in range(count)]
 
 
 def kept(params: SamplingParams, logits_V: Tensor) -> dict[int, float]:
@@ -323,16 +323,16 @@ MIXED = (
 )
 
 
-def run(requests: Sequence[int], vocab_size: int, num_steps: int = 4) -> dict[int, tuple[list[Any], list[int]]]:
-    """Each request's outcomes over some steps taken together, and its generator's state after them."""
+def run(requests: Sequence[int], vocab_size: int, num_steps: int = 4) -> dict[int, list[Any]]:
+    """Each request's outcomes over some steps taken together."""
     samplers = [Sampler(MIXED[request]) for request in requests]
     outcomes: list[list[Any]] = [[] for _ in requests]
     for step in range(num_steps):
         rows = [random_logits(100 * request + step, vocab_size) for request in requests]
-        for outcome, chosen in zip(outcomes, choose(samplers, torch.stack(rows).bfloat16()), strict=True):
+        positions = [100 * request + step for request in requests]
+        for outcome, chosen in zip(outcomes, choose(samplers, positions, torch.stack(rows).bfloat16()), strict=True):
             outcome.append(chosen)
-    states = [sampler._generator.get_state().tolist() for sampler in samplers]
-    return dict(zip(requests, zip(outcomes, states, strict=True), strict=True))
+    return dict(zip(requests, outcomes, strict=True))
 
 
 @pytest.mark.parametrize("vocab_size", [1000, 4099, 49_152])
@@ -351,21 +351,19 @@ def test_neighbours_change_nothing_whoever_they_are(order: list[int], count: int
     assert all(run([request], 300, num_steps=2)[request] == together[request] for request in order[:count])
 
 
-@given(st.lists(st.lists(st.integers(0, 5), min_size=len(MIXED), max_size=len(MIXED)), min_size=1, max_size=5))
-def test_tokens_change_in_nothing_however_they_are_divided_into_steps(steps: list[list[int]]) -> None:
-    """Several rows of a request draw the numbers that they draw one after the other, whatever stands between."""
+PLACES = st.tuples(st.integers(0, len(MIXED) - 1), st.integers(0, 9))
+
+
+@given(st.lists(st.lists(PLACES, min_size=1, max_size=12), min_size=1, max_size=4))
+def test_a_token_is_the_same_in_any_step_and_however_often_it_is_chosen(steps: list[list[tuple[int, int]]]) -> None:
+    """A position that is chosen again, as behind a draft that was refused, or not at all, changes no other."""
     samplers = [Sampler(params) for params in MIXED]
-    together: list[list[Any]] = [[] for _ in MIXED]
-    for counts in steps:
-        rows = [(request, len(together[request]) + i) for request, count in enumerate(counts) for i in range(count)]
-        logits_QV = torch.stack([random_logits(seed=100 * request + i) for request, i in rows] or [random_logits()])
-        logits_QV = logits_QV[: len(rows)]
-        outcomes = choose([samplers[request] for request, _ in rows], logits_QV)
-        for (request, _), outcome in zip(rows, outcomes, strict=True):
-            together[request].append(outcome)
-    for request, (params, chosen) in enumerate(zip(MIXED, together, strict=True)):
-        alone = Sampler(params)
-        assert [choice(alone, random_logits(seed=100 * request + i)) for i in range(len(chosen))] == chosen
+    for places in steps:
+        logits_QV = torch.stack([random_logits(seed=100 * request + position) for request, position in places])
+        outcomes = choose([samplers[request] for request, _ in places], [position for _, position in places], logits_QV)
+        for (request, position), outcome in zip(places, outcomes, strict=True):
+            alone = choice(Sampler(MIXED[request]), random_logits(seed=100 * request + position), position)
+            assert outcome == alone
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -374,7 +372,7 @@ def test_a_row_that_is_not_finite_fails_alone(value: float) -> None:
     params = SamplingParams(temperature=1.0, seed=1, top_k=5, top_logprobs=2)
     healthy = [choice(Sampler(params), logits_V) for logits_V in logits_RV]
     logits_RV[1, 7] = value
-    first, failed, last = choose([Sampler(params) for _ in range(3)], logits_RV)
+    first, failed, last = choose([Sampler(params) for _ in range(3)], [0] * 3, logits_RV)
     assert (first, last) == (healthy[0], healthy[2])
     assert isinstance(failed, ColmError)
 
@@ -385,12 +383,13 @@ def test_of_equals_the_lower_ids_are_kept(params: dict[str, Any]) -> None:
     assert set(draws(SamplingParams(temperature=1.0, seed=1, **params), logits_V, 100)) == {1, 2}
 
 
-def test_one_random_number_is_used_for_a_token_drawn_and_none_for_a_greedy_one() -> None:
-    logits_V = random_logits()
-    for temperature, num_used in ((0.0, 0), (1.0, 3)):
-        drawing, counting = (Sampler(SamplingParams(temperature=temperature, seed=1)) for _ in range(2))
-        for _ in range(3):
-            choice(drawing, logits_V)
-        for _ in range(num_used):
-            counting.uniform()
-        assert drawing.uniform() == counting.uniform()
+def test_random_numbers_are_those_of_seed_and_position_and_spread_evenly() -> None:
+    """Fixed for good: an answer may go on elsewhere, and under another version of its libraries."""
+    seed7 = Sampler(SamplingParams(temperature=1.0, seed=7))
+    numbers = [seed7.uniform(position) for position in range(4000)]
+    assert numbers[:2] == [seed7.uniform(0), seed7.uniform(1)] == [0.5176721758301505, 0.12602702988134762]
+    assert all(0 < number <= 1 for number in numbers)
+    counts = np.bincount((np.array(numbers) * 10).astype(int), minlength=10)[:10]
+    assert abs(counts - 400).max() <= 5 * 400**0.5
+    others = [Sampler(SamplingParams(temperature=1.0, seed=8)).uniform(position) for position in range(4000)]
+    assert abs(np.corrcoef(numbers, others)[0, 1]) < 0.1

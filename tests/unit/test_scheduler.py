@@ -24,9 +24,17 @@ class Reader:
     num_prompt_tokens: int = 0
     table_M: NDArray[np.int32] = field(default_factory=TABLE_M.copy)
     position: int = 0
+    num_drafts: int = 0
+    """How many more tokens it wants to draft."""
+    num_logits: int = 1
+
+    def draft_row(self, num_answers: int) -> PlanRow | None:
+        assert num_answers >= 1
+        return PlanRow((self.number,), self.position, 1, self.table_M) if self.num_drafts else None
 
     def next_rows(self) -> list[PlanRow]:
-        row = PlanRow((self.number,) * self.num_tokens, self.position, self.num_chains, self.table_M)
+        tokens = (self.number,) * self.num_tokens
+        row = PlanRow(tokens, self.position, self.num_chains, self.table_M, self.num_logits)
         prompt = (self.number,) * self.num_prompt_tokens
         return [
             row,
@@ -52,9 +60,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_chains=st.integers(1, 3),
         num_tokens=st.integers(1, 16),
         num_prompt_tokens=st.just(0) | st.integers(1, MAX_PROMPT_TOKENS),
+        num_drafts=st.integers(0, 3),
     )
-    def join(self, num_chains: int, num_tokens: int, num_prompt_tokens: int) -> None:
-        reader = Reader(self.num_joined, num_chains, num_tokens, num_prompt_tokens)
+    def join(self, num_chains: int, num_tokens: int, num_prompt_tokens: int, num_drafts: int) -> None:
+        reader = Reader(self.num_joined, num_chains, num_tokens, num_prompt_tokens, num_drafts=num_drafts)
         self.num_joined += 1
         self.scheduler.join(reader)
         self.waiting.append(reader)
@@ -83,21 +92,35 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         steps, prompt_tokens = [], 0
         for reader in self.active:
-            if not prompt_tokens or prompt_tokens + reader.num_prompt_tokens <= MAX_PROMPT_TOKENS:
+            if reader.num_chains > 1 and all(other.num_drafts for other in self.active if other.num_chains > 1):
+                steps.append(reader)  # a draft reads no prompt
+            elif not prompt_tokens or prompt_tokens + reader.num_prompt_tokens <= MAX_PROMPT_TOKENS:
                 prompt_tokens += reader.num_prompt_tokens
                 steps.append(reader)
             else:
                 assert reader.num_prompt_tokens
+        large = [reader for reader in self.active if reader.num_chains > 1]
+        drafting = large if all(reader.num_drafts for reader in large) else []
+        assert self.step.drafting == set(drafting)
         # Larger scales first, and of equals whoever came first: neighbours keep their rows from step to step.
         expected = sorted(
-            ((reader, row) for reader in steps for row in reader.next_rows()), key=lambda pair: -pair[1].num_chains
+            (
+                (reader, row)
+                for reader in steps
+                for row in ([reader.draft_row(1)] if reader in drafting else reader.next_rows())
+                if row is not None
+            ),
+            key=lambda pair: -pair[1].num_chains,
         )
         assert list(self.step.answers) == [reader for reader, _ in expected]
         found = [(row.token_ids, row.num_chains, row.num_logits) for row in self.step.plan.rows]
         assert found == [(row.token_ids, row.num_chains, row.num_logits) for _, row in expected]
         assert all(row.table_M is r.table_M for row, r in zip(self.step.plan.rows, self.step.answers, strict=True))
+        for reader in drafting:
+            reader.num_drafts -= 1
         for reader in steps:
-            reader.num_prompt_tokens = 0
+            if reader not in drafting:
+                reader.num_prompt_tokens = 0
 
     @precondition(lambda self: self.step is not None)
     @rule()
@@ -177,6 +200,37 @@ def test_prompts_too_long_for_one_step_wait_for_the_next_and_nobody_waits_for_ev
     step = scheduler.begin_step()
     assert step is not None
     assert set(step.answers) == {whole, small, talker, late}
+
+
+def test_a_step_drafts_only_while_everybody_of_more_than_one_chain_wants_to() -> None:
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=9)
+    eager, brief, small = Reader(1, 3, num_drafts=9), Reader(2, 2, num_drafts=1), Reader(3, 1)
+    for reader in (eager, brief, small):
+        scheduler.join(reader)
+    step = scheduler.begin_step()
+    assert step is not None
+    assert step.drafting == {eager, brief}
+    assert step.answers == (eager, brief, small)
+    assert {row.num_chains for row in step.plan.rows} == {1}
+    brief.num_drafts = 0
+    scheduler.end_step()
+    step = scheduler.begin_step()
+    assert step is not None
+    assert step.drafting == set()
+    assert [row.num_chains for row in step.plan.rows] == [3, 2, 1]
+
+
+def test_drafts_give_way_where_a_step_would_be_larger_than_it_may_be() -> None:
+    """Somebody came while they drafted; what is left is no larger than a step without drafts."""
+    for max_tokens, expected in ((16, [5, 5, 1]), (9, [3, 5, 1]), (4, [1, 2, 1]), (2, [1, 1, 1])):
+        scheduler: Scheduler[Reader] = Scheduler(max_batch_size=9, max_tokens=max_tokens)
+        for reader in (Reader(1, 3, 5, num_logits=5), Reader(2, 2, 5, num_logits=5), Reader(3, 2)):
+            scheduler.join(reader)
+        step = scheduler.begin_step()
+        assert step is not None
+        assert [len(row.token_ids) for row in step.plan.rows] == expected
+        assert [row.num_logits for row in step.plan.rows] == expected
+        assert [row.chosen_positions[0] for row in step.plan.rows] == [1, 1, 1]
 
 
 def test_a_step_holds_whoever_leaves_until_it_has_ended() -> None:

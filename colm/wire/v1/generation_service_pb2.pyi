@@ -30,7 +30,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[OpenGenerate, _Mapping]] = ..., document: _Optional[bytes] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ...) -> None: ...
 
 class OpenGenerate(_message.Message):
-    __slots__ = ("model", "prompt", "chat", "num_chains", "max_new_tokens", "sampling", "timeout_s", "attention", "history", "kv_codec")
+    __slots__ = ("model", "prompt", "chat", "num_chains", "max_new_tokens", "sampling", "timeout_s", "attention", "history", "kv_codec", "max_draft_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class OpenGenerate(_message.Message):
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     KV_CODEC_FIELD_NUMBER: _ClassVar[int]
+    MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
     chat: bool
@@ -51,7 +52,8 @@ class OpenGenerate(_message.Message):
     attention: _common_pb2.AttentionMode
     history: _containers.RepeatedCompositeFieldContainer[ChatMessage]
     kv_codec: _common_pb2.Codec
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[bool] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., history: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., kv_codec: _Optional[_Union[_common_pb2.Codec, str]] = ...) -> None: ...
+    max_draft_tokens: int
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[bool] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., history: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., kv_codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., max_draft_tokens: _Optional[int] = ...) -> None: ...
 
 class ChatMessage(_message.Message):
     __slots__ = ("role", "content")

@@ -1,0 +1,326 @@
+"""Answers that draft with chain 1 and verify with all chains get, to the bit, what plain steps give."""
+
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import pytest
+import torch
+from colm_kernels import native
+from colm_kernels.decode_attention import MAX_QUERY_TOKENS
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from numpy.typing import NDArray
+
+from colm.checkpoint import Checkpoint, save
+from colm.events import FinishReason, Token
+from colm.kv import KvFormat
+from colm.sampling import SamplingParams
+from colm.text.detokenizer import Detokenizer, TextStream
+from decode_node.drafter import Drafter, Drafting, StepTimes
+from decode_node.engine import DecodeEngine
+from decode_node.kv_layout import KvLayout
+from decode_node.kv_store import KvStore
+from decode_node.page_pool import PageLease, PagePool
+from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
+from decode_node.running_answer import RunningAnswer
+from decode_node.sampler import choose
+from decode_node.scheduler import Scheduler, Step
+from tests.tiny import random_tensors, tiny_config, tiny_tokenizer
+
+PAGE_TOKENS = 8
+HAS_OWN_BITS = native.default_variant(torch.float32) != "torch"
+"""Whether a row's bits are its own; PyTorch's depend on the rows beside it."""
+TOKENIZER = tiny_tokenizer()
+MAX_TOKENS = MAX_QUERY_TOKENS
+"""Tokens of a step that get bits of their own in every library variant and dtype."""
+
+
+@cache
+def model(later: str) -> Checkpoint:
+    """A tiny model whose later chains add nothing, something or everything to the logits."""
+    config = tiny_config()
+    tensors = random_tensors(config)
+    factor = {"zero": 0.0, "small": 0.05, "random": 1.0}[later]
+    for name, tensor in tensors.items():
+        if name.startswith("head.") and not name.endswith("chain1"):
+            tensor *= factor
+    return save(Path(mkdtemp()) / later, config, tensors)
+
+
+def engine_of(later: str, dtype: torch.dtype = torch.float32) -> tuple[DecodeEngine, KvStore]:
+    checkpoint = model(later)
+    store = KvStore(KvLayout(KvFormat.of(checkpoint.config, dtype), PAGE_TOKENS), 64)
+    store.k_pages_LBPKD.fill_(torch.nan)
+    store.v_pages_LBPKD.fill_(torch.nan)
+    return DecodeEngine(checkpoint, store), store
+
+
+# Pages are used again and again: what is stale in them must not matter.
+plain_engine, mixed_engine = cache(engine_of), cache(engine_of)
+
+
+class Wishes(Drafter):
+    """Wants a number of drafts that a test draws anew for each round."""
+
+    def __init__(self, wishes: tuple[int, ...]) -> None:
+        super().__init__(Drafting(StepTimes((1, 2), max_tokens=64), MAX_DRAFT_TOKENS), MAX_DRAFT_TOKENS)
+        self._wishes = wishes
+        self._num_rounds = 0
+
+    def num_drafts(self, num_answers: int) -> int:
+        self._num_rounds += 1
+        return min(self._wishes[self._num_rounds % len(self._wishes)], MAX_TOKENS // num_answers - 1)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What an answer is asked for."""
+
+    prompt: tuple[int, ...]
+    num_chains: int
+    max_new_tokens: int
+    sampling: SamplingParams
+    wishes: tuple[int, ...]
+    """Drafts of each round, in turns."""
+
+    def answer(self, table_M: NDArray[np.int32], *, drafts: bool) -> RunningAnswer:
+        return RunningAnswer(
+            unread_token_ids=self.prompt,
+            position=0,
+            num_chains=self.num_chains,
+            max_new_tokens=self.max_new_tokens,
+            table_M=table_M,
+            sampling=self.sampling,
+            stop_token_ids={2, *self.sampling.stop_token_ids},
+            text_stream=TextStream(Detokenizer(TOKENIZER)),
+            drafter=Wishes(self.wishes) if drafts and self.num_chains > 1 else None,
+        )
+
+
+@dataclass(eq=False)
+class Member:
+    """An answer in the batch."""
+
+    ask: Ask
+    answer: RunningAnswer
+    pages: PageLease
+    tokens: list[Token] = field(default_factory=list)
+
+    @property
+    def num_chains(self) -> int:
+        return self.answer.num_chains
+
+    def draft_row(self, num_answers: int) -> PlanRow | None:
+        return self.answer.draft_row(num_answers)
+
+    def next_rows(self) -> list[PlanRow]:
+        return self.answer.next_rows()
+
+
+class Batch:
+    """The decode loop without its thread: a scheduler, an engine, and pages.
+
+    No step has more tokens than get bits of their own.
+    """
+
+    def __init__(self, engine: DecodeEngine, store: KvStore, max_batch_size: int = 1) -> None:
+        self.engine, self.store = engine, store
+        self.pool = PagePool(self.store.num_pages)
+        self.scheduler: Scheduler[Member] = Scheduler(max_batch_size=max_batch_size, max_tokens=MAX_TOKENS)
+        self.members: list[Member] = []
+        self.step: Step[Member] | None = None
+
+    def join(self, ask: Ask, *, drafts: bool) -> Member | None:
+        num_pages = self.store.layout.pages(len(ask.prompt) + ask.max_new_tokens)
+        if (pages := self.pool.reserve("request", num_pages)) is None:
+            return None
+        member = Member(ask, ask.answer(self.store.page_table(pages), drafts=drafts), pages)
+        self.scheduler.join(member)
+        self.members.append(member)
+        return member
+
+    def begin(self) -> None:
+        self.step = self.scheduler.begin_step()
+
+    def end(self) -> None:
+        assert self.step is not None
+        plan = self.step.plan
+        assert sum(len(row.token_ids) for row in plan.rows) <= MAX_TOKENS
+        for row, member in zip(plan.rows, self.step.answers, strict=True):
+            assert row.position + len(row.token_ids) <= len(member.ask.prompt) + member.ask.max_new_tokens
+        samplers = [
+            member.answer.sampler
+            for member, row in zip(self.step.answers, plan.rows, strict=True)
+            for _ in range(row.num_logits)
+        ]
+        positions = [position for row in plan.rows for position in row.chosen_positions]
+        outcomes = choose(samplers, positions, self.engine.step(plan))
+        for member, row in zip(self.step.answers, plan.rows, strict=True):
+            of_row, outcomes = outcomes[: row.num_logits], outcomes[row.num_logits :]
+            if member in self.step.drafting:
+                member.answer.add_draft(of_row[0])
+            elif of_row:
+                member.tokens += member.answer.advance(of_row)
+                if member.answer.finish_reason is not None:
+                    self.leave(member)
+        out = self.scheduler.end_step()
+        self.step = None
+        for member in out:
+            self._release(member)
+
+    def leave(self, member: Member) -> None:
+        if self.scheduler.leave(member):
+            self._release(member)
+
+    def _release(self, member: Member) -> None:
+        self.pool.release(member.pages)
+        self.members.remove(member)
+
+
+@cache
+def plain(later: str, ask: Ask) -> tuple[list[Token], str, FinishReason | None]:
+    """The whole answer, alone and without drafts."""
+    batch = Batch(*plain_engine(later))
+    member = batch.join(ask, drafts=False)
+    assert member is not None
+    while member.answer.finish_reason is None:
+        batch.begin()
+        batch.end()
+    return member.tokens, member.answer.tail, member.answer.finish_reason
+
+
+def seen(tokens: list[Token]) -> list[object]:
+    """What must be equal: everything where rows have their own bits, else what was chosen."""
+    return [token if HAS_OWN_BITS else (token.token_id, token.text, token.num_chains) for token in tokens]
+
+
+SAMPLING = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.0, 0.5, 1.5]),
+    top_k=st.sampled_from([0, 5]),
+    top_p=st.sampled_from([1.0, 0.9]),
+    seed=st.integers(0, 3),
+    stop=st.sampled_from([(), ("e",), ("th", "\N{REPLACEMENT CHARACTER}")]),
+    stop_token_ids=st.sampled_from([(), (17, 40, 60)]),
+    top_logprobs=st.sampled_from([0, 2]),
+)
+ASKS = st.builds(
+    Ask,
+    prompt=st.sampled_from([(5,), (20, 9), (300, 40, 3, 7)]),
+    num_chains=st.sampled_from([3, 3, 2, 1]),
+    max_new_tokens=st.sampled_from([1, 2, 9, 25]),
+    sampling=SAMPLING,
+    wishes=st.lists(st.integers(0, MAX_DRAFT_TOKENS), min_size=1, max_size=3).map(tuple),
+)
+
+
+class DraftingMachine(RuleBasedStateMachine):
+    """Answers that come, draft or not, and go, at every scale; each held to itself alone and without drafts."""
+
+    @initialize(later=st.sampled_from(["zero", "small", "random"]), max_batch_size=st.sampled_from([1, 2, 4]))
+    def create(self, later: str, max_batch_size: int) -> None:
+        self.later, self.batch = later, Batch(*mixed_engine(later), max_batch_size)
+        self.ended: list[Member] = []
+
+    @rule(ask=ASKS, drafts=st.sampled_from([True, True, False]))
+    def join(self, ask: Ask, drafts: bool) -> None:
+        member = self.batch.join(ask, drafts=drafts)
+        if member is not None:
+            self.ended.append(member)
+
+    @precondition(lambda self: self.batch.step is None)
+    @rule(count=st.integers(1, 8))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.batch.begin()
+            if self.batch.step is not None:
+                self.batch.end()
+
+    @precondition(lambda self: self.batch.step is None)
+    @rule()
+    def begin(self) -> None:
+        self.batch.begin()
+
+    @precondition(lambda self: self.batch.step is not None)
+    @rule()
+    def end(self) -> None:
+        self.batch.end()
+
+    @precondition(lambda self: self.batch.members)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.batch.leave(data.draw(st.sampled_from(self.batch.members)))
+
+    @invariant()
+    def every_answer_is_the_plain_one(self) -> None:
+        if not hasattr(self, "batch"):
+            return
+        self.batch.pool.check_integrity()
+        self.batch.scheduler.check_integrity()
+        for member in self.ended:
+            tokens, tail, reason = plain(self.later, member.ask)
+            assert seen(member.tokens) == seen(tokens[: len(member.tokens)])
+            answer = member.answer
+            assert answer.num_new_tokens == len(member.tokens)
+            assert answer.num_accepted_tokens <= min(answer.num_draft_tokens, len(member.tokens))
+            if answer.finish_reason is not None:
+                assert (len(member.tokens), answer.tail, answer.finish_reason) == (len(tokens), tail, reason)
+            if self.later == "zero" and HAS_OWN_BITS and answer.finish_reason is FinishReason.LENGTH:
+                assert answer.num_accepted_tokens == answer.num_draft_tokens
+
+    def teardown(self) -> None:
+        if not hasattr(self, "batch"):
+            return
+        while self.batch.members:
+            if self.batch.step is None:
+                self.batch.begin()
+            self.batch.end()
+        self.every_answer_is_the_plain_one()
+        assert self.batch.pool.num_used == 0
+
+
+TestDrafting = DraftingMachine.TestCase
+TestDrafting.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)
+
+
+def beside_it(num_tokens: int) -> tuple[PlanRow, ...]:
+    """Other answers' rows of so many tokens, at scale 2, each in pages of its own."""
+    starts = range(0, num_tokens, MAX_QUERY_TOKENS)
+    tables = [np.arange(40 + 2 * place, 42 + 2 * place, dtype=np.int32) for place in range(len(starts))]
+    return tuple(
+        PlanRow((7,) * min(MAX_QUERY_TOKENS, num_tokens - start), 0, 2, table_M)
+        for start, table_M in zip(starts, tables, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("num_drafts", [1, 3, 7, MAX_DRAFT_TOKENS])
+def test_a_verification_has_the_bits_of_single_steps(dtype: torch.dtype, num_drafts: int) -> None:
+    """Logits, keys and values of k + 1 rows are those of k + 1 steps, over what chain 1's drafts have written.
+
+    Alone, and beside as many tokens of others as keep the bits: 16 in all, or 64 where pairs of bf16 are multiplied.
+    """
+    if native.default_variant(dtype) == "torch":
+        pytest.skip("PyTorch's bits depend on the rows beside")
+    engine, store = engine_of("random", dtype)
+    text = np.random.default_rng(1).integers(3, 300, 10 + num_drafts + 1).tolist()
+    singly, together = (np.arange(start, start + 8, dtype=np.int32) for start in (0, 32))
+    for table_M in (singly, together):
+        engine.step(StepPlan((PlanRow(tuple(text[:10]), 0, 1, table_M, num_logits=0),)))
+    for position in range(10, len(text) - 1):  # the drafts
+        engine.step(StepPlan((PlanRow((text[position],), position, 1, together),)))
+    alone_QV = torch.cat([engine.step(StepPlan((PlanRow((text[at],), at, 3, singly),))) for at in range(10, len(text))])
+    row = PlanRow(tuple(text[10:]), 10, 3, together, num_logits=num_drafts + 1)
+    for beside in ((), beside_it(engine.max_exact_tokens - num_drafts - 1)):
+        verified_QV = engine.step(StepPlan((row, *beside)))[: num_drafts + 1]
+        assert torch.equal(verified_QV, alone_QV)
+    for pages_LBPKD in (store.k_pages_LBPKD, store.v_pages_LBPKD):
+        ours, one_by_one = (
+            pages_LBPKD[:, torch.from_numpy(table_M).long()].flatten(1, 2)[:, : len(text)]
+            for table_M in (together, singly)
+        )
+        assert torch.equal(ours, one_by_one)
