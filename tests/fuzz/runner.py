@@ -89,10 +89,12 @@ def run(
 
 def _one_child(kinds: list[str], seed: int, first: int, last: int, counts: Counts, is_over: Callable[[], bool]) -> int:
     """Run cases until the child ends; returns the number of the next."""
-    command = python(_MAIN, ",".join(kinds), str(seed), str(first), str(last))
     next_case, running, is_ready, is_done = first, None, False, False
     before_s = counts.cpu_s
-    with tempfile.TemporaryFile("w+") as errors:
+    # Its files are removed here, since it may be ended at any time.
+    files = tempfile.TemporaryDirectory(prefix="colm-fuzz-", ignore_cleanup_errors=True)
+    with files as folder, tempfile.TemporaryFile("w+") as errors:
+        command = python(_MAIN, ",".join(kinds), str(seed), str(first), str(last), folder)
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
         assert child.stdout is not None
         try:
