@@ -2,6 +2,8 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator
 
+import numpy as np
+
 from cluster.front_door.placement import DecodeJob, DecodeLease
 from colm.clock import Deadline
 from colm.errors import PeerUnavailable
@@ -40,6 +42,7 @@ class GrpcDecodeCalls:
             max_new_tokens=job.max_new_tokens,
             sampling=sampling_to_pb(job.sampling),
             num_prompt_tokens=len(job.token_ids),
+            num_answer_tokens=len(job.made_token_ids),
             lease_id=lease.lease_id,
             only_if_room=only_if_room,
             attention=attention_to_pb(job.attention),
@@ -47,7 +50,7 @@ class GrpcDecodeCalls:
 
         async def requests() -> AsyncIterator[pb.DecodeRequest]:
             yield pb.DecodeRequest(open=opened)
-            for piece in token_id_pieces(job.token_ids):
+            for piece in token_id_pieces(np.append(job.token_ids, np.array(job.made_token_ids, dtype=np.int64))):
                 yield pb.DecodeRequest(token_ids=piece)
             yield pb.DecodeRequest(end_of_prompt=common_pb2.EndOfPrompt())
 

@@ -51,6 +51,10 @@ class ReaderStalled(PeerUnavailable):
     """The reader of a stream has acknowledged nothing for too long, so what it was to read has been dropped."""
 
 
+class PrefillUnavailable(PeerUnavailable):
+    """Prefill nodes were lost again and again; another decode node would ask the same ones."""
+
+
 class PeerFailed(ColmError):
     """Another process answered that it failed for a reason of its own; another replica may succeed."""
 

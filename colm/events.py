@@ -87,6 +87,8 @@ class Usage:
     """Payload of the keys and values received."""
     num_kv_streams: int
     """Streams opened; above 1 when a prefill node was lost on the way."""
+    num_decode_nodes: int = 1
+    """That worked for the answer; above 1 when one was lost on the way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -114,9 +114,11 @@ class DecodeLoop:
             for member in dict.fromkeys(step.answers):
                 self._end(member, err)
             return
+        choices_of: dict[_Member, list[Choice | ColmError]] = {member: [] for member in step.answers}
         for member, choices in zip(step.answers, outcomes, strict=True):
-            if choices:
-                self._advance(member, choices)
+            choices_of[member] += choices
+        for member, choices in choices_of.items():
+            self._advance(member, choices)
 
     def _compute(self, plan: StepPlan, samplers: Sequence[Sampler]) -> list[list[Choice | ColmError]]:
         """Run a step and sample: for each row, one choice for each of its tokens that gets logits."""

@@ -13,13 +13,14 @@ from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
 from colm.model import parameter_shapes
 from colm.placement import Placement
+from colm.retry import RetryPolicy
 from colm.text.tokenizer import Tokenizer
 from colm.wire.channels import BlockingChannels
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from decode_node.decode_loop import DecodeLoop
 from decode_node.engine import DecodeEngine
-from decode_node.kv_fetch import KvFetcher, KvTransfer, RetryPolicy
+from decode_node.kv_fetch import KvFetcher, KvTransfer
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_receiver import KvReceiver
 from decode_node.kv_store import KvStore

@@ -43,6 +43,12 @@ class Sampler:
         else:
             self._generator.manual_seed(params.seed)
 
+    def skip(self, num_tokens: int) -> None:
+        """Pass over the random numbers of so many tokens, which were drawn elsewhere."""
+        if self.params.temperature > 0:
+            for _ in range(num_tokens):
+                self.uniform()
+
     def uniform(self) -> float:
         """The next random number, above 0 and at most 1."""
         return 1.0 - float(torch.rand((), dtype=torch.float64, generator=self._generator))

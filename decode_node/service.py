@@ -46,13 +46,15 @@ class DecodeService(DecodeServiceServicer):
             if self._leases is not None:
                 stack.callback(self._leases.release, self._leases.open(opened.lease_id))
             self._check(opened)
-            token_ids = await read_token_ids(request_iterator, opened.num_prompt_tokens)
+            num_prompt_tokens = opened.num_prompt_tokens
+            token_ids = await read_token_ids(request_iterator, num_prompt_tokens + opened.num_answer_tokens)
             if (worst := int(token_ids.max())) >= self._config.vocab_size:
                 raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {self._config.vocab_size}")
             remaining_s = context.time_remaining()
             job = DecodeJob(
                 request_id=opened.request_id,
-                token_ids=token_ids,
+                token_ids=token_ids[:num_prompt_tokens],
+                made_token_ids=tuple(token_ids[num_prompt_tokens:].tolist()),
                 num_chains=opened.num_chains,
                 max_new_tokens=opened.max_new_tokens,
                 sampling=sampling_from_pb(opened.sampling),
@@ -74,6 +76,9 @@ class DecodeService(DecodeServiceServicer):
             raise InvalidRequest("num_prompt_tokens", opened.num_prompt_tokens, "must be at least 1")
         if opened.max_new_tokens < 1:
             raise InvalidRequest("max_new_tokens", opened.max_new_tokens, "must be at least 1")
+        if opened.num_answer_tokens > opened.max_new_tokens:
+            limit = f"must be at most max_new_tokens={opened.max_new_tokens}"
+            raise InvalidRequest("num_answer_tokens", opened.num_answer_tokens, limit)
         total = opened.num_prompt_tokens + opened.max_new_tokens
         if total > config.max_context:
             raise InvalidRequest(

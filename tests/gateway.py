@@ -1,6 +1,6 @@
 """A gateway in this process, over real decode nodes at known addresses."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +18,11 @@ from cluster.node_registry import NodeRegistry
 from cluster.state import ClusterState
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
+from colm.errors import CapacityExceeded
 from colm.line import Beat
 from colm.model.config import ChainConfig
 from colm.nodes import NodeReport, ProcessFacts, Role
+from colm.retry import RetryPolicy
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
@@ -39,6 +41,8 @@ LIMITS = GatewayLimits(
     max_timeout_s=1000.0,
 )
 
+RETRY = RetryPolicy(max_attempts=4, first_pause_s=0.001, last_pause_s=0.001)
+
 
 class TakingTurns:
     """A pool that lends decode nodes at fixed addresses, one after the other."""
@@ -49,8 +53,15 @@ class TakingTurns:
         self._lease_id = lease_id
 
     @asynccontextmanager
-    async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:  # noqa: ARG002 - the pool's contract
-        self.lent.append(self._addresses[len(self.lent) % len(self._addresses)])
+    async def lease(
+        self,
+        *,
+        beat: Beat,  # noqa: ARG002 - the pool's contract
+        refused_by: Collection[str] = (),
+    ) -> AsyncIterator[DecodeLease]:
+        if not (wanted := [address for address in self._addresses if address not in refused_by]):
+            raise CapacityExceeded("no other decode node is free; try again later")
+        self.lent.append(wanted[len(self.lent) % len(wanted)])
         yield DecodeLease(address=self.lent[-1], lease_id=self._lease_id)
 
 
@@ -93,6 +104,7 @@ async def gateway(
         calls=calls,
         registry=decode_nodes(num_decode_nodes),
         clock=MonotonicClock(),
+        retry=RETRY,
     )
     GenerationService(
         front_door,

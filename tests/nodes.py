@@ -157,6 +157,7 @@ def decode_requests(
     request_id: str = "r",
     num_chains: int = 1,
     max_new_tokens: int = 8,
+    made_token_ids: Sequence[int] = (),
     sampling: SamplingParams | None = None,
     only_if_room: bool = False,
     lease_id: str = "",
@@ -168,11 +169,13 @@ def decode_requests(
         max_new_tokens=max_new_tokens,
         sampling=sampling_to_pb(sampling or SamplingParams(ignore_eos=True)),
         num_prompt_tokens=len(token_ids),
+        num_answer_tokens=len(made_token_ids),
         only_if_room=only_if_room,
         lease_id=lease_id,
         attention=attention,
     )
-    pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(np.array(token_ids))]
+    all_ids = [*token_ids, *made_token_ids]
+    pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(np.array(all_ids))]
     end = decode_service_pb2.DecodeRequest(end_of_prompt=common_pb2.EndOfPrompt())
     return [decode_service_pb2.DecodeRequest(open=opened), *pieces, end]
 

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -256,7 +256,12 @@ class _Here:
     """The pool of the one node that there is."""
 
     @asynccontextmanager
-    async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:  # noqa: ARG002 - nobody waits
+    async def lease(
+        self,
+        *,
+        beat: Beat,  # noqa: ARG002 - nobody waits
+        refused_by: Collection[str] = (),  # noqa: ARG002 - there is one
+    ) -> AsyncIterator[DecodeLease]:
         yield DecodeLease(address="this process", lease_id="")
 
 

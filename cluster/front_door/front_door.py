@@ -5,8 +5,9 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 
-from cluster.front_door.placement import DecodeJob, DecodeNodeCalls, DecodePool, Emit, Placement
+from cluster.front_door.placement import RETRY, DecodeJob, DecodeNodeCalls, DecodePool, Emit, Placement
 from cluster.front_door.plan import GatewayLimits, Plan, ServedModel
 from cluster.front_door.prompt import PromptPart, PromptReader
 from cluster.front_door.pulled import pulled
@@ -16,6 +17,8 @@ from colm.errors import CapacityExceeded, DeadlineExceeded
 from colm.events import Accepted, Event
 from colm.nodes import ClusterStatus, ModelStatus
 from colm.request import GenerateRequest
+from colm.retry import RetryPolicy
+from colm.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ class FrontDoor:
         calls: calls decode nodes.
         registry: knows the nodes that reported lately.
         clock: measures deadlines.
+        retry: how often a decode node is called in vain.
     """
 
     def __init__(
@@ -41,13 +45,14 @@ class FrontDoor:
         calls: DecodeNodeCalls,
         registry: NodeRegistry,
         clock: Clock,
+        retry: RetryPolicy = RETRY,
     ) -> None:
         self._model = model
         self._limits = limits
         self._prompts = PromptReader(
             model, max_document_bytes=limits.max_document_bytes, max_upload_bytes=limits.max_upload_bytes
         )
-        self._placement = Placement(decode_pool, calls, registry)
+        self._placement = Placement(decode_pool, calls, registry, clock, retry)
         self._registry = registry
         self._clock = clock
         self._num_active = 0
@@ -125,7 +130,7 @@ class FrontDoor:
             token_ids=token_ids,
             num_chains=plan.num_chains,
             max_new_tokens=plan.max_new_tokens,
-            sampling=plan.sampling,
+            sampling=_with_seed(plan.sampling),
             attention=plan.attention,
         )
 
@@ -139,3 +144,10 @@ class FrontDoor:
             max_new_tokens=job.max_new_tokens,
             timeout_s=timeout_s,
         )
+
+
+def _with_seed(sampling: SamplingParams) -> SamplingParams:
+    """The same with a seed: a decode node that takes over must draw what the lost one would have drawn."""
+    if sampling.temperature == 0 or sampling.seed is not None:
+        return sampling
+    return replace(sampling, seed=secrets.randbits(64))

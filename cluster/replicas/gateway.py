@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +68,9 @@ class ServeDecodePool:
         self._lender.close()
 
     @asynccontextmanager
-    async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:
+    async def lease(self, *, beat: Beat, refused_by: Collection[str] = ()) -> AsyncIterator[DecodeLease]:
         """Borrow a node from Serve."""
-        async with self._lender.lease(beat) as (address, lease_id):
+        async with self._lender.lease(beat, refused_by=refused_by) as (address, lease_id):
             yield DecodeLease(address=address, lease_id=lease_id)
 
 

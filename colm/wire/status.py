@@ -18,6 +18,7 @@ from colm.errors import (
     NotFinite,
     PeerFailed,
     PeerUnavailable,
+    PrefillUnavailable,
     Unauthenticated,
     UnknownModel,
 )
@@ -35,6 +36,7 @@ _BY_ERROR: list[tuple[type[ColmError], grpc.StatusCode, "pb.ErrorDetail.Kind"]] 
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED, _Kind.KIND_UNAUTHENTICATED),
     (CapacityExceeded, grpc.StatusCode.RESOURCE_EXHAUSTED, _Kind.KIND_CAPACITY_EXCEEDED),
     (LeaseExpired, grpc.StatusCode.UNAVAILABLE, _Kind.KIND_LEASE_EXPIRED),
+    (PrefillUnavailable, grpc.StatusCode.UNAVAILABLE, _Kind.KIND_PREFILL_UNAVAILABLE),
     (PeerUnavailable, grpc.StatusCode.UNAVAILABLE, _Kind.KIND_PEER_UNAVAILABLE),
     (FingerprintMismatch, grpc.StatusCode.FAILED_PRECONDITION, _Kind.KIND_FINGERPRINT_MISMATCH),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, _Kind.KIND_DEADLINE_EXCEEDED),

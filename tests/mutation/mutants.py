@@ -30,6 +30,7 @@ _GATEWAY = "tests/fault/test_gateway.py::"
 _STREAM = "tests/fault/test_kv_stream_faults.py::"
 _PREFILL = "tests/unit/test_prefill_loop.py::"
 _POLICY = "tests/unit/test_job_policy.py::"
+_LOST = "tests/fault/test_lost_decode_nodes.py::"
 _FRONT_DOOR = "tests/unit/test_front_door.py::"
 _CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
@@ -363,8 +364,8 @@ MUTANTS = (
     Mutant(
         "nobody gives up",
         "decode_node/kv_fetch.py",
-        "reversed(range(self._retry.max_attempts))",
-        "reversed(range(99))",
+        "(pause_s := self._retry.pause_s(num_failures)) is None",
+        "(pause_s := self._retry.pause_s(num_failures)) is None and num_failures > 98",
         _FETCH + "test_the_last_failure_is_told_after_eight_attempts",
     ),
     Mutant(
@@ -779,15 +780,15 @@ MUTANTS = (
     Mutant(
         "a full decode node is the only one",
         "cluster/front_door/placement.py",
-        "refusals_left = max(1, self._registry.count(Role.DECODE)) - 1",
-        "refusals_left = 0",
+        "return max(1, self._registry.count(Role.DECODE)) - 1",
+        "return 0",
         _GATEWAY + "test_a_full_decode_node_is_passed_over_for_one_with_room",
     ),
     Mutant(
         "a lost lease is the client's",
         "cluster/front_door/placement.py",
-        "                if has_begun or num_lost == _MAX_LOST_CALLS:\n",
-        "                if True:\n",
+        "        if pause_s is None or len(relayed.lost) > MAX_LOST_NODES:\n",
+        "        if True:\n",
         _GATEWAY + "test_a_lost_lease_is_replaced_a_few_times",
     ),
     Mutant(
@@ -814,9 +815,37 @@ MUTANTS = (
     Mutant(
         "every lost lease is a refusal too",
         "cluster/front_door/placement.py",
-        "                num_lost += 1\n",
-        "                num_lost += 1\n                refusals_left -= 1\n",
+        "                num_calls_lost += 1\n",
+        "                num_calls_lost += 1\n                refusals_left -= 1\n",
         _FRONT_DOOR + "test_lost_leases_are_replaced_three_times_and_cost_no_room_elsewhere",
+    ),
+    Mutant(
+        "a node that takes over draws the random numbers of the answer's beginning",
+        "decode_node/running_answer.py",
+        "        self.sampler.skip(len(made_token_ids_N))\n",
+        "",
+        _LOST + "test_another_node_goes_on_with_the_answer_of_a_lost_one",
+    ),
+    Mutant(
+        "a node that takes over is told of the prompt alone",
+        "cluster/front_door/placement.py",
+        "made_token_ids=tuple(relayed.token_ids))",
+        "made_token_ids=())",
+        _FRONT_DOOR + "test_the_node_after_a_lost_one_gets_the_answer_so_far_and_the_same_random_numbers",
+    ),
+    Mutant(
+        "tokens that are read without logits are read again",
+        "decode_node/running_answer.py",
+        "        self._note_read(self._num_next)\n",
+        "        self._note_read(self._num_next if choices else 0)\n",
+        "tests/unit/test_running_answer.py::test_an_answer_that_another_node_began_goes_on_as_it_would_have_there",
+    ),
+    Mutant(
+        "a request may end any number of decode nodes",
+        "cluster/front_door/placement.py",
+        "len(relayed.lost) > MAX_LOST_NODES",
+        "len(relayed.lost) > 2 * MAX_LOST_NODES",
+        _FRONT_DOOR + "test_a_request_that_loses_every_node_it_is_given_to_is_given_up",
     ),
     # Rope scaling.
     Mutant(

@@ -129,20 +129,22 @@ class SparseReport(_message.Message):
     def __init__(self, layers: _Optional[_Iterable[_Union[LayerRecall, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_prefill_tokens", "num_decode_prompt_tokens", "num_new_tokens", "kv_received_bytes", "num_kv_streams")
+    __slots__ = ("num_prompt_tokens", "num_prefill_tokens", "num_decode_prompt_tokens", "num_new_tokens", "kv_received_bytes", "num_kv_streams", "num_decode_nodes")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_DECODE_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_KV_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODE_NODES_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_prefill_tokens: int
     num_decode_prompt_tokens: int
     num_new_tokens: int
     kv_received_bytes: int
     num_kv_streams: int
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_decode_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., kv_received_bytes: _Optional[int] = ..., num_kv_streams: _Optional[int] = ...) -> None: ...
+    num_decode_nodes: int
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_decode_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., kv_received_bytes: _Optional[int] = ..., num_kv_streams: _Optional[int] = ..., num_decode_nodes: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_s", "prefill_s", "first_token_s", "decode_s")
@@ -185,6 +187,7 @@ class ErrorDetail(_message.Message):
         KIND_INTERNAL: _ClassVar[ErrorDetail.Kind]
         KIND_LEASE_EXPIRED: _ClassVar[ErrorDetail.Kind]
         KIND_NOT_FINITE: _ClassVar[ErrorDetail.Kind]
+        KIND_PREFILL_UNAVAILABLE: _ClassVar[ErrorDetail.Kind]
     KIND_UNSPECIFIED: ErrorDetail.Kind
     KIND_INVALID_REQUEST: ErrorDetail.Kind
     KIND_UNKNOWN_MODEL: ErrorDetail.Kind
@@ -196,6 +199,7 @@ class ErrorDetail(_message.Message):
     KIND_INTERNAL: ErrorDetail.Kind
     KIND_LEASE_EXPIRED: ErrorDetail.Kind
     KIND_NOT_FINITE: ErrorDetail.Kind
+    KIND_PREFILL_UNAVAILABLE: ErrorDetail.Kind
     KIND_FIELD_NUMBER: _ClassVar[int]
     FIELD_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]

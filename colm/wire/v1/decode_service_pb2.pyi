@@ -17,7 +17,7 @@ class DecodeRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[OpenDecode, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ...) -> None: ...
 
 class OpenDecode(_message.Message):
-    __slots__ = ("request_id", "num_chains", "max_new_tokens", "sampling", "num_prompt_tokens", "lease_id", "only_if_room", "attention")
+    __slots__ = ("request_id", "num_chains", "max_new_tokens", "sampling", "num_prompt_tokens", "lease_id", "only_if_room", "num_answer_tokens", "attention")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_CHAINS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,7 @@ class OpenDecode(_message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     ONLY_IF_ROOM_FIELD_NUMBER: _ClassVar[int]
+    NUM_ANSWER_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     num_chains: int
@@ -33,8 +34,9 @@ class OpenDecode(_message.Message):
     num_prompt_tokens: int
     lease_id: str
     only_if_room: bool
+    num_answer_tokens: int
     attention: _common_pb2.AttentionMode
-    def __init__(self, request_id: _Optional[str] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., num_prompt_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., only_if_room: _Optional[bool] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., num_prompt_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., only_if_room: _Optional[bool] = ..., num_answer_tokens: _Optional[int] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("reserved", "prefill_progress", "token", "finished", "queued")
