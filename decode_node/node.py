@@ -20,6 +20,7 @@ from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from decode_node.decode_loop import DecodeLoop
 from decode_node.engine import DecodeEngine
+from decode_node.held_answers import HeldAnswers
 from decode_node.kv_fetch import KvFetcher, KvTransfer
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_receiver import KvReceiver
@@ -83,6 +84,7 @@ class DecodeNode:
         self.address = ""
         self.fingerprint = ""
         self.owner: RequestOwner
+        self.answers: HeldAnswers
         self.page_line: PageLine
         self._fetcher: KvFetcher | None = None
 
@@ -136,7 +138,8 @@ class DecodeNode:
             max_local_prefill_tokens=settings.max_local_prefill_tokens,
             clock=clock,
         )
-        DecodeService(self.owner, checkpoint.config, clock, self._leases).add_to(self._server)
+        self.answers = HeldAnswers(self.owner, settings.orphan_s)
+        DecodeService(self.answers, checkpoint.config, clock, self._leases).add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()
         self.address = dial_address(options.host, port)
@@ -156,6 +159,7 @@ class DecodeNode:
         """Let running requests end within `STOP_GRACE_S` seconds, then cancel them."""
         await self._server.stop(defaults.STOP_GRACE_S)
         if self._loop_task is not None:
+            await self.answers.close()
             self._loop_task.cancel()
             await asyncio.wait([self._loop_task])
         if self._fetcher is not None:

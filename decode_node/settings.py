@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from pydantic import ByteSize, Field, NonNegativeInt, PositiveInt
+from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from colm import defaults
 from colm.settings import PrefillLineSettings, Settings
@@ -22,6 +22,8 @@ class DecodeSettings(Settings):
     """Requests at once on a decode node, waiting and prefilling ones included; the next is refused."""
     max_local_prefill_tokens: NonNegativeInt = Field(default=defaults.MAX_LOCAL_PREFILL_TOKENS, le=MAX_PROMPT_TOKENS)
     """Longest prompt, in tokens, that a decode node computes in its own step; 0 always asks a prefill node."""
+    orphan_s: NonNegativeFloat = defaults.ORPHAN_S
+    """Seconds that an answer whose gateway was lost is held for its client, and goes on; 0 gives it up at once."""
 
 
 class PrefillPoolSettings(PrefillLineSettings):

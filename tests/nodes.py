@@ -137,6 +137,7 @@ def assert_nothing_held(node: DecodeNode) -> None:
     assert node.page_line.pool.num_used == 0
     assert not node.page_line.num_waiting
     assert not node.owner.stages()
+    assert not len(node.answers)
 
 
 async def until_idle(node: DecodeNode) -> None:

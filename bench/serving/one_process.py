@@ -32,7 +32,7 @@ from cluster.options import ClusterConfig
 from colm.checkpoint import Checkpoint
 from colm.clock import Deadline, MonotonicClock
 from colm.dtypes import parse_dtype
-from colm.errors import CapacityExceeded, ColmError, InvalidRequest
+from colm.errors import CapacityExceeded, ColmError, InvalidRequest, UnknownAnswer
 from colm.events import Event, Finished, Timings, Usage
 from colm.kv import KvFormat, fingerprint
 from colm.line import Beat
@@ -98,6 +98,18 @@ class OneProcess:
             self._stops = True
             self._changed.notify()
         self._thread.join()
+
+    async def resume(
+        self,
+        address: str,  # noqa: ARG002
+        answer_key: str,  # noqa: ARG002
+        num_tokens: int,  # noqa: ARG002
+        *,
+        deadline: Deadline,  # noqa: ARG002
+    ) -> AsyncGenerator[Event]:
+        """Holds no answer whose reader has left."""
+        raise UnknownAnswer("an answer ends with its call")
+        yield
 
     async def decode(
         self,

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -66,6 +66,8 @@ class DecodeJob:
     attention: AttentionMode
     made_token_ids: tuple[int, ...] = ()
     """The answer so far; the node goes on behind it."""
+    answer_key: str = ""
+    """Under it another gateway can find the request, after this one is lost."""
 
 
 class DecodeNodeCalls(Protocol):
@@ -89,22 +91,30 @@ class DecodeNodeCalls(Protocol):
             ColmError: whatever else the node refuses or fails with.
         """
 
+    def resume(self, address: str, answer_key: str, num_tokens: int, *, deadline: Deadline) -> AsyncGenerator[Event]:
+        """Go on with a job that another call began; yields `Resumed`, then its events behind the first `num_tokens`.
+
+        Raises:
+            UnknownAnswer: the node does not hold it.
+            ColmError: as `decode`.
+        """
+
 
 @dataclass(kw_only=True, slots=True)
 class _Relayed:
     """What the client has been told of one answer, whichever nodes made it."""
 
     begun_s: float
-    token_ids: list[int] = field(default_factory=list)
-    first_token_s: float = 0.0
+    token_ids: list[int]
+    lost: list[str]
+    """Addresses of the nodes that were lost after they had begun."""
+    first_token_s: float | None = None
     last_token_s: float = 0.0
     num_failures: int = 0
     """Calls in a row that brought no token."""
-    lost: list[str] = field(default_factory=list)
-    """Addresses of the nodes that were lost after they had begun."""
 
     def see(self, token: Token, now_s: float) -> None:
-        if not self.token_ids:
+        if self.first_token_s is None:
             self.first_token_s = now_s
         self.last_token_s = now_s
         self.token_ids.append(token.token_id)
@@ -114,12 +124,9 @@ class _Relayed:
         """The last node's word, made one about all nodes."""
         if not self.lost:
             return finished
-        usage = replace(finished.usage, num_decode_nodes=1 + len(self.lost))
-        timings = replace(
-            finished.timings,
-            first_token_s=self.first_token_s - self.begun_s,
-            decode_s=self.last_token_s - self.first_token_s,
-        )
+        usage, timings = replace(finished.usage, num_decode_nodes=1 + len(self.lost)), finished.timings
+        if (first_s := self.first_token_s) is not None:
+            timings = replace(timings, first_token_s=first_s - self.begun_s, decode_s=self.last_token_s - first_s)
         return replace(finished, usage=usage, timings=timings)
 
 
@@ -154,7 +161,7 @@ class Placement:
         async def beat(num_ahead: int) -> None:
             await emit(Queued(waits_for=WaitsFor.DECODE_NODE, num_ahead=num_ahead))
 
-        relayed = _Relayed(begun_s=self._clock.now())
+        relayed = _Relayed(begun_s=self._clock.now(), token_ids=[*job.made_token_ids], lost=[])
         refusals_left = self._num_others()
         num_calls_lost = 0
         while True:
@@ -165,7 +172,7 @@ class Placement:
             try:
                 async with self._lease(beat, relayed.lost) as lease:
                     call = self._calls.decode(lease, attempt, only_if_room=refusals_left > 0, deadline=deadline)
-                    async with aclosing(_whole(call, lease)) as events:
+                    async with aclosing(whole(call, lease.address)) as events:
                         async for event in events:
                             address = lease.address
                             await self._relay(event, relayed, emit)
@@ -234,7 +241,7 @@ class Placement:
         await emit(event)
 
 
-async def _whole(call: AsyncGenerator[Event], lease: DecodeLease) -> AsyncGenerator[Event]:
+async def whole(call: AsyncGenerator[Event], address: str) -> AsyncGenerator[Event]:
     """A node's events, down to its last word.
 
     Raises:
@@ -245,4 +252,4 @@ async def _whole(call: AsyncGenerator[Event], lease: DecodeLease) -> AsyncGenera
             yield event
             if isinstance(event, Finished):
                 return
-    raise PeerUnavailable(f"decode node {lease.address} ended the answer before it was finished; submit it again")
+    raise PeerUnavailable(f"decode node {address} ended the answer before it was finished; submit it again")

@@ -54,6 +54,8 @@ class GatewayOptions:
     audit_folder: str | None
     """None without an audit log."""
     audit_keep_days: int
+    num_decode_nodes: int
+    """When all run."""
 
 
 class ServeDecodePool:
@@ -98,6 +100,7 @@ class GatewayReplica:
             calls=self._decode_calls,
             registry=self._registry,
             clock=MonotonicClock(),
+            num_decode_nodes=options.num_decode_nodes,
         )
         client_security, clients = secrets.of_clients(), secrets.clients()
         self._server: grpc.aio.Server = create_server(client_security, lambda token: clients.of(token) is not None)

@@ -17,7 +17,9 @@ from colm.events import (
     LayerRecall,
     PrefillProgress,
     Queued,
+    Reconnecting,
     Reserved,
+    Resumed,
     SparseReport,
     Timings,
     Token,
@@ -175,6 +177,8 @@ def generate_request_to_pb(request: GenerateRequest) -> generation_pb.OpenGenera
         prompt=request.prompt,
         sampling=sampling_to_pb(request.sampling),
         attention=attention_to_pb(request.attention),
+        answer_key=request.answer_key,
+        answer_token_ids=request.answer_token_ids,
     )
     if request.chat is not None:
         message.chat = request.chat
@@ -203,6 +207,8 @@ def generate_request_from_pb(message: generation_pb.OpenGenerate) -> GenerateReq
         prompt=message.prompt,
         sampling=sampling_from_pb(message.sampling),
         attention=attention_from_pb(message.attention),
+        answer_key=message.answer_key,
+        answer_token_ids=tuple(message.answer_token_ids),
         **chosen,
     )
 
@@ -214,6 +220,8 @@ def _event_to_pb(event: Event) -> dict[str, Any]:
             return {"accepted": _to_pb(generation_pb.Accepted, event)}
         case Queued():
             return {"queued": queued_to_pb(event)}
+        case Resumed():
+            return {"resumed": _to_pb(decode_pb.Resumed, event)}
         case Reserved():
             return {"reserved": _to_pb(decode_pb.Reserved, event)}
         case PrefillProgress():
@@ -222,6 +230,8 @@ def _event_to_pb(event: Event) -> dict[str, Any]:
             return {"token": token_to_pb(event)}
         case Finished():
             return {"finished": finished_to_pb(event)}
+        case Reconnecting():
+            raise AssertionError("an event of a client that is sent")
 
 
 def decode_response(event: Event) -> decode_pb.DecodeResponse:
@@ -230,7 +240,7 @@ def decode_response(event: Event) -> decode_pb.DecodeResponse:
 
 
 def gateway_response(event: Event) -> generation_pb.GenerateResponse:
-    """An event as the gateway sends it to the client. `Reserved` is refused: it stays between the nodes."""
+    """An event as the gateway sends it. `Reserved` and `Resumed` are refused: they stay between the nodes."""
     return generation_pb.GenerateResponse(**_event_to_pb(event))
 
 
@@ -283,6 +293,8 @@ def event_from_pb(message: generation_pb.GenerateResponse | decode_pb.DecodeResp
             return _from_pb(Accepted, body)
         case "queued":
             return queued_from_pb(body)
+        case "resumed":
+            return _from_pb(Resumed, body)
         case "reserved":
             return _from_pb(Reserved, body)
         case "prefill_progress":

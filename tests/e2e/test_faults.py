@@ -6,10 +6,11 @@ import subprocess
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import psutil
 import pytest
 
 from colm.client import Client, collect
-from colm.events import Event, PrefillProgress, Queued, Token, WaitsFor
+from colm.events import Event, PrefillProgress, Queued, Reconnecting, Token, WaitsFor
 from colm.nodes import NodeReport, Role
 from colm.sampling import SamplingParams
 from tests.e2e.conftest import RunningCluster, colm_command, colm_env, holds, until
@@ -33,6 +34,13 @@ def kill(cluster: RunningCluster, role: Role) -> int:
     (node,) = cluster.nodes(role)
     os.kill(node.process.pid, signal.SIGKILL)
     return node.process.pid
+
+
+def gateway_process(cluster: RunningCluster) -> psutil.Process:
+    assert cluster.state.ray_pid is not None
+    family = psutil.Process(cluster.state.ray_pid).children(recursive=True)
+    (gateway,) = (process for process in family if "ServeReplica:colm:gateway" in " ".join(process.cmdline()))
+    return gateway
 
 
 def test_a_prefill_replica_killed_in_mid_stream_costs_time_but_not_the_answer(
@@ -69,6 +77,22 @@ def test_a_decode_replica_killed_in_mid_answer_costs_time_but_not_the_answer(
     assert Queued(waits_for=WaitsFor.DECODE_NODE, num_ahead=0) in events
     assert answer.finished.usage.num_decode_nodes == 2
     assert answer.finished.usage.num_new_tokens == 60
+
+
+def test_a_gateway_killed_in_mid_answer_costs_time_but_not_the_answer(cluster: RunningCluster, client: Client) -> None:
+    drawn = SamplingParams(temperature=0.8, seed=5, ignore_eos=True)
+    options = {"max_new_tokens": 100, "sampling": drawn, "timeout_s": 120}
+    undisturbed = collect(client.generate("", "Tell me a long story.", **options))
+    events = []
+    for event in client.generate("", "Tell me a long story.", **options):
+        events.append(event)
+        if isinstance(event, Token) and len([e for e in events if isinstance(e, Token)]) == 3:
+            gateway_process(cluster).kill()
+    answer = collect(events)
+    assert [t.token_id for t in answer.tokens] == [t.token_id for t in undisturbed.tokens]
+    assert answer.text == undisturbed.text
+    assert any(isinstance(event, Reconnecting) for event in events)
+    assert answer.finished.usage == undisturbed.finished.usage
 
 
 def test_ctrl_c_stops_the_work_on_all_three_processes(cluster: RunningCluster, tmp_path: Path) -> None:

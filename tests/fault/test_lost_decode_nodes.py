@@ -8,13 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-from colm_kernels import native
 
 from colm.checkpoint import Checkpoint
 from colm.client import AsyncClient
 from colm.errors import InvalidRequest
-from colm.events import Accepted, Event, Finished, Queued, Token, WaitsFor
+from colm.events import Accepted, Event, Finished, Queued, WaitsFor
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import open_channel
@@ -24,6 +22,7 @@ from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
 from decode_node.engine import DecodeEngine
 from decode_node.node import DecodeNode
 from prefill_node.node import PrefillNode
+from tests.answers import assert_same_answer, text_of
 from tests.gates import gate_before
 from tests.gateway import TakingTurns, gateway
 from tests.nodes import decode, decode_node, decode_requests, prefill_node
@@ -76,25 +75,6 @@ async def ask_and_lose(address: str, nodes: list[DecodeNode], *losses: int, **op
             gate.reached.clear()
             await node._server.stop(0)
         return await asking
-
-
-def text_of(events: list[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, Token | Finished))
-
-
-def assert_same_answer(events: list[Event], undisturbed: list[Event]) -> None:
-    """The same tokens, each once, and the same end but for its times and its node's own transfers."""
-    tokens, wanted = ([event for event in each if isinstance(event, Token)] for each in (events, undisturbed))
-    assert [token.token_id for token in tokens] == [token.token_id for token in wanted]
-    assert [token.text for token in tokens] == [token.text for token in wanted]
-    if native.default_variant(torch.float32) != "torch":  # whose products depend on the number of rows
-        assert tokens == wanted
-    end, wanted_end = events[-1], undisturbed[-1]
-    assert isinstance(end, Finished)
-    assert isinstance(wanted_end, Finished)
-    assert (end.reason, end.text) == (wanted_end.reason, wanted_end.text)
-    for name in ("num_prompt_tokens", "num_prefill_tokens", "num_decode_prompt_tokens", "num_new_tokens"):
-        assert getattr(end.usage, name) == getattr(wanted_end.usage, name)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ _STREAM = "tests/fault/test_kv_stream_faults.py::"
 _PREFILL = "tests/unit/test_prefill_loop.py::"
 _POLICY = "tests/unit/test_job_policy.py::"
 _LOST = "tests/fault/test_lost_decode_nodes.py::"
+_GATEWAYS = "tests/fault/test_lost_gateways.py::"
 _FRONT_DOOR = "tests/unit/test_front_door.py::"
 _CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
@@ -355,7 +356,7 @@ MUTANTS = (
     ),
     Mutant(
         "the client never says that its prompt has ended",
-        "colm/client.py",
+        "colm/upload.py",
         "        yield pb.GenerateRequest(end_of_prompt=common_pb2.EndOfPrompt())\n",
         "",
         "tests/unit/test_client.py::test_the_end_of_the_prompt_is_the_last_message",
@@ -846,6 +847,41 @@ MUTANTS = (
         "len(relayed.lost) > MAX_LOST_NODES",
         "len(relayed.lost) > 2 * MAX_LOST_NODES",
         _FRONT_DOOR + "test_a_request_that_loses_every_node_it_is_given_to_is_given_up",
+    ),
+    Mutant(
+        "an answer that nobody asks for is held for ever",
+        "decode_node/held_answers.py",
+        "call_later(self._orphan_s, ",
+        "call_later(1e6, ",
+        "tests/unit/test_held_answers.py::test_an_answer_that_nobody_asks_for_is_let_go",
+    ),
+    Mutant(
+        "an older reader takes events from a newer one",
+        "decode_node/held_answers.py",
+        "        while self.reader is reader:\n",
+        "        while True:\n",
+        "tests/unit/test_held_answers.py::test_of_two_readers_the_newer_one_has_the_answer",
+    ),
+    Mutant(
+        "whoever knows an answer's key may have it",
+        "cluster/front_door/front_door.py",
+        'f"{owner}\\0{answer_key}"',
+        'f"{answer_key}"',
+        _GATEWAYS + "test_only_the_client_that_asked_may_have_the_rest",
+    ),
+    Mutant(
+        "a node is not told that its answer is not wanted any more",
+        "cluster/decode_calls.py",
+        "                if answer_key and request_id is not None and not is_over:\n",
+        "                if False:\n",
+        _GATEWAYS + "test_a_request_that_is_cancelled_is_not_held_for_its_client",
+    ),
+    Mutant(
+        "a client asks for tokens that it has",
+        "colm/reconnect.py",
+        "num_tokens=len(self._token_ids)",
+        "num_tokens=0",
+        "tests/unit/test_reconnect.py::test_the_rest_of_an_answer_is_asked_for_by_its_key_and_accepted_is_heard_once",
     ),
     # Rope scaling.
     Mutant(

@@ -125,6 +125,7 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
         limits=LIMITS,
         audit_folder=None,
         audit_keep_days=30,
+        num_decode_nodes=1,
     )
     secrets = secret_files(tmp_path)
 

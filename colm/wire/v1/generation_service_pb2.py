@@ -25,31 +25,33 @@ _sym_db = _symbol_database.Default()
 from colm.wire.v1 import common_pb2 as colm_dot_wire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%colm/wire/v1/generation_service.proto\x12\x0c\x63olm.wire.v1\x1a\x19\x63olm/wire/v1/common.proto\"\xc0\x01\n\x0fGenerateRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x1a.colm.wire.v1.OpenGenerateH\x00\x12\x12\n\x08\x64ocument\x18\x02 \x01(\x0cH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.colm.wire.v1.TokenIdsH\x00\x12\x32\n\rend_of_prompt\x18\x04 \x01(\x0b\x32\x19.colm.wire.v1.EndOfPromptH\x00\x42\x06\n\x04partJ\x04\x08\x05\x10\n\"\xa7\x02\n\x0cOpenGenerate\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x11\n\x04\x63hat\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\nnum_chains\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x05 \x01(\x03H\x02\x88\x01\x01\x12(\n\x08sampling\x18\x06 \x01(\x0b\x32\x16.colm.wire.v1.Sampling\x12\x16\n\ttimeout_s\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12.\n\tattention\x18\x0c \x01(\x0e\x32\x1b.colm.wire.v1.AttentionModeB\x07\n\x05_chatB\r\n\x0b_num_chainsB\x11\n\x0f_max_new_tokensB\x0c\n\n_timeout_sJ\x04\x08\x08\x10\x0c\"\x82\x02\n\x10GenerateResponse\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x16.colm.wire.v1.AcceptedH\x00\x12\x39\n\x10prefill_progress\x18\x02 \x01(\x0b\x32\x1d.colm.wire.v1.PrefillProgressH\x00\x12$\n\x05token\x18\x03 \x01(\x0b\x32\x13.colm.wire.v1.TokenH\x00\x12*\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x16.colm.wire.v1.FinishedH\x00\x12&\n\x06queued\x18\x05 \x01(\x0b\x32\x14.colm.wire.v1.QueuedH\x00\x42\x07\n\x05\x65ventJ\x04\x08\x06\x10\n\"\x87\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x12\n\nnum_chains\x18\x04 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\"\x19\n\x17GetClusterStatusRequest\"\x7f\n\x18GetClusterStatusResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.colm.wire.v1.Model\x12!\n\x05nodes\x18\x02 \x03(\x0b\x32\x12.colm.wire.v1.Node\x12\x1b\n\x13num_active_requests\x18\x03 \x01(\r\"j\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x63hains\x18\x02 \x03(\r\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x12\n\nreads_text\x18\x05 \x01(\x08\"\xa3\x02\n\x04Node\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.colm.wire.v1.Role\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x1b\n\x13num_active_requests\x18\x06 \x01(\r\x12\x1b\n\x13num_queued_requests\x18\x07 \x01(\r\x12\x17\n\x0fnum_pages_total\x18\x08 \x01(\x04\x12\x16\n\x0enum_pages_used\x18\t \x01(\x04\x12\x16\n\x0eresident_bytes\x18\n \x01(\x04\x12\r\n\x05\x61ge_s\x18\x0b \x01(\x01\x12\x13\n\x0bray_node_id\x18\x0c \x01(\t\x12\x12\n\nnum_leases\x18\r \x01(\r*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x32\xc5\x01\n\x11GenerationService\x12M\n\x08Generate\x12\x1d.colm.wire.v1.GenerateRequest\x1a\x1e.colm.wire.v1.GenerateResponse(\x01\x30\x01\x12\x61\n\x10GetClusterStatus\x12%.colm.wire.v1.GetClusterStatusRequest\x1a&.colm.wire.v1.GetClusterStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%colm/wire/v1/generation_service.proto\x12\x0c\x63olm.wire.v1\x1a\x19\x63olm/wire/v1/common.proto\"\xf0\x01\n\x0fGenerateRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x1a.colm.wire.v1.OpenGenerateH\x00\x12\x12\n\x08\x64ocument\x18\x02 \x01(\x0cH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.colm.wire.v1.TokenIdsH\x00\x12\x32\n\rend_of_prompt\x18\x04 \x01(\x0b\x32\x19.colm.wire.v1.EndOfPromptH\x00\x12.\n\x06resume\x18\x05 \x01(\x0b\x32\x1c.colm.wire.v1.ResumeGenerateH\x00\x42\x06\n\x04partJ\x04\x08\x06\x10\n\"\xdb\x02\n\x0cOpenGenerate\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x11\n\x04\x63hat\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\nnum_chains\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x05 \x01(\x03H\x02\x88\x01\x01\x12(\n\x08sampling\x18\x06 \x01(\x0b\x32\x16.colm.wire.v1.Sampling\x12\x16\n\ttimeout_s\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\nanswer_key\x18\x08 \x01(\t\x12\x18\n\x10\x61nswer_token_ids\x18\t \x03(\r\x12.\n\tattention\x18\x0c \x01(\x0e\x32\x1b.colm.wire.v1.AttentionModeB\x07\n\x05_chatB\r\n\x0b_num_chainsB\x11\n\x0f_max_new_tokensB\x0c\n\n_timeout_sJ\x04\x08\n\x10\x0bJ\x04\x08\x0b\x10\x0c\"8\n\x0eResumeGenerate\x12\x12\n\nanswer_key\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"\x82\x02\n\x10GenerateResponse\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x16.colm.wire.v1.AcceptedH\x00\x12\x39\n\x10prefill_progress\x18\x02 \x01(\x0b\x32\x1d.colm.wire.v1.PrefillProgressH\x00\x12$\n\x05token\x18\x03 \x01(\x0b\x32\x13.colm.wire.v1.TokenH\x00\x12*\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x16.colm.wire.v1.FinishedH\x00\x12&\n\x06queued\x18\x05 \x01(\x0b\x32\x14.colm.wire.v1.QueuedH\x00\x42\x07\n\x05\x65ventJ\x04\x08\x06\x10\n\"\x87\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x12\n\nnum_chains\x18\x04 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\"\x19\n\x17GetClusterStatusRequest\"\x7f\n\x18GetClusterStatusResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.colm.wire.v1.Model\x12!\n\x05nodes\x18\x02 \x03(\x0b\x32\x12.colm.wire.v1.Node\x12\x1b\n\x13num_active_requests\x18\x03 \x01(\r\"j\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x63hains\x18\x02 \x03(\r\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x12\n\nreads_text\x18\x05 \x01(\x08\"\xa3\x02\n\x04Node\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.colm.wire.v1.Role\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x1b\n\x13num_active_requests\x18\x06 \x01(\r\x12\x1b\n\x13num_queued_requests\x18\x07 \x01(\r\x12\x17\n\x0fnum_pages_total\x18\x08 \x01(\x04\x12\x16\n\x0enum_pages_used\x18\t \x01(\x04\x12\x16\n\x0eresident_bytes\x18\n \x01(\x04\x12\r\n\x05\x61ge_s\x18\x0b \x01(\x01\x12\x13\n\x0bray_node_id\x18\x0c \x01(\t\x12\x12\n\nnum_leases\x18\r \x01(\r*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x32\xc5\x01\n\x11GenerationService\x12M\n\x08Generate\x12\x1d.colm.wire.v1.GenerateRequest\x1a\x1e.colm.wire.v1.GenerateResponse(\x01\x30\x01\x12\x61\n\x10GetClusterStatus\x12%.colm.wire.v1.GetClusterStatusRequest\x1a&.colm.wire.v1.GetClusterStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'colm.wire.v1.generation_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1532
-  _globals['_ROLE']._serialized_end=1595
+  _globals['_ROLE']._serialized_start=1690
+  _globals['_ROLE']._serialized_end=1753
   _globals['_GENERATEREQUEST']._serialized_start=83
-  _globals['_GENERATEREQUEST']._serialized_end=275
-  _globals['_OPENGENERATE']._serialized_start=278
-  _globals['_OPENGENERATE']._serialized_end=573
-  _globals['_GENERATERESPONSE']._serialized_start=576
-  _globals['_GENERATERESPONSE']._serialized_end=834
-  _globals['_ACCEPTED']._serialized_start=837
-  _globals['_ACCEPTED']._serialized_end=972
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=974
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=999
-  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_start=1001
-  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_end=1128
-  _globals['_MODEL']._serialized_start=1130
-  _globals['_MODEL']._serialized_end=1236
-  _globals['_NODE']._serialized_start=1239
-  _globals['_NODE']._serialized_end=1530
-  _globals['_GENERATIONSERVICE']._serialized_start=1598
-  _globals['_GENERATIONSERVICE']._serialized_end=1795
+  _globals['_GENERATEREQUEST']._serialized_end=323
+  _globals['_OPENGENERATE']._serialized_start=326
+  _globals['_OPENGENERATE']._serialized_end=673
+  _globals['_RESUMEGENERATE']._serialized_start=675
+  _globals['_RESUMEGENERATE']._serialized_end=731
+  _globals['_GENERATERESPONSE']._serialized_start=734
+  _globals['_GENERATERESPONSE']._serialized_end=992
+  _globals['_ACCEPTED']._serialized_start=995
+  _globals['_ACCEPTED']._serialized_end=1130
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=1132
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=1157
+  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_start=1159
+  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_end=1286
+  _globals['_MODEL']._serialized_start=1288
+  _globals['_MODEL']._serialized_end=1394
+  _globals['_NODE']._serialized_start=1397
+  _globals['_NODE']._serialized_end=1688
+  _globals['_GENERATIONSERVICE']._serialized_start=1756
+  _globals['_GENERATIONSERVICE']._serialized_end=1953
 # @@protoc_insertion_point(module_scope)
