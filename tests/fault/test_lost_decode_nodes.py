@@ -8,11 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from colm_kernels import native
 
 from colm.checkpoint import Checkpoint
 from colm.client import AsyncClient
 from colm.errors import InvalidRequest
 from colm.events import Accepted, Event, Finished, Queued, WaitsFor
+from colm.placement import Placement
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import open_channel
@@ -131,6 +134,27 @@ async def test_a_stop_string_that_begins_before_the_loss_ends_the_answer_after_i
         assert text_of(undisturbed) == text[: text.index(text[5:9])]
         pool.lent.clear()
         assert_same_answer(await ask_and_lose(address, nodes, num_steps, **options), undisturbed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+async def test_an_answer_goes_on_with_the_bits_that_it_would_have_had(
+    checkpoint: Checkpoint, dtype: torch.dtype
+) -> None:
+    if native.default_variant(dtype) == "torch":
+        pytest.skip("the bits of PyTorch's products depend on the number of rows")
+    path, placement = str(checkpoint.path), Placement(device=torch.device("cpu"), dtype=dtype, num_threads=1)
+    async with (
+        prefill_node(path, placement=placement) as prefill,
+        decode_node(path, [prefill.address], placement=placement) as node,
+    ):
+        whole = await decode(node.address, LONG, max_new_tokens=60, num_chains=2, sampling=SEEDED)
+        for num_made in (1, 16, 17, 50):
+            made = whole.token_ids[:num_made]
+            rest = await decode(
+                node.address, LONG, max_new_tokens=60, num_chains=2, sampling=SEEDED, made_token_ids=made
+            )
+            assert (*made, *rest.token_ids) == whole.token_ids
+            assert rest.logprobs == whole.logprobs[num_made:]
 
 
 async def test_a_node_that_gets_a_whole_answer_has_only_the_last_word(nodes: list[DecodeNode]) -> None:
