@@ -10,7 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from colm.events import Accepted, Event, Finished, LayerRecall, PrefillProgress, Queued, Token
+from colm.events import Accepted, Event, Finished, LayerRecall, PrefillProgress, Queued, Reconnecting, Token
 
 
 class AnswerView:
@@ -38,6 +38,8 @@ class AnswerView:
         self._accepted: Accepted | None = None
         self._finished: Finished | None = None
         self._text: list[str] = []
+        self._num_reconnects = 0
+        self._is_held_up = False
 
     def __enter__(self) -> Self:
         self._started_s = time.monotonic()
@@ -59,7 +61,11 @@ class AnswerView:
                 self._wait(event)
             case PrefillProgress():
                 self._advance(event)
+            case Reconnecting():
+                self._num_reconnects += 1
+                self._note(f"the gateway was lost; asking for the rest of the answer ({event.cause})")
             case Token():
+                self._is_held_up = False
                 if self._first_token_s is None:
                     self._first_token_s = time.monotonic() - self._started_s
                     self._progress.stop()
@@ -85,6 +91,8 @@ class AnswerView:
             "kv_bytes_shared": usage.kv_shared_bytes,
             "kv_bytes_effective": usage.kv_effective_bytes,
             "kv_streams": usage.num_kv_streams,
+            "decode_nodes": usage.num_decode_nodes,
+            "reconnects": self._num_reconnects,
             "new_tokens": usage.num_new_tokens,
             "draft_tokens": usage.num_draft_tokens,
             "accepted_tokens": usage.num_accepted_tokens,
@@ -123,6 +131,8 @@ class AnswerView:
         return self._accepted, self._finished
 
     def _wait(self, event: Queued) -> None:
+        if self._first_token_s is not None:
+            self._note(f"the decode node was lost; the answer waits for {event.waits_for.value}")
         if self._bar is not None:
             place = f"{event.num_ahead} ahead" if event.num_ahead else "next"
             if event.estimated_wait_s is not None:
@@ -136,6 +146,12 @@ class AnswerView:
             elapsed_s = max(1e-9, time.monotonic() - self._prefill_began_s)
             speed = f"{event.num_tokens_done / elapsed_s:.0f} tokens/s"
             self._progress.update(self._bar, description="prefill", completed=event.num_tokens_done, speed=speed)
+
+    def _note(self, text: str) -> None:
+        """Say once on stderr why an answer that has begun does not go on."""
+        if not self._is_held_up:
+            self._is_held_up = True
+            Console(stderr=True, highlight=False).print(f"\n{text}", style="dim", soft_wrap=True)
 
     def _write(self, text: str) -> None:
         self._text.append(text)

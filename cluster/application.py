@@ -38,7 +38,7 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
     prefill = _deployment(
         PrefillReplica,
         name=PREFILL,
-        replicas=config.prefill.replicas,
+        replicas=config.prefill.num_replicas,
         max_ongoing=config.prefill.max_streams,
         actor=_actor(PREFILL_RESOURCE, config.prefill.num_gpus),
     ).bind(
@@ -54,7 +54,7 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
     decode = _deployment(
         DecodeReplica,
         name=DECODE,
-        replicas=config.decode.replicas,
+        replicas=config.decode.num_replicas,
         max_ongoing=config.decode.max_requests,
         actor=_actor(DECODE_RESOURCE, config.decode.num_gpus),
     ).bind(
@@ -65,9 +65,9 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
         ),
         secrets,
         prefill,
-        config.prefill.replicas,
+        config.prefill.num_replicas,
         config.prefill.max_queued,
-        config.decode.replicas == 1,
+        config.decode.num_replicas == 1,
         report_to,
         metrics_host,
     )
@@ -91,6 +91,7 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
             audit_keep_days=gateway.audit_keep_days,
             metrics_host=metrics_host,
             metrics_port=metrics.port,
+            num_decode_nodes=config.decode.num_replicas,
             limits=GatewayLimits(
                 max_document_bytes=gateway.max_document_bytes,
                 max_upload_bytes=gateway.max_upload_bytes,

@@ -137,8 +137,8 @@ def check_resources(config: ClusterConfig, carried: Mapping[str, float]) -> None
         ClusterError: names the resource and the way out.
     """
     for resource, replicas in (
-        (PREFILL_RESOURCE, config.prefill.replicas),
-        (DECODE_RESOURCE, config.decode.replicas),
+        (PREFILL_RESOURCE, config.prefill.num_replicas),
+        (DECODE_RESOURCE, config.decode.num_replicas),
     ):
         if carried.get(resource, 0) < replicas:
             raise ClusterError(
@@ -146,7 +146,7 @@ def check_resources(config: ClusterConfig, carried: Mapping[str, float]) -> None
                 f"start nodes with: ray start --address=HEAD --resources='{{\"{resource}\": 1}}'"
             )
 
-    num_gpus = sum(section.replicas * section.num_gpus for section in config.placed.values())
+    num_gpus = sum(section.num_replicas * section.num_gpus for section in config.placed.values())
     if carried.get("GPU", 0) < num_gpus:
         raise ClusterError(
             f"the Ray cluster carries {carried.get('GPU', 0):g} GPUs and the replicas take {num_gpus}; start nodes "

@@ -18,7 +18,7 @@ from colm.wire.messages import (
     generate_request_from_pb,
     token_ids_from_pb,
 )
-from colm.wire.prompt_stream import read_open, read_pieces
+from colm.wire.prompt_stream import read_first, read_pieces
 from colm.wire.security import shown_token
 from colm.wire.status import answering
 from colm.wire.v1 import generation_service_pb2 as pb
@@ -69,14 +69,17 @@ class GenerationService(GenerationServiceServicer):
             seen = stack.enter_context(self._metrics.request())
             usage = stack.enter_context(self._accounts.open(client := self._caller(context)))
             await stack.enter_async_context(self._clients.while_admitted(client))
-            request = generate_request_from_pb(await read_open(request_iterator))
-            prompt = usage.counted(_prompt(request_iterator, self._upload_idle_s))
-            waits_s = context.time_remaining()
-            async with self._front_door.generate(request, prompt, caller_waits_s=waits_s) as events:
-                async for event in events:
-                    usage.see(event)
-                    seen.see(event)
-                    await context.write(gateway_response(event))
+            first, door = await read_first(request_iterator, "resume"), self._front_door
+            of_caller = {"owner": client.name, "caller_waits_s": context.time_remaining()}
+            if first.WhichOneof("part") == "resume":
+                answer = door.resume(first.resume.answer_key, first.resume.num_tokens, **of_caller)
+            else:
+                prompt = usage.counted(_prompt(request_iterator, self._upload_idle_s))
+                answer = door.generate(generate_request_from_pb(first.open), prompt, **of_caller)
+            async for event in await stack.enter_async_context(answer):
+                usage.see(event)
+                seen.see(event)
+                await context.write(gateway_response(event))
 
     async def GetClusterStatus(
         self,

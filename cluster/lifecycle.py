@@ -140,7 +140,7 @@ def _check_devices(config: ClusterConfig) -> None:
     for name, section in config.placed.items():
         if (reason := why_unusable(parse_device(section.resolved_device))) is not None:
             raise ConfigError(f"{name}.device={section.device!r} with {name}.num_gpus={section.num_gpus}: {reason}")
-        num_gpus += section.replicas * section.num_gpus
+        num_gpus += section.num_replicas * section.num_gpus
     if num_gpus and num_gpus > (num_devices := torch.cuda.device_count()):
         raise ConfigError(
             f"the replicas take {num_gpus} GPUs and this machine has {num_devices}; lower num_gpus or replicas, or "
@@ -208,7 +208,7 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
     if ray_address is None:
         config = _with_ports(config)
         say("starting Ray on this machine")
-        roles = {"prefill": config.prefill.replicas, "decode": config.decode.replicas}
+        roles = {"prefill": config.prefill.num_replicas, "decode": config.decode.num_replicas}
         ray_address, ray_pid = start_ray(roles, new_ray_root(state_dir), state_dir / _RAY_TOKEN, state_dir / "ray.log")
     # Ray reads these as it is imported; a user's own setting wins.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -220,7 +220,7 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
 
     for danger in _dangers(config):
         say(f"insecure: {danger}")
-    say(f"loading {checkpoint.path.name}: {config.prefill.replicas} prefill, {config.decode.replicas} decode")
+    say(f"loading {checkpoint.path.name}: {config.prefill.num_replicas} prefill, {config.decode.num_replicas} decode")
     deployed = deployment.deploy(config, checkpoint, secrets, ray_address, note_address)
     own = secrets.own_certificate
     if (advice := advice_to_clients(config, secrets)) is not None:

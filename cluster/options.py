@@ -27,8 +27,15 @@ class _ReplicaSettings(PlacementSettings):
 
     replicas: PositiveInt = 1
     """Number of replicas; each takes 1 of Ray's custom resource of this section's name."""
+    standby: NonNegativeInt = 0
+    """Replicas besides these, so that while one restarts as many as `replicas` are there; they serve as well."""
     num_gpus: NonNegativeInt = Field(default=0, le=1)
     """GPUs that Ray sets aside for each replica, 0 or 1; with 0, replicas may share the GPU that `device` names."""
+
+    @property
+    def num_replicas(self) -> int:
+        """All that run when none is lost."""
+        return self.replicas + self.standby
 
     @property
     def resolved_device(self) -> str:

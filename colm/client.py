@@ -1,43 +1,26 @@
-"""The client: a document goes in, events come out."""
+"""The client: a document goes in, events come out, whatever becomes of the gateway meanwhile."""
 
 import asyncio
-import io
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import threading
+from collections.abc import AsyncGenerator, Generator, Iterable
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, islice
-from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, TypedDict, Unpack
+from typing import Self, Unpack
 
-import numpy as np
-from numpy.typing import NDArray
-
-from colm import checks
-from colm.errors import ColmError, InvalidRequest
+from colm.errors import ColmError
 from colm.events import Event, Finished, Token
 from colm.nodes import ClusterStatus
-from colm.request import AttentionMode, ChatMessage, GenerateRequest, KvCodec
-from colm.sampling import TOKEN_IDS, SamplingParams
+from colm.reconnect import Attempts
+from colm.upload import Document, GenerateOptions, in_thread
 from colm.wire.endpoint import open_blocking_channel, open_channel
-from colm.wire.messages import cluster_status_from_pb, event_from_pb, generate_request_to_pb, token_id_pieces
+from colm.wire.messages import cluster_status_from_pb, event_from_pb
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
 from colm.wire.status import rpc_errors
-from colm.wire.v1 import common_pb2
 from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1.generation_service_pb2_grpc import GenerationServiceStub
 
-Document = str | bytes | Path | BinaryIO
-"""Text, its UTF-8 bytes, a file to read, or an open binary file."""
-
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-_PIECE_BYTES = 256 << 10
-# The call's deadline lies this long after the server's own, whose error message says where the time went.
-_DEADLINE_SLACK_S = 5.0
-# gRPC counts nanoseconds in 64 bits; a deadline that overflows them is over at once.
-_LONGEST_CALL_S = 1e9
 _STATUS_TIMEOUT_S = 10.0
 
 
@@ -66,130 +49,21 @@ def collect(events: Iterable[Event]) -> Answer:
     raise AssertionError("a stream of events ends with Finished or raises")
 
 
-@dataclass(kw_only=True)
-class _Upload:
-    """The messages of one request. An error of the document is kept here, since gRPC hides its cause."""
-
-    opened: pb.OpenGenerate
-    pieces: Iterator[bytes]
-    token_ids: NDArray[np.int64]
-    failure: InvalidRequest | None = None
-
-    def __iter__(self) -> Iterator[pb.GenerateRequest]:
-        yield pb.GenerateRequest(open=self.opened)
-        try:
-            for piece in self.pieces:
-                yield pb.GenerateRequest(document=piece)
-        except InvalidRequest as err:
-            self.failure = err
-            raise
-        for ids in token_id_pieces(self.token_ids):
-            yield pb.GenerateRequest(token_ids=ids)
-        yield pb.GenerateRequest(end_of_prompt=common_pb2.EndOfPrompt())
-
-    @contextmanager
-    def errors(self) -> Iterator[None]:
-        """Raise the document's own error, if there was one, in place of the call's."""
-        try:
-            yield
-        except ColmError:
-            if self.failure is not None:
-                raise self.failure  # noqa: B904 - its cause is the file's own error
-            raise
-
-    async def requests(self) -> AsyncIterator[pb.GenerateRequest]:
-        """The messages of `__iter__`, made in a thread because reading a file may block."""
-        requests = iter(self)
-        while (request := await asyncio.to_thread(next, requests, None)) is not None:
-            yield request
-
-
-class GenerateOptions(TypedDict, total=False):
-    """Options of `generate`; what is left out takes the cluster's default."""
-
-    token_ids: Sequence[int] | NDArray[np.integer[Any]]
-    """The whole prompt as ids, instead of document and prompt."""
-    history: tuple[ChatMessage, ...]
-    """The conversation before the message that document and prompt are. Default: none."""
-    model: str
-    """Default: the model the cluster serves."""
-    chat: bool | None
-    """Wrap in the model's chat template. Default: if the model has one."""
-    num_chains: int | None
-    """Scale of the answer, 1..n. Default: all chains."""
-    max_new_tokens: int | None
-    sampling: SamplingParams
-    """Default: greedy."""
-    timeout_s: float | None
-    """Seconds until the answer is worthless."""
-    attention: AttentionMode
-    """`dense`, or `sparse` for long prompts: the prefill skips what each layer's plan finds light. Default: dense."""
-    kv_codec: KvCodec
-    """`raw`, or `int8`: the prompt's keys and values travel in about half the bytes, rounded. Default: raw."""
-    max_draft_tokens: int | None
-    """Tokens that chain 1 may draft before all chains verify them; no token changes, and 0 drafts none. Default: the
-    decode node's limit."""
-
-
-def _upload(document: Document, prompt: str, options: GenerateOptions) -> _Upload:
-    """Check the whole request and the document's first piece, so that a bad request opens no call.
-
-    Raises:
-        InvalidRequest: names the field at fault. The cluster checks its own limits.
-    """
-    known, given = GenerateOptions.__annotations__, dict[str, Any](options)
-    for name, value in given.items():
-        if name not in known:
-            raise InvalidRequest(name, value, f"is no option of generate; there are {', '.join(known)}")
-    token_ids = _token_ids(given.pop("token_ids", ()))
-    request = GenerateRequest(prompt=prompt, **given)
-    pieces = _pieces(document)
-    first = [*islice(pieces, 1)]
-    return _Upload(opened=generate_request_to_pb(request), pieces=chain(first, pieces), token_ids=token_ids)
-
-
-def _token_ids(values: object) -> NDArray[np.int64]:
-    if isinstance(values, np.ndarray):
-        values = values.tolist()
-    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-        raise InvalidRequest("token_ids", values, "must be a sequence of integers")
-    limit = "each must be an integer from 0 to 2^32 - 1"
-    checked = (checks.integer("token_ids", value, TOKEN_IDS, limit) for value in values)
-    return np.fromiter(checked, dtype=np.int64, count=len(values))
-
-
-def _pieces(document: Document) -> Iterator[bytes]:
-    if isinstance(document, str):
-        document = checks.utf8("document", document)
-    if isinstance(document, bytes):
-        document = io.BytesIO(document)
-    if not isinstance(document, Path) and not hasattr(document, "read"):
-        raise InvalidRequest("document", document, "must be text, its UTF-8 bytes, a Path or an open binary file")
-    try:
-        with document.open("rb") if isinstance(document, Path) else nullcontext(document) as file:
-            for piece in iter(partial(file.read, _PIECE_BYTES), b""):
-                if not isinstance(piece, bytes):
-                    raise InvalidRequest("document", piece, "must be read as bytes; open the file in binary mode")
-                yield piece
-    except InvalidRequest:
-        raise
-    except Exception as err:  # a caller's file may fail in any way
-        shown = str(document) if isinstance(document, Path) else document
-        reason = err.strerror if isinstance(err, OSError) and err.strerror else str(err) or repr(err)
-        raise InvalidRequest("document", shown, f"cannot be read: {reason}") from err
-
-
-def _call_timeout_s(opened: pb.OpenGenerate) -> float | None:
-    if opened.HasField("timeout_s") and opened.timeout_s > 0:
-        return min(opened.timeout_s + _DEADLINE_SLACK_S, _LONGEST_CALL_S)
-    return None
-
-
 class Client:
-    """Blocking client of a cluster's gateway. Use it as a context manager, or `close` it."""
+    """Blocking client of a cluster's gateway. Use it as a context manager, or `close` it.
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, security: Security | None = None) -> None:
+    Args:
+        address: of the gateway, host:port.
+        security: token and TLS; None for a gateway without.
+        reconnects: go on with an answer whose gateway was lost, once it is back; else that is an error.
+    """
+
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, security: Security | None = None, *, reconnects: bool = True
+    ) -> None:
         self.address = address
+        self._reconnects = reconnects
+        self._closed = threading.Event()
         self._peer = f"gateway {address}"
         self._security = security or Security()
         self._channel = open_blocking_channel(address, self._security)
@@ -205,6 +79,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; running calls are cancelled."""
+        self._closed.set()
         self._channel.close()
 
     def generate(
@@ -218,21 +93,36 @@ class Client:
             options: see `GenerateOptions`.
 
         Yields:
-            Accepted, PrefillProgress, Token and, last, one Finished. Closing the generator cancels the request.
+            Accepted, PrefillProgress, Token and, last, one Finished; Reconnecting where the gateway was lost. Closing
+            the generator cancels the request.
 
         Raises:
             ColmError: the one reason why there is no answer; `InvalidRequest` names the field at fault.
         """
-        upload = _upload(document, prompt, options)
+        attempts = Attempts(document, prompt, options, reconnects=self._reconnects)
+        while not (yield from self._call(attempts)):
+            pass
+
+    def _call(self, attempts: Attempts) -> Generator[Event, None, bool]:
+        """Make one call, and yield what is news; returns whether the answer is complete."""
         call = self._stub.Generate(
-            iter(upload), metadata=self._security.metadata(), timeout=_call_timeout_s(upload.opened)
+            iter(attempts.messages), metadata=self._security.metadata(), timeout=attempts.call_timeout_s
         )
         try:
-            with upload.errors(), rpc_errors(self._peer):
+            with attempts.errors(), rpc_errors(self._peer):
                 for message in call:
-                    yield event_from_pb(message)
+                    if attempts.see(event := event_from_pb(message)):
+                        yield event
+            return True
+        except ColmError as err:
+            if self._closed.is_set():
+                raise
+            lost = attempts.after(err)
         finally:
             call.cancel()
+        yield lost
+        self._closed.wait(lost.in_s)
+        return False
 
     def cluster_status(self) -> ClusterStatus:
         """Models, nodes and load, as the gateway knows them."""
@@ -246,8 +136,12 @@ class Client:
 class AsyncClient:
     """`Client` for asyncio. Create it on the event loop that uses it."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, security: Security | None = None) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, security: Security | None = None, *, reconnects: bool = True
+    ) -> None:
         self.address = address
+        self._reconnects = reconnects
+        self._is_closed = False
         self._peer = f"gateway {address}"
         self._security = security or Security()
         self._channel = open_channel(address, self._security)
@@ -263,23 +157,33 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; running calls are cancelled."""
+        self._is_closed = True
         await self._channel.close()
 
     async def generate(
         self, document: Document = "", prompt: str = "", **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Event]:
         """As `Client.generate`; close it with `contextlib.aclosing` to cancel."""
-        upload = await asyncio.to_thread(_upload, document, prompt, options)
-        call = self._stub.Generate(
-            upload.requests(), metadata=self._security.metadata(), timeout=_call_timeout_s(upload.opened)
-        )
-        outcome = Outcome(call)
-        try:
-            with upload.errors(), outcome.errors(self._peer):
-                async for message in call:
-                    yield event_from_pb(message)
-        finally:
-            call.cancel()
+        attempts = await asyncio.to_thread(Attempts, document, prompt, options, reconnects=self._reconnects)
+        while True:
+            call = self._stub.Generate(
+                in_thread(iter(attempts.messages)), metadata=self._security.metadata(), timeout=attempts.call_timeout_s
+            )
+            outcome = Outcome(call)
+            try:
+                with attempts.errors(), outcome.errors(self._peer):
+                    async for message in call:
+                        if attempts.see(event := event_from_pb(message)):
+                            yield event
+                return
+            except ColmError as err:
+                if self._is_closed:
+                    raise
+                lost = attempts.after(err)
+            finally:
+                call.cancel()
+            yield lost
+            await asyncio.sleep(lost.in_s)
 
     async def cluster_status(self) -> ClusterStatus:
         """Models, nodes and load, as the gateway knows them."""

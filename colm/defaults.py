@@ -22,6 +22,8 @@ MAX_QUEUED_S = 3600.0
 """Engine time that may go before a new prompt on a prefill node, as estimated."""
 JOB_LEASE_S = 20.0
 """How long a prefill node keeps a prompt whose stream has broken; a lost peer is noticed within 15 s."""
+ORPHAN_S = 30.0
+"""How long a decode node holds an answer whose call has broken; a gateway restarts within 10 s."""
 STALL_S = 30.0
 """How long a reader may keep memory that others wait for without an acknowledgement."""
 UPLOAD_IDLE_S = 30.0

@@ -31,12 +31,20 @@ class Unauthenticated(ColmError):
     """The caller showed no token, or not the right one."""
 
 
+class UnknownAnswer(ColmError):
+    """An answer that shall be gone on with is held nowhere any more; the request may be submitted again."""
+
+
 class CapacityExceeded(ColmError):
     """The request is valid, but there is no room for it now; it may be tried again later."""
 
 
 class PeerUnavailable(ColmError):
     """Another process broke off, could not be reached, or broke the protocol."""
+
+
+class ConnectionLost(PeerUnavailable):
+    """The process that was called is not reachable, or was lost while it answered; it has not said anything itself."""
 
 
 class LeaseExpired(PeerUnavailable):
@@ -49,6 +57,10 @@ class TransferSuperseded(PeerUnavailable):
 
 class ReaderStalled(PeerUnavailable):
     """The reader of a stream has acknowledged nothing for too long, so what it was to read has been dropped."""
+
+
+class PrefillUnavailable(PeerUnavailable):
+    """Prefill nodes were lost again and again; another decode node would ask the same ones."""
 
 
 class PeerFailed(ColmError):

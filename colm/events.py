@@ -17,6 +17,18 @@ class Accepted:
     """Seconds until the request's deadline."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resumed:
+    """A decode node goes on sending an answer to another call."""
+
+    request_id: str
+    num_prompt_tokens: int
+    num_chains: int
+    max_new_tokens: int
+    remaining_s: float
+    """Seconds until the request's deadline; 0 without one."""
+
+
 class WaitsFor(Enum):
     """What a request waits for."""
 
@@ -95,6 +107,8 @@ class Usage:
     """Drafted by chain 1 and verified by all chains."""
     num_accepted_tokens: int = 0
     """Drafts that became tokens of the answer."""
+    num_decode_nodes: int = 1
+    """That worked for the answer; above 1 when one was lost on the way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,4 +168,13 @@ class Finished:
     the prefill node was lost between its last tile and its last word."""
 
 
-Event = Accepted | Queued | Reserved | PrefillProgress | Token | Finished
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reconnecting:
+    """The gateway was lost; the client asks it for the rest of the answer. Made by the client itself, never sent."""
+
+    in_s: float
+    """Seconds until it does."""
+    cause: str
+
+
+Event = Accepted | Resumed | Queued | Reserved | PrefillProgress | Token | Finished | Reconnecting

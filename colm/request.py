@@ -1,11 +1,12 @@
 """What a client asks for, checked where it is made."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from colm import checks
 from colm.errors import InvalidRequest
-from colm.sampling import SamplingParams
+from colm.sampling import TOKEN_IDS, SamplingParams
 
 AttentionMode = Literal["dense", "sparse"]
 """What a prompt's tokens attend to at the prefill: everything before them, or what a plan made for the prompt lists."""
@@ -37,6 +38,9 @@ class ChatMessage:
         checks.utf8("history.content", self.content)
 
 
+ANSWER_KEY = re.compile("[0-9a-f]{32}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateRequest:
     """A request without its document. None leaves the choice to the cluster, which also checks its own limits.
@@ -66,6 +70,10 @@ class GenerateRequest:
     max_draft_tokens: int | None = None
     """Tokens that chain 1 may draft before all chains verify them, which changes no token; 0 for none. None, and above
     it: the decode node's own limit."""
+    answer_key: str = ""
+    """Under it the client may take the answer up again, should the call break: 32 hex digits, made at random."""
+    answer_token_ids: tuple[int, ...] = ()
+    """The answer so far, behind which it goes on."""
 
     def __post_init__(self) -> None:
         checks.utf8("model", self.model)
@@ -86,6 +94,10 @@ class GenerateRequest:
             raise InvalidRequest("sampling", self.sampling, "must be a SamplingParams")
         if self.timeout_s is not None:
             checks.number("timeout_s", self.timeout_s, "must be a finite number of seconds")
+        if self.answer_key and not ANSWER_KEY.fullmatch(self.answer_key):
+            raise InvalidRequest("answer_key", self.answer_key, "must be 32 lower-case hex digits, made at random")
+        for token_id in self.answer_token_ids:
+            checks.integer("answer_token_ids", token_id, TOKEN_IDS, "each must be an integer from 0 to 2^32 - 1")
         checks.choice("attention", self.attention, ATTENTION_MODES)
         checks.choice("kv_codec", self.kv_codec, KV_CODECS)
         if self.max_draft_tokens is not None:

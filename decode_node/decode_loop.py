@@ -150,11 +150,14 @@ class DecodeLoop:
         self.counts.steps_s += step_s
         if self._times is not None:
             self._times.note(step.plan, step_s)
+        read = {member: list[Choice | ColmError]() for member in step.answers if member not in step.drafting}
         for member, of_row in zip(step.answers, outcomes, strict=True):
             if member in step.drafting:
                 member.answer.add_draft(of_row[0])
-            elif of_row:
-                self._advance(member, of_row)
+            else:
+                read[member] += of_row
+        for member, of_answer in read.items():
+            self._advance(member, of_answer)
 
     def _compute(self, plan: StepPlan, samplers: Sequence[Sampler]) -> list[list[Choice | ColmError]]:
         """Run a step and sample: for each row, one choice for each of its tokens that gets logits."""

@@ -6,18 +6,20 @@ import secrets
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from colm.clock import Clock
-from colm.errors import CapacityExceeded, PeerFailed, PeerUnavailable
+from colm.errors import CapacityExceeded, PeerFailed, PeerUnavailable, PrefillUnavailable
 from colm.events import PrefillProgress, Queued, SparseReport, WaitsFor
 from colm.kv_position import KV_START
 from colm.line import BEAT_INTERVAL_S, wait_at_most
 from colm.metrics.kv_stream import KvStreamMetrics
 from colm.request import AttentionMode, KvCodec
+from colm.retry import RetryPolicy
 from colm.wire import endpoint
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease
@@ -87,15 +89,6 @@ class KvAccount:
     sparse: SparseReport | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RetryPolicy:
-    """How often a fetch is attempted, and the pause after a failure, which doubles each time."""
-
-    max_attempts: int = 8
-    first_pause_s: float = 0.25
-    last_pause_s: float = 4.0
-
-
 class KvFetcher:
     """Fetches the keys and values of many requests at once.
 
@@ -140,7 +133,7 @@ class KvFetcher:
         """Bring every token's keys and values into the order's pages.
 
         Raises:
-            PeerUnavailable, PeerFailed: all attempts that the policy allows have failed; how the last one did.
+            PrefillUnavailable, PeerFailed: all attempts that the policy allows have failed; how the last one did.
             CapacityExceeded: no node has room for the prompt; what the last one said.
             FingerprintMismatch: the prefill nodes serve something else.
         """
@@ -151,20 +144,15 @@ class KvFetcher:
             num_tokens=len(order.token_ids),
         )
         holder = _Holder(ledger)
-        pause_s = self._retry.first_pause_s
-        for attempts_left in reversed(range(self._retry.max_attempts)):
+        for num_failures in count(1):
             try:
                 return await self._attempt(holder, order, account, emit)
             except (PeerUnavailable, PeerFailed) as err:
-                if not attempts_left:
-                    kind = PeerFailed if isinstance(err, PeerFailed) else PeerUnavailable
-                    raise kind(
-                        f"gave up after {self._retry.max_attempts} attempts to prefill; the last: {err}"
-                    ) from err
+                if (pause_s := self._retry.pause_s(num_failures)) is None:
+                    kind = PeerFailed if isinstance(err, PeerFailed) else PrefillUnavailable
+                    raise kind(f"gave up after {num_failures} attempts to prefill; the last: {err}") from err
                 logger.warning("transfer.retry request=%s in_s=%.2f cause=%s", order.request_id, pause_s, err)
                 await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, self._retry.last_pause_s)
-        raise AssertionError("max_attempts is at least 1")
 
     async def _attempt(self, holder: "_Holder", order: KvOrder, account: KvAccount, emit: Emit) -> None:
         """Fetch from a node; one that has no room for the prompt is followed by the free ones, each once at most."""

@@ -15,6 +15,7 @@ from colm.leases import LeaseTable
 from colm.metrics.kv_stream import KvStreamMetrics
 from colm.model import parameter_shapes
 from colm.placement import Placement
+from colm.retry import RetryPolicy
 from colm.text.tokenizer import Tokenizer
 from colm.wire.channels import BlockingChannels
 from colm.wire.endpoint import bind, create_server, dial_address
@@ -23,7 +24,8 @@ from colm.wire.shared_memory import host_id
 from decode_node.decode_loop import DecodeLoop
 from decode_node.drafter import Drafting, StepTimes
 from decode_node.engine import DecodeEngine
-from decode_node.kv_fetch import KvFetcher, KvTransfer, RetryPolicy
+from decode_node.held_answers import HeldAnswers
+from decode_node.kv_fetch import KvFetcher, KvTransfer
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_receiver import KvReceiver
 from decode_node.kv_store import KvStore
@@ -87,6 +89,7 @@ class DecodeNode:
         self.address = ""
         self.fingerprint = ""
         self.owner: RequestOwner
+        self.answers: HeldAnswers
         self.page_line: PageLine
         self._fetcher: KvFetcher | None = None
         self.metrics = CollectorRegistry()
@@ -148,7 +151,8 @@ class DecodeNode:
             clock=clock,
         )
         DecodeMetrics(self.owner, loop, self.page_line, self.metrics)
-        DecodeService(self.owner, checkpoint.config, clock, self._leases).add_to(self._server)
+        self.answers = HeldAnswers(self.owner, settings.orphan_s)
+        DecodeService(self.answers, checkpoint.config, clock, self._leases).add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()
         self.address = dial_address(options.host, port)
@@ -168,6 +172,7 @@ class DecodeNode:
         """Let running requests end within `STOP_GRACE_S` seconds, then cancel them."""
         await self._server.stop(defaults.STOP_GRACE_S)
         if self._loop_task is not None:
+            await self.answers.close()
             self._loop_task.cancel()
             await asyncio.wait([self._loop_task])
         if self._fetcher is not None:

@@ -36,8 +36,10 @@ class DecodeJob:
 
     request_id: str
     token_ids: NDArray[np.int64]
+    """The prompt."""
     num_chains: int
     max_new_tokens: int
+    """Of the whole answer."""
     sampling: SamplingParams
     deadline: Deadline | None
     only_if_room: bool = False
@@ -48,6 +50,8 @@ class DecodeJob:
     """How its keys and values come here."""
     max_draft_tokens: int | None = None
     """Of a round; None leaves it to the node, whose own limit holds in any case."""
+    made_token_ids: tuple[int, ...] = ()
+    """The answer so far, where another node began it; it goes on behind them."""
 
 
 class Stage(Enum):
@@ -183,8 +187,9 @@ class RequestOwner:
         logger.info("request.reserved request=%s pages=%d", job.request_id, pages.num_pages)
         await emit(Reserved(num_pages=pages.num_pages))
         table_M = self._store.page_table(pages)
+        answer = self._begin(job, table_M)
         prefill_token_ids = job.token_ids[: self._num_prefill_tokens(job)]
-        if len(prefill_token_ids):
+        if len(prefill_token_ids) and answer.finish_reason is None:
             request.stage = Stage.PREFILLING
             order = KvOrder(
                 request_id=job.request_id,
@@ -196,7 +201,7 @@ class RequestOwner:
             )
             await self._fetcher.fetch(order, request.account, emit)
         request.stage = Stage.DECODING
-        await self._decode(request, pages, table_M, emit)
+        await self._decode(request, pages, answer, emit)
 
     def _num_prefill_tokens(self, job: DecodeJob) -> int:
         """How many of the prompt's tokens a prefill node computes.
@@ -223,11 +228,10 @@ class RequestOwner:
 
         return await self._page_line.reserve(job.request_id, num_pages, beat)
 
-    async def _decode(self, request: _Request, pages: PageLease, table_M: NDArray[np.int32], emit: Emit) -> None:
-        job = request.job
+    def _begin(self, job: DecodeJob, table_M: NDArray[np.int32]) -> RunningAnswer:
         num_prefill_tokens = self._num_prefill_tokens(job)
         eos_token_ids = () if job.sampling.ignore_eos else self._eos_token_ids
-        answer = RunningAnswer(
+        return RunningAnswer(
             unread_token_ids=job.token_ids[num_prefill_tokens:].tolist(),
             position=num_prefill_tokens,
             num_chains=job.num_chains,
@@ -238,17 +242,24 @@ class RequestOwner:
             text_stream=None if self._tokenizer is None else self._tokenizer.stream(),
             # Chain 1 alone has nothing to gain.
             drafter=self._drafting.drafter(job.max_draft_tokens) if self._drafting and job.num_chains > 1 else None,
+            made_token_ids_N=job.made_token_ids,
         )
-        first_token_s = last_token_s = None
-        async with aclosing(self._loop.events(answer, pages)) as events:
-            async for event in events:
-                if isinstance(event, Token):
-                    last_token_s = self._clock.now()
-                    first_token_s = last_token_s if first_token_s is None else first_token_s
-                await emit(event)
-        if answer.finish_reason is None or first_token_s is None or last_token_s is None:
-            raise ColmError("the decode loop let go of an unfinished answer")
-        account = request.account
+
+    async def _decode(self, request: _Request, pages: PageLease, answer: RunningAnswer, emit: Emit) -> None:
+        job, account = request.job, request.account
+        num_prefill_tokens = self._num_prefill_tokens(job)
+        if answer.finish_reason is None:
+            first_token_s = last_token_s = None
+            async with aclosing(self._loop.events(answer, pages)) as events:
+                async for event in events:
+                    if isinstance(event, Token):
+                        last_token_s = self._clock.now()
+                        first_token_s = last_token_s if first_token_s is None else first_token_s
+                    await emit(event)
+            if answer.finish_reason is None or first_token_s is None or last_token_s is None:
+                raise ColmError("the decode loop let go of an unfinished answer")
+        else:  # the node that was lost had only its last word to say
+            first_token_s = last_token_s = self._clock.now()
         await emit(
             Finished(
                 reason=answer.finish_reason,

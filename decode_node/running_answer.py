@@ -1,4 +1,7 @@
-"""The state of one answer: which tokens to read next, the text held back, and whether the answer has finished."""
+"""The state of one answer: which tokens to read next, the text held back, and whether the answer has finished.
+
+Shapes: M pages of the answer, N tokens of it that another node has made.
+"""
 
 from collections.abc import Collection, Sequence
 from itertools import zip_longest
@@ -7,7 +10,7 @@ import numpy as np
 from colm_kernels.decode_attention import MAX_QUERY_TOKENS
 from numpy.typing import NDArray
 
-from colm.errors import ColmError
+from colm.errors import ColmError, InvalidRequest
 from colm.events import FinishReason, Token
 from colm.sampling import SamplingParams
 from colm.text.detokenizer import TextStream
@@ -27,6 +30,11 @@ class RunningAnswer:
         stop_token_ids: any of these ends the answer.
         text_stream: None for a model without a tokenizer; tokens then carry no text.
         drafter: decides how many tokens chain 1 drafts before all chains verify them; None drafts none.
+        made_token_ids_N: the answer so far, where another node began it. Its tokens are read anew, their text is passed
+            over, and the answer goes on as it would have there.
+
+    Raises:
+        InvalidRequest: the answer so far goes on behind its own end.
     """
 
     def __init__(
@@ -41,8 +49,11 @@ class RunningAnswer:
         stop_token_ids: Collection[int],
         text_stream: TextStream | None,
         drafter: Drafter | None = None,
+        made_token_ids_N: Sequence[int] = (),
     ) -> None:
-        self._unread_token_ids = tuple(unread_token_ids)
+        self._unread_token_ids = (*unread_token_ids, *made_token_ids_N)
+        # What the next step reads of them. An answer's tokens were read one by one: rows this few give the same bits.
+        self._num_next = len(unread_token_ids)
         self._position = position
         self.num_chains = num_chains
         self._max_new_tokens = max_new_tokens
@@ -65,6 +76,10 @@ class RunningAnswer:
         """Why the answer cannot go on."""
         self.tail = ""
         """Text that was held back, and belongs to the answer once it has finished."""
+        for number, token_id in enumerate(made_token_ids_N):
+            if self.finish_reason is not None:
+                raise InvalidRequest("num_answer_tokens", len(made_token_ids_N), f"the answer ended after {number}")
+            self._append(token_id)
 
     def draft_row(self, num_answers: int) -> PlanRow | None:
         """The row with which chain 1 drafts one more token; None where the answer wants no more of them, or none.
@@ -95,26 +110,33 @@ class RunningAnswer:
             self._num_to_draft = 0
 
     def next_rows(self) -> list[PlanRow]:
-        """The rows that the next step reads: the next token's, then those of a prompt that the cache does not hold.
+        """The rows that the next step reads: one token's, then those of others that the cache does not hold.
 
-        Drafts stand behind the next token in its row, and ask for logits as well.
+        Drafts stand behind the newest token in its row, and ask for logits as well.
 
-        Of the prompt's tokens but the last only keys and values are wanted, so they run through chain 1 alone.
+        Of all tokens but the newest only keys and values are wanted, so they run through chain 1 alone.
         """
-        *earlier, last = self._unread_token_ids
+        *earlier, last = self._unread_token_ids[: self._num_next]
+        is_newest = self._num_next == len(self._unread_token_ids)
         first, table_M, drafts = self._position, self._table_M, self._draft_token_ids
         starts = range(0, len(earlier), MAX_QUERY_TOKENS)
         pieces = [(start, tuple(earlier[start : start + MAX_QUERY_TOKENS])) for start in starts]
+        num_chains = self.num_chains if is_newest else 1
         return [
-            PlanRow((last, *drafts), first + len(earlier), self.num_chains, table_M, num_logits=1 + len(drafts)),
+            PlanRow(
+                (last, *drafts), first + len(earlier), num_chains, table_M, num_logits=(1 + len(drafts)) * is_newest
+            ),
             *(PlanRow(piece, first + start, 1, table_M, num_logits=0) for start, piece in pieces),
         ]
 
     def advance(self, outcomes: Sequence[Choice | ColmError]) -> list[Token]:
-        """Append what a step of `next_rows` has chosen; sets `finish_reason` at the last token, or `error`.
+        """Note that a step has read `next_rows`, and append what it has chosen.
+
+        Sets `finish_reason` at the last token, or `error`.
 
         Args:
-            outcomes: what follows the next token, then what follows each of the first drafts; the others are forgotten.
+            outcomes: what follows the newest token, then what follows each of the first drafts; the others are
+                forgotten. None where the newest token is still to be read.
 
         Returns:
             A token for each outcome, up to the first that is another than its draft, or that ends the answer; those
@@ -122,6 +144,7 @@ class RunningAnswer:
         """
         drafts = self._draft_token_ids[: max(0, len(outcomes) - 1)]
         self._draft_token_ids, self._num_to_draft = [], None
+        self._note_read(self._num_next)
         tokens: list[Token] = []
         for outcome, draft in zip_longest(outcomes, drafts):
             if isinstance(outcome, ColmError):
@@ -137,25 +160,34 @@ class RunningAnswer:
             self._drafter.note(num_accepted, was_refused=num_accepted < min(len(tokens), len(drafts)))
         return tokens
 
+    def _note_read(self, num_tokens: int) -> None:
+        self._position += num_tokens
+        self._unread_token_ids = self._unread_token_ids[num_tokens:]
+        self._num_next = min(len(self._unread_token_ids), MAX_QUERY_TOKENS)
+
     def _take(self, choice: Choice) -> Token:
-        self._position += len(self._unread_token_ids)
-        self._unread_token_ids = (choice.token_id,)
+        self._note_read(len(self._unread_token_ids))  # those of a draft that has come true
+        self._unread_token_ids, self._num_next = (choice.token_id,), 1
+        return Token(
+            token_id=choice.token_id,
+            text=self._append(choice.token_id),
+            logprob=choice.logprob,
+            num_chains=self.num_chains,
+            top_logprobs=choice.top_logprobs,
+        )
+
+    def _append(self, token_id: int) -> str:
+        """Add a token to the answer, and return its text."""
         self.num_new_tokens += 1
-        ends_here = choice.token_id in self._stop_token_ids
-        text = "" if ends_here else self._decode(choice.token_id)
+        ends_here = token_id in self._stop_token_ids
+        text = "" if ends_here else self._decode(token_id)
         if ends_here or self._stop_matcher.stopped:
             self.finish_reason = FinishReason.STOP
         elif self.num_new_tokens >= self._max_new_tokens:
             self.finish_reason = FinishReason.LENGTH
         if self.finish_reason is not None and not self._stop_matcher.stopped:
             self._flush()
-        return Token(
-            token_id=choice.token_id,
-            text=text,
-            logprob=choice.logprob,
-            num_chains=self.num_chains,
-            top_logprobs=choice.top_logprobs,
-        )
+        return text
 
     def _decode(self, token_id: int) -> str:
         return "" if self._text_stream is None else self._stop_matcher.push(self._text_stream.push(token_id))

@@ -1,4 +1,4 @@
-"""DecodeService, the gRPC adapter of the request owner: messages become jobs, events become messages."""
+"""DecodeService, the gRPC adapter of the held answers: messages become jobs, events become messages."""
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -7,26 +7,30 @@ import grpc
 
 from colm.clock import Clock, Deadline
 from colm.errors import InvalidRequest
-from colm.events import Event
+from colm.events import Resumed
 from colm.leases import LeaseTable
 from colm.model.config import ChainConfig
 from colm.wire.messages import attention_from_pb, decode_response, kv_codec_from_pb, sampling_from_pb
-from colm.wire.prompt_stream import check_id, read_open, read_token_ids
+from colm.wire.prompt_stream import check_id, read_first, read_token_ids
 from colm.wire.status import answering
 from colm.wire.v1 import decode_service_pb2 as pb
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
-from decode_node.requests import DecodeJob, RequestOwner
+from decode_node.held_answers import HeldAnswers
+from decode_node.requests import DecodeJob
 
 
 class DecodeService(DecodeServiceServicer):
-    """Serves `Decode`.
+    """Serves `Decode` and `CancelDecode`.
 
     Args:
+        answers: runs requests.
+        config: of the model.
+        clock: of the requests' deadlines.
         leases: the leases that calls must hold; None serves any caller.
     """
 
-    def __init__(self, owner: RequestOwner, config: ChainConfig, clock: Clock, leases: LeaseTable | None) -> None:
-        self._owner = owner
+    def __init__(self, answers: HeldAnswers, config: ChainConfig, clock: Clock, leases: LeaseTable | None) -> None:
+        self._answers = answers
         self._config = config
         self._clock = clock
         self._leases = leases
@@ -38,35 +42,55 @@ class DecodeService(DecodeServiceServicer):
     async def Decode(
         self, request_iterator: AsyncIterator[pb.DecodeRequest], context: grpc.aio.ServicerContext
     ) -> None:
-        """Serve one request; see the .proto file."""
+        """Serve one request, or go on with one; see the .proto file."""
         async with answering(context, "decode"), AsyncExitStack() as stack:
-            opened = await read_open(request_iterator)
-            check_id("request_id", opened.request_id)
-            check_id("lease_id", opened.lease_id)
-            if self._leases is not None:
-                stack.callback(self._leases.release, self._leases.open(opened.lease_id))
-            self._check(opened)
-            token_ids = await read_token_ids(request_iterator, opened.num_prompt_tokens)
-            if (worst := int(token_ids.max())) >= self._config.vocab_size:
-                raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {self._config.vocab_size}")
-            remaining_s = context.time_remaining()
-            job = DecodeJob(
-                request_id=opened.request_id,
-                token_ids=token_ids,
-                num_chains=opened.num_chains,
-                max_new_tokens=opened.max_new_tokens,
-                sampling=sampling_from_pb(opened.sampling),
-                deadline=None if remaining_s is None else Deadline.after(self._clock, remaining_s),
-                only_if_room=opened.only_if_room,
-                attention=attention_from_pb(opened.attention),
-                kv_codec=kv_codec_from_pb(opened.kv_codec),
-                max_draft_tokens=opened.max_draft_tokens if opened.HasField("max_draft_tokens") else None,
-            )
-
-            async def emit(event: Event) -> None:
+            first = await read_first(request_iterator, "resume")
+            if first.WhichOneof("part") == "resume":
+                key = check_id("answer_key", first.resume.answer_key)
+                job, events = await stack.enter_async_context(self._answers.resume(key, first.resume.num_tokens))
+                await context.write(decode_response(_resumed(job)))
+            else:
+                opened = first.open
+                check_id("request_id", opened.request_id)
+                check_id("lease_id", opened.lease_id)
+                check_id("answer_key", opened.answer_key)
+                if self._leases is not None:
+                    stack.callback(self._leases.release, self._leases.open(opened.lease_id))
+                job = await self._read(opened, request_iterator, context.time_remaining())
+                events = await stack.enter_async_context(self._answers.begin(job, opened.answer_key))
+            async for event in events:
                 await context.write(decode_response(event))
 
-            await self._owner.run(job, emit)
+    async def CancelDecode(
+        self, request: pb.CancelDecodeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CancelDecodeResponse:
+        """End a request; see the .proto file."""
+        async with answering(context, "cancel"):
+            self._answers.cancel(check_id("answer_key", request.answer_key), request.request_id)
+            return pb.CancelDecodeResponse()
+        raise AssertionError("answering ends the call")
+
+    async def _read(
+        self, opened: pb.OpenDecode, requests: AsyncIterator[pb.DecodeRequest], remaining_s: float | None
+    ) -> DecodeJob:
+        self._check(opened)
+        num_prompt_tokens = opened.num_prompt_tokens
+        token_ids = await read_token_ids(requests, num_prompt_tokens + opened.num_answer_tokens)
+        if (worst := int(token_ids.max())) >= self._config.vocab_size:
+            raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {self._config.vocab_size}")
+        return DecodeJob(
+            request_id=opened.request_id,
+            token_ids=token_ids[:num_prompt_tokens],
+            num_chains=opened.num_chains,
+            max_new_tokens=opened.max_new_tokens,
+            sampling=sampling_from_pb(opened.sampling),
+            deadline=None if remaining_s is None else Deadline.after(self._clock, remaining_s),
+            only_if_room=opened.only_if_room,
+            attention=attention_from_pb(opened.attention),
+            kv_codec=kv_codec_from_pb(opened.kv_codec),
+            max_draft_tokens=opened.max_draft_tokens if opened.HasField("max_draft_tokens") else None,
+            made_token_ids=tuple(token_ids[num_prompt_tokens:].tolist()),
+        )
 
     def _check(self, opened: pb.OpenDecode) -> None:
         config = self._config
@@ -76,6 +100,9 @@ class DecodeService(DecodeServiceServicer):
             raise InvalidRequest("num_prompt_tokens", opened.num_prompt_tokens, "must be at least 1")
         if opened.max_new_tokens < 1:
             raise InvalidRequest("max_new_tokens", opened.max_new_tokens, "must be at least 1")
+        if opened.num_answer_tokens > opened.max_new_tokens:
+            limit = f"must be at most max_new_tokens={opened.max_new_tokens}"
+            raise InvalidRequest("num_answer_tokens", opened.num_answer_tokens, limit)
         total = opened.num_prompt_tokens + opened.max_new_tokens
         if total > config.max_context:
             raise InvalidRequest(
@@ -83,3 +110,13 @@ class DecodeService(DecodeServiceServicer):
                 opened.num_prompt_tokens,
                 f"with max_new_tokens={opened.max_new_tokens} must fit the model's context of {config.max_context}",
             )
+
+
+def _resumed(job: DecodeJob) -> Resumed:
+    return Resumed(
+        request_id=job.request_id,
+        num_prompt_tokens=len(job.token_ids),
+        num_chains=job.num_chains,
+        max_new_tokens=job.max_new_tokens,
+        remaining_s=0.0 if job.deadline is None else job.deadline.remaining_s(),
+    )

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from pydantic import ByteSize, Field, NonNegativeInt, PositiveInt
+from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from colm import defaults
 from colm.settings import PrefillLineSettings, Settings
@@ -25,6 +25,8 @@ class DecodeSettings(Settings):
     max_draft_tokens: NonNegativeInt = Field(default=defaults.MAX_DRAFT_TOKENS, le=MAX_DRAFT_TOKENS)
     """Tokens that chain 1 may draft before all chains of an answer verify them, which changes how fast tokens come and
     never which. How many it drafts follows from what steps take and how many drafts are accepted; 0 drafts none."""
+    orphan_s: NonNegativeFloat = defaults.ORPHAN_S
+    """Seconds that an answer whose gateway was lost is held for its client, and goes on; 0 gives it up at once."""
 
 
 class PrefillPoolSettings(PrefillLineSettings):

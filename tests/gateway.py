@@ -1,12 +1,13 @@
 """A gateway in this process, over real decode nodes at known addresses."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 from prometheus_client import CollectorRegistry
 
 from cluster.accounts import Accounts
@@ -24,13 +25,16 @@ from cluster.openai.calls import Desk
 from cluster.state import ClusterState
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
+from colm.errors import CapacityExceeded
 from colm.line import Beat
 from colm.model.config import ChainConfig
 from colm.nodes import NodeReport, ProcessFacts, Role
+from colm.retry import RetryPolicy
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server
 from colm.wire.http_server import HttpServer
 from colm.wire.security import Security, TlsSource
+from tests.clock import FakeClock
 from tests.gates import LIMIT_S
 from tests.nodes import decode_node, prefill_node
 
@@ -47,6 +51,8 @@ LIMITS = GatewayLimits(
     max_timeout_s=1000.0,
 )
 
+RETRY = RetryPolicy(max_attempts=4, first_pause_s=0.001, last_pause_s=0.001)
+
 
 class TakingTurns:
     """A pool that lends decode nodes at fixed addresses, one after the other."""
@@ -57,21 +63,28 @@ class TakingTurns:
         self._lease_id = lease_id
 
     @asynccontextmanager
-    async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:  # noqa: ARG002 - the pool's contract
-        self.lent.append(self._addresses[len(self.lent) % len(self._addresses)])
+    async def lease(
+        self,
+        *,
+        beat: Beat,  # noqa: ARG002 - the pool's contract
+        refused_by: Collection[str] = (),
+    ) -> AsyncIterator[DecodeLease]:
+        if not (wanted := [address for address in self._addresses if address not in refused_by]):
+            raise CapacityExceeded("no other decode node is free; try again later")
+        self.lent.append(wanted[len(self.lent) % len(wanted)])
         yield DecodeLease(address=self.lent[-1], lease_id=self._lease_id)
 
 
-def decode_nodes(num_nodes: int) -> NodeRegistry:
-    """A registry that knows of that many decode nodes."""
-    registry = NodeRegistry(MonotonicClock())
+def decode_nodes(num_nodes: int, addresses: Sequence[str] = ()) -> NodeRegistry:
+    """A registry that knows of that many decode nodes, those at the addresses among them, however slow a test is."""
+    registry = NodeRegistry(FakeClock())
     for number in range(num_nodes):
         registry.report(
             NodeReport(
                 role=Role.DECODE,
                 replica_id=str(number),
                 ray_node_id="here",
-                address="",
+                address=addresses[number] if number < len(addresses) else "",
                 num_active_requests=0,
                 num_queued_requests=0,
                 num_leases=0,
@@ -92,6 +105,45 @@ async def gateway(
     **limits: Any,
 ) -> AsyncIterator[str]:
     """Run a gateway whose registry knows of that many decode nodes; yields its address. It admits everybody."""
+    async with killable_gateway(
+        config, pool, tokenizer, num_decode_nodes=num_decode_nodes, clients=clients, audit_log=audit_log, **limits
+    ) as running:
+        yield running.address
+
+
+@dataclass(frozen=True)
+class RunningGateway:
+    """A gateway that can be lost."""
+
+    address: str
+    server: grpc.aio.Server
+    calls: GrpcDecodeCalls
+
+    async def kill(self) -> None:
+        """End it without a word to the decode nodes."""
+        self.calls._cancel = lambda *_: None  # type: ignore[method-assign]
+        await self.server.stop(0)
+
+
+@asynccontextmanager
+async def killable_gateway(
+    config: ChainConfig,
+    pool: DecodePool,
+    tokenizer: Tokenizer | None = None,
+    *,
+    num_decode_nodes: int = 1,
+    addresses: Sequence[str] = (),
+    clients: Clients | None = None,
+    audit_log: AuditLog | None = None,
+    port: int = 0,
+    **limits: Any,
+) -> AsyncIterator[RunningGateway]:
+    """As `gateway`.
+
+    Args:
+        addresses: of decode nodes that hold answers.
+        port: of a gateway whose place this one takes; 0 picks a free one.
+    """
     server, calls = create_server(Security()), GrpcDecodeCalls(Security())
     chosen = replace(LIMITS, **limits)
     front_door = FrontDoor(
@@ -99,8 +151,10 @@ async def gateway(
         limits=chosen,
         decode_pool=pool,
         calls=calls,
-        registry=decode_nodes(num_decode_nodes),
+        registry=decode_nodes(max(num_decode_nodes, len(addresses)), addresses),
+        num_decode_nodes=max(num_decode_nodes, len(addresses)),
         clock=MonotonicClock(),
+        retry=RETRY,
     )
     GenerationService(
         front_door,
@@ -109,10 +163,10 @@ async def gateway(
         accounts=Accounts(MonotonicClock(), audit_log),
         metrics=RequestMetrics(CollectorRegistry()),
     ).add_to(server)
-    port = bind(server, "127.0.0.1", 0, Security())
+    port = bind(server, "127.0.0.1", port, Security())
     await server.start()
     try:
-        yield f"127.0.0.1:{port}"
+        yield RunningGateway(f"127.0.0.1:{port}", server, calls)
     finally:
         await server.stop(0)
         await calls.close()

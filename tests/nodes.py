@@ -114,7 +114,8 @@ async def decode_node(
 ) -> AsyncIterator[DecodeNode]:
     """Run a decode node; at the end of the block it must hold nothing."""
     settings, others = _split(options, DecodeSettings)
-    defaults = {"page_tokens": PAGE_TOKENS, "kv_cache_bytes": 16 << 20}
+    # Answers whose gateway was lost are not held, unless a test asks for that: the block would wait for their end.
+    defaults = {"page_tokens": PAGE_TOKENS, "kv_cache_bytes": 16 << 20, "orphan_s": 0}
     chosen = DecodeOptions(
         model_path=model_path,
         **{"placement": PLACEMENT, "settings": DecodeSettings(**{**defaults, **settings}), **others},
@@ -138,6 +139,7 @@ def assert_nothing_held(node: DecodeNode) -> None:
     assert node.page_line.pool.num_used == 0
     assert not node.page_line.num_waiting
     assert not node.owner.stages()
+    assert not len(node.answers)
 
 
 async def until_idle(node: DecodeNode) -> None:
@@ -166,6 +168,7 @@ def decode_requests(
     request_id: str = "r",
     num_chains: int = 1,
     max_new_tokens: int = 8,
+    made_token_ids: Sequence[int] = (),
     sampling: SamplingParams | None = None,
     only_if_room: bool = False,
     lease_id: str = "",
@@ -179,13 +182,15 @@ def decode_requests(
         max_new_tokens=max_new_tokens,
         sampling=sampling_to_pb(sampling or SamplingParams(ignore_eos=True)),
         num_prompt_tokens=len(token_ids),
+        num_answer_tokens=len(made_token_ids),
         only_if_room=only_if_room,
         lease_id=lease_id,
         attention=attention,
         kv_codec=kv_codec,
         max_draft_tokens=max_draft_tokens,
     )
-    pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(np.array(token_ids))]
+    all_ids = [*token_ids, *made_token_ids]
+    pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(np.array(all_ids))]
     end = decode_service_pb2.DecodeRequest(end_of_prompt=common_pb2.EndOfPrompt())
     return [decode_service_pb2.DecodeRequest(open=opened), *pieces, end]
 

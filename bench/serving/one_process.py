@@ -12,7 +12,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -34,7 +34,7 @@ from cluster.options import ClusterConfig
 from colm.checkpoint import Checkpoint
 from colm.clock import Deadline, MonotonicClock
 from colm.dtypes import parse_dtype
-from colm.errors import CapacityExceeded, ColmError, InvalidRequest
+from colm.errors import CapacityExceeded, ColmError, InvalidRequest, UnknownAnswer
 from colm.events import Event, Finished, Timings, Usage
 from colm.kv import KvFormat, fingerprint
 from colm.line import Beat
@@ -100,6 +100,18 @@ class OneProcess:
             self._stops = True
             self._changed.notify()
         self._thread.join()
+
+    async def resume(
+        self,
+        address: str,  # noqa: ARG002
+        answer_key: str,  # noqa: ARG002
+        num_tokens: int,  # noqa: ARG002
+        *,
+        deadline: Deadline,  # noqa: ARG002
+    ) -> AsyncGenerator[Event]:
+        """Holds no answer whose reader has left."""
+        raise UnknownAnswer("an answer ends with its call")
+        yield
 
     async def decode(
         self,
@@ -260,7 +272,12 @@ class _Here:
     """The pool of the one node that there is."""
 
     @asynccontextmanager
-    async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:  # noqa: ARG002 - nobody waits
+    async def lease(
+        self,
+        *,
+        beat: Beat,  # noqa: ARG002 - nobody waits
+        refused_by: Collection[str] = (),  # noqa: ARG002 - there is one
+    ) -> AsyncIterator[DecodeLease]:
         yield DecodeLease(address="this process", lease_id="")
 
 

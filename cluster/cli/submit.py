@@ -10,10 +10,11 @@ import typer
 from cluster.answer_view import AnswerView
 from cluster.cli.output import DEFAULT_STATE_DIR, INTERRUPTED, JsonFlag, StateDir, note, print_json
 from cluster.state import ClusterState
-from colm.client import Client, Document
+from colm.client import Client
 from colm.errors import ClusterError
 from colm.request import AttentionMode, KvCodec
 from colm.sampling import SamplingParams
+from colm.upload import Document
 from colm.wire.certificates import system_authorities
 from colm.wire.members import CLUSTER_NAME
 from colm.wire.security import Security, Tls, read_token
@@ -59,6 +60,9 @@ def submit(
     plaintext: Annotated[
         bool, typer.Option("--plaintext", help="With --token-file: send the token without encryption.")
     ] = False,
+    reconnect: Annotated[
+        bool, typer.Option(help="Go on with the answer when the gateway was lost and is back; else that is an error.")
+    ] = True,
     state_dir: StateDir = DEFAULT_STATE_DIR,
     json: JsonFlag = False,
 ) -> None:
@@ -66,7 +70,10 @@ def submit(
     view = AnswerView(stream_text=not json)
     sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop or ()))
     try:
-        with _connect(address, token_file, ca_file, system_ca, server_name, plaintext, state_dir) as client, view:
+        with (
+            _connect(address, token_file, ca_file, system_ca, server_name, plaintext, state_dir, reconnect) as client,
+            view,
+        ):
             answer = client.generate(
                 _document(file),
                 prompt,
@@ -109,13 +116,14 @@ def _connect(
     server_name: str | None,
     plaintext: bool,
     state_dir: Path,
+    reconnects: bool,
 ) -> Client:
     if address is None:
         for name, given in (("token-file", token_file), ("ca-file", ca_file), ("system-ca", system_ca or None)):
             if given is not None:
                 raise ClusterError(f"--{name} needs --address; this machine's cluster has its own")
         state = ClusterState.require(state_dir)
-        return Client(state.gateway_address, state.security)
+        return Client(state.gateway_address, state.security, reconnects=reconnects)
     chosen = {"--plaintext": plaintext, "--ca-file": ca_file is not None, "--system-ca": system_ca}
     if sum(chosen.values()) > 1:
         words = " and ".join(word for word, is_chosen in chosen.items() if is_chosen)
@@ -135,4 +143,4 @@ def _connect(
             tls = Tls(ca_pem=system_authorities(), server_name=None)
     except OSError as err:
         raise ClusterError(f"cannot read {err.filename}: {err.strerror}") from err
-    return Client(address, Security(token=token, tls=tls))
+    return Client(address, Security(token=token, tls=tls), reconnects=reconnects)

@@ -1,21 +1,26 @@
 """Takes a request through the gateway: admits, checks and tokenises it, places it, and relays its answer."""
 
 import asyncio
+import hashlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 
-from cluster.front_door.placement import DecodeJob, DecodeNodeCalls, DecodePool, Emit, Placement
+from cluster.front_door.placement import RETRY, DecodeJob, DecodeNodeCalls, DecodePool, Emit, Placement
 from cluster.front_door.plan import GatewayLimits, Plan, ServedModel
 from cluster.front_door.prompt import PromptPart, PromptReader
 from cluster.front_door.pulled import pulled
+from cluster.front_door.resumption import Resumption
 from cluster.node_registry import NodeRegistry
 from colm.clock import Clock, Deadline
-from colm.errors import CapacityExceeded, DeadlineExceeded
+from colm.errors import CapacityExceeded, DeadlineExceeded, InvalidRequest
 from colm.events import Accepted, Event
 from colm.nodes import ClusterStatus, ModelStatus
-from colm.request import GenerateRequest
+from colm.request import ANSWER_KEY, GenerateRequest
+from colm.retry import RetryPolicy
+from colm.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +35,8 @@ class FrontDoor:
         calls: calls decode nodes.
         registry: knows the nodes that reported lately.
         clock: measures deadlines.
+        num_decode_nodes: how many there are when all run.
+        retry: how often a decode node is called in vain.
     """
 
     def __init__(
@@ -41,20 +48,28 @@ class FrontDoor:
         calls: DecodeNodeCalls,
         registry: NodeRegistry,
         clock: Clock,
+        num_decode_nodes: int = 1,
+        retry: RetryPolicy = RETRY,
     ) -> None:
         self._model = model
         self._limits = limits
         self._prompts = PromptReader(
             model, max_document_bytes=limits.max_document_bytes, max_upload_bytes=limits.max_upload_bytes
         )
-        self._placement = Placement(decode_pool, calls, registry)
+        self._placement = Placement(decode_pool, calls, registry, clock, retry)
+        self._resumption = Resumption(calls, registry, clock, num_decode_nodes)
         self._registry = registry
         self._clock = clock
         self._num_active = 0
 
     @asynccontextmanager
     async def generate(
-        self, request: GenerateRequest, prompt: AsyncIterator[PromptPart], *, caller_waits_s: float | None = None
+        self,
+        request: GenerateRequest,
+        prompt: AsyncIterator[PromptPart],
+        *,
+        owner: str = "",
+        caller_waits_s: float | None = None,
     ) -> AsyncIterator[AsyncIterator[Event]]:
         """Serve one request: yields an iterator over its events, `Accepted` first and `Finished` last.
 
@@ -65,6 +80,7 @@ class FrontDoor:
         Args:
             request: the options.
             prompt: the document, or the whole prompt as token ids.
+            owner: the client's name; no other client may resume the answer.
             caller_waits_s: seconds until the caller's own deadline; None without one.
 
         Raises:
@@ -77,7 +93,7 @@ class FrontDoor:
 
             async def serve(emit: Emit) -> None:
                 nonlocal timeout_s
-                job = await self._read(plan, prompt)
+                job = replace(await self._read(plan, prompt), answer_key=_owned(request.answer_key, owner))
                 if plan.timeout_s is None:
                     timeout_s = self._limits.timeout_s(
                         num_prompt_tokens=len(job.token_ids), max_new_tokens=plan.max_new_tokens
@@ -94,6 +110,31 @@ class FrontDoor:
                 if not running.expired():
                     raise
                 raise DeadlineExceeded(f"timeout_s={timeout_s:g} is over and the answer is not complete") from err
+
+    @asynccontextmanager
+    async def resume(
+        self, answer_key: str, num_tokens: int, *, owner: str = "", caller_waits_s: float | None = None
+    ) -> AsyncIterator[AsyncIterator[Event]]:
+        """Go on with an answer whose gateway was lost: as `generate`, without the first `num_tokens` tokens.
+
+        Raises:
+            UnknownAnswer: it is not held any more, or is another client's.
+            ColmError: why there is no answer.
+        """
+        if not ANSWER_KEY.fullmatch(answer_key):
+            raise InvalidRequest("answer_key", answer_key, "must be 32 lower-case hex digits, as in the request")
+        with self._admitted():
+            longest_s = self._limits.max_timeout_s
+            deadline = Deadline.after(
+                self._clock, longest_s if caller_waits_s is None else min(caller_waits_s, longest_s)
+            )
+
+            async def serve(emit: Emit) -> None:
+                key = _owned(answer_key, owner)
+                await self._resumption.run(self._model.name, key, num_tokens, deadline, emit)
+
+            async with pulled(serve) as events:
+                yield events
 
     def status(self) -> ClusterStatus:
         """Models, nodes and load."""
@@ -125,10 +166,11 @@ class FrontDoor:
             token_ids=token_ids,
             num_chains=plan.num_chains,
             max_new_tokens=plan.max_new_tokens,
-            sampling=plan.sampling,
+            sampling=_with_seed(plan.sampling),
             attention=plan.attention,
             kv_codec=plan.kv_codec,
             max_draft_tokens=plan.max_draft_tokens,
+            made_token_ids=plan.answer_token_ids,
         )
 
     def _accepted(self, job: DecodeJob, timeout_s: float) -> Accepted:
@@ -141,3 +183,15 @@ class FrontDoor:
             max_new_tokens=job.max_new_tokens,
             timeout_s=timeout_s,
         )
+
+
+def _with_seed(sampling: SamplingParams) -> SamplingParams:
+    """The same with a seed: a decode node that takes over must draw what the lost one would have drawn."""
+    if sampling.temperature == 0 or sampling.seed is not None:
+        return sampling
+    return replace(sampling, seed=secrets.randbits(64))
+
+
+def _owned(answer_key: str, owner: str) -> str:
+    """What decode nodes know an answer by: a client that learns another one's key makes another name of it."""
+    return hashlib.sha256(f"{owner}\0{answer_key}".encode()).hexdigest() if answer_key else ""

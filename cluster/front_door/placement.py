@@ -1,7 +1,9 @@
-"""Finds a decode node with room for a job, and relays the answer from it."""
+"""Finds a decode node with room for a job, relays the answer from it, and another one if that is lost."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -9,15 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.node_registry import NodeRegistry
-from colm.clock import Deadline
-from colm.errors import CapacityExceeded, PeerUnavailable
-from colm.events import Event, Finished, Queued, Reserved, WaitsFor
+from colm.clock import Clock, Deadline
+from colm.errors import CapacityExceeded, ColmError, PeerUnavailable, PrefillUnavailable
+from colm.events import Event, Finished, Queued, Reserved, Token, WaitsFor
 from colm.line import Beat
 from colm.nodes import Role
 from colm.request import AttentionMode, KvCodec
+from colm.retry import RetryPolicy
 from colm.sampling import SamplingParams
 
-_MAX_LOST_CALLS = 3
+logger = logging.getLogger(__name__)
+
+RETRY = RetryPolicy(max_attempts=10, first_pause_s=0.05, last_pause_s=4.0)
+"""For calls in a row that brought no token; they last longer than Serve needs to notice that a replica has died."""
+MAX_LOST_NODES = 3
+"""Nodes that may be lost after they have begun with a request; with the next it ends, for it may be the cause."""
 
 Emit = Callable[[Event], Awaitable[None]]
 
@@ -33,12 +41,16 @@ class DecodeLease:
 class DecodePool(Protocol):
     """Lends decode nodes."""
 
-    def lease(self, *, beat: Beat) -> AbstractAsyncContextManager[DecodeLease]:
+    def lease(self, *, beat: Beat, refused_by: Collection[str] = ()) -> AbstractAsyncContextManager[DecodeLease]:
         """Borrow a node for one request, in order of asking.
+
+        Args:
+            beat: told of the wait.
+            refused_by: addresses of nodes that are not wanted; another one is lent at once, or none.
 
         Raises:
             PeerUnavailable: no node can be lent.
-            CapacityExceeded: too many wait already.
+            CapacityExceeded: too many wait already, or no other node is free.
         """
 
 
@@ -54,6 +66,10 @@ class DecodeJob:
     attention: AttentionMode
     kv_codec: KvCodec
     max_draft_tokens: int | None
+    made_token_ids: tuple[int, ...] = ()
+    """The answer so far; the node goes on behind it."""
+    answer_key: str = ""
+    """Under it another gateway can find the request, after this one is lost."""
 
 
 class DecodeNodeCalls(Protocol):
@@ -77,67 +93,165 @@ class DecodeNodeCalls(Protocol):
             ColmError: whatever else the node refuses or fails with.
         """
 
+    def resume(self, address: str, answer_key: str, num_tokens: int, *, deadline: Deadline) -> AsyncGenerator[Event]:
+        """Go on with a job that another call began; yields `Resumed`, then its events behind the first `num_tokens`.
+
+        Raises:
+            UnknownAnswer: the node does not hold it.
+            ColmError: as `decode`.
+        """
+
+
+@dataclass(kw_only=True, slots=True)
+class _Relayed:
+    """What the client has been told of one answer, whichever nodes made it."""
+
+    begun_s: float
+    token_ids: list[int]
+    lost: list[str]
+    """Addresses of the nodes that were lost after they had begun."""
+    first_token_s: float | None = None
+    last_token_s: float = 0.0
+    num_failures: int = 0
+    """Calls in a row that brought no token."""
+
+    def see(self, token: Token, now_s: float) -> None:
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+        self.last_token_s = now_s
+        self.token_ids.append(token.token_id)
+        self.num_failures = 0
+
+    def whole(self, finished: Finished) -> Finished:
+        """The last node's word, made one about all nodes."""
+        if not self.lost:
+            return finished
+        usage, timings = replace(finished.usage, num_decode_nodes=1 + len(self.lost)), finished.timings
+        if (first_s := self.first_token_s) is not None:
+            timings = replace(timings, first_token_s=first_s - self.begun_s, decode_s=self.last_token_s - first_s)
+        return replace(finished, usage=usage, timings=timings)
+
 
 class Placement:
-    """Brings a job to a decode node with room for it, or else into the line of one.
+    """Brings a job to a decode node with room for it, or else into the line of one; and to another if that is lost.
 
     With N nodes, a job is refused at most N - 1 times because its pages are not free at once. The node that it gets
     next lets it wait.
+
+    A node that is lost takes nothing with it but time: the next one gets the prompt and the answer so far, and goes on
+    with the next token.
     """
 
-    def __init__(self, pool: DecodePool, calls: DecodeNodeCalls, registry: NodeRegistry) -> None:
+    def __init__(
+        self, pool: DecodePool, calls: DecodeNodeCalls, registry: NodeRegistry, clock: Clock, retry: RetryPolicy
+    ) -> None:
         self._pool = pool
         self._calls = calls
         self._registry = registry
+        self._clock = clock
+        self._retry = retry
 
     async def run(self, job: DecodeJob, deadline: Deadline, emit: Emit) -> None:
         """Run a job on some node and emit its events; `Finished` is the last.
 
         Raises:
             CapacityExceeded: no node has room, nor a place in its line.
-            PeerUnavailable: the node broke off after its first event, or too many calls failed before theirs; the
-                request may be submitted again.
+            PeerUnavailable: too many nodes were lost, or could not be reached; the request may be submitted again.
             ColmError: whatever else the node refuses or fails with.
         """
 
         async def beat(num_ahead: int) -> None:
             await emit(Queued(waits_for=WaitsFor.DECODE_NODE, num_ahead=num_ahead))
 
-        has_begun = False
-
-        async def emit_first(event: Event) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await emit(event)
-
-        refusals_left = max(1, self._registry.count(Role.DECODE)) - 1
-        num_lost = 0
+        relayed = _Relayed(begun_s=self._clock.now(), token_ids=[*job.made_token_ids], lost=[])
+        refusals_left = self._num_others()
+        num_calls_lost = 0
         while True:
             # After a lost call its node may still hold the id that was used there.
-            attempt = replace(job, request_id=f"{job.request_id}-{num_lost}") if num_lost else job
+            name = f"{job.request_id}-{num_calls_lost}" if num_calls_lost else job.request_id
+            attempt = replace(job, request_id=name, made_token_ids=tuple(relayed.token_ids))
+            address = None
             try:
-                async with self._pool.lease(beat=beat) as lease:
-                    return await self._relay(lease, attempt, refusals_left > 0, deadline, emit_first)
-            except CapacityExceeded:
-                if not refusals_left:
+                async with self._lease(beat, relayed.lost) as lease:
+                    call = self._calls.decode(lease, attempt, only_if_room=refusals_left > 0, deadline=deadline)
+                    async with aclosing(whole(call, lease.address)) as events:
+                        async for event in events:
+                            address = lease.address
+                            await self._relay(event, relayed, emit)
+                    return
+            except CapacityExceeded as err:
+                if refusals_left:
+                    refusals_left -= 1
+                elif relayed.lost:  # it had room before, and loses nothing by waiting
+                    await self._pause(job, relayed, err, beat)
+                else:
                     raise
-                refusals_left -= 1
-            except PeerUnavailable:
-                # The lease had run out, or the connection was dead: without an event, another call repeats nothing.
-                if has_begun or num_lost == _MAX_LOST_CALLS:
-                    raise
-                num_lost += 1
+            except PrefillUnavailable:
+                raise
+            except PeerUnavailable as err:
+                num_calls_lost += 1
+                if address is not None:
+                    relayed.lost.append(address)
+                    refusals_left = self._num_others()
+                await self._pause(job, relayed, err, beat)
 
-    async def _relay(
-        self, lease: DecodeLease, job: DecodeJob, only_if_room: bool, deadline: Deadline, emit: Emit
-    ) -> None:
-        is_finished = False
-        async with aclosing(self._calls.decode(lease, job, only_if_room=only_if_room, deadline=deadline)) as events:
-            async for event in events:
-                is_finished = isinstance(event, Finished)
-                if not isinstance(event, Reserved):  # between nodes, not for clients
-                    await emit(event)
-        if not is_finished:
-            raise PeerUnavailable(
-                f"decode node {lease.address} ended the answer before it was finished; submit it again"
-            )
+    def _num_others(self) -> int:
+        return max(1, self._registry.count(Role.DECODE)) - 1
+
+    @asynccontextmanager
+    async def _lease(self, beat: Beat, lost: Collection[str]) -> AsyncIterator[DecodeLease]:
+        """Borrow a node; rather another than one that was lost, whose loss Serve may not have noticed yet."""
+        async with AsyncExitStack() as stack:
+            try:
+                avoided = lost if self._num_others() else ()
+                lease = await stack.enter_async_context(self._pool.lease(beat=beat, refused_by=avoided))
+            except CapacityExceeded:
+                if not avoided:
+                    raise
+                lease = await stack.enter_async_context(self._pool.lease(beat=beat))
+            yield lease
+
+    async def _pause(self, job: DecodeJob, relayed: _Relayed, cause: ColmError, beat: Beat) -> None:
+        """Wait before the next call.
+
+        Raises:
+            ColmError: the cause; there is no next call.
+        """
+        relayed.num_failures += 1
+        pause_s = self._retry.pause_s(relayed.num_failures)
+        if pause_s is None or len(relayed.lost) > MAX_LOST_NODES:
+            raise cause
+        logger.warning(
+            "request.resubmitted request=%s tokens=%d in_s=%.2f cause=%s",
+            job.request_id,
+            len(relayed.token_ids),
+            pause_s,
+            cause,
+        )
+        if relayed.lost:
+            await beat(0)
+        await asyncio.sleep(pause_s)
+
+    async def _relay(self, event: Event, relayed: _Relayed, emit: Emit) -> None:
+        match event:
+            case Reserved():  # between nodes, not for clients
+                return
+            case Token():
+                relayed.see(event, self._clock.now())
+            case Finished():
+                event = relayed.whole(event)
+        await emit(event)
+
+
+async def whole(call: AsyncGenerator[Event], address: str) -> AsyncGenerator[Event]:
+    """A node's events, down to its last word.
+
+    Raises:
+        PeerUnavailable: that did not come.
+    """
+    async with aclosing(call):
+        async for event in call:
+            yield event
+            if isinstance(event, Finished):
+                return
+    raise PeerUnavailable(f"decode node {address} ended the answer before it was finished; submit it again")

@@ -56,6 +56,7 @@ class Plan:
     kv_codec: KvCodec
     max_draft_tokens: int | None
     """None: the decode node's limit."""
+    answer_token_ids: tuple[int, ...]
 
     @classmethod
     def of(
@@ -84,6 +85,13 @@ class Plan:
             max_new_tokens = limits.default_max_new_tokens
         if not 1 <= max_new_tokens <= limits.max_new_tokens:
             raise InvalidRequest("max_new_tokens", max_new_tokens, f"must be between 1 and {limits.max_new_tokens}")
+        if len(request.answer_token_ids) > max_new_tokens:
+            limit = f"at most max_new_tokens={max_new_tokens}"
+            raise InvalidRequest("answer_token_ids", f"{len(request.answer_token_ids)} of them", limit)
+        if (worst := max(request.answer_token_ids, default=0)) >= model.config.vocab_size:
+            raise InvalidRequest(
+                "answer_token_ids", worst, f"must be below the vocabulary size {model.config.vocab_size}"
+            )
         timeout_s = request.timeout_s
         if timeout_s is not None:
             if timeout_s > limits.max_timeout_s:
@@ -106,4 +114,5 @@ class Plan:
             attention=request.attention,
             kv_codec=request.kv_codec,
             max_draft_tokens=request.max_draft_tokens,
+            answer_token_ids=request.answer_token_ids,
         )

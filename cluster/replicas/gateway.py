@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,8 @@ class GatewayOptions:
     metrics_host: str | None
     """Where Prometheus reads the gateway's metrics; None for nowhere."""
     metrics_port: int
+    num_decode_nodes: int
+    """When all run."""
 
 
 class ServeDecodePool:
@@ -81,9 +83,9 @@ class ServeDecodePool:
         self._lender.close()
 
     @asynccontextmanager
-    async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:
+    async def lease(self, *, beat: Beat, refused_by: Collection[str] = ()) -> AsyncIterator[DecodeLease]:
         """Borrow a node from Serve."""
-        async with self._lender.lease(beat) as (address, lease_id):
+        async with self._lender.lease(beat, refused_by=refused_by) as (address, lease_id):
             yield DecodeLease(address=address, lease_id=lease_id)
 
 
@@ -113,6 +115,7 @@ class GatewayReplica:
             calls=self._decode_calls,
             registry=self._registry,
             clock=MonotonicClock(),
+            num_decode_nodes=options.num_decode_nodes,
         )
         registry = CollectorRegistry()
         metrics = RequestMetrics(registry)

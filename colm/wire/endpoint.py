@@ -35,6 +35,8 @@ class Keepalive:
 KEEPALIVE = Keepalive()
 IDLE_MS = 300_000
 """A connection without calls is closed after this time; the next call opens another."""
+RECONNECT_MS = 1000
+"""Longest pause between two attempts of a channel to reach its peer."""
 HANDSHAKE_MS = 10_000
 """Within this time a new connection has its TLS and its first HTTP/2 frames, or it is closed."""
 MAX_CALLS_PER_CONNECTION = 1024
@@ -170,6 +172,9 @@ def channel_options(security: Security) -> list[tuple[str, object]]:
     options = [
         *_common_options(),
         ("grpc.client_idle_timeout_ms", IDLE_MS),
+        # By default a lost peer is looked for at pauses that grow to two minutes; it may be back within seconds.
+        ("grpc.initial_reconnect_backoff_ms", RECONNECT_MS // 4),
+        ("grpc.max_reconnect_backoff_ms", RECONNECT_MS),
         # By default a new channel shares an older channel's lost connection and its backoff.
         ("grpc.use_local_subchannel_pool", 1),
     ]

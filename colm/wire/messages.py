@@ -18,7 +18,9 @@ from colm.events import (
     LayerRecall,
     PrefillProgress,
     Queued,
+    Reconnecting,
     Reserved,
+    Resumed,
     SparseReport,
     Timings,
     Token,
@@ -203,6 +205,8 @@ def generate_request_to_pb(request: GenerateRequest) -> generation_pb.OpenGenera
         attention=attention_to_pb(request.attention),
         history=[generation_pb.ChatMessage(role=each.role, content=each.content) for each in request.history],
         kv_codec=CODECS[request.kv_codec],
+        answer_key=request.answer_key,
+        answer_token_ids=request.answer_token_ids,
     )
     if request.chat is not None:
         message.chat = request.chat
@@ -235,6 +239,8 @@ def generate_request_from_pb(message: generation_pb.OpenGenerate) -> GenerateReq
         attention=attention_from_pb(message.attention),
         history=tuple(_chat_message(each) for each in message.history),
         kv_codec=kv_codec_from_pb(message.kv_codec),
+        answer_key=message.answer_key,
+        answer_token_ids=tuple(message.answer_token_ids),
         **chosen,
     )
 
@@ -251,6 +257,8 @@ def _event_to_pb(event: Event) -> dict[str, Any]:
             return {"accepted": _to_pb(generation_pb.Accepted, event)}
         case Queued():
             return {"queued": queued_to_pb(event)}
+        case Resumed():
+            return {"resumed": _to_pb(decode_pb.Resumed, event)}
         case Reserved():
             return {"reserved": _to_pb(decode_pb.Reserved, event)}
         case PrefillProgress():
@@ -259,6 +267,8 @@ def _event_to_pb(event: Event) -> dict[str, Any]:
             return {"token": token_to_pb(event)}
         case Finished():
             return {"finished": finished_to_pb(event)}
+        case Reconnecting():
+            raise AssertionError("an event of a client that is sent")
 
 
 def decode_response(event: Event) -> decode_pb.DecodeResponse:
@@ -267,7 +277,7 @@ def decode_response(event: Event) -> decode_pb.DecodeResponse:
 
 
 def gateway_response(event: Event) -> generation_pb.GenerateResponse:
-    """An event as the gateway sends it to the client. `Reserved` is refused: it stays between the nodes."""
+    """An event as the gateway sends it. `Reserved` and `Resumed` are refused: they stay between the nodes."""
     return generation_pb.GenerateResponse(**_event_to_pb(event))
 
 
@@ -326,6 +336,8 @@ def event_from_pb(message: generation_pb.GenerateResponse | decode_pb.DecodeResp
             return _from_pb(Accepted, body)
         case "queued":
             return queued_from_pb(body)
+        case "resumed":
+            return _from_pb(Resumed, body)
         case "reserved":
             return _from_pb(Reserved, body)
         case "prefill_progress":

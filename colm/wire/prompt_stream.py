@@ -1,4 +1,4 @@
-"""Reads a prompt from a call's messages: one `open`, the prompt in pieces, `end_of_prompt`."""
+"""Reads a call's messages: one `open`, the prompt in pieces, `end_of_prompt`; or something else that comes first."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -42,8 +42,8 @@ class PromptPart(Protocol[_Open]):
         """Which part is set."""
 
 
-async def read_open(requests: AsyncIterator[PromptPart[_Open]]) -> _Open:
-    """Read the first message of a call, which must be `open`.
+async def read_first(requests: AsyncIterator[_Part], *others: str) -> _Part:
+    """Read the first message of a call, which must be `open` or one of the others.
 
     Raises:
         InvalidRequest: the call ended before it, or begins with something else.
@@ -56,9 +56,17 @@ async def read_open(requests: AsyncIterator[PromptPart[_Open]]) -> _Open:
         raise InvalidRequest("part", None, "the call ended before its `open`") from err
     except TimeoutError as err:
         raise DeadlineExceeded(f"the call's `open` did not come within {OPEN_TIMEOUT_S:g} s") from err
-    if (part := request.WhichOneof("part")) != "open":
-        raise InvalidRequest("part", part, "the first message of a call must be `open`")
-    return request.open
+    allowed = ("open", *others)
+    if (part := request.WhichOneof("part")) not in allowed:
+        raise InvalidRequest(
+            "part", part, f"the first message of a call must be {' or '.join(map('`{}`'.format, allowed))}"
+        )
+    return request
+
+
+async def read_open(requests: AsyncIterator[PromptPart[_Open]]) -> _Open:
+    """Read the first message of a call, which must be `open`; raises as `read_first`."""
+    return (await read_first(requests)).open
 
 
 def check_id(field: str, value: str) -> str:

@@ -11,6 +11,7 @@ import grpc
 from colm.errors import (
     CapacityExceeded,
     ColmError,
+    ConnectionLost,
     DeadlineExceeded,
     FingerprintMismatch,
     InvalidRequest,
@@ -18,7 +19,9 @@ from colm.errors import (
     NotFinite,
     PeerFailed,
     PeerUnavailable,
+    PrefillUnavailable,
     Unauthenticated,
+    UnknownAnswer,
     UnknownModel,
 )
 from colm.wire.v1 import common_pb2 as pb
@@ -33,8 +36,10 @@ _BY_ERROR: list[tuple[type[ColmError], grpc.StatusCode, "pb.ErrorDetail.Kind"]] 
     (UnknownModel, grpc.StatusCode.NOT_FOUND, _Kind.KIND_UNKNOWN_MODEL),
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT, _Kind.KIND_INVALID_REQUEST),
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED, _Kind.KIND_UNAUTHENTICATED),
+    (UnknownAnswer, grpc.StatusCode.NOT_FOUND, _Kind.KIND_UNKNOWN_ANSWER),
     (CapacityExceeded, grpc.StatusCode.RESOURCE_EXHAUSTED, _Kind.KIND_CAPACITY_EXCEEDED),
     (LeaseExpired, grpc.StatusCode.UNAVAILABLE, _Kind.KIND_LEASE_EXPIRED),
+    (PrefillUnavailable, grpc.StatusCode.UNAVAILABLE, _Kind.KIND_PREFILL_UNAVAILABLE),
     (PeerUnavailable, grpc.StatusCode.UNAVAILABLE, _Kind.KIND_PEER_UNAVAILABLE),
     (FingerprintMismatch, grpc.StatusCode.FAILED_PRECONDITION, _Kind.KIND_FINGERPRINT_MISMATCH),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, _Kind.KIND_DEADLINE_EXCEEDED),
@@ -98,7 +103,7 @@ def error_of(error: grpc.RpcError, peer: str) -> ColmError:
         if detail.kind == detail_kind:
             return _rebuild(kind, detail, message)
     if code == grpc.StatusCode.UNAVAILABLE:
-        return PeerUnavailable(f"{peer} is not reachable or was lost: {message}")
+        return ConnectionLost(f"{peer} is not reachable or was lost: {message}")
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"the deadline passed while waiting for {peer}")
     if code == grpc.StatusCode.UNAUTHENTICATED:

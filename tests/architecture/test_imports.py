@@ -37,6 +37,7 @@ RAY = ("cluster/",)
 GRPC = (
     "colm/wire/",
     "colm/client.py",
+    "colm/upload.py",
     "prefill_node/service.py",
     "prefill_node/node.py",
     "decode_node/service.py",

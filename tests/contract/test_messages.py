@@ -20,6 +20,7 @@ from colm.errors import (
     ClusterError,
     ColmError,
     ConfigError,
+    ConnectionLost,
     DeadlineExceeded,
     FingerprintMismatch,
     InvalidRequest,
@@ -391,7 +392,7 @@ async def test_a_peer_that_is_not_there_is_unavailable(failure: Callable[..., ob
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         received = await failure(f"127.0.0.1:{held.getsockname()[1]}")
-    assert type(received) is PeerUnavailable
+    assert type(received) is ConnectionLost
     assert PEER in str(received)
 
 
@@ -418,7 +419,7 @@ async def test_a_server_that_stops_in_the_middle_is_unavailable(failure: Callabl
     async with serving(stay) as address:
         call = asyncio.ensure_future(failure(address))
         await asyncio.wait_for(arrived.wait(), LIMIT_S)
-    assert type(await call) is PeerUnavailable
+    assert type(await call) is ConnectionLost
 
 
 def test_error_details_of_every_kind_are_known() -> None:

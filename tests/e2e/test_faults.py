@@ -6,11 +6,11 @@ import subprocess
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import psutil
 import pytest
 
 from colm.client import Client, collect
-from colm.errors import PeerUnavailable
-from colm.events import Event, PrefillProgress, Token
+from colm.events import Event, PrefillProgress, Queued, Reconnecting, Token, WaitsFor
 from colm.nodes import NodeReport, Role
 from colm.sampling import SamplingParams
 from tests.e2e.conftest import RunningCluster, colm_command, colm_env, holds, until
@@ -36,6 +36,13 @@ def kill(cluster: RunningCluster, role: Role) -> int:
     return node.process.pid
 
 
+def gateway_process(cluster: RunningCluster) -> psutil.Process:
+    assert cluster.state.ray_pid is not None
+    family = psutil.Process(cluster.state.ray_pid).children(recursive=True)
+    (gateway,) = (process for process in family if "ServeReplica:colm:gateway" in " ".join(process.cmdline()))
+    return gateway
+
+
 def test_a_prefill_replica_killed_in_mid_stream_costs_time_but_not_the_answer(
     cluster: RunningCluster, client: Client
 ) -> None:
@@ -53,16 +60,39 @@ def test_a_prefill_replica_killed_in_mid_stream_costs_time_but_not_the_answer(
     until(lambda: killed not in [node.process.pid for node in cluster.nodes(Role.PREFILL)], 60)
 
 
-def test_a_killed_decode_replica_is_one_clear_error_and_the_next_request_is_served(
+def test_a_decode_replica_killed_in_mid_answer_costs_time_but_not_the_answer(
     cluster: RunningCluster, client: Client
 ) -> None:
+    """Its prompt is fetched again, and each token is delivered once, as without the fault."""
+    drawn = SamplingParams(temperature=0.8, seed=5, ignore_eos=True)
+    undisturbed = collect(client.generate(DOCUMENT[:4000], PROMPT, max_new_tokens=60, sampling=drawn))
     events = []
-    with pytest.raises(PeerUnavailable, match="decode node"):  # noqa: PT012 - the kill is part of the stream
-        for event in client.generate("", "Tell me a long story.", max_new_tokens=400):
-            events.append(event)
-            if len([e for e in events if isinstance(e, Token)]) == 3:
-                kill(cluster, Role.DECODE)
-    assert len(collect(client.generate("", "Hello there.", max_new_tokens=4, timeout_s=120)).tokens) == 4
+    for event in client.generate(DOCUMENT[:4000], PROMPT, max_new_tokens=60, sampling=drawn, timeout_s=120):
+        events.append(event)
+        if isinstance(event, Token) and len([e for e in events if isinstance(e, Token)]) == 3:
+            kill(cluster, Role.DECODE)
+    answer = collect(events)
+    assert [t.token_id for t in answer.tokens] == [t.token_id for t in undisturbed.tokens]
+    assert answer.text == undisturbed.text
+    assert Queued(waits_for=WaitsFor.DECODE_NODE, num_ahead=0) in events
+    assert answer.finished.usage.num_decode_nodes == 2
+    assert answer.finished.usage.num_new_tokens == 60
+
+
+def test_a_gateway_killed_in_mid_answer_costs_time_but_not_the_answer(cluster: RunningCluster, client: Client) -> None:
+    drawn = SamplingParams(temperature=0.8, seed=5, ignore_eos=True)
+    options = {"max_new_tokens": 100, "sampling": drawn, "timeout_s": 120}
+    undisturbed = collect(client.generate("", "Tell me a long story.", **options))
+    events = []
+    for event in client.generate("", "Tell me a long story.", **options):
+        events.append(event)
+        if isinstance(event, Token) and len([e for e in events if isinstance(e, Token)]) == 3:
+            gateway_process(cluster).kill()
+    answer = collect(events)
+    assert [t.token_id for t in answer.tokens] == [t.token_id for t in undisturbed.tokens]
+    assert answer.text == undisturbed.text
+    assert any(isinstance(event, Reconnecting) for event in events)
+    assert answer.finished.usage == undisturbed.finished.usage
 
 
 def test_ctrl_c_stops_the_work_on_all_three_processes(cluster: RunningCluster, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from colm.errors import DeadlineExceeded, LeaseExpired
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KvPosition
 from colm.leases import LeaseTable
+from colm.retry import RetryPolicy
 from colm.wire.endpoint import open_blocking_channel
 from colm.wire.security import Security
 from colm.wire.status import error_of
@@ -29,7 +30,6 @@ from colm.wire.tile_codec import decode_message, pull_kv_stub, seal
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 from decode_node import node as node_module
-from decode_node.kv_fetch import RetryPolicy
 from prefill_node import encoded_tile, prefill_job
 from prefill_node import service as prefill_service
 from prefill_node.engine import PrefillEngine

@@ -31,6 +31,8 @@ _GATEWAY = "tests/fault/test_gateway.py::"
 _STREAM = "tests/fault/test_kv_stream_faults.py::"
 _PREFILL = "tests/unit/test_prefill_loop.py::"
 _POLICY = "tests/unit/test_job_policy.py::"
+_LOST = "tests/fault/test_lost_decode_nodes.py::"
+_GATEWAYS = "tests/fault/test_lost_gateways.py::"
 _FRONT_DOOR = "tests/unit/test_front_door.py::"
 _CHANNELS = "tests/unit/test_channels.py::"
 _FETCH = "tests/unit/test_kv_fetch.py::"
@@ -457,7 +459,7 @@ MUTANTS = (
     ),
     Mutant(
         "the client never says that its prompt has ended",
-        "colm/client.py",
+        "colm/upload.py",
         "        yield pb.GenerateRequest(end_of_prompt=common_pb2.EndOfPrompt())\n",
         "",
         "tests/unit/test_client.py::test_the_end_of_the_prompt_is_the_last_message",
@@ -466,8 +468,8 @@ MUTANTS = (
     Mutant(
         "nobody gives up",
         "decode_node/kv_fetch.py",
-        "reversed(range(self._retry.max_attempts))",
-        "reversed(range(99))",
+        "(pause_s := self._retry.pause_s(num_failures)) is None",
+        "(pause_s := self._retry.pause_s(num_failures)) is None and num_failures > 98",
         _FETCH + "test_the_last_failure_is_told_after_eight_attempts",
     ),
     Mutant(
@@ -974,15 +976,15 @@ MUTANTS = (
     Mutant(
         "a full decode node is the only one",
         "cluster/front_door/placement.py",
-        "refusals_left = max(1, self._registry.count(Role.DECODE)) - 1",
-        "refusals_left = 0",
+        "return max(1, self._registry.count(Role.DECODE)) - 1",
+        "return 0",
         _GATEWAY + "test_a_full_decode_node_is_passed_over_for_one_with_room",
     ),
     Mutant(
         "a lost lease is the client's",
         "cluster/front_door/placement.py",
-        "                if has_begun or num_lost == _MAX_LOST_CALLS:\n",
-        "                if True:\n",
+        "        if pause_s is None or len(relayed.lost) > MAX_LOST_NODES:\n",
+        "        if True:\n",
         _GATEWAY + "test_a_lost_lease_is_replaced_a_few_times",
     ),
     Mutant(
@@ -1009,9 +1011,65 @@ MUTANTS = (
     Mutant(
         "every lost lease is a refusal too",
         "cluster/front_door/placement.py",
-        "                num_lost += 1\n",
-        "                num_lost += 1\n                refusals_left -= 1\n",
+        "                num_calls_lost += 1\n",
+        "                num_calls_lost += 1\n                refusals_left -= 1\n",
         _FRONT_DOOR + "test_lost_leases_are_replaced_three_times_and_cost_no_room_elsewhere",
+    ),
+    Mutant(
+        "a node that takes over is told of the prompt alone",
+        "cluster/front_door/placement.py",
+        "made_token_ids=tuple(relayed.token_ids))",
+        "made_token_ids=())",
+        _FRONT_DOOR + "test_the_node_after_a_lost_one_gets_the_answer_so_far_and_the_same_random_numbers",
+    ),
+    Mutant(
+        "tokens that are read without logits are read again",
+        "decode_node/running_answer.py",
+        "        self._note_read(self._num_next)\n",
+        "        self._note_read(self._num_next if choices else 0)\n",
+        "tests/unit/test_running_answer.py::test_an_answer_that_another_node_began_goes_on_as_it_would_have_there",
+    ),
+    Mutant(
+        "a request may end any number of decode nodes",
+        "cluster/front_door/placement.py",
+        "len(relayed.lost) > MAX_LOST_NODES",
+        "len(relayed.lost) > 2 * MAX_LOST_NODES",
+        _FRONT_DOOR + "test_a_request_that_loses_every_node_it_is_given_to_is_given_up",
+    ),
+    Mutant(
+        "an answer that nobody asks for is held for ever",
+        "decode_node/held_answers.py",
+        "call_later(self._orphan_s, ",
+        "call_later(1e6, ",
+        "tests/unit/test_held_answers.py::test_an_answer_that_nobody_asks_for_is_let_go",
+    ),
+    Mutant(
+        "an older reader takes events from a newer one",
+        "decode_node/held_answers.py",
+        "        while self.reader is reader:\n",
+        "        while True:\n",
+        "tests/unit/test_held_answers.py::test_of_two_readers_the_newer_one_has_the_answer",
+    ),
+    Mutant(
+        "whoever knows an answer's key may have it",
+        "cluster/front_door/front_door.py",
+        'f"{owner}\\0{answer_key}"',
+        'f"{answer_key}"',
+        _GATEWAYS + "test_only_the_client_that_asked_may_have_the_rest",
+    ),
+    Mutant(
+        "a node is not told that its answer is not wanted any more",
+        "cluster/decode_calls.py",
+        "                if answer_key and request_id is not None and not is_over:\n",
+        "                if False:\n",
+        _GATEWAYS + "test_a_request_that_is_cancelled_is_not_held_for_its_client",
+    ),
+    Mutant(
+        "a client asks for tokens that it has",
+        "colm/reconnect.py",
+        "num_tokens=len(self._token_ids)",
+        "num_tokens=0",
+        "tests/unit/test_reconnect.py::test_the_rest_of_an_answer_is_asked_for_by_its_key_and_accepted_is_heard_once",
     ),
     # Rope scaling.
     Mutant(

@@ -128,10 +128,15 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
         model_name="tiny",
         dtype="float32",
         host=EVERYWHERE,
+        http_port=0,
+        max_files_bytes=1 << 20,
+        metrics_host=None,
+        metrics_port=0,
         port=0,
         limits=LIMITS,
         audit_folder=None,
         audit_keep_days=30,
+        num_decode_nodes=1,
     )
     secrets = secret_files(tmp_path)
 
@@ -142,7 +147,7 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
     gateway = Gateway.__new__(Gateway)
     handle = SimpleNamespace(options=lambda **_: None)  # nobody decodes here
     await gateway.__init__(options, secrets, handle)  # type: ignore[misc]
-    address = await gateway.address()
+    address = (await gateway.addresses())[0]
     assert address == dial_address(EVERYWHERE, int(address.rpartition(":")[2]))
     stranger = Security(tls=secrets.of_clients().tls)  # a health checker has no token
     async with open_channel(address, stranger) as channel:

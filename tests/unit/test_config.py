@@ -291,6 +291,11 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert (config.gateway.port, config.decode.replicas) == (6000, 5)
 
 
+def test_standby_replicas_come_on_top_of_the_others(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, "[decode]\nreplicas = 2\nstandby = 1"), {})
+    assert (config.decode.num_replicas, config.prefill.num_replicas) == (3, 1)
+
+
 def test_an_override_into_something_that_is_no_section_is_refused(tmp_path: Path) -> None:
     """Bug: `model = "DIR"` in the file and `--model DIR` on the command line ended in a TypeError."""
     with pytest.raises(ConfigError, match="model"):

@@ -1,7 +1,7 @@
 """The front door without a socket: scripted decode nodes, real admission, tokenising, deadlines and placement."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cluster.front_door.front_door import FrontDoor
-from cluster.front_door.placement import DecodeJob, DecodeLease, DecodePool
+from cluster.front_door.placement import MAX_LOST_NODES, DecodeJob, DecodeLease, DecodePool
 from cluster.front_door.plan import ServedModel
 from cluster.front_door.prompt import PromptPart
 from colm.checkpoint import TextConfig
@@ -24,6 +24,7 @@ from colm.errors import (
     LeaseExpired,
     PeerFailed,
     PeerUnavailable,
+    PrefillUnavailable,
     UnknownModel,
 )
 from colm.events import (
@@ -44,7 +45,7 @@ from colm.request import GenerateRequest
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 from tests.gates import LIMIT_S
-from tests.gateway import LIMITS, TakingTurns, decode_nodes
+from tests.gateway import LIMITS, RETRY, TakingTurns, decode_nodes
 from tests.tiny import tiny_config, tiny_tokenizer
 
 IDS = np.arange(5, 25)
@@ -113,10 +114,10 @@ class Pool(TakingTurns):
         self._num_ahead = num_ahead
 
     @asynccontextmanager
-    async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:
+    async def lease(self, *, beat: Beat, refused_by: Collection[str] = ()) -> AsyncIterator[DecodeLease]:
         for num_ahead in self._num_ahead:
             await beat(num_ahead)
-        async with super().lease(beat=beat) as lease:
+        async with super().lease(beat=beat, refused_by=refused_by) as lease:
             self.num_lent += 1
             try:
                 yield lease
@@ -139,6 +140,7 @@ def door(
         calls=calls,
         registry=decode_nodes(num_decode_nodes),
         clock=MonotonicClock(),
+        retry=RETRY,
     )
 
 
@@ -261,7 +263,9 @@ async def test_a_call_lost_before_the_node_said_anything_is_made_again_under_a_n
     assert [job.request_id for job in calls.jobs] == [name, f"{name}-1", f"{name}-2"]
 
 
-@pytest.mark.parametrize("error", [PeerFailed("out of memory"), PeerUnavailable("lost"), InvalidRequest("a", 1, "b")])
+@pytest.mark.parametrize(
+    "error", [PeerFailed("out of memory"), PrefillUnavailable("gave up"), InvalidRequest("a", 1, "b")]
+)
 async def test_any_other_error_of_a_node_ends_the_answer_once(error: ColmError) -> None:
     calls, pool = Scripted([*ANSWER[:3], error]), Pool()
     front_door = door(calls, pool, num_decode_nodes=3)
@@ -280,9 +284,50 @@ async def test_any_other_error_of_a_node_ends_the_answer_once(error: ColmError) 
     assert_nothing_held(front_door, calls, pool)
 
 
-async def test_an_answer_that_ends_unfinished_is_an_error() -> None:
-    with pytest.raises(PeerUnavailable, match="node one ended the answer before it was finished"):
-        await ask(door(Scripted(ANSWER[:3]), Pool()))
+async def test_the_node_after_a_lost_one_gets_the_answer_so_far_and_the_same_random_numbers() -> None:
+    calls, pool = Scripted([*ANSWER[:3], TOKEN, PeerUnavailable("lost")], ANSWER[:3], ANSWER), Pool()
+    front_door = door(calls, pool, num_decode_nodes=3)
+    events = await ask(front_door, sampling=SamplingParams(temperature=1.0))
+    assert [job.made_token_ids for job in calls.jobs] == [(), (7, 7), (7, 7, 7)]
+    assert len({job.sampling for job in calls.jobs}) == 1
+    assert calls.jobs[0].sampling.seed is not None
+    assert [type(event) for event in events if not isinstance(event, PrefillProgress)] == [
+        Accepted, Token, Token, Queued, Token, Queued, Token, Finished
+    ]  # fmt: skip
+    assert isinstance(events[-1], Finished)
+    assert events[-1].usage.num_decode_nodes == 3
+    assert pool.lent == ["one", "three", "two"]
+    assert_nothing_held(front_door, calls, pool)
+
+
+async def test_unseeded_answers_of_two_requests_draw_different_numbers() -> None:
+    calls = Scripted(ANSWER)
+    front_door = door(calls, Pool())
+    for _ in range(2):
+        await ask(front_door, sampling=SamplingParams(temperature=1.0))
+    assert len({job.sampling.seed for job in calls.jobs}) == 2
+
+
+async def test_a_request_that_loses_every_node_it_is_given_to_is_given_up() -> None:
+    """It may be what they die of."""
+    calls, pool = Scripted(ANSWER[:3]), Pool()
+    front_door = door(calls, pool)
+    with pytest.raises(PeerUnavailable, match="ended the answer before it was finished"):
+        await ask(front_door)
+    assert len(calls.jobs) == MAX_LOST_NODES + 1
+    assert_nothing_held(front_door, calls, pool)
+
+
+async def test_an_answer_whose_node_was_lost_waits_for_room_at_another() -> None:
+    full = [CapacityExceeded("full")]
+    calls, pool = Scripted([*ANSWER[:3], PeerUnavailable("lost")], full, full, ANSWER), Pool()
+    assert isinstance((await ask(door(calls, pool)))[-1], Finished)
+    calls = Scripted([*ANSWER[:3], PeerUnavailable("lost")], full)
+    front_door = door(calls, pool)
+    with pytest.raises(CapacityExceeded, match="full"):
+        await ask(front_door)
+    assert len(calls.jobs) == 1 + RETRY.max_attempts - 1
+    assert_nothing_held(front_door, calls, pool)
 
 
 async def test_the_requests_inside_are_bounded_and_a_place_is_free_when_its_block_ends() -> None:

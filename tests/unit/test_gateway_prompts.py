@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -44,7 +44,12 @@ class NoDecodeNodes:
     """A pool without nodes: a prompt that is accepted goes no further."""
 
     @asynccontextmanager
-    async def lease(self, *, beat: Beat) -> AsyncIterator[DecodeLease]:
+    async def lease(
+        self,
+        *,
+        beat: Beat,
+        refused_by: Collection[str] = (),  # noqa: ARG002 - the pool's contract
+    ) -> AsyncIterator[DecodeLease]:
         await beat(0)
         raise PeerUnavailable("the prompt was accepted")
         yield

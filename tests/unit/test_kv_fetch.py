@@ -9,13 +9,22 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from colm.errors import CapacityExceeded, ColmError, FingerprintMismatch, LeaseExpired, PeerFailed, PeerUnavailable
+from colm.errors import (
+    CapacityExceeded,
+    ColmError,
+    FingerprintMismatch,
+    LeaseExpired,
+    PeerFailed,
+    PeerUnavailable,
+    PrefillUnavailable,
+)
 from colm.events import LayerRecall, PrefillProgress, Queued, SparseReport, WaitsFor
 from colm.kv_position import KvPosition
 from colm.line import Beat
 from colm.metrics.kv_stream import KvStreamMetrics
 from colm.request import AttentionMode, KvCodec
-from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder, KvTransfer, RetryPolicy
+from colm.retry import RetryPolicy
+from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder, KvTransfer
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PagePool
 from decode_node.prefill_pool import PrefillLease
@@ -268,7 +277,7 @@ async def test_a_prefill_nodes_lost_lease_is_not_told_as_one_of_this_node(make: 
     bench = make(*(LeaseExpired("gone") for _ in range(8)))
     with pytest.raises(PeerUnavailable) as caught:
         await bench.fetch()
-    assert type(caught.value) is PeerUnavailable
+    assert type(caught.value) is PrefillUnavailable
 
 
 async def test_a_lease_that_cannot_be_had_is_asked_for_again_and_is_no_stream(make: Callable[..., Bench]) -> None:

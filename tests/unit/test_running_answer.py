@@ -43,6 +43,8 @@ def answer(
     unread_token_ids: Sequence[int] = (17,),
     num_chains: int = 2,
     num_drafts: int = 0,
+    sampling: SamplingParams | None = None,
+    made_token_ids: Sequence[int] = (),
 ) -> RunningAnswer:
     return RunningAnswer(
         unread_token_ids=unread_token_ids,
@@ -50,10 +52,11 @@ def answer(
         num_chains=num_chains,
         max_new_tokens=max_new_tokens,
         table_M=TABLE_M,
-        sampling=SamplingParams(stop=stop),
+        sampling=sampling or SamplingParams(stop=stop),
         stop_token_ids=stop_token_ids,
         text_stream=TextStream(Detokenizer(TOKENIZER)) if reads_text else None,
         drafter=DraftsOf(num_drafts) if num_drafts else None,
+        made_token_ids_N=made_token_ids,
     )
 
 
@@ -341,12 +344,6 @@ def test_after_several_choices_the_next_step_reads_the_last_of_them() -> None:
     assert (row.token_ids, row.position, sequence.num_new_tokens) == ((60,), 12, 3)
 
 
-def test_a_step_without_choices_changes_nothing() -> None:
-    sequence = answer()
-    assert sequence.advance([]) == []
-    assert (sequence.next_rows()[0].position, sequence.num_new_tokens, sequence.finish_reason) == (9, 0, None)
-
-
 TEXT = byte_ids("a result, an end: é and END and more")
 
 
@@ -370,3 +367,43 @@ def test_an_answer_is_the_same_however_its_tokens_are_divided_into_steps(
         return tokens, sequence.tail, sequence.finish_reason, sequence.num_new_tokens
 
     assert of(counts) == of([1] * len(TEXT))
+
+
+@given(
+    token_ids=st.lists(st.integers(3, 269), min_size=1, max_size=40),
+    num_made=st.integers(0, 40),
+    num_unread=st.integers(1, 20),
+    stop=st.sampled_from(["", "th", "\u00e9"]),
+    seed=st.integers(0, 3),
+)
+def test_an_answer_that_another_node_began_goes_on_as_it_would_have_there(
+    token_ids: list[int], num_made: int, num_unread: int, stop: str, seed: int
+) -> None:
+    """The same text, end and random numbers; each token before the last is read once, in its place, by chain 1."""
+    sampling = SamplingParams(stop=(stop,) if stop else (), temperature=1.0, seed=seed)
+    prompt = range(100, 100 + num_unread)
+    undisturbed = answer(unread_token_ids=prompt, sampling=sampling)
+    draws, tokens = [], []
+    for token_id in token_ids:
+        draws.append([undisturbed.sampler.uniform(each) for each in undisturbed.next_rows()[0].chosen_positions])
+        tokens += undisturbed.advance([chosen(token_id)])
+        if undisturbed.finish_reason is not None:
+            break
+    made = [token.token_id for token in tokens[:num_made]]
+    going_on = answer(unread_token_ids=prompt, sampling=sampling, made_token_ids=made)
+    read: dict[int, int] = {}
+    for number in range(len(made), len(tokens)):
+        while not (rows := going_on.next_rows())[0].num_logits:
+            assert sum(len(row.token_ids) for row in rows) <= MAX_PROMPT_TOKENS
+            assert all(row.num_chains == 1 for row in rows)
+            read |= {row.position + i: token_id for row in rows for i, token_id in enumerate(row.token_ids)}
+            assert going_on.advance([]) == []
+        read |= {row.position + i: token_id for row in rows for i, token_id in enumerate(row.token_ids)}
+        assert rows[0].num_chains == 2
+        assert [going_on.sampler.uniform(each) for each in rows[0].chosen_positions] == draws[number]
+        assert going_on.advance([chosen(tokens[number].token_id)]) == [tokens[number]]
+    if len(made) < len(tokens):
+        known = [*prompt, *(token.token_id for token in tokens[:-1])]
+        assert read == {9 + i: token_id for i, token_id in enumerate(known)}
+    assert (going_on.finish_reason, going_on.num_new_tokens) == (undisturbed.finish_reason, len(tokens))
+    assert going_on.tail == undisturbed.tail

@@ -140,7 +140,7 @@ class SparseReport(_message.Message):
     def __init__(self, layers: _Optional[_Iterable[_Union[LayerRecall, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("num_prompt_tokens", "num_prefill_tokens", "num_decode_prompt_tokens", "num_new_tokens", "kv_received_bytes", "num_kv_streams", "kv_shared_bytes", "kv_effective_bytes", "num_draft_tokens", "num_accepted_tokens")
+    __slots__ = ("num_prompt_tokens", "num_prefill_tokens", "num_decode_prompt_tokens", "num_new_tokens", "kv_received_bytes", "num_kv_streams", "kv_shared_bytes", "kv_effective_bytes", "num_draft_tokens", "num_accepted_tokens", "num_decode_nodes")
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_DECODE_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +151,7 @@ class Usage(_message.Message):
     KV_EFFECTIVE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODE_NODES_FIELD_NUMBER: _ClassVar[int]
     num_prompt_tokens: int
     num_prefill_tokens: int
     num_decode_prompt_tokens: int
@@ -161,7 +162,8 @@ class Usage(_message.Message):
     kv_effective_bytes: int
     num_draft_tokens: int
     num_accepted_tokens: int
-    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_decode_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., kv_received_bytes: _Optional[int] = ..., num_kv_streams: _Optional[int] = ..., kv_shared_bytes: _Optional[int] = ..., kv_effective_bytes: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ...) -> None: ...
+    num_decode_nodes: int
+    def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_decode_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., kv_received_bytes: _Optional[int] = ..., num_kv_streams: _Optional[int] = ..., kv_shared_bytes: _Optional[int] = ..., kv_effective_bytes: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_decode_nodes: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_s", "prefill_s", "first_token_s", "decode_s")
@@ -204,6 +206,8 @@ class ErrorDetail(_message.Message):
         KIND_INTERNAL: _ClassVar[ErrorDetail.Kind]
         KIND_LEASE_EXPIRED: _ClassVar[ErrorDetail.Kind]
         KIND_NOT_FINITE: _ClassVar[ErrorDetail.Kind]
+        KIND_PREFILL_UNAVAILABLE: _ClassVar[ErrorDetail.Kind]
+        KIND_UNKNOWN_ANSWER: _ClassVar[ErrorDetail.Kind]
     KIND_UNSPECIFIED: ErrorDetail.Kind
     KIND_INVALID_REQUEST: ErrorDetail.Kind
     KIND_UNKNOWN_MODEL: ErrorDetail.Kind
@@ -215,6 +219,8 @@ class ErrorDetail(_message.Message):
     KIND_INTERNAL: ErrorDetail.Kind
     KIND_LEASE_EXPIRED: ErrorDetail.Kind
     KIND_NOT_FINITE: ErrorDetail.Kind
+    KIND_PREFILL_UNAVAILABLE: ErrorDetail.Kind
+    KIND_UNKNOWN_ANSWER: ErrorDetail.Kind
     KIND_FIELD_NUMBER: _ClassVar[int]
     FIELD_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]

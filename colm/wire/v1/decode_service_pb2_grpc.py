@@ -40,6 +40,11 @@ class DecodeServiceStub:
                 request_serializer=colm_dot_wire_dot_v1_dot_decode__service__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=colm_dot_wire_dot_v1_dot_decode__service__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.CancelDecode = channel.unary_unary(
+                '/colm.wire.v1.DecodeService/CancelDecode',
+                request_serializer=colm_dot_wire_dot_v1_dot_decode__service__pb2.CancelDecodeRequest.SerializeToString,
+                response_deserializer=colm_dot_wire_dot_v1_dot_decode__service__pb2.CancelDecodeResponse.FromString,
+                _registered_method=True)
 
 
 class DecodeServiceServicer:
@@ -48,7 +53,15 @@ class DecodeServiceServicer:
 
     def Decode(self, request_iterator, context):
         """The first request is `open`; token ids follow; `end_of_prompt` starts the work, whether or not the caller then
-        closes its side. Exactly one `finished` ends the answer, or the call fails with a status.
+        closes its side. Or the only request is `resume`, where a call broke: then `resumed` comes first. Exactly one
+        `finished` ends the answer, or the call fails with a status.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelDecode(self, request, context):
+        """Ends a request that nobody wants any more; without it a request with a key outlives its call for a while.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +74,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=colm_dot_wire_dot_v1_dot_decode__service__pb2.DecodeRequest.FromString,
                     response_serializer=colm_dot_wire_dot_v1_dot_decode__service__pb2.DecodeResponse.SerializeToString,
+            ),
+            'CancelDecode': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelDecode,
+                    request_deserializer=colm_dot_wire_dot_v1_dot_decode__service__pb2.CancelDecodeRequest.FromString,
+                    response_serializer=colm_dot_wire_dot_v1_dot_decode__service__pb2.CancelDecodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +109,33 @@ class DecodeService:
             '/colm.wire.v1.DecodeService/Decode',
             colm_dot_wire_dot_v1_dot_decode__service__pb2.DecodeRequest.SerializeToString,
             colm_dot_wire_dot_v1_dot_decode__service__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelDecode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/colm.wire.v1.DecodeService/CancelDecode',
+            colm_dot_wire_dot_v1_dot_decode__service__pb2.CancelDecodeRequest.SerializeToString,
+            colm_dot_wire_dot_v1_dot_decode__service__pb2.CancelDecodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,19 +18,21 @@ ROLE_PREFILL: Role
 ROLE_DECODE: Role
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("open", "document", "token_ids", "end_of_prompt")
+    __slots__ = ("open", "document", "token_ids", "end_of_prompt", "resume")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     END_OF_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
     open: OpenGenerate
     document: bytes
     token_ids: _common_pb2.TokenIds
     end_of_prompt: _common_pb2.EndOfPrompt
-    def __init__(self, open: _Optional[_Union[OpenGenerate, _Mapping]] = ..., document: _Optional[bytes] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ...) -> None: ...
+    resume: ResumeGenerate
+    def __init__(self, open: _Optional[_Union[OpenGenerate, _Mapping]] = ..., document: _Optional[bytes] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., resume: _Optional[_Union[ResumeGenerate, _Mapping]] = ...) -> None: ...
 
 class OpenGenerate(_message.Message):
-    __slots__ = ("model", "prompt", "chat", "num_chains", "max_new_tokens", "sampling", "timeout_s", "attention", "history", "kv_codec", "max_draft_tokens")
+    __slots__ = ("model", "prompt", "chat", "num_chains", "max_new_tokens", "sampling", "timeout_s", "answer_key", "answer_token_ids", "attention", "history", "kv_codec", "max_draft_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +40,8 @@ class OpenGenerate(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_KEY_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     KV_CODEC_FIELD_NUMBER: _ClassVar[int]
@@ -49,11 +53,13 @@ class OpenGenerate(_message.Message):
     max_new_tokens: int
     sampling: _common_pb2.Sampling
     timeout_s: float
+    answer_key: str
+    answer_token_ids: _containers.RepeatedScalarFieldContainer[int]
     attention: _common_pb2.AttentionMode
     history: _containers.RepeatedCompositeFieldContainer[ChatMessage]
     kv_codec: _common_pb2.Codec
     max_draft_tokens: int
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[bool] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., history: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., kv_codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., max_draft_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[bool] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., answer_key: _Optional[str] = ..., answer_token_ids: _Optional[_Iterable[int]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., history: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., kv_codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., max_draft_tokens: _Optional[int] = ...) -> None: ...
 
 class ChatMessage(_message.Message):
     __slots__ = ("role", "content")
@@ -62,6 +68,14 @@ class ChatMessage(_message.Message):
     role: str
     content: str
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+
+class ResumeGenerate(_message.Message):
+    __slots__ = ("answer_key", "num_tokens")
+    ANSWER_KEY_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    answer_key: str
+    num_tokens: int
+    def __init__(self, answer_key: _Optional[str] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("accepted", "prefill_progress", "token", "finished", "queued")

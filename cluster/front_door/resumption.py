@@ -1,0 +1,84 @@
+"""Finds the decode node that holds an answer whose gateway was lost, and relays the rest of it."""
+
+import asyncio
+import logging
+from contextlib import aclosing
+
+from cluster.front_door.placement import DecodeNodeCalls, Emit, whole
+from cluster.node_registry import NodeRegistry
+from colm.clock import Clock, Deadline
+from colm.errors import PeerUnavailable, UnknownAnswer
+from colm.events import Accepted, Reserved, Resumed
+from colm.nodes import REPORT_INTERVAL_S, Role
+
+logger = logging.getLogger(__name__)
+
+SEARCH_S = 5.0
+"""How long a gateway waits for the reports of decode nodes: it knows none when it has just begun."""
+FIRST_WORD_S = 2.0
+"""How long a decode node that is asked may take; one that hangs does not keep the others from being asked."""
+
+
+class Resumption:
+    """Asks the decode nodes one after the other, those that report later too.
+
+    Args:
+        num_decode_nodes: how many there are when all run; nobody waits for more.
+    """
+
+    def __init__(self, calls: DecodeNodeCalls, registry: NodeRegistry, clock: Clock, num_decode_nodes: int) -> None:
+        self._calls = calls
+        self._registry = registry
+        self._clock = clock
+        self._num_decode_nodes = num_decode_nodes
+
+    async def run(self, model: str, answer_key: str, num_tokens: int, deadline: Deadline, emit: Emit) -> None:
+        """Emit `Accepted`, then the events of an answer behind its first `num_tokens` tokens; `Finished` is the last.
+
+        Raises:
+            UnknownAnswer: no decode node holds it.
+            PeerUnavailable: the node that holds it was lost.
+            ColmError: whatever else the request fails with.
+        """
+        search = Deadline.after(self._clock, SEARCH_S)
+        asked: set[str] = set()
+        while True:
+            nodes = [node.report for node in self._registry.nodes() if node.report.role is Role.DECODE]
+            for node in nodes:
+                if node.replica_id not in asked:
+                    asked.add(node.replica_id)
+                    if await self._relay(node.address, model, answer_key, num_tokens, deadline, emit):
+                        return
+            if len(asked) >= self._num_decode_nodes or search.remaining_s() <= 0:
+                raise UnknownAnswer("no decode node holds that answer any more; submit the request again")
+            await asyncio.sleep(REPORT_INTERVAL_S / 5)
+
+    async def _relay(
+        self, address: str, model: str, answer_key: str, num_tokens: int, deadline: Deadline, emit: Emit
+    ) -> bool:
+        """Relay the answer if a node holds it; returns whether it does."""
+        call = self._calls.resume(address, answer_key, num_tokens, deadline=deadline)
+        async with aclosing(whole(call, address)) as events:
+            try:
+                async with asyncio.timeout(FIRST_WORD_S):
+                    resumed = await anext(events)
+            except (UnknownAnswer, PeerUnavailable, TimeoutError) as err:
+                logger.info("answer.not_held address=%s cause=%r", address, err)
+                return False
+            if not isinstance(resumed, Resumed):
+                raise PeerUnavailable(f"decode node {address} broke the protocol: {type(resumed).__name__} came first")
+            logger.info("request.resumed request=%s tokens=%d", resumed.request_id, num_tokens)
+            await emit(
+                Accepted(
+                    request_id=resumed.request_id,
+                    model=model,
+                    num_prompt_tokens=resumed.num_prompt_tokens,
+                    num_chains=resumed.num_chains,
+                    max_new_tokens=resumed.max_new_tokens,
+                    timeout_s=resumed.remaining_s,
+                )
+            )
+            async for event in events:
+                if not isinstance(event, Reserved):
+                    await emit(event)
+        return True

@@ -1,0 +1,132 @@
+"""One request of a client over all the calls that it takes: which is the next one, and what they have brought."""
+
+import secrets
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+from colm.clock import Clock, Deadline, MonotonicClock
+from colm.errors import CapacityExceeded, ColmError, ConnectionLost, PeerUnavailable, PrefillUnavailable, UnknownAnswer
+from colm.events import Accepted, Event, Reconnecting, Token
+from colm.retry import RetryPolicy
+from colm.upload import Document, GenerateOptions, Resume, Upload
+
+RECONNECT = RetryPolicy(max_attempts=40, first_pause_s=0.05, last_pause_s=1.0)
+"""For calls in a row that bring no token; they last longer than a gateway needs to start again."""
+# The call's deadline lies this long after the server's own, whose error message says where the time went.
+_DEADLINE_SLACK_S = 5.0
+# gRPC counts nanoseconds in 64 bits; a deadline that overflows them is over at once.
+_LONGEST_CALL_S = 1e9
+
+
+class Attempts:
+    """A request that survives its gateway.
+
+    The first call submits it. When that breaks, the next one asks for the rest of the answer, which a decode node holds
+    for a while. If it is held nowhere any more, the request is submitted again, with the answer so far.
+
+    Raises:
+        InvalidRequest: names the field at fault. The cluster checks its own limits.
+    """
+
+    def __init__(
+        self,
+        document: Document,
+        prompt: str,
+        options: GenerateOptions,
+        *,
+        reconnects: bool,
+        clock: Clock | None = None,
+        retry: RetryPolicy = RECONNECT,
+    ) -> None:
+        self._upload = Upload.of(document, prompt, options)
+        self._reconnects = reconnects
+        self._clock = clock or MonotonicClock()
+        self._retry = retry
+        timeout_s = self._upload.request.timeout_s
+        self._deadline = None if timeout_s is None else Deadline.after(self._clock, timeout_s)
+        self._token_ids: list[int] = []
+        self._num_failures = 0
+        self._is_accepted = False
+        self._was_accepted = False
+        """By any call; the caller hears it once."""
+        self._was_taken = False
+        """The gateway was there once, so it may be there again."""
+        self._was_lost = False
+        self._resumes = False
+        if reconnects:
+            self._upload.request = replace(self._upload.request, answer_key=secrets.token_hex(16))
+
+    @property
+    def call_timeout_s(self) -> float | None:
+        """Seconds that the next call may take; None for any number."""
+        if self._deadline is None or (remaining_s := self._deadline.remaining_s()) <= 0:
+            return None  # the gateway says what is wrong with it
+        return min(remaining_s + _DEADLINE_SLACK_S, _LONGEST_CALL_S)
+
+    @property
+    def messages(self) -> Upload | Resume:
+        """What the next call sends."""
+        if not self._resumes:
+            return self._upload
+        return Resume(answer_key=self._upload.request.answer_key, num_tokens=len(self._token_ids))
+
+    def errors(self) -> AbstractContextManager[None]:
+        """See `Upload.errors`."""
+        return self._upload.errors()
+
+    def see(self, event: Event) -> bool:
+        """Note an event; returns whether it is news to the caller."""
+        if isinstance(event, Accepted):
+            if self._deadline is None and event.timeout_s > 0:
+                self._deadline = Deadline.after(self._clock, event.timeout_s)
+            is_news, self._is_accepted, self._was_accepted = not self._was_accepted, True, True
+            return is_news
+        if isinstance(event, Token):
+            self._token_ids.append(event.token_id)
+            self._num_failures = 0
+        return True
+
+    def after(self, error: ColmError) -> Reconnecting:
+        """Prepare the next call after one that failed.
+
+        Raises:
+            ColmError: the error; another call would not help.
+        """
+        self._was_taken = self._was_taken or self._upload.is_taken
+        self._num_failures += 1
+        pause_s = self._retry.pause_s(self._num_failures)
+        if not self._reconnects or pause_s is None or not self._helps(error):
+            raise error
+        if isinstance(error, ConnectionLost):
+            self._was_lost = True
+            self._resumes = self._is_accepted
+        elif not isinstance(error, CapacityExceeded):  # whoever held the answer has it no more
+            self._resumes = False
+        if not self._resumes:
+            self._submit_again(error)
+        return Reconnecting(in_s=pause_s, cause=str(error))
+
+    def _helps(self, error: ColmError) -> bool:
+        match error:
+            case PrefillUnavailable():
+                return False
+            case ConnectionLost():
+                return self._was_taken
+            case UnknownAnswer() | PeerUnavailable():
+                return self._resumes  # of a submitted request it is the gateway's last word
+            case CapacityExceeded():
+                return self._was_lost  # others that lost the same gateway may be there first
+            case _:
+                return False
+
+    def _submit_again(self, error: ColmError) -> None:
+        remaining_s = None if self._deadline is None else self._deadline.remaining_s()
+        request = replace(
+            self._upload.request,
+            timeout_s=remaining_s,
+            answer_key=secrets.token_hex(16),
+            answer_token_ids=tuple(self._token_ids),
+        )
+        if (upload := self._upload.again(request)) is None:
+            raise error
+        self._upload, self._is_accepted = upload, False
