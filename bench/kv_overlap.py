@@ -1,12 +1,12 @@
 """What the KV stream adds to a prompt's computation: `python -m bench.kv_overlap --json`.
 
-A process of its own holds the prefill engine. In each round a prompt goes through it twice: without a stream, and
-through the prefill node's service to this process, which receives, verifies and stores it as a decode node does, over
-TLS. The decode node's own first step is not in it.
+A process of its own holds the prefill engine. In each round a prompt goes through it three times: without a stream, and
+through the prefill node's service to this process, which receives, verifies and stores it as a decode node does, once
+all over TLS (`stream`) and once with payloads in shared memory. The decode node's own first step is not in it.
 
-`over_engine_x` is the stream's time over the engine's; `stream_cpu_s` is the processor time of both processes beside
-the computation's. They share this machine, so the stream's work takes time from the engine: `own_core_x` is what would
-be left if that work had been done by a core that the engine does not use.
+`over_engine_x` is the time over the engine's; `stream_cpu_s` is the processor time of both processes beside the
+computation's. They share this machine, so the stream's work takes time from the engine: `own_core_x` is what would be
+left if that work had been done by a core that the engine does not use.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -39,6 +40,7 @@ from colm.placement import CPU
 from colm.wire.channels import BlockingChannels
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security, new_tls
+from colm.wire.shared_memory import host_id
 from decode_node.kv_fetch import KvTransfer
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_receiver import KvReceiver
@@ -87,7 +89,11 @@ class OverlapCase(Case):
             turns = _Turns(self, seed, node, KvLayout(kv_format, PAGE_TOKENS))
             yield Contest(
                 check=turns.check,
-                contenders={"engine": turns.engine, "stream": turns.stream},
+                contenders={
+                    "engine": turns.engine,
+                    "stream": partial(turns.stream, ""),
+                    "shared_memory": partial(turns.stream, host_id()),
+                },
                 facts={"payload_bytes": self.num_tokens * kv_format.token_bytes},
             )
 
@@ -149,7 +155,12 @@ async def _answer(case: OverlapCase, seed: int, security: Security, pipe: Connec
     planner = SparsePlanner(case.config, settings.sparse_policy, None)
     server = create_server(security)
     PrefillService(
-        engine, loop, fingerprint=FINGERPRINT, planner=planner, metrics=KvStreamMetrics(CollectorRegistry())
+        engine,
+        loop,
+        fingerprint=FINGERPRINT,
+        planner=planner,
+        metrics=KvStreamMetrics(CollectorRegistry()),
+        shares_memory=True,
     ).add_to(server)
     port = bind(server, "127.0.0.1", 0, security)
     await server.start()
@@ -188,7 +199,7 @@ class _Turns:
         case, num_tokens = self._case, min(self._case.num_tokens, NUM_CHECKED_TOKENS)
         check_engine(case.config, case.dtype, CHECKED_TILE_TOKENS, self._seed)
         store = self._store_of(num_tokens)
-        self._receive(store, num_tokens)
+        self._receive(store, num_tokens, host_id())
         for tile in engine_of_random(case.config, case.dtype, TILE_TOKENS, self._seed).run(self._prompt(num_tokens)):
             rows = slice(tile.first_token, tile.first_token + tile.num_tokens)
             for cache, computed in ((store.k_pages_LBPKD, tile.k_KTD), (store.v_pages_LBPKD, tile.v_KTD)):
@@ -203,11 +214,15 @@ class _Turns:
         self._engine_s = perf_counter() - began_s
         return {"s": self._engine_s, "cpu_s": self._engine_cpu_s}
 
-    def stream(self) -> Mapping[str, float]:
-        """From the call to the last stored tile."""
+    def stream(self, host: str) -> Mapping[str, float]:
+        """From the call to the last stored tile.
+
+        Args:
+            host: what the node is told; its own name lets payloads go through shared memory.
+        """
         self._node.ask("cpu")
         began_s, began_cpu_s = perf_counter(), process_time()
-        self._receive(self._store, self._case.num_tokens)
+        self._receive(self._store, self._case.num_tokens, host)
         took_s, own_cpu_s = perf_counter() - began_s, process_time() - began_cpu_s
         stream_cpu_s = own_cpu_s + self._node.ask("cpu") - self._engine_cpu_s
         left_s = took_s - stream_cpu_s / torch.get_num_threads()
@@ -220,7 +235,7 @@ class _Turns:
             "of_bar_fraction": own_core_x / BAR_X,
         }
 
-    def _receive(self, store: KvStore, num_tokens: int) -> None:
+    def _receive(self, store: KvStore, num_tokens: int, host: str) -> None:
         ledger = TransferLedger(
             transfer_id=f"bench-{next(self._names)}",
             num_layers=self._case.config.num_layers,
@@ -234,7 +249,7 @@ class _Turns:
             table_M=np.arange(store.num_pages, dtype=np.int32),
         )
         lease = PrefillLease(address=self._node.address, lease_id="")
-        KvReceiver(transfer, lease, store, self._channels, self._node.security, MonotonicClock()).run()
+        KvReceiver(transfer, lease, store, self._channels, self._node.security, MonotonicClock(), host).run()
 
     def _prompt(self, num_tokens: int) -> Any:
         return prompt(self._case.config, num_tokens, self._seed)
