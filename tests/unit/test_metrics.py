@@ -79,7 +79,7 @@ async def test_a_stream_that_broke_and_the_one_that_went_on_are_told_apart(check
         await decode(node.address, PROMPT, num_chains=1)
         assert value(node.metrics, "colm_kv_streams_started_total") == 2
         assert value(node.metrics, "colm_kv_streams_resumed_total") == 1
-        assert value(node.metrics, "colm_kv_streams_ended_total", outcome="peer_unavailable") == 1
+        assert value(node.metrics, "colm_kv_streams_ended_total", outcome="connection_lost") == 1
         assert value(node.metrics, "colm_kv_streams_ended_total", outcome="complete") == 1
         assert value(prefill.metrics, "colm_kv_streams_resumed_total") == 1
 

@@ -16,7 +16,7 @@ from prefill_node.node import PrefillNode
 from prefill_node.sparse.policy import SparsePolicy
 
 COMMANDS = {"prefill": prefill_command.main, "decode": decode_command.main}
-RAYS_ALONE = {"replicas", "num_gpus"}
+RAYS_ALONE = {"replicas", "standby", "num_gpus"}
 OF_BORROWERS = {"max_queued", "max_streams"}
 """Options of [prefill] for those who borrow a prefill node: a decode node by hand takes them."""
 REQUIRED = {"prefill": ("--model", "m"), "decode": ("--model", "m", "--prefill", "localhost:1")}
