@@ -110,10 +110,12 @@ def test_every_family_passes(family: str) -> None:
 
 def test_a_check_that_takes_too_much_ends_its_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_file, "_LARGE_BYTES", 0)
-    parse_tokenizer(tiny_tokenizer().to_str().encode())
+    # So long that no room is left over for it in the memory that the child has before its limit.
+    padded = tiny_tokenizer().to_str().encode() + b" " * (16 << 20)
+    parse_tokenizer(padded)
     monkeypatch.setattr(tokenizer_file, "_MEMORY_BYTES", 1 << 20)
     with pytest.raises(CheckpointError, match="CPU time or"):
-        parse_tokenizer(tiny_tokenizer().to_str().encode())
+        parse_tokenizer(padded)
 
 
 def test_windows_are_short_and_stay_short_where_time_grows_with_their_square() -> None:
