@@ -1,6 +1,6 @@
 """Conversion between domain objects and messages. Only the edges of a process use pb2 classes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -28,7 +28,7 @@ from colm.events import (
     WaitsFor,
 )
 from colm.nodes import ClusterStatus, ModelStatus, NodeReport, NodeStatus, ProcessFacts, Role
-from colm.request import ATTENTION_MODES, KV_CODECS, AttentionMode, ChatMessage, GenerateRequest, KvCodec
+from colm.request import AttentionMode, ChatMessage, GenerateRequest, KvCodec
 from colm.sampling import SamplingParams
 from colm.wire.v1 import common_pb2 as pb
 from colm.wire.v1 import decode_service_pb2 as decode_pb
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 _Message = TypeVar("_Message", bound=Message)
 _Record = TypeVar("_Record", bound="DataclassInstance")
+_Word = TypeVar("_Word", bound=str)
+_Value = TypeVar("_Value", bound=int)
 
 IDS_PER_MESSAGE = 1 << 16
 
@@ -126,12 +128,7 @@ def attention_from_pb(value: pb.AttentionMode) -> AttentionMode:
     Raises:
         InvalidRequest: a mode of a newer client.
     """
-    if value == pb.ATTENTION_MODE_UNSPECIFIED:
-        return "dense"
-    for mode, known in _ATTENTION_MODES.items():
-        if value == known:
-            return mode
-    raise InvalidRequest("attention", value, f"must be {' or '.join(ATTENTION_MODES)}")
+    return _word("attention", value, _ATTENTION_MODES, "dense")
 
 
 def kv_codec_from_pb(value: pb.Codec) -> KvCodec:
@@ -140,12 +137,17 @@ def kv_codec_from_pb(value: pb.Codec) -> KvCodec:
     Raises:
         InvalidRequest: a codec of a newer client.
     """
-    if value == pb.CODEC_UNSPECIFIED:
-        return "raw"
-    for codec, known in CODECS.items():
+    return _word("kv_codec", value, CODECS, "raw")
+
+
+def _word(field: str, value: _Value, values: Mapping[_Word, _Value], unset: _Word) -> _Word:
+    """The word that a value of an enumeration stands for; 0 is a field that was not set."""
+    if value == 0:
+        return unset
+    for word, known in values.items():
         if value == known:
-            return codec
-    raise InvalidRequest("kv_codec", value, f"must be {' or '.join(KV_CODECS)}")
+            return word
+    raise InvalidRequest(field, value, f"must be {' or '.join(values)}")
 
 
 def sparse_report_to_pb(report: SparseReport) -> pb.SparseReport:

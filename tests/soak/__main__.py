@@ -6,6 +6,7 @@ Every request must end in one right answer or one typed error. Memory must stay 
 import argparse
 import json
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -92,7 +93,8 @@ def main() -> int:
             record = soak(ClusterState.require(state_dir), options)
         finally:
             run_colm(state_dir, "down", check=False)
-    record |= {"model": str(options.model or "tiny, random weights"), "command": " ".join(sys.argv), **environment()}
+    command = shlex.join(["python", "-m", "tests.soak", *sys.argv[1:]])
+    record |= {"model": str(options.model or "tiny, random weights"), "command": command, **environment()}
     Console().print(_table(record))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
