@@ -289,3 +289,9 @@ def test_the_adrs_name_files_that_exist() -> None:
         if "/" in name and not (ROOT / name).exists()
     ]
     assert missing == []
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """Without packages, pytest imports them by their names alone, and collects none of the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
