@@ -1,0 +1,26 @@
+"""Named mutations of the serving path, by the part that they break."""
+
+from tests.mutation.mutant import Mutant
+from tests.mutation.mutants import (
+    bench,
+    cluster,
+    colm,
+    decode_requests,
+    decode_steps,
+    kernels,
+    prefill_engine,
+    prefill_streams,
+    wire,
+)
+
+MUTANTS: tuple[Mutant, ...] = (
+    *bench.MUTANTS,
+    *cluster.MUTANTS,
+    *colm.MUTANTS,
+    *decode_requests.MUTANTS,
+    *decode_steps.MUTANTS,
+    *kernels.MUTANTS,
+    *prefill_engine.MUTANTS,
+    *prefill_streams.MUTANTS,
+    *wire.MUTANTS,
+)

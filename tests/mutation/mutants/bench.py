@@ -1,0 +1,155 @@
+"""Of what benchmarks and reports say."""
+
+from tests.mutation.mutant import Mutant
+
+_QUALITY = "tests/unit/test_bench_quality.py::"
+_SERVING = "tests/unit/test_bench_serving.py::"
+
+MUTANTS = (
+    Mutant(
+        "a prefill has the memory that other models' weights take",
+        "bench/prefill/memory.py",
+        "sum((held | {model: weights_bytes(config, dtype)}).values())",
+        "weights_bytes(config, dtype)",
+        "tests/unit/test_bench_prefill.py::test_a_length_runs_where_its_bytes_fit_beside_all_weights",
+    ),
+    Mutant(
+        "an operation inside another is timed twice",
+        "bench/prefill/parts.py",
+        "            if is_inside:\n",
+        "            if False:\n",
+        "tests/unit/test_bench_prefill.py::test_each_operation_of_the_engine_is_timed_once_under_its_part",
+    ),
+    Mutant(
+        "a request that is sent late has waited for less",
+        "bench/serving/open_loop.py",
+        "times_s.append(clock() - due_s)",
+        "times_s.append(clock() - due_s - late_s)",
+        _SERVING + "test_times_count_from_when_a_request_was_to_arrive_not_from_when_it_was_sent",
+    ),
+    Mutant(
+        "refusals better the percentiles of the others",
+        "bench/serving/outcome.py",
+        "known = [math.inf if value is None else value for value in values]",
+        "known = [value for value in values if value is not None]",
+        _SERVING + "test_a_request_without_a_first_token_is_later_than_any_other",
+    ),
+    Mutant(
+        "a request may be missing from a window's record",
+        "bench/serving/record.py",
+        "if len(self.requests) != self.load.num_requests:",
+        "if False:",
+        _SERVING + "test_a_record_comes_back_from_its_line_and_has_one_outcome_for_each_arrival",
+    ),
+    Mutant(
+        "a burst's requests arrive one by one",
+        "bench/serving/trace.py",
+        "np.repeat(moments, load.num_together)",
+        "np.sort(rng.uniform(0, load.seconds, load.num_requests))",
+        _SERVING + "test_as_many_requests_arrive_as_the_rate_says_and_none_outside_the_window",
+    ),
+    Mutant(
+        "the reference server keeps the pages of who has finished",
+        "bench/serving/one_process.py",
+        "        self.pool.release(work.pages)\n",
+        "",
+        _SERVING + "test_one_process_answers_as_the_model_does_whatever_else_it_answers",
+    ),
+    Mutant(
+        "the reference server makes no first token before it has read all prompts",
+        "bench/serving/one_process.py",
+        "        self._step([work])\n",
+        "",
+        _SERVING + "test_every_prompt_that_waits_goes_before_the_answers_and_has_its_first_token_before_the_next",
+    ),
+    Mutant(
+        "the reference server takes the newest prompt first",
+        "bench/serving/one_process.py",
+        "self._waiting.append(work)",
+        "self._waiting.appendleft(work)",
+        _SERVING + "test_one_process_takes_prompts_in_the_order_in_which_they_came",
+    ),
+    Mutant(
+        "an interval of 95% is one of 90%",
+        "bench/quality/metrics.py",
+        "tail = (1.0 - confidence) / 2.0",
+        "tail = 1.0 - confidence",
+        _QUALITY + "test_the_interval_is_clopper_and_pearsons",
+    ),
+    Mutant(
+        "the first tokens behind a prompt are scored in place of the last",
+        "bench/quality/experiment.py",
+        "[-NUM_SCORED:]",
+        "[:NUM_SCORED]",
+        _QUALITY + "test_a_dense_cell_reads_the_last_tokens_as_the_whole_model_does",
+    ),
+    Mutant(
+        "facts take the room of the text's end",
+        "bench/quality/text.py",
+        "    stop = end - num_continued\n",
+        "    stop = end - num_continued - sum(map(len, sentences))\n",
+        _QUALITY + "test_facts_stand_between_paragraphs_at_even_depths",
+    ),
+    Mutant(
+        "a modelled cell counts as run",
+        "bench/prefill/suite.py",
+        " and record.measured in modes",
+        "",
+        "tests/unit/test_bench_prefill_suite.py::test_records_of_another_commit_or_a_model_stand_for_nothing",
+    ),
+    Mutant(
+        "a tile of a long prompt's sample finds its weights in memory",
+        "bench/prefill/sampling.py",
+        "        self._layer.time(*self._bounds(0))\n        self._turns[tile]",
+        "        self._turns[tile]",
+        "tests/unit/test_bench_prefill_suite.py::"
+        "test_long_prompts_layers_take_turns_at_every_tile_behind_their_own_first",
+    ),
+    Mutant(
+        "what groups took in truth does not count for those behind them",
+        "bench/prefill/suite.py",
+        "pace, left_s = taken_s / predicted_s, ends_s - self.clock()",
+        "pace, left_s = 1.0, self.budget_s",
+        "tests/unit/test_bench_prefill_suite.py::"
+        "test_a_group_that_takes_longer_than_predicted_leaves_less_for_those_behind_it",
+    ),
+    Mutant(
+        "a sampled sparse layer attends to everything",
+        "bench/prefill/layer.py",
+        "attention = _dense if self._plan is None else partial(_sparse, self._plan)",
+        "attention = _dense",
+        "tests/unit/test_bench_prefill_suite.py::"
+        "test_a_sampled_sparse_tile_leaves_the_hidden_states_that_the_engine_computes",
+    ),
+    Mutant(
+        "a modelled stream has no window",
+        "bench/roofline/model.py",
+        "                computed_s = max(computed_s, arrived_s)\n",
+        "",
+        "tests/unit/test_bench_roofline.py::"
+        "test_a_smaller_window_never_makes_a_stream_faster_and_an_empty_one_takes_turns",
+    ),
+    Mutant(
+        "a modelled cell is compared with the paper",
+        "bench/report/compare.py",
+        'if self.ours is None or self.ours.measured == "modelled" or self.paper_speedup is None:',
+        "if self.ours is None or self.paper_speedup is None:",
+        "tests/unit/test_bench_report.py::"
+        "test_modelled_cells_cells_not_run_and_cells_that_the_paper_has_wrong_are_not_judged",
+    ),
+    Mutant(
+        "all tiles of one layer leave nothing open about the others",
+        "bench/prefill/estimate.py",
+        "(len(group) * num_layers)",
+        "len(group)",
+        "tests/unit/test_bench_prefill_suite.py::"
+        "test_all_tiles_of_one_layer_are_summed_and_the_other_layers_leave_an_error_bar",
+    ),
+    Mutant(
+        "a switch costs what a prompt's first step takes",
+        "bench/job_switch.py",
+        "if number != before and place:",
+        "if number != before:",
+        "tests/unit/test_bench_job_switch.py::test_a_switch_costs_what_the_steps_behind_the_other_prompt_take_longer",
+    ),
+)
