@@ -17,5 +17,9 @@ class KvPosition(NamedTuple):
         token = self.token + num_tile_tokens
         return KvPosition(self.layer + 1, 0) if token == num_tokens else KvPosition(self.layer, token)
 
+    def at_least(self, first_token: int) -> "KvPosition":
+        """Where its layer's next tile begins, if no layer has any before a token."""
+        return KvPosition(self.layer, max(self.token, first_token))
+
 
 KV_START = KvPosition(0, 0)

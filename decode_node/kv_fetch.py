@@ -45,6 +45,8 @@ class KvTransfer:
     """Page ids; see `KvStore.page_table`."""
     attention: AttentionMode = "dense"
     codec: KvCodec = "raw"
+    cache_salt: bytes = b""
+    """The prefill node shares what it keeps among prompts of the same one alone."""
 
 
 class Receiver(Protocol):
@@ -54,6 +56,7 @@ class Receiver(Protocol):
     started_s: float | None
     heard_s: float | None
     sparse: SparseReport | None
+    num_cached_tokens: int
 
     def run(self) -> None:
         """Receive everything; called in a thread. Once it has returned, nothing is written any more."""
@@ -74,6 +77,10 @@ class KvOrder:
     """The same in every attempt: dense and sparse tiles do not fit together above layer 0."""
     codec: KvCodec = "raw"
     """In which they travel."""
+    first_token: int = 0
+    """What lies before it is in the pages already, and is not sent: a multiple of the prefill node's tiles."""
+    cache_salt: bytes = b""
+    """The prefill node shares what it keeps among prompts of the same one alone."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,6 +94,8 @@ class KvAccount:
     queue_s: float = 0.0
     prefill_s: float = 0.0
     sparse: SparseReport | None = None
+    num_cached_tokens: int = 0
+    """Of the prompt, what the prefill node that came last had kept from an earlier one."""
 
 
 class KvFetcher:
@@ -142,6 +151,7 @@ class KvFetcher:
             transfer_id=f"{order.request_id}.{secrets.token_hex(4)}",
             num_layers=self._num_layers,
             num_tokens=len(order.token_ids),
+            first_token=order.first_token,
         )
         holder = _Holder(ledger)
         for num_failures in count(1):
@@ -191,6 +201,7 @@ class KvFetcher:
             table_M=order.table_M,
             attention=order.attention,
             codec=order.codec,
+            cache_salt=order.cache_salt,
         )
         receiver = self._receive(transfer, lease)
         thread = self._start(receiver, order.pages)
@@ -202,6 +213,7 @@ class KvFetcher:
                     count.num_tiles, count.payload_bytes = ledger.num_tiles, ledger.payload_bytes
                     count.shared_bytes = ledger.shared_bytes
             account.sparse = receiver.sparse
+            account.num_cached_tokens = receiver.num_cached_tokens
         finally:
             receiver.cancel()
             ended_s = self._clock.now()

@@ -71,6 +71,8 @@ class KvReceiver:
         """When the last message came, by the clock; None before the first."""
         self.sparse: SparseReport | None = None
         """What became of sparse attention, once the node has said it."""
+        self.num_cached_tokens = 0
+        """Prompt tokens that the node had kept from an earlier prompt, once it has said it."""
         self._ledger = transfer.ledger
         self._requests = KvRequests(transfer, lease.lease_id, self._break_off, host)
         self._memory: SharedReader | None = None
@@ -143,6 +145,7 @@ class KvReceiver:
                     )
                     if message.complete.HasField("sparse"):
                         self.sparse = sparse_report_from_pb(message.complete.sparse)
+                    self.num_cached_tokens = message.complete.num_cached_tokens
                     self._requests.close()
                     self._see_off(call)
                     return True

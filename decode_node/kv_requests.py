@@ -84,6 +84,8 @@ class KvRequests:
                 codecs=[CODECS[transfer.codec]],
                 attention=attention_to_pb(transfer.attention),
                 host_id=self._host,
+                first_token=ledger.first_token,
+                cache_salt=transfer.cache_salt,
             )
         )
         for piece in token_id_pieces(transfer.token_ids):

@@ -7,6 +7,8 @@ Tiles come layer by layer and, within a layer, in token order:
     layer: [token, N)    expected next
     (layer, L)           not begun
 
+In a transfer that begins at a token, no layer has tiles before it.
+
 A broken stream leaves the ledger as it is. The next stream has a newer epoch and brings the rest.
 """
 
@@ -41,8 +43,11 @@ class TransferLedger:
         transfer_id: str,
         num_layers: int,
         num_tokens: int,
+        first_token: int = 0,
     ) -> None:
         self.transfer_id = transfer_id
+        self.first_token = first_token
+        """What lies before it is in the pages already."""
         self.epoch = 0
         """Epoch of the newest stream; 0 before the first."""
         self.position = KV_START
@@ -95,14 +100,14 @@ class TransferLedger:
         """
         self._expect_ours("tile", arrival.transfer_id, arrival.epoch)
         self._expect(not self.is_whole, "tile after the last one")
-        layer, token = self.position
+        layer, token = next_tile = self.position.at_least(self.first_token)
         self._expect(
-            (arrival.layer, arrival.first_token) == self.position,
+            (arrival.layer, arrival.first_token) == next_tile,
             f"tile at layer {arrival.layer} token {arrival.first_token}, expected layer {layer} token {token}",
         )
         left = self._num_tokens - token
         self._expect(1 <= arrival.num_tokens <= left, f"tile of {arrival.num_tokens} tokens where {left} are left")
-        self.position = self.position.after(arrival.num_tokens, self._num_tokens)
+        self.position = next_tile.after(arrival.num_tokens, self._num_tokens)
         self.num_tiles += 1
         self.payload_bytes += arrival.payload_bytes
         self.shared_bytes += arrival.payload_bytes if arrival.is_shared else 0

@@ -22,6 +22,8 @@ class TileEncoder:
     """Of the prompt."""
     kv_format: KvFormat
     codec: KvCodec = "raw"
+    first_token: int = 0
+    """The reader has what lies before it, in every layer."""
 
     def encode(
         self, tile: KvTile, *, epoch: int, since: KvPosition, memory: SharedMemory | None = None
@@ -79,7 +81,8 @@ class TileEncoder:
         return SharedMemory(slot_bytes, min(num_payloads, -(-SHARED_WINDOW_BYTES // slot_bytes) + num_of_tile))
 
     def _since(self, tile: KvTile, since: KvPosition) -> Iterator[KvTile]:
-        num_gone = min(tile.num_tokens, since.token - tile.first_token) if tile.layer == since.layer else 0
+        first_token = since.at_least(self.first_token).token if tile.layer == since.layer else self.first_token
+        num_gone = min(tile.num_tokens, first_token - tile.first_token)
         if tile.layer < since.layer or num_gone == tile.num_tokens:
             return
         if num_gone <= 0:

@@ -41,6 +41,10 @@ class PrefillOrder:
     """Plans the prompt's attention; None for dense. A job keeps those of the order that it began with."""
     codec: KvCodec = "raw"
     """Of the tiles; a job keeps that of the order that it began with."""
+    first_token: int = 0
+    """What lies before it is not sent, in any layer; whole tiles."""
+    cache_salt: bytes = b""
+    """Prompts of other salts share nothing with this one."""
 
 
 class PrefillJob:
@@ -74,8 +78,13 @@ class PrefillJob:
         """Of the stream that came last."""
         self.cancelled = CancelFlag()
         self.encoder = TileEncoder(
-            transfer_id=order.transfer_id, num_tokens=len(order.token_ids), kv_format=kv_format, codec=order.codec
+            transfer_id=order.transfer_id,
+            num_tokens=len(order.token_ids),
+            kv_format=kv_format,
+            codec=order.codec,
+            first_token=order.first_token,
         )
+        self.cache_salt = order.cache_salt
         self.memory: SharedMemory | None = None
         """Holds the window's payloads that were made while their reader read there; None before it is offered."""
         self.run: PrefillRun | None = None
@@ -116,6 +125,11 @@ class PrefillJob:
     def sparse_report(self) -> SparseReport | None:
         """What became of sparse attention; None with dense attention, and where nothing had to be computed."""
         return self.sparse.report() if self.sparse is not None and self.is_started else None
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Of the prompt, what the engine has computed or will; 0 where all had been stored before it began."""
+        return len(self.token_ids) if self.is_started else 0
 
     @property
     def has_reader(self) -> bool:
@@ -257,6 +271,7 @@ class PrefillJob:
         """Whether what is held, and what is still to come, is all that the order asks for."""
         # Dense and sparse tiles do not fit together above layer 0; tiles that wait are written in the job's codec.
         is_same = (self.sparse is None) == (order.sparse is None) and np.array_equal(self.token_ids, order.token_ids)
+        is_same = is_same and (self.encoder.first_token, self.cache_salt) == (order.first_token, order.cache_salt)
         return is_same and self.encoder.codec == order.codec and self.acknowledged <= order.resume_from
 
     def attach(self, order: PrefillOrder) -> JobStream:
@@ -312,11 +327,12 @@ class PrefillJob:
     def check_integrity(self) -> None:
         """Assert that the window is what lies between `acknowledged` and what was produced, once and in order."""
         assert self._window_bytes == sum(tile.held_bytes for tile in self._window)
-        position = self.acknowledged
+        first_token = self.encoder.first_token
+        position = self.acknowledged.at_least(first_token)
         for tile in self._window:
             assert tile.begin <= position < tile.end
-            position = tile.end
-        assert position == max(self._produced, self.acknowledged)
+            position = tile.end.at_least(first_token)
+        assert position == max(self._produced, self.acknowledged).at_least(first_token)
 
     def _work_from(self, position: KvPosition, num_pauses: int) -> Work:
         return self._work_before(self.end, 0) - self._work_before(position, num_pauses)

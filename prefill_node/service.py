@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _WORTH_SHARING_BYTES = 4 << 20
 """A shorter transfer is over about as soon as its reader has opened the memory."""
+_MAX_SALT_BYTES = 64
 
 
 class _GivenUp(Exception):
@@ -104,6 +105,7 @@ class PrefillService:
             limit = self._engine.config.max_context
             if not 1 <= opened.num_tokens <= limit:
                 raise InvalidRequest("num_tokens", opened.num_tokens, f"must be between 1 and {limit}")
+            self._check_start(opened)
             self._loop.check(opened.num_tokens, self._plans(opened))
             token_ids = await read_token_ids(requests, opened.num_tokens)
             self._engine.check(token_ids)
@@ -137,7 +139,25 @@ class PrefillService:
             resume_from=position,
             sparse=self._plans(opened),
             codec=codec,
+            first_token=opened.first_token,
+            cache_salt=opened.cache_salt,
         )
+
+    def _check_start(self, opened: pb.OpenKvTransfer) -> None:
+        """Refuse a prefix that this node cannot leave out, and a salt that is too long."""
+        first_token, tile_tokens = opened.first_token, self._engine.tile_tokens
+        if first_token >= opened.num_tokens or first_token % tile_tokens:
+            # Tiles cut elsewhere would differ by rounding from those of a stream that brings everything.
+            limit = (
+                f"must be a multiple of {tile_tokens}, this node's tile_tokens, below num_tokens={opened.num_tokens}"
+            )
+            raise InvalidRequest("first_token", first_token, limit)
+        if first_token and attention_from_pb(opened.attention) == "sparse":
+            limit = "must be 0 with sparse attention, whose plans depend on the whole prompt"
+            raise InvalidRequest("first_token", first_token, limit)
+        if len(opened.cache_salt) > _MAX_SALT_BYTES:
+            limit = f"must have at most {_MAX_SALT_BYTES} bytes"
+            raise InvalidRequest("cache_salt", f"of {len(opened.cache_salt)} bytes", limit)
 
     def _plans(self, opened: pb.OpenKvTransfer) -> PromptPlans | None:
         is_sparse = attention_from_pb(opened.attention) == "sparse"
@@ -170,7 +190,7 @@ class PrefillService:
             position = pb.KvPosition(layer=reached.layer, token=reached.token)
             await context.write(pb.PullKvResponse(reached=position).SerializeToString())
 
-        started = pb.TransferStarted(codec=CODECS[stream.job.encoder.codec])
+        started = pb.TransferStarted(codec=CODECS[stream.job.encoder.codec], tile_tokens=self._engine.tile_tokens)
         started_s, ended = time.monotonic(), "cancelled"
         try:
             await self._loop.turn(stream, beat)
@@ -189,6 +209,7 @@ class PrefillService:
                 num_tiles=count.num_tiles,
                 payload_bytes=count.payload_bytes,
                 shared_bytes=count.shared_bytes,
+                num_computed_tokens=stream.job.num_computed_tokens,
             )
             if (report := stream.job.sparse_report) is not None:
                 complete.sparse.CopyFrom(sparse_report_to_pb(report))

@@ -202,7 +202,7 @@ class Wire:
     # What the fetcher reads and calls.
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("queued", "started_s", "heard_s", "sparse"):
+        if name in ("queued", "started_s", "heard_s", "sparse", "num_cached_tokens"):
             return getattr(self._receiver, name)
         raise AttributeError(name)
 

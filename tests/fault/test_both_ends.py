@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from colm.errors import CapacityExceeded, FingerprintMismatch, InvalidRequest, PeerUnavailable
+from colm.kv import KvTile
 from colm.metrics.kv_stream import KvStreamMetrics
 from colm.wire import prompt_stream
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
@@ -44,6 +45,8 @@ WINDOW_BYTES = 400
 LARGEST_TILE_BYTES = 5 * FORMAT.layer_token_bytes + 100
 SELDOM = st.sampled_from([False, False, True])
 LENGTHS = [1, 2, 5, 11, 16, MAX_CONTEXT]
+WHOLE_TILES = 15
+"""Tokens of whole tiles, at either node."""
 
 
 @dataclass(eq=False)
@@ -53,6 +56,8 @@ class Request:
     token_ids: NDArray[np.int64]
     pages: PageLease
     table_M: NDArray[np.int32]
+    first_token: int = 0
+    """What lies before it is in the pages from the start."""
     account: KvAccount = field(default_factory=KvAccount)
     task: "asyncio.Task[None] | None" = None
     is_whole: bool = False
@@ -127,18 +132,24 @@ class BothEnds(RuleBasedStateMachine):
 
     # The decode node's callers.
 
-    @rule(length=st.sampled_from(LENGTHS))
-    def ask(self, length: int) -> None:
+    @rule(length=st.sampled_from(LENGTHS), holds_prefix=st.booleans())
+    def ask(self, length: int, holds_prefix: bool) -> None:
         pages = self.page_line.reserve_now("r", self.layout.pages(length))
         if pages is None:
             return
         number = next(self.names)
         token_ids = np.random.default_rng(number).integers(0, 320, length)
         table_M = self.store.page_table(pages)
-        request = Request(token_ids, pages, table_M)
+        first_token = WHOLE_TILES if holds_prefix and length > WHOLE_TILES else 0
+        request = Request(token_ids, pages, table_M, first_token)
         # Others' keys and values lie in the pages, and must not be taken for the prompt's.
         self.store.k_pages_LBPKD[:, table_M] = self.store.v_pages_LBPKD[:, table_M] = -1.0
-        order = KvOrder(request_id=str(number), token_ids=token_ids, pages=pages, table_M=table_M)
+        if first_token:
+            for layer, both in enumerate(truth_of(token_ids)[:, :, :, :first_token]):
+                self.store.write(table_M, KvTile(layer, 0, *both))
+        order = KvOrder(
+            request_id=str(number), token_ids=token_ids, pages=pages, table_M=table_M, first_token=first_token
+        )
 
         async def nobody(_: object) -> None:
             pass
@@ -275,7 +286,7 @@ class BothEnds(RuleBasedStateMachine):
     def check_pages(self, request: Request) -> None:
         """The pages that decode would read hold the prompt's keys and values, and each byte has moved once."""
         num_tokens = len(request.token_ids)
-        assert request.account.kv_received_bytes == num_tokens * FORMAT.token_bytes
+        assert request.account.kv_received_bytes == (num_tokens - request.first_token) * FORMAT.token_bytes
         for index, pages in enumerate((self.store.k_pages_LBPKD, self.store.v_pages_LBPKD)):
             rows_LTKD = pages[:, request.table_M].flatten(1, 2)[:, :num_tokens]
             assert torch.equal(rows_LTKD.swapaxes(1, 2), truth_of(request.token_ids)[:, index])

@@ -1,30 +1,24 @@
 """A transfer whose stream broke goes on where it was: nothing is moved twice, and the answer is the oracle's."""
 
 import asyncio
-import queue
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from itertools import chain
-from typing import Any
 
-import grpc
 import pytest
 import torch
 
 from colm.checkpoint import Checkpoint
 from colm.errors import InvalidRequest, PeerUnavailable
 from colm.kv import KvFormat, KvTile
-from colm.wire.endpoint import open_blocking_channel
-from colm.wire.security import Security
-from colm.wire.status import error_of
-from colm.wire.tile_codec import decode_message, pull_kv_stub
+from colm.wire.tile_codec import decode_message
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from prefill_node import prefill_job, prefill_loop
 from prefill_node.engine import PrefillEngine
 from prefill_node.node import PrefillNode
-from tests.gates import LIMIT_S, Gate, gate_before
-from tests.nodes import decode, decode_node, is_reached, prefill_node, pull_kv_requests, spoilt_prefill
+from tests.callers import Caller
+from tests.gates import Gate, gate_before
+from tests.nodes import decode, decode_node, prefill_node, spoilt_prefill
 from tests.oracle import assert_greedy
 from tests.relay import relay
 from tests.tiny import tiny_checkpoint
@@ -152,45 +146,6 @@ async def test_a_node_that_has_forgotten_the_job_computes_again_and_moves_only_w
     assert_greedy(checkpoint.load(), PROMPT, answer.token_ids, 3)
 
 
-class Caller:
-    """A caller of `PullKv` that says what its test wants."""
-
-    def __init__(self, node: PrefillNode, **options: Any) -> None:
-        self._words: queue.SimpleQueue[pb.PullKvRequest | None] = queue.SimpleQueue()
-        self._channel = open_blocking_channel(node.address, Security())
-        asked = pull_kv_requests(node, PROMPT, **options)
-        self._call = pull_kv_stub(self._channel.__enter__())(chain(asked, iter(self._words.get, None)))
-
-    def acknowledge(self, layer: int, token: int) -> None:
-        self._words.put(pb.PullKvRequest(acknowledged=pb.KvPosition(layer=layer, token=token)))
-
-    def say(self, request: pb.PullKvRequest | None) -> None:
-        self._words.put(request)
-
-    async def read(self, num_messages: int | None = None) -> list[pb.PullKvResponse]:
-        def take() -> list[pb.PullKvResponse]:
-            taken = []
-            for data in self._call:
-                if is_reached(data):
-                    continue
-                taken.append(decode_message(data)[0])
-                if len(taken) == num_messages:
-                    break
-            return taken
-
-        return await asyncio.wait_for(asyncio.to_thread(take), LIMIT_S)
-
-    async def error(self) -> Exception:
-        with pytest.raises(grpc.RpcError) as caught:
-            await self.read()
-        return error_of(caught.value, "prefill node")
-
-    def close(self) -> None:
-        self._words.put(None)
-        self._call.cancel()
-        self._channel.__exit__(None, None, None)
-
-
 @pytest.fixture
 async def node(checkpoint: Checkpoint) -> AsyncIterator[PrefillNode]:
     async with prefill_node(str(checkpoint.path)) as node:
@@ -198,9 +153,9 @@ async def node(checkpoint: Checkpoint) -> AsyncIterator[PrefillNode]:
 
 
 async def test_a_newer_stream_takes_over_and_the_older_one_ends_with_an_error(node: PrefillNode) -> None:
-    older = Caller(node)
+    older = Caller(node, PROMPT)
     begun = await older.read(3)
-    newer = Caller(node, epoch=2, resume_from=pb.KvPosition(layer=0, token=62))
+    newer = Caller(node, PROMPT, epoch=2, resume_from=pb.KvPosition(layer=0, token=62))
     assert isinstance(await older.error(), PeerUnavailable)
     rest = await newer.read(NUM_TILES)
     newer.acknowledge(2, 0)
@@ -214,9 +169,9 @@ async def test_a_newer_stream_takes_over_and_the_older_one_ends_with_an_error(no
 
 
 async def test_an_older_stream_that_comes_late_changes_nothing(node: PrefillNode) -> None:
-    newer = Caller(node, epoch=2)
+    newer = Caller(node, PROMPT, epoch=2)
     await newer.read(3)
-    late = Caller(node, epoch=1)
+    late = Caller(node, PROMPT, epoch=1)
     error = await late.error()
     assert isinstance(error, PeerUnavailable)
     assert "in epoch 2 already, this is 1" in str(error)
@@ -236,7 +191,7 @@ BAD = {
 async def test_what_may_not_follow_the_prompt_is_refused_by_name(node: PrefillNode, case: str) -> None:
     request, field = BAD[case]
     with gate_before(PrefillEngine, "step") as gate:
-        caller = Caller(node)
+        caller = Caller(node, PROMPT)
         await gate.until_reached()
         caller.say(request)
         error = await caller.error()
@@ -247,7 +202,7 @@ async def test_what_may_not_follow_the_prompt_is_refused_by_name(node: PrefillNo
 
 @pytest.mark.parametrize(("layer", "token"), [(0, 150), (2, 1), (3, 0)])
 async def test_a_position_outside_the_transfer_is_refused_by_name(node: PrefillNode, layer: int, token: int) -> None:
-    caller = Caller(node, resume_from=pb.KvPosition(layer=layer, token=token))
+    caller = Caller(node, PROMPT, resume_from=pb.KvPosition(layer=layer, token=token))
     error = await caller.error()
     assert isinstance(error, InvalidRequest)
     assert error.field == "resume_from"
@@ -259,7 +214,7 @@ async def test_a_caller_that_can_acknowledge_no_more_is_refused_when_the_window_
 ) -> None:
     """It would wait for the rest for ever."""
     monkeypatch.setattr(prefill_job, "WINDOW_BYTES", 1)
-    caller = Caller(node)
+    caller = Caller(node, PROMPT)
     caller.say(None)
     error = await caller.error()
     assert isinstance(error, InvalidRequest)
@@ -270,7 +225,7 @@ async def test_a_caller_that_can_acknowledge_no_more_is_refused_when_the_window_
 async def test_a_transfer_that_is_given_up_is_forgotten_at_once(node: PrefillNode) -> None:
     """A lease is for streams that break: a cancelled request would hold the engine's memory, and its step go on."""
     with gate_before(PrefillEngine, "step") as gate:
-        caller = Caller(node)
+        caller = Caller(node, PROMPT)
         await gate.until_reached()
         caller.say(pb.PullKvRequest(give_up=pb.GiveUp()))
         messages = await caller.read()

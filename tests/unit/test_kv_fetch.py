@@ -58,6 +58,7 @@ class ScriptedReceiver:
         self.started_s: float | None = None
         self.heard_s: float | None = None
         self.sparse: SparseReport | None = None
+        self.num_cached_tokens = 0
         self.ledger: TransferLedger | None = None
         self.was_cancelled = threading.Event()
 

@@ -36,9 +36,15 @@ NUM_TOKENS = 12
 END = KvPosition(FORMAT.num_layers, 0)
 
 
-def order(epoch: int, resume_from: KvPosition = KV_START, codec: KvCodec = "raw") -> PrefillOrder:
-    token_ids = np.arange(NUM_TOKENS)
-    return PrefillOrder(transfer_id="t", epoch=epoch, token_ids=token_ids, resume_from=resume_from, codec=codec)
+def order(epoch: int, resume_from: KvPosition = KV_START, codec: KvCodec = "raw", first_token: int = 0) -> PrefillOrder:
+    return PrefillOrder(
+        transfer_id="t",
+        epoch=epoch,
+        token_ids=np.arange(NUM_TOKENS),
+        resume_from=resume_from,
+        codec=codec,
+        first_token=first_token,
+    )
 
 
 def new_job(first: PrefillOrder) -> PrefillJob:
@@ -83,8 +89,9 @@ class JobMachine(RuleBasedStateMachine):
 
     codec: KvCodec = "raw"
 
-    @initialize(seed=st.integers(0, 9))
-    def create(self, seed: int) -> None:
+    @initialize(seed=st.integers(0, 9), first_token=st.sampled_from([0, 5, 10]))
+    def create(self, seed: int, first_token: int) -> None:
+        self.first_token = first_token
         generator = torch.Generator().manual_seed(seed)
         shape = (FORMAT.num_layers, 2, FORMAT.num_kv_heads, NUM_TOKENS, FORMAT.head_dim)
         self.computed = torch.randn(shape, generator=generator)
@@ -93,9 +100,10 @@ class JobMachine(RuleBasedStateMachine):
         self.position = KV_START
         self.produced = KV_START
         self.epoch = 1
-        self.job = new_job(order(1, codec=self.codec))
+        first = order(1, codec=self.codec, first_token=first_token)
+        self.job = new_job(first)
         begin(self.job)
-        self.stream: JobStream | None = self.job.attach(order(1, codec=self.codec))
+        self.stream: JobStream | None = self.job.attach(first)
         self.older: list[JobStream] = []
 
     @precondition(lambda self: self.produced < END)
@@ -123,7 +131,8 @@ class JobMachine(RuleBasedStateMachine):
     def read(self) -> None:
         assert self.stream is not None
         tile = self.stream.take()
-        assert (tile is None) == (self.position >= self.produced)
+        expected = self.position.at_least(self.first_token)
+        assert (tile is None) == (expected >= self.produced)
         if tile is None:
             return
         header, payload = decode_message(tile.message)
@@ -136,7 +145,7 @@ class JobMachine(RuleBasedStateMachine):
             payload = tile.slot.payload
         got = decode_tile(header.tile, payload, FORMAT, self.codec)
         assert header.tile.epoch == self.epoch
-        assert (got.layer, got.first_token) == self.position == tile.begin
+        assert (got.layer, got.first_token) == expected == tile.begin
         assert tile.payload_bytes == len(payload)
         both_ZKTD = torch.stack((got.k_KTD, got.v_KTD))
         if got.scale_ZKT is not None:
@@ -171,7 +180,7 @@ class JobMachine(RuleBasedStateMachine):
                 if self.position <= (layer, token) < resume_from:
                     self.stored[layer, :, :, token] = self.truth[layer, :, :, token]
         self.position = resume_from
-        again = order(self.epoch, resume_from, self.codec)
+        again = order(self.epoch, resume_from, self.codec, self.first_token)
         assert self.job.can_resume(again)
         self.stream = self.job.attach(again)
 
@@ -193,8 +202,8 @@ class JobMachine(RuleBasedStateMachine):
                 num_stored = (
                     NUM_TOKENS if layer < self.position.layer else self.position.token * (layer == self.position.layer)
                 )
-                stored, truth = self.stored[layer, :, :, :num_stored], self.truth[layer, :, :, :num_stored]
-                assert torch.equal(stored, truth)
+                own = slice(self.first_token, num_stored)
+                assert torch.equal(self.stored[layer, :, :, own], self.truth[layer, :, :, own])
 
     def teardown(self) -> None:
         if hasattr(self, "job"):
@@ -284,6 +293,8 @@ def test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_atten
     assert not job.can_resume(replace(order(2, KvPosition(0, 5)), sparse=sparse))
     assert new_job(replace(order(1), sparse=sparse)).can_resume(replace(order(2), sparse=sparse))
     assert not job.can_resume(order(2, KvPosition(0, 5), "int8"))
+    assert not job.can_resume(order(2, KvPosition(0, 5), first_token=5))
+    assert not job.can_resume(replace(order(2, KvPosition(0, 5)), cache_salt=b"another's"))
     assert new_job(order(1, codec="int8")).can_resume(order(2, codec="int8"))
     other = PrefillOrder(transfer_id="t", epoch=2, token_ids=np.arange(NUM_TOKENS) + 1, resume_from=KvPosition(0, 5))
     assert not job.can_resume(other)

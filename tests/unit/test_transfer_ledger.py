@@ -215,3 +215,24 @@ def test_a_place_outside_the_transfer_cannot_be_reached(position: tuple[int, int
     with pytest.raises(PeerUnavailable, match=f"layer {position[0]} token {position[1]} is reached, of 2 layers"):
         ledger.reach(KvPosition(*position))
     assert ledger.num_tokens_done == 0
+
+
+def test_in_a_transfer_from_a_token_every_layer_begins_there() -> None:
+    ledger = TransferLedger(transfer_id="t-1", num_layers=2, num_tokens=9, first_token=4)
+    ledger.begin()
+    for layer in range(2):
+        for first, num_tokens in ((4, 3), (7, 2)):
+            right = Arrival(
+                transfer_id="t-1",
+                epoch=1,
+                layer=layer,
+                first_token=first,
+                num_tokens=num_tokens,
+                payload_bytes=num_tokens,
+                effective_bytes=num_tokens,
+            )
+            with pytest.raises(PeerUnavailable, match=f"expected layer {layer} token {first}"):
+                ledger.admit(replace(right, first_token=0))
+            ledger.admit(right)
+    assert ledger.position == (2, 0)
+    ledger.complete(transfer_id="t-1", epoch=1, num_tiles=4, payload_bytes=10)

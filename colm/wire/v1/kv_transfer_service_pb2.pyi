@@ -36,7 +36,7 @@ class GiveUp(_message.Message):
     def __init__(self) -> None: ...
 
 class OpenKvTransfer(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id", "resume_from", "codecs", "attention", "host_id")
+    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id", "resume_from", "codecs", "attention", "host_id", "first_token", "cache_salt")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,8 @@ class OpenKvTransfer(_message.Message):
     CODECS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     fingerprint: str
@@ -55,7 +57,9 @@ class OpenKvTransfer(_message.Message):
     codecs: _containers.RepeatedScalarFieldContainer[_common_pb2.Codec]
     attention: _common_pb2.AttentionMode
     host_id: str
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.Codec, str]]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., host_id: _Optional[str] = ...) -> None: ...
+    first_token: int
+    cache_salt: bytes
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.Codec, str]]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., host_id: _Optional[str] = ..., first_token: _Optional[int] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
 class SharedMemoryAnswer(_message.Message):
     __slots__ = ("is_mapped",)
@@ -102,10 +106,12 @@ class SharedPayload(_message.Message):
     def __init__(self, offset_bytes: _Optional[int] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class TransferStarted(_message.Message):
-    __slots__ = ("codec",)
+    __slots__ = ("codec", "tile_tokens")
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    TILE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     codec: _common_pb2.Codec
-    def __init__(self, codec: _Optional[_Union[_common_pb2.Codec, str]] = ...) -> None: ...
+    tile_tokens: int
+    def __init__(self, codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., tile_tokens: _Optional[int] = ...) -> None: ...
 
 class TileHeader(_message.Message):
     __slots__ = ("transfer_id", "epoch", "layer", "first_token", "num_tokens", "codec", "checksum", "shared", "header_checksum")
@@ -130,17 +136,21 @@ class TileHeader(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., checksum: _Optional[int] = ..., shared: _Optional[_Union[SharedPayload, _Mapping]] = ..., header_checksum: _Optional[int] = ...) -> None: ...
 
 class TransferComplete(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "num_tiles", "payload_bytes", "sparse", "shared_bytes")
+    __slots__ = ("transfer_id", "epoch", "num_tiles", "payload_bytes", "sparse", "shared_bytes", "num_computed_tokens", "num_cached_tokens")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_TILES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     SPARSE_FIELD_NUMBER: _ClassVar[int]
     SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     num_tiles: int
     payload_bytes: int
     sparse: _common_pb2.SparseReport
     shared_bytes: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tiles: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., sparse: _Optional[_Union[_common_pb2.SparseReport, _Mapping]] = ..., shared_bytes: _Optional[int] = ...) -> None: ...
+    num_computed_tokens: int
+    num_cached_tokens: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tiles: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., sparse: _Optional[_Union[_common_pb2.SparseReport, _Mapping]] = ..., shared_bytes: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ...) -> None: ...

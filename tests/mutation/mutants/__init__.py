@@ -10,6 +10,7 @@ from tests.mutation.mutants import (
     kernels,
     prefill_engine,
     prefill_streams,
+    prefix_cache,
     wire,
 )
 
@@ -22,5 +23,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *kernels.MUTANTS,
     *prefill_engine.MUTANTS,
     *prefill_streams.MUTANTS,
+    *prefix_cache.MUTANTS,
     *wire.MUTANTS,
 )
