@@ -9,6 +9,7 @@ from cluster.cli.cluster import register as register_cluster
 from cluster.cli.models import register as register_models
 from cluster.cli.submit import register as register_submit
 from cluster.cli.tokens import register as register_tokens
+from cluster.cli.top import register as register_top
 from colm.errors import ColmError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 register_models(app)
 register_cluster(app)
 register_submit(app)
+register_top(app)
 register_tokens(app)
 register_certificates(app)
 

@@ -253,6 +253,13 @@ def test_status_shows_roles_addresses_and_load(cluster: RunningCluster) -> None:
     assert "SmolLM2" in table
 
 
+def test_top_reads_every_process(cluster: RunningCluster) -> None:
+    seen = last_json(cluster.colm("top", "--looks", "1", "--interval", "0.2", "--json").stdout)
+    assert seen["unread"] == []
+    assert [node["busy"] is not None for node in (*seen["prefill"], *seen["decode"])] == [True, True]
+    assert seen["gateway"]["requests_per_s"] is not None
+
+
 def test_submit_asks_for_sparse_attention_and_a_short_document_is_dense_all_the_same(
     cluster: RunningCluster, expanded_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

@@ -296,4 +296,18 @@ MUTANTS = (
         "self.seed",
         "tests/unit/test_openai.py::test_each_answer_of_several_has_its_own_seed_and_comes_again",
     ),
+    Mutant(
+        "a process that began anew has counted backwards",
+        "cluster/scrape.py",
+        "return grown if grown >= 0 else None",
+        "return grown",
+        "tests/unit/test_top.py::test_a_counter_is_a_rate_and_a_process_that_began_anew_has_none",
+    ),
+    Mutant(
+        "quantiles are of all time",
+        "cluster/scrape.py",
+        "count = self.increase(found, **dict(labels))",
+        "count = self.now(found, **dict(labels))",
+        "tests/unit/test_top.py::test_a_quantile_lies_in_the_bucket_of_the_true_one",
+    ),
 )

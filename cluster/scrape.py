@@ -1,0 +1,108 @@
+"""Reads a process's numbers where Prometheus reads them, and what happened between two readings."""
+
+import http.client
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+_TIMEOUT_S = 2.0
+_MAX_BYTES = 4 << 20
+
+Key = tuple[str, frozenset[tuple[str, str]]]
+"""A sample's name and labels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scrape:
+    """All samples of one process at one moment."""
+
+    taken_s: float
+    """On this machine's monotonic clock."""
+    samples: Mapping[Key, float]
+
+    @classmethod
+    def parse(cls, text: str, taken_s: float) -> "Scrape":
+        """From Prometheus' text format.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        families = text_string_to_metric_families(text)
+        samples = ((each.name, frozenset(each.labels.items()), each.value) for it in families for each in it.samples)
+        return cls(taken_s, {(name, labels): value for name, labels, value in samples})
+
+
+def scrape(address: str) -> Scrape | None:
+    """Read the process whose metrics are at host:port; None where none can be read there."""
+    connection = http.client.HTTPConnection(address, timeout=_TIMEOUT_S)
+    try:
+        connection.request("GET", "/metrics")
+        response = connection.getresponse()
+        if response.status != http.HTTPStatus.OK:
+            return None
+        return Scrape.parse(response.read(_MAX_BYTES).decode(), time.monotonic())
+    except (OSError, http.client.HTTPException, ValueError):
+        return None
+    finally:
+        connection.close()
+
+
+NOTHING = Scrape(0.0, {})
+"""Of a process that cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a process counted between two readings of it."""
+
+    before: Scrape
+    after: Scrape
+
+    def now(self, name: str, **labels: str) -> float | None:
+        """A sample of the second reading; None where there is none."""
+        return self.after.samples.get((name, frozenset(labels.items())))
+
+    def increase(self, name: str, **labels: str) -> float | None:
+        """By how much a counter grew; None where it is not there, or began anew with its process."""
+        key = (name, frozenset(labels.items()))
+        after = self.after.samples.get(key)
+        if after is None:
+            return None
+        grown = after - self.before.samples.get(key, 0.0)
+        return grown if grown >= 0 else None
+
+    def rate(self, name: str, **labels: str) -> float | None:
+        """The same, each second."""
+        seconds, grown = self.after.taken_s - self.before.taken_s, self.increase(name, **labels)
+        return None if grown is None or seconds <= 0 else grown / seconds
+
+    def total_rate(self, name: str) -> float | None:
+        """Each second, over all labels of a counter; None where it has none."""
+        rates = [self.rate(found, **dict(labels)) for found, labels in self.after.samples if found == name]
+        known = [rate for rate in rates if rate is not None]
+        return sum(known) if known else None
+
+    def quantile(self, name: str, share: float) -> float | None:
+        """A quantile of what a histogram saw meanwhile, straight between its bounds; None where it saw nothing.
+
+        As Prometheus' `histogram_quantile`: beyond the last finite bound it is that bound.
+        """
+        buckets: list[tuple[float, float]] = []
+        for found, labels in self.after.samples:
+            if found == f"{name}_bucket":
+                count = self.increase(found, **dict(labels))
+                if count is None:
+                    return None
+                buckets.append((float(dict(labels)["le"]), count))
+        buckets.sort()
+        if not buckets or not buckets[-1][1]:
+            return None
+        wanted, lower, below = share * buckets[-1][1], 0.0, 0.0
+        for bound, count in buckets:
+            if count >= wanted and count > below:
+                return lower if math.isinf(bound) else lower + (bound - lower) * (wanted - below) / (count - below)
+            lower, below = bound, count
+        return lower

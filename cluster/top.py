@@ -1,0 +1,171 @@
+"""A cluster at one moment, for a person who watches it: who is busy, how long the lines are, how fast it goes."""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cluster.scrape import NOTHING, Scrape, Window, scrape
+from colm.nodes import ClusterStatus, NodeReport, Role
+
+_MAX_READERS = 16
+_UNREAD = Window(NOTHING, NOTHING)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayView:
+    """What clients get. Rates and times are of the time since the last look; None where nothing happened in it."""
+
+    num_active: int
+    requests_per_s: float | None = None
+    errors_per_s: float | None = None
+    """Requests that ended in an error; those that clients cancelled are none."""
+    prompt_tokens_per_s: float | None = None
+    new_tokens_per_s: float | None = None
+    first_token_p50_s: float | None = None
+    first_token_p95_s: float | None = None
+    inter_token_p50_s: float | None = None
+    inter_token_p95_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillView:
+    """A prefill replica."""
+
+    address: str
+    num_active: int
+    num_queued: int
+    resident_bytes: int
+    work_s: float | None = None
+    """Engine time of all its prompts that is still to come, as estimated."""
+    busy: float | None = None
+    """Share of the time in which its engine computed."""
+    tokens_per_s: float | None = None
+    kv_bytes_per_s: float | None = None
+    window_bytes: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeView:
+    """A decode replica."""
+
+    address: str
+    num_active: int
+    num_queued: int
+    num_pages_used: int
+    num_pages_total: int
+    resident_bytes: int
+    num_decoding: float | None = None
+    busy: float | None = None
+    step_s: float | None = None
+    """Of one step, on average."""
+    tokens_per_s: float | None = None
+    accepted: float | None = None
+    """Share of chain 1's drafts that became tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterView:
+    """All of it."""
+
+    gateway: GatewayView
+    prefill: tuple[PrefillView, ...]
+    decode: tuple[DecodeView, ...]
+    unread: tuple[str, ...]
+    """Processes whose metrics cannot be read from here, by their gRPC address, or `gateway`."""
+
+
+class Watch:
+    """Looks at a cluster again and again; each view tells of the time since the one before.
+
+    Args:
+        status: asks the gateway.
+        read: reads one process's metrics.
+    """
+
+    def __init__(self, status: Callable[[], ClusterStatus], read: Callable[[str], Scrape | None] = scrape) -> None:
+        self._status = status
+        self._read = read
+        self._last: dict[str, Scrape] = {}
+
+    def look(self) -> ClusterView:
+        """The cluster now.
+
+        Raises:
+            ColmError: the gateway does not answer.
+        """
+        status = self._status()
+        places = {"gateway": status.metrics_address}
+        places |= {node.report.address: node.report.metrics_address for node in status.nodes}
+        scrapes = self._read_all(places)
+        windows = {name: Window(self._last.get(name, taken), taken) for name, taken in scrapes.items()}
+        self._last = scrapes
+        reports = [node.report for node in status.nodes]
+        return ClusterView(
+            gateway=_gateway(status.num_active_requests, windows.get("gateway", _UNREAD)),
+            prefill=tuple(_prefill(each, windows.get(each.address, _UNREAD)) for each in _of(reports, Role.PREFILL)),
+            decode=tuple(_decode(each, windows.get(each.address, _UNREAD)) for each in _of(reports, Role.DECODE)),
+            unread=tuple(name for name in places if name not in windows),
+        )
+
+    def _read_all(self, places: dict[str, str]) -> dict[str, Scrape]:
+        readable = {name: address for name, address in places.items() if address}
+        with ThreadPoolExecutor(_MAX_READERS) as threads:
+            taken = zip(readable, threads.map(self._read, readable.values()), strict=True)
+            return {name: each for name, each in taken if each is not None}
+
+
+def _of(reports: Iterable[NodeReport], role: Role) -> list[NodeReport]:
+    return sorted((each for each in reports if each.role is role), key=lambda each: each.address)
+
+
+def _gateway(num_active: int, seen: Window) -> GatewayView:
+    ended = seen.total_rate("colm_requests_ended_total")
+    well = sum(seen.rate("colm_requests_ended_total", outcome=outcome) or 0.0 for outcome in ("complete", "cancelled"))
+    return GatewayView(
+        num_active=num_active,
+        requests_per_s=ended,
+        errors_per_s=None if ended is None else ended - well,
+        prompt_tokens_per_s=seen.rate("colm_prompt_tokens_total"),
+        new_tokens_per_s=seen.rate("colm_new_tokens_total"),
+        first_token_p50_s=seen.quantile("colm_time_to_first_token_seconds", 0.5),
+        first_token_p95_s=seen.quantile("colm_time_to_first_token_seconds", 0.95),
+        inter_token_p50_s=seen.quantile("colm_inter_token_seconds", 0.5),
+        inter_token_p95_s=seen.quantile("colm_inter_token_seconds", 0.95),
+    )
+
+
+def _prefill(report: NodeReport, seen: Window) -> PrefillView:
+    return PrefillView(
+        address=report.address,
+        num_active=report.num_active_requests,
+        num_queued=report.num_queued_requests,
+        resident_bytes=report.process.resident_bytes,
+        work_s=seen.now("colm_prefill_work_seconds"),
+        busy=seen.rate("colm_prefill_engine_seconds_total"),
+        tokens_per_s=seen.rate("colm_prefill_tokens_total"),
+        kv_bytes_per_s=seen.rate("colm_kv_bytes_total"),
+        window_bytes=seen.now("colm_kv_window_bytes"),
+    )
+
+
+def _decode(report: NodeReport, seen: Window) -> DecodeView:
+    steps_s = seen.increase("colm_decode_step_seconds_total")
+    return DecodeView(
+        address=report.address,
+        num_active=report.num_active_requests,
+        num_queued=report.num_queued_requests,
+        num_pages_used=report.num_pages_used,
+        num_pages_total=report.num_pages_total,
+        resident_bytes=report.process.resident_bytes,
+        num_decoding=seen.now("colm_decode_requests", stage="decoding"),
+        busy=seen.rate("colm_decode_step_seconds_total"),
+        step_s=_ratio(steps_s, seen.increase("colm_decode_steps_total")),
+        tokens_per_s=seen.rate("colm_decode_tokens_total"),
+        accepted=_ratio(
+            seen.increase("colm_decode_accepted_tokens_total"), seen.increase("colm_decode_draft_tokens_total")
+        ),
+    )
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    return part / whole if part is not None and whole else None
