@@ -1,20 +1,20 @@
 """The certificates of a cluster's members: which there are, until when, and fresh ones in their place."""
 
 import asyncio
-import fcntl
 import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from cluster.secret_files import CA_KEY_FILE, SecretFiles, issue
+from cryptography import x509
+
+from cluster.secret_files import SecretFiles
+from cluster.trust import CA_KEY_FILE, alone, copy_trust, end_overlap, issue, read_authority, read_overlap, unwritable
 from colm.clock import utc_now
 from colm.errors import ClusterError, ConfigError
-from colm.wire.authority import Authority
-from colm.wire.certificates import read_certificates
+from colm.wire.certificates import read_certificates, signer_of
 from colm.wire.members import Member
 from colm.wire.tls_files import CA_FILE, certificate_path
 
@@ -29,13 +29,16 @@ _LOOK_INTERVAL_S = 3600.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Validity:
-    """From when until when a certificate is valid."""
+    """From when until when a certificate is valid, and who says so."""
 
     name: str
     """Whose it is: a member's word, or another."""
     path: Path
     begin: datetime
     end: datetime
+    signed_by: str
+    """The authority's name, and its key's id."""
+    serial: int
 
     def is_due(self, now: datetime) -> bool:
         """Whether it is to be renewed."""
@@ -52,13 +55,19 @@ def members_validity(folder: Path) -> list[Validity]:
     return [_validity(name, path) for name, path in paths.items() if path.exists()]
 
 
-def authority_validity(folder: Path) -> Validity:
-    """The authority's certificate in a folder.
+def authorities_validity(folder: Path) -> list[Validity]:
+    """The authorities that a folder trusts, the one that signs first; one that gives way to it ends with the overlap.
 
     Raises:
-        ConfigError: it has none, or cannot be read.
+        ConfigError: it has none, or one cannot be read.
     """
-    return _validity("authority", folder / CA_FILE)
+    path, overlap = folder / CA_FILE, read_overlap(folder)
+    first, *others = read_certificates(path)
+    found = [_of("authority", path, first)]
+    for each in others:
+        old = _of("old authority" if overlap else "authority", path, each)
+        found.append(old if overlap is None else replace(old, end=min(old.end, overlap.not_valid_after_utc)))
+    return found
 
 
 def own_validity(certificate: Path) -> Validity:
@@ -71,8 +80,18 @@ def own_validity(certificate: Path) -> Validity:
 
 
 def _validity(name: str, path: Path) -> Validity:
-    leaf = read_certificates(path)[0]
-    return Validity(name=name, path=path, begin=leaf.not_valid_before_utc, end=leaf.not_valid_after_utc)
+    return _of(name, path, read_certificates(path)[0])
+
+
+def _of(name: str, path: Path, certificate: x509.Certificate) -> Validity:
+    return Validity(
+        name=name,
+        path=path,
+        begin=certificate.not_valid_before_utc,
+        end=certificate.not_valid_after_utc,
+        signed_by=signer_of(certificate),
+        serial=certificate.serial_number,
+    )
 
 
 def renew(folder: Path, authority: Path, now: datetime, *, only_due: bool) -> list[Validity]:
@@ -80,9 +99,9 @@ def renew(folder: Path, authority: Path, now: datetime, *, only_due: bool) -> li
 
     Args:
         folder: of the certificates.
-        authority: folder with the authority and its key: the same one, or the first machine's.
+        authority: folder with the authority and its key: the same one, or the first machine's, whose trust is copied.
         now: the time.
-        only_due: those alone whose time it is, and which would live longer by it.
+        only_due: those alone whose time it is, and which would live longer by it; and those by another authority.
 
     Returns:
         The fresh certificates.
@@ -91,32 +110,37 @@ def renew(folder: Path, authority: Path, now: datetime, *, only_due: bool) -> li
         ClusterError: the folder cannot be written.
         ConfigError: the authority cannot be used, or a certificate cannot be read.
     """
-    with _alone(folder):
-        wanted = [each for each in members_validity(folder) if not only_due or each.is_due(now)]
-        if not wanted:
-            return []
-        signs = Authority.read(authority / CA_FILE, authority / CA_KEY_FILE, now)
+    with alone(folder), nullcontext() if authority == folder else alone(authority):
+        signs = read_authority(authority, now)
         ends = signs.certificate.not_valid_after_utc
-        members = [Member(each.name) for each in wanted if not only_due or each.end < ends]
+
+        def is_wanted(each: Validity) -> bool:
+            return not only_due or (each.is_due(now) and each.end < ends) or each.signed_by != signs.name
+
+        members = [Member(each.name) for each in members_validity(folder) if is_wanted(each)]
         try:
+            if authority != folder:
+                copy_trust(folder, authority)
             issue(folder, signs, members, now)
         except OSError as err:
-            raise ClusterError(f"cannot write into {folder}: {err.strerror}; certificates are renewed there") from err
+            raise unwritable(folder, err) from err
         return [_validity(member.value, certificate_path(folder, member)) for member in members]
 
 
 def look_after(secrets: SecretFiles, now: datetime) -> list[str]:
-    """Renew the certificates that are due, where their authority's key is at hand.
+    """Renew the certificates that are due, where their authority's key is at hand, and end an overlap that is over.
 
     Returns:
         What is left to somebody else, a line for each certificate.
     """
     folder = Path(secrets.folder)
     try:
+        if end_overlap(folder, now):
+            logger.info("certificate.old_authority_ended folder=%s", folder)
         if (folder / CA_KEY_FILE).exists():
             for fresh in renew(folder, folder, now, only_due=True):
                 logger.info("certificate.renewed path=%s until=%s", fresh.path, fresh.end.isoformat())
-        authority = authority_validity(folder)
+        authority = authorities_validity(folder)[0]
         left = [each for each in members_validity(folder) if each.is_due(now) and each.end < authority.end]
         others = [authority]
         if secrets.own_certificate is not None:
@@ -137,20 +161,6 @@ async def keep_looking_after(secrets: SecretFiles, now: Callable[[], datetime] =
 
 _ROTATE = "its authority's key is not here: `colm certificates rotate --from DIR`"
 _WAYS_OUT = {
-    "authority": "a cluster has a new one after `colm down` and `colm up`, or with a new folder of `colm secrets`",
+    "authority": "`colm certificates rotate --authority` makes another; your own one is `colm down` and `colm up`",
     "own": "renew it: it is read again when it changes",
 }
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time: all nodes of a machine look after the same folder."""
-    try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as err:
-        raise ClusterError(f"cannot read {folder}: {err.strerror}; it must be the folder of `colm secrets`") from err
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)

@@ -231,6 +231,6 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
         ray_address=deployed.ray_address,
         ray_pid=ray_pid,
         client_token=clients.token,
-        ca_pem=(Path(secrets.folder) / CA_FILE).read_text() if secrets.has_tls else None,
+        ca_file=str(Path(secrets.folder) / CA_FILE) if secrets.has_tls else None,
         own_certificate=None if own is None else own.certificate,
     )

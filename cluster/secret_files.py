@@ -9,17 +9,16 @@ from pathlib import Path
 
 from cluster.client_tokens import Clients
 from cluster.state import write_private
+from cluster.trust import CA_KEY_FILE, copy_trust, issue, read_authority
 from colm.clock import utc_now
 from colm.errors import ClusterError
 from colm.wire.authority import Authority
 from colm.wire.certificates import pem_of, read_certificates
 from colm.wire.members import Member
 from colm.wire.security import Security, new_token
-from colm.wire.tls_files import CA_FILE, TlsFiles, certificate_path, of_member
+from colm.wire.tls_files import CA_FILE, TlsFiles, of_member
 
 _CLIENT_TOKEN, _NODE_TOKEN = "client_token", "node_token"
-CA_KEY_FILE = "ca_key.pem"
-"""Key of the cluster's authority, or a link to it; only where certificates are issued."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,20 +125,14 @@ def write_machine_secrets(folder: Path, first: Path, members: Collection[Member]
         ConfigError: the authority cannot be used.
     """
     now = now or utc_now()
-    signs = Authority.read(first / CA_FILE, first / CA_KEY_FILE, now)
+    signs = read_authority(first, now)
     with _made(folder):
         write_private(folder / _NODE_TOKEN, _read(first / _NODE_TOKEN))
         if Member.GATEWAY in members:
             write_private(folder / _CLIENT_TOKEN, _read(first / _CLIENT_TOKEN))
             members = {*members, Member.PUBLIC}
-        write_private(folder / CA_FILE, (first / CA_FILE).read_text())
+        copy_trust(folder, first)
         issue(folder, signs, members, now)
-
-
-def issue(folder: Path, authority: Authority, members: Collection[Member], now: datetime) -> None:
-    """Write a fresh key and certificate of each member into its file, which is replaced at once."""
-    for member in members:
-        write_private(certificate_path(folder, member), authority.issue(member, now).pem.decode())
 
 
 @contextmanager

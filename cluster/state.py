@@ -17,8 +17,6 @@ from colm.wire.security import Security, Tls
 _FILE = "cluster.json"
 _JOINED_FILE = "joined"
 _LOCK_FILE = "lock"
-CA_FILE = "ca.pem"
-"""For clients that read it from a file."""
 SECRETS = "secrets"
 """Folder of the secrets that `colm up` makes for a Ray of its own."""
 
@@ -88,19 +86,19 @@ class ClusterState:
     ray_pid: int | None
     """Process of the Ray that `colm up` started; None where it joined one."""
     client_token: str | None = field(repr=False)
-    ca_pem: str | None
-    """The cluster's authority; None without TLS."""
+    ca_file: str | None
+    """The authorities that clients trust, which may change meanwhile; None without TLS."""
     own_certificate: str | None = None
     """File of the certificate that the gateway shows in place of one of that authority."""
 
     @property
     def security(self) -> Security:
-        """Token and TLS of a client on this machine.
+        """Token and TLS of a client on this machine, as the files say now.
 
         Raises:
-            ConfigError: the gateway's own certificate cannot be read.
+            ConfigError: the authorities, or the gateway's own certificate, cannot be read.
         """
-        tls = None if self.ca_pem is None else Tls(ca_pem=self.ca_pem.encode())
+        tls = None if self.ca_file is None else Tls(ca_pem=pem_of(read_certificates(Path(self.ca_file))))
         if self.own_certificate is not None:
             # This very certificate, which may be renewed meanwhile: whoever else has one for its name is not trusted.
             leaf = read_certificates(Path(self.own_certificate))[0]
@@ -115,15 +113,13 @@ class ClusterState:
             ConfigError: the gateway's own certificate cannot be read.
         """
         if self.own_certificate is None:
-            return f"{'http' if self.ca_pem is None else 'https'}://{self.http_address}/v1"
+            return f"{'http' if self.ca_file is None else 'https'}://{self.http_address}/v1"
         name = dialled_name(read_certificates(Path(self.own_certificate))[0])
         return f"https://{name}:{self.http_address.rpartition(':')[2]}/v1"
 
     def write(self, state_dir: Path) -> None:
-        """Write the state file, which only this user can read, and beside it the authority that clients must trust."""
+        """Write the state file, which only this user can read."""
         make_state_dir(state_dir)
-        if self.ca_pem is not None:
-            write_private(state_dir / CA_FILE, self.ca_pem)
         body = json.dumps({name: getattr(self, name) for name in self.__slots__}, indent=2)
         write_private(state_dir / _FILE, body + "\n")
 
@@ -158,6 +154,6 @@ class ClusterState:
     @staticmethod
     def forget(state_dir: Path) -> None:
         """Delete the state files and the cluster's own secrets."""
-        for name in (_FILE, _JOINED_FILE, CA_FILE):
+        for name in (_FILE, _JOINED_FILE):
             (state_dir / name).unlink(missing_ok=True)
         shutil.rmtree(state_dir / SECRETS, ignore_errors=True)

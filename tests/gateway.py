@@ -227,6 +227,6 @@ async def cluster_in_this_process(checkpoint: Checkpoint, state_dir: Path) -> As
         decode_node(path, [prefill.address]) as node,
         gateway(checkpoint.config, TakingTurns([node.address])) as address,
     ):
-        state = ClusterState(gateway_address=address, ray_address="", ray_pid=None, client_token=None, ca_pem=None)
+        state = ClusterState(gateway_address=address, ray_address="", ray_pid=None, client_token=None, ca_file=None)
         state.write(state_dir)
         yield

@@ -1,7 +1,8 @@
-"""colm secrets, and colm certificates show, rotate: keys and certificates, made and renewed without a restart."""
+"""colm secrets, and colm certificates show, rotate, revoke: made, renewed and refused without a restart."""
 
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +12,10 @@ from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, note, prin
 from cluster.state import SECRETS, ClusterState
 from colm.clock import utc_now
 from colm.errors import ConfigError
+from colm.wire.tls_files import CA_FILE, REVOKED_FILE
+
+if TYPE_CHECKING:
+    from cluster.certificates import Validity
 
 Folder = Annotated[
     Path | None, typer.Option("--secrets", help="Folder of `colm secrets`; by default that of this machine's cluster.")
@@ -23,6 +28,7 @@ def register(app: typer.Typer) -> None:
     certificates = typer.Typer(help="Certificates of the gateway and the nodes.", no_args_is_help=True)
     certificates.command("show")(show)
     certificates.command("rotate")(rotate)
+    certificates.command("revoke")(revoke)
     app.add_typer(certificates, name="certificates")
 
 
@@ -62,23 +68,33 @@ def secrets(
 
 
 def show(secrets: Folder = None, state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> None:
-    """Show whose certificates there are, and until when they are valid."""
-    from cluster.certificates import authority_validity, members_validity, own_validity
+    """Show whose certificates there are, who signed them, and until when they are valid."""
+    from cluster.certificates import authorities_validity, members_validity, own_validity
 
     folder, now = _folder(secrets, state_dir), utc_now()
-    found = [authority_validity(folder), *members_validity(folder)]
+    found = [*authorities_validity(folder), *members_validity(folder)]
     state = ClusterState.read(state_dir) if secrets is None else None
     if state is not None and state.own_certificate is not None:
         found.append(own_validity(Path(state.own_certificate)))
     if json:
-        rows = [{"name": v.name, "file": str(v.path), "end": v.end.isoformat(), "is_due": v.is_due(now)} for v in found]
-        print_json({"certificates": rows})
+        print_json({"certificates": [_row(validity) | {"is_due": validity.is_due(now)} for validity in found]})
         return
-    table = Table("of", "file", "valid until", "days left", title=str(folder))
+    table = Table("of", "file", "valid until", "days left", "signed by", "serial", title=str(folder))
     for validity in found:
-        left_days = str((validity.end - now).days)
-        table.add_row(validity.name, validity.path.name, f"{validity.end:%Y-%m-%d %H:%M}", left_days)
+        left_days, until = str((validity.end - now).days), f"{validity.end:%Y-%m-%d %H:%M}"
+        row = (validity.name, validity.path.name, until, left_days, validity.signed_by, f"{validity.serial:x}")
+        table.add_row(*row)
     Console().print(table)
+
+
+def _row(validity: "Validity") -> dict[str, object]:
+    return {
+        "name": validity.name,
+        "file": str(validity.path),
+        "end": validity.end.isoformat(),
+        "signed_by": validity.signed_by,
+        "serial": f"{validity.serial:x}",
+    }
 
 
 def rotate(
@@ -86,23 +102,68 @@ def rotate(
     first: Annotated[
         Path | None, typer.Option("--from", help="Folder with the authority's key, where --secrets has none.")
     ] = None,
+    authority: Annotated[
+        bool, typer.Option("--authority", help="Put a new authority in the place of the cluster's own, and sign by it.")
+    ] = False,
+    overlap_days: Annotated[
+        int, typer.Option(min=0, help="With --authority: how long the old one is trusted too; 0 shuts its members out.")
+    ] = 30,
     state_dir: StateDir = DEFAULT_STATE_DIR,
     json: JsonFlag = False,
 ) -> None:
     """Give the gateway and the nodes fresh keys and certificates.
 
     A cluster that runs uses them from the next connection on; calls that run go on. It renews its certificates by
-    itself where the authority's key is at hand. Where it is not, rotate and copy the folder.
+    itself where the authority's key is at hand. Where it is not, rotate with --from and copy the folder. After
+    --authority do so for each other machine, and give clients elsewhere the new ca.pem, before the old authority ends.
     """
-    from cluster.certificates import renew
+    from cluster.certificates import members_validity, renew
+    from cluster.trust import rotate_authority
 
-    folder = _folder(secrets, state_dir)
-    fresh = renew(folder, first or folder, utc_now(), only_due=False)
+    folder, old_end = _folder(secrets, state_dir), None
+    if authority:
+        if first is not None:
+            raise ConfigError("--authority with --from: the authority is rotated where its key is; leave --from out")
+        old_end = rotate_authority(folder, timedelta(days=overlap_days), utc_now())
+        fresh = members_validity(folder)
+    else:
+        fresh = renew(folder, first or folder, utc_now(), only_due=False)
     if json:
-        print_json({"renewed": [{"name": v.name, "file": str(v.path), "end": v.end.isoformat()} for v in fresh]})
+        print_json(
+            {
+                "renewed": [_row(validity) for validity in fresh],
+                "old_authority_until": None if old_end is None else old_end.isoformat(),
+            }
+        )
         return
     for validity in fresh:
-        note(f"{validity.path}: valid until {validity.end:%Y-%m-%d %H:%M}")
+        note(f"{validity.path}: by {validity.signed_by}, valid until {validity.end:%Y-%m-%d %H:%M}")
+    if old_end is not None:
+        note(
+            f"the old authority is trusted until {old_end:%Y-%m-%d %H:%M}; before that, for each other machine `colm "
+            f"certificates rotate --secrets OTHER --from {folder}` and copy OTHER there; give clients elsewhere "
+            f"{folder / CA_FILE}"
+        )
+
+
+def revoke(
+    serial: Annotated[str, typer.Argument(help="As `colm certificates show` prints it.")],
+    secrets: Folder = None,
+    state_dir: StateDir = DEFAULT_STATE_DIR,
+) -> None:
+    """Refuse the calls of whoever shows a certificate, from the next call on and without a restart.
+
+    Other machines learn it by `colm certificates rotate --from`, or a copy of the file.
+    """
+    from cluster.trust import revoke as refuse
+
+    folder = _folder(secrets, state_dir)
+    try:
+        number = int(serial, 16)
+    except ValueError:
+        raise ConfigError(f"{serial!r} is no serial number in hex; `colm certificates show` prints them") from None
+    refuse(folder, number)
+    note(f"{folder / REVOKED_FILE}: {number:x} calls no more")
 
 
 def _folder(secrets: Path | None, state_dir: Path) -> Path:

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, human_bytes, interruptible, note, print_json
 from cluster.options import default_toml, load_config
-from cluster.state import CA_FILE, ClusterState
+from cluster.state import ClusterState
 from colm.client import Client
 from colm.nodes import NodeStatus
 
@@ -155,8 +155,8 @@ def env(state_dir: StateDir = DEFAULT_STATE_DIR) -> None:
     """
     state = ClusterState.require(state_dir)
     variables = {"OPENAI_BASE_URL": state.base_url, "OPENAI_API_KEY": state.client_token or "none"}
-    if state.ca_pem is not None and state.own_certificate is None:
-        variables["SSL_CERT_FILE"] = str((state_dir / CA_FILE).absolute())
+    if state.ca_file is not None and state.own_certificate is None:
+        variables["SSL_CERT_FILE"] = state.ca_file
     for name, value in variables.items():
         typer.echo(f"export {name}={quote(value)}")
 

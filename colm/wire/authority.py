@@ -11,10 +11,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from colm.errors import ConfigError
-from colm.wire.certificates import Pair, PrivateKey, PublicKey, key_pem_of, pem_of, read_pair
+from colm.wire.certificates import Pair, PrivateKey, PublicKey, key_pem_of, pem_of, read_signer, signer_name
 from colm.wire.members import CLUSTER_NAME, Member
 
-# A cluster makes a new authority whenever it starts.
+# A cluster makes a new authority whenever it starts, and when it is told to.
 _AUTHORITY_DAYS = 397
 CERTIFICATE_DAYS = 90
 """How long a member's certificate is valid, unless its authority ends sooner."""
@@ -26,6 +26,8 @@ class Authority:
 
     certificate: x509.Certificate
     key: PrivateKey = field(repr=False)
+    above: tuple[x509.Certificate, ...] = ()
+    """What follows its own in a member's chain, for those who trust another authority: that one's word for this."""
 
     @classmethod
     def new(cls, now: datetime.datetime) -> "Authority":
@@ -34,22 +36,23 @@ class Authority:
         name = _name(f"{CLUSTER_NAME} authority")
         named = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
         builder = _builder(name, name, key.public_key(), named, now)
-        certificate = (
-            builder.not_valid_after(now + datetime.timedelta(days=_AUTHORITY_DAYS))
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(signs_certificates=True), critical=True)
-            .sign(key, hashes.SHA256())
-        )
-        return cls(certificate, key)
+        builder = builder.not_valid_after(now + datetime.timedelta(days=_AUTHORITY_DAYS))
+        # One for the authority that will take its place: that is self-issued, which not every verifier leaves out.
+        return cls(_as_authority(builder, path_length=1).sign(key, hashes.SHA256()), key)
 
     @classmethod
     def read(cls, certificate: Path, key: Path, now: datetime.datetime) -> "Authority":
         """One that lies in files.
 
+        Args:
+            certificate: of the authority, in any place among others.
+            key: its key.
+            now: the time.
+
         Raises:
             ConfigError: names the file and what is wrong with it.
         """
-        pair = read_pair(certificate, key, now)
+        pair = read_signer(certificate, key, now)
         try:
             may_sign = pair.leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
             usage = pair.leaf.extensions.get_extension_for_class(x509.KeyUsage).value
@@ -58,7 +61,8 @@ class Authority:
             may_sign = may_sign if missing.oid == x509.KeyUsage.oid else False
         if not may_sign:
             raise ConfigError(f"{certificate} is not of an authority (CA:TRUE); its certificate may sign no others")
-        return cls(pair.leaf, pair.key)
+        has_another_above = pair.leaf.issuer != pair.leaf.subject
+        return cls(pair.leaf, pair.key, (pair.leaf,) if has_another_above else ())
 
     @property
     def certificate_pem(self) -> bytes:
@@ -71,6 +75,11 @@ class Authority:
         return key_pem_of(self.key)
 
     @property
+    def name(self) -> str:
+        """As `signer_of` says it of what this one signed."""
+        return signer_name(self.certificate.subject, self._named.key_identifier)
+
+    @property
     def _named(self) -> x509.AuthorityKeyIdentifier:
         """How certificates name its key: as its own certificate does, if that does."""
         try:
@@ -79,11 +88,19 @@ class Authority:
             return x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
         return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(found)
 
-    def issue(self, member: Member, now: datetime.datetime) -> Pair:
-        """A fresh key and the certificate for it.
+    def vouch_for(self, other: "Authority", until: datetime.datetime, now: datetime.datetime) -> x509.Certificate:
+        """Another authority of the same name, signed by this one: whoever trusts this one trusts the other by it.
 
-        The certificate of an authority that has one above it follows, for those who trust that one.
+        RFC 4210 calls it NewWithOld.
         """
+        end = min(until, self.certificate.not_valid_after_utc, other.certificate.not_valid_after_utc)
+        builder = _builder(
+            other.certificate.subject, self.certificate.subject, other.key.public_key(), self._named, now
+        ).not_valid_after(end)
+        return _as_authority(builder, path_length=0).sign(self.key, hashes.SHA256())
+
+    def issue(self, member: Member, now: datetime.datetime) -> Pair:
+        """A fresh key and the certificate for it; what is above the authority follows."""
         key = ec.generate_private_key(ec.SECP256R1())
         end = min(now + datetime.timedelta(days=CERTIFICATE_DAYS), self.certificate.not_valid_after_utc)
         names: list[x509.GeneralName] = [x509.DNSName(member.certificate_name)]
@@ -100,8 +117,7 @@ class Authority:
             .add_extension(x509.ExtendedKeyUsage(member.usages), critical=False)
             .sign(self.key, hashes.SHA256())
         )
-        has_another_above = self.certificate.issuer != self.certificate.subject
-        return Pair((certificate, self.certificate) if has_another_above else (certificate,), key)
+        return Pair((certificate, *self.above), key)
 
 
 def _name(common_name: str) -> x509.Name:
@@ -125,6 +141,11 @@ def _builder(
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(named, critical=False)
     )
+
+
+def _as_authority(builder: x509.CertificateBuilder, *, path_length: int) -> x509.CertificateBuilder:
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
+    return builder.add_extension(_usage(signs_certificates=True), critical=True)
 
 
 def _usage(*, signs_certificates: bool) -> x509.KeyUsage:

@@ -1,4 +1,4 @@
-"""Which certificate a caller must have: the right name, and not yet expired when the call comes."""
+"""Which certificate a caller must have: the right name, neither revoked nor expired when the call comes."""
 
 import datetime
 from collections.abc import Awaitable, Callable
@@ -23,11 +23,13 @@ class CallerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # gr
 
     Args:
         name: in the caller's certificate.
+        revoked: serial numbers that are refused, asked for at each call.
         now: the time, with its zone.
     """
 
-    def __init__(self, name: str, now: Callable[[], datetime.datetime]) -> None:
+    def __init__(self, name: str, revoked: Callable[[], frozenset[int]], now: Callable[[], datetime.datetime]) -> None:
         self._name = name
+        self._revoked = revoked
         self._now = now
 
     async def intercept_service(
@@ -43,10 +45,12 @@ class CallerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # gr
         shown = context.auth_context().get("x509_pem_cert")
         if not shown:
             await abort(context, Unauthenticated(f"a certificate of {self._name} is needed"))
-        names, end = _read(shown[0])
+        names, end, serial = _read(shown[0])
         if self._name not in names:
             whose = ", ".join(names) or "nobody"
             await abort(context, Unauthenticated(f"a certificate of {self._name} is needed; this one is of {whose}"))
+        if serial in self._revoked():
+            await abort(context, Unauthenticated(f"the certificate of {self._name} of serial {serial:x} is revoked"))
         if end <= self._now():
             await abort(
                 context, Unauthenticated(f"the certificate of {self._name} expired on {end:%Y-%m-%d %H:%M} UTC")
@@ -54,6 +58,6 @@ class CallerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # gr
 
 
 @lru_cache(maxsize=_MAX_REMEMBERED)
-def _read(pem: bytes) -> tuple[tuple[str, ...], datetime.datetime]:
+def _read(pem: bytes) -> tuple[tuple[str, ...], datetime.datetime, int]:
     certificate = x509.load_pem_x509_certificate(pem)
-    return tuple(names_of(certificate)), certificate.not_valid_after_utc
+    return tuple(names_of(certificate)), certificate.not_valid_after_utc, certificate.serial_number

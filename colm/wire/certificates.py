@@ -11,6 +11,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
 
 from colm.errors import ConfigError
 
@@ -77,8 +78,17 @@ def read_pair(certificate: Path, key: Path, now: datetime.datetime) -> Pair:
         ConfigError: one of them cannot be read, the key is another's or open to others, or its time is over or has not
             come; named with the file.
     """
-    chain = read_certificates(certificate)
-    pair = Pair(chain, _read_key(key))
+    return _checked(Pair(read_certificates(certificate), _read_key(key)), certificate, key, now)
+
+
+def read_signer(certificates: Path, key: Path, now: datetime.datetime) -> Pair:
+    """As `read_pair`, where the key's certificate may stand anywhere among those of a file."""
+    secret = _read_key(key)
+    found = sorted(read_certificates(certificates), key=lambda each: each.public_key() != secret.public_key())
+    return _checked(Pair(tuple(found), secret), certificates, key, now)
+
+
+def _checked(pair: Pair, certificate: Path, key: Path, now: datetime.datetime) -> Pair:
     if pair.key.public_key() != pair.leaf.public_key():
         raise ConfigError(f"the key in {key} is not that of the certificate in {certificate}; give both of one pair")
     if (end := pair.leaf.not_valid_after_utc) <= now:
@@ -118,6 +128,22 @@ def names_of(certificate: x509.Certificate) -> list[str]:
         return []
     addresses = [str(address) for address in found.get_values_for_type(x509.IPAddress)]
     return found.get_values_for_type(x509.DNSName) + addresses
+
+
+def signer_of(certificate: x509.Certificate) -> str:
+    """Who signed a certificate; see `signer_name`."""
+    try:
+        named = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        return signer_name(certificate.issuer, None)
+    return signer_name(certificate.issuer, named.key_identifier)
+
+
+def signer_name(name: x509.Name, key_id: bytes | None) -> str:
+    """An authority to people: its common name and eight hex digits of its key's id, as far as they are known."""
+    common = name.get_attributes_for_oid(NameOID.COMMON_NAME)
+    shown = str(common[0].value) if common else name.rfc4514_string()
+    return f"{shown} {key_id.hex()[:8]}" if key_id else shown
 
 
 def dialled_name(certificate: x509.Certificate) -> str:

@@ -86,10 +86,15 @@ def create_server(
     """
     interceptors: list[grpc.aio.ServerInterceptor] = [MalformedInterceptor()]
     if (tls := security.current_tls) is not None and tls.caller_name is not None:
-        interceptors.insert(0, CallerInterceptor(tls.caller_name, now))
+        interceptors.insert(0, CallerInterceptor(tls.caller_name, lambda: _revoked(security), now))
     if security.token:
         interceptors.insert(0, TokenInterceptor(admits or only(security.token)))
     return grpc.aio.server(interceptors=interceptors, options=server_options())
+
+
+def _revoked(security: Security) -> frozenset[int]:
+    tls = security.current_tls
+    return frozenset() if tls is None else tls.revoked
 
 
 def join_address(host: str, port: int) -> str:

@@ -31,6 +31,8 @@ class Tls:
     """The name in the certificates of the servers that are called; None checks the address that was dialled."""
     caller_name: str | None = None
     """The name in the certificate that a server demands of its callers; None demands none."""
+    revoked: frozenset[int] = frozenset()
+    """Serial numbers of certificates that call no more, whatever their end."""
 
     def current(self) -> "Tls":
         """Itself: see `TlsSource`."""

@@ -15,6 +15,9 @@ from colm.wire.security import Tls
 logger = logging.getLogger(__name__)
 
 CA_FILE = "ca.pem"
+"""The authorities that members trust: one, or two while one takes the other's place."""
+REVOKED_FILE = "revoked"
+"""Serial numbers in hex, one a line; may be missing."""
 
 
 class TlsFiles:
@@ -26,6 +29,7 @@ class TlsFiles:
         certificate: a PEM file of the certificate and those that lead to its authority.
         key: of its key; may be the same file.
         ca: of the authorities that are trusted; None where nobody's certificate is looked at.
+        revoked: of serial numbers; see `read_revoked`. None where nobody's certificate is looked at.
         server_name: see `Tls`.
         caller_name: see `Tls`.
         now: the time, with its zone.
@@ -40,11 +44,12 @@ class TlsFiles:
         certificate: Path,
         key: Path,
         ca: Path | None,
+        revoked: Path | None = None,
         server_name: str | None = None,
         caller_name: str | None = None,
         now: Callable[[], datetime.datetime] = utc_now,
     ) -> None:
-        self._certificate, self._key, self._ca = certificate, key, ca
+        self._certificate, self._key, self._ca, self._revoked = certificate, key, ca, revoked
         self._server_name, self._caller_name = server_name, caller_name
         self._now = now
         self._lock = threading.Lock()
@@ -65,7 +70,8 @@ class TlsFiles:
             return self._tls
 
     def _look(self) -> list[tuple[int, ...] | None]:
-        return [None if path is None else _stamp(path) for path in (self._certificate, self._key, self._ca)]
+        paths = self._certificate, self._key, self._ca, self._revoked
+        return [None if path is None else _stamp(path) for path in paths]
 
     def _read(self) -> Tls:
         pair = read_pair(self._certificate, self._key, self._now())
@@ -76,12 +82,27 @@ class TlsFiles:
             key_pem=pair.key_pem,
             server_name=self._server_name,
             caller_name=self._caller_name,
+            revoked=frozenset() if self._revoked is None else read_revoked(self._revoked),
         )
 
 
 def certificate_path(folder: Path, member: Member) -> Path:
     """The file of a member's key and certificate."""
     return folder / f"{member.value}.pem"
+
+
+def read_revoked(path: Path) -> frozenset[int]:
+    """The serial numbers in a file of them; none if there is no file.
+
+    Raises:
+        ConfigError: it cannot be read, or a line is no number in hex.
+    """
+    try:
+        return frozenset(int(line, 16) for line in path.read_text().split())
+    except FileNotFoundError:
+        return frozenset()
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"{path} must hold a serial number in hex on each line: {err}") from err
 
 
 def of_member(folder: Path, member: Member) -> TlsFiles:
@@ -95,6 +116,7 @@ def of_member(folder: Path, member: Member) -> TlsFiles:
         certificate=path,
         key=path,
         ca=folder / CA_FILE,
+        revoked=folder / REVOKED_FILE,
         server_name=None if member.callee is None else member.callee.certificate_name,
         caller_name=None if member.caller is None else member.caller.certificate_name,
     )

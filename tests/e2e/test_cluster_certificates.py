@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.secret_files import SecretFiles
-from colm.client import collect
+from colm.client import Client, collect
 from colm.errors import PeerUnavailable
 from colm.events import Token
 from colm.nodes import Role
@@ -38,16 +38,24 @@ def servers(cluster: RunningCluster) -> list[str]:
     return [cluster.state.gateway_address, *nodes]
 
 
-def test_certificates_are_replaced_while_the_cluster_answers(cluster: RunningCluster) -> None:
-    before = [shown_at(address) for address in servers(cluster)]
+def test_certificates_and_then_their_authority_are_replaced_while_the_cluster_answers(cluster: RunningCluster) -> None:
+    before = {shown_at(address) for address in servers(cluster)}
+    authority = cluster.state.security.current_tls
     with cluster.client() as client:
-        events = client.generate(token_ids=PROMPT, max_new_tokens=48, sampling=GREEDY)
-        first = next(event for event in events if isinstance(event, Token))
-        cluster.colm("certificates", "rotate")
-        through = [first, *collect(events).tokens]
-        after = collect(client.generate(token_ids=PROMPT, max_new_tokens=48, sampling=GREEDY)).tokens
-    assert [token.token_id for token in through] == [token.token_id for token in after]
-    assert not set(before) & {shown_at(address) for address in servers(cluster)}
+        for words in ((), ("--authority",)):
+            events = client.generate(token_ids=PROMPT, max_new_tokens=48, sampling=GREEDY)
+            first = next(event for event in events if isinstance(event, Token))
+            cluster.colm("certificates", "rotate", *words)
+            through = [first, *collect(events).tokens]
+            after = collect(client.generate(token_ids=PROMPT, max_new_tokens=48, sampling=GREEDY)).tokens
+            assert [token.token_id for token in through] == [token.token_id for token in after]
+            now = {shown_at(address) for address in servers(cluster)}
+            assert not before & now
+            before |= now
+    assert cluster.state.security.current_tls != authority
+    for security in (cluster.state.security, Security(token=cluster.state.client_token, tls=authority)):
+        with Client(cluster.state.gateway_address, security) as fresh:
+            assert fresh.cluster_status().nodes
     cluster.assert_idle()
 
 

@@ -731,7 +731,7 @@ async def test_a_cluster_that_serves_something_else_is_refused(
     other = {torch.bfloat16: "float32", torch.float32: "bfloat16"}[fastest_dtype(CPU)]
     config = config_of(bare, **{"model.dtype": "auto" if served == "more chains" else other})
     async with serving(bare.path, config, Security()) as (address, _):
-        ClusterState(gateway_address=address, ray_address="", ray_pid=None, client_token=None, ca_pem=None).write(
+        ClusterState(gateway_address=address, ray_address="", ray_pid=None, client_token=None, ca_file=None).write(
             tmp_path / "state"
         )
         words = ["--model", str(asked_for.path), "--documents", "9,1,9,99", "--state-dir", str(tmp_path / "state")]

@@ -145,7 +145,7 @@ def test_a_cluster_stays_up_through_a_year_of_renewals_and_says_when_its_authori
         assert all(validity.end > NOW + DAY * day for validity in members_validity(Path(secrets.folder)))
     assert len(said) == 1
     assert "ca.pem expires on" in said[0]
-    assert "after `colm down` and `colm up`" in said[0]
+    assert "`colm certificates rotate --authority` makes another" in said[0]
 
 
 def test_where_the_key_of_the_authority_is_not_the_operator_is_told(secrets: SecretFiles) -> None:
@@ -228,7 +228,7 @@ def test_an_own_certificate_is_shown_beside_the_clusters(tmp_path: Path) -> None
         ray_address="",
         ray_pid=None,
         client_token=None,
-        ca_pem="",
+        ca_file="",
         own_certificate=str(tmp_path / "own.pem"),
     ).write(tmp_path)
     shown = json.loads(run("certificates", "show", "--state-dir", str(tmp_path), "--json"))["certificates"]

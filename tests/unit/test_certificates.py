@@ -211,7 +211,7 @@ async def test_clients_of_this_machine_trust_the_gateways_own_certificate_and_fo
         ray_address="",
         ray_pid=None,
         client_token=secrets.of_clients().token,
-        ca_pem=(tmp_path / "secrets" / "ca.pem").read_text(),
+        ca_file=str(tmp_path / "secrets" / "ca.pem"),
         own_certificate=str(certificate),
     )
     async with serving(secrets.of_clients()) as address:

@@ -11,16 +11,16 @@ import pytest
 
 from cluster.state import ClusterState, make_state_dir, write_private
 from colm.errors import ClusterError
-from colm.wire.security import Security, Tls
+from colm.wire.security import Security, Tls, new_tls
 
 STATE = ClusterState(
     gateway_address="127.0.0.1:50051",
     ray_address="127.0.0.1:6379",
     ray_pid=4242,
     client_token="secret-token",
-    ca_pem="-----BEGIN CERTIFICATE-----\n",
+    ca_file="/secrets/ca.pem",
 )
-PLAIN = replace(STATE, ray_pid=None, client_token=None, ca_pem=None)
+PLAIN = replace(STATE, ray_pid=None, client_token=None, ca_file=None)
 
 
 def mode_of(path: Path) -> int:
@@ -84,14 +84,16 @@ def test_a_directory_into_which_others_may_write_is_refused(tmp_path: Path) -> N
 def test_writing_leaves_no_partial_file(tmp_path: Path) -> None:
     STATE.write(tmp_path)
     STATE.write(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ca.pem", "cluster.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cluster.json"]
     ClusterState.forget(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_clients_get_the_token_and_the_authority_and_no_key() -> None:
-    assert STATE.ca_pem is not None
-    assert STATE.security == Security(token="secret-token", tls=Tls(ca_pem=STATE.ca_pem.encode()))
+def test_clients_get_the_token_and_the_authorities_of_now_and_no_key(tmp_path: Path) -> None:
+    state = replace(STATE, ca_file=str(tmp_path / "ca.pem"))
+    for _ in range(2):
+        (tmp_path / "ca.pem").write_bytes(pem := new_tls().ca_pem)
+        assert state.security == Security(token="secret-token", tls=Tls(ca_pem=pem))
     assert PLAIN.security == Security()
 
 

@@ -2,6 +2,7 @@
 
 from tests.mutation.mutant import Mutant
 
+_ROTATION = "tests/unit/test_authority_rotation.py::"
 _GATEWAY = "tests/fault/test_gateway.py::"
 _GATEWAYS = "tests/fault/test_lost_gateways.py::"
 _FRONT_DOOR = "tests/unit/test_front_door.py::"
@@ -239,6 +240,27 @@ MUTANTS = (
         "_DUE_AT = 2 / 3",
         "_DUE_AT = 1",
         "tests/unit/test_certificate_renewal.py::test_certificates_are_renewed_when_two_thirds_of_their_life_are_over",
+    ),
+    Mutant(
+        "an authority comes without the old one's word for it",
+        "cluster/trust.py",
+        "return replace(signs, above=(overlap,))",
+        "return signs",
+        _ROTATION + "test_a_machine_that_has_not_heard_of_the_rotation_is_trusted_and_trusts",
+    ),
+    Mutant(
+        "an old authority is trusted for ever",
+        "cluster/trust.py",
+        "if _is_for(overlap, each) != is_void]",
+        "]",
+        _ROTATION + "test_after_the_overlap_only_what_the_new_one_signed_is_trusted",
+    ),
+    Mutant(
+        "an authority whose key was never written stays",
+        "cluster/trust.py",
+        "and not is_void:",
+        ":",
+        _ROTATION + "test_a_rotation_that_is_killed_anywhere_leaves_members_that_trust_each_other",
     ),
     Mutant(
         "plaintext leaves the machine unasked",

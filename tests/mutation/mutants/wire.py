@@ -3,6 +3,7 @@
 from tests.mutation.mutant import Mutant
 
 _WAITING = "tests/fault/test_waiting.py::"
+_ROTATION = "tests/unit/test_authority_rotation.py::"
 _GATEWAY = "tests/fault/test_gateway.py::"
 _STREAM = "tests/fault/test_kv_stream_faults.py::"
 _CHANNELS = "tests/unit/test_channels.py::"
@@ -200,6 +201,13 @@ MUTANTS = (
         "demands = served.caller_name is not None",
         "demands = False",
         "tests/unit/test_mutual_tls.py::test_whoever_has_no_certificate_that_calls_is_refused_before_any_call",
+    ),
+    Mutant(
+        "a revoked certificate calls on",
+        "colm/wire/callers.py",
+        "if serial in self._revoked():",
+        "if False:",
+        _ROTATION + "test_a_revoked_member_is_refused_at_its_next_call_even_on_an_open_connection",
     ),
     Mutant(
         "a channel keeps certificates that were replaced",
