@@ -118,7 +118,8 @@ def _remove(ray_address: str, say: Say) -> None:
 def _check_kv(config: ClusterConfig, checkpoint: Checkpoint) -> None:
     """Check the KV cache's size as the replicas will, before anything starts."""
     kv_format = KvFormat.of(checkpoint.config, parse_dtype(config.resolved_dtype))
-    KvLayout(kv_format, config.decode.page_tokens).pages_within(config.decode.kv_cache_bytes)
+    section = config.decode
+    KvLayout(kv_format, section.page_tokens, section.kv_cache_dtype).pages_within(section.kv_cache_bytes)
 
 
 def _check_prefill(config: ClusterConfig, checkpoint: Checkpoint) -> None:

@@ -48,7 +48,7 @@ class DecodeEngine:
         self._rope = Rope(checkpoint.config, store.device)
         self._one_call: DecodeStep | None = None
         if in_one_call and (layers := step_layers(self._model, store.device)) is not None:
-            pages = store.k_pages_LBPKD, store.v_pages_LBPKD
+            pages = store.k_pages_LBPKD, store.v_pages_LBPKD, store.k_scales_LBPK, store.v_scales_LBPK
             gains, config = all_gains(self._model.final_norm), checkpoint.config
             self._one_call = DecodeStep(layers, gains, config.chains, *pages, eps=config.norm_eps)
 
@@ -155,6 +155,7 @@ class _LayerPages:
         self.store.write_tokens(self.layer, self.step.slot_mapping_T, k_TKE, v_TKE, rows.cos_RE, rows.sin_RE)
 
     def attend(self, q_TKGE: Tensor) -> Tensor:
+        k_scales_LBPK, v_scales_LBPK = self.store.k_scales_LBPK, self.store.v_scales_LBPK
         return decode_attention(
             q_TKGE,
             self.store.k_pages_LBPKD[self.layer],
@@ -162,6 +163,8 @@ class _LayerPages:
             self.step.block_table_RM,
             self.step.context_lens_R,
             cu_seqlens_q_R1=self.step.cu_seqlens_q_R1,
+            k_scales_BPK=None if k_scales_LBPK is None else k_scales_LBPK[self.layer],
+            v_scales_BPK=None if v_scales_LBPK is None else v_scales_LBPK[self.layer],
         )
 
 

@@ -1,9 +1,17 @@
 """The pages in which a decode node keeps keys and values; no other node knows of them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
+
+from colm.dtypes import dtype_name
 from colm.errors import ConfigError
 from colm.kv import KvFormat
+from colm.wire.kv_codec import wire_token_bytes
+
+KvCacheDtype = Literal["model", "int8"]
+"""What keys and values are kept in: the model's dtype, or int8 with a bf16 scale a token and kv head (ADR 45)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,15 +21,31 @@ class KvLayout:
     kv_format: KvFormat
     page_tokens: int
     """Tokens in one page; a page holds all their layers."""
+    cache_dtype: KvCacheDtype = "model"
 
     def __post_init__(self) -> None:
         if self.page_tokens < 1:
             raise ValueError(f"page_tokens={self.page_tokens} must be at least 1")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values in a page."""
+        return torch.int8 if self.cache_dtype == "int8" else self.kv_format.dtype
+
+    @property
+    def page_format(self) -> str:
+        """Name of what a page's bytes are. Pages of equal tokens may stand for each other only where it is equal."""
+        return dtype_name(self.dtype)
+
+    @property
+    def layer_token_bytes(self) -> int:
+        """Keys and values of one token in one layer, scales included: in int8 what the stream's codec makes of them."""
+        return wire_token_bytes(self.kv_format, "int8" if self.cache_dtype == "int8" else "raw")
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one page: keys and values of all layers."""
-        return self.page_tokens * self.kv_format.token_bytes
+        return self.page_tokens * self.kv_format.num_layers * self.layer_token_bytes
 
     def pages(self, num_tokens: int) -> int:
         """Number of pages that hold `num_tokens` tokens."""

@@ -190,7 +190,7 @@ class KvReceiver:
                 num_tokens=tile.num_tokens,
                 payload_bytes=len(payload),
                 is_shared=is_shared,
-                effective_bytes=tile.num_tokens * kv_format.layer_token_bytes,
+                effective_bytes=tile.num_tokens * self._store.layout.layer_token_bytes,
             )
         )
         self._store.write(self._transfer.table_M, tile)

@@ -1,4 +1,4 @@
-"""The memory of the pages: one tensor of keys and one of values.
+"""The memory of the pages: one tensor of keys and one of values, and of int8 pages their scales.
 
 Shapes: L layers, B pages of the pool, P tokens of a page, K kv heads, D head dim, M pages of a request, T tokens of a
 tile or of a step, S = B * P rows.
@@ -9,15 +9,14 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from colm_kernels.kv_payload import scatter_rows
-from colm_kernels.kv_quantise import write_dequantised_kv
-from colm_kernels.rotary import write_kv
+from colm_kernels.rotary import rotate_, write_kv
 from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.kv import KvTile
 from colm.placement import CPU
 from decode_node.kv_layout import KvLayout
+from decode_node.kv_rows import KvRows
 from decode_node.page_pool import PageLease
 
 
@@ -31,9 +30,14 @@ class KvStore:
         kv_format = layout.kv_format
         shape = (kv_format.num_layers, num_pages, layout.page_tokens, kv_format.num_kv_heads, kv_format.head_dim)
         # On the CPU untouched pages cost no memory: the system backs them when they are first written.
-        self.k_pages_LBPKD = torch.empty(shape, dtype=kv_format.dtype, device=device)
-        self.v_pages_LBPKD = torch.empty(shape, dtype=kv_format.dtype, device=device)
-        self._k_cache_LSKD, self._v_cache_LSKD = self.k_pages_LBPKD.flatten(1, 2), self.v_pages_LBPKD.flatten(1, 2)
+        self.k_pages_LBPKD = torch.empty(shape, dtype=layout.dtype, device=device)
+        self.v_pages_LBPKD = torch.empty(shape, dtype=layout.dtype, device=device)
+        self.k_scales_LBPK = self.v_scales_LBPK = None
+        if layout.cache_dtype == "int8":
+            self.k_scales_LBPK = torch.empty(shape[:-1], dtype=torch.bfloat16, device=device)
+            self.v_scales_LBPK = torch.empty(shape[:-1], dtype=torch.bfloat16, device=device)
+        self._k_rows = _layers(self.k_pages_LBPKD, self.k_scales_LBPK)
+        self._v_rows = _layers(self.v_pages_LBPKD, self.v_scales_LBPK)
 
     def page_table(self, lease: PageLease) -> NDArray[np.int32]:
         """The lease's page ids in the order of the tokens that they hold: table_M."""
@@ -47,29 +51,14 @@ class KvStore:
             tile: in the store's format, or in int8, on the host.
         """
         runs = list(self._runs(table_M, tile.first_token, tile.num_tokens))
-        if tile.scale_ZKT is not None:
-            self._write_quantised(runs, tile, tile.scale_ZKT)
-            return
-        for cache_LSKD, tokens_KTD in zip(
-            (self._k_cache_LSKD, self._v_cache_LSKD), (tile.k_KTD, tile.v_KTD), strict=True
-        ):
-            # On a device, the copies of all threads go to its default stream, ahead of the steps that read them.
-            cache_SKD, here_KTD = cache_LSKD[tile.layer], tokens_KTD.to(self.device)
+        caches, scales = (self._k_rows[tile.layer], self._v_rows[tile.layer]), tile.scale_ZKT
+        for index, (cache, tokens_KTD) in enumerate(zip(caches, (tile.k_KTD, tile.v_KTD), strict=True)):
+            # int8 is widened on the host, if it is at all.
+            here_KTD = tokens_KTD.to(self.device) if scales is None else tokens_KTD
             for first, count, slot in runs:
-                scatter_rows(here_KTD[:, first : first + count], cache_SKD[slot : slot + count])
-
-    def _write_quantised(self, runs: list[tuple[int, int, int]], tile: KvTile, scale_ZKT: Tensor) -> None:
-        caches = self._k_cache_LSKD[tile.layer], self._v_cache_LSKD[tile.layer]
-        for cache_SKD, q_KTD, scale_KT in zip(caches, (tile.k_KTD, tile.v_KTD), scale_ZKT, strict=True):
-            q_TKD, scale_TK = q_KTD.transpose(0, 1), scale_KT.t()
-            for first, count, slot in runs:
-                # In the calling thread alone: the others decode.
-                write_dequantised_kv(
-                    q_TKD[first : first + count],
-                    scale_TK[first : first + count],
-                    cache_SKD[slot : slot + count],
-                    num_threads=1,
-                )
+                part = slice(first, first + count)
+                # On a device, the copies of all threads go to its default stream, ahead of the steps that read them.
+                cache.write_run(slot, here_KTD[:, part], None if scales is None else scales[index, :, part])
 
     def _runs(self, table_M: NDArray[np.int32], first_token: int, num_tokens: int) -> Iterator[tuple[int, int, int]]:
         """Divide a tile where its pages are not neighbours: (token of the tile, count, row of the cache)."""
@@ -91,10 +80,21 @@ class KvStore:
         Args:
             layer: the layer to write.
             slot_mapping_T: int64, page * P + slot.
-            k_TKD: unrotated.
+            k_TKD: unrotated; rotated in place where pages are int8.
             v_TKD: stored as they are.
             cos_TD: of `colm.model.rope.rotation`.
             sin_TD: likewise.
         """
-        k_cache_SKD, v_cache_SKD = self._k_cache_LSKD[layer], self._v_cache_LSKD[layer]
-        write_kv(k_TKD, v_TKD, cos_TD, sin_TD, k_cache_SKD, v_cache_SKD, slot_mapping_T)
+        keys, values = self._k_rows[layer], self._v_rows[layer]
+        if keys.scales_SK is None:
+            write_kv(k_TKD, v_TKD, cos_TD, sin_TD, keys.rows_SKD, values.rows_SKD, slot_mapping_T)
+        else:
+            keys.write_tokens(slot_mapping_T, rotate_(k_TKD, cos_TD, sin_TD))
+            values.write_tokens(slot_mapping_T, v_TKD)
+
+
+def _layers(pages_LBPKD: Tensor, scales_LBPK: Tensor | None) -> list[KvRows]:
+    rows_LSKD = pages_LBPKD.flatten(1, 2)
+    if scales_LBPK is None:
+        return [KvRows(rows_SKD, None) for rows_SKD in rows_LSKD]
+    return [KvRows(*of_layer) for of_layer in zip(rows_LSKD, scales_LBPK.flatten(1, 2), strict=True)]

@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from decode_node.decode_loop import DecodeLoop
+from decode_node.kv_layout import KvLayout
 from decode_node.page_line import PageLine
 from decode_node.requests import RequestOwner, Stage
 
@@ -17,10 +18,18 @@ _ENDS = {Stage.FINISHED: "finished", Stage.FAILED: "failed", Stage.CANCELLED: "c
 class DecodeMetrics(Collector):
     """Reads the node's own counts; must be collected on the node's event loop."""
 
-    def __init__(self, owner: RequestOwner, loop: DecodeLoop, page_line: PageLine, registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        owner: RequestOwner,
+        loop: DecodeLoop,
+        page_line: PageLine,
+        layout: KvLayout,
+        registry: CollectorRegistry,
+    ) -> None:
         self._owner = owner
         self._loop = loop
         self._pool = page_line.pool
+        self._layout = layout
         registry.register(self)
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
@@ -40,6 +49,9 @@ class DecodeMetrics(Collector):
         pages.add_metric(["used"], self._pool.num_used)
         pages.add_metric(["free"], self._pool.num_free)
         yield pages
+        page_bytes = GaugeMetricFamily("colm_decode_page_bytes", "Bytes of a page of the KV pool.", labels=["format"])
+        page_bytes.add_metric([self._layout.page_format], self._layout.page_bytes)
+        yield page_bytes
         yield CounterMetricFamily("colm_decode_steps", "Steps of the decode engine.", counts.num_steps)
         yield CounterMetricFamily("colm_decode_step_seconds", "Time in which steps ran.", counts.steps_s)
         yield CounterMetricFamily("colm_decode_tokens", "Tokens sampled for answers.", counts.num_tokens)

@@ -150,16 +150,18 @@ class DecodeNode:
             drafting=drafting,
             clock=clock,
         )
-        DecodeMetrics(self.owner, loop, self.page_line, self.metrics)
+        DecodeMetrics(self.owner, loop, self.page_line, store.layout, self.metrics)
         self.answers = HeldAnswers(self.owner, settings.orphan_s)
         DecodeService(self.answers, checkpoint.config, clock, self._leases).add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()
         self.address = dial_address(options.host, port)
         logger.info(
-            "decode.ready address=%s device=%s fingerprint=%s",
+            "decode.ready address=%s device=%s pages=%d page_format=%s fingerprint=%s",
             self.address,
             options.placement.device,
+            store.num_pages,
+            store.layout.page_format,
             self.fingerprint[:16],
         )
 
@@ -189,6 +191,7 @@ def _load(options: DecodeOptions) -> tuple[Checkpoint, Tokenizer | None, KvStore
     placement.take()
     checkpoint = Checkpoint.open(options.model_path)
     checkpoint.require_finite(parameter_shapes(checkpoint.config))
-    layout = KvLayout(KvFormat.of(checkpoint.config, placement.dtype), settings.page_tokens)
+    kv_format = KvFormat.of(checkpoint.config, placement.dtype)
+    layout = KvLayout(kv_format, settings.page_tokens, settings.kv_cache_dtype)
     store = KvStore(layout, layout.pages_within(settings.kv_cache_bytes), placement.device)
     return checkpoint, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store)

@@ -6,6 +6,7 @@ from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, Positive
 
 from colm import defaults
 from colm.settings import PrefillLineSettings, Settings
+from decode_node.kv_layout import KvCacheDtype
 from decode_node.plan import MAX_DRAFT_TOKENS, MAX_PROMPT_TOKENS
 
 
@@ -14,6 +15,9 @@ class DecodeSettings(Settings):
 
     kv_cache_bytes: ByteSize = ByteSize(defaults.KV_CACHE_BYTES)
     """Memory of a decode node for keys and values, in bytes or with a unit, e.g. "4GiB"."""
+    kv_cache_dtype: KvCacheDtype = "model"
+    """What pages keep keys and values in: "model" for the model's dtype; "int8", with a scale a token and kv head, for
+    half of bfloat16's memory and so about twice the tokens."""
     page_tokens: PositiveInt = defaults.PAGE_TOKENS
     """Tokens in a KV page; a request reserves whole pages."""
     max_batch_size: PositiveInt = defaults.MAX_BATCH_SIZE

@@ -27,7 +27,7 @@ from colm.wire.tile_codec import METHOD, SERVICE, decode_message, pull_kv_handle
 from colm.wire.v1 import common_pb2, decode_service_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
-from decode_node.kv_layout import KvLayout
+from decode_node.kv_layout import KvCacheDtype, KvLayout
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import StaticPrefillPool
 from decode_node.settings import DecodeSettings
@@ -129,9 +129,9 @@ async def decode_node(
         await node.stop()
 
 
-def pages_bytes(config: ChainConfig, num_pages: int) -> int:
+def pages_bytes(config: ChainConfig, num_pages: int, cache_dtype: KvCacheDtype = "model") -> int:
     """Bytes of a cache of that many pages, on the nodes of this file."""
-    return num_pages * KvLayout(KvFormat.of(config, torch.float32), PAGE_TOKENS).page_bytes
+    return num_pages * KvLayout(KvFormat.of(config, torch.float32), PAGE_TOKENS, cache_dtype).page_bytes
 
 
 def assert_nothing_held(node: DecodeNode) -> None:

@@ -75,10 +75,7 @@ def quantised(tile: KvTile) -> KvTile:
     q_ZKTD = torch.empty((2, *tile.k_KTD.shape), dtype=torch.int8, device=tile.k_KTD.device)
     scale_ZKT = torch.empty(q_ZKTD.shape[:3], dtype=torch.bfloat16, device=q_ZKTD.device)
     for tokens_KTD, q_KTD, scale_KT in zip((tile.k_KTD, tile.v_KTD), q_ZKTD, scale_ZKT, strict=True):
-        tokens_TKD = tokens_KTD.transpose(0, 1)
-        if dtype == torch.float16:
-            tokens_TKD = tokens_TKD.float()
-        write_quantised_kv(tokens_TKD, q_KTD.transpose(0, 1), scale_KT.t())
+        write_quantised_kv(tokens_KTD.transpose(0, 1), q_KTD.transpose(0, 1), scale_KT.t())
     # A row that is not finite has the scale NaN, which is no more than nothing.
     if not scale_ZKT.max().item() <= torch.finfo(dtype).max / LARGEST:
         raise not_finite(tile, "NaN, infinities or numbers too large for int8")

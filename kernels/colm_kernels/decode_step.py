@@ -31,10 +31,10 @@ class StepArgs(ctypes.Structure):
         *(
             (name, ctypes.c_int64)
             for name in (
-                "matrices", "norms", "chain_heads", "chain_rows", "k_pages", "v_pages", "cos", "sin", "slots",
-                "block_table", "context_lens", "cu_seqlens_q", "x", "y", "num_layers", "num_chains", "num_active",
-                "num_tokens", "num_requests", "num_kv_heads", "head_dim", "num_pages", "page_tokens", "table_columns",
-                "in_panels",
+                "matrices", "norms", "chain_heads", "chain_rows", "k_pages", "v_pages", "k_scales", "v_scales", "cos",
+                "sin", "slots", "block_table", "context_lens", "cu_seqlens_q", "x", "y", "num_layers", "num_chains",
+                "num_active", "num_tokens", "num_requests", "num_kv_heads", "head_dim", "num_pages", "page_tokens",
+                "table_columns", "in_panels",
             )
         ),
         ("eps", ctypes.c_float),
@@ -116,6 +116,8 @@ class DecodeStep:
         chain_heads: query heads of each chain.
         k_pages_LBPKE: keys of all layers, contiguous.
         v_pages_LBPKE: values likewise.
+        k_scales_LBPK: bf16, of int8 pages, as in `decode_attention`; contiguous.
+        v_scales_LBPK: likewise.
         eps: of the norms.
     """
 
@@ -126,15 +128,19 @@ class DecodeStep:
         chain_heads: Sequence[int],
         k_pages_LBPKE: Tensor,
         v_pages_LBPKE: Tensor,
+        k_scales_LBPK: Tensor | None = None,
+        v_scales_LBPK: Tensor | None = None,
         *,
         eps: float,
     ) -> None:
         self._table = StepTable(layers, final_gains, chain_heads)
         for name, pages in (("k_pages_LBPKE", k_pages_LBPKE), ("v_pages_LBPKE", v_pages_LBPKE)):
-            if pages.dtype != self._table.dtype or not (pages.is_contiguous() and pages.is_cpu):
-                raise ValueError(f"{name} is {pages.dtype}, expected contiguous {self._table.dtype} on the CPU")
+            wanted = self._table.dtype if k_scales_LBPK is None else torch.int8
+            if pages.dtype != wanted or not (pages.is_contiguous() and pages.is_cpu):
+                raise ValueError(f"{name} is {pages.dtype}, expected contiguous {wanted} on the CPU")
         self._num_layers = len(layers)
         self._pages = (k_pages_LBPKE, v_pages_LBPKE)
+        self._scales = (k_scales_LBPK, v_scales_LBPK)
         self._eps = eps
 
     def variant_for(self, num_tokens: int) -> Variant:
@@ -142,7 +148,7 @@ class DecodeStep:
         k_pages_LBPKE, _ = self._pages
         if k_pages_LBPKE.shape[-1] not in HEAD_DIMS:
             return "torch"
-        return library_variant(num_tokens, k_pages_LBPKE.dtype, in_panels=self._table.in_panels)
+        return library_variant(num_tokens, self._table.dtype, in_panels=self._table.in_panels)
 
     def run(self, x_TD: Tensor, rows: StepRows, variant: Variant) -> Tensor:
         """Write the tokens' keys and values into the pages, and run all layers.
@@ -166,7 +172,9 @@ class DecodeStep:
         args = StepArgs(
             ctypes.addressof(self._table.matrices), ctypes.addressof(self._table.norms),
             ctypes.addressof(self._table.chain_heads), ctypes.addressof(chain_rows),
-            k_pages_LBPKE.data_ptr(), v_pages_LBPKE.data_ptr(), rows.cos_TE.data_ptr(), rows.sin_TE.data_ptr(),
+            k_pages_LBPKE.data_ptr(), v_pages_LBPKE.data_ptr(),
+            *(0 if scales is None else scales.data_ptr() for scales in self._scales),
+            rows.cos_TE.data_ptr(), rows.sin_TE.data_ptr(),
             rows.slot_mapping_T.data_ptr(), rows.block_table_RM.data_ptr(), rows.context_lens_R.data_ptr(),
             rows.cu_seqlens_q_R1.data_ptr(), x_TD.data_ptr(), y_TD.data_ptr(),
             self._num_layers, len(self._table.chain_heads), len(rows.chain_rows), len(x_TD), num_requests,

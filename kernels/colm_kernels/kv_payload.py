@@ -104,4 +104,4 @@ def scatter_rows(x_KTD: Tensor, out_TKD: Tensor) -> None:
 
 def _words(tensor: Tensor) -> torch.dtype:
     """What NumPy moves in place of bfloat16, which it does not have."""
-    return {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    return {1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]

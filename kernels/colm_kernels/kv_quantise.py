@@ -57,7 +57,7 @@ def quantise_kv(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
     is 0, as for a row of zeros, q is 0. Rows with NaN or infinity get the scale NaN and q 0, so they dequantise to NaN.
 
     Args:
-        x_TKD: bf16 or fp32.
+        x_TKD: bf16, fp32 or fp16.
 
     Returns:
         (q_TKD in int8, scale_TK in bf16), contiguous; the same bits from every variant.
@@ -74,20 +74,28 @@ def quantise_kv(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_quantised_kv(
-    x_TKD: Tensor, q_cache_SKD: Tensor, scale_cache_SK: Tensor, slot_mapping_T: Tensor | None = None
+    x_TKD: Tensor,
+    q_cache_SKD: Tensor,
+    scale_cache_SK: Tensor,
+    slot_mapping_T: Tensor | None = None,
+    *,
+    num_threads: int | None = None,
 ) -> None:
     """`quantise_kv` into the rows of a cache.
 
     Args:
-        x_TKD: bf16 or fp32.
+        x_TKD: bf16, fp32 or fp16.
         q_cache_SKD: int8, any strides: pages or a slice, as in `rotary.write_kv`.
         scale_cache_SK: bf16, any strides.
         slot_mapping_T: int64 rows, all different: page * P + slot. None where token t goes to row t and S = T.
+        num_threads: None takes PyTorch's setting; ignored on CUDA.
 
     Raises:
         ValueError: shapes, dtypes or slots that do not fit together; nothing is written then.
     """
     _check(x_TKD, q_cache_SKD, scale_cache_SK, slot_mapping_T)
+    if x_TKD.dtype == torch.float16:
+        x_TKD = x_TKD.float()  # exact; neither the library nor Triton's kernel reads fp16
     if x_TKD.is_cuda:
         from colm_kernels.gpu import kv_quantise as on_gpu
 
@@ -111,7 +119,7 @@ def write_quantised_kv(
         *x_TKD.stride()[:2], *q_cache_SKD.stride()[:2], *scale_cache_SK.stride(), native.dtype_id(x_TKD.dtype),
     )  # fmt: skip
     try:
-        native.call("colm_quantise", args, variant, torch.get_num_threads())
+        native.call("colm_quantise", args, variant, native.resolve_num_threads(num_threads))
     except native.BadTable:
         assert slot_mapping_T is not None
         check_slots(slot_mapping_T, len(q_cache_SKD))
@@ -156,7 +164,7 @@ def write_dequantised_kv(q_TKD: Tensor, scale_TK: Tensor, out_TKD: Tensor, *, nu
 
 def _check(x_TKD: Tensor, q_cache_SKD: Tensor, scale_cache_SK: Tensor, slot_mapping_T: Tensor | None) -> None:
     check_dims("x_TKD", x_TKD, None, None, None)
-    check_dtype("x_TKD", x_TKD, torch.bfloat16, torch.float32)
+    check_dtype("x_TKD", x_TKD, torch.bfloat16, torch.float32, torch.float16)
     num_tokens, num_heads, head_dim = x_TKD.shape
     if head_dim == 0:
         raise ValueError("x_TKD has head dim 0, expected at least 1")

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -34,7 +35,7 @@ from colm.wire.tile_codec import METHOD, SERVICE, decode_message
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.engine import DecodeEngine
-from decode_node.kv_layout import KvLayout
+from decode_node.kv_layout import KvCacheDtype, KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.plan import PlanRow, StepPlan
 from prefill_node.engine import PrefillEngine
@@ -48,6 +49,7 @@ from tests.nodes import (
     decode,
     decode_node,
     decode_requests,
+    pages_bytes,
     prefill_node,
     pull_kv_requests,
     spoilt_prefill,
@@ -86,8 +88,8 @@ def after(codec: KvCodec, tokens_KTD: Tensor) -> Tensor:
 
 
 @cache
-def reference(path: Path, prompt: tuple[int, ...], codec: KvCodec) -> Reference:
-    checkpoint, layout = Checkpoint.open(path), KvLayout(FORMAT, PAGE_TOKENS)
+def reference(path: Path, prompt: tuple[int, ...], codec: KvCodec, cache_dtype: KvCacheDtype = "model") -> Reference:
+    checkpoint, layout = Checkpoint.open(path), KvLayout(FORMAT, PAGE_TOKENS, cache_dtype)
     store = KvStore(layout, layout.pages(len(prompt) + NUM_NEW_TOKENS))
     table_M = np.arange(store.num_pages, dtype=np.int32)
     engine = DecodeEngine(checkpoint, store)
@@ -141,6 +143,33 @@ async def test_requests_of_both_codecs_side_by_side_get_their_own_references_ans
         assert_references(answer, checkpoint, prompt, codec)
         assert_moved_once(answer, codec)
         assert answer.usage.num_decode_prompt_tokens == 1
+
+
+async def test_int8_pages_answer_alike_over_either_stream_where_the_models_dtype_has_no_room(
+    checkpoint: Checkpoint,
+) -> None:
+    """A raw stream is quantised on its way into the pages to what an int8 stream brings."""
+    path, prompt = str(checkpoint.path), PROMPTS[0]
+    num_pages = KvLayout(FORMAT, PAGE_TOKENS).pages(len(prompt) + NUM_NEW_TOKENS - 1)
+    kv_cache_bytes = pages_bytes(CONFIG, num_pages, "int8")
+    async with (
+        prefill_node(path) as prefill,
+        decode_node(path, [prefill.address], kv_cache_bytes=kv_cache_bytes, kv_cache_dtype="int8") as node,
+        decode_node(path, [prefill.address], kv_cache_bytes=kv_cache_bytes) as small,
+    ):
+        assert node.load.num_pages_total == num_pages
+        answers = {codec: await ask(node.address, prompt, codec, request_id=codec) for codec in KV_CODECS}
+        with pytest.raises(grpc.aio.AioRpcError, match=r"11 KV pages and a decode node has 3 in all"):
+            await ask(small.address, prompt, "raw")
+    assert answers["raw"].logprobs == answers["int8"].logprobs
+    wanted = reference(checkpoint.path, tuple(prompt), "raw", "int8")
+    assert wanted.least_gap > 0.05, "too close for arithmetic that adds up in another order"
+    num_rows = (len(prompt) - 1) * FORMAT.num_layers
+    for codec, answer in answers.items():
+        assert answer.token_ids == wanted.token_ids
+        assert answer.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
+        assert answer.usage.kv_received_bytes == num_rows * wire_token_bytes(FORMAT, codec)
+        assert answer.usage.kv_effective_bytes == num_rows * wire_token_bytes(FORMAT, "int8")
 
 
 def breaking_at(at: int, codecs: list[int]) -> Spoil:

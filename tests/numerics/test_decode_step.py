@@ -23,7 +23,7 @@ from colm.kv import KvFormat
 from colm.model.one_call import all_gains, step_layers
 from colm.placement import CPU
 from decode_node.engine import DecodeEngine
-from decode_node.kv_layout import KvLayout
+from decode_node.kv_layout import KvCacheDtype, KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.plan import PlanRow, StepPlan
 from tests.tiny import tiny_checkpoint, tiny_config
@@ -52,12 +52,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def store_of(checkpoint: Checkpoint, dtype: torch.dtype) -> KvStore:
+def store_of(checkpoint: Checkpoint, dtype: torch.dtype, cache_dtype: KvCacheDtype = "model") -> KvStore:
     """Pages of noise, the same for every call."""
-    store = KvStore(KvLayout(KvFormat.of(checkpoint.config, dtype), PAGE_TOKENS), NUM_PAGES)
+    store = KvStore(KvLayout(KvFormat.of(checkpoint.config, dtype), PAGE_TOKENS, cache_dtype), NUM_PAGES)
     generator = torch.Generator().manual_seed(1)
     for pages in (store.k_pages_LBPKD, store.v_pages_LBPKD):
-        pages.copy_(torch.randn(pages.shape, generator=generator))
+        spread = 40 if cache_dtype == "int8" else 1
+        pages.copy_((spread * torch.randn(pages.shape, generator=generator)).clamp(-127, 127))
+    for scales in (store.k_scales_LBPK, store.v_scales_LBPK):
+        if scales is not None:
+            scales.copy_(torch.rand(scales.shape, generator=generator) / 40)
     return store
 
 
@@ -65,7 +69,7 @@ def step_of(checkpoint: Checkpoint, store: KvStore, dtype: torch.dtype) -> Decod
     model, config = checkpoint.load(dtype=dtype), checkpoint.config
     layers = step_layers(model, CPU)
     assert layers is not None
-    pages = store.k_pages_LBPKD, store.v_pages_LBPKD
+    pages = store.k_pages_LBPKD, store.v_pages_LBPKD, store.k_scales_LBPK, store.v_scales_LBPK
     return DecodeStep(layers, all_gains(model.final_norm), config.chains, *pages, eps=config.norm_eps)
 
 
@@ -85,11 +89,14 @@ def plans(draw: st.DrawFn, num_chains: int) -> StepPlan:
     return StepPlan(tuple(rows))
 
 
-def outcome(checkpoint: Checkpoint, dtype: torch.dtype, plan: StepPlan, *, in_one_call: bool) -> Sequence[Tensor]:
+def outcome(
+    checkpoint: Checkpoint, dtype: torch.dtype, cache_dtype: KvCacheDtype, plan: StepPlan, *, in_one_call: bool
+) -> Sequence[Tensor]:
     """The logits, and all pages after the step."""
-    store = store_of(checkpoint, dtype)
+    store = store_of(checkpoint, dtype, cache_dtype)
     logits_QV = DecodeEngine(checkpoint, store, in_one_call=in_one_call).step(plan)
-    return logits_QV, store.k_pages_LBPKD, store.v_pages_LBPKD
+    scales = [each for each in (store.k_scales_LBPK, store.v_scales_LBPK) if each is not None]
+    return logits_QV, store.k_pages_LBPKD, store.v_pages_LBPKD, *scales
 
 
 @pytest.mark.parametrize("variant", LIBRARY)
@@ -99,10 +106,11 @@ def outcome(checkpoint: Checkpoint, dtype: torch.dtype, plan: StepPlan, *, in_on
 def test_one_call_gives_the_bits_of_the_models_own_modules(
     checkpoint: Checkpoint, dtype: torch.dtype, variant: Variant, data: st.DataObject
 ) -> None:
-    plan = data.draw(plans(checkpoint.config.num_chains))
+    plan, cache_dtype = data.draw(plans(checkpoint.config.num_chains)), data.draw(st.sampled_from(("model", "int8")))
     with use_variant(variant):
-        ours = outcome(checkpoint, dtype, plan, in_one_call=True)
-        modules = outcome(checkpoint, dtype, plan, in_one_call=False)
+        ours = outcome(checkpoint, dtype, cache_dtype, plan, in_one_call=True)
+        modules = outcome(checkpoint, dtype, cache_dtype, plan, in_one_call=False)
+    assert modules[0].isfinite().all()
     for one_call, one_by_one in zip(ours, modules, strict=True):
         assert torch.equal(one_call, one_by_one)
 
@@ -155,10 +163,18 @@ def test_weights_of_another_dtype_than_the_pages_are_refused(tiny: Checkpoint) -
         step_of(tiny, store_of(tiny, torch.bfloat16), torch.float32)
 
 
+def test_pages_of_another_dtype_than_int8_beside_scales_are_refused(tiny: Checkpoint) -> None:
+    store = store_of(tiny, torch.float32, "int8")
+    store.v_pages_LBPKD = store.v_pages_LBPKD.float()
+    with pytest.raises(ValueError, match=r"v_pages_LBPKE is torch\.float32, expected contiguous torch\.int8"):
+        step_of(tiny, store, torch.float32)
+
+
 @pytest.mark.skipif(not LIBRARY, reason="without the library there is no such call")
+@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
 @pytest.mark.parametrize("slot", [-1, NUM_PAGES * PAGE_TOKENS])
-def test_a_slot_outside_the_pages_is_refused(tiny: Checkpoint, slot: int) -> None:
-    store = store_of(tiny, torch.float32)
+def test_a_slot_outside_the_pages_is_refused(tiny: Checkpoint, slot: int, cache_dtype: KvCacheDtype) -> None:
+    store = store_of(tiny, torch.float32, cache_dtype)
     step = step_of(tiny, store, torch.float32)
     config = tiny.config
     rows = StepRows(

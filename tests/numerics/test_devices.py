@@ -79,8 +79,9 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         together(q, k, v)
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
 
-    def attend_to_pages(q: Tensor, *rest: Tensor, cu_seqlens_q_R1: Tensor) -> Tensor:
+    def attend_to_pages(q: Tensor, *rest: Tensor, cu_seqlens_q_R1: Tensor, **scales: Tensor | None) -> Tensor:
         together(q, *rest, cu_seqlens_q_R1)
+        assert set(scales.values()) == {None}
         return torch.empty_like(q)
 
     def write(*tensors: Tensor) -> None:

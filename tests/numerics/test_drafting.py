@@ -22,7 +22,7 @@ from colm.sampling import SamplingParams
 from colm.text.detokenizer import Detokenizer, TextStream
 from decode_node.drafter import Drafter, Drafting, StepTimes
 from decode_node.engine import DecodeEngine
-from decode_node.kv_layout import KvLayout
+from decode_node.kv_layout import KvCacheDtype, KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.page_pool import PageLease, PagePool
 from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
@@ -51,11 +51,14 @@ def model(later: str) -> Checkpoint:
     return save(Path(mkdtemp()) / later, config, tensors)
 
 
-def engine_of(later: str, dtype: torch.dtype = torch.float32) -> tuple[DecodeEngine, KvStore]:
+def engine_of(
+    later: str, dtype: torch.dtype = torch.float32, cache_dtype: KvCacheDtype = "model"
+) -> tuple[DecodeEngine, KvStore]:
     checkpoint = model(later)
-    store = KvStore(KvLayout(KvFormat.of(checkpoint.config, dtype), PAGE_TOKENS), 64)
-    store.k_pages_LBPKD.fill_(torch.nan)
-    store.v_pages_LBPKD.fill_(torch.nan)
+    store = KvStore(KvLayout(KvFormat.of(checkpoint.config, dtype), PAGE_TOKENS, cache_dtype), 64)
+    for stale in (store.k_scales_LBPK, store.v_scales_LBPK, store.k_pages_LBPKD, store.v_pages_LBPKD):
+        if stale is not None and stale.is_floating_point():
+            stale.fill_(torch.nan)
     return DecodeEngine(checkpoint, store), store
 
 
@@ -298,15 +301,19 @@ def beside_it(num_tokens: int) -> tuple[PlanRow, ...]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("num_drafts", [1, 3, 7, MAX_DRAFT_TOKENS])
-def test_a_verification_has_the_bits_of_single_steps(dtype: torch.dtype, num_drafts: int) -> None:
+@pytest.mark.parametrize(
+    ("num_drafts", "cache_dtype"), [(1, "model"), (3, "model"), (7, "model"), (MAX_DRAFT_TOKENS, "model"), (7, "int8")]
+)
+def test_a_verification_has_the_bits_of_single_steps(
+    dtype: torch.dtype, num_drafts: int, cache_dtype: KvCacheDtype
+) -> None:
     """Logits, keys and values of k + 1 rows are those of k + 1 steps, over what chain 1's drafts have written.
 
     Alone, and beside as many tokens of others as keep the bits: 16 in all, or 64 where pairs of bf16 are multiplied.
     """
     if native.default_variant(dtype) == "torch":
         pytest.skip("PyTorch's bits depend on the rows beside")
-    engine, store = engine_of("random", dtype)
+    engine, store = engine_of("random", dtype, cache_dtype)
     text = np.random.default_rng(1).integers(3, 300, 10 + num_drafts + 1).tolist()
     singly, together = (np.arange(start, start + 8, dtype=np.int32) for start in (0, 32))
     for table_M in (singly, together):
@@ -318,7 +325,9 @@ def test_a_verification_has_the_bits_of_single_steps(dtype: torch.dtype, num_dra
     for beside in ((), beside_it(engine.max_exact_tokens - num_drafts - 1)):
         verified_QV = engine.step(StepPlan((row, *beside)))[: num_drafts + 1]
         assert torch.equal(verified_QV, alone_QV)
-    for pages_LBPKD in (store.k_pages_LBPKD, store.v_pages_LBPKD):
+    for pages_LBPKD in (store.k_pages_LBPKD, store.v_pages_LBPKD, store.k_scales_LBPK, store.v_scales_LBPK):
+        if pages_LBPKD is None:
+            continue
         ours, one_by_one = (
             pages_LBPKD[:, torch.from_numpy(table_M).long()].flatten(1, 2)[:, : len(text)]
             for table_M in (together, singly)

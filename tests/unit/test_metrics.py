@@ -21,7 +21,7 @@ from colm.metrics.endpoint import MetricsEndpoint
 from colm.metrics.kv_stream import KvStreamMetrics
 from colm.nodes import ClusterStatus
 from tests.gateway import decode_nodes
-from tests.nodes import decode, decode_node, prefill_node, spoilt_prefill
+from tests.nodes import decode, decode_node, pages_bytes, prefill_node, spoilt_prefill
 from tests.tiny import tiny_checkpoint
 
 PROMPT = torch.randint(0, 320, (150,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -64,6 +64,8 @@ async def test_both_ends_count_what_has_moved(checkpoint: Checkpoint) -> None:
         assert value(node.metrics, "colm_decode_tokens_total") == len(answer.token_ids)
         assert value(node.metrics, "colm_decode_requests_ended_total", outcome="finished") == 1
         assert value(node.metrics, "colm_decode_pages", state="used") == 0
+        page_bytes = pages_bytes(checkpoint.config, 1)
+        assert value(node.metrics, "colm_decode_page_bytes", format="float32") == page_bytes
 
 
 async def test_a_stream_that_broke_and_the_one_that_went_on_are_told_apart(checkpoint: Checkpoint) -> None:

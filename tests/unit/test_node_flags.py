@@ -89,13 +89,24 @@ def test_flags_reach_a_prefill_node(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flags_reach_a_decode_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("--kv-cache-bytes", "64MiB", "--page-tokens", "16", "--max-batch-size", "3", "--max-requests", "5")
+    words = (
+        "--kv-cache-bytes",
+        "64MiB",
+        "--page-tokens",
+        "16",
+        "--kv-cache-dtype",
+        "int8",
+        "--max-batch-size",
+        "3",
+        "--max-requests",
+        "5",
+    )
     words += ("--prefill-max-streams", "2", "--prefill-max-queued", "4", "--prefill", "localhost:2")
     result, node = started("decode", monkeypatch, *words)
     assert result.exit_code == 0, result.output
     assert isinstance(node, DecodeNode)
     settings, pool = node._options.settings, node._prefill_pool
-    assert (settings.kv_cache_bytes, settings.page_tokens) == (64 << 20, 16)
+    assert (settings.kv_cache_bytes, settings.page_tokens, settings.kv_cache_dtype) == (64 << 20, 16, "int8")
     assert (settings.max_batch_size, settings.max_requests) == (3, 5)
     assert (pool._max_streams, pool._line._max_waiting, len(pool._nodes)) == (2, 4, 2)  # type: ignore[attr-defined]
 
@@ -120,6 +131,7 @@ BAD_FLAGS = {
         "--sparse-mass=0.9 and sparse_keys_per_row=4096",
     ),
     "not a size": ("decode", ("--kv-cache-bytes", "lots"), "--kv-cache-bytes='lots'"),
+    "not a cache's dtype": ("decode", ("--kv-cache-dtype", "int4"), "--kv-cache-dtype='int4'"),
     "no stream": ("decode", ("--prefill-max-streams", "0"), "--prefill-max-streams='0'"),
     "not a device": ("decode", ("--device", "tpu"), "--device='tpu'"),
     "not a dtype": ("prefill", ("--dtype", "int4"), "--dtype='int4'"),

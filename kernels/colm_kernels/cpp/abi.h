@@ -252,8 +252,10 @@ struct StepArgs {
     const NormChain* norms;       // 2 L + 1, N: each layer's before attention and before the feed-forward; the final one
     const int64_t* chain_heads;   // N: query heads
     const int64_t* chain_rows;    // num_active: leading tokens that run the chain
-    void* k_pages;                // L, B, P, K, E contiguous
+    void* k_pages;                // L, B, P, K, E contiguous; int8 where there are scales
     void* v_pages;                // likewise
+    uint16_t* k_scales;           // L, B, P, K in bf16, contiguous; null unless pages are int8
+    uint16_t* v_scales;           // likewise
     const float* cos;             // T, E contiguous
     const float* sin;
     const int64_t* slots;         // T: page * P + token

@@ -13,6 +13,7 @@
 COLM_EXPORT int32_t colm_linear(LinearArgs* args, int32_t variant, int32_t num_threads);
 COLM_EXPORT int32_t colm_rms_norm(const NormArgs* args, int32_t variant, int32_t num_threads);
 COLM_EXPORT int32_t colm_rotary(const RotaryArgs* args, int32_t variant, int32_t num_threads);
+COLM_EXPORT int32_t colm_quantise(const QuantiseArgs* args, int32_t variant, int32_t num_threads);
 COLM_EXPORT int32_t colm_swiglu(const SwigluArgs* args, int32_t variant, int32_t num_threads);
 COLM_EXPORT int32_t colm_decode_attention(const DecodeArgs* args, int32_t variant, int32_t num_threads);
 COLM_EXPORT int32_t colm_prefill_attention(const PrefillArgs* given, int32_t variant, int32_t num_threads);

@@ -165,24 +165,55 @@ class DecodeStep : public Layers {
     }
 
   private:
-    int64_t layer_bytes() const { return args_.num_pages * args_.page_tokens * kv_dim_ * width_; }
+    bool is_int8() const { return args_.k_scales != nullptr; }
+
+    int64_t num_slots() const { return args_.num_pages * args_.page_tokens; }
+
+    // A layer's keys, values and scales.
+    struct Pages {
+        char *k, *v;
+        uint16_t *k_scales, *v_scales;
+    };
+
+    Pages pages(int64_t layer) const {
+        const int64_t at = layer * num_slots() * kv_dim_ * (is_int8() ? 1 : width_);
+        const int64_t scale = layer * num_slots() * args_.num_kv_heads;
+        return {static_cast<char*>(args_.k_pages) + at, static_cast<char*>(args_.v_pages) + at,
+                is_int8() ? args_.k_scales + scale : nullptr, is_int8() ? args_.v_scales + scale : nullptr};
+    }
 
     void write_keys_values(int64_t layer) {
         const int64_t stride = query_dim_ + 2 * kv_dim_, dim = args_.head_dim;
-        RotaryArgs rotary{qkv_ + query_dim_ * width_, static_cast<char*>(args_.k_pages) + layer * layer_bytes(),
-                          qkv_ + (query_dim_ + kv_dim_) * width_, static_cast<char*>(args_.v_pages) + layer * layer_bytes(),
-                          args_.cos, args_.sin, args_.slots, args_.num_tokens, args_.num_kv_heads, dim,
-                          args_.num_pages * args_.page_tokens, stride, dim, kv_dim_, dim, stride, dim, kv_dim_, dim,
+        const Pages to = pages(layer);
+        char *keys = qkv_ + query_dim_ * width_, *values = keys + kv_dim_ * width_;
+        RotaryArgs rotary{keys, to.k, values, to.v, args_.cos, args_.sin, args_.slots, args_.num_tokens,
+                          args_.num_kv_heads, dim, num_slots(), stride, dim, kv_dim_, dim, stride, dim, kv_dim_, dim,
                           dim, dim, args_.dtype};
+        if (is_int8()) {  // rotated in place, then quantised into their rows
+            rotary = {keys, keys, nullptr, nullptr, args_.cos, args_.sin, nullptr, args_.num_tokens,
+                      args_.num_kv_heads, dim, args_.num_tokens, stride, dim, stride, dim, 0, 0, 0, 0, dim, dim,
+                      args_.dtype};
+        }
         check(colm_rotary(&rotary, variant_, num_threads_));
+        if (!is_int8()) return;
+        quantise(keys, to.k, to.k_scales);
+        quantise(values, to.v, to.v_scales);
+    }
+
+    void quantise(const char* from, char* to, uint16_t* scales) {
+        const int64_t dim = args_.head_dim, heads = args_.num_kv_heads;
+        QuantiseArgs quantise{from, reinterpret_cast<int8_t*>(to), scales, args_.slots, args_.num_tokens, heads, dim,
+                              num_slots(), query_dim_ + 2 * kv_dim_, dim, kv_dim_, dim, heads, 1, args_.dtype};
+        check(colm_quantise(&quantise, variant_, num_threads_));
     }
 
     void attend(int64_t layer) {
-        DecodeArgs decode{grouped_, static_cast<char*>(args_.k_pages) + layer * layer_bytes(),
-                          static_cast<char*>(args_.v_pages) + layer * layer_bytes(), nullptr, nullptr,
+        const Pages of = pages(layer);
+        DecodeArgs decode{grouped_, of.k, of.v, of.k_scales, of.v_scales,
                           args_.block_table, args_.context_lens, args_.cu_seqlens_q, attended_, args_.num_requests,
                           args_.num_tokens, args_.num_kv_heads, query_dim_ / kv_dim_, args_.head_dim, args_.num_pages,
-                          args_.page_tokens, args_.table_columns, args_.scale, args_.dtype, args_.dtype};
+                          args_.page_tokens, args_.table_columns, args_.scale, args_.dtype,
+                          is_int8() ? kInt8 : args_.dtype};
         check(colm_decode_attention(&decode, args_.attention_variant, num_threads_));
     }
 };

@@ -166,8 +166,8 @@ MUTANTS = (
     Mutant(
         "values are widened by the keys' scales",
         "decode_node/kv_store.py",
-        "(tile.k_KTD, tile.v_KTD), scale_ZKT, strict=True)",
-        "(tile.k_KTD, tile.v_KTD), scale_ZKT[[0, 0]], strict=True)",
+        "else scales[index, :, part])",
+        "else scales[0, :, part])",
         _CODEC + "test_from_the_engine_to_the_pages_int8_is_the_definition_to_the_bit",
     ),
     Mutant(
@@ -187,9 +187,24 @@ MUTANTS = (
     Mutant(
         "effective bytes are those of the wire",
         "decode_node/kv_receiver.py",
-        "effective_bytes=tile.num_tokens * kv_format.layer_token_bytes",
+        "effective_bytes=tile.num_tokens * self._store.layout.layer_token_bytes",
         "effective_bytes=len(payload)",
         "tests/fault/test_kv_codecs.py::test_requests_of_both_codecs_side_by_side_get_their_own_references_answers",
+    ),
+    Mutant(
+        "int8 pages keep the scales that were there before",
+        "decode_node/kv_rows.py",
+        "            self.scales_SK[rows].copy_(scale_KT.t())\n",
+        "            pass\n",
+        "tests/unit/test_int8_pages.py::"
+        "test_every_stream_lands_in_every_page_as_it_is_defined_and_touches_nothing_else",
+    ),
+    Mutant(
+        "a page of int8 is counted without its scales",
+        "decode_node/kv_layout.py",
+        'wire_token_bytes(self.kv_format, "int8" if self.cache_dtype == "int8" else "raw")',
+        "2 * self.kv_format.num_kv_heads * self.kv_format.head_dim * self.dtype.itemsize",
+        "tests/unit/test_int8_pages.py::test_a_page_has_the_bytes_that_its_tensors_take_and_a_cache_as_many_as_fit",
     ),
     Mutant(
         "every tile begins with a page",

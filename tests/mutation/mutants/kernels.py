@@ -6,6 +6,13 @@ _PACKED = "tests/numerics/test_packed_linear.py::"
 
 MUTANTS = (
     Mutant(
+        "the one call reads keys by the values' scales",
+        "kernels/colm_kernels/decode_step.py",
+        "self._scales = (k_scales_LBPK, v_scales_LBPK)",
+        "self._scales = (v_scales_LBPK, v_scales_LBPK)",
+        "tests/numerics/test_decode_step.py::test_one_call_gives_the_bits_of_the_models_own_modules",
+    ),
+    Mutant(
         "the one call's biases are the first chain's",
         "kernels/colm_kernels/decode_step.py",
         "_address(biases[chain]), in_dim",
