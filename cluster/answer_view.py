@@ -82,6 +82,7 @@ class AnswerView:
         usage, timings = finished.usage, finished.timings
         record: dict[str, object] = {
             "request_id": accepted.request_id,
+            **({"trace_id": accepted.trace_id} if accepted.trace_id else {}),
             "model": accepted.model,
             "num_chains": accepted.num_chains,
             "prompt_tokens": usage.num_prompt_tokens,

@@ -35,6 +35,7 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
     report_to = (GATEWAY, APPLICATION)
     metrics = config.metrics
     metrics_host = metrics.host if metrics.enabled else None
+    traces = config.tracing.files
     prefill = _deployment(
         PrefillReplica,
         name=PREFILL,
@@ -50,6 +51,7 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
         secrets,
         report_to,
         metrics_host,
+        traces,
     )
     decode = _deployment(
         DecodeReplica,
@@ -70,6 +72,7 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
         config.decode.num_replicas == 1,
         report_to,
         metrics_host,
+        traces,
     )
     gateway = config.gateway
     return _deployment(
@@ -91,6 +94,7 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
             audit_keep_days=gateway.audit_keep_days,
             metrics_host=metrics_host,
             metrics_port=metrics.port,
+            traces=traces,
             num_decode_nodes=config.decode.num_replicas,
             limits=GatewayLimits(
                 max_document_bytes=gateway.max_document_bytes,

@@ -9,6 +9,7 @@ from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from colm import defaults
 from colm.errors import ConfigError
 from colm.settings import DtypeSettings, PlacementSettings, Settings, explain
+from colm.tracing import TraceFiles
 from decode_node.settings import DecodeSettings, PrefillPoolSettings
 from prefill_node.settings import PrefillSettings
 
@@ -141,6 +142,20 @@ class MetricsSection(Settings):
     """TCP port of the gateway's; 0 picks a free one, which `colm status` shows. The nodes' are always free ones."""
 
 
+class TracingSection(Settings):
+    """Section [tracing]."""
+
+    folder: Path | None = None
+    """Folder where each process records the spans of requests, at the same path on every machine; none by default."""
+    share: float = Field(default=1.0, ge=0, le=1)
+    """Share of the requests that are recorded; those whose client says that it records its own always are."""
+
+    @property
+    def files(self) -> TraceFiles | None:
+        """What processes are told; None without a folder."""
+        return None if self.folder is None else TraceFiles(folder=str(self.folder.absolute()), share=self.share)
+
+
 class RaySection(Settings):
     """Section [ray]."""
 
@@ -161,6 +176,7 @@ class ClusterConfig(Settings):
     gateway: GatewaySection = GatewaySection()
     security: SecuritySection = SecuritySection()
     metrics: MetricsSection = MetricsSection()
+    tracing: TracingSection = TracingSection()
     ray: RaySection = RaySection()
 
     @property

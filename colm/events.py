@@ -15,6 +15,8 @@ class Accepted:
     max_new_tokens: int
     timeout_s: float
     """Seconds until the request's deadline."""
+    trace_id: str = ""
+    """Of the request's trace, 32 hex digits; empty if none is recorded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

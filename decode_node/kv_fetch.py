@@ -5,6 +5,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -12,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from colm import tracing
 from colm.clock import Clock
 from colm.errors import CapacityExceeded, PeerFailed, PeerUnavailable, PrefillUnavailable
 from colm.events import PrefillProgress, Queued, SparseReport, WaitsFor
@@ -178,7 +180,8 @@ class KvFetcher:
                     num_tokens=num_tokens, beat=beat, preferred=holder.address, refused_by=refusals
                 ) as lease:
                     try:
-                        await self._transfer(lease, asked_s, holder, order, account, emit)
+                        with tracing.span("fetch_kv", node=lease.address):
+                            await self._transfer(lease, asked_s, holder, order, account, emit)
                     except CapacityExceeded as refusal:
                         refusals[lease.address] = refusal
                         raise
@@ -229,7 +232,7 @@ class KvFetcher:
         """Run the receiver in a thread. The thread holds the pages until it has ended, whatever the request does."""
         loop = asyncio.get_running_loop()
         self._page_line.retain(pages)
-        thread = self._threads.submit(receiver.run)
+        thread = self._threads.submit(copy_context().run, receiver.run)
         thread.add_done_callback(lambda _: loop.call_soon_threadsafe(self._page_line.release, pages))
         return thread
 

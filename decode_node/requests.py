@@ -11,6 +11,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from colm import tracing
 from colm.clock import Clock, Deadline
 from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, InvalidRequest
 from colm.events import Event, Finished, Queued, Reserved, Timings, Token, Usage, WaitsFor
@@ -132,7 +133,8 @@ class RequestOwner:
         outcome = Stage.FAILED
         try:
             async with asyncio.timeout(None if job.deadline is None else job.deadline.remaining_s()):
-                await self._serve(request, emit)
+                with tracing.span("decode", request=job.request_id, chains=job.num_chains):
+                    await self._serve(request, emit)
             outcome = Stage.FINISHED
         except TimeoutError as err:
             raise DeadlineExceeded(f"the deadline passed while the request was {request.stage.value}") from err
@@ -182,7 +184,8 @@ class RequestOwner:
 
     async def _serve(self, request: _Request, emit: Emit) -> None:
         job = request.job
-        pages = request.pages = await self._reserve(job, emit)
+        with tracing.span("reserve_pages"):
+            pages = request.pages = await self._reserve(job, emit)
         request.account.queue_s = self._clock.now() - request.arrived_s
         logger.info("request.reserved request=%s pages=%d", job.request_id, pages.num_pages)
         await emit(Reserved(num_pages=pages.num_pages))
@@ -201,7 +204,9 @@ class RequestOwner:
             )
             await self._fetcher.fetch(order, request.account, emit)
         request.stage = Stage.DECODING
-        await self._decode(request, pages, answer, emit)
+        with tracing.span("answer") as note:
+            await self._decode(request, pages, answer, emit)
+            note(tokens=answer.num_new_tokens)
 
     def _num_prefill_tokens(self, job: DecodeJob) -> int:
         """How many of the prompt's tokens a prefill node computes.

@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from colm import tracing
 from colm.errors import FingerprintMismatch, InvalidRequest
 from colm.events import Queued, WaitsFor
 from colm.kv_position import KV_START, KvPosition
@@ -91,7 +92,9 @@ class PrefillService:
     async def pull_kv(self, requests: AsyncIterator[pb.PullKvRequest], context: grpc.aio.ServicerContext) -> None:
         """One transfer; see the .proto file."""
         async with answering(context, "pull_kv"), AsyncExitStack() as stack:
+            note = stack.enter_context(tracing.span("prefill"))
             opened = await read_open(requests)
+            note(transfer=opened.transfer_id, tokens=opened.num_tokens)
             for field in ("transfer_id", "fingerprint", "lease_id"):
                 check_id(field, getattr(opened, field))
             if opened.fingerprint != self._fingerprint:
@@ -121,6 +124,7 @@ class PrefillService:
                     # A caller that reads nothing holds a write up for ever.
                     stream.break_off = lambda: sending.reschedule(asyncio.get_running_loop().time())
                     await self._send(opened, stream, count, context)
+                    note(tiles=count.num_tiles, kv_bytes=count.payload_bytes)
             except _GivenUp:
                 count.outcome = "given_up"
             except TimeoutError:
@@ -193,7 +197,8 @@ class PrefillService:
         started = pb.TransferStarted(codec=CODECS[stream.job.encoder.codec], tile_tokens=self._engine.tile_tokens)
         started_s, ended = time.monotonic(), "cancelled"
         try:
-            await self._loop.turn(stream, beat)
+            with tracing.span("wait_for_engine"):
+                await self._loop.turn(stream, beat)
             started_s = time.monotonic()
             await context.write(pb.PullKvResponse(started=started).SerializeToString())
             if self._host_id and opened.host_id == self._host_id:

@@ -10,6 +10,7 @@ from cluster.cli.models import register as register_models
 from cluster.cli.submit import register as register_submit
 from cluster.cli.tokens import register as register_tokens
 from cluster.cli.top import register as register_top
+from cluster.cli.trace import register as register_trace
 from colm.errors import ColmError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ register_models(app)
 register_cluster(app)
 register_submit(app)
 register_top(app)
+register_trace(app)
 register_tokens(app)
 register_certificates(app)
 

@@ -14,6 +14,7 @@ from cluster.front_door.prompt import PromptPart, PromptReader
 from cluster.front_door.pulled import pulled
 from cluster.front_door.resumption import Resumption
 from cluster.node_registry import NodeRegistry
+from colm import tracing
 from colm.clock import Clock, Deadline
 from colm.errors import CapacityExceeded, DeadlineExceeded, InvalidRequest
 from colm.events import Accepted, Event
@@ -86,14 +87,16 @@ class FrontDoor:
         Raises:
             ColmError: why there is no answer; `InvalidRequest` names the field at fault.
         """
-        with self._admitted():
+        with tracing.span("generate") as note, self._admitted():
             plan = Plan.of(request, self._model, self._limits, caller_waits_s)
             arrived_s = self._clock.now()
             timeout_s = self._limits.default_timeout_s if plan.timeout_s is None else plan.timeout_s
 
             async def serve(emit: Emit) -> None:
                 nonlocal timeout_s
-                job = replace(await self._read(plan, prompt), answer_key=_owned(request.answer_key, owner))
+                with tracing.span("read_prompt"):
+                    job = replace(await self._read(plan, prompt), answer_key=_owned(request.answer_key, owner))
+                note(request=job.request_id, prompt_tokens=len(job.token_ids), chains=job.num_chains)
                 if plan.timeout_s is None:
                     timeout_s = self._limits.timeout_s(
                         num_prompt_tokens=len(job.token_ids), max_new_tokens=plan.max_new_tokens
@@ -123,7 +126,7 @@ class FrontDoor:
         """
         if not ANSWER_KEY.fullmatch(answer_key):
             raise InvalidRequest("answer_key", answer_key, "must be 32 lower-case hex digits, as in the request")
-        with self._admitted():
+        with tracing.span("resume"), self._admitted():
             longest_s = self._limits.max_timeout_s
             deadline = Deadline.after(
                 self._clock, longest_s if caller_waits_s is None else min(caller_waits_s, longest_s)
@@ -182,6 +185,7 @@ class FrontDoor:
             num_chains=job.num_chains,
             max_new_tokens=job.max_new_tokens,
             timeout_s=timeout_s,
+            trace_id=tracing.trace_id(),
         )
 
 

@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 from cluster.front_door.placement import DecodeNodeCalls, Emit, whole
 from cluster.node_registry import NodeRegistry
+from colm import tracing
 from colm.clock import Clock, Deadline
 from colm.errors import PeerUnavailable, UnknownAnswer
 from colm.events import Accepted, Reserved, Resumed
@@ -76,6 +77,7 @@ class Resumption:
                     num_chains=resumed.num_chains,
                     max_new_tokens=resumed.max_new_tokens,
                     timeout_s=resumed.remaining_s,
+                    trace_id=tracing.trace_id(),
                 )
             )
             async for event in events:

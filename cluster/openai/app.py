@@ -21,6 +21,7 @@ from cluster.openai.calls import Call, Desk
 from cluster.openai.errors import answer_of
 from cluster.openai.files import FileStore
 from cluster.openai.schema import Ask, read_chat, read_completion
+from colm import tracing
 from colm.errors import InvalidRequest, Unauthenticated, UnknownModel
 from colm.text.tokenizer import SEPARATOR
 from colm.wire.security import AUTHORIZATION, shown_token
@@ -101,7 +102,8 @@ class OpenAiApp:
                     return
                 except Exception as error:  # noqa: BLE001 - whatever it is, it becomes the call's one answer
                     response = answer_of(error)
-                await response(scope, receive, send)
+                with tracing.continued(request.headers.items()), tracing.span("openai"):
+                    await response(scope, receive, send)
 
         return _Endpoint(answer)
 

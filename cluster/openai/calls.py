@@ -18,6 +18,7 @@ from cluster.metrics import RequestMetrics
 from cluster.openai.answers import Choice, Shape
 from cluster.openai.errors import answer_of, body_of
 from cluster.openai.schema import Ask
+from colm import tracing
 from colm.events import Accepted, Event, Finished, PrefillProgress, Queued, Token
 from colm.request import GenerateRequest
 
@@ -108,7 +109,8 @@ class Call:
                 choices = [Choice(number) for number in range(len(self._ask.requests))]
                 if not self._ask.is_streamed:
                     await self._read(first, events, choices)
-                    return await JSONResponse(self._shape.whole(choices))(scope, receive, send)
+                    whole = JSONResponse(self._shape.whole(choices), headers=dict(_trace_header()))
+                    return await whole(scope, receive, send)
                 is_begun = True
                 await self._stream(first, events, choices, send)
         except Exception as error:  # noqa: BLE001 - whatever it is, it becomes the call's one answer
@@ -125,7 +127,8 @@ class Call:
     async def _stream(
         self, first: list[Numbered], events: AsyncIterator[Numbered], choices: list[Choice], send: Send
     ) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        named = [(name.encode(), value.encode()) for name, value in _trace_header()]
+        await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *named]})
         for choice in choices:
             if (chunk := self._shape.first(choice.index)) is not None:
                 await _send(send, _event(chunk))
@@ -181,6 +184,10 @@ async def _parts(ask: Ask, document: bytes) -> AsyncIterator[PromptPart]:
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _trace_header() -> list[tuple[str, str]]:
+    return [("x-trace-id", found)] if (found := tracing.trace_id()) else []
 
 
 def _event(body: dict[str, Any]) -> bytes:

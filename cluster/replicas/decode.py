@@ -10,6 +10,7 @@ from cluster.replicas.node import NodeReplica
 from cluster.secret_files import SecretFiles
 from colm.line import Beat
 from colm.nodes import NodeReport, Role
+from colm.tracing import TraceFiles
 from colm.wire.members import Member
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import PrefillLease, no_other
@@ -53,6 +54,7 @@ class DecodeReplica(NodeReplica):
         is_alone: there is no other decode replica.
         gateway: (deployment, application) to which this node reports.
         metrics_host: where Prometheus reads its metrics; None for nowhere.
+        traces: where it records spans; None for nowhere.
     """
 
     role = Role.DECODE
@@ -67,6 +69,7 @@ class DecodeReplica(NodeReplica):
         is_alone: bool,
         gateway: tuple[str, str],
         metrics_host: str | None,
+        traces: TraceFiles | None,
     ) -> None:
         super().__init__()
         self._prefill_pool = ServePrefillPool(
@@ -74,7 +77,7 @@ class DecodeReplica(NodeReplica):
         )
         security = secrets.of_nodes(Member.DECODE)
         self._node = DecodeNode(replace(options, host=self._host), security, self._prefill_pool, self._leases)
-        await self._start(self._node, secrets, gateway, metrics_host)
+        await self._start(self._node, secrets, gateway, metrics_host, traces)
 
     async def check_health(self) -> None:
         """Raise once the decode loop has ended, so that Serve replaces this replica."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from colm.line import Beat
 from colm.metrics.endpoint import MetricsEndpoint
 from colm.nodes import NodeReport, Role
 from colm.text.tokenizer import Tokenizer
+from colm.tracing import TraceFiles, trace_to
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.health import BoundedHealth
 from colm.wire.http_server import HttpServer
@@ -67,6 +68,8 @@ class GatewayOptions:
     metrics_host: str | None
     """Where Prometheus reads the gateway's metrics; None for nowhere."""
     metrics_port: int
+    traces: TraceFiles | None
+    """Where the gateway records spans; None for nowhere."""
     num_decode_nodes: int
     """When all run."""
 
@@ -98,12 +101,15 @@ class GatewayReplica:
     """
 
     _metrics: MetricsEndpoint | None = None
+    _end_traces: Callable[[], None] | None = None
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, options: GatewayOptions, secrets: SecretFiles, decode: Any
     ) -> None:
         log_beside("ray.serve")
         keep_serve_port_shut()
+        if options.traces is not None:
+            self._end_traces = trace_to(options.traces, "gateway")
         model = await asyncio.to_thread(_load, options)
         self._registry = NodeRegistry(MonotonicClock())
         self._decode_pool = ServeDecodePool(decode, max_waiting=options.limits.max_requests)
@@ -194,6 +200,8 @@ class GatewayReplica:
                 await self._metrics.stop()
             self._decode_pool.close()
             await self._decode_calls.close()
+        if self._end_traces is not None:
+            self._end_traces()
 
 
 def _load(options: GatewayOptions) -> ServedModel:

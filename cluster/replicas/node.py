@@ -2,7 +2,7 @@
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, ClassVar
 
 import ray
@@ -17,6 +17,7 @@ from colm.leases import LeaseTable
 from colm.metrics.endpoint import MetricsEndpoint
 from colm.node_cli import Node
 from colm.nodes import NodeReport, ProcessFacts, Role
+from colm.tracing import TraceFiles, trace_to
 from colm.wire.endpoint import is_loopback
 
 
@@ -26,6 +27,7 @@ class NodeReplica:
     role: ClassVar[Role]
     _running: Node | None = None
     _metrics: MetricsEndpoint | None = None
+    _end_traces: Callable[[], None] | None = None
 
     def __init__(self) -> None:
         log_beside("ray.serve")
@@ -35,12 +37,19 @@ class NodeReplica:
         """This machine's address."""
 
     async def _start(
-        self, node: Node, secrets: SecretFiles, gateway: tuple[str, str], metrics_host: str | None
+        self,
+        node: Node,
+        secrets: SecretFiles,
+        gateway: tuple[str, str],
+        metrics_host: str | None,
+        traces: TraceFiles | None,
     ) -> None:
         """Start the node, look after its certificates, and report on it to the gateway, a (deployment, application).
 
         Metrics are served on the loopback, or on this machine's own address where the host is another one.
         """
+        if traces is not None:
+            self._end_traces = trace_to(traces, self.role.value)
         await node.start()
         self._running = node
         if metrics_host is not None:
@@ -68,6 +77,8 @@ class NodeReplica:
                 await self._metrics.stop()
             self._looking_after.cancel()
             await self._running.stop()
+        if self._end_traces is not None:
+            self._end_traces()
 
     @abstractmethod
     def _report(self) -> NodeReport:

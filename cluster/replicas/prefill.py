@@ -5,6 +5,7 @@ from dataclasses import replace
 from cluster.replicas.node import NodeReplica
 from cluster.secret_files import SecretFiles
 from colm.nodes import NodeReport, Role
+from colm.tracing import TraceFiles
 from colm.wire.members import Member
 from prefill_node.node import PrefillNode, PrefillOptions
 
@@ -16,17 +17,23 @@ class PrefillReplica(NodeReplica):
         options: host is replaced by this machine's address.
         gateway: (deployment, application) to which this node reports.
         metrics_host: where Prometheus reads its metrics; None for nowhere.
+        traces: where it records spans; None for nowhere.
     """
 
     role = Role.PREFILL
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, options: PrefillOptions, secrets: SecretFiles, gateway: tuple[str, str], metrics_host: str | None
+        self,
+        options: PrefillOptions,
+        secrets: SecretFiles,
+        gateway: tuple[str, str],
+        metrics_host: str | None,
+        traces: TraceFiles | None,
     ) -> None:
         super().__init__()
         security = secrets.of_nodes(Member.PREFILL)
         self._node = PrefillNode(replace(options, host=self._host), security, self._leases)
-        await self._start(self._node, secrets, gateway, metrics_host)
+        await self._start(self._node, secrets, gateway, metrics_host, traces)
 
     def _report(self) -> NodeReport:
         load = self._node.service.load

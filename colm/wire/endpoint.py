@@ -14,6 +14,7 @@ from colm.clock import utc_now
 from colm.wire.callers import CallerInterceptor
 from colm.wire.malformed import MalformedInterceptor
 from colm.wire.security import Admits, Security, TokenInterceptor, only
+from colm.wire.traced import TraceInterceptor
 
 # Tiles and document pieces stay near 1 MiB, where gRPC moves bytes fastest; the limit only stops abuse.
 MAX_MESSAGE_BYTES = 8 << 20
@@ -84,7 +85,7 @@ def create_server(
         admits: whom it admits; None for whoever shows the security's own token.
         now: the time, by which callers' certificates expire.
     """
-    interceptors: list[grpc.aio.ServerInterceptor] = [MalformedInterceptor()]
+    interceptors: list[grpc.aio.ServerInterceptor] = [TraceInterceptor(), MalformedInterceptor()]
     if (tls := security.current_tls) is not None and tls.caller_name is not None:
         interceptors.insert(0, CallerInterceptor(tls.caller_name, lambda: _revoked(security), now))
     if security.token:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
@@ -43,6 +44,24 @@ def checked_first(
             yield answer
 
     # gRPC looks at what kind of function it is given.
+    return with_behaviour(handler, answers if inspect.isasyncgenfunction(behaviour) else call)
+
+
+def within(
+    handler: grpc.RpcMethodHandler, enter: Callable[[grpc.aio.ServicerContext], AbstractContextManager[object]]
+) -> grpc.RpcMethodHandler:
+    """The same handler, each call of it inside a context manager of its own."""
+    behaviour = behaviour_of(handler)
+
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        with enter(context):
+            return await behaviour(request, context)
+
+    async def answers(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        with enter(context):
+            async for answer in behaviour(request, context):
+                yield answer
+
     return with_behaviour(handler, answers if inspect.isasyncgenfunction(behaviour) else call)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from colm import tracing
 from colm.clock import utc_now
 from colm.errors import ConfigError
 from colm.wire.authority import Authority
@@ -76,8 +77,8 @@ class Security:
         return replace(self, tls=self.current_tls)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The metadata that a call carries."""
-        return ((AUTHORIZATION, f"Bearer {self.token}"),) if self.token else ()
+        """The metadata that a call carries: the token, and the trace that it is part of."""
+        return (*(((AUTHORIZATION, f"Bearer {self.token}"),) if self.token else ()), *tracing.headers())
 
     def server_credentials(self) -> grpc.ServerCredentials | None:
         """Credentials that follow the certificates as they are renewed; None for plaintext."""

@@ -113,6 +113,7 @@ def cluster(expanded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     config.write_text(
         '[model]\ndtype = "float32"\n[gateway]\nport = 0\nmax_document_bytes = "6MiB"\n'
         '[decode]\nkv_cache_bytes = "2GiB"\n'
+        f'[tracing]\nfolder = "{folder / "traces"}"\n'
     )
     state_dir = folder / "state"
     run_colm(state_dir, "up", "--config", str(config), "--model", str(expanded_model))

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from cluster.state import ClusterState
+from cluster.trace_view import read_spans
 from colm.checkpoint import Checkpoint
 from colm.client import Answer, AsyncClient, Client, collect
 from colm.errors import ColmError, InvalidRequest, PeerUnavailable, Unauthenticated
@@ -26,7 +27,7 @@ from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import open_blocking_channel
 from colm.wire.kv_codec import wire_token_bytes
 from colm.wire.security import Security
-from tests.e2e.conftest import RunningCluster, last_json, run_colm
+from tests.e2e.conftest import RunningCluster, last_json, run_colm, until
 from tests.oracle import assert_greedy
 
 DOCUMENT = topics["with"]
@@ -258,6 +259,19 @@ def test_top_reads_every_process(cluster: RunningCluster) -> None:
     assert seen["unread"] == []
     assert [node["busy"] is not None for node in (*seen["prefill"], *seen["decode"])] == [True, True]
     assert seen["gateway"]["requests_per_s"] is not None
+
+
+def test_a_trace_leads_through_every_process(cluster: RunningCluster, tmp_path: Path) -> None:
+    document = tmp_path / "document.txt"
+    document.write_text(DOCUMENT)
+    done = cluster.colm("submit", str(document), "--prompt", PROMPT, "--max-new-tokens", "4", "--json")
+    folder, trace_id = cluster.state_dir.parent / "traces", last_json(done.stdout)["trace_id"]
+
+    def processes() -> set[str]:
+        return {span.process for span in read_spans(folder).get(trace_id, [])}
+
+    until(lambda: processes() == {"gateway", "decode", "prefill"}, 60, lambda: f"only {processes()} recorded")
+    assert "wait_for_engine" in cluster.colm("trace", str(folder), trace_id).stdout
 
 
 def test_submit_asks_for_sparse_attention_and_a_short_document_is_dense_all_the_same(

@@ -132,6 +132,7 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
         max_files_bytes=1 << 20,
         metrics_host=None,
         metrics_port=0,
+        traces=None,
         port=0,
         limits=LIMITS,
         audit_folder=None,

@@ -211,4 +211,18 @@ MUTANTS = (
         "ray_node_id",
         "tests/unit/test_metrics.py::test_who_is_not_the_operator_sees_no_address_of_metrics",
     ),
+    Mutant(
+        "a callee begins a trace of its own",
+        "colm/tracing.py",
+        "    token = context.attach(_CONTEXT.extract(carrier, context.Context()))\n",
+        "    token = context.attach(context.Context())\n",
+        "tests/unit/test_tracing.py::test_one_trace_leads_through_both_nodes",
+    ),
+    Mutant(
+        "a trace tells what an error says",
+        "colm/tracing.py",
+        "trace.StatusCode.ERROR, type(err).__name__)",
+        "trace.StatusCode.ERROR, repr(err))",
+        "tests/unit/test_tracing.py::test_a_span_has_its_parent_its_facts_and_the_name_of_its_error",
+    ),
 )
