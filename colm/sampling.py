@@ -16,11 +16,20 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20
+MAX_PENALTY = 2.0
+MAX_REPETITION_PENALTY = 10.0
+MAX_LOGIT_BIASES = 1024
+MAX_LOGIT_BIAS = 100.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """Choices of one request.
+
+    They apply in this order, as in vLLM: `logit_bias` and `min_tokens`; `repetition_penalty`, `frequency_penalty`,
+    `presence_penalty`; then greedy, or `temperature`, `top_k` and `min_p`, `top_p`. Of log probabilities, which are the
+    model's own, none changes any. Sources: OpenAI's API reference, "Create chat completion", for `presence_penalty`,
+    `frequency_penalty` and `logit_bias`; vLLM's `SamplingParams` and `vllm/v1/sample` for the others and the order.
 
     Raises:
         InvalidRequest: names the field, its value and the limit.
@@ -42,6 +51,19 @@ class SamplingParams:
     """Alternatives reported with each token."""
     ignore_eos: bool = False
     """Go on past the model's own end-of-answer tokens."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token that the answer has. Above 0 new tokens become likelier."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token as often as the answer has it."""
+    repetition_penalty: float = 1.0
+    """Divides the logits above 0 of tokens that prompt or answer has, and multiplies those below."""
+    min_p: float = 0.0
+    """Keep the tokens whose probability is at least this part of the likeliest one's; after temperature."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, and what is added to the logit of each."""
+    min_tokens: int = 0
+    """An answer has at least so many tokens before an end-of-answer token, a stop id or a stop string can end it. A
+    stop string then counts where it begins behind them."""
 
     def __post_init__(self) -> None:
         limit = f"must be a number from 0 to {MAX_TEMPERATURE}"
@@ -62,6 +84,39 @@ class SamplingParams:
         limit = f"must be an integer from 0 to {MAX_TOP_LOGPROBS}"
         checks.integer("top_logprobs", self.top_logprobs, range(MAX_TOP_LOGPROBS + 1), limit)
         checks.flag("ignore_eos", self.ignore_eos)
+        self._check_penalties()
+        checks.integer("min_tokens", self.min_tokens, range(1 << 32), "must be an integer from 0 to max_new_tokens")
+
+    def _check_penalties(self) -> None:
+        limit = f"must be a number from -{MAX_PENALTY:g} to {MAX_PENALTY:g}"
+        for field in ("presence_penalty", "frequency_penalty"):
+            if abs(checks.number(field, getattr(self, field), limit)) > MAX_PENALTY:
+                raise InvalidRequest(field, getattr(self, field), limit)
+        limit = f"must be a number above 0 and at most {MAX_REPETITION_PENALTY:g}"
+        if not 0.0 < checks.number("repetition_penalty", self.repetition_penalty, limit) <= MAX_REPETITION_PENALTY:
+            raise InvalidRequest("repetition_penalty", self.repetition_penalty, limit)
+        limit = "must be a number from 0 to 1"
+        if not 0.0 <= checks.number("min_p", self.min_p, limit) <= 1.0:
+            raise InvalidRequest("min_p", self.min_p, limit)
+        limit = f"must be pairs of a token id and a number from -{MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}, an id once"
+        seen = set[int]()
+        for pair in _items("logit_bias", self.logit_bias, MAX_LOGIT_BIASES):
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise InvalidRequest("logit_bias", pair, limit)
+            token_id = checks.integer("logit_bias", pair[0], TOKEN_IDS, limit)
+            if abs(checks.number("logit_bias", pair[1], limit)) > MAX_LOGIT_BIAS or token_id in seen:
+                raise InvalidRequest("logit_bias", pair, limit)
+            seen.add(token_id)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Hold the token ids that are looked up in the logits against the model's vocabulary.
+
+        Raises:
+            InvalidRequest: one is none of the model's.
+        """
+        worst = max((token_id for token_id, _ in self.logit_bias), default=0)
+        if worst >= vocab_size:
+            raise InvalidRequest("logit_bias", worst, f"must be below the vocabulary size {vocab_size}")
 
 
 def _items(field: str, values: Sequence[_Item], max_items: int) -> Sequence[_Item]:

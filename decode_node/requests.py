@@ -247,6 +247,7 @@ class RequestOwner:
             text_stream=None if self._tokenizer is None else self._tokenizer.stream(),
             # Chain 1 alone has nothing to gain.
             drafter=self._drafting.drafter(job.max_draft_tokens) if self._drafting and job.num_chains > 1 else None,
+            prompt_token_ids=job.token_ids,
             made_token_ids_N=job.made_token_ids,
         )
 

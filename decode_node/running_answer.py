@@ -30,6 +30,7 @@ class RunningAnswer:
         stop_token_ids: any of these ends the answer.
         text_stream: None for a model without a tokenizer; tokens then carry no text.
         drafter: decides how many tokens chain 1 drafts before all chains verify them; None drafts none.
+        prompt_token_ids: all of the prompt's, for the repetition penalty.
         made_token_ids_N: the answer so far, where another node began it. Its tokens are read anew, their text is passed
             over, and the answer goes on as it would have there.
 
@@ -49,6 +50,7 @@ class RunningAnswer:
         stop_token_ids: Collection[int],
         text_stream: TextStream | None,
         drafter: Drafter | None = None,
+        prompt_token_ids: Sequence[int] | NDArray[np.int64] = (),
         made_token_ids_N: Sequence[int] = (),
     ) -> None:
         self._unread_token_ids = (*unread_token_ids, *made_token_ids_N)
@@ -61,11 +63,18 @@ class RunningAnswer:
         self._stop_token_ids = frozenset(stop_token_ids)
         self._text_stream = text_stream
         self._stop_matcher = StopMatcher(sampling.stop)
+        self._min_tokens = sampling.min_tokens
         self._drafter = drafter
         # Behind the unread tokens; chain 1 has read all but the last, and none is part of the answer yet.
         self._draft_token_ids: list[int] = []
         self._num_to_draft: int | None = None
-        self.sampler = Sampler(sampling)
+        self.sampler = Sampler(
+            sampling,
+            first_position=position + len(unread_token_ids),
+            prompt_token_ids=prompt_token_ids,
+            end_token_ids=self._stop_token_ids,
+            draft_token_ids=self._draft_token_ids,
+        )
         self.num_new_tokens = 0
         self.num_draft_tokens = 0
         """Drafts that were verified."""
@@ -143,7 +152,8 @@ class RunningAnswer:
             behind it follow what is not the answer's text, and are dropped.
         """
         drafts = self._draft_token_ids[: max(0, len(outcomes) - 1)]
-        self._draft_token_ids, self._num_to_draft = [], None
+        self._draft_token_ids.clear()
+        self._num_to_draft = None
         self._note_read(self._num_next)
         tokens: list[Token] = []
         for outcome, draft in zip_longest(outcomes, drafts):
@@ -179,6 +189,7 @@ class RunningAnswer:
     def _append(self, token_id: int) -> str:
         """Add a token to the answer, and return its text."""
         self.num_new_tokens += 1
+        self.sampler.take(token_id)
         ends_here = token_id in self._stop_token_ids
         text = "" if ends_here else self._decode(token_id)
         if ends_here or self._stop_matcher.stopped:
@@ -190,12 +201,15 @@ class RunningAnswer:
         return text
 
     def _decode(self, token_id: int) -> str:
-        return "" if self._text_stream is None else self._stop_matcher.push(self._text_stream.push(token_id))
+        return "" if self._text_stream is None else self._until_stop(self._text_stream.push(token_id))
+
+    def _until_stop(self, text: str) -> str:
+        return text if self.num_new_tokens <= self._min_tokens else self._stop_matcher.push(text)
 
     def _flush(self) -> None:
         if self._text_stream is None:
             return
-        self.tail = self._stop_matcher.push(self._text_stream.flush())
+        self.tail = self._until_stop(self._text_stream.flush())
         if self._stop_matcher.stopped:
             self.finish_reason = FinishReason.STOP
         else:

@@ -1,8 +1,8 @@
 """Chooses the next tokens of a step's requests from their logits.
 
-A request's tokens depend, to the bit, on its own seed, parameters and logits alone: not on the other requests of a
-step, not on how its tokens are divided into steps, and not on what was drawn before: each position of its text has a
-random number of its own. So what chain 1 drafts is what all chains draw there, wherever their logits agree.
+A request's tokens depend, to the bit, on its own seed, parameters, text and logits alone: not on the other requests of
+a step, nor on how its tokens are divided into steps. Each position of its text has a random number of its own, whatever
+was drawn before. So what chain 1 drafts is what all chains draw there, wherever their logits agree.
 
 Only log probabilities are computed for all rows at once. NumPy has a vectorised argmax and comparisons, PyTorch has
 not: 0.3 ms against 5.7 ms for the argmax of 32 rows of 128K (2 cores of an AMD Zen 4).
@@ -11,7 +11,7 @@ Shapes: Q rows of logits, one or more a request, V vocabulary, C candidates: the
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from colm.errors import ColmError, NotFinite
 from colm.sampling import SamplingParams
+from decode_node.penalties import Penalties
 
 _BLOCK_TOKENS = 128
 _MAX_SORTED = 1024
@@ -28,7 +29,7 @@ _MAX_SORTED = 1024
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A chosen token with its log probability under the model, before temperature, top-k and top-p."""
+    """A chosen token with its log probability under the model, before all that `SamplingParams` does to it."""
 
     token_id: int
     logprob: float
@@ -36,10 +37,30 @@ class Choice:
 
 
 class Sampler:
-    """One request's sampling parameters and random numbers, one number for each position of its text."""
+    """One request's sampling parameters, its random numbers, one for each position of its text, and what it has said.
 
-    def __init__(self, params: SamplingParams) -> None:
+    Args:
+        first_position: of the answer in the text.
+        prompt_token_ids: what the repetition penalty counts besides the answer.
+        end_token_ids: what `min_tokens` rules out.
+        draft_token_ids: behind the answer's tokens; its owner adds to them and clears them.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        first_position: int = 0,
+        prompt_token_ids: Sequence[int] | NDArray[np.int64] = (),
+        end_token_ids: Collection[int] = (),
+        draft_token_ids: Sequence[int] = (),
+    ) -> None:
         self.params = params
+        self._next_position = first_position
+        self._free_position = first_position + params.min_tokens
+        self._end_token_ids = np.array(sorted(end_token_ids), dtype=np.int64)
+        self._draft_token_ids = draft_token_ids
+        self._penalties = Penalties.of(params, prompt_token_ids)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         self._key = seed.to_bytes(8, "little")
 
@@ -47,6 +68,26 @@ class Sampler:
         """The random number of the token at a position, above 0 and at most 1."""
         digest = blake2b(position.to_bytes(8, "little"), digest_size=8, key=self._key).digest()
         return 1.0 - (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+    def take(self, token_id: int) -> None:
+        """Note the next token of the answer."""
+        self._next_position += 1
+        if self._penalties is not None:
+            self._penalties.take(token_id)
+
+    def edited(self, position: int, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits from which the token at a position is chosen, behind the answer and the drafts before it."""
+        if self._penalties is None:
+            return logits_V
+        return self._penalties.edited(logits_V, self._draft_token_ids[: position - self._next_position])
+
+    def allowed(self, position: int, vocab_size: int) -> NDArray[np.int64] | None:
+        """Ids of the tokens that may be chosen at a position; None for all."""
+        if position >= self._free_position or len(self._end_token_ids) == 0:
+            return None
+        allowed_V = np.ones(vocab_size, dtype=bool)
+        allowed_V[self._end_token_ids[self._end_token_ids < vocab_size]] = False
+        return np.flatnonzero(allowed_V) if allowed_V.any() else None
 
 
 def choose(samplers: Sequence[Sampler], positions_Q: Sequence[int], logits_QV: Tensor) -> list[Choice | ColmError]:
@@ -75,7 +116,11 @@ def choose(samplers: Sequence[Sampler], positions_Q: Sequence[int], logits_QV: T
 
 def _choose(sampler: Sampler, position: int, logits_V: NDArray[np.float32], logprobs_V: NDArray[np.float32]) -> Choice:
     params = sampler.params
-    token_id = int(logits_V.argmax()) if params.temperature == 0 else _draw(params, sampler.uniform(position), logits_V)
+    ids_C = sampler.allowed(position, len(logits_V))
+    edited_V = sampler.edited(position, logits_V)
+    edited_C = edited_V if ids_C is None else edited_V[ids_C]
+    chosen = int(edited_C.argmax()) if params.temperature == 0 else _draw(params, sampler.uniform(position), edited_C)
+    token_id = chosen if ids_C is None else int(ids_C[chosen])
     top_ids = _likeliest(logits_V, params.top_logprobs)
     top_logprobs = tuple(zip(top_ids.tolist(), logprobs_V[top_ids].tolist(), strict=True))
     return Choice(token_id, float(logprobs_V[token_id]), top_logprobs)
@@ -87,6 +132,10 @@ def _draw(params: SamplingParams, number: float, logits_V: NDArray[np.float32]) 
     # From the likeliest down and in float64: no temperature above 0 makes this overflow into NaN.
     with np.errstate(over="ignore"):
         weights_C = np.exp((logits_C - logits_C.max().astype(np.float64)) / params.temperature)
+    if params.min_p > 0.0:
+        likely_C = np.flatnonzero(weights_C >= params.min_p)  # the likeliest one's is 1
+        ids_C = likely_C if ids_C is None else ids_C[likely_C]
+        logits_C, weights_C = logits_C[likely_C], weights_C[likely_C]
     if params.top_p < 1.0:
         kept_C = _nucleus(logits_C, weights_C, params.top_p)
         ids_C = kept_C if ids_C is None else ids_C[kept_C]

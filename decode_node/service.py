@@ -78,12 +78,14 @@ class DecodeService(DecodeServiceServicer):
         token_ids = await read_token_ids(requests, num_prompt_tokens + opened.num_answer_tokens)
         if (worst := int(token_ids.max())) >= self._config.vocab_size:
             raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {self._config.vocab_size}")
+        sampling = sampling_from_pb(opened.sampling)
+        sampling.check_vocabulary(self._config.vocab_size)
         return DecodeJob(
             request_id=opened.request_id,
             token_ids=token_ids[:num_prompt_tokens],
             num_chains=opened.num_chains,
             max_new_tokens=opened.max_new_tokens,
-            sampling=sampling_from_pb(opened.sampling),
+            sampling=sampling,
             deadline=None if remaining_s is None else Deadline.after(self._clock, remaining_s),
             only_if_room=opened.only_if_room,
             attention=attention_from_pb(opened.attention),

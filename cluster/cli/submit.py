@@ -35,6 +35,22 @@ def submit(
     top_p: Annotated[float, typer.Option(help="Keep the tokens that make up this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Fixes the random choices.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
+    min_p: Annotated[
+        float, typer.Option(help="Keep the tokens that reach this part of the likeliest one's share.")
+    ] = 0.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Taken from the logit of each token that the answer has; -2 to 2.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Taken from the logit of a token as often as the answer has it; -2 to 2.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Makes tokens that document or answer has less likely above 1; at most 10.")
+    ] = 1.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a token's logit; may be repeated.")
+    ] = None,
+    min_tokens: Annotated[int, typer.Option(help="Tokens before which nothing ends the answer.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Plain completion, without the chat template.")] = False,
     timeout_s: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
     attention: Annotated[
@@ -68,7 +84,19 @@ def submit(
 ) -> None:
     """Submit a document and print the answer as it comes. Ctrl-C cancels it everywhere."""
     view = AnswerView(stream_text=not json)
-    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=tuple(stop or ()))
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        logit_bias=tuple(map(_bias, logit_bias or ())),
+        min_tokens=min_tokens,
+    )
     try:
         with (
             _connect(address, token_file, ca_file, system_ca, server_name, plaintext, state_dir, reconnect) as client,
@@ -97,6 +125,14 @@ def submit(
         print_json(view.record())
     else:
         view.print_summary()
+
+
+def _bias(word: str) -> tuple[int, float]:
+    token_id, _, bias = word.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise ClusterError(f"--logit-bias={word!r} must be a token id and a number, as in 42=-1.5") from None
 
 
 def _document(file: str) -> Document:

@@ -92,6 +92,11 @@ class Plan:
             raise InvalidRequest(
                 "answer_token_ids", worst, f"must be below the vocabulary size {model.config.vocab_size}"
             )
+        request.sampling.check_vocabulary(model.config.vocab_size)
+        if request.sampling.min_tokens > max_new_tokens:
+            raise InvalidRequest(
+                "min_tokens", request.sampling.min_tokens, f"must be at most max_new_tokens={max_new_tokens}"
+            )
         timeout_s = request.timeout_s
         if timeout_s is not None:
             if timeout_s > limits.max_timeout_s:

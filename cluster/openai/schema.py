@@ -2,8 +2,8 @@
 
 Fields that this system has are read; fields that it lacks are accepted with the value that changes nothing, and refused
 by name with any other; fields that nobody knows are refused, as OpenAI does. Beside OpenAI's own there are `scale` (or
-`num_chains`), `attention`, `document`, `top_k`, `stop_token_ids`, `ignore_eos` and `timeout_s`, which its Python
-package sends as `extra_body`.
+`num_chains`), `attention`, `document` and `timeout_s`, and of the sampling fields that vLLM has `top_k`, `min_p`,
+`repetition_penalty`, `min_tokens`, `stop_token_ids` and `ignore_eos`. Its Python package sends them as `extra_body`.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from colm.errors import InvalidRequest
 from colm.request import AttentionMode, ChatMessage, GenerateRequest
-from colm.sampling import SamplingParams
+from colm.sampling import MAX_LOGIT_BIASES, SamplingParams
 
 MAX_ANSWERS = 8
 """Of one call. Each is a request of its own."""
@@ -85,11 +85,14 @@ class _Request(_Strict):
     stop_token_ids: tuple[int, ...] = Field(default=(), strict=False)
     ignore_eos: bool = False
     timeout_s: float | None = None
-
-    # Without any effect here, so only the value that has none is taken.
-    presence_penalty: Literal[0, None] = None
-    frequency_penalty: Literal[0, None] = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_p: float | None = None
+    logit_bias: (
+        Annotated[dict[Annotated[int, Field(strict=False)], float], Field(max_length=MAX_LOGIT_BIASES)] | None
+    ) = None
+    min_tokens: int = 0
 
     @model_validator(mode="after")
     def _one_name_of_scale(self) -> "_Request":
@@ -116,6 +119,12 @@ class _Request(_Strict):
             stop_token_ids=self.stop_token_ids,
             top_logprobs=top_logprobs,
             ignore_eos=self.ignore_eos,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            min_p=self.min_p or 0.0,
+            logit_bias=tuple((self.logit_bias or {}).items()),
+            min_tokens=self.min_tokens,
         )
 
 

@@ -93,6 +93,12 @@ def sampling_to_pb(params: SamplingParams) -> pb.Sampling:
         stop_token_ids=params.stop_token_ids,
         top_logprobs=params.top_logprobs,
         ignore_eos=params.ignore_eos,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        min_p=params.min_p,
+        logit_bias=[pb.LogitBias(token_id=token_id, bias=bias) for token_id, bias in params.logit_bias],
+        min_tokens=params.min_tokens,
     )
     if params.seed is not None:
         message.seed = params.seed
@@ -114,6 +120,12 @@ def sampling_from_pb(message: pb.Sampling) -> SamplingParams:
         stop_token_ids=tuple(message.stop_token_ids),
         top_logprobs=message.top_logprobs,
         ignore_eos=message.ignore_eos,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+        min_p=message.min_p,
+        logit_bias=tuple((each.token_id, each.bias) for each in message.logit_bias),
+        min_tokens=message.min_tokens,
     )
 
 

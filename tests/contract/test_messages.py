@@ -48,6 +48,9 @@ from colm.events import (
 )
 from colm.request import ATTENTION_MODES, CHAT_ROLES, KV_CODECS, ChatMessage, GenerateRequest
 from colm.sampling import (
+    MAX_LOGIT_BIAS,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
@@ -149,6 +152,14 @@ SAMPLING = st.builds(
     stop_token_ids=st.lists(U32, max_size=MAX_STOP_TOKEN_IDS).map(tuple),
     top_logprobs=st.integers(0, MAX_TOP_LOGPROBS),
     ignore_eos=st.booleans(),
+    presence_penalty=st.floats(-MAX_PENALTY, MAX_PENALTY),
+    frequency_penalty=st.floats(-MAX_PENALTY, MAX_PENALTY),
+    repetition_penalty=st.floats(0, MAX_REPETITION_PENALTY, exclude_min=True),
+    min_p=st.floats(0, 1),
+    logit_bias=st.dictionaries(U32, st.floats(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS), max_size=4).map(
+        lambda biases: tuple(biases.items())
+    ),
+    min_tokens=U32,
 )
 REQUESTS = st.builds(
     GenerateRequest,

@@ -64,10 +64,21 @@ def tokens(answer: Answer) -> list[Any]:
 
 
 GREEDY = SamplingParams(ignore_eos=True, top_logprobs=2)
+PENALISED = SamplingParams(
+    ignore_eos=True,
+    temperature=0.7,
+    seed=5,
+    frequency_penalty=0.6,
+    presence_penalty=0.3,
+    repetition_penalty=1.2,
+    min_p=0.01,
+    logit_bias=((20, 2.0),),
+    min_tokens=9,
+)
 DRAWN = SamplingParams(ignore_eos=True, temperature=1.2, top_p=0.95, seed=5, top_logprobs=1)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, PENALISED], ids=["greedy", "drawn", "penalised"])
 async def test_drafts_change_no_token_and_no_logprob_and_are_counted(
     node: DecodeNode, sampling: SamplingParams
 ) -> None:
@@ -86,7 +97,9 @@ async def test_drafts_change_no_token_and_no_logprob_and_are_counted(
     usages = [answer.usage for answer in drafted]
     assert usages[2].num_draft_tokens == 0
     for usage in (usages[0], usages[1], usages[3]):
-        assert 0 < usage.num_accepted_tokens < usage.num_draft_tokens
+        assert usage.num_accepted_tokens < usage.num_draft_tokens
+    # Which tokens are drafted depends on when the others come, so one answer alone may have all of its drafts refused.
+    assert sum(usage.num_accepted_tokens for usage in usages) > 0
     for counted, name in (("draft", "num_draft_tokens"), ("accepted", "num_accepted_tokens")):
         found = node.metrics.get_sample_value(f"colm_decode_{counted}_tokens_total")
         assert found == sum(getattr(usage, name) for usage in usages)

@@ -101,6 +101,7 @@ class Ask:
             stop_token_ids={2, *self.sampling.stop_token_ids},
             text_stream=TextStream(Detokenizer(TOKENIZER)),
             drafter=Wishes(self.wishes) if drafts and self.num_chains > 1 else None,
+            prompt_token_ids=self.prompt,
         )
 
 
@@ -210,6 +211,12 @@ SAMPLING = st.builds(
     stop=st.sampled_from([(), ("e",), ("th", "\N{REPLACEMENT CHARACTER}")]),
     stop_token_ids=st.sampled_from([(), (17, 40, 60)]),
     top_logprobs=st.sampled_from([0, 2]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 0.3]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, -0.2]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    min_p=st.sampled_from([0.0, 0.0, 0.1]),
+    logit_bias=st.sampled_from([(), ((2, 1.0), (17, 0.5))]),
+    min_tokens=st.sampled_from([0, 0, 1]),
 )
 ASKS = st.builds(
     Ask,

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import openai
 import pytest
 from httpx2 import AsyncClient as HttpClient
@@ -18,6 +19,7 @@ from cluster.audit_log import AuditLog
 from cluster.client_tokens import Clients, TokenLimits, create_token, revoke_token
 from colm.checkpoint import Checkpoint
 from colm.request import ChatMessage, ChatRole
+from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 from colm.wire import http_server
 from colm.wire.security import Tls, new_tls
@@ -126,6 +128,28 @@ async def test_a_conversation_is_read_whole(client: AsyncOpenAI, tokenizer: Toke
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(ids)
     assert answer.choices[0].message.content == tokenizer.decode(plain.token_ids)
+
+
+async def test_bias_and_penalties_choose_and_log_probabilities_stay_the_models(client: AsyncOpenAI) -> None:
+    """A bias of 100 makes one token of all; penalties of -2 for what the answer has keep it there without."""
+    wanted: Any = {"prompt": "x", "max_tokens": 4, "logprobs": 1, "model": "tiny", "temperature": 0}
+    plain = (await client.completions.create(**wanted)).choices[0].logprobs
+    only = (await client.completions.create(logit_bias={"77": 100}, **wanted)).choices[0].logprobs
+    assert plain is not None
+    assert only is not None
+    assert len(set(only.tokens or ())) == 1
+    assert only.tokens != plain.tokens
+    assert max(only.token_logprobs or ()) < -1  # its logit alone was raised, not its probability
+    assert (only.top_logprobs or [])[0] == (plain.top_logprobs or [])[0]
+    no_other: Any = {"repetition_penalty": 0.01, "min_p": 1.0}
+    same = (await client.completions.create(presence_penalty=-2, extra_body=no_other, **wanted)).choices[0].logprobs
+    assert same is not None
+    assert len(set(same.tokens or ())) == 1
+
+
+async def test_a_decode_node_checks_the_ids_that_it_looks_up(node: DecodeNode) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="logit_bias=4000000: must be below the vocabulary size"):
+        await decode(node.address, [5, 6], sampling=SamplingParams(logit_bias=((4_000_000, 1.0),)))
 
 
 async def test_completions_take_text_or_ids_and_stop_and_name_their_tokens(
@@ -243,8 +267,13 @@ async def test_files_are_bounded_and_must_be_text(
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"presence_penalty": 1.0}, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"4000000": 1}}, "logit_bias"),
+        ({"extra_body": {"repetition_penalty": 0}}, "repetition_penalty"),
+        ({"extra_body": {"min_p": 2}}, "min_p"),
+        ({"extra_body": {"min_tokens": 9}, "max_tokens": 8}, "min_tokens"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"extra_body": {"colour": "red"}}, "colour"),

@@ -180,6 +180,13 @@ def test_a_stop_string_across_tokens_ends_the_answer_before_it() -> None:
     assert shown(sequence, tokens) == "result"
 
 
+def test_a_stop_string_counts_where_it_begins_behind_the_least_length() -> None:
+    sequence = answer(sampling=SamplingParams(stop=("END",), min_tokens=5))
+    tokens = advance(sequence, byte_ids("ENDENDEND"))
+    assert sequence.finish_reason is FinishReason.STOP
+    assert shown(sequence, tokens) == "ENDEND"
+
+
 def test_text_that_began_a_stop_string_comes_with_the_end_by_eos() -> None:
     sequence = answer(stop=("END",))
     tokens = advance(sequence, [*byte_ids("theEN"), EOS])

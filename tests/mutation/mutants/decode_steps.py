@@ -5,6 +5,7 @@ from tests.mutation.mutant import Mutant
 _DRAFTS = "tests/unit/test_running_answer.py::"
 _DEADLINES = "tests/fault/test_deadlines.py::"
 _ENGINE = "tests/numerics/test_decode_engine.py::"
+_PENALTIES = "tests/unit/test_penalties.py::"
 _LOOP = "tests/fault/test_decode_loop.py::"
 _WAITING = "tests/fault/test_waiting.py::"
 
@@ -149,6 +150,27 @@ MUTANTS = (
         "sampler.uniform(position)",
         "sampler.uniform(0)",
         "tests/unit/test_sampling.py::test_tokens_are_drawn_as_often_as_they_are_likely",
+    ),
+    Mutant(
+        "penalties are counted once a step, and not draft by draft",
+        "decode_node/sampler.py",
+        "self._draft_token_ids[: position - self._next_position]",
+        "()",
+        _PENALTIES + "test_logits_are_edited_as_the_formulas_say_behind_any_text_and_any_drafts",
+    ),
+    Mutant(
+        "a node that takes over counts its own tokens only",
+        "decode_node/running_answer.py",
+        "        self.sampler.take(token_id)\n",
+        "",
+        _PENALTIES + "test_a_node_that_takes_over_edits_as_the_lost_one_would_have",
+    ),
+    Mutant(
+        "an end is chosen before the least length",
+        "decode_node/sampler.py",
+        "if position >= self._free_position or",
+        "if position > -1 or",
+        _PENALTIES + "test_no_end_is_chosen_before_the_least_length_unless_there_is_nothing_else",
     ),
     Mutant(
         "a failed step tells only the first",
