@@ -72,8 +72,11 @@ class GenerationService(GenerationServiceServicer):
             first, door = await read_first(request_iterator, "resume"), self._front_door
             of_caller = {"owner": client.name, "caller_waits_s": context.time_remaining()}
             if first.WhichOneof("part") == "resume":
+                seen.is_resumed = True
                 answer = door.resume(first.resume.answer_key, first.resume.num_tokens, **of_caller)
             else:
+                if first.open.answer_token_ids:
+                    self._metrics.continued.inc()
                 prompt = usage.counted(_prompt(request_iterator, self._upload_idle_s))
                 answer = door.generate(generate_request_from_pb(first.open), prompt, **of_caller)
             async for event in await stack.enter_async_context(answer):

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from colm.errors import ColmError
 from colm.events import Accepted, Event, Finished, Token
 from colm.metrics.kv_stream import SECONDS, outcome_of
 from colm.nodes import NodeStatus
@@ -21,6 +22,8 @@ class SeenRequest:
         self._began_s = time.monotonic()
         self._last_s: float | None = None
         self.is_finished = False
+        self.is_resumed = False
+        """The call goes on with an answer that another gateway began."""
 
     def see(self, event: Event) -> None:
         """Note an event, before it is sent."""
@@ -47,6 +50,23 @@ class RequestMetrics:
         self._ended = Counter(
             "colm_requests_ended", "Requests that have ended, by how they did.", ["outcome"], registry=registry
         )
+        self._resumed = Counter(
+            "colm_requests_resumed",
+            "Of those, calls for the rest of an answer whose gateway was lost.",
+            ["outcome"],
+            registry=registry,
+        )
+        self._resubmitted = Counter(
+            "colm_requests_resubmitted",
+            "Requests given to a decode node again, with the answer so far, by what became of the node before.",
+            ["reason"],
+            registry=registry,
+        )
+        self.continued = Counter(
+            "colm_requests_continued",
+            "Requests that their client submitted again, with the answer so far.",
+            registry=registry,
+        )
         self._seconds = Histogram(
             "colm_request_seconds",
             "From a request's call to its end, however it ended.",
@@ -65,6 +85,10 @@ class RequestMetrics:
         self.prompt_tokens = Counter("colm_prompt_tokens", "Tokens of accepted prompts.", registry=registry)
         self.new_tokens = Counter("colm_new_tokens", "Tokens of answers.", registry=registry)
 
+    def resubmitted(self, cause: ColmError) -> None:
+        """Count a request whose decode node was lost, and which is given to a node again."""
+        self._resubmitted.labels(outcome_of(cause)).inc()
+
     @contextmanager
     def request(self) -> Iterator[SeenRequest]:
         """Count the request that lasts as long as the block."""
@@ -78,6 +102,8 @@ class RequestMetrics:
                 raise
             finally:
                 self._ended.labels(outcome).inc()
+                if seen.is_resumed:
+                    self._resumed.labels(outcome).inc()
                 self._seconds.observe(time.monotonic() - began_s)
 
 

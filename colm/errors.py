@@ -47,6 +47,10 @@ class ConnectionLost(PeerUnavailable):
     """The process that was called is not reachable, or was lost while it answered; it has not said anything itself."""
 
 
+class PeerRefused(PeerUnavailable):
+    """Another process of the cluster does not admit this one, by its token or its certificate; another one may."""
+
+
 class LeaseExpired(PeerUnavailable):
     """A call came without a lease, or after its lease had ended; a new lease may be asked for."""
 

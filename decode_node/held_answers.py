@@ -5,6 +5,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 from colm.errors import PeerUnavailable, UnknownAnswer
@@ -102,6 +103,18 @@ class _Answer:
             task.exception()  # or asyncio complains of an error that no reader was left to get
 
 
+@dataclass(slots=True)
+class HeldCounts:
+    """What has become of answers whose reader was lost."""
+
+    num_orphaned: int = 0
+    """Readers that left an answer which is held."""
+    num_resumed: int = 0
+    """Calls that took an answer up."""
+    num_expired: int = 0
+    """Answers for which nobody came in time."""
+
+
 class HeldAnswers:
     """Runs requests, each for one reader at a time. Lives on one event loop; `close` it.
 
@@ -118,6 +131,12 @@ class HeldAnswers:
         self._orphan_s = orphan_s
         self._running: set[_Answer] = set()
         self._by_key: dict[str, _Answer] = {}
+        self.counts = HeldCounts()
+
+    @property
+    def num_without_reader(self) -> int:
+        """Answers that are held for a reader to come."""
+        return sum(answer.expiry is not None for answer in self._by_key.values())
 
     def __len__(self) -> int:
         """Requests that run, and those that have ended and may still be asked for."""
@@ -163,6 +182,7 @@ class HeldAnswers:
         answer = self._by_key.get(key)
         if answer is None or not answer.has(num_tokens):
             raise UnknownAnswer("no answer of that key is held here; submit the request again")
+        self.counts.num_resumed += 1
         logger.info("answer.resumed request=%s tokens=%d", answer.job.request_id, num_tokens)
         async with self._read(answer, key, num_tokens) as events:
             yield answer.job, events
@@ -194,7 +214,12 @@ class HeldAnswers:
             self._forget(key)
         else:
             logger.info("answer.orphaned request=%s for_s=%g", answer.job.request_id, self._orphan_s)
-            answer.expiry = asyncio.get_running_loop().call_later(self._orphan_s, self._forget, key)
+            self.counts.num_orphaned += 1
+            answer.expiry = asyncio.get_running_loop().call_later(self._orphan_s, self._expire, key)
+
+    def _expire(self, key: str) -> None:
+        self.counts.num_expired += 1
+        self._forget(key)
 
     def _end(self, answer: _Answer) -> None:
         answer.task.cancel()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from colm import tracing
 from colm.clock import Clock
-from colm.errors import CapacityExceeded, PeerFailed, PeerUnavailable, PrefillUnavailable
+from colm.errors import CapacityExceeded, ColmError, PeerFailed, PeerRefused, PeerUnavailable, PrefillUnavailable
 from colm.events import PrefillProgress, Queued, SparseReport, WaitsFor
 from colm.kv_position import KV_START
 from colm.line import BEAT_INTERVAL_S, wait_at_most
@@ -167,8 +167,8 @@ class KvFetcher:
                 await asyncio.sleep(pause_s)
 
     async def _attempt(self, holder: "_Holder", order: KvOrder, account: KvAccount, emit: Emit) -> None:
-        """Fetch from a node; one that has no room for the prompt is followed by the free ones, each once at most."""
-        num_tokens, refusals = len(order.token_ids), dict[str, CapacityExceeded]()
+        """Fetch from a node; one that refuses, the prompt or its caller, is followed by the free ones, once each."""
+        num_tokens, refusals = len(order.token_ids), dict[str, ColmError]()
 
         async def beat(num_ahead: int) -> None:
             await emit(Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=num_ahead))
@@ -182,10 +182,10 @@ class KvFetcher:
                     try:
                         with tracing.span("fetch_kv", node=lease.address):
                             await self._transfer(lease, asked_s, holder, order, account, emit)
-                    except CapacityExceeded as refusal:
+                    except (CapacityExceeded, PeerRefused) as refusal:
                         refusals[lease.address] = refusal
                         raise
-            except CapacityExceeded as err:
+            except (CapacityExceeded, PeerRefused) as err:
                 if err not in refusals.values():  # the pool has no node to lend
                     raise next(reversed(refusals.values()), err) from None
                 logger.info("transfer.refused request=%s by=%s", order.request_id, lease.address)

@@ -4,12 +4,14 @@ import threading
 from collections.abc import Callable, Iterator
 
 from colm.kv_position import KvPosition
+from colm.wire.endpoint import KEEPALIVE
 from colm.wire.messages import CODECS, attention_to_pb, end_of_prompt, token_id_pieces
 from colm.wire.tile_codec import ACKNOWLEDGE_BYTES
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_fetch import KvTransfer
 
-_GIVE_UP_S = 1.0
+_GIVE_UP_S = KEEPALIVE.timeout_ms / 1e3
+"""How long a node that lives may take to end a stream that is given up: as long as to answer a ping."""
 
 
 class KvRequests:
@@ -20,7 +22,7 @@ class KvRequests:
     Args:
         transfer: what the stream shall bring.
         lease_id: the prefill node's lease for the stream.
-        on_silence: called if the node does not end the stream within 1 s of `give_up`.
+        on_silence: called if the node does not end the stream within `_GIVE_UP_S` of `give_up`.
         host: `host_id()`, if payloads may come through shared memory.
     """
 

@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from decode_node.decode_loop import DecodeLoop
+from decode_node.held_answers import HeldAnswers
 from decode_node.kv_layout import KvLayout
 from decode_node.page_line import PageLine
 from decode_node.requests import RequestOwner, Stage
@@ -21,19 +22,21 @@ class DecodeMetrics(Collector):
     def __init__(
         self,
         owner: RequestOwner,
+        answers: HeldAnswers,
         loop: DecodeLoop,
         page_line: PageLine,
         layout: KvLayout,
         registry: CollectorRegistry,
     ) -> None:
         self._owner = owner
+        self._answers = answers
         self._loop = loop
         self._pool = page_line.pool
         self._layout = layout
         registry.register(self)
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        """Requests, pages, and steps."""
+        """Requests, held answers, pages, and steps."""
         stages, counts = self._owner.stages(), self._loop.counts
         requests = GaugeMetricFamily("colm_decode_requests", "Requests on this node, by their stage.", labels=["stage"])
         for stage, name in _NOW.items():
@@ -45,6 +48,19 @@ class DecodeMetrics(Collector):
         for stage, name in _ENDS.items():
             ended.add_metric([name], self._owner.ended[stage])
         yield ended
+        held = self._answers.counts
+        yield GaugeMetricFamily(
+            "colm_decode_answers_held",
+            "Answers without a reader, held for one to come.",
+            self._answers.num_without_reader,
+        )
+        yield CounterMetricFamily(
+            "colm_decode_answers_orphaned", "Readers that were lost to an answer which is held.", held.num_orphaned
+        )
+        yield CounterMetricFamily("colm_decode_answers_resumed", "Calls that took an answer up.", held.num_resumed)
+        yield CounterMetricFamily(
+            "colm_decode_answers_expired", "Held answers for which nobody came in time.", held.num_expired
+        )
         pages = GaugeMetricFamily("colm_decode_pages", "Pages of the KV pool, by their state.", labels=["state"])
         pages.add_metric(["used"], self._pool.num_used)
         pages.add_metric(["free"], self._pool.num_free)

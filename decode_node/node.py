@@ -150,8 +150,8 @@ class DecodeNode:
             drafting=drafting,
             clock=clock,
         )
-        DecodeMetrics(self.owner, loop, self.page_line, store.layout, self.metrics)
         self.answers = HeldAnswers(self.owner, settings.orphan_s)
+        DecodeMetrics(self.owner, self.answers, loop, self.page_line, store.layout, self.metrics)
         DecodeService(self.answers, checkpoint.config, clock, self._leases).add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
         await self._server.start()

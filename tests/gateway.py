@@ -118,6 +118,7 @@ class RunningGateway:
     address: str
     server: grpc.aio.Server
     calls: GrpcDecodeCalls
+    metrics: CollectorRegistry
 
     async def kill(self) -> None:
         """End it without a word to the decode nodes."""
@@ -136,15 +137,19 @@ async def killable_gateway(
     clients: Clients | None = None,
     audit_log: AuditLog | None = None,
     port: int = 0,
+    security: Security = Security(),  # noqa: B008 - frozen
     **limits: Any,
 ) -> AsyncIterator[RunningGateway]:
     """As `gateway`.
 
     Args:
+        security: what it shows to decode nodes.
         addresses: of decode nodes that hold answers.
         port: of a gateway whose place this one takes; 0 picks a free one.
     """
-    server, calls = create_server(Security()), GrpcDecodeCalls(Security())
+    server, calls = create_server(Security()), GrpcDecodeCalls(security)
+    registry = CollectorRegistry()
+    metrics = RequestMetrics(registry)
     chosen = replace(LIMITS, **limits)
     front_door = FrontDoor(
         model=_model(config, tokenizer),
@@ -155,18 +160,19 @@ async def killable_gateway(
         num_decode_nodes=max(num_decode_nodes, len(addresses)),
         clock=MonotonicClock(),
         retry=RETRY,
+        on_resubmit=metrics.resubmitted,
     )
     GenerationService(
         front_door,
         upload_idle_s=chosen.upload_idle_s,
         clients=clients or Clients(None),
         accounts=Accounts(MonotonicClock(), audit_log),
-        metrics=RequestMetrics(CollectorRegistry()),
+        metrics=metrics,
     ).add_to(server)
     port = bind(server, "127.0.0.1", port, Security())
     await server.start()
     try:
-        yield RunningGateway(f"127.0.0.1:{port}", server, calls)
+        yield RunningGateway(f"127.0.0.1:{port}", server, calls, registry)
     finally:
         await server.stop(0)
         await calls.close()

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from cluster.front_door.resumption import Resumption
 from cluster.node_registry import NodeRegistry
 from colm import tracing
 from colm.clock import Clock, Deadline
-from colm.errors import CapacityExceeded, DeadlineExceeded, InvalidRequest
+from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, InvalidRequest
 from colm.events import Accepted, Event
 from colm.nodes import ClusterStatus, ModelStatus
 from colm.request import ANSWER_KEY, GenerateRequest
@@ -38,6 +38,7 @@ class FrontDoor:
         clock: measures deadlines.
         num_decode_nodes: how many there are when all run.
         retry: how often a decode node is called in vain.
+        on_resubmit: told why a request is given to a decode node again.
     """
 
     def __init__(
@@ -51,13 +52,14 @@ class FrontDoor:
         clock: Clock,
         num_decode_nodes: int = 1,
         retry: RetryPolicy = RETRY,
+        on_resubmit: Callable[[ColmError], None] = lambda _: None,
     ) -> None:
         self._model = model
         self._limits = limits
         self._prompts = PromptReader(
             model, max_document_bytes=limits.max_document_bytes, max_upload_bytes=limits.max_upload_bytes
         )
-        self._placement = Placement(decode_pool, calls, registry, clock, retry)
+        self._placement = Placement(decode_pool, calls, registry, clock, retry, on_resubmit)
         self._resumption = Resumption(calls, registry, clock, num_decode_nodes)
         self._registry = registry
         self._clock = clock

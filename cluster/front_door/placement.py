@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cluster.node_registry import NodeRegistry
 from colm.clock import Clock, Deadline
-from colm.errors import CapacityExceeded, ColmError, PeerUnavailable, PrefillUnavailable
+from colm.errors import CapacityExceeded, ColmError, PeerFailed, PeerRefused, PeerUnavailable, PrefillUnavailable
 from colm.events import Event, Finished, Queued, Reserved, Token, WaitsFor
 from colm.line import Beat
 from colm.nodes import Role
@@ -110,6 +110,10 @@ class _Relayed:
     token_ids: list[int]
     lost: list[str]
     """Addresses of the nodes that were lost after they had begun."""
+    shunned: set[str] = field(default_factory=set)
+    """Addresses of those, and of nodes that failed or do not admit this gateway; asked if no other is free."""
+    has_failed: bool = False
+    """A node has failed by a defect of its own."""
     first_token_s: float | None = None
     last_token_s: float = 0.0
     num_failures: int = 0
@@ -139,17 +143,24 @@ class Placement:
     next lets it wait.
 
     A node that is lost takes nothing with it but time: the next one gets the prompt and the answer so far, and goes on
-    with the next token.
+    with the next token. So does one after a node that failed by itself, once: a second may fail of the same request.
     """
 
     def __init__(
-        self, pool: DecodePool, calls: DecodeNodeCalls, registry: NodeRegistry, clock: Clock, retry: RetryPolicy
+        self,
+        pool: DecodePool,
+        calls: DecodeNodeCalls,
+        registry: NodeRegistry,
+        clock: Clock,
+        retry: RetryPolicy,
+        on_resubmit: Callable[[ColmError], None],
     ) -> None:
         self._pool = pool
         self._calls = calls
         self._registry = registry
         self._clock = clock
         self._retry = retry
+        self._on_resubmit = on_resubmit
 
     async def run(self, job: DecodeJob, deadline: Deadline, emit: Emit) -> None:
         """Run a job on some node and emit its events; `Finished` is the last.
@@ -157,6 +168,7 @@ class Placement:
         Raises:
             CapacityExceeded: no node has room, nor a place in its line.
             PeerUnavailable: too many nodes were lost, or could not be reached; the request may be submitted again.
+            PeerFailed: a second node failed by a defect of its own.
             ColmError: whatever else the node refuses or fails with.
         """
 
@@ -170,13 +182,14 @@ class Placement:
             # After a lost call its node may still hold the id that was used there.
             name = f"{job.request_id}-{num_calls_lost}" if num_calls_lost else job.request_id
             attempt = replace(job, request_id=name, made_token_ids=tuple(relayed.token_ids))
-            address = None
+            address, has_begun = "", False
             try:
-                async with self._lease(beat, relayed.lost) as lease:
+                async with self._lease(beat, relayed.shunned) as lease:
+                    address = lease.address
                     call = self._calls.decode(lease, attempt, only_if_room=refusals_left > 0, deadline=deadline)
                     async with aclosing(whole(call, lease.address)) as events:
                         async for event in events:
-                            address = lease.address
+                            has_begun = True
                             await self._relay(event, relayed, emit)
                     return
             except CapacityExceeded as err:
@@ -188,9 +201,15 @@ class Placement:
                     raise
             except PrefillUnavailable:
                 raise
-            except PeerUnavailable as err:
+            except (PeerUnavailable, PeerFailed) as err:
+                if isinstance(err, PeerFailed):
+                    if relayed.has_failed:
+                        raise
+                    relayed.has_failed = True
                 num_calls_lost += 1
-                if address is not None:
+                if has_begun or isinstance(err, PeerFailed | PeerRefused):
+                    relayed.shunned.add(address)
+                if has_begun:
                     relayed.lost.append(address)
                     refusals_left = self._num_others()
                 await self._pause(job, relayed, err, beat)
@@ -199,11 +218,11 @@ class Placement:
         return max(1, self._registry.count(Role.DECODE)) - 1
 
     @asynccontextmanager
-    async def _lease(self, beat: Beat, lost: Collection[str]) -> AsyncIterator[DecodeLease]:
-        """Borrow a node; rather another than one that was lost, whose loss Serve may not have noticed yet."""
+    async def _lease(self, beat: Beat, shunned: Collection[str]) -> AsyncIterator[DecodeLease]:
+        """Borrow a node; rather another than a shunned one, whose loss Serve may not have noticed yet."""
         async with AsyncExitStack() as stack:
             try:
-                avoided = lost if self._num_others() else ()
+                avoided = shunned if self._num_others() else ()
                 lease = await stack.enter_async_context(self._pool.lease(beat=beat, refused_by=avoided))
             except CapacityExceeded:
                 if not avoided:
@@ -221,6 +240,7 @@ class Placement:
         pause_s = self._retry.pause_s(relayed.num_failures)
         if pause_s is None or len(relayed.lost) > MAX_LOST_NODES:
             raise cause
+        self._on_resubmit(cause)
         logger.warning(
             "request.resubmitted request=%s tokens=%d in_s=%.2f cause=%s",
             job.request_id,

@@ -114,6 +114,8 @@ class GatewayReplica:
         self._registry = NodeRegistry(MonotonicClock())
         self._decode_pool = ServeDecodePool(decode, max_waiting=options.limits.max_requests)
         self._decode_calls = GrpcDecodeCalls(secrets.of_nodes(Member.GATEWAY))
+        registry = CollectorRegistry()
+        metrics = RequestMetrics(registry)
         front_door = FrontDoor(
             model=model,
             limits=options.limits,
@@ -122,9 +124,8 @@ class GatewayReplica:
             registry=self._registry,
             clock=MonotonicClock(),
             num_decode_nodes=options.num_decode_nodes,
+            on_resubmit=metrics.resubmitted,
         )
-        registry = CollectorRegistry()
-        metrics = RequestMetrics(registry)
         metrics_address = await self._serve_metrics(registry, options)
         client_security, clients = secrets.of_clients(), secrets.clients()
         self._server: grpc.aio.Server = create_server(client_security, lambda token: clients.of(token) is not None)

@@ -1,5 +1,6 @@
 """Channels between nodes: one for each address, kept open from call to call."""
 
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -8,9 +9,11 @@ from typing import Generic, TypeVar
 
 import grpc
 
-from colm.errors import PeerFailed, PeerUnavailable
+from colm.errors import PeerFailed, PeerRefused, PeerUnavailable, Unauthenticated
 from colm.wire.endpoint import open_blocking_channel, open_channel
 from colm.wire.security import Security, Tls
+
+logger = logging.getLogger(__name__)
 
 MAX_UNUSED = 32
 """Channels kept for addresses that nobody calls now. gRPC has closed their connections after `IDLE_MS` already."""
@@ -75,10 +78,17 @@ class _Shelf(Generic[_Channel]):
             return [shared.channel for shared in kept.values()]
 
 
+def _refused(address: str, cause: Unauthenticated) -> PeerRefused:
+    """What a node's refusal of this process is to whoever asked this process: no fault of theirs."""
+    logger.error("peer.refused address=%s cause=%s", address, cause)
+    return PeerRefused(f"{address} does not admit this process of the cluster: {cause}")
+
+
 class Channels:
     """Channels of one event loop. A channel whose peer was lost is replaced: the new one connects without backoff.
 
-    So is one on which a call failed in a way that says nothing: its connection may be damaged, and fail every call.
+    So is one on which a call failed in a way that says nothing: its connection may be damaged, and fail every call. A
+    call that is not admitted ends with `PeerRefused`.
 
     Streams of one connection do not wait for each other: gRPC limits the unread bytes of each stream separately.
     """
@@ -88,13 +98,16 @@ class Channels:
 
     @asynccontextmanager
     async def use(self, address: str) -> AsyncIterator[grpc.aio.Channel]:
-        """The channel to an address, for calls that end with the block; the block lets their errors through."""
+        """The channel to an address, for calls that end with the block; the block lets all other errors through."""
         shared, is_lost = self._shelf.take(address), False
         try:
             yield shared.channel
         except (PeerUnavailable, PeerFailed):
             is_lost = True
             raise
+        except Unauthenticated as err:
+            is_lost = True
+            raise _refused(address, err) from err
         finally:
             for channel in self._shelf.give_back(shared, is_lost=is_lost):
                 await channel.close()
@@ -120,6 +133,9 @@ class BlockingChannels:
         except (PeerUnavailable, PeerFailed):
             is_lost = True
             raise
+        except Unauthenticated as err:
+            is_lost = True
+            raise _refused(address, err) from err
         finally:
             for channel in self._shelf.give_back(shared, is_lost=is_lost):
                 channel.close()

@@ -106,7 +106,7 @@ def error_of(error: grpc.RpcError, peer: str) -> ColmError:
         return ConnectionLost(f"{peer} is not reachable or was lost: {message}")
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"the deadline passed while waiting for {peer}")
-    if code == grpc.StatusCode.UNAUTHENTICATED:
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return Unauthenticated(message)
     if code == grpc.StatusCode.CANCELLED:
         return PeerUnavailable(f"{peer} cancelled the call: {message}")

@@ -123,6 +123,10 @@ async def lose_at(gate: Gate, site: Site) -> None:
     gate.open()
 
 
+def count(site: Site, name: str, **labels: str) -> float | None:
+    return site.gateways[-1].metrics.get_sample_value(name, labels)
+
+
 def gateways_lost(events: list[Event]) -> bool:
     return any(isinstance(event, Reconnecting) for event in events)
 
@@ -146,6 +150,8 @@ async def test_the_next_gateway_brings_the_rest_of_the_answer(
     assert isinstance(end, Finished)
     assert (end.usage.num_kv_streams, end.usage.num_prefill_tokens) == (1, len(PROMPT) - 1)
     assert site.pools[-1].lent == [], "the request was submitted again"
+    assert count(site, "colm_requests_resumed_total", outcome="complete") == 1
+    assert count(site, "colm_requests_continued_total") == 0
 
 
 async def test_a_gateway_that_is_lost_during_the_prefill_costs_no_work(make: Callable[..., Any]) -> None:

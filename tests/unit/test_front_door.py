@@ -131,6 +131,7 @@ def door(
     *,
     num_decode_nodes: int = 1,
     tokenizer: Tokenizer | None = None,
+    on_resubmit: Callable[[ColmError], None] = lambda _: None,
     **limits: Any,
 ) -> FrontDoor:
     return FrontDoor(
@@ -141,6 +142,7 @@ def door(
         registry=decode_nodes(num_decode_nodes),
         clock=MonotonicClock(),
         retry=RETRY,
+        on_resubmit=on_resubmit,
     )
 
 
@@ -263,9 +265,31 @@ async def test_a_call_lost_before_the_node_said_anything_is_made_again_under_a_n
     assert [job.request_id for job in calls.jobs] == [name, f"{name}-1", f"{name}-2"]
 
 
-@pytest.mark.parametrize(
-    "error", [PeerFailed("out of memory"), PrefillUnavailable("gave up"), InvalidRequest("a", 1, "b")]
-)
+async def test_the_node_after_one_that_failed_by_itself_goes_on_with_the_answer() -> None:
+    """Bug: a defect of one decode node ended the answer, while another would have gone on with it."""
+    calls, pool = Scripted([*ANSWER[:3], PeerFailed("out of memory")], ANSWER), Pool()
+    told: list[ColmError] = []
+    front_door = door(calls, pool, num_decode_nodes=3, on_resubmit=told.append)
+    assert isinstance((await ask(front_door))[-1], Finished)
+    assert [job.made_token_ids for job in calls.jobs] == [(), (7,)]
+    assert pool.lent[0] != pool.lent[1]
+    assert [type(error) for error in told] == [PeerFailed]
+    assert_nothing_held(front_door, calls, pool)
+
+
+async def test_a_second_node_that_fails_by_itself_ends_the_answer() -> None:
+    calls, pool = (
+        Scripted([PeerFailed("first")], [*ANSWER[:3], PeerUnavailable("lost")], [PeerFailed("second")]),
+        Pool(),
+    )
+    front_door = door(calls, pool, num_decode_nodes=3)
+    with pytest.raises(PeerFailed, match="second"):
+        await ask(front_door)
+    assert len(calls.jobs) == 3
+    assert_nothing_held(front_door, calls, pool)
+
+
+@pytest.mark.parametrize("error", [PrefillUnavailable("gave up"), InvalidRequest("a", 1, "b")])
 async def test_any_other_error_of_a_node_ends_the_answer_once(error: ColmError) -> None:
     calls, pool = Scripted([*ANSWER[:3], error]), Pool()
     front_door = door(calls, pool, num_decode_nodes=3)

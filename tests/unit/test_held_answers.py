@@ -160,6 +160,20 @@ async def test_an_answer_that_nobody_asks_for_is_let_go(script: Script, orphan_s
         while len(answers):
             await asyncio.sleep(0.005)
     assert script.num_running == 0
+    assert (answers.num_without_reader, answers.counts.num_resumed) == (0, 0)
+    assert answers.counts.num_orphaned == answers.counts.num_expired == (orphan_s > 0)
+
+
+async def test_answers_that_are_held_and_taken_up_are_counted(answers: HeldAnswers, script: Script) -> None:
+    script.put(token(1), token(2))
+    async with answers.begin(job(), "key") as events:
+        await read(events, 1)
+        assert answers.num_without_reader == 0
+    assert answers.num_without_reader == 1
+    assert await resumed(answers, 1, count=1) == [token(2)]
+    counts = answers.counts
+    assert (counts.num_orphaned, counts.num_resumed, counts.num_expired) == (2, 1, 0)
+    assert answers.num_without_reader == 1
 
 
 async def test_the_end_of_an_answer_waits_for_its_reader_as_well(answers: HeldAnswers, script: Script) -> None:

@@ -156,8 +156,10 @@ async def test_a_port_that_is_taken_is_named_with_the_way_out() -> None:
 
 async def test_the_documentation_lists_every_metric_and_its_labels(checkpoint: Checkpoint) -> None:
     gateway, path = CollectorRegistry(), str(checkpoint.path)
-    with RequestMetrics(gateway).request():
-        pass
+    metrics = RequestMetrics(gateway)
+    metrics.resubmitted(CapacityExceeded("full"))
+    with metrics.request() as seen:
+        seen.is_resumed = True
     async with prefill_node(path) as prefill, decode_node(path, [prefill.address]) as node:
         await decode(node.address, PROMPT, num_chains=1)
         shown = {

@@ -263,6 +263,20 @@ MUTANTS = (
         _ROTATION + "test_a_rotation_that_is_killed_anywhere_leaves_members_that_trust_each_other",
     ),
     Mutant(
+        "a decode node that fails by itself is tried for ever",
+        "cluster/front_door/placement.py",
+        "                    relayed.has_failed = True\n",
+        "",
+        _FRONT_DOOR + "test_a_second_node_that_fails_by_itself_ends_the_answer",
+    ),
+    Mutant(
+        "a decode node that does not admit the gateway is asked again and again",
+        "cluster/front_door/placement.py",
+        "PeerFailed | PeerRefused):",
+        "PeerFailed):",
+        "tests/fault/test_unadmitted_members.py::test_a_node_that_does_not_admit_its_caller_is_passed_over",
+    ),
+    Mutant(
         "plaintext leaves the machine unasked",
         "cluster/exposure.py",
         'if section.tls == "auto" or section.insecure:',

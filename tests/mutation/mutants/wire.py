@@ -45,12 +45,18 @@ MUTANTS = (
         """        except (PeerUnavailable, PeerFailed):
             is_lost = True
             raise
+        except Unauthenticated as err:
+            is_lost = True
+            raise _refused(address, err) from err
         finally:
             for channel in self._shelf.give_back(shared, is_lost=is_lost):
                 await""",
         """        except PeerUnavailable:
             is_lost = True
             raise
+        except Unauthenticated as err:
+            is_lost = True
+            raise _refused(address, err) from err
         finally:
             for channel in self._shelf.give_back(shared, is_lost=is_lost):
                 await""",
