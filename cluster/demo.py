@@ -36,7 +36,7 @@ def manual_chapter(tokenizer: Tokenizer) -> str:
     return "\n\n".join([*parts, last])
 
 
-def run_demo(model: Path, max_new_tokens: int) -> dict[str, object]:
+def run_demo(model: Path, max_new_tokens: int, weights: str | None = None) -> dict[str, object]:
     """Bring up a cluster of one prefill and one decode replica, ask, and take it down.
 
     Returns:
@@ -52,7 +52,7 @@ def run_demo(model: Path, max_new_tokens: int) -> dict[str, object]:
     document = manual_chapter(tokenizer)
     with tempfile.TemporaryDirectory(prefix="colm-demo-") as folder, Interrupts() as interrupts:
         state_dir = Path(folder)
-        config = load_config(None, {"model.path": model, "gateway.port": 0})
+        config = load_config(None, {"model.path": model, "gateway.port": 0, "decode.weights": weights})
         state = up(config, state_dir, note)
         try:
             note(f"document: {len(document.encode()):,} bytes of Python's language reference")

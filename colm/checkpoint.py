@@ -22,7 +22,7 @@ from colm.finite import NOT_FINITE, is_finite
 from colm.huge_pages import side_by_side
 from colm.model import ChainTransformer, parameter_shapes
 from colm.model.config import ChainConfig
-from colm.model.weights import lay_out_in_panels
+from colm.model.weights import WeightLayout, lay_out_in_panels
 from colm.placement import CPU
 from colm.staging import staged
 
@@ -167,17 +167,20 @@ class Checkpoint:
         assign(model, self.tensors(name for name, _ in model.named_parameters()), dtype, device)
         return model
 
-    def load_in_panels(self, dtype: torch.dtype) -> ChainTransformer:
+    def load_in_panels(self, layout: WeightLayout) -> ChainTransformer:
         """Build the whole model for few rows on the CPU: what multiplies them lies in panels, copied from the file.
 
         Args:
-            dtype: cast to this; one for which `colm_kernels.panels.pays`.
+            layout: what becomes of the weights; as they are, in a dtype for which `colm_kernels.panels.pays`.
+
+        Raises:
+            ConfigError: a matrix cannot be quantised.
         """
         with torch.device("meta"):
             model = ChainTransformer(self.config)
         # Each by a reader of its own, with which its pages go.
-        laid_out = frozenset(lay_out_in_panels(model.multiplied, lambda name: self.tensors([name])[name], dtype))
-        assign(model, self.tensors(name for name, _ in model.named_parameters() if name not in laid_out), dtype)
+        laid_out = frozenset(lay_out_in_panels(model.multiplied, lambda name: self.tensors([name])[name], layout))
+        assign(model, self.tensors(name for name, _ in model.named_parameters() if name not in laid_out), layout.dtype)
         return model
 
     def _metadata(self) -> dict[str, str]:

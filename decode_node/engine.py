@@ -16,15 +16,18 @@ from colm_kernels import panels
 from colm_kernels.decode_attention import MAX_QUERY_TOKENS, decode_attention
 from colm_kernels.decode_step import DecodeStep, StepRows
 from colm_kernels.few_rows_linear import MAX_ROWS_OF_PAIRS, library_variant
+from colm_kernels.staircase import memory_of
 from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.checkpoint import Checkpoint
+from colm.errors import ConfigError
 from colm.kv import require_shared_kv
 from colm.model import ChainTransformer
 from colm.model.block import Rows
 from colm.model.one_call import all_gains, step_layers
 from colm.model.rope import Rope
+from colm.model.weights import WeightLayout
 from decode_node.kv_store import KvStore
 from decode_node.plan import PlanRow, StepPlan
 
@@ -37,20 +40,32 @@ class DecodeEngine:
         store: the pages.
         in_one_call: run all layers in one call of the kernels' library where it can; else, and on GPUs, the model's
             modules run one by one. Both give the same bits.
+        weights: how they lie, in the dtype of the pages; None leaves them as stored.
+
+    Raises:
+        ConfigError: the weights cannot be quantised, or not for this device.
     """
 
-    def __init__(self, checkpoint: Checkpoint, store: KvStore, *, in_one_call: bool = True) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, store: KvStore, *, in_one_call: bool = True, weights: WeightLayout | None = None
+    ) -> None:
         require_shared_kv(checkpoint.config)
         self.config = checkpoint.config
         self._store = store
         self._table = _BatchTable(store.device)
-        self._model = _load(checkpoint, store.layout.kv_format.dtype, store.device)
+        layout = weights or WeightLayout(dtype=store.layout.kv_format.dtype)
+        self._model = _load(checkpoint, layout, store.device)
         self._rope = Rope(checkpoint.config, store.device)
         self._one_call: DecodeStep | None = None
         if in_one_call and (layers := step_layers(self._model, store.device)) is not None:
             pages = store.k_pages_LBPKD, store.v_pages_LBPKD, store.k_scales_LBPK, store.v_scales_LBPK
             gains, config = all_gains(self._model.final_norm), checkpoint.config
             self._one_call = DecodeStep(layers, gains, config.chains, *pages, eps=config.norm_eps)
+
+    def weight_bytes(self, num_chains: int) -> int:
+        """What a step at a scale reads of the matrices."""
+        modules = self._model.multiplied.values()
+        return sum(memory_of(weight).nbytes for module in modules for weight in module.weights(num_chains))
 
     @property
     def max_exact_tokens(self) -> int:
@@ -129,10 +144,15 @@ class DecodeEngine:
         return moved
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> ChainTransformer:
-    if device.type == "cpu" and panels.pays(dtype):
-        return checkpoint.load_in_panels(dtype)
-    return checkpoint.load(dtype=dtype, device=device)
+def _load(checkpoint: Checkpoint, layout: WeightLayout, device: torch.device) -> ChainTransformer:
+    if layout.quantisation is not None and device.type != "cpu":
+        raise ConfigError(
+            f"weights={layout.quantisation!r} is for CPUs, and this node computes on {device}; leave the weights as "
+            'stored, or set device = "cpu"'
+        )
+    if layout.quantisation is not None or (device.type == "cpu" and panels.pays(layout.dtype)):
+        return checkpoint.load_in_panels(layout)
+    return checkpoint.load(dtype=layout.dtype, device=device)
 
 
 def _chain_rows(plan: StepPlan, counts_R: Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
 from colm.metrics.kv_stream import KvStreamMetrics
 from colm.model import parameter_shapes
+from colm.model.weights import WeightLayout
 from colm.placement import Placement
 from colm.retry import RetryPolicy
 from colm.text.tokenizer import Tokenizer
@@ -157,11 +158,13 @@ class DecodeNode:
         await self._server.start()
         self.address = dial_address(options.host, port)
         logger.info(
-            "decode.ready address=%s device=%s pages=%d page_format=%s fingerprint=%s",
+            "decode.ready address=%s device=%s pages=%d page_format=%s weights=%s weight_bytes=%d fingerprint=%s",
             self.address,
             options.placement.device,
             store.num_pages,
             store.layout.page_format,
+            settings.weights,
+            engine.weight_bytes(checkpoint.config.num_chains),
             self.fingerprint[:16],
         )
 
@@ -194,4 +197,9 @@ def _load(options: DecodeOptions) -> tuple[Checkpoint, Tokenizer | None, KvStore
     kv_format = KvFormat.of(checkpoint.config, placement.dtype)
     layout = KvLayout(kv_format, settings.page_tokens, settings.kv_cache_dtype)
     store = KvStore(layout, layout.pages_within(settings.kv_cache_bytes), placement.device)
-    return checkpoint, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store)
+    weights = WeightLayout(
+        dtype=placement.dtype,
+        quantisation=None if settings.weights == "stored" else settings.weights,
+        quantise_kv_projections=settings.quantise_kv_projections,
+    )
+    return checkpoint, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store, weights=weights)

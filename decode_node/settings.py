@@ -1,6 +1,6 @@
 """The options of a decode node."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -18,6 +18,11 @@ class DecodeSettings(Settings):
     kv_cache_dtype: KvCacheDtype = "model"
     """What pages keep keys and values in: "model" for the model's dtype; "int8", with a scale a token and kv head, for
     half of bfloat16's memory and so about twice the tokens."""
+    weights: Literal["stored", "int8", "q4"] = "stored"
+    """How a decode node keeps its weights: as stored, or in 8.5 or 5 bits each. A step then reads fewer bytes, and
+    every answer changes a little. On CPUs only; prefill nodes keep theirs as stored."""
+    quantise_kv_projections: bool = False
+    """Quantise those too that make the keys and values of the tokens that a decode node writes itself."""
     page_tokens: PositiveInt = defaults.PAGE_TOKENS
     """Tokens in a KV page; a request reserves whole pages."""
     max_batch_size: PositiveInt = defaults.MAX_BATCH_SIZE

@@ -17,6 +17,8 @@ from colm.nodes import NodeStatus
 
 _NOTHING_LEFT = "interrupted; nothing is left running"
 
+Weights = Annotated[str | None, typer.Option(help="Weights of the decode replicas: stored, int8 or q4.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
@@ -35,6 +37,7 @@ def up(
     model: Annotated[Path | None, typer.Option(help="Checkpoint directory.")] = None,
     prefill: Annotated[int | None, typer.Option(help="Prefill replicas.")] = None,
     decode: Annotated[int | None, typer.Option(help="Decode replicas.")] = None,
+    weights: Weights = None,
     port: Annotated[int | None, typer.Option(help="Port of the gateway; 0 picks a free one.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
     secrets: Annotated[
@@ -59,6 +62,7 @@ def up(
         "model.path": model,
         "prefill.replicas": prefill,
         "decode.replicas": decode,
+        "decode.weights": weights,
         "gateway.port": port,
         "ray.address": ray_address,
         "ray.insecure": insecure_ray,
@@ -173,6 +177,7 @@ def down(state_dir: StateDir = DEFAULT_STATE_DIR) -> None:
 def demo(
     model: Annotated[Path, typer.Option(help="Checkpoint directory of an instruct model.")],
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer.")] = 160,
+    weights: Weights = None,
 ) -> None:
     """Bring up a cluster, read a chapter of the Python manual with it, ask a question, and take it down again.
 
@@ -181,5 +186,5 @@ def demo(
     with interruptible(_NOTHING_LEFT):
         from cluster.demo import run_demo
 
-        record = run_demo(model, max_new_tokens)
+        record = run_demo(model, max_new_tokens, weights)
     print_json(record)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from colm_kernels.chain_linear import chain_linear
-from colm_kernels.panels import Panels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +30,7 @@ class ChainTable(ChainWeights):
     def embed_by_chain(self, tokens_R: Tensor, num_chains: int) -> list[Tensor]:
         """The result of `embed`, one tensor a chain."""
         tables = self.weights(num_chains)
-        return [t.select(tokens_R) if isinstance(t, Panels) else F.embedding(tokens_R, t) for t in tables]
+        return [F.embedding(tokens_R, t) if isinstance(t, Tensor) else t.select(tokens_R) for t in tables]
 
     def logits(self, x_RD: Tensor, chain_rows: Sequence[int]) -> Tensor:
         """logits_RV of normalised hidden states, each row at its own scale.

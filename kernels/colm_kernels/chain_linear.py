@@ -13,8 +13,8 @@ from colm_kernels.few_rows_linear import few_rows_linear, library_variant, varia
 from colm_kernels.many_rows_linear import many_rows_linear, step_of_chain
 from colm_kernels.packed_linear import packed_linear, packed_swiglu
 from colm_kernels.packed_linear import takes as packed_takes
-from colm_kernels.panels import Panels, all_in_panels, as_rows
-from colm_kernels.staircase import Staircase, Weights
+from colm_kernels.quantised import QuantisedPanels
+from colm_kernels.staircase import LaidOut, Staircase, Weights, all_in_panels, any_quantised, as_rows
 from colm_kernels.swiglu import swiglu_
 
 
@@ -39,6 +39,19 @@ def chain_linear_reference(
     return y_RO
 
 
+def quantised_linear_reference(
+    x_RI: Tensor, weights: Weights, biases: Sequence[Tensor] | None, chain_rows: Sequence[int]
+) -> Tensor:
+    """`chain_linear` of quantised weights in PyTorch: in fp32, so that only the result is rounded.
+
+    It dequantises every weight at every call: right, and slow.
+    """
+    wide = [weight.rows(torch.float32) if isinstance(weight, QuantisedPanels) else weight for weight in weights]
+    rows = [weight.float() for weight in as_rows(wide)]
+    wide_biases = None if biases is None else [bias.float() for bias in biases]
+    return many_rows_linear(x_RI.float(), rows, wide_biases, chain_rows).to(x_RI.dtype)
+
+
 def chain_linear(x_RI: Tensor, weights: Weights, biases: Sequence[Tensor] | None, chain_rows: Sequence[int]) -> Tensor:
     """Apply the staircase, chain by chain, to as many leading rows as each chain serves.
 
@@ -50,7 +63,7 @@ def chain_linear(x_RI: Tensor, weights: Weights, biases: Sequence[Tensor] | None
 
     Args:
         x_RI: input of the active chains, side by side; I = weights[-1].shape[1].
-        weights: one block a chain, (O_i, I_1 + .. + I_i); as tensors, or all in panels.
+        weights: one block a chain, (O_i, I_1 + .. + I_i); as tensors, or all in panels, quantised or not.
         biases: one (O_i,) a chain, or None.
         chain_rows: for chain i the number of leading rows that compute it; never increasing. Rows that run at a
             larger scale stand first, so a batch of mixed scales reads every weight once.
@@ -68,6 +81,8 @@ def chain_linear(x_RI: Tensor, weights: Weights, biases: Sequence[Tensor] | None
     variant = variant_for(x_RI, weights, biases)
     if variant != "torch":
         return few_rows_linear(x_RI, weights, biases, chain_rows, variant)
+    if any_quantised(weights):
+        return quantised_linear_reference(x_RI, weights, biases, chain_rows)
     weights = as_rows(weights)
     if packed_takes(x_RI, weights, biases or ()):
         return packed_linear(x_RI, [(weights, biases, chain_rows)])[0]
@@ -140,7 +155,7 @@ def joint_linear(x_RI: Tensor, staircases: Sequence[Staircase]) -> list[Tensor]:
 
     Example: x of 5 features, weights of (4, 5) and (2, 3): y_1 of 4 features, and y_2 of 2 that read x[:, :3].
     """
-    all_weights: list[Tensor | Panels] = []
+    all_weights: list[Tensor | LaidOut] = []
     all_biases: list[Tensor] = []
     all_rows: list[int] = []
     out_dims = []

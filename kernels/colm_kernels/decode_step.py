@@ -17,8 +17,7 @@ from torch import Tensor
 from colm_kernels import native
 from colm_kernels.few_rows_linear import library_variant
 from colm_kernels.native import HEAD_DIMS, Variant
-from colm_kernels.panels import Panels
-from colm_kernels.staircase import Weights
+from colm_kernels.staircase import LaidOut, Weights, format_of, memory_of
 
 Matrices = tuple[Weights, Sequence[Tensor] | None]
 """The weights of a linear, one a chain, and its biases."""
@@ -34,7 +33,7 @@ class StepArgs(ctypes.Structure):
                 "matrices", "norms", "chain_heads", "chain_rows", "k_pages", "v_pages", "k_scales", "v_scales", "cos",
                 "sin", "slots", "block_table", "context_lens", "cu_seqlens_q", "x", "y", "num_layers", "num_chains",
                 "num_active", "num_tokens", "num_requests", "num_kv_heads", "head_dim", "num_pages", "page_tokens",
-                "table_columns", "in_panels",
+                "table_columns",
             )
         ),
         ("eps", ctypes.c_float),
@@ -84,8 +83,8 @@ class StepTable:
     """Pointers to the weights of layers, as abi.h has them.
 
     Args:
-        layers: contiguous tensors of one dtype on the CPU; they must not move as long as this object lives. On the meta
-            device are those that no call reads. Linears are all in panels, or none is.
+        layers: contiguous tensors on the CPU, of one dtype but where quantised; they must not move as long as this
+            object lives. On the meta device are those that no call reads. Linears are all in panels, or none is.
         final_gains: of the norm behind the last layer.
         chain_heads: query heads of each chain.
     """
@@ -93,15 +92,16 @@ class StepTable:
     def __init__(self, layers: Sequence[StepLayer], final_gains: Sequence[Tensor], chain_heads: Sequence[int]) -> None:
         gains = [each for layer in layers for each in (layer.attention_gains, layer.ffn_gains)] + [final_gains]
         matrices = [each for layer in layers for each in layer.matrices]
-        kinds = {isinstance(weight, Panels) for weights, _ in matrices for weight in weights}
+        kinds = {not isinstance(weight, Tensor) for weights, _ in matrices for weight in weights}
         if len(kinds) > 1:
             raise ValueError("some weights are in panels and others are not; lay out all or none")
         self.in_panels = kinds == {True}
-        self._tensors = [tensor for tensor in _tensors(gains, matrices) if not tensor.is_meta]
-        self.dtype = self._tensors[0].dtype
-        for tensor in self._tensors:
-            if tensor.dtype != self.dtype or not (tensor.is_contiguous() and tensor.is_cpu):
-                raise ValueError(f"a weight of {tensor.dtype}, expected contiguous {self.dtype} on the CPU")
+        weights = [weight for weight in _weights(gains, matrices) if not memory_of(weight).is_meta]
+        self._tensors = [memory_of(weight) for weight in weights]
+        self.dtype = weights[0].dtype
+        for weight, tensor in zip(weights, self._tensors, strict=True):
+            if weight.dtype != self.dtype or not (tensor.is_contiguous() and tensor.is_cpu):
+                raise ValueError(f"a weight of {weight.dtype}, expected contiguous {self.dtype} on the CPU")
         self.norms = native.words([word for each in gains for gain in each for word in (_address(gain), len(gain))])
         self.matrices = native.words([word for each in matrices for word in _words(*each)])
         self.chain_heads = native.words(chain_heads)
@@ -179,18 +179,18 @@ class DecodeStep:
             rows.cu_seqlens_q_R1.data_ptr(), x_TD.data_ptr(), y_TD.data_ptr(),
             self._num_layers, len(self._table.chain_heads), len(rows.chain_rows), len(x_TD), num_requests,
             num_kv_heads, head_dim, num_pages, page_tokens, table_columns,
-            self._table.in_panels, self._eps, head_dim**-0.5, native.dtype_id(x_TD.dtype),
+            self._eps, head_dim**-0.5, native.dtype_id(x_TD.dtype),
             native.variant_id(native.choose_memory_bound_variant(head_dim, x_TD)),
         )  # fmt: skip
         native.call("colm_decode_step", args, variant, torch.get_num_threads())
         return y_TD
 
 
-def _tensors(gains: Sequence[Sequence[Tensor]], matrices: Sequence[Matrices]) -> Iterator[Tensor]:
+def _weights(gains: Sequence[Sequence[Tensor]], matrices: Sequence[Matrices]) -> Iterator[Tensor | LaidOut]:
     for each in gains:
         yield from each
     for weights, biases in matrices:
-        yield from (weight.panels if isinstance(weight, Panels) else weight for weight in weights)
+        yield from weights
         yield from biases or ()
 
 
@@ -198,9 +198,9 @@ def _words(weights: Weights, biases: Sequence[Tensor] | None) -> Iterator[int]:
     """The `StepMatrix` of each chain."""
     for chain, weight in enumerate(weights):
         out_dim, in_dim = weight.shape
-        yield from (_address(weight), 0 if biases is None else _address(biases[chain]), in_dim, out_dim)
+        bias = 0 if biases is None else _address(biases[chain])
+        yield from (_address(weight), bias, in_dim, out_dim, format_of(weight))
 
 
-def _address(tensor: Tensor | Panels) -> int:
-    is_there = isinstance(tensor, Panels) or not tensor.is_meta
-    return tensor.data_ptr() if is_there else 0
+def _address(tensor: Tensor | LaidOut) -> int:
+    return 0 if memory_of(tensor).is_meta else tensor.data_ptr()

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from colm_kernels import native, panels
 from colm_kernels.native import Variant
-from colm_kernels.panels import Panels, all_in_panels
-from colm_kernels.staircase import Weights
+from colm_kernels.staircase import Weights, all_in_panels, format_of, memory_of
 
 MAX_ROWS: Final = 16
 """Most rows for which the library is used.
@@ -32,8 +31,9 @@ On one core of an AMD Zen 4 it beats F.linear 2x to 3x at 1 to 16 rows, 1.2x at 
 """
 
 
-LINEAR_BLOCK_WORDS: Final = 6
-"""64-bit words of a `LinearBlock` of abi.h: weight, bias, num_rows, in_dim, out_dim, and room for first_column."""
+LINEAR_BLOCK_WORDS: Final = 7
+"""64-bit words of a `LinearBlock` of abi.h: weight, bias, num_rows, in_dim, out_dim, format, and room for
+first_column."""
 
 
 class LinearArgs(ctypes.Structure):
@@ -42,8 +42,7 @@ class LinearArgs(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
-            "x", "y", "blocks", "num_blocks", "num_rows", "in_dim", "x_stride", "y_stride", "dtype", "in_panels",
-            "words",
+            "x", "y", "blocks", "num_blocks", "num_rows", "in_dim", "x_stride", "y_stride", "dtype", "words",
         )
     )  # fmt: skip
 
@@ -55,10 +54,16 @@ def variant_for(x_RI: Tensor, weights: Weights, biases: Sequence[Tensor] | None)
     variant = library_variant(x_RI.shape[0], dtype, in_panels=of_panels)
     if variant == "torch" or x_RI.stride(1) != 1 or not x_RI.is_cpu:
         return "torch"
-    stored = [weight.panels if isinstance(weight, Panels) else weight for weight in weights]
-    tensors = stored if biases is None else (*stored, *biases)
+    for weight in weights:
+        if weight.dtype != dtype:
+            return "torch"
+    tensors = [memory_of(weight) for weight in weights]
+    for bias in biases or ():
+        if bias.dtype != dtype:
+            return "torch"
+        tensors.append(bias)
     for tensor in tensors:
-        if tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+        if not tensor.is_contiguous() or not tensor.is_cpu:
             return "torch"
     if native.needs_gradient(x_RI, *tensors):
         return "torch"
@@ -97,7 +102,7 @@ def few_rows_linear(
     for chain, (weight, rows) in enumerate(zip(weights, chain_rows, strict=True)):
         chain_out, chain_in = weight.shape
         bias = 0 if biases is None else biases[chain].data_ptr()
-        words += (weight.data_ptr(), bias, rows, chain_in, chain_out, 0)
+        words += (weight.data_ptr(), bias, rows, chain_in, chain_out, format_of(weight), 0)
         out_dim += chain_out
     blocks = native.words(words)
     dtype = x_RI.dtype
@@ -112,7 +117,6 @@ def few_rows_linear(
         x_RI.stride(0),
         out_dim,
         native.dtype_id(dtype),
-        all_in_panels(weights),
     )
     native.call("colm_linear", args, variant, torch.get_num_threads())
     return y_RO

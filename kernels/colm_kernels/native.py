@@ -43,7 +43,7 @@ COMPILE_FLAGS: Final = (
 _AVX512_FLAGS: Final = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 TARGET_FLAGS: Final = {
     "payload_avx2.cpp": ("-mavx2",),
-    "variant_avx2.cpp": ("-mavx2", "-mfma"),
+    "variant_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "variant_avx512.cpp": _AVX512_FLAGS,
     "variant_avx512bf16.cpp": (*_AVX512_FLAGS, "-mavx512bf16"),
 }

@@ -7,9 +7,8 @@ lanes, and weights are read in the order of their addresses, however many rows m
 Shapes: O output features, I input features; P panels, W words of the inputs, N words' elements.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, TypeGuard
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -37,6 +36,16 @@ class Panels:
         """Of the weight's elements."""
         return self.panels.dtype
 
+    @property
+    def stored(self) -> Tensor:
+        """The memory that a step reads."""
+        return self.panels
+
+    @property
+    def format_id(self) -> int:
+        """`WeightFormat` of abi.h."""
+        return 1
+
     def data_ptr(self) -> int:
         """Where the panels lie."""
         return self.panels.data_ptr()
@@ -61,8 +70,7 @@ def library_variant(dtype: torch.dtype) -> Variant:
     """The variant that multiplies by panels of this dtype; "torch" where the library cannot."""
     if dtype not in _ELEMENTS_PER_WORD:
         return "torch"
-    variant = native.forced_variant() or native.default_variant(dtype)
-    return "torch" if variant == "avx2" and dtype == torch.bfloat16 else variant
+    return native.forced_variant() or native.default_variant(dtype)
 
 
 def pays(dtype: torch.dtype) -> bool:
@@ -70,9 +78,11 @@ def pays(dtype: torch.dtype) -> bool:
 
     On two cores of an AMD Zen 4 they are 1.0x to 1.1x as fast as weights by rows at 1 to 8 rows of bf16, 1.2x at 16 and
     1.4x at 64, and 1.2x to 1.7x in fp32. bf16 on CPUs with AMX is left by rows: PyTorch uses AMX, the library does not.
+    So is bf16 with AVX2 alone, whose 16 registers have room for both halves of a pair beside one row only.
     """
+    variant = library_variant(dtype)
     has_amx = native.forced_variant() is None and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return library_variant(dtype) != "torch" and not (has_amx and dtype == torch.bfloat16)
+    return variant != "torch" and not (dtype == torch.bfloat16 and (has_amx or variant == "avx2"))
 
 
 def panels_shape(shape: torch.Size, dtype: torch.dtype) -> torch.Size:
@@ -92,13 +102,3 @@ def in_panels(weight_OI: Tensor, panels: Tensor) -> Panels:
         whole[:out_dim, :in_dim] = weight_OI
     panels.copy_(whole.view(num_panels, outputs, num_words, elements).transpose(1, 2))
     return Panels(panels, weight_OI.shape)
-
-
-def all_in_panels(weights: Sequence[Tensor | Panels]) -> TypeGuard[Sequence[Panels]]:
-    """Whether these weights are in panels; of one linear all are, or none is."""
-    return len(weights) > 0 and isinstance(weights[0], Panels)
-
-
-def as_rows(weights: Sequence[Tensor | Panels]) -> Sequence[Tensor]:
-    """Weights as tensors weight_OI; copies of those in panels."""
-    return [weight.rows() if isinstance(weight, Panels) else weight for weight in weights]

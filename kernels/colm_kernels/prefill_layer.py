@@ -18,9 +18,9 @@ from colm_kernels.decode_step import StepArgs, StepLayer, StepTable
 from colm_kernels.few_rows_linear import library_variant
 from colm_kernels.native import HEAD_DIMS, CancelFlag, Variant
 
-_MATRIX_BYTES: Final = 7 * 4 * 8
+_MATRIX_BYTES: Final = 7 * 5 * 8
 _NORM_BYTES: Final = 2 * 2 * 8
-"""Of one layer in `StepTable`: matrices of 4 words, gains of 2."""
+"""Of one layer in `StepTable`: matrices of 5 words, gains of 2."""
 
 
 class PrefillLayerArgs(ctypes.Structure):

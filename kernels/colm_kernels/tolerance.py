@@ -18,13 +18,13 @@ from torch import Tensor
 from colm_kernels.chain_linear import chain_linear_reference
 from colm_kernels.decode_attention import decode_attention_reference
 from colm_kernels.kv_quantise import LARGEST
-from colm_kernels.panels import as_rows
 from colm_kernels.prefill_attention import prefill_attention_reference
+from colm_kernels.quantised import QuantisedPanels
 from colm_kernels.rms_norm import rms_norm_reference
 from colm_kernels.rotary import rotate_reference
 from colm_kernels.sparse_index import SparseIndex
 from colm_kernels.sparse_prefill_attention import sparse_prefill_attention_reference
-from colm_kernels.staircase import Staircase, Weights
+from colm_kernels.staircase import LaidOut, Staircase, Weights, as_rows
 from colm_kernels.swiglu import swiglu_reference
 
 SUM_STEPS = 2.0
@@ -146,13 +146,33 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def linear(x_RI: Tensor, weights: Weights, biases: Tensors | None, chain_rows: Sequence[int]) -> Expected:
-    """Budget of `chain_linear`: sums in fp32, rounded once."""
+    """Budget of `chain_linear`: sums in fp32, rounded once.
 
-    def run(of: Callable[[Tensor], Tensor]) -> Tensor:
-        x, ws, bs = _wide(of, x_RI, as_rows(weights), biases)
-        return chain_linear_reference(x, ws, bs, chain_rows)
+    A quantised weight is two terms, of its whole number less 8 and of all that its group has in common.
+    """
 
-    return _rounded(run(_same), sum_error(x_RI.shape[1]) * run(torch.abs), x_RI.dtype)
+    def run(of: Callable[[Tensor], Tensor], of_weight: Callable[[Tensor | LaidOut], Tensor]) -> Tensor:
+        x, _, bs = _wide(of, x_RI, [], biases)
+        return chain_linear_reference(x, [of_weight(weight) for weight in weights], bs, chain_rows)
+
+    is_quantised = any(isinstance(weight, QuantisedPanels) for weight in weights)
+    num_terms = x_RI.shape[1] * (2 if is_quantised else 1)
+    return _rounded(run(_same, _exact), sum_error(num_terms) * run(torch.abs, _magnitude), x_RI.dtype)
+
+
+def _exact(weight: Tensor | LaidOut) -> Tensor:
+    if isinstance(weight, QuantisedPanels):
+        return weight.blocks().weight()
+    return as_rows([weight])[0].detach().double()
+
+
+def _magnitude(weight: Tensor | LaidOut) -> Tensor:
+    """Of the terms that are added up for a weight."""
+    if not isinstance(weight, QuantisedPanels) or (blocks := weight.blocks()).minimum_OG is None:
+        return _exact(weight).abs()
+    common_OG = blocks.minimum_OG.double() + 8 * blocks.scale_OG.double()
+    common_OI = common_OG.repeat_interleave(weight.shape[1] // common_OG.shape[1], dim=1)
+    return (_exact(weight) - common_OI).abs() + common_OI.abs()
 
 
 def linear_gradients(

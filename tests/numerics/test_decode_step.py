@@ -21,6 +21,7 @@ from torch import Tensor
 from colm.checkpoint import Checkpoint
 from colm.kv import KvFormat
 from colm.model.one_call import all_gains, step_layers
+from colm.model.weights import WeightLayout
 from colm.placement import CPU
 from decode_node.engine import DecodeEngine
 from decode_node.kv_layout import KvCacheDtype, KvLayout
@@ -50,6 +51,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def whole_groups(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Whose inputs are multiples of 32, as quantised weights need them."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("model") / "groups", tiny_config(hidden_dim=8 * 32))
 
 
 def store_of(checkpoint: Checkpoint, dtype: torch.dtype, cache_dtype: KvCacheDtype = "model") -> KvStore:
@@ -90,11 +97,17 @@ def plans(draw: st.DrawFn, num_chains: int) -> StepPlan:
 
 
 def outcome(
-    checkpoint: Checkpoint, dtype: torch.dtype, cache_dtype: KvCacheDtype, plan: StepPlan, *, in_one_call: bool
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    cache_dtype: KvCacheDtype,
+    plan: StepPlan,
+    *,
+    in_one_call: bool,
+    weights: WeightLayout | None = None,
 ) -> Sequence[Tensor]:
     """The logits, and all pages after the step."""
     store = store_of(checkpoint, dtype, cache_dtype)
-    logits_QV = DecodeEngine(checkpoint, store, in_one_call=in_one_call).step(plan)
+    logits_QV = DecodeEngine(checkpoint, store, in_one_call=in_one_call, weights=weights).step(plan)
     scales = [each for each in (store.k_scales_LBPK, store.v_scales_LBPK) if each is not None]
     return logits_QV, store.k_pages_LBPKD, store.v_pages_LBPKD, *scales
 
@@ -110,6 +123,27 @@ def test_one_call_gives_the_bits_of_the_models_own_modules(
     with use_variant(variant):
         ours = outcome(checkpoint, dtype, cache_dtype, plan, in_one_call=True)
         modules = outcome(checkpoint, dtype, cache_dtype, plan, in_one_call=False)
+    assert modules[0].isfinite().all()
+    for one_call, one_by_one in zip(ours, modules, strict=True):
+        assert torch.equal(one_call, one_by_one)
+
+
+@pytest.mark.parametrize("variant", LIBRARY)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_one_call_gives_the_bits_of_the_modules_with_quantised_weights_too(
+    whole_groups: Checkpoint, dtype: torch.dtype, variant: Variant, data: st.DataObject
+) -> None:
+    plan = data.draw(plans(whole_groups.config.num_chains))
+    weights = WeightLayout(
+        dtype=dtype,
+        quantisation=data.draw(st.sampled_from(("int8", "q4"))),
+        quantise_kv_projections=data.draw(st.booleans()),
+    )
+    with use_variant(variant):
+        ours = outcome(whole_groups, dtype, "model", plan, in_one_call=True, weights=weights)
+        modules = outcome(whole_groups, dtype, "model", plan, in_one_call=False, weights=weights)
     assert modules[0].isfinite().all()
     for one_call, one_by_one in zip(ours, modules, strict=True):
         assert torch.equal(one_call, one_by_one)
@@ -146,7 +180,7 @@ def test_how_many_tokens_one_call_takes_is_what_linear_takes(tiny: Checkpoint, v
 
 def test_some_weights_in_panels_beside_others_by_rows_are_refused(tiny: Checkpoint) -> None:
     layers = step_layers(tiny.load(dtype=torch.float32), CPU)
-    mixed = step_layers(tiny.load_in_panels(torch.float32), CPU)
+    mixed = step_layers(tiny.load_in_panels(WeightLayout(dtype=torch.float32)), CPU)
     assert layers is not None
     assert mixed is not None
     with pytest.raises(ValueError, match="some weights are in panels and others are not; lay out all or none"):

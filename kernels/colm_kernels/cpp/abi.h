@@ -114,12 +114,21 @@ struct DecodeArgs {
 // follow each other along I. Where O or I end inside a panel or a word, zeros follow.
 constexpr int64_t kPanelOutputs = 32;
 
+// How the weights of a block lie. Quantised ones lie in panels of groups: kGroupInputs inputs of each of the panel's
+// outputs, which share a scale in fp16, and in q4 a minimum (quantised.py). A group is its scales, its minima, then the
+// whole numbers: in int8 a byte of each output for one input after the other; in q4 a word of each output for every 8
+// inputs, whose 16 low bits hold inputs 0, 2, 4, 6 and whose high bits hold 1, 3, 5, 7, the lowest first, less 8 in two's
+// complement.
+enum WeightFormat : int64_t { kRows = 0, kPanels = 1, kInt8Panels = 2, kQ4Panels = 3 };
+constexpr int64_t kGroupInputs = 32, kInt8OutputBytes = 34, kQ4OutputBytes = 20;  // the latter of one output's group
+
 // Shapes: R rows, I input features, O output features of one block.
 struct LinearBlock {
     const void* weight;            // O, I contiguous; or its panels
     const void* bias;              // O contiguous; may be null
     int64_t num_rows;              // leading rows of x that compute this block; the others get zeros
     int64_t in_dim, out_dim;       // its inputs are the first in_dim features of x
+    int64_t format;                // a WeightFormat; kRows for all blocks of a call, or for none
     int64_t first_column;          // of y; set by the launcher
 };
 
@@ -131,7 +140,6 @@ struct LinearArgs {
     int64_t num_blocks, num_rows, in_dim;
     int64_t x_stride, y_stride;
     int64_t dtype;
-    int64_t in_panels;             // whether all weights are
     const float* words;            // x as the kernel reads it; set by the launcher
 };
 
@@ -243,6 +251,7 @@ struct StepMatrix {
     const void* weight;  // out_dim, in_dim contiguous; or its panels
     const void* bias;    // out_dim contiguous; may be null
     int64_t in_dim, out_dim;
+    int64_t format;      // a WeightFormat
 };
 
 // A decode step of a gated model, or what half a layer of a prefill shares with it. Shapes: T tokens (packed), R requests, L layers, N chains of the model, of which the
@@ -266,7 +275,6 @@ struct StepArgs {
     void* y;                      // T, D contiguous: x after the final norm
     int64_t num_layers, num_chains, num_active, num_tokens, num_requests;
     int64_t num_kv_heads, head_dim, num_pages, page_tokens, table_columns;
-    int64_t in_panels;            // whether all weights are
     float eps, scale;
     int32_t dtype, attention_variant;
 };
@@ -342,6 +350,7 @@ struct Variant {
     DecodeKernel (*decode)(int32_t page_dtype, int64_t head_dim);
     LinearKernel (*linear)(int32_t dtype);
     LinearKernel (*panel)(int32_t dtype);
+    LinearKernel (*quantised)(int32_t dtype, int64_t format);
     PackedKernel (*packed)(int32_t dtype);
     RowsKernel<NormArgs> (*norm)(int32_t dtype);
     RowsKernel<RotaryArgs> (*rotary)(int32_t dtype);

@@ -26,6 +26,34 @@ struct WidePairs {
     static Vec multiply_add(Vec acc, Both a, Both b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
 };
 
+// Sums of `count` rows for a panel's outputs from `out` on begin at their biases, or at zero.
+template <class In>
+void begin_sums(const LinearBlock& block, int64_t out, int64_t count, float* sums) {
+    constexpr int kVecs = kPanelOutputs / kLanes;
+    Vec bias[kVecs];
+    for (int j = 0; j < kVecs; ++j) {
+        const int64_t left = block.out_dim - out - j * kLanes;
+        const bool is_there = block.bias != nullptr && left > 0;
+        bias[j] = is_there ? load_some(static_cast<const In*>(block.bias) + out + j * kLanes, left) : zero();
+    }
+    for (int64_t row = 0; row < count; ++row) {
+        for (int j = 0; j < kVecs; ++j) store(sums + row * kPanelOutputs + j * kLanes, bias[j]);
+    }
+}
+
+// And end in y: rows from `first` on.
+template <class In>
+void store_sums(const LinearArgs& args, const LinearBlock& block, int64_t out, int64_t first, int64_t count,
+                const float* sums) {
+    In* y = static_cast<In*>(args.y) + first * args.y_stride + block.first_column + out;
+    const int64_t left = block.out_dim - out;
+    for (int64_t row = 0; row < count; ++row, y += args.y_stride) {
+        for (int64_t j = 0; j < kPanelOutputs && j < left; j += kLanes) {
+            store_some(y + j, load(sums + row * kPanelOutputs + j), left - j);
+        }
+    }
+}
+
 // kMostRows: as many as have room for their sums in registers beside a row of the panel.
 template <class Op, class In, int kMostRows>
 struct Panel {
@@ -123,7 +151,7 @@ struct Panel {
                       int64_t out, int64_t first, int64_t count) {
         alignas(64) float sums[kGroup * kPanelOutputs];
         alignas(64) Word copy[kGroup * kDepth];
-        begin_sums(block, out, count, sums);
+        begin_sums<In>(block, out, count, sums);
         const int64_t tiles = (count + kMostRows - 1) / kMostRows;
         for (int64_t word = 0; word < num_words; word += kDepth) {
             const int64_t depth = num_words - word < kDepth ? num_words - word : kDepth;
@@ -147,25 +175,7 @@ struct Panel {
                 }
             }
         }
-        In* y = static_cast<In*>(args.y) + first * args.y_stride + block.first_column + out;
-        const int64_t left = block.out_dim - out;
-        for (int64_t row = 0; row < count; ++row, y += args.y_stride) {
-            for (int64_t j = 0; j < kPanelOutputs && j < left; j += kLanes) {
-                store_some(y + j, load(sums + row * kPanelOutputs + j), left - j);
-            }
-        }
-    }
-
-    static void begin_sums(const LinearBlock& block, int64_t out, int64_t count, float* sums) {
-        Vec bias[kVecs];
-        for (int j = 0; j < kVecs; ++j) {
-            const int64_t left = block.out_dim - out - j * kLanes;
-            const bool is_there = block.bias != nullptr && left > 0;
-            bias[j] = is_there ? load_some(static_cast<const In*>(block.bias) + out + j * kLanes, left) : zero();
-        }
-        for (int64_t row = 0; row < count; ++row) {
-            for (int j = 0; j < kVecs; ++j) store(sums + row * kPanelOutputs + j * kLanes, bias[j]);
-        }
+        store_sums<In>(args, block, out, first, count, sums);
     }
 
     static LinearKernel kernel() { return {run, nullptr, nullptr, kPanelOutputs}; }

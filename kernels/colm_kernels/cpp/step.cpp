@@ -74,12 +74,12 @@ class Layers {
             for (int64_t chain = 0; chain < (family.is_shared ? 1 : args_.num_active); ++chain) {
                 const StepMatrix& matrix = family.matrices[chain];
                 const int64_t rows = family.is_shared ? args_.num_tokens : args_.chain_rows[chain];
-                blocks_.push_back({matrix.weight, matrix.bias, rows, matrix.in_dim, matrix.out_dim, 0});
+                blocks_.push_back({matrix.weight, matrix.bias, rows, matrix.in_dim, matrix.out_dim, matrix.format, 0});
                 out_dim += matrix.out_dim;
             }
         }
         LinearArgs linear{x, y, blocks_.data(), static_cast<int64_t>(blocks_.size()), args_.num_tokens, in_dim,
-                          x_stride, out_dim, args_.dtype, args_.in_panels, nullptr};
+                          x_stride, out_dim, args_.dtype, nullptr};
         check(colm_linear(&linear, variant_, num_threads_));
     }
 

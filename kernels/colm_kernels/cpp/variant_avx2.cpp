@@ -6,6 +6,7 @@
 #include "panel.h"
 #include "prefill.h"
 #include "quantise.h"
+#include "quantised_panel.h"
 #include "rotary.h"
 #include "row_scores.h"
 #include "swiglu.h"
@@ -34,8 +35,12 @@ LinearKernel linear(int32_t dtype) {
 }
 
 LinearKernel panel(int32_t dtype) {
-    // Both halves of widened pairs have no room in 16 registers: rows of weights are faster there.
-    return dtype == kBfloat16 ? LinearKernel{nullptr, nullptr, nullptr, 0} : Panel<FloatWords, float, 2>::kernel();
+    // Widened pairs have room for one row in 16 registers: rows of weights are faster there.
+    return dtype == kBfloat16 ? Panel<WidePairs, uint16_t, 1>::kernel() : Panel<FloatWords, float, 2>::kernel();
+}
+
+LinearKernel quantised(int32_t dtype, int64_t format) {
+    return dtype == kBfloat16 ? quantised_of<WideTerms<uint16_t>, 2>(format) : quantised_of<WideTerms<float>, 2>(format);
 }
 
 PackedKernel packed(int32_t) { return {nullptr, nullptr, 0, 0}; }
@@ -48,6 +53,6 @@ RowsKernel<Args> rows(int32_t dtype) {
 }  // namespace
 
 const Variant kAvx2Variant = {
-    prefill, row_scores, decode, linear, panel, packed, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
+    prefill, row_scores, decode, linear, panel, quantised, packed, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
     rows<QuantiseArgs, Quantise>, rows<DequantiseArgs, Dequantise>,
 };

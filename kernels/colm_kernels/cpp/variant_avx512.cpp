@@ -6,6 +6,7 @@
 #include "panel.h"
 #include "prefill.h"
 #include "quantise.h"
+#include "quantised_panel.h"
 #include "rotary.h"
 #include "row_scores.h"
 #include "swiglu.h"
@@ -37,6 +38,10 @@ LinearKernel panel(int32_t dtype) {
     return dtype == kBfloat16 ? Panel<WidePairs, uint16_t, 8>::kernel() : Panel<FloatWords, float, 8>::kernel();
 }
 
+LinearKernel quantised(int32_t dtype, int64_t format) {
+    return dtype == kBfloat16 ? quantised_of<WideTerms<uint16_t>, 8>(format) : quantised_of<WideTerms<float>, 8>(format);
+}
+
 PackedKernel packed(int32_t) { return {nullptr, nullptr, 0, 0}; }
 
 template <class Args, template <class> class Kernel>
@@ -47,6 +52,6 @@ RowsKernel<Args> rows(int32_t dtype) {
 }  // namespace
 
 const Variant kAvx512Variant = {
-    prefill, row_scores, decode, linear, panel, packed, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
+    prefill, row_scores, decode, linear, panel, quantised, packed, rows<NormArgs, Norm>, rows<RotaryArgs, Rotary>, rows<SwigluArgs, Swiglu>,
     rows<QuantiseArgs, Quantise>, rows<DequantiseArgs, Dequantise>,
 };

@@ -6,6 +6,7 @@
 #include "packed.h"
 #include "panel.h"
 #include "prefill.h"
+#include "quantised_panel.h"
 #include "row_scores.h"
 
 namespace {
@@ -30,6 +31,10 @@ LinearKernel panel(int32_t dtype) {
     return dtype == kBfloat16 ? Panel<Bf16Words, uint16_t, 8>::kernel() : LinearKernel{nullptr, nullptr, nullptr, 0};
 }
 
+LinearKernel quantised(int32_t dtype, int64_t format) {
+    return dtype == kBfloat16 ? quantised_of<PairTerms, 8>(format) : LinearKernel{nullptr, nullptr, nullptr, 0};
+}
+
 PackedKernel packed(int32_t dtype) {
     return dtype == kBfloat16 ? Packed<Bf16Words, uint16_t>::kernel() : PackedKernel{nullptr, nullptr, 0, 0};
 }
@@ -42,6 +47,6 @@ RowsKernel<Args> rows(int32_t) {
 }  // namespace
 
 const Variant kAvx512Bf16Variant = {
-    prefill, row_scores, decode, linear, panel, packed, rows<NormArgs>, rows<RotaryArgs>, rows<SwigluArgs>, rows<QuantiseArgs>,
+    prefill, row_scores, decode, linear, panel, quantised, packed, rows<NormArgs>, rows<RotaryArgs>, rows<SwigluArgs>, rows<QuantiseArgs>,
     rows<DequantiseArgs>,
 };

@@ -40,6 +40,17 @@ inline Vec load_as_float(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
+inline Vec load_halves(const uint16_t* p) {  // fp16
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// The whole numbers in bits kBit .. kBit + 3 of every word, in two's complement.
+template <int kBit>
+inline Vec load_nibbles(const unsigned char* p) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 28 - kBit), 28));
+}
+
 // The first `count` words; the others are zero, and their memory is not touched.
 inline Vec load_first_words(const void* p, int count) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

@@ -39,6 +39,18 @@ inline Vec load_as_float(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
+inline Vec load_halves(const uint16_t* p) {  // fp16
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// The whole numbers in bits kBit .. kBit + 3 of every word, in two's complement: looked up, since a permutation reads
+// the 4 lowest bits of its indices alone.
+template <int kBit>
+inline Vec load_nibbles(const unsigned char* p) {
+    const Vec values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_loadu_si512(p), kBit), values);
+}
+
 // The first `count` words; the others are zero, and their memory is not touched.
 inline Vec load_first_words(const void* p, int count) {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), p));

@@ -147,11 +147,19 @@ MUTANTS = (
         "tests/unit/test_weights_in_panels.py::test_what_a_step_multiplies_by_lies_in_panels_and_all_else_as_before",
     ),
     Mutant(
+        "the projections to keys and values are quantised unasked",
+        "colm/model/weights.py",
+        "if module_name.endswith(KV_PROJECTIONS) and not self.quantise_kv_projections:",
+        "if False:",
+        "tests/unit/test_weights_in_panels.py"
+        "::test_matrices_are_quantised_each_chain_apart_keys_and_values_only_if_asked_and_tables_in_int8",
+    ),
+    Mutant(
         "the whole file's tensors are held until all lie in panels",
         "colm/model/weights.py",
-        "        module.take([in_panels(weight_of(name), places[name]) for name in names])",
-        "        held = [weight_of(name) for name in names]\n"
-        "        module.take([in_panels(weight, places[name]) for weight, name in zip(held, names, strict=True)])",
+        "        module.take([_laid_out(weight_of, name, places[name], quantisation, layout) for name in names])",
+        "        held = {name: weight_of(name) for name in names}\n"
+        "        module.take([_laid_out(held.get, name, places[name], quantisation, layout) for name in names])",
         "tests/unit/test_weights_in_panels.py::test_a_tensor_of_the_file_is_let_go_of_before_the_next_is_read",
     ),
     Mutant(

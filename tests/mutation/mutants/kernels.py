@@ -15,8 +15,8 @@ MUTANTS = (
     Mutant(
         "the one call's biases are the first chain's",
         "kernels/colm_kernels/decode_step.py",
-        "_address(biases[chain]), in_dim",
-        "_address(biases[0]), in_dim",
+        "else _address(biases[chain])\n",
+        "else _address(biases[0])\n",
         "tests/numerics/test_decode_step.py::test_one_call_gives_the_bits_of_the_models_own_modules",
     ),
     Mutant(
@@ -34,10 +34,17 @@ MUTANTS = (
         "tests/numerics/test_panels.py::test_a_panel_has_a_word_of_each_output_side_by_side",
     ),
     Mutant(
+        "a scale of quantised weights is a little too large",
+        "kernels/colm_kernels/quantised.py",
+        "    scale_OG = scale_OG.half()\n",
+        "    scale_OG = (scale_OG * 1.01).half()\n",
+        "tests/numerics/test_quantised_weights.py::test_what_was_dequantised_from_a_gguf_block_gives_that_block_again",
+    ),
+    Mutant(
         "the library takes panels for rows",
         "kernels/colm_kernels/few_rows_linear.py",
-        "        all_in_panels(weights),\n",
-        "        False,\n",
+        "chain_in, chain_out, format_of(weight), 0)",
+        "chain_in, chain_out, 0, 0)",
         "tests/numerics/test_panels.py::test_chains_serve_their_rows_and_leave_zeros_to_the_others",
     ),
     Mutant(
