@@ -87,6 +87,7 @@ class AnswerView:
             "num_chains": accepted.num_chains,
             "prompt_tokens": usage.num_prompt_tokens,
             "prefill_tokens": usage.num_prefill_tokens,
+            "prefill_cached_tokens": usage.num_prefill_cached_tokens,
             "decode_prompt_tokens": usage.num_decode_prompt_tokens,
             "kv_bytes_received": usage.kv_received_bytes,
             "kv_bytes_shared": usage.kv_shared_bytes,
@@ -102,7 +103,9 @@ class AnswerView:
             "queue_s": round(timings.queue_s, 4),
             "prefill_s": round(timings.prefill_s, 4),
             "decode_s": round(timings.decode_s, 4),
-            "prefill_tokens_per_s": _rate(usage.num_prefill_tokens, timings.prefill_s),
+            "prefill_tokens_per_s": _rate(
+                usage.num_prefill_tokens - usage.num_prefill_cached_tokens, timings.prefill_s
+            ),
             "decode_tokens_per_s": _rate(usage.num_new_tokens - 1, timings.decode_s),
             "text": "".join(self._text),
         }
@@ -114,11 +117,12 @@ class AnswerView:
         """Print what was measured, as one line on stderr."""
         record = self.record()
         drafted, accepted = record["draft_tokens"], record["accepted_tokens"]
+        kept = f", {record['prefill_cached_tokens']} of them kept" if record["prefill_cached_tokens"] else ""
         drafts = f"; {accepted} of {drafted} drafts accepted" if drafted else ""
         # A short prompt has no prefill, and one new token no rate.
         prefill, decode = (record[f"{what}_tokens_per_s"] for what in ("prefill", "decode"))
         Console(stderr=True, highlight=False).print(
-            f"\n{record['prompt_tokens']} prompt tokens, first token after {record['ttft_s']:.2f} s"
+            f"\n{record['prompt_tokens']} prompt tokens{kept}, first token after {record['ttft_s']:.2f} s"
             f"{'' if prefill is None else f' (prefill {prefill} tokens/s)'}; {record['new_tokens']} new tokens"
             f"{'' if decode is None else f' at {decode} tokens/s'} on {record['num_chains']} chains, ended by "
             f"{record['finish_reason']}{drafts}",

@@ -6,6 +6,8 @@ TILE_TOKENS = 512
 """Tokens that a prefill node computes and sends at a time."""
 KV_CACHE_BYTES = 4 << 30
 """Memory of a decode node for keys and values."""
+PREFIX_CACHE_BYTES = 1 << 30
+"""Memory of a prefill node for keys and values of earlier prompts: 32K tokens of a 1B model in bf16."""
 MAX_BATCH_SIZE = 32
 """Answers that a decode node advances together."""
 MAX_REQUESTS = 64

@@ -93,7 +93,7 @@ class Usage:
 
     num_prompt_tokens: int
     num_prefill_tokens: int
-    """Computed by the prefill node."""
+    """Prompt tokens whose keys and values are the prefill node's work."""
     num_decode_prompt_tokens: int
     """Prompt tokens computed by the decode node."""
     num_new_tokens: int
@@ -109,6 +109,8 @@ class Usage:
     """Drafted by chain 1 and verified by all chains."""
     num_accepted_tokens: int = 0
     """Drafts that became tokens of the answer."""
+    num_prefill_cached_tokens: int = 0
+    """Of `num_prefill_tokens`, those that the prefill node had kept; it has computed the others."""
     num_decode_nodes: int = 1
     """That worked for the answer; above 1 when one was lost on the way."""
 

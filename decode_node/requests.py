@@ -280,6 +280,7 @@ class RequestOwner:
                     kv_shared_bytes=account.kv_shared_bytes,
                     num_draft_tokens=answer.num_draft_tokens,
                     num_accepted_tokens=answer.num_accepted_tokens,
+                    num_prefill_cached_tokens=account.num_cached_tokens,
                 ),
                 timings=Timings(
                     queue_s=account.queue_s,

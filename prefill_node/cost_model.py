@@ -35,6 +35,8 @@ class Work:
     """Of attention to what plans list."""
     plan_flops: int = 0
     """Scores of plans and audits."""
+    num_kept: int = 0
+    """Tiles of one layer that were kept from an earlier prompt; each is a step in which nothing is computed."""
 
     def __sub__(self, other: "Work") -> "Work":
         return Work(**{each.name: getattr(self, each.name) - getattr(other, each.name) for each in fields(Work)})
@@ -159,29 +161,43 @@ class PrefillShape:
         """All of a prompt's."""
         return self.work_before(KvPosition(self.num_layers, 0), num_tokens)
 
-    def work_before(self, position: KvPosition, num_tokens: int) -> Work:
+    def work_before(self, position: KvPosition, num_tokens: int, num_cached_tokens: int = 0) -> Work:
         """What has been done once the tile is there that ends at a position.
 
         The engine hands a tile out before it attends with it: that is part of the next step.
+
+        Args:
+            position: where it ends.
+            num_tokens: of the prompt.
+            num_cached_tokens: of those, the first ones, whose tiles are kept.
         """
         if position == KV_START:
             return Work()
-        num_layer_steps = -(-num_tokens // self.tile_tokens)
         layer, token = position if position.token else (position.layer - 1, num_tokens)
         num_tiles = -(-token // self.tile_tokens)
         attended = (num_tiles - 1) * self.tile_tokens if layer < self.num_layers - 1 else 0
 
+        def new(num_first: int) -> int:
+            return max(0, num_first - num_cached_tokens)
+
         def attention(num_first: int) -> int:
             return causal_attention_flops(
-                num_queries=num_first, num_keys=num_first, num_heads=self.num_heads, head_dim=self.head_dim
+                num_queries=new(num_first),
+                num_keys=num_first,
+                num_heads=self.num_heads,
+                head_dim=self.head_dim,
             )
 
         return Work(
-            linear_flops=(layer * num_tokens + token) * self.layer.keys_values
-            + (layer * num_tokens + attended) * self.layer.rest,
+            linear_flops=(layer * new(num_tokens) + new(token)) * self.layer.keys_values
+            + (layer * new(num_tokens) + new(attended)) * self.layer.rest,
             attention_flops=layer * attention(num_tokens) + attention(attended),
-            num_steps=layer * num_layer_steps + num_tiles,
+            num_steps=layer * self._num_tiles(new(num_tokens)) + self._num_tiles(new(token)),
+            num_kept=layer * self._num_tiles(num_cached_tokens) + self._num_tiles(min(token, num_cached_tokens)),
         )
+
+    def _num_tiles(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.tile_tokens)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -201,6 +217,8 @@ class CostModel:
     """An operation of sparse attention, in those of dense attention."""
     plan_factor: float = 2.0
     """An operation of a plan, likewise: half as many are made of a score, and its exponential takes as long."""
+    kept_s: float = 2e-4
+    """A tile that is kept: copied into its messages, and where others attend to it."""
 
     def seconds(self, work: Work) -> float:
         """What the engine will take for it."""
@@ -219,20 +237,24 @@ class CostModel:
         surprise = min(max(took_s / predicted_s, 1 / _MAX_SURPRISE), _MAX_SURPRISE)
         # [0, 1): a moving average over engine time, so a short step says little and a long one much.
         weight = -math.expm1(-took_s / CORRECTION_S)
-        linear, attention, step, listed, plan = (surprise ** (weight * part_s / predicted_s) for part_s in parts_s)
+        linear, attention, step, listed, plan, kept = (
+            surprise ** (weight * part_s / predicted_s) for part_s in parts_s
+        )
         self.linear_flop_s *= linear
         self.attention_flop_s *= attention
         self.step_s *= step
         self.sparse_factor *= listed
         self.plan_factor *= plan
+        self.kept_s *= kept
 
-    def _parts_s(self, work: Work) -> tuple[float, float, float, float, float]:
+    def _parts_s(self, work: Work) -> tuple[float, float, float, float, float, float]:
         return (
             work.linear_flops * self.linear_flop_s,
             work.attention_flops * self.attention_flop_s,
             work.num_steps * self.step_s,
             work.sparse_flops * self.sparse_factor * self.attention_flop_s,
             work.plan_flops * self.plan_factor * self.attention_flop_s,
+            work.num_kept * self.kept_s,
         )
 
 

@@ -28,6 +28,7 @@ from colm.model.rope import Rope
 from colm.placement import CPU
 from prefill_node.memory import pack_bytes, run_bytes
 from prefill_node.prefill_run import NobodyLeft, Pack, PackCache, PrefillRun
+from prefill_node.prefix_cache import KeptTile
 from prefill_node.sparse.plan import LayerPlan
 from prefill_node.sparse.policy import ROW_BLOCK
 from prefill_node.sparse.prompt_plans import PromptPlans
@@ -80,6 +81,7 @@ class PrefillEngine:
         *,
         sparse: PromptPlans | None = None,
         cancelled: CancelFlag | None = None,
+        prefix: Sequence[KeptTile] = (),
     ) -> PrefillRun:
         """A run of a prompt, before its first step; it takes no memory yet.
 
@@ -89,6 +91,7 @@ class PrefillEngine:
                 everything.
             cancelled: looked at inside attention and plans, and between a tile's operations; once it is set, the run
                 ends with `Cancelled`. Says how far the attention of the present step is, and 0 between steps.
+            prefix: the prompt's first tiles, where another run of this engine has computed them; dense alone.
 
         Raises:
             InvalidRequest: no tokens, more than the model's context, or an id outside the vocabulary.
@@ -102,20 +105,22 @@ class PrefillEngine:
             tile_tokens=self.tile_tokens if sparse is None else max(1, self.tile_tokens // ROW_BLOCK) * ROW_BLOCK,
             sparse=sparse,
             cancelled=cancelled or CancelFlag(),
+            prefix=prefix,
         )
 
     @torch.inference_mode()
     def step(self, runs: Sequence[PrefillRun]) -> list[KvTile | None]:
         """Make the next step of a run, or of several as one.
 
-        Tiles come layer by layer, in token order. A tile's tensors are views that the run's next layer overwrites: use
-        or copy them before its next step. A sparse layer is planned when all its keys and values are there; its
-        attention then follows tile by tile, and each step of it brings a tile without tokens, which says only that
-        there is more to do.
+        Tiles come layer by layer, in token order, those that were kept among them. A tile's tensors are views that the
+        run's next layer overwrites: use or copy them before its next step. A sparse layer is planned when all its keys
+        and values are there; its attention then follows tile by tile, and each step of it brings a tile without
+        tokens, which says only that there is more to do.
 
         Args:
             runs: neither over nor ended by an error. Several must be dense, stand at the same layer, and have their
-                whole prompts in one tile; what a run computes differs by rounding from what it computes alone.
+                whole prompts in one tile, of which nothing is kept; what a run computes differs by rounding from what
+                it computes alone.
 
         Returns:
             Each run's tile; None where the run has ended with an error, which is then its `error`.
@@ -133,7 +138,10 @@ class PrefillEngine:
             if (left := _left(runs))[0].due is not None:
                 self._attend(left)
             left = _left(runs)
-            tiles = self._plan_tile(*left) if left[0].is_second_pass else self._write_keys_values(left)
+            if left[0].is_kept:
+                tiles = self._read_kept(*left)
+            else:
+                tiles = self._plan_tile(*left) if left[0].is_second_pass else self._write_keys_values(left)
         for run in runs:
             run.cancelled.rewind()
         return [tiles.get(run) for run in runs]
@@ -160,12 +168,25 @@ class PrefillEngine:
             yield tile
 
     def _allocate(self, run: PrefillRun) -> None:
+        run.has_begun = True
+        if (num_cached := run.num_cached_tokens) == run.num_tokens:
+            return
         kv_format, device = self.kv_format, self._device
-        run.hidden_ND = self._model.embedding.embed(torch.from_numpy(run.token_ids).to(device), 1)
+        run.hidden_ND = self._model.embedding.embed(torch.from_numpy(run.token_ids[num_cached:]).to(device), 1)
         shape = (kv_format.num_kv_heads, run.num_tokens, kv_format.head_dim)
         run.k_KNE = torch.empty(shape, dtype=kv_format.dtype, device=device)
         run.v_KNE = torch.empty_like(run.k_KNE)
-        run.has_begun = True
+
+    def _read_kept(self, run: PrefillRun) -> dict[PrefillRun, KvTile]:
+        """A tile that was kept, laid where the attention of those behind it will read it."""
+        with run.own_errors():
+            start, stop, is_read = run.start, run.stop, not run.is_last_layer
+            tile = run.take_kept()
+            if is_read and run.num_cached_tokens < run.num_tokens:
+                run.k_KNE[:, start:stop] = tile.k_KTD
+                run.v_KNE[:, start:stop] = tile.v_KTD
+            return {run: tile}
+        raise NobodyLeft
 
     def _attend(self, runs: Sequence[PrefillRun]) -> None:
         """Do what is due, with everything behind it in the layer."""
@@ -267,9 +288,15 @@ class PrefillEngine:
         out_THE, _ = prefill_attention(q_THE, k_KSE, v_KSE, backend=self._attention_backend)
         out_THE.cpu()
 
-    def memory_bytes(self, num_tokens: int, sparse: PromptPlans | None = None) -> int:
-        """Predicted peak of a `run` over so many tokens, beside the weights; see `prefill_node.memory`."""
-        dense = run_bytes(self.config, self.kv_format.dtype, num_tokens=num_tokens, tile_tokens=self.tile_tokens)
+    def memory_bytes(self, num_tokens: int, sparse: PromptPlans | None = None, *, num_cached_tokens: int = 0) -> int:
+        """Predicted peak of a `run` over so many tokens, beside weights and cache; see `prefill_node.memory`."""
+        dense = run_bytes(
+            self.config,
+            self.kv_format.dtype,
+            num_tokens=num_tokens,
+            tile_tokens=self.tile_tokens,
+            num_cached_tokens=num_cached_tokens,
+        )
         return dense + (0 if sparse is None else sparse.memory_bytes(num_tokens, self.tile_tokens))
 
     def pack_bytes(self, num_tokens: int) -> int:

@@ -13,21 +13,28 @@ FREE_SHARE = 0.5
 """Of what is free when a node starts, for the prompts that it computes; the rest is for everybody else."""
 
 
-def run_bytes(config: ChainConfig, dtype: torch.dtype, *, num_tokens: int, tile_tokens: int) -> int:
+def run_bytes(
+    config: ChainConfig, dtype: torch.dtype, *, num_tokens: int, tile_tokens: int, num_cached_tokens: int = 0
+) -> int:
     """Peak of one `PrefillEngine.run`; an upper bound, and a close one for long prompts.
 
     Of the whole prompt: token ids, hidden states, one layer's keys and values. Of its first positions: the rotary
     tables, which the engine keeps, and once more while they grow. Of a tile: everything that a layer makes of it, as if
     none were let go before the end, and the widest once more in fp32.
+
+    Of tokens that were kept from an earlier prompt, only one layer's keys and values, for the others to attend to.
     """
+    if num_cached_tokens == num_tokens:
+        return 8 * num_tokens
     chain1 = slice_config(config, 1)
     query_dim = chain1.num_heads * chain1.head_dim
-    whole = 8 + chain1.dim * dtype.itemsize + KvFormat.of(config, dtype).layer_token_bytes
+    whole, num_new = 8 + KvFormat.of(config, dtype).layer_token_bytes, num_tokens - num_cached_tokens
     features = 4 * chain1.dim + 2 * query_dim + 2 * chain1.kv_dim + 2 * chain1.hidden_dim
     in_fp32 = 4 * chain1.head_dim + chain1.num_heads + max(query_dim, chain1.dim, chain1.hidden_dim)
     of_tile = features * dtype.itemsize + 4 * in_fp32
     tables = 4 * 4 * chain1.head_dim
-    return num_tokens * whole + min(num_tokens, KEPT_POSITIONS) * tables + min(num_tokens, tile_tokens) * of_tile
+    of_prompt = num_tokens * whole + num_new * chain1.dim * dtype.itemsize
+    return of_prompt + min(num_tokens, KEPT_POSITIONS) * tables + min(num_new, tile_tokens) * of_tile
 
 
 def pack_bytes(config: ChainConfig, dtype: torch.dtype, *, num_tokens: int, tile_tokens: int) -> int:
@@ -54,7 +61,15 @@ def require_room_for_a_tile(config: ChainConfig, dtype: torch.dtype, *, tile_tok
         )
 
 
-def default_memory_bytes(device: torch.device) -> int:
-    """`FREE_SHARE` of what the device has free now."""
+def default_memory_bytes(device: torch.device, prefix_cache_bytes: int = 0) -> int:
+    """`FREE_SHARE` of what the device has free now, without what the cache of prefixes will take.
+
+    Raises:
+        ConfigError: the cache would take all of it.
+    """
     free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(FREE_SHARE * free_bytes)
+    if prefix_cache_bytes >= free_bytes:
+        raise ConfigError(
+            f"prefix_cache_bytes={prefix_cache_bytes}, and the device has {free_bytes} bytes free in all; lower it"
+        )
+    return int(FREE_SHARE * (free_bytes - prefix_cache_bytes))

@@ -18,7 +18,7 @@ class PrefillMetrics(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """Jobs, the work that waits, the window, and the time that readers and forgotten jobs cost."""
-        loop = self._loop
+        loop, prefixes = self._loop, self._loop.prefixes
         load, counts = loop.load, loop.counts
         jobs = GaugeMetricFamily("colm_prefill_jobs", "Prompts on this node, by their state.", labels=["state"])
         jobs.add_metric(["active"], load.num_active)
@@ -31,7 +31,7 @@ class PrefillMetrics(Collector):
             "colm_kv_window_bytes", "Computed tiles that no decode node has acknowledged.", load.window_bytes
         )
         yield CounterMetricFamily(
-            "colm_prefill_tokens", "Prompt tokens whose last tile was computed.", counts.num_tokens
+            "colm_prefill_tokens", "Tokens computed of prompts whose last tile is there.", counts.num_tokens
         )
         yield CounterMetricFamily(
             "colm_prefill_engine_seconds", "Time in which the engine made steps.", counts.engine_s
@@ -43,4 +43,22 @@ class PrefillMetrics(Collector):
         )
         yield CounterMetricFamily(
             "colm_kv_leases_expired", "Prompts forgotten since no stream came back for them.", counts.num_leases_expired
+        )
+        yield GaugeMetricFamily(
+            "colm_prefix_cache_bytes", "Keys and values that are kept for later prompts.", prefixes.held_bytes
+        )
+        yield CounterMetricFamily(
+            "colm_prefix_cache_queried_tokens",
+            "Tokens of prompts that were looked up as they began.",
+            prefixes.counts.num_queried_tokens,
+        )
+        yield CounterMetricFamily(
+            "colm_prefix_cache_hit_tokens",
+            "Of those, tokens that need not be computed.",
+            prefixes.counts.num_hit_tokens,
+        )
+        yield CounterMetricFamily(
+            "colm_prefix_cache_evicted_tiles",
+            "Tiles that made way for those of later prompts.",
+            prefixes.counts.num_evicted_tiles,
         )

@@ -23,6 +23,7 @@ from prefill_node.engine import PrefillEngine
 from prefill_node.memory import default_memory_bytes, require_room_for_a_tile
 from prefill_node.metrics import PrefillMetrics
 from prefill_node.prefill_loop import PrefillLoop
+from prefill_node.prefix_cache import PrefixCache
 from prefill_node.service import PrefillService
 from prefill_node.settings import PrefillSettings
 from prefill_node.sparse.patterns import PatternFile
@@ -88,6 +89,12 @@ class PrefillNode:
             memory_bytes=loaded.memory_bytes,
             lease_s=options.job_lease_s,
             stall_s=settings.stall_s,
+            prefixes=PrefixCache(
+                loaded.engine.kv_format,
+                tile_tokens=settings.tile_tokens,
+                budget_bytes=settings.prefix_cache_bytes,
+                fingerprint=loaded.fingerprint,
+            ),
         )
         self.service = PrefillService(
             loaded.engine,
@@ -151,7 +158,7 @@ def _load(options: PrefillOptions, clock: Clock) -> _Loaded:
         attention_backend=settings.attention_backend,
     )
     costs = calibrate(engine, clock)
-    memory_bytes = settings.memory_bytes or default_memory_bytes(placement.device)
+    memory_bytes = settings.memory_bytes or default_memory_bytes(placement.device, settings.prefix_cache_bytes)
     require_room_for_a_tile(config, placement.dtype, tile_tokens=settings.tile_tokens, memory_bytes=memory_bytes)
     return _Loaded(
         engine=engine,

@@ -25,6 +25,7 @@ from prefill_node.encoded_tile import EncodedTile, TileEncoder
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_stream import JobStream
 from prefill_node.prefill_run import PrefillRun
+from prefill_node.prefix_cache import PrefixHold
 from prefill_node.sparse.prompt_plans import PromptPlans
 
 
@@ -57,6 +58,7 @@ class PrefillJob:
         costs: of the engine.
         begun_bytes: of `job_bytes`.
         on_change: told whenever another job may be next.
+        hold: what is kept of its prompt; None for nothing. Its owner closes it.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class PrefillJob:
         costs: CostModel,
         begun_bytes: int,
         on_change: Callable[[], None],
+        hold: PrefixHold | None = None,
     ) -> None:
         self.transfer_id = order.transfer_id
         self.token_ids = order.token_ids
@@ -104,6 +107,9 @@ class PrefillJob:
         self._begun_bytes = begun_bytes
         self._produced = KV_START
         self._num_pauses = 0
+        self.hold = hold or PrefixHold()
+        self.num_cached_tokens = self.hold.num_cached_tokens
+        """Of the prompt, those that the engine need not compute."""
         self._work_left = self._work_from(KV_START, 0)
         self._step_share = self._share_of_step()
         self._window: deque[EncodedTile] = deque()
@@ -129,7 +135,13 @@ class PrefillJob:
     @property
     def num_computed_tokens(self) -> int:
         """Of the prompt, what the engine has computed or will; 0 where all had been stored before it began."""
-        return len(self.token_ids) if self.is_started else 0
+        return len(self.token_ids) - self.num_cached_tokens if self.is_started else 0
+
+    def find_more(self, begun_bytes: int) -> None:
+        """More of the prompt is kept than was known; before it begins."""
+        self._begun_bytes, self.num_cached_tokens = begun_bytes, self.hold.num_cached_tokens
+        self._work_left = self._work_from(KV_START, 0)
+        self._tell()
 
     @property
     def has_reader(self) -> bool:
@@ -174,9 +186,10 @@ class PrefillJob:
 
     @property
     def tile_rows(self) -> int | None:
-        """The prompt's length, where its steps may be shared: it is one tile, and no layer is planned; else None."""
+        """The prompt's length, where its steps may be shared: it is one tile, not kept or planned; else None."""
         num_tokens = len(self.token_ids)
-        may_share = num_tokens <= self._costs.shape.tile_tokens and not self._is_ever_planned
+        is_one_tile = num_tokens <= self._costs.shape.tile_tokens
+        may_share = is_one_tile and not self._is_ever_planned and not self.num_cached_tokens
         return num_tokens if may_share else None
 
     @property
@@ -340,7 +353,7 @@ class PrefillJob:
     def _work_before(self, position: KvPosition, num_pauses: int) -> Work:
         shape, num_tokens = self._costs.shape, len(self.token_ids)
         if self.sparse is None:
-            return shape.work_before(position, num_tokens)
+            return shape.work_before(position, num_tokens, self.num_cached_tokens)
         return shape.sparse_work_before(position, num_pauses, num_tokens, self.sparse)
 
     def _share_of_step(self) -> tuple[float, float]:
@@ -369,8 +382,11 @@ class PrefillJob:
             self.stream.news.set()
 
 
-def job_bytes(engine: PrefillEngine, num_tokens: int, sparse: PromptPlans | None = None) -> int:
+def job_bytes(
+    engine: PrefillEngine, num_tokens: int, sparse: PromptPlans | None = None, num_cached_tokens: int = 0
+) -> int:
     """What a job of so many tokens holds at most once it has begun: a run, a pack's rows, and a full window."""
     kv_format, tile_bytes = engine.kv_format, min(num_tokens, engine.tile_tokens) * engine.kv_format.layer_token_bytes
     window_bytes = min(num_tokens * kv_format.token_bytes, WINDOW_BYTES + tile_bytes)
-    return engine.memory_bytes(num_tokens, sparse) + engine.pack_bytes(num_tokens) + window_bytes
+    run_bytes = engine.memory_bytes(num_tokens, sparse, num_cached_tokens=num_cached_tokens)
+    return run_bytes + engine.pack_bytes(num_tokens) + window_bytes

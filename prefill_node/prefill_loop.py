@@ -19,6 +19,7 @@ from prefill_node.job_policy import Wait, charge, companions, job_in_the_way, ne
 from prefill_node.job_stream import JobStream
 from prefill_node.prefill_job import PrefillJob, PrefillOrder, job_bytes
 from prefill_node.prefill_run import PrefillRun
+from prefill_node.prefix_cache import PrefixCache, PrefixHold
 from prefill_node.quantum import steps_within
 from prefill_node.sparse.prompt_plans import PromptPlans
 
@@ -48,7 +49,7 @@ class PrefillCounts:
     """What the loop has done since it began."""
 
     num_tokens: int = 0
-    """Of prompts whose last tile has been computed."""
+    """Computed of prompts whose last tile is there."""
     engine_s: float = 0.0
     """In which the engine made steps."""
     reader_wait_s: float = 0.0
@@ -71,6 +72,7 @@ class PrefillLoop:
         lease_s: how long a job without a stream is kept.
         stall_s: how long a reader may store nothing while somebody waits for its job's memory; else
             `UNHURRIED_STALLS` times as long.
+        prefixes: keeps what is computed for prompts that begin alike; None keeps nothing.
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class PrefillLoop:
         memory_bytes: int,
         lease_s: float,
         stall_s: float,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self._engine = engine
+        self.prefixes = prefixes or PrefixCache(engine.kv_format, tile_tokens=engine.tile_tokens, budget_bytes=0)
         self._costs = costs
         self._clock = clock
         self._max_queued = max_queued
@@ -143,16 +147,20 @@ class PrefillLoop:
             if job.can_resume(order):
                 return self._attached(job, order)
             job.fail(TransferSuperseded(f"transfer {order.transfer_id!r} begins anew in epoch {order.epoch}"))
-            del self._jobs[order.transfer_id]
+            self._remove(job)
+        # A plan depends on the whole prompt, and so do the keys and values above it.
+        hold = PrefixHold() if order.sparse is not None else self.prefixes.hold(order.token_ids, order.cache_salt)
         job = PrefillJob(
             order,
             place=next(self._places),
             kv_format=self._engine.kv_format,
             costs=self._costs,
-            begun_bytes=job_bytes(self._engine, len(order.token_ids), order.sparse),
+            begun_bytes=self._begun_bytes(order, hold),
             on_change=self.look_again,
+            hold=hold,
         )
         if (estimated_s := self._wait_of(job).estimated_s) > self._max_queued_s:
+            self.prefixes.close(hold)
             raise CapacityExceeded(
                 f"this prompt would wait about {estimated_s:.0f} s at this prefill node, longer than "
                 f"prefill.max_queued_s={self._max_queued_s:g}; try again later"
@@ -243,10 +251,17 @@ class PrefillLoop:
         charge(jobs, quantum.own_s, quantum.steps_s)
         if beginning := [each for each in stepping if not each.is_started]:
             for each in beginning:
-                each.start(self._engine.begin(each.token_ids, sparse=each.sparse, cancelled=each.cancelled))
+                self.prefixes.begin(each.hold, is_alone=len(stepping) == 1)
+                prefix = tuple(each.hold.read)
+                each.start(
+                    self._engine.begin(each.token_ids, sparse=each.sparse, cancelled=each.cancelled, prefix=prefix)
+                )
             for other in self._waiting():
                 if other.stream is not None:
                     other.stream.news.set()
+        if len(stepping) > 1:
+            for each in stepping:
+                self.prefixes.abandon(each.hold)
         self._stepping = stepping
         step = self._executor.submit(
             _steps, self._engine, [_Making.of(each) for each in stepping], quantum.num_steps, self._clock
@@ -260,14 +275,17 @@ class PrefillLoop:
         works = []
         for job, made in zip(jobs, makings, strict=True):
             if self._jobs.get(job.transfer_id) is not job:
+                self.prefixes.close(job.hold)
                 continue
             failure = error if made is None else made.run.error
             if failure is None:
                 assert made is not None
                 works.append(job.produce(made.tiles, made.end, made.num_pauses))
-                self.counts.num_tokens += len(job.token_ids) * job.is_computed
+                if job.is_computed:
+                    self.counts.num_tokens += job.num_computed_tokens
+                    self._keep(job)
             else:
-                del self._jobs[job.transfer_id]
+                self._remove(job)
                 job.fail(failure)
         if error is None:
             self.counts.engine_s += done.result().took_s
@@ -276,8 +294,23 @@ class PrefillLoop:
             self._costs.observe(Work.shared(works), done.result().took_s)
         self.look_again()
 
-    def _forget(self, job: PrefillJob) -> None:
+    def _begun_bytes(self, job: PrefillJob | PrefillOrder, hold: PrefixHold) -> int:
+        return job_bytes(self._engine, len(job.token_ids), job.sparse, hold.num_cached_tokens)
+
+    def _keep(self, computed: PrefillJob) -> None:
+        """What a job has computed is there for those that wait."""
+        self.prefixes.close(computed.hold)
+        for job in self._waiting():
+            if self.prefixes.look_again(job.hold):
+                job.find_more(self._begun_bytes(job, job.hold))
+
+    def _remove(self, job: PrefillJob) -> None:
         del self._jobs[job.transfer_id]
+        if job not in self._stepping:  # else the engine reads and fills what it holds until the step has ended
+            self.prefixes.close(job.hold)
+
+    def _forget(self, job: PrefillJob) -> None:
+        self._remove(job)
         job.cancel()
 
     def _count_wait_for_readers(self, now_s: float) -> None:
@@ -305,7 +338,7 @@ class PrefillLoop:
             if now_s < job.stalled_since_s + limit_s:
                 ends_s.append(job.stalled_since_s + limit_s)
                 continue
-            del self._jobs[job.transfer_id]
+            self._remove(job)
             job.drop(
                 ReaderStalled(
                     f"the reader of transfer {job.transfer_id!r} has stored nothing for {limit_s:g} s{why}; "
@@ -328,6 +361,7 @@ class _Making:
 
     run: PrefillRun
     encoder: TileEncoder
+    hold: PrefixHold
     epoch: int
     since: KvPosition
     """Messages begin here."""
@@ -350,6 +384,7 @@ class _Making:
         return cls(
             run=job.run,
             encoder=job.encoder,
+            hold=job.hold,
             epoch=job.epoch,
             since=job.acknowledged,
             num_pauses=job.num_pauses,
@@ -368,6 +403,7 @@ class _Making:
         self.end = KvPosition(tile.layer, tile.first_token).after(tile.num_tokens, self.encoder.num_tokens)
         self.num_pauses = 0 if tile.num_tokens else self.num_pauses + 1
         encoded = self.encoder.encode(tile, epoch=self.epoch, since=self.since, memory=self.memory)
+        self.hold.keep(tile)
         self.tiles += encoded
         self.room_bytes -= sum(each.held_bytes for each in encoded)
 

@@ -15,7 +15,9 @@ from colm_kernels.steps import Steps
 from numpy.typing import NDArray
 from torch import Tensor
 
+from colm.kv import KvTile
 from colm.model.block import Rows
+from prefill_node.prefix_cache import KeptTile
 from prefill_node.sparse.plan import LayerPlan
 from prefill_node.sparse.prompt_plans import PromptPlans
 from prefill_node.tile_cache import TileCache
@@ -39,16 +41,19 @@ class PrefillRun:
     that is planned, nothing is due before all keys are there; a second pass then makes the tiles' attention due, one a
     step.
 
+    Tiles that were kept from an earlier prompt are not computed: their steps hand out what was kept.
+
     Args:
         token_ids: the prompt.
         num_layers: of the model.
         tile_tokens: of this run's tiles.
+        prefix: the prompt's first tiles, as far as they were kept; none with sparse attention.
         sparse: plans its attention; None attends to everything.
         cancelled: ends it from any thread.
     """
 
     hidden_ND: Tensor
-    """The residual stream; of several whole prompts in a pack, rows of one tensor."""
+    """The residual stream of what is computed; of several whole prompts in a pack, rows of one tensor."""
     k_KNE: Tensor
     """Of one layer, as the next one."""
     v_KNE: Tensor
@@ -61,8 +66,12 @@ class PrefillRun:
         tile_tokens: int,
         sparse: PromptPlans | None,
         cancelled: CancelFlag,
+        prefix: Sequence[KeptTile] = (),
     ) -> None:
         self.token_ids = token_ids
+        self.prefix = prefix
+        self.num_cached_tokens = sum(kept.num_tokens for kept in prefix)
+        """Of the prompt, those of `prefix`."""
         self.sparse = sparse
         self.cancelled = cancelled
         self.layer = 0
@@ -94,6 +103,16 @@ class PrefillRun:
         return min(self.start + self.tile_tokens, self.num_tokens)
 
     @property
+    def is_kept(self) -> bool:
+        """The next tile need not be computed."""
+        return self.start < self.num_cached_tokens
+
+    @property
+    def is_last_layer(self) -> bool:
+        """Nothing attends to this layer's keys: its output would only feed the head, the decode node's work."""
+        return self.layer == self._num_layers - 1
+
+    @property
     def is_over(self) -> bool:
         """The last tile has been computed."""
         return self.layer == self._num_layers
@@ -108,11 +127,16 @@ class PrefillRun:
 
     def after_keys_values(self) -> None:
         """Move on: the tile's keys and values are there."""
-        # The last layer's output would only feed the head, which is the decode node's work.
-        is_last = self.layer == self._num_layers - 1
+        is_last = self.is_last_layer
         is_planned = not is_last and self.sparse is not None and self.sparse.covers(self.layer, self.num_tokens)
         self.due = None if is_last or is_planned else Due(self.layer, self.start, self.stop, None)
         self._move(begins_second_pass=is_planned)
+
+    def take_kept(self) -> KvTile:
+        """The next tile, which is kept, and move on."""
+        tile = self.prefix[self.start // self.tile_tokens].tile(self.layer)
+        self._move(begins_second_pass=False)
+        return tile
 
     def is_planned(self) -> bool:
         """Plan a little more; whether the layer's `plan` is there now."""
@@ -161,7 +185,8 @@ class Pack:
         """Lay the rows side by side, those of one run where they are; `stop` is read for one run alone."""
         if len(runs) == 1:
             (run,) = runs
-            pack = cls(1, start, run.hidden_ND[start:stop], rows)
+            first = run.num_cached_tokens
+            pack = cls(1, start, run.hidden_ND[start - first : stop - first], rows)
             run.pack, run.pack_rows = pack, slice(0, stop - start)
             return pack
         pack = cls(len(runs), start, torch.cat([run.hidden_ND for run in runs]), rows)

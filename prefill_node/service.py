@@ -215,6 +215,7 @@ class PrefillService:
                 payload_bytes=count.payload_bytes,
                 shared_bytes=count.shared_bytes,
                 num_computed_tokens=stream.job.num_computed_tokens,
+                num_cached_tokens=stream.job.num_cached_tokens if stream.job.is_started else 0,
             )
             if (report := stream.job.sparse_report) is not None:
                 complete.sparse.CopyFrom(sparse_report_to_pb(report))

@@ -33,6 +33,7 @@ from decode_node.prefill_pool import PrefillLease
 from prefill_node.cost_model import CostModel, PrefillShape
 from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.prefill_run import PrefillRun
+from prefill_node.prefix_cache import KeptTile, PrefixCache
 from prefill_node.service import PrefillService
 
 FORMAT = KvFormat(num_layers=2, num_kv_heads=2, head_dim=2, dtype=torch.float32)
@@ -41,6 +42,8 @@ FINGERPRINT = "f"
 MAX_CONTEXT = 32
 JOB_BYTES = 1000
 """Of a prompt, whatever its length."""
+CACHE_BYTES = 40 * FORMAT.token_bytes
+"""Of a prefill node, for what it has computed."""
 MESSAGES_ON_THE_WAY = 2
 """What the network holds of a call before the sender waits."""
 
@@ -88,19 +91,22 @@ class TableEngine:
     def check(self, _: NDArray[np.int64]) -> None:
         pass
 
-    def memory_bytes(self, *_: object) -> int:
+    def memory_bytes(self, *_: object, **__: object) -> int:
         return JOB_BYTES
 
     def pack_bytes(self, _: int) -> int:
         return 0
 
-    def begin(self, token_ids: NDArray[np.int64], *, sparse: None, cancelled: Any) -> PrefillRun:
+    def begin(
+        self, token_ids: NDArray[np.int64], *, sparse: None, cancelled: Any, prefix: Sequence[KeptTile]
+    ) -> PrefillRun:
         return PrefillRun(
             token_ids,
             num_layers=FORMAT.num_layers,
             tile_tokens=self.tile_tokens,
             sparse=sparse,
             cancelled=cancelled,
+            prefix=prefix,
         )
 
     def step(self, runs: Sequence[PrefillRun]) -> list[KvTile | None]:
@@ -109,12 +115,15 @@ class TableEngine:
     def _step(self, run: PrefillRun) -> KvTile | None:
         with run.own_errors():
             run.cancelled.raise_if_set()
+            if run.is_kept:
+                return run.take_kept()
             layer, first, last = run.layer, run.start, run.stop
             k_KTD, v_KTD = truth_of(run.token_ids)[layer, :, :, first:last]
             run.after_keys_values()
             run.due = None
             computed = self.num_computed.get(run, 0) + last - first
-            assert computed <= FORMAT.num_layers * run.num_tokens, "computed twice for one job"
+            num_new = run.num_tokens - run.num_cached_tokens
+            assert computed <= FORMAT.num_layers * num_new, "computed twice for one job"
             self.num_computed[run] = computed
             return KvTile(layer, first, k_KTD, v_KTD)
         return None
@@ -137,6 +146,7 @@ class PrefillEnd:
             memory_bytes=5 * JOB_BYTES,
             lease_s=lease_s,
             stall_s=stall_s,
+            prefixes=PrefixCache(FORMAT, tile_tokens=tile_tokens, budget_bytes=CACHE_BYTES, fingerprint=FINGERPRINT),
         )
         self.threads = ManualThreads()
         self.loop._executor = self.threads  # type: ignore[assignment]
@@ -161,6 +171,8 @@ class PrefillEnd:
         for job in self.loop._jobs.values():
             job.check_integrity()
             assert job._window_bytes <= window_bytes
+        jobs = {*self.loop._jobs.values(), *self.loop._stepping}
+        self.loop.prefixes.check_integrity([job.hold for job in jobs])
 
 
 class _Status(grpc.RpcError):  # type: ignore[misc]  # grpc is untyped here

@@ -60,3 +60,19 @@ class Caller:
         self._words.put(None)
         self._call.cancel()
         self._channel.__exit__(None, None, None)
+
+
+async def pulled(
+    node: PrefillNode, token_ids: Sequence[int], name: str, **fields: Any
+) -> tuple[dict[tuple[int, int], bytes], pb.TransferComplete]:
+    """Payloads of a stream by (layer, first token), in the order in which they came, and its last message."""
+    caller = Caller(node, token_ids, transfer_id=name, **fields)
+    messages = await caller.read(2)
+    while messages[-1].WhichOneof("event") != "complete":
+        messages += await caller.read(1)
+    caller.acknowledge(messages[-2].tile.layer + 1, 0)
+    await caller.read()
+    caller.close()
+    tiles = {(each.tile.layer, each.tile.first_token): each.payload for each in messages[1:-1]}
+    assert list(tiles) == sorted(tiles)
+    return tiles, messages[-1].complete

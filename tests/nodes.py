@@ -90,8 +90,9 @@ def _split(options: dict[str, Any], kind: type[Settings]) -> tuple[dict[str, Any
 async def prefill_node(
     model_path: str, security: Security | None = None, leases: LeaseTable | None = None, **options: Any
 ) -> AsyncIterator[PrefillNode]:
-    """A node that sends every payload over its stream, where tests can spoil it, unless the options say otherwise."""
-    settings, others = _split({"shared_memory": "off"} | options, PrefillSettings)
+    """A node that sends every payload over its stream, where tests can spoil it, and computes every prompt anew, unless
+    the options say otherwise."""
+    settings, others = _split({"shared_memory": "off", "prefix_cache_bytes": 0} | options, PrefillSettings)
     chosen = PrefillOptions(
         model_path=model_path,
         **{"placement": PLACEMENT, "settings": PrefillSettings(**{"tile_tokens": TILE_TOKENS, **settings}), **others},

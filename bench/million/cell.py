@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
+from pydantic import ByteSize
 
 from bench.harness.environment import peak_memory_bytes
 from bench.kernels.common import gemm_ceiling
@@ -143,6 +144,7 @@ def node_of(cell: Cell) -> Iterator[Node]:
                 sparse_keys_per_row=cell.policy.keys_per_row,
                 sparse_dense_below_tokens=cell.policy.dense_below_tokens,
                 audit_floor=cell.audit.floor,
+                prefix_cache_bytes=ByteSize(0),  # every prompt is computed
             ),
         )
         mine, theirs = spawn.Pipe()

@@ -101,6 +101,7 @@ USAGES = st.builds(
     num_kv_streams=U32,
     num_draft_tokens=U32,
     num_accepted_tokens=U32,
+    num_prefill_cached_tokens=U32,
 )
 TIMINGS = st.builds(Timings, queue_s=SECONDS, prefill_s=SECONDS, first_token_s=SECONDS, decode_s=SECONDS)
 ACCEPTED = st.builds(

@@ -132,13 +132,19 @@ class BothEnds(RuleBasedStateMachine):
 
     # The decode node's callers.
 
-    @rule(length=st.sampled_from(LENGTHS), holds_prefix=st.booleans())
-    def ask(self, length: int, holds_prefix: bool) -> None:
+    @rule(
+        length=st.sampled_from(LENGTHS),
+        holds_prefix=st.booleans(),
+        document=st.integers(0, 2),
+        salt=st.sampled_from([b"", b"s"]),
+    )
+    def ask(self, length: int, holds_prefix: bool, document: int, salt: bytes) -> None:
         pages = self.page_line.reserve_now("r", self.layout.pages(length))
         if pages is None:
             return
         number = next(self.names)
-        token_ids = np.random.default_rng(number).integers(0, 320, length)
+        # Prompts of the same document begin alike.
+        token_ids = np.random.default_rng(document).integers(0, 320, length)
         table_M = self.store.page_table(pages)
         first_token = WHOLE_TILES if holds_prefix and length > WHOLE_TILES else 0
         request = Request(token_ids, pages, table_M, first_token)
@@ -148,7 +154,12 @@ class BothEnds(RuleBasedStateMachine):
             for layer, both in enumerate(truth_of(token_ids)[:, :, :, :first_token]):
                 self.store.write(table_M, KvTile(layer, 0, *both))
         order = KvOrder(
-            request_id=str(number), token_ids=token_ids, pages=pages, table_M=table_M, first_token=first_token
+            request_id=str(number),
+            token_ids=token_ids,
+            pages=pages,
+            table_M=table_M,
+            first_token=first_token,
+            cache_salt=salt,
         )
 
         async def nobody(_: object) -> None:

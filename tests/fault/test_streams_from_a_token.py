@@ -1,22 +1,16 @@
 """A caller that holds a prefix is sent the rest alone, with the bits of a stream that brings everything."""
 
-from typing import Any
-
 import pytest
 import torch
 
 from colm.checkpoint import Checkpoint
 from colm.errors import InvalidRequest
 from colm.wire.v1 import common_pb2
-from colm.wire.v1 import kv_transfer_service_pb2 as pb
-from prefill_node.node import PrefillNode
-from tests.callers import Caller
+from tests.callers import Caller, pulled
 from tests.nodes import TILE_TOKENS, prefill_node
 from tests.tiny import tiny_checkpoint
 
 PROMPT = torch.randint(0, 320, (70,), generator=torch.Generator().manual_seed(3)).tolist()
-
-Place = tuple[int, int]
 
 
 @pytest.fixture(scope="module")
@@ -24,26 +18,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
 
 
-async def pulled(node: PrefillNode, name: str, **fields: Any) -> tuple[dict[Place, bytes], pb.TransferComplete]:
-    """Payloads of a stream by (layer, first token), in the order in which they came, and its last message."""
-    caller = Caller(node, PROMPT, transfer_id=name, **fields)
-    messages = await caller.read(2)
-    while messages[-1].WhichOneof("event") != "complete":
-        messages += await caller.read(1)
-    caller.acknowledge(messages[-2].tile.layer + 1, 0)
-    await caller.read()
-    caller.close()
-    tiles = {(each.tile.layer, each.tile.first_token): each.payload for each in messages[1:-1]}
-    assert list(tiles) == sorted(tiles)
-    return tiles, messages[-1].complete
-
-
 @pytest.mark.parametrize("codec", [common_pb2.CODEC_RAW, common_pb2.CODEC_INT8])
 async def test_what_follows_a_token_is_sent_as_in_a_stream_of_everything(checkpoint: Checkpoint, codec: int) -> None:
     async with prefill_node(str(checkpoint.path)) as node:
-        whole, _ = await pulled(node, "whole", codecs=[codec])
+        whole, _ = await pulled(node, PROMPT, "whole", codecs=[codec])
         for first_token in (TILE_TOKENS, 2 * TILE_TOKENS):
-            rest, complete = await pulled(node, str(first_token), codecs=[codec], first_token=first_token)
+            rest, complete = await pulled(node, PROMPT, str(first_token), codecs=[codec], first_token=first_token)
             assert rest == {place: whole[place] for place in whole if place[1] >= first_token}
             assert complete.num_tiles == len(rest)
             assert complete.num_computed_tokens + complete.num_cached_tokens == len(PROMPT)

@@ -26,20 +26,28 @@ def test_a_wait_shows_its_place_and_its_estimated_end(
 
 
 @pytest.mark.parametrize(
-    ("num_prefill_tokens", "num_new_tokens", "num_draft_tokens", "line"),
+    ("num_prefill_tokens", "num_kept", "num_new_tokens", "num_draft_tokens", "line"),
     [
         (
             8,
+            0,
             3,
             0,
             "9 prompt tokens, first token after 0.00 s (prefill 16.0 tokens/s); 3 new tokens at 8.0 tokens/s on 1 ",
         ),
-        (0, 1, 0, "9 prompt tokens, first token after 0.00 s; 1 new tokens on 1 chains, ended by length\n"),
-        (0, 3, 2, "on 1 chains, ended by length; 1 of 2 drafts accepted\n"),
+        (8, 6, 1, 0, "9 prompt tokens, 6 of them kept, first token after 0.00 s (prefill 4.0 tokens/s); "),
+        (8, 8, 1, 0, "9 prompt tokens, 8 of them kept, first token after 0.00 s; 1 new tokens"),
+        (0, 0, 1, 0, "9 prompt tokens, first token after 0.00 s; 1 new tokens on 1 chains, ended by length\n"),
+        (0, 0, 3, 2, "on 1 chains, ended by length; 1 of 2 drafts accepted\n"),
     ],
 )
 def test_the_last_line_has_no_speed_of_what_did_not_happen(
-    num_prefill_tokens: int, num_new_tokens: int, num_draft_tokens: int, line: str, capsys: pytest.CaptureFixture[str]
+    num_prefill_tokens: int,
+    num_kept: int,
+    num_new_tokens: int,
+    num_draft_tokens: int,
+    line: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Defect: a prompt without a prefill was summed up as "prefill None tokens/s"."""
     view = AnswerView(stream_text=False)
@@ -54,6 +62,7 @@ def test_the_last_line_has_no_speed_of_what_did_not_happen(
         num_kv_streams=0,
         num_draft_tokens=num_draft_tokens,
         num_accepted_tokens=num_draft_tokens // 2,
+        num_prefill_cached_tokens=num_kept,
     )
     prefill_s = 0.5 if num_prefill_tokens else 0.0
     timings = Timings(queue_s=0.0, prefill_s=prefill_s, first_token_s=0.6, decode_s=0.25)

@@ -46,6 +46,24 @@ models = st.builds(
 )
 
 
+@given(LAYERS, TILES, TOKENS, st.integers(0, 20))
+def test_what_is_kept_of_a_prompt_leaves_the_work_of_the_rest(
+    layers: int, tile_tokens: int, tokens: int, num_kept_tiles: int
+) -> None:
+    shape = a_shape(layers, tile_tokens)
+    cached = min(num_kept_tiles * tile_tokens, tokens)
+    places = positions(shape, tokens)
+    works = [shape.work_before(place, tokens, cached) for place in places]
+    whole, prefix = shape.work(tokens), shape.work(cached) if cached else Work()
+    assert works[-1].linear_flops == whole.linear_flops - prefix.linear_flops
+    assert works[-1].attention_flops == whole.attention_flops - prefix.attention_flops
+    assert (works[-1].num_steps, works[-1].num_kept) == (whole.num_steps - prefix.num_steps, prefix.num_steps)
+    for place, (before, after) in zip(places, pairwise(works), strict=False):
+        step = after - before
+        assert (step.num_kept, step.num_steps) == ((1, 0) if place.token < cached else (0, 1))
+        assert (step.linear_flops > 0) or place.token < cached
+
+
 @given(LAYERS, TILES, TOKENS)
 def test_all_steps_together_are_the_prompts_work_and_each_is_some(layers: int, tile_tokens: int, tokens: int) -> None:
     shape = a_shape(layers, tile_tokens)

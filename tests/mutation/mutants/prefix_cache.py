@@ -20,4 +20,54 @@ MUTANTS = (
         "tests/unit/test_prefill_job.py::"
         "test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_attention_or_codec",
     ),
+    Mutant(
+        "what was kept for one salt is found by another",
+        "prefill_node/prefix_cache.py",
+        'parts = (self._fingerprint.encode(), b"dense", salt)',
+        'parts = (self._fingerprint.encode(), b"dense")',
+        "tests/unit/test_prefix_cache.py::"
+        "test_a_prompt_is_found_whole_and_one_that_begins_alike_up_to_the_last_whole_tile",
+    ),
+    Mutant(
+        "a tile is found by its own ids alone",
+        "prefill_node/prefix_cache.py",
+        "key = _digest(key, token_ids[first",
+        "key = _digest(b'', token_ids[first",
+        "tests/unit/test_prefix_cache.py::test_a_tile_is_not_found_behind_another_prefix",
+    ),
+    Mutant(
+        "a tile makes way while a job reads it",
+        "prefill_node/prefix_cache.py",
+        "if not kept.num_holders), None)",
+        "), None)",
+        "tests/unit/test_prefix_cache.py::test_what_a_job_reads_does_not_make_way",
+    ),
+    Mutant(
+        "a chain is evicted from its beginning",
+        "prefill_node/prefix_cache.py",
+        "for kept in reversed(filled):",
+        "for kept in filled:",
+        "tests/unit/test_prefix_cache.py::test_a_document_loses_its_end_first",
+    ),
+    Mutant(
+        "what was computed in company is kept",
+        "prefill_node/prefill_loop.py",
+        "self.prefixes.abandon(each.hold)",
+        "pass",
+        "tests/unit/test_prefill_prefixes.py::test_a_prompt_that_began_alone_and_found_company_is_not_kept",
+    ),
+    Mutant(
+        "a job that has ended leaves what its step still reads",
+        "prefill_node/prefill_loop.py",
+        "        if job not in self._stepping:  # else",
+        "        if True:  # else",
+        "tests/unit/test_prefill_prefixes.py::test_what_a_step_reads_is_held_until_it_has_ended",
+    ),
+    Mutant(
+        "attention behind a prefix does not see its keys",
+        "prefill_node/engine.py",
+        "                run.k_KNE[:, start:stop] = tile.k_KTD\n",
+        "",
+        "tests/numerics/test_prefix_runs.py::test_what_lies_behind_a_kept_prefix_has_the_bits_of_a_run_of_everything",
+    ),
 )

@@ -1,0 +1,144 @@
+"""A loop that keeps prefixes: what it keeps, for how long it holds what it reads, and what it expects of the rest."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from prefill_node.prefill_job import job_bytes
+from prefill_node.prefix_cache import PrefixCache
+from tests.unit.test_line import settle
+from tests.unit.test_prefill_loop import (
+    NUM_SHORT_STEPS,
+    NUM_STEPS,
+    NUM_TOKENS,
+    SHORT,
+    Bench,
+    SteppedEngine,
+    a_bench,
+    engine,
+    order,
+    small_window,
+    sparse_plans,
+    two_shorts,
+)
+
+__all__ = ["engine", "small_window"]
+
+
+@pytest.fixture
+async def bench(engine: SteppedEngine) -> AsyncIterator[Bench]:
+    prefixes = PrefixCache(engine.kv_format, tile_tokens=engine.tile_tokens, budget_bytes=1 << 30)
+    async with a_bench(engine, prefixes=prefixes) as bench:
+        yield bench
+        bench.loop.prefixes.check_integrity([job.hold for job in bench.loop._jobs.values()])
+
+
+def again(name: str, number: int = 1) -> str:
+    return f"{name}-{number}"
+
+
+async def num_kept(bench: Bench, name: str) -> int:
+    """Serve a prompt once more; how much of it was kept."""
+    stream = bench.loop.attach(replace(order(name), transfer_id=again(name)))
+    await bench.read(stream)
+    bench.loop.detach(stream)
+    return stream.job.num_cached_tokens
+
+
+async def test_what_was_computed_alone_is_kept(bench: Bench) -> None:
+    first = await bench.whole("a")
+    assert await num_kept(bench, "a") == NUM_TOKENS
+    assert len(first) == NUM_STEPS
+    assert bench.loop.counts.num_tokens == NUM_TOKENS
+
+
+async def test_what_is_computed_in_company_is_not_kept(bench: Bench) -> None:
+    """It differs by rounding from what the prompt gives alone."""
+    shorts = await two_shorts(bench)
+    bench.engine.gates["t"].open()
+    await asyncio.gather(*shorts)
+    assert await num_kept(bench, SHORT) == 0
+    assert await num_kept(bench, SHORT) == 10
+
+
+@pytest.mark.usefixtures("small_window")
+async def test_a_prompt_that_began_alone_and_found_company_is_not_kept(bench: Bench) -> None:
+    shorts = {}
+    for name in (SHORT, "t"):  # each makes the step of layer 0, which fills its window
+        shorts[name] = bench.loop.attach(order(name))
+        await bench.until(lambda: not shorts[name].job.has_room)  # noqa: B023
+    bench.engine.gates["b"].close()
+    other = bench.loop.attach(order("b"))
+    await bench.engine.gates["b"].until_reached()
+    reading = [asyncio.create_task(bench.read(stream)) for stream in (*shorts.values(), other)]
+    await bench.until(lambda: all(stream.job.has_room for stream in shorts.values()))
+    bench.engine.gates["b"].open()
+    await asyncio.gather(*reading)
+    for stream in (*shorts.values(), other):
+        bench.loop.detach(stream)
+    assert bench.engine.steps[:4] == [SHORT, "t", "b", "s+t"]
+    assert await num_kept(bench, SHORT) == 0
+
+
+async def test_what_a_step_reads_is_held_until_it_has_ended(bench: Bench) -> None:
+    await bench.whole("a")
+    bench.engine.gates["a"].close()
+    stream = bench.loop.attach(replace(order("a"), transfer_id=again("a")))
+    await bench.engine.gates["a"].until_reached()
+    bench.loop.give_up(stream)
+    assert len(stream.job.hold.read) == NUM_STEPS // 2
+    bench.loop.prefixes.check_integrity([stream.job.hold])
+    bench.engine.gates["a"].open()
+    await bench.until(lambda: not bench.loop._stepping)
+    assert not stream.job.hold.read
+
+
+async def test_a_job_that_is_refused_or_forgotten_before_it_begins_holds_nothing(bench: Bench) -> None:
+    await bench.whole("a")
+    bench.engine.gates["b"].close()
+    running = asyncio.create_task(bench.whole("b"))
+    await bench.engine.gates["b"].until_reached()
+    waiting = bench.loop.attach(replace(order("a"), transfer_id=again("a")))
+    assert len(waiting.job.hold.read) == NUM_STEPS // 2
+    bench.loop.give_up(waiting)
+    assert not waiting.job.hold.read
+    bench.engine.gates["b"].open()
+    await running
+
+
+async def test_what_is_kept_counts_neither_as_work_nor_as_memory(bench: Bench) -> None:
+    """Nor does it share steps: it has none that compute."""
+    await bench.whole("a")
+    bench.engine.gates["b"].close()
+    running = asyncio.create_task(bench.whole("b"))
+    await bench.engine.gates["b"].until_reached()
+    streams = [bench.loop.attach(replace(order(name), transfer_id=again(name))) for name in ("a", "c")]
+    known, new = (stream.job for stream in streams)
+    assert known.remaining_s == pytest.approx(NUM_STEPS * bench.costs.kept_s)
+    assert new.remaining_s == pytest.approx(NUM_STEPS * bench.costs.step_s)
+    assert known.memory_bytes == job_bytes(bench.engine, NUM_TOKENS, num_cached_tokens=NUM_TOKENS) < new.memory_bytes
+    bench.engine.gates["b"].open()
+    await asyncio.gather(running, *map(bench.read, streams))
+    assert bench.engine.steps.index("a", NUM_STEPS) < bench.engine.steps.index("c")
+
+
+async def test_those_that_wait_learn_what_has_been_computed_meanwhile(bench: Bench) -> None:
+    bench.engine.gates["a"].close()
+    running = asyncio.create_task(bench.whole("a"))
+    await bench.engine.gates["a"].until_reached()
+    waiting = bench.loop.attach(replace(order("a"), transfer_id=again("a")))
+    await settle()
+    assert waiting.job.num_cached_tokens == 0
+    bench.engine.gates["a"].open()
+    await asyncio.gather(running, bench.read(waiting))
+    assert waiting.job.num_cached_tokens == NUM_TOKENS
+    assert bench.loop.prefixes.counts.num_hit_tokens == NUM_TOKENS
+
+
+async def test_a_prompt_that_may_be_sparse_keeps_and_finds_nothing(bench: Bench) -> None:
+    stream = bench.loop.attach(replace(order(SHORT), sparse=sparse_plans(bench.engine)))
+    assert len(await bench.read(stream)) == NUM_SHORT_STEPS
+    assert not bench.loop.prefixes.held_bytes
+    assert not stream.job.hold.keys
