@@ -1,5 +1,6 @@
 """The Ray Serve application: a gateway over a decode pool over a prefill pool."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +29,43 @@ _HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 30.0}
 _SHUTDOWN = {"graceful_shutdown_timeout_s": 8.0, "graceful_shutdown_wait_loop_s": 0.2}
 
 
-def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serve.Application:
-    """Bind the three deployments together. Ray keeps what they are bound to, so no secret is among it."""
+def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles, *, beside: bool = False) -> serve.Application:
+    """Bind the three deployments together. Ray keeps what they are bound to, so no secret is among it.
+
+    A deployment's version is a digest of its options, so where an application is replaced, Serve restarts the replicas
+    of those alone whose options have changed; with `beside`, the next ones start before the last ones go.
+    """
     dtype = config.resolved_dtype
     model = str(model_path)
     report_to = (GATEWAY, APPLICATION)
     metrics = config.metrics
     metrics_host = metrics.host if metrics.enabled else None
     traces = config.tracing.files
+    surge = 100 if beside else 0
+    prefill_options = PrefillOptions(
+        model_path=model,
+        placement=Placement.of(config.prefill.resolved_device, dtype, config.prefill.num_threads),
+        settings=_with_whole_path(config.prefill),
+    )
+    prefill_rest = (secrets, report_to, metrics_host, traces)
     prefill = _deployment(
         PrefillReplica,
         name=PREFILL,
         replicas=config.prefill.num_replicas,
         max_ongoing=config.prefill.max_streams,
         actor=_actor(PREFILL_RESOURCE, config.prefill.num_gpus),
-    ).bind(
-        PrefillOptions(
-            model_path=model,
-            placement=Placement.of(config.prefill.resolved_device, dtype, config.prefill.num_threads),
-            settings=_with_whole_path(config.prefill),
-        ),
-        secrets,
+        version=_version(prefill_options, prefill_rest),
+        surge=surge,
+    ).bind(prefill_options, *prefill_rest)
+    decode_options = DecodeOptions(
+        model_path=model,
+        placement=Placement.of(config.decode.resolved_device, dtype, config.decode.num_threads),
+        settings=config.decode,
+    )
+    decode_rest = (
+        config.prefill.num_replicas,
+        config.prefill.max_queued,
+        config.decode.num_replicas == 1,
         report_to,
         metrics_host,
         traces,
@@ -59,59 +76,46 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles) -> serv
         replicas=config.decode.num_replicas,
         max_ongoing=config.decode.max_requests,
         actor=_actor(DECODE_RESOURCE, config.decode.num_gpus),
-    ).bind(
-        DecodeOptions(
-            model_path=model,
-            placement=Placement.of(config.decode.resolved_device, dtype, config.decode.num_threads),
-            settings=config.decode,
-        ),
-        secrets,
-        prefill,
-        config.prefill.num_replicas,
-        config.prefill.max_queued,
-        config.decode.num_replicas == 1,
-        report_to,
-        metrics_host,
-        traces,
-    )
+        version=_version(decode_options, secrets, decode_rest),
+        surge=surge,
+    ).bind(decode_options, secrets, prefill, *decode_rest)
     gateway = config.gateway
+    gateway_options = GatewayOptions(
+        model_path=model,
+        model_name=config.model.name or model_path.name,
+        dtype=dtype,
+        host=gateway.host,
+        port=gateway.port,
+        http_port=gateway.wanted_http_port,
+        max_files_bytes=gateway.max_files_bytes,
+        audit_folder=None if gateway.audit_folder is None else str(gateway.audit_folder.absolute()),
+        audit_keep_days=gateway.audit_keep_days,
+        metrics_host=metrics_host,
+        metrics_port=metrics.port,
+        traces=traces,
+        num_decode_nodes=config.decode.num_replicas,
+        limits=GatewayLimits(
+            max_document_bytes=gateway.max_document_bytes,
+            max_upload_bytes=gateway.max_upload_bytes,
+            upload_idle_s=gateway.upload_idle_s,
+            max_requests=gateway.max_requests,
+            default_max_new_tokens=gateway.default_max_new_tokens,
+            max_new_tokens=gateway.max_new_tokens,
+            default_timeout_s=gateway.default_timeout_s,
+            min_prefill_tokens_per_s=gateway.min_prefill_tokens_per_s,
+            min_decode_tokens_per_s=gateway.min_decode_tokens_per_s,
+            max_timeout_s=gateway.max_timeout_s,
+        ),
+    )
     return _deployment(
         GatewayReplica,
         name=GATEWAY,
         replicas=1,
         max_ongoing=1000,
         actor={"num_cpus": 0, "resources": {_HEAD_RESOURCE: 0.001}},
-    ).bind(
-        GatewayOptions(
-            model_path=model,
-            model_name=config.model.name or model_path.name,
-            dtype=dtype,
-            host=gateway.host,
-            port=gateway.port,
-            http_port=gateway.wanted_http_port,
-            max_files_bytes=gateway.max_files_bytes,
-            audit_folder=None if gateway.audit_folder is None else str(gateway.audit_folder.absolute()),
-            audit_keep_days=gateway.audit_keep_days,
-            metrics_host=metrics_host,
-            metrics_port=metrics.port,
-            traces=traces,
-            num_decode_nodes=config.decode.num_replicas,
-            limits=GatewayLimits(
-                max_document_bytes=gateway.max_document_bytes,
-                max_upload_bytes=gateway.max_upload_bytes,
-                upload_idle_s=gateway.upload_idle_s,
-                max_requests=gateway.max_requests,
-                default_max_new_tokens=gateway.default_max_new_tokens,
-                max_new_tokens=gateway.max_new_tokens,
-                default_timeout_s=gateway.default_timeout_s,
-                min_prefill_tokens_per_s=gateway.min_prefill_tokens_per_s,
-                min_decode_tokens_per_s=gateway.min_decode_tokens_per_s,
-                max_timeout_s=gateway.max_timeout_s,
-            ),
-        ),
-        secrets,
-        decode,
-    )
+        version=_version(gateway_options, secrets),
+        surge=0,  # it has the ports of the last one
+    ).bind(gateway_options, secrets, decode)
 
 
 def _with_whole_path(section: PrefillSection) -> PrefillSection:
@@ -120,10 +124,17 @@ def _with_whole_path(section: PrefillSection) -> PrefillSection:
     return section.model_copy(update={"sparse_patterns": patterns and patterns.resolve()})
 
 
-def _deployment(replica: type, *, name: str, replicas: int, max_ongoing: int, actor: dict[str, Any]) -> Any:
+def _version(*options: object) -> str:
+    return hashlib.sha256(repr(options).encode()).hexdigest()[:16]
+
+
+def _deployment(
+    replica: type, *, name: str, replicas: int, max_ongoing: int, actor: dict[str, Any], version: str, surge: int
+) -> Any:
     return serve.deployment(
         replica,
         name=name,
+        max_surge_percent=surge,
         num_replicas=replicas,
         max_ongoing_requests=max_ongoing,
         # Whoever asks Serve for a replica waits in a line of its own, which is bounded.
@@ -134,7 +145,7 @@ def _deployment(replica: type, *, name: str, replicas: int, max_ongoing: int, ac
         logging_config={"enable_access_log": False},
         **_HEALTH,
         **_SHUTDOWN,
-    )
+    ).options(version=version, _internal=True)  # otherwise each run restarts every replica, changed or not
 
 
 def _actor(resource: str, num_gpus: int) -> dict[str, Any]:

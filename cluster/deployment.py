@@ -55,9 +55,44 @@ def deploy(
     """
     try:
         _connect(ray_address)
-        return _deploy(config, checkpoint, secrets, ray_address, before_placing)
+        gcs_address = _check(config)
+        serve.start(proxy_location="Disabled")
+        if APPLICATION in serve.status().applications:
+            raise ClusterError(
+                f"Ray at {ray_address} runs a {APPLICATION!r} application already; run `colm down` there"
+            )
+        before_placing(gcs_address)
+        return _run(config, checkpoint, secrets, gcs_address, beside=False)
     finally:
         # Ray kills a driver that is still connected when Ray stops.
+        ray.shutdown()
+
+
+def change(
+    config: ClusterConfig, checkpoint: Checkpoint, secrets: SecretFiles, ray_address: str, *, beside: bool
+) -> None:
+    """Replace the running application by one of other options, and wait until every replica has them.
+
+    Serve replaces the replicas of each role in turn. Those that go finish what they have, or hand it over.
+
+    Args:
+        config: what to run.
+        checkpoint: the model, the same as before.
+        secrets: likewise.
+        ray_address: where it runs.
+        beside: start the next replicas before the last ones go, where there is room for both.
+
+    Raises:
+        ClusterError: Ray cannot be reached, lacks a role's resource, runs no such application, or a replica did not
+            start; then those that ran before go on.
+    """
+    try:
+        _connect(ray_address)
+        gcs_address = _check(config)
+        if APPLICATION not in serve.status().applications:
+            raise ClusterError(f"Ray at {ray_address} runs no {APPLICATION!r} application; run `colm down`, then `up`")
+        _run(config, checkpoint, secrets, gcs_address, beside=beside)
+    finally:
         ray.shutdown()
 
 
@@ -79,25 +114,22 @@ def remove(ray_address: str) -> None:
         ray.shutdown()
 
 
-def _deploy(
-    config: ClusterConfig,
-    checkpoint: Checkpoint,
-    secrets: SecretFiles,
-    ray_address: str,
-    before_placing: Callable[[str], None],
-) -> Deployed:
-    gcs_address = ray.get_runtime_context().gcs_address
+def _check(config: ClusterConfig) -> str:
+    """Refuse a Ray that is open to everybody, or lacks resources; returns its own address."""
+    gcs_address: str = ray.get_runtime_context().gcs_address
     if config.ray.address is not None and not config.ray.insecure:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         check_token_mode(
             gcs_address, [join_address(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in nodes]
         )
     check_resources(config, ray.cluster_resources())
-    serve.start(proxy_location="Disabled")
-    if APPLICATION in serve.status().applications:
-        raise ClusterError(f"Ray at {ray_address} runs a {APPLICATION!r} application already; run `colm down` there")
-    application = build(config, checkpoint.path.absolute(), secrets)
-    before_placing(gcs_address)
+    return gcs_address
+
+
+def _run(
+    config: ClusterConfig, checkpoint: Checkpoint, secrets: SecretFiles, gcs_address: str, *, beside: bool
+) -> Deployed:
+    application = build(config, checkpoint.path.absolute(), secrets, beside=beside)
     # Serve's own wait has no timeout and hides the cause of a failure; ours has the one and reports the other.
     target = serve.RunTarget(target=application, name=APPLICATION, route_prefix=None)
     handle: Any

@@ -3,11 +3,13 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from cluster.certificates import look_after
+from cluster.change import as_kept, changed, has_room_for_both, require_changeable, weights_stamp, with_its_ports
 from cluster.client_tokens import TOKENS_FILE, read_clients
 from cluster.exposure import advice_to_clients, own_certificate, require_encryption
 from cluster.interrupts import Interrupts
@@ -29,12 +31,16 @@ from prefill_node.memory import require_room_for_a_tile
 from prefill_node.sparse.patterns import PatternFile
 
 _RAY_TOKEN = "ray_token"
+_MOST_REPLICAS = 1024
+"""Of a role on a Ray of our own: room for more while they are replaced, and for a later `up` that wants more."""
 
 Say = Callable[[str], None]
 
 
 def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
-    """Bring a cluster up; a failure or an interruption stops all of it again.
+    """Bring a cluster up, or a running one to other options.
+
+    A failure or an interruption stops all of what it began to bring up; a change that fails is taken back.
 
     Args:
         config: what to run.
@@ -55,8 +61,8 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
     require_encryption(config)
     make_state_dir(state_dir)
     with alone(state_dir), Interrupts() as interrupts:
-        if ClusterState.read(state_dir) is not None:
-            raise ClusterError(f"a cluster is up already (state in {state_dir}); run `colm down` first")
+        if (running := ClusterState.read(state_dir)) is not None:
+            return _change(config, checkpoint, running, state_dir, say)
         if (joined := read_joined(state_dir)) is not None:
             raise ClusterError(
                 f"a `colm up` on Ray at {joined} was killed and left its replicas; run `colm down` first"
@@ -72,6 +78,44 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
             interrupts.deaf = True
             _clear(state_dir, say)
             raise
+    return state
+
+
+def _change(
+    config: ClusterConfig, checkpoint: Checkpoint, running: ClusterState, state_dir: Path, say: Say
+) -> ClusterState:
+    """Bring a running cluster to other options, replica by replica; its clients need not know."""
+    if running.ray_pid is not None and not is_running(state_dir / _RAY_TOKEN):
+        raise ClusterError(f"the Ray of this cluster has ended (state in {state_dir}); run `colm down` first")
+    config = with_its_ports(config, running.options)
+    changes = changed(running.options, config)
+    require_changeable(changes)
+    if weights_stamp(checkpoint.weights_path) != running.weights_stamp:
+        raise ClusterError(
+            f"{checkpoint.weights_path} was written anew since this cluster read it, and answers that run cannot go on "
+            "with other weights; run `colm down` first"
+        )
+    if not changes:
+        say("the cluster is up with these options already")
+        return running
+    for name, (has, wants) in changes.items():
+        say(f"{name}: {has} -> {wants}")
+    show_token(state_dir / _RAY_TOKEN)
+    from cluster import deployment
+
+    secrets, before = _secrets(config, state_dir, say, is_new=False), ClusterConfig.model_validate(running.options)
+    for danger in _dangers(config):
+        say(f"insecure: {danger}")
+    beside = has_room_for_both(config, checkpoint.weights_path)
+    say(f"replacing replicas, {'beside those that run' if beside else 'one by one'}; answers go on")
+    try:
+        deployment.change(config, checkpoint, secrets, running.ray_address, beside=beside)
+    except BaseException as err:
+        say(f"taking the change back: {str(err) or 'interrupted'}")
+        deployment.change(before, checkpoint, secrets, running.ray_address, beside=beside)
+        raise
+    state = replace(running, options=as_kept(config))
+    state.write(state_dir)
     return state
 
 
@@ -180,14 +224,15 @@ def _dangers(config: ClusterConfig) -> list[str]:
     return dangers
 
 
-def _secrets(config: ClusterConfig, state_dir: Path, say: Say) -> SecretFiles:
+def _secrets(config: ClusterConfig, state_dir: Path, say: Say, *, is_new: bool) -> SecretFiles:
     own, section = own_certificate(config.gateway, say), config.security
     folder = section.folder
     clients_file = (state_dir if folder is None else folder) / TOKENS_FILE
     if folder is None:
         folder = state_dir / SECRETS
-        shutil.rmtree(folder, ignore_errors=True)  # a killed `up` may have left it
-        write_secrets(folder, section.authority)
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)  # a killed `up` may have left it
+            write_secrets(folder, section.authority)
     read_clients(clients_file)  # a damaged one is refused now, rather than left to the gateway's log
     secrets = SecretFiles(
         folder=str(folder.absolute()),
@@ -203,13 +248,13 @@ def _secrets(config: ClusterConfig, state_dir: Path, say: Say) -> SecretFiles:
 
 
 def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, say: Say) -> ClusterState:
-    secrets = _secrets(config, state_dir, say)
+    secrets = _secrets(config, state_dir, say, is_new=True)
     clients = secrets.of_clients()
     ray_address, ray_pid = config.ray.address, None
     if ray_address is None:
         config = _with_ports(config)
         say("starting Ray on this machine")
-        roles = {"prefill": config.prefill.num_replicas, "decode": config.decode.num_replicas}
+        roles = dict.fromkeys(config.placed, _MOST_REPLICAS)
         ray_address, ray_pid = start_ray(roles, new_ray_root(state_dir), state_dir / _RAY_TOKEN, state_dir / "ray.log")
     # Ray reads these as it is imported; a user's own setting wins.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -234,4 +279,6 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
         client_token=clients.token,
         ca_file=str(Path(secrets.folder) / CA_FILE) if secrets.has_tls else None,
         own_certificate=None if own is None else own.certificate,
+        options=as_kept(config),
+        weights_stamp=weights_stamp(checkpoint.weights_path),
     )

@@ -90,6 +90,10 @@ class ClusterState:
     """The authorities that clients trust, which may change meanwhile; None without TLS."""
     own_certificate: str | None = None
     """File of the certificate that the gateway shows in place of one of that authority."""
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What it was brought up with, by section."""
+    weights_stamp: str = ""
+    """Of the checkpoint, as its replicas read it."""
 
     @property
     def security(self) -> Security:

@@ -57,7 +57,11 @@ def up(
     state_dir: StateDir = DEFAULT_STATE_DIR,
     json: JsonFlag = False,
 ) -> None:
-    """Start or join Ray and bring up the prefill pool, the decode pool and the gateway."""
+    """Start or join Ray and bring up the prefill pool, the decode pool and the gateway.
+
+    Of a cluster that is up, it changes the options that differ: replicas are replaced one after another, and answers go
+    on. The model, security and addresses stay as they are.
+    """
     overrides = {
         "model.path": model,
         "prefill.replicas": prefill,

@@ -346,4 +346,18 @@ MUTANTS = (
         "count = self.now(found, **dict(labels))",
         "tests/unit/test_top.py::test_a_quantile_lies_in_the_bucket_of_the_true_one",
     ),
+    Mutant(
+        "a change restarts every replica",
+        "cluster/application.py",
+        "return hashlib.sha256(repr(options).encode()).hexdigest()[:16]",
+        "return hashlib.sha256(repr((options, object())).encode()).hexdigest()[:16]",
+        "tests/unit/test_changed_options.py::test_a_role_whose_options_stay_has_the_version_that_it_had",
+    ),
+    Mutant(
+        "a running cluster takes another model",
+        "cluster/change.py",
+        '_FIXED_SECTIONS = ("model", "security")',
+        '_FIXED_SECTIONS = ("security",)',
+        "tests/unit/test_changed_options.py::test_what_others_rely_on_is_refused",
+    ),
 )

@@ -1,0 +1,100 @@
+"""`colm up` on a cluster that is up: its options change, and no request fails."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.state import ClusterState
+from colm.client import Client, collect
+from colm.nodes import Role
+from colm.sampling import SamplingParams
+from tests.e2e.conftest import RunningCluster, run_colm
+from tests.tiny import tiny_checkpoint
+
+PROMPT = list(range(3, 200))
+GREEDY = SamplingParams(ignore_eos=True)
+
+
+def toml(folder: Path, name: str, *, batch: int, rest: str = "") -> Path:
+    path = folder / f"{name}.toml"
+    path.write_text(
+        f'[model]\ndtype = "float32"\npath = "{folder / "tiny"}"\n[gateway]\nport = 0\n'
+        f'[decode]\nkv_cache_bytes = "64MiB"\nmax_batch_size = {batch}\n{rest}'
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("change")
+    tiny_checkpoint(folder / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path) -> Iterator[RunningCluster]:
+    state_dir = folder / "state"
+    run_colm(state_dir, "up", "--config", str(toml(folder, "first", batch=4)))
+    try:
+        yield RunningCluster(state_dir, ClusterState.require(state_dir))
+    finally:
+        run_colm(state_dir, "down")
+
+
+def pids(cluster: RunningCluster) -> dict[Role, set[int]]:
+    return {role: {node.process.pid for node in cluster.nodes(role)} for role in Role}
+
+
+def test_options_change_under_requests_and_each_answer_is_whole(cluster: RunningCluster, folder: Path) -> None:
+    before, answers, is_over = pids(cluster), [], threading.Event()
+
+    def ask() -> None:
+        with Client(cluster.state.gateway_address, cluster.state.security) as client:
+            while not is_over.is_set():
+                events = client.generate(token_ids=PROMPT, max_new_tokens=40, sampling=GREEDY)
+                answers.append([token.token_id for token in collect(events).tokens])
+
+    failures: list[BaseException] = []
+    threading.excepthook, hook = lambda args: failures.append(args.exc_value or args.exc_type()), threading.excepthook
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    try:
+        for asker in askers:
+            asker.start()
+        said = cluster.colm("up", "--config", str(toml(folder, "second", batch=3))).stderr
+    finally:
+        is_over.set()
+        for asker in askers:
+            asker.join(120)
+        threading.excepthook = hook
+    assert "decode.max_batch_size: 4 -> 3" in said
+    assert failures == []
+    assert len(answers) >= 2
+    assert all(answer == answers[0] and len(answer) == 40 for answer in answers)
+    after = pids(cluster)
+    assert not before[Role.DECODE] & after[Role.DECODE]
+    assert before[Role.PREFILL] == after[Role.PREFILL]
+    assert "already" in cluster.colm("up", "--config", str(folder / "second.toml")).stderr
+    assert pids(cluster) == after
+
+
+def test_a_change_that_fails_is_taken_back(cluster: RunningCluster, folder: Path) -> None:
+    before = pids(cluster)
+    slow = toml(folder, "slow", batch=2, rest="[ray]\nready_timeout_s = 0.001\n")
+    done = cluster.colm("up", "--config", str(slow), check=False)
+    assert (done.returncode, "ray.ready_timeout_s=0.001" in done.stderr) == (1, True)
+    assert "taking the change back" in done.stderr
+    assert pids(cluster)[Role.PREFILL] == before[Role.PREFILL]
+    with cluster.client() as client:
+        assert len(collect(client.generate(token_ids=PROMPT, max_new_tokens=4, sampling=GREEDY)).tokens) == 4
+    options = ClusterState.require(cluster.state_dir).options
+    assert options["decode"]["max_batch_size"] != 2
+
+
+def test_what_clients_rely_on_does_not_change(cluster: RunningCluster, folder: Path) -> None:
+    moved = toml(folder, "moved", batch=3, rest='[security]\ntoken = "off"\n')
+    done = cluster.colm("up", "--config", str(moved), check=False)
+    assert done.returncode == 1
+    assert "security.token='off': a cluster is up with 'auto'" in done.stderr
+    assert "run `colm down` first" in done.stderr
