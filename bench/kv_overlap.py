@@ -29,6 +29,7 @@ from bench.harness.contest import Case, Contest
 from bench.harness.suite import Options, arguments, num_tokens, run
 from bench.kernels.common import short
 from bench.prefill.case import CHECKED_TILE_TOKENS, check_engine, engine_of_random, prompt
+from colm.allocator import keep_freed_memory
 from colm.clock import MonotonicClock
 from colm.defaults import JOB_LEASE_S, PAGE_TOKENS, TILE_TOKENS
 from colm.dtypes import fastest_dtype
@@ -133,6 +134,7 @@ def _node(case: OverlapCase, seed: int) -> Iterator[_Node]:
 def _serve(case: OverlapCase, seed: int, num_threads: int, security: Security, pipe: Connection) -> None:
     """The process: says its address, then does what it is asked."""
     torch.set_num_threads(num_threads)
+    keep_freed_memory()
     asyncio.run(_answer(case, seed, security, pipe))
 
 
@@ -273,6 +275,7 @@ def main() -> None:
         "--lengths", type=num_tokens, nargs="+", default=[8 << 10, 32 << 10], help="of the prompts; 8K 32K"
     )
     options = parser.parse_args(namespace=OverlapOptions())
+    keep_freed_memory()
     try:
         config = preset(options.preset)
     except ValueError as err:

@@ -6,6 +6,7 @@ from typing import Final, Self
 
 import torch
 
+from colm.allocator import keep_freed_memory
 from colm.cpus import num_usable_cpus
 from colm.dtypes import fastest_dtype, parse_dtype
 from colm.errors import ConfigError
@@ -71,7 +72,7 @@ class Placement:
         return cls(device=place, dtype=chosen, num_threads=num_threads)
 
     def take(self) -> None:
-        """Set this process's threads, and see that the device is there.
+        """Set this process's threads and what its allocator keeps, and see that the device is there.
 
         Raises:
             ConfigError: it is not; why, and the way out.
@@ -79,3 +80,4 @@ class Placement:
         if (reason := why_unusable(self.device)) is not None:
             raise ConfigError(f"device={str(self.device)!r}: {reason}")
         torch.set_num_threads(self.num_threads or num_usable_cpus())
+        keep_freed_memory()

@@ -65,8 +65,8 @@ class KvStore:
         page_tokens, end_token = self.layout.page_tokens, first_token + num_tokens
         first_page = first_token // page_tokens
         ids = table_M[first_page : self.layout.pages(end_token)]
-        breaks = np.flatnonzero(np.diff(ids) != 1) + 1
-        for start, stop in pairwise([0, *breaks.tolist(), len(ids)]):
+        breaks = np.flatnonzero(ids[1:] - ids[:-1] != 1) + 1
+        for start, stop in pairwise((0, *breaks.tolist(), len(ids))):
             # [begin, end) lies in pages ids[start] .. ids[stop - 1], which follow each other.
             begin = max((first_page + start) * page_tokens, first_token)
             end = min((first_page + stop) * page_tokens, end_token)

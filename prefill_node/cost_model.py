@@ -39,11 +39,19 @@ class Work:
     """Tiles of one layer that were kept from an earlier prompt; each is a step in which nothing is computed."""
 
     def __sub__(self, other: "Work") -> "Work":
-        return Work(**{each.name: getattr(self, each.name) - getattr(other, each.name) for each in fields(Work)})
+        return Work(
+            linear_flops=self.linear_flops - other.linear_flops,
+            attention_flops=self.attention_flops - other.attention_flops,
+            num_steps=self.num_steps - other.num_steps,
+            sparse_flops=self.sparse_flops - other.sparse_flops,
+            plan_flops=self.plan_flops - other.plan_flops,
+        )
 
     @classmethod
     def shared(cls, works: Sequence["Work"]) -> "Work":
         """Several prompts' steps, made as one: their operations add up, each step counts once."""
+        if len(works) == 1:
+            return works[0]
         sums = {each.name: sum(getattr(work, each.name) for work in works) for each in fields(cls)}
         return cls(**sums | {"num_steps": max(work.num_steps for work in works)})
 

@@ -10,6 +10,7 @@ from bench.harness.suite import Options, arguments, positive, run
 from bench.kv_stream.codec import StreamCase
 from bench.kv_stream.sender import FORMAT
 from bench.kv_stream.transports import TransportCase
+from colm.allocator import keep_freed_memory
 
 
 class StreamOptions(Options):
@@ -31,6 +32,7 @@ def main() -> None:
         "--codec-kib", type=positive, nargs="*", default=codec_sizes, metavar="KIB", help="of the codec"
     )
     options = parser.parse_args(namespace=StreamOptions())
+    keep_freed_memory()
     cases: list[Case] = [
         TransportCase(
             num_tokens=max(1, (options.mib << 20) // FORMAT.token_bytes),

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from bench.random_weights import RandomWeights
 from colm import defaults
+from colm.allocator import keep_freed_memory
 from colm.clock import MonotonicClock
 from colm.kv import KvFormat, KvTile
 from colm.metrics.kv_stream import KvStreamMetrics
@@ -108,6 +109,7 @@ def sending(num_tokens: int, seed: int, security: Security) -> Iterator[Addresse
 
 
 def _main(num_tokens: int, seed: int, security: Security, said: Connection) -> None:
+    keep_freed_memory()
     asyncio.run(_serve(num_tokens, seed, security, said))
 
 

@@ -19,7 +19,8 @@ class PackArgs(ctypes.Structure):
     """`PackArgs` of abi.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("pieces", "out", "num_pieces", "piece_bytes", "num_bytes", "dtype")),
+        *((name, ctypes.c_int64) for name in ("keys", "values", "keys_stride_k", "values_stride_k", "out")),
+        *((name, ctypes.c_int64) for name in ("num_heads", "head_bytes", "dtype")),
         ("checksum", ctypes.c_uint64),
         ("is_finite", ctypes.c_int64),
     )
@@ -53,20 +54,17 @@ def pack_payload(k_KTD: Tensor, v_KTD: Tensor, out: Tensor) -> tuple[int, bool] 
     check_dims("v_KTD", v_KTD, num_heads, num_tokens, head_dim)
     num_bytes = k_KTD.nbytes + v_KTD.nbytes
     check_dims("out", out, num_bytes)
-    has_native = native.choose_rows_variant(k_KTD, v_KTD) != "torch" and v_KTD.dtype == k_KTD.dtype
-    if not has_native or num_bytes < _FEWEST_HASHED_BYTES or not out.is_contiguous():
+    variant = native.choose_rows_variant(k_KTD, v_KTD)
+    if variant == "torch" or v_KTD.dtype != k_KTD.dtype or num_bytes < _FEWEST_HASHED_BYTES or not out.is_contiguous():
         return None
     if num_tokens > 1 and (k_KTD.stride(1) != head_dim or v_KTD.stride(1) != head_dim):
         k_KTD, v_KTD = k_KTD.contiguous(), v_KTD.contiguous()
     width = k_KTD.element_size()
-    pieces = native.words(
-        [tensor.data_ptr() + head * tensor.stride(0) * width for tensor in (k_KTD, v_KTD) for head in range(num_heads)]
-    )
     args = PackArgs(
-        ctypes.addressof(pieces), out.data_ptr(), 2 * num_heads, num_tokens * head_dim * width, num_bytes,
-        native.dtype_id(k_KTD.dtype),
+        k_KTD.data_ptr(), v_KTD.data_ptr(), k_KTD.stride(0) * width, v_KTD.stride(0) * width, out.data_ptr(),
+        num_heads, num_tokens * head_dim * width, native.dtype_id(k_KTD.dtype),
     )  # fmt: skip
-    native.call("colm_pack_payload", args, native.choose_rows_variant(k_KTD, v_KTD), 1)
+    native.call("colm_pack_payload", args, variant, 1)
     return args.checksum, bool(args.is_finite)
 
 

@@ -229,12 +229,13 @@ struct DequantiseArgs {
 };
 
 struct PackArgs {
-    const unsigned char* const* pieces;  // num_pieces, each of piece_bytes
-    unsigned char* out;                  // num_bytes: the pieces, one behind the other
-    int64_t num_pieces, piece_bytes, num_bytes;
-    int64_t dtype;      // of all values; int8 where nothing is looked for
-    uint64_t checksum;  // out: XXH3-64
-    int64_t is_finite;  // out: whether no value is NaN or an infinity
+    const unsigned char* tensors[2];  // keys, values: K, T, D; T and D contiguous
+    int64_t strides_k[2];             // bytes
+    unsigned char* out;               // 2 K head_bytes: every head of the keys, then of the values
+    int64_t num_heads, head_bytes;    // of one head's T, D
+    int64_t dtype;                    // of all values
+    uint64_t checksum;                // out: XXH3-64
+    int64_t is_finite;                // out: whether no value is NaN or an infinity
 };
 
 // Shapes: K kv heads, T tokens, D head dim.

@@ -126,19 +126,23 @@ COLM_EXPORT
 int32_t colm_pack_payload(PackArgs* args, int32_t, int32_t) {
     Hash hash;
     Finite finite(args->dtype);
+    unsigned char* const out = args->out;
+    const int64_t num_bytes = 2 * args->num_heads * args->head_bytes;
+    const int64_t last_block = (num_bytes - 1) / kBlock * kBlock;  // this one is hashed at the end
     int64_t written = 0, hashed = 0;
-    const int64_t last_block = (args->num_bytes - 1) / kBlock * kBlock;  // this one is hashed at the end
-    for (int64_t piece = 0; piece < args->num_pieces; ++piece) {
-        for (int64_t done = 0; done < args->piece_bytes; done += kChunk) {
-            const int64_t count = std::min(kChunk, args->piece_bytes - done);
-            unsigned char* out = args->out + written;
-            std::memcpy(out, args->pieces[piece] + done, count);
-            if (args->dtype != kInt8) finite.look(out, count);
-            written += count;
-            for (; hashed < last_block && hashed + kBlock <= written; hashed += kBlock) hash.block(args->out + hashed);
+    for (int which = 0; which < 2; ++which) {
+        for (int64_t head = 0; head < args->num_heads; ++head) {
+            const unsigned char* const x = args->tensors[which] + head * args->strides_k[which];
+            for (int64_t done = 0; done < args->head_bytes; done += kChunk) {
+                const int64_t count = std::min(kChunk, args->head_bytes - done);
+                std::memcpy(out + written, x + done, count);
+                finite.look(out + written, count);
+                written += count;
+                for (; hashed < last_block && hashed + kBlock <= written; hashed += kBlock) hash.block(out + hashed);
+            }
         }
     }
-    args->checksum = hash.end(args->out, args->num_bytes);
+    args->checksum = hash.end(out, num_bytes);
     args->is_finite = finite.holds();
     return kOk;
 }

@@ -244,6 +244,13 @@ MUTANTS = (
         "tests/fault/test_not_finite.py::test_a_tile_that_is_not_finite_is_not_sent",
     ),
     Mutant(
+        "freed messages go back to the system",
+        "colm/allocator.py",
+        "(_M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES), (_M_TRIM_THRESHOLD, KEPT_BYTES)",
+        "((_M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES),)",
+        "tests/unit/test_allocator.py::test_messages_that_were_freed_leave_their_pages_to_the_next_ones",
+    ),
+    Mutant(
         "values without the library may be anything",
         "colm/wire/payload.py",
         "all(is_finite(tensor) for tensor in tensors)",
