@@ -1,5 +1,7 @@
 """`make soak`: mixed requests on a local cluster, with faults of requests and killed replicas, for some minutes.
 
+In the middle `colm up` changes an option of both roles, and replaces all their replicas.
+
 Every request must end in one right answer or one typed error. Memory must stay flat, and nothing be held at the end.
 """
 
@@ -13,9 +15,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from rich.table import Table
 from bench.harness.environment import environment
 from cluster.cli.output import human_bytes, note
 from cluster.state import ClusterState
+from colm import defaults
 from colm.client import Client, collect
 from colm.errors import ColmError
 from tests.e2e.conftest import holds, run_colm
@@ -83,14 +87,21 @@ def main() -> int:
         file, state_dir = Path(folder) / "colm.toml", Path(folder) / "state"
         # So little that the tiny model's requests wait for pages now and then.
         kv_cache_bytes = "32MiB" if options.model is None else "4GiB"
-        file.write_text(
+        plain = (
             f'[model]\ndtype = "float32"\n[gateway]\nport = 0\n[decode]\nkv_cache_bytes = "{kv_cache_bytes}"\n'
             "[prefill]\nsparse_dense_below_tokens = 256\n"
         )
+
+        def bring_up(options: str = "") -> None:
+            file.write_text(plain + options)
+            run_colm(state_dir, "up", "--config", str(file), "--model", str(model))
+
         note(f"colm up --model {model}")
         try:
-            run_colm(state_dir, "up", "--config", str(file), "--model", str(model))
-            record = soak(ClusterState.require(state_dir), options)
+            bring_up()
+            # Both roles are told of it.
+            change = partial(bring_up, f"max_queued = {defaults.MAX_QUEUED - 1}\n")
+            record = soak(ClusterState.require(state_dir), options, change)
         finally:
             run_colm(state_dir, "down", check=False)
     command = shlex.join(["python", "-m", "tests.soak", *sys.argv[1:]])
@@ -105,8 +116,18 @@ def main() -> int:
     return int(bool(record["problems"]))
 
 
-def soak(state: ClusterState, options: argparse.Namespace) -> dict[str, Any]:
-    """Ask while nothing goes wrong, then ask the same while much does."""
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of options under the requests."""
+
+    at_s: float
+    took_s: float
+    error: str
+    """What `colm up` said; empty if it changed them."""
+
+
+def soak(state: ClusterState, options: argparse.Namespace, change: Callable[[], None]) -> dict[str, Any]:
+    """Ask while nothing goes wrong, then ask the same while much does, and options `change` in the middle."""
     draw = random.Random(options.seed)
     with Client(state.gateway_address, state.security) as client:
         asked = questions(draw, options.questions, client.cluster_status().models[0])
@@ -117,7 +138,7 @@ def soak(state: ClusterState, options: argparse.Namespace) -> dict[str, Any]:
     with (
         lines(state) as broken,
         Watch(state, kill_every_s=options.kill_every, seed=options.seed, say=note) as watch,
-        ThreadPoolExecutor(options.workers) as threads,
+        ThreadPoolExecutor(options.workers + 1) as threads,
     ):
         faults: list[Fault] = [cancel, run_out_of_time, read_slowly, ask_for_nothing, broken.break_off]
         ends_s = started_s + options.seconds
@@ -127,13 +148,25 @@ def soak(state: ClusterState, options: argparse.Namespace) -> dict[str, Any]:
             )
             for number in range(options.workers)
         ]
+        changing = threads.submit(_change, change, started_s, options.seconds / 2)
         while not all(each.done() for each in done):
             time.sleep(_SAY_EVERY_S)
             note(f"{time.monotonic() - started_s:4.0f} s: {counts.line()}")
         for each in done:
             each.result()
     run_s = time.monotonic() - started_s
-    return _record(options, counts, watch, run_s, _held(state))
+    return _record(options, counts, watch, run_s, _held(state), changing.result())
+
+
+def _change(change: Callable[[], None], started_s: float, at_s: float) -> Change:
+    time.sleep(max(0.0, started_s + at_s - time.monotonic()))
+    began_s, error = time.monotonic(), ""
+    note("colm up, with other options")
+    try:
+        change()
+    except AssertionError as err:
+        error = str(err)
+    return Change(round(began_s - started_s, 1), round(time.monotonic() - began_s, 1), error)
 
 
 def _answered(question: Question, client: Client) -> Question:
@@ -196,7 +229,9 @@ def _held(state: ClusterState) -> list[str]:
         time.sleep(0.25)
 
 
-def _record(options: argparse.Namespace, counts: Counts, watch: Watch, run_s: float, held: list[str]) -> dict[str, Any]:
+def _record(
+    options: argparse.Namespace, counts: Counts, watch: Watch, run_s: float, held: list[str], change: Change
+) -> dict[str, Any]:
     memory = {role: watch.memory.summary(role, run_s) for role in (*ROLES, WHOLE)}
     ends = {end.value: counts.ends[end] for end in End}
     num_requests, num_wanted = counts.ends.total(), round(REQUESTS_PER_S * options.seconds)
@@ -206,6 +241,7 @@ def _record(options: argparse.Namespace, counts: Counts, watch: Watch, run_s: fl
     problems += [f"held at the end: {each}" for each in held]
     problems += [f"memory of {role} grows: {each}" for role, each in memory.items() if each["is_flat"] is False]
     problems += [f"a killed {kill.role} did not come back" for kill in watch.kills[:-1] if kill.back_after_s is None]
+    problems += [f"the options did not change: {change.error}"] * bool(change.error)
     if options.strict and num_without_answer:
         problems.append(f"{num_without_answer} requests without a fault of their own got no answer")
     return {
@@ -222,6 +258,7 @@ def _record(options: argparse.Namespace, counts: Counts, watch: Watch, run_s: fl
         "unavailable": dict(counts.unavailable.most_common()),
         "faults": dict(counts.faults),
         "kills": [asdict(kill) for kill in watch.kills],
+        "change": asdict(change),
         "memory": memory,
         "held": held,
         "problems": problems,
@@ -242,6 +279,7 @@ def _table(record: dict[str, Any]) -> Table:
         )
         middle = f", back after {backs[len(backs) // 2]:.1f} s" if backs else ""
         table.add_row(f"{role} killed", f"{sum(k['role'] == role for k in record['kills'])} times{middle}")
+    table.add_row("all replicas replaced", record["change"]["error"] or f"in {record['change']['took_s']:.1f} s")
     for role in (*ROLES, WHOLE):
         seen = record["memory"][role]
         slope = seen["slope_bytes_per_min"]
