@@ -306,7 +306,8 @@ def default_toml() -> str:
         lines += ["", f"[{section}]"]
         defaults = field.get_default()
         for name, option in type(defaults).model_fields.items():
-            lines += [f"# {option.description}", f"# {name} = {_toml(getattr(defaults, name))}"]
+            said = (option.description or "").splitlines()
+            lines += [*(f"# {line}" for line in said), f"# {name} = {_toml(getattr(defaults, name))}"]
     return "\n".join(lines) + "\n"
 
 
@@ -314,6 +315,8 @@ def _toml(value: object) -> str:
     match value:
         case None:
             return "..."
+        case bool():
+            return str(value).lower()
         case ByteSize():
             return f'"{value.human_readable(separator="")}"'
         case str():
