@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,12 +12,13 @@ from cluster.state import ClusterState
 
 
 @contextmanager
-def running(model: Path, state_dir: Path | None) -> Iterator[ClusterState]:
+def running(model: Path, state_dir: Path | None, options: Mapping[str, object] | None = None) -> Iterator[ClusterState]:
     """A cluster to ask.
 
     Args:
-        model: what it serves; brought up with default options where there is no cluster yet.
+        model: what it serves.
         state_dir: of a cluster that runs; it is left running. None brings one up, and takes it down at the end.
+        options: of that one, as `section.name`; others have their defaults.
 
     Raises:
         ClusterError, CheckpointError, ConfigError: as from `colm up`, or there is no cluster.
@@ -26,7 +27,7 @@ def running(model: Path, state_dir: Path | None) -> Iterator[ClusterState]:
         yield ClusterState.require(state_dir)
         return
     with tempfile.TemporaryDirectory(prefix="colm-bench-") as folder:
-        config = load_config(None, {"model.path": model, "gateway.port": 0})
+        config = load_config(None, {"model.path": model, "gateway.port": 0, **(options or {})})
         state = up(config, Path(folder), _say)
         try:
             yield state

@@ -103,6 +103,26 @@ async def test_another_node_goes_on_with_the_answer_of_a_lost_one(
     assert end.timings.first_token_s > 0
 
 
+async def test_the_prompt_of_a_lost_node_is_not_computed_again(checkpoint: Checkpoint) -> None:
+    path, prompt = str(checkpoint.path), LONG
+    options = {"token_ids": prompt, "max_new_tokens": 40, "sampling": SEEDED, "num_chains": 2}
+    async with (
+        prefill_node(path, prefix_cache_bytes=64 << 20) as prefill,
+        decode_node(path, [prefill.address]) as one,
+        decode_node(path, [prefill.address]) as other,
+    ):
+        nodes = [one, other]
+        pool = TakingTurns([node.address for node in nodes])
+        async with gateway(checkpoint.config, pool, num_decode_nodes=len(nodes)) as address:
+            events = await ask_and_lose(address, nodes, 17, **options)
+        assert prefill.service._loop is not None
+        num_computed = prefill.service._loop.counts.num_tokens
+    end = events[-1]
+    assert isinstance(end, Finished)
+    assert end.usage.num_decode_nodes == 2
+    assert end.usage.num_prefill_cached_tokens == end.usage.num_prefill_tokens == len(prompt) - 1 == num_computed
+
+
 async def test_an_answer_survives_the_loss_of_one_node_after_the_other(
     checkpoint: Checkpoint, nodes: list[DecodeNode]
 ) -> None:

@@ -170,7 +170,7 @@ def test_what_a_job_reads_does_not_make_way() -> None:
     reading = cache.hold(document, b"")
     for other in range(1, 5):
         compute(cache, np.arange(12) + 100 * other)
-    cache.close(reading)
+        cache.check_integrity([reading])
     assert cache.hold(document, b"").num_cached_tokens == 8
 
 
