@@ -1,8 +1,9 @@
 """How the next token is chosen, checked where it is made."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from colm import checks
 from colm.errors import InvalidRequest
@@ -20,16 +21,51 @@ MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100.0
+MAX_CONSTRAINT_CHARS = 1 << 16
+ConstraintKind = Literal["json_schema", "regex"]
+CONSTRAINT_KINDS: tuple[ConstraintKind, ...] = get_args(ConstraintKind)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Constraint:
+    """What an answer's whole text must be, unless its length, or a stop string or stop id of the request, cuts it.
+
+    The decode node compiles it, and refuses what it cannot hold an answer to.
+
+    Raises:
+        InvalidRequest: names the kind as the field, its value and the limit.
+    """
+
+    kind: ConstraintKind
+    text: str
+    """A JSON schema, as JSON; or a regular expression in Rust's syntax, without look-around, that matches all of it."""
+
+    def __post_init__(self) -> None:
+        checks.choice("constraint", self.kind, CONSTRAINT_KINDS)
+        checks.utf8(self.kind, self.text)
+        if not 1 <= len(self.text) <= MAX_CONSTRAINT_CHARS:
+            raise InvalidRequest(self.kind, self.text, f"must have 1 to {MAX_CONSTRAINT_CHARS} characters")
+        if self.kind == "json_schema":
+            try:
+                is_object = isinstance(json.loads(self.text), dict)
+            except (ValueError, RecursionError):
+                is_object = False
+            if not is_object:
+                raise InvalidRequest(self.kind, self.text, "must be a JSON object that is a JSON schema")
+
+
+ANY_JSON_OBJECT = Constraint(kind="json_schema", text='{"type":"object"}')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """Choices of one request.
 
-    They apply in this order, as in vLLM: `logit_bias` and `min_tokens`; `repetition_penalty`, `frequency_penalty`,
-    `presence_penalty`; then greedy, or `temperature`, `top_k` and `min_p`, `top_p`. Of log probabilities, which are the
-    model's own, none changes any. Sources: OpenAI's API reference, "Create chat completion", for `presence_penalty`,
-    `frequency_penalty` and `logit_bias`; vLLM's `SamplingParams` and `vllm/v1/sample` for the others and the order.
+    They apply in this order, as in vLLM: `constraint`, `min_tokens`, `logit_bias`; `repetition_penalty`,
+    `frequency_penalty`, `presence_penalty`; then greedy, or `temperature`, `top_k` and `min_p`, `top_p`. None changes a
+    log probability: those are the model's own. Sources: OpenAI's API reference, "Create chat completion", for
+    `presence_penalty`, `frequency_penalty` and `logit_bias`; vLLM's `SamplingParams` and `vllm/v1/sample` for the
+    others and the order.
 
     Raises:
         InvalidRequest: names the field, its value and the limit.
@@ -63,7 +99,10 @@ class SamplingParams:
     """Token ids, and what is added to the logit of each."""
     min_tokens: int = 0
     """An answer has at least so many tokens before an end-of-answer token, a stop id or a stop string can end it. A
-    stop string then counts where it begins behind them."""
+    stop string then counts where it begins behind them. A constraint that allows nothing but the end comes first."""
+    constraint: Constraint | None = None
+    """What the answer's text must be. It ends where nothing can follow; before, the model may end it wherever what is
+    there is all that is asked for."""
 
     def __post_init__(self) -> None:
         limit = f"must be a number from 0 to {MAX_TEMPERATURE}"
@@ -85,6 +124,8 @@ class SamplingParams:
         checks.integer("top_logprobs", self.top_logprobs, range(MAX_TOP_LOGPROBS + 1), limit)
         checks.flag("ignore_eos", self.ignore_eos)
         self._check_penalties()
+        if self.constraint is not None and not isinstance(self.constraint, Constraint):
+            raise InvalidRequest("constraint", self.constraint, "must be a Constraint")
         checks.integer("min_tokens", self.min_tokens, range(1 << 32), "must be an integer from 0 to max_new_tokens")
 
     def _check_penalties(self) -> None:

@@ -25,6 +25,7 @@ from colm.wire.shared_memory import host_id
 from decode_node.decode_loop import DecodeLoop
 from decode_node.drafter import Drafting, StepTimes
 from decode_node.engine import DecodeEngine
+from decode_node.grammar import Grammars
 from decode_node.held_answers import HeldAnswers
 from decode_node.kv_fetch import KvFetcher, KvTransfer
 from decode_node.kv_layout import KvLayout
@@ -145,6 +146,7 @@ class DecodeNode:
             fetcher=self._fetcher,
             loop=loop,
             tokenizer=tokenizer,
+            grammars=Grammars(tokenizer, checkpoint.config.vocab_size),
             eos_token_ids=checkpoint.text.eos_token_ids,
             max_requests=settings.max_requests,
             max_local_prefill_tokens=settings.max_local_prefill_tokens,

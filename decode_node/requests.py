@@ -18,8 +18,10 @@ from colm.events import Event, Finished, Queued, Reserved, Timings, Token, Usage
 from colm.request import AttentionMode, KvCodec
 from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
+from decode_node.constraint import ConstrainedText
 from decode_node.decode_loop import DecodeLoop
 from decode_node.drafter import Drafting
+from decode_node.grammar import Grammars
 from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder
 from decode_node.kv_store import KvStore
 from decode_node.page_line import PageLine
@@ -83,6 +85,7 @@ class RequestOwner:
         fetcher: brings keys and values into pages.
         loop: advances all answers together.
         tokenizer: None for a model that serves token ids.
+        grammars: compiles what constrains answers.
         eos_token_ids: tokens that end an answer by the model's own convention.
         max_requests: requests at once, waiting ones included; the next is refused.
         max_local_prefill_tokens: prompts of so many tokens are computed here, longer ones by a prefill node.
@@ -97,6 +100,7 @@ class RequestOwner:
         fetcher: KvFetcher,
         loop: DecodeLoop,
         tokenizer: Tokenizer | None,
+        grammars: Grammars,
         eos_token_ids: tuple[int, ...],
         max_requests: int,
         max_local_prefill_tokens: int,
@@ -108,6 +112,7 @@ class RequestOwner:
         self._fetcher = fetcher
         self._loop = loop
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self._eos_token_ids = eos_token_ids
         self._max_requests = max_requests
         self._max_local_prefill_tokens = max_local_prefill_tokens
@@ -184,13 +189,15 @@ class RequestOwner:
 
     async def _serve(self, request: _Request, emit: Emit) -> None:
         job = request.job
+        # First: a constraint that cannot be compiled takes no pages, and no prefill.
+        constrained = await self._grammars.begin(job.sampling.constraint)
         with tracing.span("reserve_pages"):
             pages = request.pages = await self._reserve(job, emit)
         request.account.queue_s = self._clock.now() - request.arrived_s
         logger.info("request.reserved request=%s pages=%d", job.request_id, pages.num_pages)
         await emit(Reserved(num_pages=pages.num_pages))
         table_M = self._store.page_table(pages)
-        answer = self._begin(job, table_M)
+        answer = self._begin(job, table_M, constrained)
         prefill_token_ids = job.token_ids[: self._num_prefill_tokens(job)]
         if len(prefill_token_ids) and answer.finish_reason is None:
             request.stage = Stage.PREFILLING
@@ -233,7 +240,7 @@ class RequestOwner:
 
         return await self._page_line.reserve(job.request_id, num_pages, beat)
 
-    def _begin(self, job: DecodeJob, table_M: NDArray[np.int32]) -> RunningAnswer:
+    def _begin(self, job: DecodeJob, table_M: NDArray[np.int32], constrained: ConstrainedText | None) -> RunningAnswer:
         num_prefill_tokens = self._num_prefill_tokens(job)
         eos_token_ids = () if job.sampling.ignore_eos else self._eos_token_ids
         return RunningAnswer(
@@ -244,10 +251,14 @@ class RequestOwner:
             table_M=table_M,
             sampling=job.sampling,
             stop_token_ids={*eos_token_ids, *job.sampling.stop_token_ids},
-            text_stream=None if self._tokenizer is None else self._tokenizer.stream(),
+            # A grammar allows a first space or not; what it allows is what is shown.
+            text_stream=None
+            if self._tokenizer is None
+            else self._tokenizer.stream(keeps_first_space=constrained is not None),
             # Chain 1 alone has nothing to gain.
             drafter=self._drafting.drafter(job.max_draft_tokens) if self._drafting and job.num_chains > 1 else None,
             prompt_token_ids=job.token_ids,
+            constrained=constrained,
             made_token_ids_N=job.made_token_ids,
         )
 

@@ -14,6 +14,7 @@ from colm.errors import ColmError, InvalidRequest
 from colm.events import FinishReason, Token
 from colm.sampling import SamplingParams
 from colm.text.detokenizer import TextStream
+from decode_node.constraint import ConstrainedText
 from decode_node.drafter import Drafter
 from decode_node.plan import PlanRow
 from decode_node.sampler import Choice, Sampler
@@ -31,6 +32,7 @@ class RunningAnswer:
         text_stream: None for a model without a tokenizer; tokens then carry no text.
         drafter: decides how many tokens chain 1 drafts before all chains verify them; None drafts none.
         prompt_token_ids: all of the prompt's, for the repetition penalty.
+        constrained: what the answer may say; None for anything.
         made_token_ids_N: the answer so far, where another node began it. Its tokens are read anew, their text is passed
             over, and the answer goes on as it would have there.
 
@@ -51,6 +53,7 @@ class RunningAnswer:
         text_stream: TextStream | None,
         drafter: Drafter | None = None,
         prompt_token_ids: Sequence[int] | NDArray[np.int64] = (),
+        constrained: ConstrainedText | None = None,
         made_token_ids_N: Sequence[int] = (),
     ) -> None:
         self._unread_token_ids = (*unread_token_ids, *made_token_ids_N)
@@ -74,6 +77,7 @@ class RunningAnswer:
             prompt_token_ids=prompt_token_ids,
             end_token_ids=self._stop_token_ids,
             draft_token_ids=self._draft_token_ids,
+            constrained=constrained,
         )
         self.num_new_tokens = 0
         self.num_draft_tokens = 0
@@ -192,7 +196,7 @@ class RunningAnswer:
         self.sampler.take(token_id)
         ends_here = token_id in self._stop_token_ids
         text = "" if ends_here else self._decode(token_id)
-        if ends_here or self._stop_matcher.stopped:
+        if ends_here or self._stop_matcher.stopped or self.sampler.has_said_all:
             self.finish_reason = FinishReason.STOP
         elif self.num_new_tokens >= self._max_new_tokens:
             self.finish_reason = FinishReason.LENGTH

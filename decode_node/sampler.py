@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from colm.errors import ColmError, NotFinite
+from colm.errors import ColmError, InvalidRequest, NotFinite
 from colm.sampling import SamplingParams
+from decode_node.constraint import ConstrainedText
 from decode_node.penalties import Penalties
 
 _BLOCK_TOKENS = 128
@@ -44,6 +45,7 @@ class Sampler:
         prompt_token_ids: what the repetition penalty counts besides the answer.
         end_token_ids: what `min_tokens` rules out.
         draft_token_ids: behind the answer's tokens; its owner adds to them and clears them.
+        constrained: what the answer may say; None for anything.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Sampler:
         prompt_token_ids: Sequence[int] | NDArray[np.int64] = (),
         end_token_ids: Collection[int] = (),
         draft_token_ids: Sequence[int] = (),
+        constrained: ConstrainedText | None = None,
     ) -> None:
         self.params = params
         self._next_position = first_position
@@ -61,6 +64,7 @@ class Sampler:
         self._end_token_ids = np.array(sorted(end_token_ids), dtype=np.int64)
         self._draft_token_ids = draft_token_ids
         self._penalties = Penalties.of(params, prompt_token_ids)
+        self._constrained = constrained
         seed = secrets.randbits(64) if params.seed is None else params.seed
         self._key = seed.to_bytes(8, "little")
 
@@ -70,24 +74,53 @@ class Sampler:
         return 1.0 - (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
     def take(self, token_id: int) -> None:
-        """Note the next token of the answer."""
+        """Note the next token of the answer.
+
+        Raises:
+            InvalidRequest: no answer that is held to the constraint has it there.
+        """
         self._next_position += 1
         if self._penalties is not None:
             self._penalties.take(token_id)
+        if self._constrained is not None and token_id not in self._end_token_ids:
+            self._constrained.take(token_id)
+
+    @property
+    def has_said_all(self) -> bool:
+        """Whether the constraint lets nothing follow."""
+        return self._constrained is not None and self._constrained.has_ended
 
     def edited(self, position: int, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
         """The logits from which the token at a position is chosen, behind the answer and the drafts before it."""
         if self._penalties is None:
             return logits_V
-        return self._penalties.edited(logits_V, self._draft_token_ids[: position - self._next_position])
+        return self._penalties.edited(logits_V, self._drafts_before(position))
 
     def allowed(self, position: int, vocab_size: int) -> NDArray[np.int64] | None:
-        """Ids of the tokens that may be chosen at a position; None for all."""
-        if position >= self._free_position or len(self._end_token_ids) == 0:
+        """Ids of the tokens that may be chosen at a position; None for all.
+
+        Raises:
+            InvalidRequest: the constraint takes too much, or cannot be followed with this vocabulary.
+        """
+        must_go_on = position < self._free_position and len(self._end_token_ids) > 0
+        if self._constrained is None and not must_go_on:
             return None
-        allowed_V = np.ones(vocab_size, dtype=bool)
-        allowed_V[self._end_token_ids[self._end_token_ids < vocab_size]] = False
+        ends = self._end_token_ids[self._end_token_ids < vocab_size]
+        allowed_V, may_end = np.ones(vocab_size, dtype=bool), False
+        if self._constrained is not None:
+            allowed_V, may_end = self._constrained.allowed(self._drafts_before(position))
+            allowed_V = allowed_V.copy()
+        if must_go_on:
+            longer_V = allowed_V.copy()
+            longer_V[ends] = False
+            if longer_V.any():
+                return np.flatnonzero(longer_V)
+        if may_end:
+            allowed_V[ends] = True
         return np.flatnonzero(allowed_V) if allowed_V.any() else None
+
+    def _drafts_before(self, position: int) -> Sequence[int]:
+        return self._draft_token_ids[: position - self._next_position]
 
 
 def choose(samplers: Sequence[Sampler], positions_Q: Sequence[int], logits_QV: Tensor) -> list[Choice | ColmError]:
@@ -114,9 +147,14 @@ def choose(samplers: Sequence[Sampler], positions_Q: Sequence[int], logits_QV: T
     ]
 
 
-def _choose(sampler: Sampler, position: int, logits_V: NDArray[np.float32], logprobs_V: NDArray[np.float32]) -> Choice:
+def _choose(
+    sampler: Sampler, position: int, logits_V: NDArray[np.float32], logprobs_V: NDArray[np.float32]
+) -> Choice | InvalidRequest:
     params = sampler.params
-    ids_C = sampler.allowed(position, len(logits_V))
+    try:
+        ids_C = sampler.allowed(position, len(logits_V))
+    except InvalidRequest as err:
+        return err
     edited_V = sampler.edited(position, logits_V)
     edited_C = edited_V if ids_C is None else edited_V[ids_C]
     chosen = int(edited_C.argmax()) if params.temperature == 0 else _draw(params, sampler.uniform(position), edited_C)

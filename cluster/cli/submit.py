@@ -13,7 +13,7 @@ from cluster.state import ClusterState
 from colm.client import Client
 from colm.errors import ClusterError
 from colm.request import AttentionMode, KvCodec
-from colm.sampling import SamplingParams
+from colm.sampling import Constraint, SamplingParams
 from colm.upload import Document
 from colm.wire.certificates import system_authorities
 from colm.wire.members import CLUSTER_NAME
@@ -51,6 +51,12 @@ def submit(
         list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a token's logit; may be repeated.")
     ] = None,
     min_tokens: Annotated[int, typer.Option(help="Tokens before which nothing ends the answer.")] = 0,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON schema; the answer is JSON of it, unless its length cuts it.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="Regular expression that the whole answer matches, unless its length cuts it.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Plain completion, without the chat template.")] = False,
     timeout_s: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
     attention: Annotated[
@@ -96,6 +102,7 @@ def submit(
         repetition_penalty=repetition_penalty,
         logit_bias=tuple(map(_bias, logit_bias or ())),
         min_tokens=min_tokens,
+        constraint=_constraint(json_schema, regex),
     )
     try:
         with (
@@ -133,6 +140,17 @@ def _bias(word: str) -> tuple[int, float]:
         return int(token_id), float(bias)
     except ValueError:
         raise ClusterError(f"--logit-bias={word!r} must be a token id and a number, as in 42=-1.5") from None
+
+
+def _constraint(json_schema: Path | None, regex: str | None) -> Constraint | None:
+    if json_schema is not None and regex is not None:
+        raise ClusterError("--json-schema and --regex exclude each other; leave one out")
+    if json_schema is not None:
+        try:
+            return Constraint(kind="json_schema", text=json_schema.read_text())
+        except (OSError, UnicodeDecodeError) as err:
+            raise ClusterError(f"--json-schema={json_schema} is not a text file that can be read: {err}") from err
+    return None if regex is None else Constraint(kind="regex", text=regex)
 
 
 def _document(file: str) -> Document:

@@ -108,6 +108,8 @@ class Plan:
         if request.sampling.stop and model.tokenizer is None:
             limit = f"model {model.name!r} has no tokenizer; use stop_token_ids"
             raise InvalidRequest("stop", request.sampling.stop, limit)
+        if (constraint := request.sampling.constraint) is not None and model.tokenizer is None:
+            raise InvalidRequest(constraint.kind, constraint.text, f"model {model.name!r} has no tokenizer")
         return cls(
             prompt=request.prompt,
             history=request.history,

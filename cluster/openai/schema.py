@@ -3,17 +3,19 @@
 Fields that this system has are read; fields that it lacks are accepted with the value that changes nothing, and refused
 by name with any other; fields that nobody knows are refused, as OpenAI does. Beside OpenAI's own there are `scale` (or
 `num_chains`), `attention`, `document` and `timeout_s`, and of the sampling fields that vLLM has `top_k`, `min_p`,
-`repetition_penalty`, `min_tokens`, `stop_token_ids` and `ignore_eos`. Its Python package sends them as `extra_body`.
+`repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`, `guided_json` and `guided_regex`. Its Python package
+sends them as `extra_body`.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from colm.errors import InvalidRequest
 from colm.request import AttentionMode, ChatMessage, GenerateRequest
-from colm.sampling import MAX_LOGIT_BIASES, SamplingParams
+from colm.sampling import ANY_JSON_OBJECT, MAX_LOGIT_BIASES, Constraint, SamplingParams
 
 MAX_ANSWERS = 8
 """Of one call. Each is a request of its own."""
@@ -54,10 +56,54 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
-class ResponseFormat(_Strict):
-    """Free text is all there is."""
+class JsonSchema(_Strict):
+    """What an answer is to be; always held to, `strict` or not."""
 
-    type: Literal["text"]
+    name: str = ""
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """Free text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_of_its_type(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema, which needs it")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """Of the answer's text."""
+        if self.json_schema is not None:
+            return _schema(self.json_schema.json_schema)
+        return ANY_JSON_OBJECT if self.type == "json_object" else None
+
+
+def _without(reason: str) -> AfterValidator:
+    """Refuses every value that asks for something."""
+
+    def check(value: object) -> object:
+        if value is False or value in (None, [], "none", "auto"):
+            return value
+        raise ValueError(reason)
+
+    return AfterValidator(check)
+
+
+_NO_PROMPT_LOGPROBS = _without(
+    "a prompt is neither sent back nor given log probabilities: the prefill node computes its keys and values with "
+    "chain 1 alone, and has no output head"
+)
+_NO_TOOLS = _without(
+    "tools are not served: each model's template writes them and its calls in a form of its own; describe them in the "
+    "system message and ask for response_format={'type': 'json_schema', ...}"
+)
 
 
 class _Request(_Strict):
@@ -93,6 +139,10 @@ class _Request(_Strict):
         Annotated[dict[Annotated[int, Field(strict=False)], float], Field(max_length=MAX_LOGIT_BIASES)] | None
     ) = None
     min_tokens: int = 0
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    prompt_logprobs: Annotated[int | bool | None, _NO_PROMPT_LOGPROBS] = None
 
     @model_validator(mode="after")
     def _one_name_of_scale(self) -> "_Request":
@@ -125,7 +175,19 @@ class _Request(_Strict):
             min_p=self.min_p or 0.0,
             logit_bias=tuple((self.logit_bias or {}).items()),
             min_tokens=self.min_tokens,
+            constraint=self._constraint(),
         )
+
+    def _constraint(self) -> Constraint | None:
+        asked = {
+            "response_format": self.response_format and self.response_format.constraint,
+            "guided_json": self.guided_json and _schema(self.guided_json),
+            "guided_regex": self.guided_regex and Constraint(kind="regex", text=self.guided_regex),
+        }
+        given = {field: constraint for field, constraint in asked.items() if constraint}
+        if len(given) > 1:
+            raise InvalidRequest(next(iter(given)), "", f"{' and '.join(given)} exclude each other; give one of them")
+        return next(iter(given.values()), None)
 
 
 class ChatRequest(_Request):
@@ -135,11 +197,10 @@ class ChatRequest(_Request):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     store: Literal[False, None] = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto", None] = None
+    tools: Annotated[list[Any] | None, _NO_TOOLS] = None
+    tool_choice: Annotated[str | dict[str, Any] | None, _NO_TOOLS] = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", None] = None
 
@@ -157,7 +218,7 @@ class CompletionRequest(_Request):
 
     prompt: str | Annotated[list[int], Field(min_length=1)]
     logprobs: int | None = None
-    echo: Literal[False, None] = None
+    echo: Annotated[bool | None, _NO_PROMPT_LOGPROBS] = None
     suffix: Literal["", None] = None
     best_of: int | None = None
 
@@ -186,6 +247,10 @@ class Ask:
 
 
 _Body = TypeVar("_Body", bound=_Request)
+
+
+def _schema(schema: dict[str, Any] | str) -> Constraint:
+    return Constraint(kind="json_schema", text=schema if isinstance(schema, str) else json.dumps(schema))
 
 
 def read_chat(body: bytes) -> Ask:
@@ -270,4 +335,5 @@ def _read(kind: type[_Body], body: bytes) -> _Body:
             raise InvalidRequest(field, found["input"], "is not a parameter that this server knows") from err
         if found["type"] == "json_invalid":
             raise InvalidRequest("body", body[:40], f"must be JSON: {found['msg']}") from err
-        raise InvalidRequest(field or "body", found["input"] if field else "", found["msg"]) from err
+        limit = found["msg"].removeprefix("Value error, ")
+        raise InvalidRequest(field or "body", found["input"] if field else "", limit) from err

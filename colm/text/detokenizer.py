@@ -78,10 +78,10 @@ class TextStream:
     `Detokenizer.decode` of all ids.
     """
 
-    def __init__(self, detokenizer: Detokenizer, *, skip_special: bool = True) -> None:
+    def __init__(self, detokenizer: Detokenizer, *, skip_special: bool = True, keeps_first_space: bool = False) -> None:
         self._detokenizer = detokenizer
         self._skip_special = skip_special
-        self._at_start = True
+        self._at_start = not keeps_first_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:

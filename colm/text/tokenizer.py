@@ -148,9 +148,13 @@ class Tokenizer:
         """Bytes of one token, which may be part of a character; a special token's are its name."""
         return self._detokenizer.token_bytes(token_id, skip_special=False)
 
-    def stream(self, skip_special: bool = True) -> TextStream:
+    def answer_bytes(self, ids: Iterable[int]) -> list[bytes]:
+        """Bytes that each token adds to an answer's text; a special token's are none."""
+        return [self._detokenizer.token_bytes(token_id) for token_id in ids]
+
+    def stream(self, skip_special: bool = True, *, keeps_first_space: bool = False) -> TextStream:
         """A fresh stream for one answer."""
-        return TextStream(self._detokenizer, skip_special=skip_special)
+        return TextStream(self._detokenizer, skip_special=skip_special, keeps_first_space=keeps_first_space)
 
     def _render(self, roles: tuple[ChatRole, ...]) -> str:
         """The template's text, with markers where the contents belong."""

@@ -29,7 +29,7 @@ from colm.events import (
 )
 from colm.nodes import ClusterStatus, ModelStatus, NodeReport, NodeStatus, ProcessFacts, Role
 from colm.request import AttentionMode, ChatMessage, GenerateRequest, KvCodec
-from colm.sampling import SamplingParams
+from colm.sampling import Constraint, SamplingParams
 from colm.wire.v1 import common_pb2 as pb
 from colm.wire.v1 import decode_service_pb2 as decode_pb
 from colm.wire.v1 import generation_service_pb2 as generation_pb
@@ -102,6 +102,8 @@ def sampling_to_pb(params: SamplingParams) -> pb.Sampling:
     )
     if params.seed is not None:
         message.seed = params.seed
+    if params.constraint is not None:
+        setattr(message, params.constraint.kind, params.constraint.text)
     return message
 
 
@@ -126,7 +128,13 @@ def sampling_from_pb(message: pb.Sampling) -> SamplingParams:
         min_p=message.min_p,
         logit_bias=tuple((each.token_id, each.bias) for each in message.logit_bias),
         min_tokens=message.min_tokens,
+        constraint=_constraint_from_pb(message),
     )
+
+
+def _constraint_from_pb(message: pb.Sampling) -> Constraint | None:
+    kind = message.WhichOneof("constraint")
+    return None if kind is None else Constraint(kind=kind, text=getattr(message, kind))
 
 
 def attention_to_pb(mode: AttentionMode) -> pb.AttentionMode:

@@ -48,6 +48,7 @@ from colm.events import (
 )
 from colm.request import ATTENTION_MODES, CHAT_ROLES, KV_CODECS, ChatMessage, GenerateRequest
 from colm.sampling import (
+    ANY_JSON_OBJECT,
     MAX_LOGIT_BIAS,
     MAX_PENALTY,
     MAX_REPETITION_PENALTY,
@@ -56,6 +57,7 @@ from colm.sampling import (
     MAX_STOP_TOKEN_IDS,
     MAX_TEMPERATURE,
     MAX_TOP_LOGPROBS,
+    Constraint,
     SamplingParams,
 )
 from colm.wire.endpoint import bind, create_server, open_blocking_channel, open_channel
@@ -161,6 +163,9 @@ SAMPLING = st.builds(
         lambda biases: tuple(biases.items())
     ),
     min_tokens=U32,
+    constraint=st.sampled_from(
+        [None, ANY_JSON_OBJECT, Constraint(kind="regex", text="é+"), Constraint(kind="json_schema", text="{}")]
+    ),
 )
 REQUESTS = st.builds(
     GenerateRequest,
@@ -235,6 +240,9 @@ def test_an_empty_sampling_message_is_greedy() -> None:
         (common_pb2.Sampling(top_p=0), "top_p"),
         (common_pb2.Sampling(stop=[""]), "stop"),
         (common_pb2.Sampling(top_logprobs=21), "top_logprobs"),
+        (common_pb2.Sampling(repetition_penalty=0), "repetition_penalty"),
+        (common_pb2.Sampling(json_schema="[]"), "json_schema"),
+        (common_pb2.Sampling(regex=""), "regex"),
     ],
 )
 def test_sampling_from_a_caller_is_checked(message: common_pb2.Sampling, field: str) -> None:

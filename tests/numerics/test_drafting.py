@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from colm.checkpoint import Checkpoint, save
 from colm.events import FinishReason, Token
 from colm.kv import KvFormat
-from colm.sampling import SamplingParams
+from colm.sampling import ANY_JSON_OBJECT, Constraint, SamplingParams
 from colm.text.detokenizer import Detokenizer, TextStream
+from decode_node.constraint import ConstrainedText
 from decode_node.drafter import Drafter, Drafting, StepTimes
 from decode_node.engine import DecodeEngine
 from decode_node.kv_layout import KvCacheDtype, KvLayout
@@ -29,6 +30,7 @@ from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import choose
 from decode_node.scheduler import Scheduler, Step
+from tests.constraints import grammar_of
 from tests.tiny import random_tensors, tiny_config, tiny_tokenizer
 
 PAGE_TOKENS = 8
@@ -102,6 +104,7 @@ class Ask:
             text_stream=TextStream(Detokenizer(TOKENIZER)),
             drafter=Wishes(self.wishes) if drafts and self.num_chains > 1 else None,
             prompt_token_ids=self.prompt,
+            constrained=self.sampling.constraint and ConstrainedText(grammar_of(self.sampling.constraint)),
         )
 
 
@@ -217,6 +220,7 @@ SAMPLING = st.builds(
     min_p=st.sampled_from([0.0, 0.0, 0.1]),
     logit_bias=st.sampled_from([(), ((2, 1.0), (17, 0.5))]),
     min_tokens=st.sampled_from([0, 0, 1]),
+    constraint=st.sampled_from([None, None, ANY_JSON_OBJECT, Constraint(kind="regex", text="( [a-d]{1,5}|the){1,9}")]),
 )
 ASKS = st.builds(
     Ask,

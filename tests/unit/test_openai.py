@@ -147,6 +147,29 @@ async def test_bias_and_penalties_choose_and_log_probabilities_stay_the_models(c
     assert len(set(same.tokens or ())) == 1
 
 
+async def test_an_answer_is_in_the_format_that_is_asked_for(client: AsyncOpenAI) -> None:
+    """Of a random model, which would write none of it."""
+    asked = {
+        "type": "object",
+        "properties": {"word": {"enum": ["one", "two"]}, "ok": {"type": "boolean"}},
+        "required": ["word", "ok"],
+        "additionalProperties": False,
+    }
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": asked, "strict": True}}
+    wanted: Any = {"messages": QUESTION, "max_tokens": 100, "model": "tiny", "seed": 1}
+    by_schema = await client.chat.completions.create(response_format=schema, **wanted)
+    stream = await client.chat.completions.create(extra_body={"guided_json": asked}, stream=True, **wanted)
+    streamed = "".join([each.choices[0].delta.content or "" async for each in stream if each.choices])
+    assert by_schema.choices[0].finish_reason == "stop"
+    said = json.loads(by_schema.choices[0].message.content or "")
+    assert (said["word"] in ("one", "two"), type(said["ok"]), len(said)) == (True, bool, 2)
+    assert json.loads(streamed) == said
+    by_regex = await client.completions.create(
+        prompt="x", max_tokens=9, model="tiny", extra_body={"guided_regex": "(yes|no)"}
+    )
+    assert by_regex.choices[0].text in ("yes", "no")
+
+
 async def test_a_decode_node_checks_the_ids_that_it_looks_up(node: DecodeNode) -> None:
     with pytest.raises(grpc.aio.AioRpcError, match="logit_bias=4000000: must be below the vocabulary size"):
         await decode(node.address, [5, 6], sampling=SamplingParams(logit_bias=((4_000_000, 1.0),)))
@@ -274,8 +297,13 @@ async def test_files_are_bounded_and_must_be_text(
         ({"extra_body": {"repetition_penalty": 0}}, "repetition_penalty"),
         ({"extra_body": {"min_p": 2}}, "min_p"),
         ({"extra_body": {"min_tokens": 9}, "max_tokens": 8}, "min_tokens"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "extra_body": {"guided_regex": "x"}}, "response_format"),
+        ({"extra_body": {"guided_json": "[]"}}, "json_schema"),
+        ({"extra_body": {"guided_regex": "(x"}}, "regex"),
+        ({"extra_body": {"prompt_logprobs": 0}}, "prompt_logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"extra_body": {"colour": "red"}}, "colour"),
         ({"temperature": 11}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -296,6 +324,12 @@ async def test_what_cannot_be_served_is_refused_by_name(
     assert refusal.value.type == "invalid_request_error"
     if param is not None:
         assert refusal.value.param == param
+
+
+async def test_a_prompt_is_not_sent_back_and_the_refusal_says_why(client: AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="has no output head") as refusal:
+        await client.completions.create(model="tiny", prompt="x", echo=True)
+    assert refusal.value.param == "echo"
 
 
 async def test_models_are_listed_and_another_one_is_not_found(checkpoint: Checkpoint, client: AsyncOpenAI) -> None:

@@ -5,6 +5,7 @@ from tests.mutation.mutant import Mutant
 _DRAFTS = "tests/unit/test_running_answer.py::"
 _DEADLINES = "tests/fault/test_deadlines.py::"
 _ENGINE = "tests/numerics/test_decode_engine.py::"
+_CONSTRAINT = "tests/unit/test_constraint.py::"
 _PENALTIES = "tests/unit/test_penalties.py::"
 _LOOP = "tests/fault/test_decode_loop.py::"
 _WAITING = "tests/fault/test_waiting.py::"
@@ -168,9 +169,37 @@ MUTANTS = (
     Mutant(
         "an end is chosen before the least length",
         "decode_node/sampler.py",
-        "if position >= self._free_position or",
-        "if position > -1 or",
+        "must_go_on = position < self._free_position",
+        "must_go_on = position < 0",
         _PENALTIES + "test_no_end_is_chosen_before_the_least_length_unless_there_is_nothing_else",
+    ),
+    Mutant(
+        "a grammar keeps what it has read of drafts",
+        "decode_node/constraint.py",
+        "        matcher.rollback(len(drafts))\n",
+        "",
+        _CONSTRAINT + "test_drafts_and_lost_nodes_change_no_token_of_it",
+    ),
+    Mutant(
+        "an answer may end before it is complete",
+        "decode_node/sampler.py",
+        "        if may_end:\n",
+        "        if True:\n",
+        _CONSTRAINT + "test_the_model_ends_an_answer_only_where_it_is_complete",
+    ),
+    Mutant(
+        "a node that takes over begins the grammar anew",
+        "decode_node/sampler.py",
+        "            self._constrained.take(token_id)\n",
+        "            pass\n",
+        _CONSTRAINT + "test_an_answer_so_far_that_the_grammar_does_not_allow_is_refused",
+    ),
+    Mutant(
+        "a stranger's schema is compiled beside the answers of others",
+        "decode_node/grammar.py",
+        "if refused := _tried_out(grammar):",
+        "if refused := '':",
+        _CONSTRAINT + "test_what_cannot_be_served_is_refused_by_name_and_a_hostile_one_costs_a_child",
     ),
     Mutant(
         "a failed step tells only the first",
