@@ -15,6 +15,7 @@ from bench.quality.metrics import negative_log_likelihoods
 from colm.checkpoint import Checkpoint
 from colm.defaults import PAGE_TOKENS
 from colm.kv import KvFormat, KvTile
+from colm.model.weights import WeightLayout
 from decode_node.engine import DecodeEngine
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
@@ -29,14 +30,31 @@ class Reading:
         kv_format: of the keys and values.
         num_tokens: of the prompt.
         max_text_tokens: of the longest text.
+        num_chains: the scale at which texts are read.
+        weights: how the engine keeps them; None as stored.
     """
 
-    def __init__(self, checkpoint: Checkpoint, kv_format: KvFormat, *, num_tokens: int, max_text_tokens: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        kv_format: KvFormat,
+        *,
+        num_tokens: int,
+        max_text_tokens: int,
+        num_chains: int = 1,
+        weights: WeightLayout | None = None,
+    ) -> None:
         layout = KvLayout(kv_format, PAGE_TOKENS)
         self._num_tokens = num_tokens
         self._store = KvStore(layout, layout.pages(num_tokens + max_text_tokens))
         self._table_M = np.arange(self._store.num_pages, dtype=np.int32)
-        self._engine = DecodeEngine(checkpoint, self._store)
+        self._num_chains = num_chains
+        self._engine = DecodeEngine(checkpoint, self._store, weights=weights)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a step reads of the weights."""
+        return self._engine.weight_bytes(self._num_chains)
 
     def write(self, tile: KvTile) -> None:
         """Keep a tile of the prompt."""
@@ -61,5 +79,5 @@ class Reading:
         """logits_QV of a text's tokens, some after the others."""
         for start in range(0, len(token_ids_T), MAX_QUERY_TOKENS):
             read = tuple(token_ids_T[start : start + MAX_QUERY_TOKENS].tolist())
-            row = PlanRow(read, self._num_tokens + start, 1, self._table_M, num_logits=len(read))
+            row = PlanRow(read, self._num_tokens + start, self._num_chains, self._table_M, num_logits=len(read))
             yield self._engine.step(StepPlan((row,)))

@@ -1,33 +1,47 @@
 """The file of outcomes: a line a cell, so that what is done is not done again."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
-from bench.quality.cells import Cell
-from bench.quality.experiment import Outcome
+from bench.harness import records
 
 
-class Records:
+class AsJson(Protocol):
+    """What a record holds."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For the record."""
+
+    @classmethod
+    def of_json(cls, data: Mapping[str, Any]) -> Self:
+        """What `as_json` gave."""
+
+
+CellT = TypeVar("CellT", bound=AsJson)
+OutcomeT = TypeVar("OutcomeT", bound=AsJson)
+
+
+class Records(Generic[CellT, OutcomeT]):
     """Outcomes of one setting in a file that may hold others too.
 
     Args:
         path: of the file, JSON lines; it need not exist.
         setting: of the experiment.
+        cell: the class of its cells, hashable.
+        outcome: the class of its outcomes.
     """
 
-    def __init__(self, path: Path, setting: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, setting: Mapping[str, Any], cell: type[CellT], outcome: type[OutcomeT]) -> None:
         self._path = path
         self._setting = dict(setting)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        mine = [record for line in lines if (record := json.loads(line))["setting"] == self._setting]
-        self.outcomes = {Cell.of_json(record["cell"]): Outcome.of_json(record["outcome"]) for record in mine}
+        mine = [record for record in records.read(path) if record["setting"] == self._setting]
+        self.outcomes = {cell.of_json(record["cell"]): outcome.of_json(record["outcome"]) for record in mine}
         """By cell, in the order of the file."""
         self.environments = [record["environment"] for record in mine]
         """In which each was made."""
 
-    def add(self, cell: Cell, outcome: Outcome, environment: Mapping[str, Any]) -> None:
+    def add(self, cell: CellT, outcome: OutcomeT, environment: Mapping[str, Any]) -> None:
         """Write an outcome at once."""
         record = {
             "cell": cell.as_json(),
@@ -35,8 +49,6 @@ class Records:
             "setting": self._setting,
             "environment": dict(environment),
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        records.append(self._path, [record])
         self.outcomes[cell] = outcome
         self.environments.append(dict(environment))

@@ -126,7 +126,7 @@ def write_table(page: Path, found: Sequence[Row], source: str) -> None:
     replace_between(page, BEGIN, END, [*(f"| {' | '.join(each)} |" for each in words), "", source])
 
 
-def source_of(setting: Mapping[str, Any], environments: Sequence[Mapping[str, Any]]) -> str:
+def source_of(setting: Mapping[str, Any], environments: Sequence[Mapping[str, Any]], chains: str = "chain 1") -> str:
     """Where the figures come from, in a sentence or two."""
     commits = sorted({each["commit"][:7] for each in environments})
     cpus = sorted({str(each["cpu"]) for each in environments})
@@ -134,4 +134,4 @@ def source_of(setting: Mapping[str, Any], environments: Sequence[Mapping[str, An
     pythons = sorted({each["versions"]["python"] for each in environments})
     text = f"Python {', '.join(pythons)}'s text, SHA-256 {setting['text_sha256'][:12]}"
     machine = f"{', '.join(cpus)}, threads: {', '.join(threads)}; commits {', '.join(commits)}"
-    return f"{setting['model']}, chain 1, {setting['dtype']}; {text}; {machine}."
+    return f"{setting['model']}, {chains}, {setting['dtype']}; {text}; {machine}."

@@ -10,6 +10,7 @@ import pytest
 import torch
 from colm_kernels import native
 from colm_kernels.decode_attention import MAX_QUERY_TOKENS
+from colm_kernels.quantised import Quantisation
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from colm.checkpoint import Checkpoint, save
 from colm.events import FinishReason, Token
 from colm.kv import KvFormat
+from colm.model.weights import WeightLayout
 from colm.sampling import ANY_JSON_OBJECT, Constraint, SamplingParams
 from colm.text.detokenizer import Detokenizer, TextStream
 from decode_node.constraint import ConstrainedText
@@ -44,7 +46,7 @@ MAX_TOKENS = MAX_QUERY_TOKENS
 @cache
 def model(later: str) -> Checkpoint:
     """A tiny model whose later chains add nothing, something or everything to the logits."""
-    config = tiny_config()
+    config = tiny_config(hidden_dim=8 * 32)
     tensors = random_tensors(config)
     factor = {"zero": 0.0, "small": 0.05, "random": 1.0}[later]
     for name, tensor in tensors.items():
@@ -54,14 +56,17 @@ def model(later: str) -> Checkpoint:
 
 
 def engine_of(
-    later: str, dtype: torch.dtype = torch.float32, cache_dtype: KvCacheDtype = "model"
+    later: str,
+    dtype: torch.dtype = torch.float32,
+    cache_dtype: KvCacheDtype = "model",
+    quantisation: Quantisation | None = None,
 ) -> tuple[DecodeEngine, KvStore]:
     checkpoint = model(later)
     store = KvStore(KvLayout(KvFormat.of(checkpoint.config, dtype), PAGE_TOKENS, cache_dtype), 64)
     for stale in (store.k_scales_LBPK, store.v_scales_LBPK, store.k_pages_LBPKD, store.v_pages_LBPKD):
         if stale is not None and stale.is_floating_point():
             stale.fill_(torch.nan)
-    return DecodeEngine(checkpoint, store), store
+    return DecodeEngine(checkpoint, store, weights=WeightLayout(dtype=dtype, quantisation=quantisation)), store
 
 
 # Pages are used again and again: what is stale in them must not matter.
@@ -313,10 +318,16 @@ def beside_it(num_tokens: int) -> tuple[PlanRow, ...]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("num_drafts", "cache_dtype"), [(1, "model"), (3, "model"), (7, "model"), (MAX_DRAFT_TOKENS, "model"), (7, "int8")]
+    ("num_drafts", "cache_dtype", "quantisation"),
+    [
+        *((num_drafts, "model", None) for num_drafts in (1, 3, 7, MAX_DRAFT_TOKENS)),
+        (7, "int8", None),
+        (7, "model", "q4"),
+        (MAX_DRAFT_TOKENS, "model", "int8"),
+    ],
 )
 def test_a_verification_has_the_bits_of_single_steps(
-    dtype: torch.dtype, num_drafts: int, cache_dtype: KvCacheDtype
+    dtype: torch.dtype, num_drafts: int, cache_dtype: KvCacheDtype, quantisation: Quantisation | None
 ) -> None:
     """Logits, keys and values of k + 1 rows are those of k + 1 steps, over what chain 1's drafts have written.
 
@@ -324,7 +335,7 @@ def test_a_verification_has_the_bits_of_single_steps(
     """
     if native.default_variant(dtype) == "torch":
         pytest.skip("PyTorch's bits depend on the rows beside")
-    engine, store = engine_of("random", dtype, cache_dtype)
+    engine, store = engine_of("random", dtype, cache_dtype, quantisation)
     text = np.random.default_rng(1).integers(3, 300, 10 + num_drafts + 1).tolist()
     singly, together = (np.arange(start, start + 8, dtype=np.int32) for start in (0, 32))
     for table_M in (singly, together):

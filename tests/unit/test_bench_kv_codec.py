@@ -10,7 +10,8 @@ import torch
 from bench.harness.markdown import around
 from bench.harness.units import length
 from bench.quality import kv_codec
-from bench.quality.kv_codec import BEGIN, END, Cell, Experiment, divergences
+from bench.quality.divergence import divergences
+from bench.quality.kv_codec import BEGIN, END, Cell, Experiment
 from bench.quality.metrics import perplexity_ratio
 from bench.quality.text import Corpus
 from colm.checkpoint import Checkpoint
@@ -43,9 +44,10 @@ def test_int8_moves_the_answers_a_little_in_half_the_bytes(checkpoint: Checkpoin
     config = checkpoint.config
     rows = 2 * config.num_layers * config.num_kv_heads
     assert outcome.token_bytes == {"raw": rows * config.head_dim * 4, "int8": rows * (config.head_dim + 2)}
-    assert 0 < outcome.kl_mean < outcome.kl_p99 <= outcome.kl_max < 0.1
-    assert 0.9 < outcome.same_top_share <= 1
-    ratio = perplexity_ratio(outcome.nll_blocks["int8"], outcome.nll_blocks["raw"])
+    found = outcome.divergence
+    assert 0 < found.kl_mean < found.kl_p99 <= found.kl_max < 0.1
+    assert 0.9 < found.same_top_share <= 1
+    ratio = perplexity_ratio(found.nll_blocks, found.baseline_nll_blocks)
     assert ratio.value != 1
     assert ratio.value == pytest.approx(1, abs=0.01)
 

@@ -265,13 +265,13 @@ OUTCOME = Outcome(nll_blocks=(1.25, 2.5), found=(True, False), density=0.25, num
 
 def test_outcomes_come_back_from_their_file_and_only_those_of_the_same_setting(tmp_path: Path) -> None:
     path = tmp_path / "results" / "quality.jsonl"
-    records = Records(path, {"seed": 0})
+    records = Records(path, {"seed": 0}, Cell, Outcome)
     for cell in (DENSE, KEYS):
         records.add(cell, OUTCOME, {"commit": "c"})
-    again = Records(path, {"seed": 0})
+    again = Records(path, {"seed": 0}, Cell, Outcome)
     assert again.outcomes == {DENSE: OUTCOME, KEYS: OUTCOME}
     assert again.environments == [{"commit": "c"}] * 2
-    assert Records(path, {"seed": 1}).outcomes == {}
+    assert Records(path, {"seed": 1}, Cell, Outcome).outcomes == {}
 
 
 def test_rows_put_texts_together_and_leave_out_what_has_no_baseline() -> None:

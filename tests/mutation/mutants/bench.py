@@ -77,6 +77,20 @@ MUTANTS = (
         _QUALITY + "test_the_interval_is_clopper_and_pearsons",
     ),
     Mutant(
+        "a divergence is taken the other way round",
+        "bench/quality/divergence.py",
+        "(baseline_QV.exp() * (baseline_QV - other_QV))",
+        "(other_QV.exp() * (other_QV - baseline_QV))",
+        "tests/unit/test_bench_kv_codec.py::test_the_divergence_is_kullback_and_leiblers_from_raw_to_int8",
+    ),
+    Mutant(
+        "values are read in another order than they are made",
+        "bench/quality/reordered.py",
+        "values[layer][head // group]",
+        "values[layer][head % num_kv_heads]",
+        "tests/unit/test_bench_weights.py::test_a_reordered_model_computes_the_same_by_other_weights",
+    ),
+    Mutant(
         "the first tokens behind a prompt are scored in place of the last",
         "bench/quality/experiment.py",
         "[-NUM_SCORED:]",
