@@ -51,6 +51,7 @@ from decode_node.kv_store import KvStore
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PagePool
 from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
+from decode_node.prefix_cache import PagesWanted
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice
 
@@ -219,8 +220,9 @@ class _Turn:
         answers: list[RunningAnswer] = []
 
         async def tokens(number: int) -> list[int]:
-            pages = page_line.reserve_now(str(number), node.pages_each)
-            assert pages is not None
+            reservation = page_line.reserve_now(str(number), PagesWanted(num_pages=node.pages_each))
+            assert reservation is not None
+            pages = reservation.lease
             answer = _Spoilt(
                 unread_token_ids=(1 + number,),
                 position=case.context_len - 1,

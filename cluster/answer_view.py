@@ -89,6 +89,7 @@ class AnswerView:
             "prefill_tokens": usage.num_prefill_tokens,
             "prefill_cached_tokens": usage.num_prefill_cached_tokens,
             "decode_prompt_tokens": usage.num_decode_prompt_tokens,
+            "cached_tokens": usage.num_cached_tokens,
             "kv_bytes_received": usage.kv_received_bytes,
             "kv_bytes_shared": usage.kv_shared_bytes,
             "kv_bytes_effective": usage.kv_effective_bytes,
@@ -117,7 +118,9 @@ class AnswerView:
         """Print what was measured, as one line on stderr."""
         record = self.record()
         drafted, accepted = record["draft_tokens"], record["accepted_tokens"]
-        kept = f", {record['prefill_cached_tokens']} of them kept" if record["prefill_cached_tokens"] else ""
+        usage = self._ends()[1].usage
+        num_kept = usage.num_cached_tokens + usage.num_prefill_cached_tokens
+        kept = f", {num_kept} of them kept" if num_kept else ""
         drafts = f"; {accepted} of {drafted} drafts accepted" if drafted else ""
         # A short prompt has no prefill, and one new token no rate.
         prefill, decode = (record[f"{what}_tokens_per_s"] for what in ("prefill", "decode"))

@@ -61,6 +61,7 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles, *, besi
         model_path=model,
         placement=Placement.of(config.decode.resolved_device, dtype, config.decode.num_threads),
         settings=config.decode,
+        prefill_tile_tokens=config.prefill.tile_tokens,
     )
     decode_rest = (
         config.prefill.num_replicas,

@@ -57,6 +57,7 @@ class GrpcDecodeCalls:
             kv_codec=CODECS[job.kv_codec],
             max_draft_tokens=job.max_draft_tokens,
             answer_key=job.answer_key,
+            cache_salt=job.cache_salt,
         )
 
         async def requests() -> AsyncIterator[pb.DecodeRequest]:

@@ -111,6 +111,8 @@ class Usage:
     """Drafts that became tokens of the answer."""
     num_prefill_cached_tokens: int = 0
     """Of `num_prefill_tokens`, those that the prefill node had kept; it has computed the others."""
+    num_cached_tokens: int = 0
+    """Prompt tokens whose keys and values another request had brought to the decode node, or was about to."""
     num_decode_nodes: int = 1
     """That worked for the answer; above 1 when one was lost on the way."""
 

@@ -6,14 +6,14 @@ import secrets
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from colm import tracing
+from colm import defaults, tracing
 from colm.clock import Clock
 from colm.errors import CapacityExceeded, ColmError, PeerFailed, PeerRefused, PeerUnavailable, PrefillUnavailable
 from colm.events import PrefillProgress, Queued, SparseReport, WaitsFor
@@ -59,6 +59,7 @@ class Receiver(Protocol):
     heard_s: float | None
     sparse: SparseReport | None
     num_cached_tokens: int
+    tile_tokens: int | None
 
     def run(self) -> None:
         """Receive everything; called in a thread. Once it has returned, nothing is written any more."""
@@ -81,6 +82,8 @@ class KvOrder:
     """In which they travel."""
     first_token: int = 0
     """What lies before it is in the pages already, and is not sent: a multiple of the prefill node's tiles."""
+    tile_tokens: int = 0
+    """What the prefill node's tiles are taken to be."""
     cache_salt: bytes = b""
     """The prefill node shares what it keeps among prompts of the same one alone."""
 
@@ -98,6 +101,8 @@ class KvAccount:
     sparse: SparseReport | None = None
     num_cached_tokens: int = 0
     """Of the prompt, what the prefill node that came last had kept from an earlier one."""
+    tile_tokens: set[int] = field(default_factory=set)
+    """What the prefill nodes' tiles were."""
 
 
 class KvFetcher:
@@ -111,6 +116,7 @@ class KvFetcher:
         num_layers: layers of keys and values.
         max_transfers: threads that may receive at once.
         metrics: counts the streams.
+        tile_tokens: of the prefill nodes' tiles, until one says.
     """
 
     def __init__(
@@ -125,7 +131,10 @@ class KvFetcher:
         clock: Clock,
         retry: RetryPolicy,
         metrics: KvStreamMetrics,
+        tile_tokens: int = defaults.TILE_TOKENS,
     ) -> None:
+        self.tile_tokens = tile_tokens
+        """Of the prefill nodes' tiles, as one said last; 0 where it is not known."""
         self._prefill_pool = prefill_pool
         self._receive = receive
         self._page_line = page_line
@@ -221,6 +230,9 @@ class KvFetcher:
             receiver.cancel()
             ended_s = self._clock.now()
             started_s = ended_s if receiver.started_s is None else receiver.started_s
+            if receiver.tile_tokens is not None:
+                self.tile_tokens = receiver.tile_tokens
+                account.tile_tokens.add(receiver.tile_tokens)
             account.queue_s += started_s - asked_s
             account.prefill_s += ended_s - started_s
             account.kv_received_bytes += ledger.payload_bytes

@@ -73,6 +73,8 @@ class KvReceiver:
         """What became of sparse attention, once the node has said it."""
         self.num_cached_tokens = 0
         """Prompt tokens that the node had kept from an earlier prompt, once it has said it."""
+        self.tile_tokens: int | None = None
+        """What the node's tiles are, once it has begun; 0 from one that cannot leave out a prefix."""
         self._ledger = transfer.ledger
         self._requests = KvRequests(transfer, lease.lease_id, self._break_off, host)
         self._memory: SharedReader | None = None
@@ -128,6 +130,7 @@ class KvReceiver:
                     # Unset by a node that knows raw alone.
                     codec = message.started.codec or common_pb2.CODEC_RAW
                     require_codec(codec, self._transfer.codec, f"the KV stream of {self._lease.address}")
+                    self.tile_tokens = message.started.tile_tokens
                     self.started_s = self._clock.now()
                 case "tile":
                     self._store_tile(message.tile, payload)

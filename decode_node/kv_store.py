@@ -60,6 +60,12 @@ class KvStore:
                 # On a device, the copies of all threads go to its default stream, ahead of the steps that read them.
                 cache.write_run(slot, here_KTD[:, part], None if scales is None else scales[index, :, part])
 
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy a page, in all layers. What is written into it meanwhile may or may not be in the copy."""
+        for of_pages in (self.k_pages_LBPKD, self.v_pages_LBPKD, self.k_scales_LBPK, self.v_scales_LBPK):
+            if of_pages is not None:
+                of_pages[:, target] = of_pages[:, source]
+
     def _runs(self, table_M: NDArray[np.int32], first_token: int, num_tokens: int) -> Iterator[tuple[int, int, int]]:
         """Divide a tile where its pages are not neighbours: (token of the tile, count, row of the cache)."""
         page_tokens, end_token = self.layout.page_tokens, first_token + num_tokens

@@ -31,7 +31,7 @@ class DecodeMetrics(Collector):
         self._owner = owner
         self._answers = answers
         self._loop = loop
-        self._pool = page_line.pool
+        self._pool, self._cache = page_line.pool, page_line.cache
         self._layout = layout
         registry.register(self)
 
@@ -63,11 +63,26 @@ class DecodeMetrics(Collector):
         )
         pages = GaugeMetricFamily("colm_decode_pages", "Pages of the KV pool, by their state.", labels=["state"])
         pages.add_metric(["used"], self._pool.num_used)
+        pages.add_metric(["cached"], self._pool.num_idle)
         pages.add_metric(["free"], self._pool.num_free)
         yield pages
         page_bytes = GaugeMetricFamily("colm_decode_page_bytes", "Bytes of a page of the KV pool.", labels=["format"])
         page_bytes.add_metric([self._layout.page_format], self._layout.page_bytes)
         yield page_bytes
+        yield CounterMetricFamily(
+            "colm_decode_pages_evicted",
+            "Cached pages that gave way to a reservation, or to others.",
+            self._cache.num_evicted_pages,
+        )
+        prefix = self._owner.prefix
+        yield CounterMetricFamily(
+            "colm_decode_prefix_query_tokens",
+            "Prompt tokens whose keys and values were looked for in the pages of other requests.",
+            prefix.num_query_tokens,
+        )
+        yield CounterMetricFamily(
+            "colm_decode_prefix_hit_tokens", "Of those, tokens that were found.", prefix.num_hit_tokens
+        )
         yield CounterMetricFamily("colm_decode_steps", "Steps of the decode engine.", counts.num_steps)
         yield CounterMetricFamily("colm_decode_step_seconds", "Time in which steps ran.", counts.steps_s)
         yield CounterMetricFamily("colm_decode_tokens", "Tokens sampled for answers.", counts.num_tokens)

@@ -35,6 +35,7 @@ from decode_node.metrics import DecodeMetrics
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PagePool
 from decode_node.prefill_pool import PrefillLease, PrefillPool
+from decode_node.prompt_blocks import PromptBlocks
 from decode_node.requests import RequestOwner, Stage
 from decode_node.service import DecodeService
 from decode_node.settings import DecodeSettings
@@ -52,6 +53,8 @@ class DecodeOptions:
     """Its device, dtype and CPU threads."""
     settings: DecodeSettings = field(default_factory=DecodeSettings)
     """How it works."""
+    prefill_tile_tokens: int = defaults.TILE_TOKENS
+    """Of the prefill nodes' tiles, until one says."""
     host: str = "127.0.0.1"
     port: int = 0
     """0 picks a free port."""
@@ -118,7 +121,12 @@ class DecodeNode:
         options, settings, clock = self._options, self._options.settings, MonotonicClock()
         checkpoint, tokenizer, store, engine = await asyncio.to_thread(_load, options)
         self.fingerprint = await asyncio.to_thread(fingerprint, checkpoint, store.layout.kv_format)
-        self.page_line = PageLine(PagePool(store.num_pages), max_waiting=settings.max_requests)
+        layout, shares = store.layout, settings.prefix_cache_bytes > 0
+        self.page_line = PageLine(
+            PagePool(store.num_pages),
+            max_waiting=settings.max_requests,
+            max_idle_pages=settings.prefix_cache_bytes // layout.page_bytes,
+        )
         times = StepTimes.of(checkpoint.config, max_tokens=engine.max_exact_tokens)
         drafting = Drafting(times, settings.max_draft_tokens) if settings.max_draft_tokens else None
         loop = DecodeLoop(
@@ -134,11 +142,12 @@ class DecodeNode:
             receive=receive,
             page_line=self.page_line,
             fingerprint=self.fingerprint,
-            num_layers=store.layout.kv_format.num_layers,
+            num_layers=layout.kv_format.num_layers,
             max_transfers=settings.max_requests,
             clock=clock,
             retry=RetryPolicy(),
             metrics=KvStreamMetrics(self.metrics),
+            tile_tokens=options.prefill_tile_tokens,
         )
         self.owner = RequestOwner(
             page_line=self.page_line,
@@ -151,6 +160,7 @@ class DecodeNode:
             max_requests=settings.max_requests,
             max_local_prefill_tokens=settings.max_local_prefill_tokens,
             drafting=drafting,
+            blocks=PromptBlocks(layout=layout, fingerprint=self.fingerprint) if shares else None,
             clock=clock,
         )
         self.answers = HeldAnswers(self.owner, settings.orphan_s)

@@ -1,7 +1,8 @@
-"""Lends pages: first come, first served, to each request as soon as pages for its whole answer are free."""
+"""Lends pages: first come, first served, to each request as soon as pages for its whole answer are free or idle."""
 
 from colm.line import Beat, Line
 from decode_node.page_pool import PageLease, PagePool
+from decode_node.prefix_cache import PagesWanted, PrefixCache, Reservation
 
 
 class PageLine:
@@ -10,10 +11,12 @@ class PageLine:
     Args:
         pool: the pages; nobody else takes from it.
         max_waiting: requests that may wait; the next is refused.
+        max_idle_pages: pages of prompts that may be kept for others beside those in use.
     """
 
-    def __init__(self, pool: PagePool, *, max_waiting: int) -> None:
+    def __init__(self, pool: PagePool, *, max_waiting: int, max_idle_pages: int = 0) -> None:
         self.pool = pool
+        self.cache = PrefixCache(pool, max_idle_pages=max_idle_pages)
         self._line = Line("KV pages", max_waiting=max_waiting)
 
     @property
@@ -21,23 +24,25 @@ class PageLine:
         """Requests in line."""
         return len(self._line)
 
-    def reserve_now(self, owner: str, num_pages: int) -> PageLease | None:
-        """Take pages without waiting; None where others wait already or too few are free."""
-        return None if len(self._line) else self.pool.reserve(owner, num_pages)
+    def reserve_now(self, owner: str, wanted: PagesWanted) -> Reservation | None:
+        """Take pages without waiting; None where others wait already or too few can be had."""
+        return None if len(self._line) else self.cache.reserve(owner, wanted)
 
-    async def reserve(self, owner: str, num_pages: int, beat: Beat) -> PageLease:
-        """Take pages, in order of asking; `num_pages` must be at most the pool's.
+    async def reserve(self, owner: str, wanted: PagesWanted, beat: Beat) -> Reservation:
+        """Take pages, in order of asking; those wanted must be at most the pool's.
+
+        Nothing else is reserved between the success and the caller's next step.
 
         Raises:
             CapacityExceeded: too many wait already.
         """
-        return await self._line.turn(lambda: self.pool.reserve(owner, num_pages), beat)
+        return await self._line.turn(lambda: self.cache.reserve(owner, wanted), beat)
 
     def retain(self, lease: PageLease) -> None:
         """Add a holder, who may write into the pages."""
         self.pool.retain(lease)
 
     def release(self, lease: PageLease) -> None:
-        """Remove a holder; when the last one goes, the pages are free for the next in line."""
-        if self.pool.release(lease):
+        """Remove a holder; when the last one goes, what nobody else uses can be had by the next in line."""
+        if self.cache.release(lease):
             self._line.look_again()

@@ -26,7 +26,10 @@ from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder
 from decode_node.kv_store import KvStore
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease
+from decode_node.prefix_cache import PagesWanted, Reservation
+from decode_node.prompt_blocks import PromptBlocks
 from decode_node.running_answer import RunningAnswer
+from decode_node.shared_prefill import SharedPrefills
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,8 @@ class DecodeJob:
     """Of a round; None leaves it to the node, whose own limit holds in any case."""
     made_token_ids: tuple[int, ...] = ()
     """The answer so far, where another node began it; it goes on behind them."""
+    cache_salt: bytes = b""
+    """Whose prompt it is; it shares pages with prompts of the same alone."""
 
 
 class Stage(Enum):
@@ -74,7 +79,19 @@ class _Request:
     arrived_s: float
     stage: Stage = Stage.WAITING
     pages: PageLease | None = None
+    num_found_tokens: int = 0
+    """Of the prompt, in pages of others that are here or on their way."""
     account: KvAccount = field(default_factory=KvAccount)
+
+
+@dataclass(slots=True)
+class PrefixCounts:
+    """How much of prompts other requests' pages held."""
+
+    num_query_tokens: int = 0
+    """That were looked for."""
+    num_hit_tokens: int = 0
+    """Of those, that were found."""
 
 
 class RequestOwner:
@@ -90,6 +107,7 @@ class RequestOwner:
         max_requests: requests at once, waiting ones included; the next is refused.
         max_local_prefill_tokens: prompts of so many tokens are computed here, longer ones by a prefill node.
         drafting: decides how much answers draft; None drafts nothing.
+        blocks: names the parts of prompts that requests share; None shares nothing.
     """
 
     def __init__(
@@ -105,11 +123,14 @@ class RequestOwner:
         max_requests: int,
         max_local_prefill_tokens: int,
         drafting: Drafting | None,
+        blocks: PromptBlocks | None,
         clock: Clock,
     ) -> None:
         self._page_line = page_line
         self._store = store
         self._fetcher = fetcher
+        self._prefills = SharedPrefills(fetcher, page_line, store)
+        self._blocks = blocks
         self._loop = loop
         self._tokenizer = tokenizer
         self._grammars = grammars
@@ -121,6 +142,7 @@ class RequestOwner:
         self._requests: dict[str, _Request] = {}
         self.ended = Counter[Stage]()
         """Requests that have ended, by how they did."""
+        self.prefix = PrefixCounts()
 
     def stages(self) -> Counter[Stage]:
         """The number of requests in each stage."""
@@ -188,32 +210,84 @@ class RequestOwner:
         )
 
     async def _serve(self, request: _Request, emit: Emit) -> None:
-        job = request.job
+        job, tile_tokens = request.job, self._fetcher.tile_tokens
         # First: a constraint that cannot be compiled takes no pages, and no prefill.
         constrained = await self._grammars.begin(job.sampling.constraint)
+        wanted = self._wanted(job, tile_tokens)
         with tracing.span("reserve_pages"):
-            pages = request.pages = await self._reserve(job, emit)
+            reservation = await self._reserve(job, wanted, emit)
+        pages = request.pages = reservation.lease
         request.account.queue_s = self._clock.now() - request.arrived_s
-        logger.info("request.reserved request=%s pages=%d", job.request_id, pages.num_pages)
-        await emit(Reserved(num_pages=pages.num_pages))
         table_M = self._store.page_table(pages)
-        answer = self._begin(job, table_M, constrained)
-        prefill_token_ids = job.token_ids[: self._num_prefill_tokens(job)]
-        if len(prefill_token_ids) and answer.finish_reason is None:
-            request.stage = Stage.PREFILLING
-            order = KvOrder(
-                request_id=job.request_id,
-                token_ids=prefill_token_ids,
-                pages=pages,
-                table_M=table_M,
-                attention=job.attention,
-                codec=job.kv_codec,
+        answer = order = None
+        try:
+            answer = self._begin(job, table_M, constrained)
+        finally:
+            if answer is None or answer.finish_reason is not None:
+                self._page_line.cache.abandon(pages)
+        if answer.finish_reason is None:
+            order = self._order(request, wanted, reservation, table_M, tile_tokens)
+        with self._prefills.of(reservation, order, request.account) as follow:
+            logger.info(
+                "request.reserved request=%s pages=%d found_tokens=%d",
+                job.request_id,
+                pages.num_pages,
+                request.num_found_tokens,
             )
-            await self._fetcher.fetch(order, request.account, emit)
+            await emit(Reserved(num_pages=pages.num_pages))
+            request.stage = Stage.PREFILLING
+            began_s = self._clock.now()
+            await follow(emit)
+            if order is None:
+                request.account.queue_s += self._clock.now() - began_s
         request.stage = Stage.DECODING
         with tracing.span("answer") as note:
             await self._decode(request, pages, answer, emit)
             note(tokens=answer.num_new_tokens)
+
+    def _order(
+        self,
+        request: _Request,
+        wanted: PagesWanted,
+        reservation: Reservation,
+        table_M: NDArray[np.int32],
+        tile_tokens: int,
+    ) -> KvOrder | None:
+        """What a prefill node has to bring; None for nothing. Notes what was found."""
+        job, num_found = request.job, reservation.num_found
+        token_ids = job.token_ids[: self._num_prefill_tokens(job)]
+        if wanted.keys:
+            is_all = num_found == len(wanted.keys)
+            num_whole_tokens = sum(wanted.sizes[:num_found]) * self._store.layout.page_tokens
+            request.num_found_tokens = len(token_ids) if is_all else num_whole_tokens
+            self.prefix.num_query_tokens += len(token_ids)
+            self.prefix.num_hit_tokens += request.num_found_tokens
+        if request.num_found_tokens == len(token_ids):
+            return None
+        return KvOrder(
+            request_id=job.request_id,
+            token_ids=token_ids,
+            pages=reservation.lease,
+            table_M=table_M,
+            attention=job.attention,
+            codec=job.kv_codec,
+            first_token=request.num_found_tokens,
+            tile_tokens=tile_tokens,
+            cache_salt=job.cache_salt,
+        )
+
+    def _wanted(self, job: DecodeJob, tile_tokens: int) -> PagesWanted:
+        num_prefill_tokens = self._num_prefill_tokens(job)
+        if self._blocks is None or not num_prefill_tokens or not tile_tokens:
+            return PagesWanted(num_pages=self._num_pages(job))
+        return self._blocks.wanted(
+            job.token_ids[:num_prefill_tokens],
+            num_tokens=len(job.token_ids) + job.max_new_tokens,
+            tile_tokens=tile_tokens,
+            attention=job.attention,
+            codec=job.kv_codec,
+            cache_salt=job.cache_salt,
+        )
 
     def _num_prefill_tokens(self, job: DecodeJob) -> int:
         """How many of the prompt's tokens a prefill node computes.
@@ -224,21 +298,20 @@ class RequestOwner:
         num_tokens = len(job.token_ids)
         return 0 if num_tokens <= self._max_local_prefill_tokens and job.attention == "dense" else num_tokens - 1
 
-    async def _reserve(self, job: DecodeJob, emit: Emit) -> PageLease:
-        num_pages = self._num_pages(job)
-        if (pages := self._page_line.reserve_now(job.request_id, num_pages)) is not None:
-            return pages
+    async def _reserve(self, job: DecodeJob, wanted: PagesWanted, emit: Emit) -> Reservation:
+        if (reservation := self._page_line.reserve_now(job.request_id, wanted)) is not None:
+            return reservation
         if job.only_if_room:
-            pool = self._page_line.pool
+            num_free, num_pages = self._page_line.cache.num_available, self._page_line.pool.num_pages
             raise CapacityExceeded(
-                f"the request needs {num_pages} KV pages; {pool.num_free} of {pool.num_pages} are free and "
+                f"the request needs {wanted.num_pages} KV pages; {num_free} of {num_pages} are free and "
                 f"{self._page_line.num_waiting} requests wait for some; try again later"
             )
 
         async def beat(num_ahead: int) -> None:
             await emit(Queued(waits_for=WaitsFor.PAGES, num_ahead=num_ahead))
 
-        return await self._page_line.reserve(job.request_id, num_pages, beat)
+        return await self._page_line.reserve(job.request_id, wanted, beat)
 
     def _begin(self, job: DecodeJob, table_M: NDArray[np.int32], constrained: ConstrainedText | None) -> RunningAnswer:
         num_prefill_tokens = self._num_prefill_tokens(job)
@@ -282,7 +355,8 @@ class RequestOwner:
                 reason=answer.finish_reason,
                 usage=Usage(
                     num_prompt_tokens=len(job.token_ids),
-                    num_prefill_tokens=num_prefill_tokens,
+                    num_prefill_tokens=num_prefill_tokens - request.num_found_tokens,
+                    num_cached_tokens=request.num_found_tokens,
                     num_decode_prompt_tokens=len(job.token_ids) - num_prefill_tokens,
                     num_new_tokens=answer.num_new_tokens,
                     kv_received_bytes=account.kv_received_bytes,
@@ -291,7 +365,7 @@ class RequestOwner:
                     kv_shared_bytes=account.kv_shared_bytes,
                     num_draft_tokens=answer.num_draft_tokens,
                     num_accepted_tokens=answer.num_accepted_tokens,
-                    num_prefill_cached_tokens=account.num_cached_tokens,
+                    num_prefill_cached_tokens=max(0, account.num_cached_tokens - request.num_found_tokens),
                 ),
                 timings=Timings(
                     queue_s=account.queue_s,

@@ -11,7 +11,7 @@ from colm.events import Resumed
 from colm.leases import LeaseTable
 from colm.model.config import ChainConfig
 from colm.wire.messages import attention_from_pb, decode_response, kv_codec_from_pb, sampling_from_pb
-from colm.wire.prompt_stream import check_id, read_first, read_token_ids
+from colm.wire.prompt_stream import check_id, check_salt, read_first, read_token_ids
 from colm.wire.status import answering
 from colm.wire.v1 import decode_service_pb2 as pb
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
@@ -92,6 +92,7 @@ class DecodeService(DecodeServiceServicer):
             kv_codec=kv_codec_from_pb(opened.kv_codec),
             max_draft_tokens=opened.max_draft_tokens if opened.HasField("max_draft_tokens") else None,
             made_token_ids=tuple(token_ids[num_prompt_tokens:].tolist()),
+            cache_salt=check_salt(opened.cache_salt),
         )
 
     def _check(self, opened: pb.OpenDecode) -> None:

@@ -18,6 +18,9 @@ class DecodeSettings(Settings):
     kv_cache_dtype: KvCacheDtype = "model"
     """What pages keep keys and values in: "model" for the model's dtype; "int8", with a scale a token and kv head, for
     half of bfloat16's memory and so about twice the tokens."""
+    prefix_cache_bytes: ByteSize = ByteSize(defaults.DECODE_PREFIX_CACHE_BYTES)
+    """Of that memory, what may hold prompts' keys and values that no request uses, for those that begin alike; it gives
+    way to whoever needs it. 0: requests share nothing."""
     weights: Literal["stored", "int8", "q4"] = "stored"
     """How a decode node keeps its weights: as stored, or in 8.5 or 5 bits each. A step then reads fewer bytes, and
     every answer changes a little. On CPUs only; prefill nodes keep theirs as stored."""

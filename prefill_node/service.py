@@ -19,7 +19,7 @@ from colm.metrics.kv_stream import KvStreamMetrics, StreamCount
 from colm.request import KvCodec
 from colm.wire.kv_codec import choose_codec
 from colm.wire.messages import CODECS, attention_from_pb, queued_to_pb, sparse_report_to_pb
-from colm.wire.prompt_stream import check_id, read_open, read_token_ids
+from colm.wire.prompt_stream import check_id, check_salt, read_open, read_token_ids
 from colm.wire.shared_memory import host_id
 from colm.wire.status import answering
 from colm.wire.tile_codec import pull_kv_handlers
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 _WORTH_SHARING_BYTES = 4 << 20
 """A shorter transfer is over about as soon as its reader has opened the memory."""
-_MAX_SALT_BYTES = 64
 
 
 class _GivenUp(Exception):
@@ -159,9 +158,7 @@ class PrefillService:
         if first_token and attention_from_pb(opened.attention) == "sparse":
             limit = "must be 0 with sparse attention, whose plans depend on the whole prompt"
             raise InvalidRequest("first_token", first_token, limit)
-        if len(opened.cache_salt) > _MAX_SALT_BYTES:
-            limit = f"must have at most {_MAX_SALT_BYTES} bytes"
-            raise InvalidRequest("cache_salt", f"of {len(opened.cache_salt)} bytes", limit)
+        check_salt(opened.cache_salt)
 
     def _plans(self, opened: pb.OpenKvTransfer) -> PromptPlans | None:
         is_sparse = attention_from_pb(opened.attention) == "sparse"

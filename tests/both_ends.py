@@ -214,7 +214,7 @@ class Wire:
     # What the fetcher reads and calls.
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("queued", "started_s", "heard_s", "sparse", "num_cached_tokens"):
+        if name in ("queued", "started_s", "heard_s", "sparse", "num_cached_tokens", "tile_tokens"):
             return getattr(self._receiver, name)
         raise AttributeError(name)
 

@@ -116,7 +116,8 @@ async def decode_node(
     """Run a decode node; at the end of the block it must hold nothing."""
     settings, others = _split(options, DecodeSettings)
     # Answers whose gateway was lost are not held, unless a test asks for that: the block would wait for their end.
-    defaults = {"page_tokens": PAGE_TOKENS, "kv_cache_bytes": 16 << 20, "orphan_s": 0}
+    # Tests that ask the same twice want it brought twice, unless they say otherwise.
+    defaults = {"page_tokens": PAGE_TOKENS, "kv_cache_bytes": 16 << 20, "orphan_s": 0, "prefix_cache_bytes": 0}
     chosen = DecodeOptions(
         model_path=model_path,
         **{"placement": PLACEMENT, "settings": DecodeSettings(**{**defaults, **settings}), **others},
@@ -176,6 +177,7 @@ def decode_requests(
     attention: common_pb2.AttentionMode = common_pb2.ATTENTION_MODE_UNSPECIFIED,
     kv_codec: common_pb2.Codec = common_pb2.CODEC_UNSPECIFIED,
     max_draft_tokens: int | None = None,
+    cache_salt: bytes = b"",
 ) -> list[decode_service_pb2.DecodeRequest]:
     opened = decode_service_pb2.OpenDecode(
         request_id=request_id,
@@ -189,6 +191,7 @@ def decode_requests(
         attention=attention,
         kv_codec=kv_codec,
         max_draft_tokens=max_draft_tokens,
+        cache_salt=cache_salt,
     )
     all_ids = [*token_ids, *made_token_ids]
     pieces = [decode_service_pb2.DecodeRequest(token_ids=piece) for piece in token_id_pieces(np.array(all_ids))]

@@ -83,7 +83,7 @@ class FrontDoor:
         Args:
             request: the options.
             prompt: the document, or the whole prompt as token ids.
-            owner: the client's name; no other client may resume the answer.
+            owner: the client's name; no other client may resume the answer, or share a prompt's keys and values.
             caller_waits_s: seconds until the caller's own deadline; None without one.
 
         Raises:
@@ -97,7 +97,7 @@ class FrontDoor:
             async def serve(emit: Emit) -> None:
                 nonlocal timeout_s
                 with tracing.span("read_prompt"):
-                    job = replace(await self._read(plan, prompt), answer_key=_owned(request.answer_key, owner))
+                    job = replace(await self._read(plan, prompt, owner), answer_key=_owned(request.answer_key, owner))
                 note(request=job.request_id, prompt_tokens=len(job.token_ids), chains=job.num_chains)
                 if plan.timeout_s is None:
                     timeout_s = self._limits.timeout_s(
@@ -164,7 +164,7 @@ class FrontDoor:
         finally:
             self._num_active -= 1
 
-    async def _read(self, plan: Plan, prompt: AsyncIterator[PromptPart]) -> DecodeJob:
+    async def _read(self, plan: Plan, prompt: AsyncIterator[PromptPart], owner: str) -> DecodeJob:
         token_ids = await self._prompts.read(plan, prompt)
         return DecodeJob(
             request_id=secrets.token_hex(8),
@@ -175,6 +175,8 @@ class FrontDoor:
             attention=plan.attention,
             kv_codec=plan.kv_codec,
             max_draft_tokens=plan.max_draft_tokens,
+            # How long a prompt takes must tell nobody what others have asked.
+            cache_salt=hashlib.sha256(f"cache\0{owner}".encode()).digest(),
             made_token_ids=plan.answer_token_ids,
         )
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.front_door.prefix_routes import PrefixRoutes
 from cluster.node_registry import NodeRegistry
 from colm.clock import Clock, Deadline
 from colm.errors import CapacityExceeded, ColmError, PeerFailed, PeerRefused, PeerUnavailable, PrefillUnavailable
@@ -66,6 +67,8 @@ class DecodeJob:
     attention: AttentionMode
     kv_codec: KvCodec
     max_draft_tokens: int | None
+    cache_salt: bytes = b""
+    """Whose prompt it is; it shares keys and values with prompts of the same alone."""
     made_token_ids: tuple[int, ...] = ()
     """The answer so far; the node goes on behind it."""
     answer_key: str = ""
@@ -144,6 +147,9 @@ class Placement:
 
     A node that is lost takes nothing with it but time: the next one gets the prompt and the answer so far, and goes on
     with the next token. So does one after a node that failed by itself, once: a second may fail of the same request.
+
+    A job first goes to the node that got the longest beginning of its prompt, if that has room and others are not much
+    less busy: all others are then passed over (ADR 41).
     """
 
     def __init__(
@@ -161,6 +167,7 @@ class Placement:
         self._clock = clock
         self._retry = retry
         self._on_resubmit = on_resubmit
+        self._routes = PrefixRoutes()
 
     async def run(self, job: DecodeJob, deadline: Deadline, emit: Emit) -> None:
         """Run a job on some node and emit its events; `Finished` is the last.
@@ -178,14 +185,19 @@ class Placement:
         relayed = _Relayed(begun_s=self._clock.now(), token_ids=[*job.made_token_ids], lost=[])
         refusals_left = self._num_others()
         num_calls_lost = 0
+        keys = self._routes.keys(job.token_ids, job.cache_salt) if self._num_others() else ()
+        is_first = True
         while True:
             # After a lost call its node may still hold the id that was used there.
             name = f"{job.request_id}-{num_calls_lost}" if num_calls_lost else job.request_id
             attempt = replace(job, request_id=name, made_token_ids=tuple(relayed.token_ids))
             address, has_begun = "", False
             try:
-                async with self._lease(beat, relayed.shunned) as lease:
+                passed_over = self._others(keys) if is_first else ()
+                is_first = False
+                async with self._lease(beat, relayed.shunned, passed_over) as lease:
                     address = lease.address
+                    self._routes.note(keys, address)
                     call = self._calls.decode(lease, attempt, only_if_room=refusals_left > 0, deadline=deadline)
                     async with aclosing(whole(call, lease.address)) as events:
                         async for event in events:
@@ -217,17 +229,26 @@ class Placement:
     def _num_others(self) -> int:
         return max(1, self._registry.count(Role.DECODE)) - 1
 
+    def _others(self, keys: Sequence[bytes]) -> list[str]:
+        """The addresses of all nodes but the one that should have the prompt; none where it is all the same."""
+        nodes = [node.report for node in self._registry.nodes() if node.report.role is Role.DECODE]
+        wanted = self._routes.find(keys, nodes)
+        return [] if wanted is None else [node.address for node in nodes if node.address != wanted]
+
     @asynccontextmanager
-    async def _lease(self, beat: Beat, shunned: Collection[str]) -> AsyncIterator[DecodeLease]:
-        """Borrow a node; rather another than a shunned one, whose loss Serve may not have noticed yet."""
+    async def _lease(
+        self, beat: Beat, shunned: Collection[str], passed_over: Collection[str]
+    ) -> AsyncIterator[DecodeLease]:
+        """Borrow a node that is not passed over; else one not shunned, whose loss Serve may not know yet; else any."""
+        avoided = [each for each in (passed_over, shunned if self._num_others() else ()) if each]
         async with AsyncExitStack() as stack:
-            try:
-                avoided = shunned if self._num_others() else ()
-                lease = await stack.enter_async_context(self._pool.lease(beat=beat, refused_by=avoided))
-            except CapacityExceeded:
-                if not avoided:
-                    raise
-                lease = await stack.enter_async_context(self._pool.lease(beat=beat))
+            for refused_by in (*avoided, ()):
+                try:
+                    lease = await stack.enter_async_context(self._pool.lease(beat=beat, refused_by=refused_by))
+                    break
+                except CapacityExceeded:
+                    if not refused_by:
+                        raise
             yield lease
 
     async def _pause(self, job: DecodeJob, relayed: _Relayed, cause: ColmError, beat: Beat) -> None:

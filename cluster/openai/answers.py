@@ -144,12 +144,13 @@ def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
     """Tokens of the prompt, once, and of all answers."""
     usages = [choice.finished.usage for choice in choices if choice.finished is not None]
     num_prompt = usages[0].num_prompt_tokens if usages else 0
+    num_cached = usages[0].num_cached_tokens + usages[0].num_prefill_cached_tokens if usages else 0
     num_new = sum(usage.num_new_tokens for usage in usages)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_new,
         "total_tokens": num_prompt + num_new,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": num_cached},
     }
 
 

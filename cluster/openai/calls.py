@@ -52,15 +52,22 @@ class Desk:
         async def one(number: int, request: GenerateRequest) -> None:
             with self._metrics.request() as seen, self._accounts.open(client) as usage:
                 prompt = usage.counted(_parts(ask, document))
-                async with self._clients.while_admitted(client), self._front_door.generate(request, prompt) as events:
+                answer = self._front_door.generate(request, prompt, owner=client.name)
+                async with self._clients.while_admitted(client), answer as events:
                     async for event in events:
                         usage.see(event)
                         seen.see(event)
                         await emit((number, event))
+                        if not isinstance(event, Accepted | Queued):
+                            is_placed.set()
 
+        # Answers to one prompt share its prefill, on the node that the first has got.
+        is_placed = asyncio.Event()
         try:
             async with asyncio.TaskGroup() as group:
                 for number, request in enumerate(ask.requests):
+                    if number == 1:
+                        await is_placed.wait()
                     group.create_task(one(number, request))
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None

@@ -19,6 +19,9 @@ UPLOAD_IDLE_S = defaults.UPLOAD_IDLE_S
 MAX_ID_CHARS = 128
 """Of the ids that a call brings, which are written to logs and kept in tables."""
 
+MAX_SALT_BYTES = 64
+"""Of what keeps prompts of different clients apart."""
+
 _Open = TypeVar("_Open", covariant=True)
 _Part = TypeVar("_Part", bound="PromptPart[object]")
 
@@ -77,6 +80,17 @@ def check_id(field: str, value: str) -> str:
     """
     if len(value) > MAX_ID_CHARS or not value.isprintable():
         raise InvalidRequest(field, value[:MAX_ID_CHARS], f"must be at most {MAX_ID_CHARS} printable characters")
+    return value
+
+
+def check_salt(value: bytes) -> bytes:
+    """A cache salt that a caller chose.
+
+    Raises:
+        InvalidRequest: it is too long.
+    """
+    if len(value) > MAX_SALT_BYTES:
+        raise InvalidRequest("cache_salt", f"of {len(value)} bytes", f"must have at most {MAX_SALT_BYTES} bytes")
     return value
 
 

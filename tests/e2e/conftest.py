@@ -112,7 +112,8 @@ def cluster(expanded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     config = folder / "colm.toml"
     config.write_text(
         '[model]\ndtype = "float32"\n[gateway]\nport = 0\nmax_document_bytes = "6MiB"\n'
-        '[decode]\nkv_cache_bytes = "2GiB"\n'
+        # Each test's prompt is brought, whatever was asked before.
+        '[decode]\nkv_cache_bytes = "2GiB"\nprefix_cache_bytes = 0\n'
         f'[tracing]\nfolder = "{folder / "traces"}"\n'
     )
     state_dir = folder / "state"

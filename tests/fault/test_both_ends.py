@@ -30,6 +30,7 @@ from decode_node.kv_store import KvStore
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease, PagePool
 from decode_node.prefill_pool import PrefillLease, StaticPrefillPool
+from decode_node.prefix_cache import PagesWanted
 from prefill_node import prefill_job
 from tests.both_ends import FINGERPRINT, FORMAT, MAX_CONTEXT, ManualThreads, PrefillEnd, Wire, truth_of
 from tests.clock import FakeClock
@@ -139,9 +140,10 @@ class BothEnds(RuleBasedStateMachine):
         salt=st.sampled_from([b"", b"s"]),
     )
     def ask(self, length: int, holds_prefix: bool, document: int, salt: bytes) -> None:
-        pages = self.page_line.reserve_now("r", self.layout.pages(length))
-        if pages is None:
+        reservation = self.page_line.reserve_now("r", PagesWanted(num_pages=self.layout.pages(length)))
+        if reservation is None:
             return
+        pages = reservation.lease
         number = next(self.names)
         # Prompts of the same document begin alike.
         token_ids = np.random.default_rng(document).integers(0, 320, length)

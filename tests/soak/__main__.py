@@ -172,7 +172,8 @@ def _change(change: Callable[[], None], started_s: float, at_s: float) -> Change
 def _answered(question: Question, client: Client) -> Question:
     answer = collect(question.ask(client))
     usage = answer.finished.usage
-    assert usage.num_prefill_tokens + usage.num_decode_prompt_tokens == question.num_prompt_tokens
+    num_accounted = usage.num_cached_tokens + usage.num_prefill_tokens + usage.num_decode_prompt_tokens
+    assert num_accounted == question.num_prompt_tokens
     return replace(question, expected=[token.token_id for token in answer.tokens])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster.front_door import prefix_routes
 from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.placement import MAX_LOST_NODES, DecodeJob, DecodeLease, DecodePool
 from cluster.front_door.plan import ServedModel
@@ -130,6 +131,7 @@ def door(
     pool: DecodePool,
     *,
     num_decode_nodes: int = 1,
+    addresses: Sequence[str] = (),
     tokenizer: Tokenizer | None = None,
     on_resubmit: Callable[[ColmError], None] = lambda _: None,
     **limits: Any,
@@ -139,7 +141,7 @@ def door(
         limits=replace(LIMITS, **limits),
         decode_pool=pool,
         calls=calls,
-        registry=decode_nodes(num_decode_nodes),
+        registry=decode_nodes(num_decode_nodes, addresses),
         clock=MonotonicClock(),
         retry=RETRY,
         on_resubmit=on_resubmit,
@@ -501,3 +503,41 @@ async def test_the_deadline_is_the_nearer_of_the_requests_and_its_callers(
 async def test_a_deadline_that_is_past_is_refused() -> None:
     with pytest.raises(DeadlineExceeded, match="past already"):
         await ask(door(Scripted(ANSWER), Pool()), timeout_s=0.0)
+
+
+async def test_a_prompt_that_begins_alike_goes_to_the_node_that_had_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_routes, "BLOCK_TOKENS", 64)
+    document = np.arange(200) + 5
+    pool, calls = Pool(), Scripted(ANSWER)
+    front_door = door(calls, pool, num_decode_nodes=3, addresses=["one", "two", "three"])
+    for last in (7, 8, 9):
+        await ask(front_door, np.append(document, last), max_new_tokens=1)
+    assert pool.lent == ["one"] * 3
+    assert len({job.cache_salt for job in calls.jobs}) == 1
+
+
+async def test_where_the_node_that_had_its_beginning_has_no_room_a_prompt_goes_to_another() -> None:
+    """And nobody waits for the one while others are free."""
+    pool = Pool()
+    calls = Scripted(ANSWER, [CapacityExceeded("full")], ANSWER)
+    front_door = door(calls, pool, num_decode_nodes=3, addresses=["one", "two", "three"])
+    assert [(await ask(front_door))[-1] for _ in range(2)] == [FINISHED] * 2
+    assert pool.lent == ["one", "one", "three"]
+    assert calls.only_if_room == [True, True, True]
+
+
+async def test_where_the_node_that_had_its_beginning_is_not_lent_another_one_serves() -> None:
+    class Busy(Pool):
+        """Lends one node to nobody who wants only that."""
+
+        @asynccontextmanager
+        async def lease(self, *, beat: Beat, refused_by: Collection[str] = ()) -> AsyncIterator[DecodeLease]:
+            if {"two", "three"} <= {*refused_by}:
+                raise CapacityExceeded("no other decode node is free")
+            async with super().lease(beat=beat, refused_by=refused_by) as lease:
+                yield lease
+
+    pool = Busy()
+    front_door = door(Scripted(ANSWER), pool, num_decode_nodes=3, addresses=["one", "two", "three"])
+    assert [(await ask(front_door))[-1] for _ in range(2)] == [FINISHED] * 2
+    assert pool.lent == ["one", "two"]

@@ -26,8 +26,9 @@ from colm.request import AttentionMode, KvCodec
 from colm.retry import RetryPolicy
 from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder, KvTransfer
 from decode_node.page_line import PageLine
-from decode_node.page_pool import PagePool
+from decode_node.page_pool import PageLease, PagePool
 from decode_node.prefill_pool import PrefillLease
+from decode_node.prefix_cache import PagesWanted
 from decode_node.transfer_ledger import Arrival, TransferLedger
 from tests.clock import FakeClock
 
@@ -59,6 +60,7 @@ class ScriptedReceiver:
         self.heard_s: float | None = None
         self.sparse: SparseReport | None = None
         self.num_cached_tokens = 0
+        self.tile_tokens: int | None = None
         self.ledger: TransferLedger | None = None
         self.was_cancelled = threading.Event()
 
@@ -112,7 +114,7 @@ class Bench:
         self.events: list[PrefillProgress | Queued] = []
         self.account = KvAccount()
         self.page_line = PageLine(PagePool(4), max_waiting=4)
-        self.pages = self.page_line.reserve_now("r", 4)
+        self.pages = self.reserve(4)
         self._script = list(receivers)
         self._next: ScriptedReceiver | None = None
         self.fetcher = KvFetcher(
@@ -126,6 +128,11 @@ class Bench:
             clock=clock,
             retry=AT_ONCE,
         )
+
+    def reserve(self, num_pages: int) -> PageLease:
+        reservation = self.page_line.reserve_now("r", PagesWanted(num_pages=num_pages))
+        assert reservation is not None
+        return reservation.lease
 
     @asynccontextmanager
     async def lease(
@@ -360,11 +367,10 @@ async def test_a_thread_holds_the_pages_until_it_has_ended_however_often_its_req
         fetching.cancel()
         await asyncio.sleep(0)
     assert receiver.was_cancelled.is_set()
-    assert bench.pages is not None
     bench.page_line.release(bench.pages)
     assert bench.page_line.pool.num_used == 4
     receiver.may_end.set()
     async with asyncio.timeout(LIMIT_S):
         while bench.page_line.pool.num_used:
             await asyncio.sleep(0.01)
-    bench.pages = bench.page_line.reserve_now("again", 1)
+    bench.pages = bench.reserve(1)

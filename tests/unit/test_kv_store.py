@@ -14,7 +14,7 @@ from torch import Tensor
 from colm.kv import KvFormat, KvTile
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
-from decode_node.page_pool import PageLease
+from decode_node.page_pool import PageBlock, PageLease
 from tests.covering import pairs
 
 NUM_LAYERS, NUM_KV_HEADS, PAGE_TOKENS, HEAD_DIM = 2, 3, 4, 8
@@ -96,7 +96,9 @@ def test_tokens_land_at_each_requests_page_and_slot_and_touch_nothing_else(dtype
 
 
 def test_a_page_table_lists_the_pages_of_every_run_in_order() -> None:
-    table_M = store_of(torch.float32).page_table(PageLease("request", ((7, 3), (0, 1), (4, 2))))
+    table_M = store_of(torch.float32).page_table(
+        PageLease("request", (PageBlock(((7, 3), (0, 1))), PageBlock(((4, 2),))))
+    )
     assert table_M.dtype == np.int32
     assert table_M.tolist() == [7, 8, 9, 0, 4, 5]
 

@@ -8,6 +8,7 @@ from colm import line as line_module
 from colm.errors import CapacityExceeded
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease, PagePool
+from decode_node.prefix_cache import PagesWanted
 from tests.unit.test_line import settle
 
 LIMIT_S = 20.0
@@ -17,7 +18,10 @@ def pages(line: PageLine, owner: str, num_pages: int) -> "asyncio.Task[PageLease
     async def beat(_: int) -> None:
         pass
 
-    return asyncio.create_task(line.reserve(owner, num_pages, beat))
+    async def reserve() -> PageLease:
+        return (await line.reserve(owner, PagesWanted(num_pages=num_pages), beat)).lease
+
+    return asyncio.create_task(reserve())
 
 
 @pytest.fixture
@@ -53,15 +57,15 @@ async def test_the_last_holders_word_frees_pages_for_the_next(line: PageLine) ->
 
 
 async def test_who_will_not_wait_gets_pages_only_if_nobody_waits(line: PageLine) -> None:
-    first = line.reserve_now("first", 7)
+    first = line.reserve_now("first", PagesWanted(num_pages=7))
     assert first is not None
-    assert line.reserve_now("second", 2) is None
+    assert line.reserve_now("second", PagesWanted(num_pages=2)) is None
     waiting = pages(line, "waiting", 2)
     await settle()
-    assert line.reserve_now("third", 1) is None
-    line.release(first)
+    assert line.reserve_now("third", PagesWanted(num_pages=1)) is None
+    line.release(first.lease)
     await waiting
-    assert line.reserve_now("third", 1) is not None
+    assert line.reserve_now("third", PagesWanted(num_pages=1)) is not None
 
 
 async def test_a_line_that_is_full_refuses(line: PageLine) -> None:

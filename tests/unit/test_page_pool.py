@@ -155,7 +155,7 @@ def test_an_equal_lease_of_somebody_else_does_not_release_the_pages() -> None:
     pool = PagePool(4)
     lease = reserved(pool, "request", 2)
     with pytest.raises(KeyError):
-        pool.release(PageLease(lease.owner, lease.runs))
+        pool.release(PageLease(lease.owner, lease.blocks))
     assert pool.num_used == 2
 
 

@@ -19,7 +19,7 @@ class DecodeRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[OpenDecode, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., resume: _Optional[_Union[ResumeDecode, _Mapping]] = ...) -> None: ...
 
 class OpenDecode(_message.Message):
-    __slots__ = ("request_id", "num_chains", "max_new_tokens", "sampling", "num_prompt_tokens", "lease_id", "only_if_room", "num_answer_tokens", "answer_key", "attention", "kv_codec", "max_draft_tokens")
+    __slots__ = ("request_id", "num_chains", "max_new_tokens", "sampling", "num_prompt_tokens", "lease_id", "only_if_room", "num_answer_tokens", "answer_key", "attention", "kv_codec", "cache_salt", "max_draft_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_CHAINS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class OpenDecode(_message.Message):
     ANSWER_KEY_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     KV_CODEC_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     num_chains: int
@@ -43,8 +44,9 @@ class OpenDecode(_message.Message):
     answer_key: str
     attention: _common_pb2.AttentionMode
     kv_codec: _common_pb2.Codec
+    cache_salt: bytes
     max_draft_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., num_prompt_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., only_if_room: _Optional[bool] = ..., num_answer_tokens: _Optional[int] = ..., answer_key: _Optional[str] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., kv_codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., max_draft_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., num_prompt_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., only_if_room: _Optional[bool] = ..., num_answer_tokens: _Optional[int] = ..., answer_key: _Optional[str] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., kv_codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., cache_salt: _Optional[bytes] = ..., max_draft_tokens: _Optional[int] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("reserved", "prefill_progress", "token", "finished", "queued", "resumed")

@@ -1,0 +1,48 @@
+"""Remembers which decode node was sent which beginnings of prompts, and may still have their keys and values."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from colm.nodes import NodeReport, Role
+from colm.prefix import block_digests, root_digest
+
+BLOCK_TOKENS: Final = 512
+MAX_BLOCKS: Final = 1 << 16
+"""That are remembered: 32M tokens, about 10 MB."""
+MAX_MORE_REQUESTS: Final = 4
+"""A node of so many requests beyond twice those of the least busy one is no place for one more."""
+
+
+class PrefixRoutes:
+    """A hint of where a prompt is best sent; a wrong one costs time and never an answer."""
+
+    def __init__(self) -> None:
+        self._addresses: OrderedDict[bytes, str] = OrderedDict()  # oldest first
+
+    def keys(self, token_ids: NDArray[np.int64], cache_salt: bytes) -> tuple[bytes, ...]:
+        """The digests by which a prompt's beginnings are remembered, shortest first; the last is the whole prompt's."""
+        return tuple(block_digests(root_digest(cache_salt.hex()), token_ids, BLOCK_TOKENS))
+
+    def find(self, keys: Sequence[bytes], nodes: Sequence[NodeReport]) -> str | None:
+        """The address of the node that got the longest beginning, unless it is gone, or others are much less busy."""
+        loads = {node.address: _load(node) for node in nodes if node.role is Role.DECODE}
+        address = next((self._addresses[key] for key in reversed(keys) if key in self._addresses), None)
+        if address not in loads or loads[address] > 2 * min(loads.values()) + MAX_MORE_REQUESTS:
+            return None
+        return address
+
+    def note(self, keys: Sequence[bytes], address: str) -> None:
+        """Note that a node gets a prompt."""
+        for key in reversed(keys):  # so that a beginning is remembered for longer than what follows it
+            self._addresses[key] = address
+            self._addresses.move_to_end(key)
+        while len(self._addresses) > MAX_BLOCKS:
+            self._addresses.popitem(last=False)
+
+
+def _load(node: NodeReport) -> int:
+    return node.num_active_requests + node.num_queued_requests
