@@ -17,7 +17,7 @@ from colm.wire.messages import queued_from_pb, sparse_report_from_pb
 from colm.wire.security import Security
 from colm.wire.shared_memory import SharedReader
 from colm.wire.status import rpc_errors
-from colm.wire.tile_codec import decode_message, decode_tile, pull_kv_stub
+from colm.wire.tile_codec import decode_message, pull_kv_stub, require_intact, require_tile
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_fetch import KvTransfer
@@ -178,23 +178,34 @@ class KvReceiver:
         return True
 
     def _store_tile(self, header: pb.TileHeader, payload: memoryview) -> None:
-        if is_shared := header.HasField("shared"):
-            if self._memory is None or payload:
-                raise PeerUnavailable("the KV stream broke its format: a payload where none was expected")
-            payload = self._memory.read(header.shared)
-        kv_format = self._store.layout.kv_format
-        tile = decode_tile(header, payload, kv_format, self._transfer.codec)
-        self._ledger.admit(
-            Arrival(
-                transfer_id=header.transfer_id,
-                epoch=header.epoch,
-                layer=tile.layer,
-                first_token=tile.first_token,
-                num_tokens=tile.num_tokens,
-                payload_bytes=len(payload),
-                is_shared=is_shared,
-                effective_bytes=tile.num_tokens * self._store.layout.layer_token_bytes,
-            )
+        if not header.HasField("shared"):
+            self._store_payload(header, payload, is_shared=False)
+            return
+        if self._memory is None or payload:
+            raise PeerUnavailable("the KV stream broke its format: a payload where none was expected")
+        with self._memory.payload(header.shared) as shared:
+            self._store_payload(header, shared, is_shared=True)
+
+    def _store_payload(self, header: pb.TileHeader, payload: memoryview, *, is_shared: bool) -> None:
+        store, transfer = self._store, self._transfer
+        require_tile(header, payload, store.layout.kv_format, transfer.codec)
+        arrival = Arrival(
+            transfer_id=header.transfer_id,
+            epoch=header.epoch,
+            layer=header.layer,
+            first_token=header.first_token,
+            num_tokens=header.num_tokens,
+            payload_bytes=len(payload),
+            is_shared=is_shared,
+            effective_bytes=header.num_tokens * store.layout.layer_token_bytes,
         )
-        self._store.write(self._transfer.table_M, tile)
+        # [0, position)   verified
+        # [position, ..)  nobody reads; a payload that turns out to be damaged here is written over by the next stream
+        self._ledger.require_next(arrival)
+        place = KvPosition(header.layer, header.first_token)
+        checksum = store.write_payload(
+            transfer.table_M, place, header.num_tokens, payload, transfer.codec, is_shared=is_shared
+        )
+        require_intact(header, checksum)
+        self._ledger.admit(arrival)
         self._requests.stored(self._ledger.position, len(payload), is_last=self._ledger.is_whole)

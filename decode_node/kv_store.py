@@ -9,12 +9,17 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+import xxhash
+from colm_kernels.kv_payload import store_payload
 from colm_kernels.rotary import rotate_, write_kv
 from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.kv import KvTile
+from colm.kv_position import KvPosition
 from colm.placement import CPU
+from colm.request import KvCodec
+from colm.wire.kv_codec import read_payload
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_rows import KvRows
 from decode_node.page_pool import PageLease
@@ -65,6 +70,49 @@ class KvStore:
         for of_pages in (self.k_pages_LBPKD, self.v_pages_LBPKD, self.k_scales_LBPK, self.v_scales_LBPK):
             if of_pages is not None:
                 of_pages[:, target] = of_pages[:, source]
+
+    def write_payload(
+        self,
+        table_M: NDArray[np.int32],
+        place: KvPosition,
+        num_tokens: int,
+        payload: memoryview,
+        codec: KvCodec,
+        *,
+        is_shared: bool,
+    ) -> int:
+        """Copy a tile's payload into its pages; where both have one dtype, in one pass over it.
+
+        Args:
+            table_M: the request's page ids, from `page_table`.
+            place: the tile's layer and first token.
+            num_tokens: of the tile.
+            payload: as long as the tile's is, in the codec.
+            codec: of the payload.
+            is_shared: somebody else may write to it meanwhile.
+
+        Returns:
+            XXH3-64 of what was copied.
+        """
+        keys, values = self._k_rows[place.layer], self._v_rows[place.layer]
+        if codec == "raw" and keys.scales_SK is None:
+            runs = [(count, slot) for _, count, slot in self._runs(table_M, place.token, num_tokens)]
+            whole = torch.frombuffer(payload, dtype=torch.uint8)
+            if (checksum := store_payload(whole, keys.rows_SKD, values.rows_SKD, runs)) is not None:
+                return checksum
+        held = memoryview(bytes(payload)) if is_shared else payload
+        self.write(
+            table_M,
+            read_payload(
+                held,
+                codec,
+                self.layout.kv_format,
+                layer=place.layer,
+                first_token=place.token,
+                num_tokens=num_tokens,
+            ),
+        )
+        return xxhash.xxh3_64_intdigest(held)
 
     def _runs(self, table_M: NDArray[np.int32], first_token: int, num_tokens: int) -> Iterator[tuple[int, int, int]]:
         """Divide a tile where its pages are not neighbours: (token of the tile, count, row of the cache)."""

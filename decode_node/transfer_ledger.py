@@ -92,11 +92,14 @@ class TransferLedger:
         self._expect(is_inside, f"layer {layer} token {token} is reached, of {self._num_layers} layers")
         self._reached = max(self._reached, position)
 
-    def admit(self, arrival: Arrival) -> None:
-        """Admit a tile that is about to be stored.
+    def require_next(self, arrival: Arrival) -> KvPosition:
+        """Refuse a tile that must not be written into the pages.
+
+        Returns:
+            Where the next tile begins, and this one does.
 
         Raises:
-            PeerUnavailable: another tile must come next; the ledger stays as it is.
+            PeerUnavailable: another tile must come next.
         """
         self._expect_ours("tile", arrival.transfer_id, arrival.epoch)
         self._expect(not self.is_whole, "tile after the last one")
@@ -107,7 +110,15 @@ class TransferLedger:
         )
         left = self._num_tokens - token
         self._expect(1 <= arrival.num_tokens <= left, f"tile of {arrival.num_tokens} tokens where {left} are left")
-        self.position = next_tile.after(arrival.num_tokens, self._num_tokens)
+        return next_tile
+
+    def admit(self, arrival: Arrival) -> None:
+        """Count a tile that lies whole in its pages.
+
+        Raises:
+            PeerUnavailable: another tile must come next; the ledger stays as it is.
+        """
+        self.position = self.require_next(arrival).after(arrival.num_tokens, self._num_tokens)
         self.num_tiles += 1
         self.payload_bytes += arrival.payload_bytes
         self.shared_bytes += arrival.payload_bytes if arrival.is_shared else 0

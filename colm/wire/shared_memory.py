@@ -159,10 +159,11 @@ class SharedReader:
         if not hmac.compare_digest(self._memory[:_KEY_BYTES], place.key):
             raise OSError(f"{path} has another key")
         self._view = memoryview(self._memory)
-        self._copy = bytearray()
 
-    def read(self, payload: pb.SharedPayload) -> memoryview:
-        """A copy of a payload, which the writer cannot change any more; valid until the next one is read.
+    def payload(self, payload: pb.SharedPayload) -> memoryview:
+        """Where a payload lies; release it before `close`.
+
+        The writer may change it at any time: read each byte once, or copy it first.
 
         Raises:
             PeerUnavailable: it lies outside the memory.
@@ -172,13 +173,9 @@ class SharedReader:
             raise PeerUnavailable(
                 f"the KV stream broke its format: a payload at {first} to {last} of {len(self._view)} shared bytes"
             )
-        if len(self._copy) < payload.num_bytes:
-            self._copy = bytearray(payload.num_bytes)
-        copy = memoryview(self._copy)[: payload.num_bytes]
-        copy[:] = self._view[first:last]
-        return copy
+        return self._view[first:last]
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Let go of the memory; every payload must have been released."""
         self._view.release()
         self._memory.close()

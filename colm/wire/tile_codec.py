@@ -141,19 +141,8 @@ def decode_tile(header: pb.TileHeader, payload: memoryview, kv_format: KvFormat,
         PeerUnavailable: header or payload was damaged on the way.
         FingerprintMismatch: it came whole, in another codec or format; a retry cannot help.
     """
-    if header.HasField("header_checksum") and header.header_checksum != _header_checksum(header):
-        raise PeerUnavailable("a tile's header was damaged on the way (checksum)")
-    place = f"the tile at layer {header.layer} token {header.first_token}"
-    if xxhash.xxh3_64_intdigest(payload) != header.checksum:
-        raise PeerUnavailable(f"{place} was damaged on the way (checksum)")
-    if not header.num_tokens:
-        raise PeerUnavailable(f"{place} is empty")
-    require_codec(header.codec, codec, place)
-    if len(payload) != (num_bytes := header.num_tokens * wire_token_bytes(kv_format, codec)):
-        raise FingerprintMismatch(
-            f"{place} came as {len(payload)} bytes for {header.num_tokens} tokens; "
-            f"in this node's format they are {num_bytes}"
-        )
+    require_tile(header, payload, kv_format, codec)
+    require_intact(header, xxhash.xxh3_64_intdigest(payload))
     return read_payload(
         payload,
         codec,
@@ -162,6 +151,46 @@ def decode_tile(header: pb.TileHeader, payload: memoryview, kv_format: KvFormat,
         first_token=header.first_token,
         num_tokens=header.num_tokens,
     )
+
+
+def require_tile(header: pb.TileHeader, payload: memoryview, kv_format: KvFormat, codec: KvCodec) -> None:
+    """Refuse a tile by its header, the payload still unread: that is for `require_intact`.
+
+    Args:
+        header: of the tile.
+        payload: behind it, or in shared memory.
+        kv_format: of both ends.
+        codec: that was agreed on.
+
+    Raises:
+        PeerUnavailable: the tile was damaged on the way.
+        FingerprintMismatch: it came whole, in another codec or format; a retry cannot help.
+    """
+    if header.HasField("header_checksum") and header.header_checksum != _header_checksum(header):
+        raise PeerUnavailable("a tile's header was damaged on the way (checksum)")
+    num_bytes = header.num_tokens * wire_token_bytes(kv_format, codec)
+    if header.num_tokens and header.codec == CODECS[codec] and len(payload) == num_bytes:
+        return
+    # What arrived damaged says nothing of the format.
+    require_intact(header, xxhash.xxh3_64_intdigest(payload))
+    place = _place(header)
+    if not header.num_tokens:
+        raise PeerUnavailable(f"{place} is empty")
+    require_codec(header.codec, codec, place)
+    raise FingerprintMismatch(
+        f"{place} came as {len(payload)} bytes for {header.num_tokens} tokens; "
+        f"in this node's format they are {num_bytes}"
+    )
+
+
+def require_intact(header: pb.TileHeader, checksum: int) -> None:
+    """Refuse a tile whose payload has another checksum than its header says.
+
+    Raises:
+        PeerUnavailable: it has.
+    """
+    if checksum != header.checksum:
+        raise PeerUnavailable(f"{_place(header)} was damaged on the way (checksum)")
 
 
 def max_tile_tokens(kv_format: KvFormat, message_bytes: int, codec: KvCodec = "raw") -> int:
@@ -178,6 +207,10 @@ def pull_kv_handlers(behaviour: Callable[..., object]) -> grpc.GenericRpcHandler
 def pull_kv_stub(channel: grpc.Channel) -> grpc.StreamStreamMultiCallable:
     """Call `KvTransferService.PullKv`; yields undecoded messages."""
     return channel.stream_stream(f"/{SERVICE}/{METHOD}", pb.PullKvRequest.SerializeToString, None)
+
+
+def _place(header: pb.TileHeader) -> str:
+    return f"the tile at layer {header.layer} token {header.first_token}"
 
 
 def _header_checksum(header: pb.TileHeader) -> int:

@@ -4,6 +4,7 @@ Shapes: K kv heads, T tokens of a tile, D head dim.
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +33,16 @@ class ScatterArgs(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in ("x", "out", "num_heads", "num_tokens", "head_bytes", "x_stride_k", "out_stride")
+    )
+
+
+class StoreArgs(ctypes.Structure):
+    """`StoreArgs` of abi.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("payload", "k_rows", "v_rows", "runs", "num_runs", "num_heads")),
+        *((name, ctypes.c_int64) for name in ("head_bytes", "row_stride", "num_bytes")),
+        ("checksum", ctypes.c_uint64),
     )
 
 
@@ -66,6 +77,46 @@ def pack_payload(k_KTD: Tensor, v_KTD: Tensor, out: Tensor) -> tuple[int, bool] 
     )  # fmt: skip
     native.call("colm_pack_payload", args, variant, 1)
     return args.checksum, bool(args.is_finite)
+
+
+def store_payload(
+    payload: Tensor, k_rows_SKD: Tensor, v_rows_SKD: Tensor, runs: Sequence[tuple[int, int]]
+) -> int | None:
+    """Copy a payload of `pack_payload` to rows of a cache, reading each of its bytes once.
+
+    In the calling thread; other Python threads run meanwhile, and others may write to the payload: the checksum is of
+    what was copied.
+
+    Args:
+        payload: uint8, at any address: all keys, then all values.
+        k_rows_SKD: where keys go; of the payload's dtype.
+        v_rows_SKD: where values go.
+        runs: (how many tokens, row of the first) in the order of the tokens; rows within the cache.
+
+    Returns:
+        XXH3-64 of the payload; None where the library cannot do it, which has written nothing then.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    num_rows, num_heads, head_dim = k_rows_SKD.shape
+    check_dims("v_rows_SKD", v_rows_SKD, num_rows, num_heads, head_dim)
+    check_dtype("v_rows_SKD", v_rows_SKD, k_rows_SKD.dtype)
+    head_bytes = head_dim * k_rows_SKD.element_size()
+    check_dims("payload", payload, 2 * num_heads * head_bytes * sum(num_tokens for num_tokens, _ in runs))
+    assert all(0 <= row <= num_rows - num_tokens for num_tokens, row in runs)
+    row_stride = k_rows_SKD.stride(0)
+    variant = native.choose_rows_variant(k_rows_SKD, v_rows_SKD)
+    is_dense = k_rows_SKD.stride(1) == v_rows_SKD.stride(1) == head_dim and v_rows_SKD.stride(0) == row_stride
+    if variant == "torch" or not is_dense or payload.nbytes < _FEWEST_HASHED_BYTES or not payload.is_contiguous():
+        return None
+    flat = native.words([number for run in runs for number in run])
+    args = StoreArgs(
+        payload.data_ptr(), k_rows_SKD.data_ptr(), v_rows_SKD.data_ptr(), ctypes.addressof(flat), len(runs),
+        num_heads, head_bytes, row_stride * k_rows_SKD.element_size(), payload.nbytes,
+    )  # fmt: skip
+    native.call("colm_store_payload", args, variant, 1)
+    return int(args.checksum)
 
 
 def scatter_rows(x_KTD: Tensor, out_TKD: Tensor) -> None:

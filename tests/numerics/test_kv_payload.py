@@ -4,13 +4,15 @@ Shapes: K kv heads, T tokens, D head dim, N tokens of a prompt, S rows of a cach
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from math import prod
+from threading import Event, Thread
 
 import pytest
 import torch
 import xxhash
 from colm_kernels import native
-from colm_kernels.kv_payload import scatter_rows
+from colm_kernels.kv_payload import scatter_rows, store_payload
 from colm_kernels.native import use_variant
 from torch import Tensor
 
@@ -105,6 +107,69 @@ def test_rows_are_scattered_and_nothing_beside_them_is_touched(shape: tuple[int,
     assert torch.equal(cache_SKD[1:-1], x_KTD.transpose(0, 1))
     assert cache_SKD[0].eq(7).all()
     assert cache_SKD[-1].eq(7).all()
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("num_runs", [1, 3])
+def test_a_payload_is_stored_in_its_rows_and_nothing_beside_them_is_touched(
+    shape: tuple[int, int, int], dtype: torch.dtype, start: int, num_runs: int
+) -> None:
+    """The runs lie backwards, with a row of their own before, between and behind them."""
+    k_KTD, v_KTD = tile(shape, dtype)
+    num_heads, num_tokens, head_dim = shape
+    ends = [num_tokens * number // num_runs for number in range(num_runs + 1)]
+    runs, rows = [], num_tokens + num_runs + 1
+    for begin, end in pairwise(ends):
+        rows -= end - begin + 1
+        if end > begin:
+            runs.append((end - begin, rows))
+    payload = torch.empty(start + 2 * k_KTD.nbytes, dtype=torch.uint8)[start:]
+    checksum, _ = write_payload((k_KTD, v_KTD), payload)
+    shape = (num_tokens + num_runs + 1, num_heads, head_dim)
+    stored = tuple(torch.full(shape, 7.0, dtype=dtype) for _ in range(2))
+    expected = tuple(each.clone() for each in stored)
+    first = 0
+    for count, row in runs:
+        for cache_SKD, tokens_KTD in zip(expected, (k_KTD, v_KTD), strict=True):
+            cache_SKD[row : row + count] = tokens_KTD[:, first : first + count].transpose(0, 1)
+        first += count
+    found = store_payload(payload, *stored, runs)
+    has_library = native.choose_rows_variant(*stored) != "torch" and payload.nbytes > 240
+    assert found == (checksum if has_library else None)
+    if has_library:
+        assert all(torch.equal(*both) for both in zip(stored, expected, strict=True))
+
+
+def test_the_checksum_is_of_what_was_stored_whoever_writes_meanwhile() -> None:
+    """Payloads lie in memory that the sender can still write to."""
+    payload = torch.zeros(2 * 8 * 512 * 128, dtype=torch.uint8)
+    k_SKD, v_SKD = (torch.empty(512, 8, 64, dtype=torch.bfloat16) for _ in range(2))
+    has_ended = Event()
+
+    def write() -> None:
+        while not has_ended.is_set():
+            payload.add_(1)
+
+    writer = Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(32):
+            if (checksum := store_payload(payload, k_SKD, v_SKD, [(512, 0)])) is not None:
+                assert checksum == packed(k_SKD.transpose(0, 1).contiguous(), v_SKD.transpose(0, 1).contiguous())[1]
+    finally:
+        has_ended.set()
+        writer.join()
+
+
+def test_a_payload_that_does_not_fit_its_rows_is_refused() -> None:
+    rows_SKD = torch.empty(4, 2, 8, dtype=torch.bfloat16)
+    payload = torch.empty(2 * 3 * 2 * 16, dtype=torch.uint8)
+    for values, runs in ((rows_SKD, [(2, 0)]), (rows_SKD[:, :1], [(3, 0)]), (rows_SKD.float(), [(3, 0)])):
+        with pytest.raises(ValueError, match="expected"):
+            store_payload(payload, rows_SKD, values, runs)
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:

@@ -4,14 +4,18 @@ Shapes: L layers, B pages, P tokens of a page, K kv heads, T tokens, D head dim,
 """
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from colm_kernels.rotary import rotate_
 from torch import Tensor
 
 from colm.kv import KvFormat, KvTile
+from colm.kv_position import KvPosition
+from decode_node import kv_store
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.page_pool import PageBlock, PageLease
@@ -93,6 +97,24 @@ def test_tokens_land_at_each_requests_page_and_slot_and_touch_nothing_else(dtype
 
     assert torch.equal(bits(store.k_pages_LBPKD), expected_k)
     assert torch.equal(bits(store.v_pages_LBPKD), expected_v)
+
+
+def test_a_payload_that_changes_on_its_way_into_the_pages_is_stored_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the library's one pass: the writer of shared memory may write to it at any time."""
+    payload = bytearray(2 * NUM_KV_HEADS * HEAD_DIM * PAGE_TOKENS * 4)
+    write = KvStore.write
+
+    def change_and_write(store: KvStore, *args: Any) -> None:
+        payload[:] = b"\1" * len(payload)
+        write(store, *args)
+
+    monkeypatch.setattr(KvStore, "write", change_and_write)
+    monkeypatch.setattr(kv_store, "store_payload", lambda *_: None)
+    store, table_M = store_of(torch.float32), np.array([3], dtype=np.int32)
+    checksum = store.write_payload(table_M, KvPosition(1, 0), PAGE_TOKENS, memoryview(payload), "raw", is_shared=True)
+    assert checksum == xxhash.xxh3_64_intdigest(bytes(len(payload)))
+    assert store.k_pages_LBPKD[1, 3].eq(0).all()
+    assert store.v_pages_LBPKD[1, 3].eq(0).all()
 
 
 def test_a_page_table_lists_the_pages_of_every_run_in_order() -> None:

@@ -247,6 +247,17 @@ struct ScatterArgs {
     int64_t x_stride_k, out_stride;  // bytes
 };
 
+// A payload, and the rows of pages that its tokens go to. Shapes: K kv heads, T tokens, D head dim.
+struct StoreArgs {
+    const unsigned char* payload;     // 2, K, T, D: keys, then values
+    unsigned char* rows[2];           // keys', values': S, K, D; K and D contiguous
+    const int64_t* runs;              // num_runs, 2: how many tokens, and the row of the first; T in all
+    int64_t num_runs, num_heads;
+    int64_t head_bytes, row_stride;   // bytes of one token's D, and from row to row
+    int64_t num_bytes;                // of the payload
+    uint64_t checksum;                // out: XXH3-64 of the payload
+};
+
 // The weights of one chain in one linear, and its bias.
 struct StepMatrix {
     const void* weight;  // out_dim, in_dim contiguous; or its panels

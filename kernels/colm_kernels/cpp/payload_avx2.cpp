@@ -47,6 +47,9 @@ struct Hash {
         _mm256_set_epi64x(kPrime32_1, kPrime64_5, kPrime32_2, kPrime64_4),
     };
 
+    // Where the part of an input begins that `end` takes; it is never empty.
+    static int64_t last_block(int64_t num_bytes) { return (num_bytes - 1) / kBlock * kBlock; }
+
     void stripe(const unsigned char* in, const unsigned char* secret) {
         for (int half = 0; half < 2; ++half) {
             const __m256i data = load(in + 32 * half), mixed = _mm256_xor_si256(data, load(secret + 32 * half));
@@ -71,11 +74,11 @@ struct Hash {
         }
     }
 
-    // What lies behind the last whole block, and the end.
-    uint64_t end(const unsigned char* whole, int64_t num_bytes) {
-        const int64_t done = (num_bytes - 1) / kBlock * kBlock;
-        stripes(whole + done, (num_bytes - 1 - done) / kStripe);
-        stripe(whole + num_bytes - kStripe, kSecret + kSecretBytes - kStripe - 7);
+    // What lies behind the last whole block, and the end. `rest` is all from there on; the stripe before it is read too.
+    uint64_t end(const unsigned char* rest, int64_t num_bytes) {
+        const int64_t num_rest = num_bytes - last_block(num_bytes);
+        stripes(rest, (num_rest - 1) / kStripe);
+        stripe(rest + num_rest - kStripe, kSecret + kSecretBytes - kStripe - 7);
         alignas(32) uint64_t lanes[8];
         for (int half = 0; half < 2; ++half) _mm256_store_si256(reinterpret_cast<__m256i*>(lanes + 4 * half), acc[half]);
         uint64_t result = static_cast<uint64_t>(num_bytes) * kPrime64_1;
@@ -120,6 +123,59 @@ struct Finite {
     bool holds() const { return _mm256_testz_si256(bad, bad); }
 };
 
+// The rows of pages as a payload goes to them: keys, then values; of each, head by head, token by token.
+class Rows {
+  public:
+    explicit Rows(const StoreArgs& args) : args_(args) {
+        const auto in_lines = [](int64_t number) { return number % 32 == 0; };
+        streams_ = in_lines(args.head_bytes) && in_lines(args.row_stride) &&
+                   in_lines(reinterpret_cast<intptr_t>(args.rows[0])) && in_lines(reinterpret_cast<intptr_t>(args.rows[1]));
+        begin_run();
+    }
+
+    // Take what comes next.
+    void take(const unsigned char* x, int64_t num_bytes) {
+        while (num_bytes > 0) {
+            const int64_t count = std::min(args_.head_bytes - inside_, num_bytes);
+            if (streams_ && count == args_.head_bytes) {
+                // Past the caches: pages are read when the whole prompt is there.
+                for (int64_t i = 0; i < count; i += 32) _mm256_stream_si256(reinterpret_cast<__m256i*>(out_ + i), load(x + i));
+            } else {
+                std::memcpy(out_ + inside_, x, count);
+            }
+            x += count, num_bytes -= count, inside_ += count;
+            if (inside_ == args_.head_bytes) next_row();
+        }
+    }
+
+    void end() const {
+        if (streams_) _mm_sfence();
+    }
+
+  private:
+    void next_row() {
+        inside_ = 0, out_ += args_.row_stride;
+        if (--left_ > 0) return;
+        if (++run_ == args_.num_runs) {
+            run_ = 0;
+            if (++head_ == args_.num_heads) head_ = 0, ++which_;
+        }
+        if (which_ < 2) begin_run();
+    }
+
+    void begin_run() {
+        left_ = args_.runs[2 * run_];
+        out_ = args_.rows[which_] + args_.runs[2 * run_ + 1] * args_.row_stride + head_ * args_.head_bytes;
+    }
+
+    const StoreArgs& args_;
+    unsigned char* out_ = nullptr;  // the row's place for this head
+    int64_t which_ = 0, head_ = 0, run_ = 0;
+    int64_t left_ = 0;    // rows of this run
+    int64_t inside_ = 0;  // bytes of the row that are there
+    bool streams_;
+};
+
 }  // namespace
 
 COLM_EXPORT
@@ -128,7 +184,7 @@ int32_t colm_pack_payload(PackArgs* args, int32_t, int32_t) {
     Finite finite(args->dtype);
     unsigned char* const out = args->out;
     const int64_t num_bytes = 2 * args->num_heads * args->head_bytes;
-    const int64_t last_block = (num_bytes - 1) / kBlock * kBlock;  // this one is hashed at the end
+    const int64_t last_block = Hash::last_block(num_bytes);
     int64_t written = 0, hashed = 0;
     for (int which = 0; which < 2; ++which) {
         for (int64_t head = 0; head < args->num_heads; ++head) {
@@ -142,7 +198,7 @@ int32_t colm_pack_payload(PackArgs* args, int32_t, int32_t) {
             }
         }
     }
-    args->checksum = hash.end(out, num_bytes);
+    args->checksum = hash.end(out + last_block, num_bytes);
     args->is_finite = finite.holds();
     return kOk;
 }
@@ -166,5 +222,26 @@ int32_t colm_scatter_rows(const ScatterArgs* args, int32_t, int32_t) {
         }
     }
     if (streams) _mm_sfence();
+    return kOk;
+}
+
+COLM_EXPORT
+int32_t colm_store_payload(StoreArgs* args, int32_t, int32_t) {
+    // Each chunk is read once and then looked at here alone, so the checksum is of what the pages get, whoever else may
+    // write to the payload. Before it, the end of the one before.
+    alignas(kStripe) unsigned char held[kStripe + kChunk];
+    unsigned char* const chunk = held + kStripe;
+    const int64_t last_block = Hash::last_block(args->num_bytes);
+    Hash hash;
+    Rows rows(*args);
+    for (int64_t done = 0; done < args->num_bytes; done += kChunk) {
+        const int64_t count = std::min(kChunk, args->num_bytes - done);
+        std::memcpy(held, held + kChunk, kStripe);
+        std::memcpy(chunk, args->payload + done, count);
+        for (int64_t at = 0; at + kBlock <= count && done + at < last_block; at += kBlock) hash.block(chunk + at);
+        rows.take(chunk, count);
+        if (done + count == args->num_bytes) args->checksum = hash.end(chunk + last_block - done, args->num_bytes);
+    }
+    rows.end();
     return kOk;
 }

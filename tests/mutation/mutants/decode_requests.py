@@ -187,7 +187,7 @@ MUTANTS = (
     Mutant(
         "effective bytes are those of the wire",
         "decode_node/kv_receiver.py",
-        "effective_bytes=tile.num_tokens * self._store.layout.layer_token_bytes",
+        "effective_bytes=header.num_tokens * store.layout.layer_token_bytes",
         "effective_bytes=len(payload)",
         "tests/fault/test_kv_codecs.py::test_requests_of_both_codecs_side_by_side_get_their_own_references_answers",
     ),
