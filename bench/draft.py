@@ -43,6 +43,8 @@ from colm.model import num_step_parameters
 from colm.model.config import ChainConfig
 from colm.model.presets import preset
 from colm.sampling import SamplingParams
+from colm.scale import Changing, Scale
+from decode_node.auto_scale import AutoScale
 from decode_node.decode_loop import DecodeLoop
 from decode_node.drafter import Drafting, StepTimes
 from decode_node.engine import DecodeEngine
@@ -215,7 +217,10 @@ class _Turn:
         self._num_turns += 1
         page_line = PageLine(PagePool(node.store.num_pages), max_waiting=case.batch_size)
         times = self._drafting.times if self._drafting else None
-        loop = DecodeLoop(node.engine, page_line, max_batch_size=case.batch_size, times=times)
+        auto_scale = AutoScale([1] * case.config.num_chains)  # nobody leaves the scale to it
+        loop = DecodeLoop(node.engine, page_line, max_batch_size=case.batch_size, auto_scale=auto_scale, times=times)
+        num_chains = case.config.num_chains
+        scale = Changing(Scale(num_chains=num_chains, min_chains=num_chains))
         running = asyncio.create_task(loop.run())
         answers: list[RunningAnswer] = []
 
@@ -226,7 +231,7 @@ class _Turn:
             answer = _Spoilt(
                 unread_token_ids=(1 + number,),
                 position=case.context_len - 1,
-                num_chains=case.config.num_chains,
+                num_chains=num_chains,
                 max_new_tokens=case.new_tokens,
                 table_M=node.store.page_table(pages),
                 sampling=SamplingParams(ignore_eos=True),
@@ -237,7 +242,7 @@ class _Turn:
             answer.acceptance = case.acceptance
             answer.rng = np.random.default_rng((node.seed, self._num_turns, number))
             answers.append(answer)
-            async with aclosing(loop.events(answer, pages)) as events:
+            async with aclosing(loop.events(answer, pages, scale)) as events:
                 found = [event.token_id async for event in events if isinstance(event, Token)]
             page_line.release(pages)
             return found

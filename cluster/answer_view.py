@@ -10,7 +10,17 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from colm.events import Accepted, Event, Finished, LayerRecall, PrefillProgress, Queued, Reconnecting, Token
+from colm.events import (
+    Accepted,
+    Event,
+    Finished,
+    LayerRecall,
+    PrefillProgress,
+    Queued,
+    Reconnecting,
+    Token,
+    tokens_by_scale,
+)
 
 
 class AnswerView:
@@ -37,6 +47,7 @@ class AnswerView:
         self._first_token_s: float | None = None
         self._accepted: Accepted | None = None
         self._finished: Finished | None = None
+        self._tokens: list[Token] = []
         self._text: list[str] = []
         self._num_reconnects = 0
         self._is_held_up = False
@@ -69,6 +80,7 @@ class AnswerView:
                 if self._first_token_s is None:
                     self._first_token_s = time.monotonic() - self._started_s
                     self._progress.stop()
+                self._tokens.append(event)
                 self._write(event.text)
             case Finished():
                 self._finished = event
@@ -97,6 +109,7 @@ class AnswerView:
             "decode_nodes": usage.num_decode_nodes,
             "reconnects": self._num_reconnects,
             "new_tokens": usage.num_new_tokens,
+            "tokens_by_scale": tokens_by_scale(self._tokens),
             "draft_tokens": usage.num_draft_tokens,
             "accepted_tokens": usage.num_accepted_tokens,
             "finish_reason": finished.reason.value,

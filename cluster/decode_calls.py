@@ -11,8 +11,17 @@ from cluster.front_door.placement import DecodeJob, DecodeLease
 from colm.clock import Deadline
 from colm.errors import ColmError, PeerUnavailable
 from colm.events import Event, Finished, Resumed
+from colm.scale import Changing, Scale
 from colm.wire.channels import Channels
-from colm.wire.messages import CODECS, attention_to_pb, end_of_prompt, event_from_pb, sampling_to_pb, token_id_pieces
+from colm.wire.messages import (
+    CODECS,
+    attention_to_pb,
+    end_of_prompt,
+    event_from_pb,
+    sampling_to_pb,
+    scale_to_pb,
+    token_id_pieces,
+)
 from colm.wire.outcome import Outcome
 from colm.wire.security import Security
 from colm.wire.v1 import decode_service_pb2 as pb
@@ -46,7 +55,8 @@ class GrpcDecodeCalls:
         """See `DecodeNodeCalls`."""
         opened = pb.OpenDecode(
             request_id=job.request_id,
-            num_chains=job.num_chains,
+            num_chains=job.scale.value.num_chains,
+            min_chains=job.scale.value.min_chains,
             max_new_tokens=job.max_new_tokens,
             sampling=sampling_to_pb(job.sampling),
             num_prompt_tokens=len(job.token_ids),
@@ -60,29 +70,39 @@ class GrpcDecodeCalls:
             cache_salt=job.cache_salt,
         )
 
-        async def requests() -> AsyncIterator[pb.DecodeRequest]:
+        async def requests(changes: AsyncIterator[Scale]) -> AsyncIterator[pb.DecodeRequest]:
             token_ids = np.append(job.token_ids, np.array(job.made_token_ids, dtype=np.int64))
             yield pb.DecodeRequest(open=opened)
             for piece in token_id_pieces(token_ids):
                 yield pb.DecodeRequest(token_ids=piece)
             yield pb.DecodeRequest(end_of_prompt=end_of_prompt(token_ids))
+            async for scale in changes:
+                yield pb.DecodeRequest(change_scale=scale_to_pb(scale))
 
-        sent = requests()
-        async with aclosing(self._events(lease.address, sent, job.answer_key, job.request_id, deadline)) as events:
-            async for event in events:
-                yield event
+        with job.scale.followed() as changes:
+            sent = requests(changes)
+            async with aclosing(self._events(lease.address, sent, job.answer_key, job.request_id, deadline)) as events:
+                async for event in events:
+                    yield event
 
     async def resume(
-        self, address: str, answer_key: str, num_tokens: int, *, deadline: Deadline
+        self, address: str, answer_key: str, num_tokens: int, *, scale: Changing[Scale | None], deadline: Deadline
     ) -> AsyncGenerator[Event]:
         """See `DecodeNodeCalls`."""
 
-        async def requests() -> AsyncIterator[pb.DecodeRequest]:
+        async def requests(changes: AsyncIterator[Scale | None]) -> AsyncIterator[pb.DecodeRequest]:
             yield pb.DecodeRequest(resume=pb.ResumeDecode(answer_key=answer_key, num_tokens=num_tokens))
+            if scale.value is not None:
+                yield pb.DecodeRequest(change_scale=scale_to_pb(scale.value))
+            async for changed in changes:
+                assert changed is not None, "a scale is not taken back"
+                yield pb.DecodeRequest(change_scale=scale_to_pb(changed))
 
-        async with aclosing(self._events(address, requests(), answer_key, None, deadline)) as events:
-            async for event in events:
-                yield event
+        with scale.followed() as changes:
+            sent = requests(changes)
+            async with aclosing(self._events(address, sent, answer_key, None, deadline)) as events:
+                async for event in events:
+                    yield event
 
     async def _events(
         self,

@@ -18,7 +18,7 @@ from colm.wire.messages import (
     generate_request_from_pb,
     token_ids_from_pb,
 )
-from colm.wire.prompt_stream import read_first, read_pieces
+from colm.wire.prompt_stream import read_changes, read_first, read_pieces
 from colm.wire.security import shown_token
 from colm.wire.status import answering
 from colm.wire.v1 import generation_service_pb2 as pb
@@ -71,14 +71,15 @@ class GenerationService(GenerationServiceServicer):
             await stack.enter_async_context(self._clients.while_admitted(client))
             first, door = await read_first(request_iterator, "resume"), self._front_door
             of_caller = {"owner": client.name, "caller_waits_s": context.time_remaining()}
+            changes = read_changes(request_iterator)
             if first.WhichOneof("part") == "resume":
                 seen.is_resumed = True
-                answer = door.resume(first.resume.answer_key, first.resume.num_tokens, **of_caller)
+                answer = door.resume(first.resume.answer_key, first.resume.num_tokens, changes=changes, **of_caller)
             else:
                 if first.open.answer_token_ids:
                     self._metrics.continued.inc()
                 prompt = usage.counted(_prompt(request_iterator, self._upload_idle_s))
-                answer = door.generate(generate_request_from_pb(first.open), prompt, **of_caller)
+                answer = door.generate(generate_request_from_pb(first.open), prompt, changes=changes, **of_caller)
             async for event in await stack.enter_async_context(answer):
                 usage.see(event)
                 seen.see(event)

@@ -2,15 +2,17 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, Unpack
 
 from colm.errors import ColmError
 from colm.events import Event, Finished, Token
+from colm.generation import AsyncGeneration, Generation
 from colm.nodes import ClusterStatus
 from colm.reconnect import Attempts
+from colm.scale import Changing, ScaleWish
 from colm.upload import Document, GenerateOptions, in_thread
 from colm.wire.endpoint import open_blocking_channel, open_channel
 from colm.wire.messages import cluster_status_from_pb, event_from_pb
@@ -82,44 +84,52 @@ class Client:
         self._closed.set()
         self._channel.close()
 
-    def generate(
-        self, document: Document = "", prompt: str = "", **options: Unpack[GenerateOptions]
-    ) -> Generator[Event]:
-        """Submit a document with an instruction and yield what happens.
+    def generate(self, document: Document = "", prompt: str = "", **options: Unpack[GenerateOptions]) -> Generation:
+        """Submit a document with an instruction and iterate over what happens; the first step submits it.
 
         Args:
             document: uploaded in pieces; a file is read as it is sent, its first piece before the call is opened.
             prompt: the instruction that follows the document.
             options: see `GenerateOptions`.
 
-        Yields:
-            Accepted, PrefillProgress, Token and, last, one Finished; Reconnecting where the gateway was lost. Closing
-            the generator cancels the request.
-
-        Raises:
-            ColmError: the one reason why there is no answer; `InvalidRequest` names the field at fault.
+        Returns:
+            An iterator over Accepted, PrefillProgress, Token and, last, one Finished; Reconnecting where the gateway
+            was lost. Closing it cancels the request. It raises a `ColmError`, the one reason why there is no answer;
+            `InvalidRequest` names the field at fault.
         """
-        attempts = Attempts(document, prompt, options, reconnects=self._reconnects)
-        while not (yield from self._call(attempts)):
-            pass
+        scale: Changing[ScaleWish | None] = Changing(None)
+
+        def events() -> Generator[Event]:
+            attempts = Attempts(document, prompt, options, scale=scale, reconnects=self._reconnects)
+            while not (yield from self._call(attempts)):
+                pass
+
+        return Generation(events(), scale)
 
     def _call(self, attempts: Attempts) -> Generator[Event, None, bool]:
         """Make one call, and yield what is news; returns whether the answer is complete."""
-        call = self._stub.Generate(
-            iter(attempts.messages), metadata=self._security.metadata(), timeout=attempts.call_timeout_s
-        )
-        try:
-            with attempts.errors(), rpc_errors(self._peer):
-                for message in call:
-                    if attempts.see(event := event_from_pb(message)):
-                        yield event
-            return True
-        except ColmError as err:
-            if self._closed.is_set():
-                raise
-            lost = attempts.after(err)
-        finally:
-            call.cancel()
+
+        def messages(changes: Iterator[object]) -> Iterator[pb.GenerateRequest]:
+            yield from attempts.messages
+            for _ in changes:
+                yield from attempts.change
+
+        with attempts.scale.followed_in_thread() as changes:
+            call = self._stub.Generate(
+                messages(changes), metadata=self._security.metadata(), timeout=attempts.call_timeout_s
+            )
+            try:
+                with attempts.errors(), rpc_errors(self._peer):
+                    for message in call:
+                        if attempts.see(event := event_from_pb(message)):
+                            yield event
+                return True
+            except ColmError as err:
+                if self._closed.is_set():
+                    raise
+                lost = attempts.after(err)
+            finally:
+                call.cancel()
         yield lost
         self._closed.wait(lost.in_s)
         return False
@@ -160,28 +170,45 @@ class AsyncClient:
         self._is_closed = True
         await self._channel.close()
 
-    async def generate(
+    def generate(
         self, document: Document = "", prompt: str = "", **options: Unpack[GenerateOptions]
-    ) -> AsyncGenerator[Event]:
+    ) -> AsyncGeneration:
         """As `Client.generate`; close it with `contextlib.aclosing` to cancel."""
-        attempts = await asyncio.to_thread(Attempts, document, prompt, options, reconnects=self._reconnects)
+        scale: Changing[ScaleWish | None] = Changing(None)
+        return AsyncGeneration(self._events(document, prompt, options, scale), scale)
+
+    async def _events(
+        self, document: Document, prompt: str, options: GenerateOptions, scale: Changing[ScaleWish | None]
+    ) -> AsyncGenerator[Event]:
+        attempts = await asyncio.to_thread(
+            Attempts, document, prompt, options, scale=scale, reconnects=self._reconnects
+        )
+
+        async def messages(changes: AsyncIterator[object]) -> AsyncIterator[pb.GenerateRequest]:
+            async for message in in_thread(iter(attempts.messages)):
+                yield message
+            async for _ in changes:
+                for message in attempts.change:
+                    yield message
+
         while True:
-            call = self._stub.Generate(
-                in_thread(iter(attempts.messages)), metadata=self._security.metadata(), timeout=attempts.call_timeout_s
-            )
-            outcome = Outcome(call)
-            try:
-                with attempts.errors(), outcome.errors(self._peer):
-                    async for message in call:
-                        if attempts.see(event := event_from_pb(message)):
-                            yield event
-                return
-            except ColmError as err:
-                if self._is_closed:
-                    raise
-                lost = attempts.after(err)
-            finally:
-                call.cancel()
+            with scale.followed() as changes:
+                call = self._stub.Generate(
+                    messages(changes), metadata=self._security.metadata(), timeout=attempts.call_timeout_s
+                )
+                outcome = Outcome(call)
+                try:
+                    with attempts.errors(), outcome.errors(self._peer):
+                        async for message in call:
+                            if attempts.see(event := event_from_pb(message)):
+                                yield event
+                    return
+                except ColmError as err:
+                    if self._is_closed:
+                        raise
+                    lost = attempts.after(err)
+                finally:
+                    call.cancel()
             yield lost
             await asyncio.sleep(lost.in_s)
 

@@ -1,5 +1,7 @@
 """What happens to a request, in order: accepted, prefill progress, tokens, finished; queued wherever it waits."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -78,6 +80,22 @@ class Token:
     num_chains: int
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """(token id, logprob) of the likeliest tokens, likeliest first."""
+
+
+def tokens_by_scale(tokens: Iterable[Token]) -> dict[str, int]:
+    """How many tokens were made by each number of chains, as JSON has it."""
+    counts = Counter(token.num_chains for token in tokens)
+    return {str(num_chains): counts[num_chains] for num_chains in sorted(counts)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleChanged:
+    """Tokens that no step has begun with are made at this scale."""
+
+    num_chains: int
+    """Most chains."""
+    min_chains: int
+    """Fewest."""
 
 
 class FinishReason(Enum):
@@ -183,4 +201,4 @@ class Reconnecting:
     cause: str
 
 
-Event = Accepted | Resumed | Queued | Reserved | PrefillProgress | Token | Finished | Reconnecting
+Event = Accepted | Resumed | Queued | Reserved | PrefillProgress | Token | ScaleChanged | Finished | Reconnecting

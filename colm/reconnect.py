@@ -1,14 +1,16 @@
 """One request of a client over all the calls that it takes: which is the next one, and what they have brought."""
 
 import secrets
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from colm.clock import Clock, Deadline, MonotonicClock
 from colm.errors import CapacityExceeded, ColmError, ConnectionLost, PeerUnavailable, PrefillUnavailable, UnknownAnswer
 from colm.events import Accepted, Event, Reconnecting, Token
 from colm.retry import RetryPolicy
-from colm.upload import Document, GenerateOptions, Resume, Upload
+from colm.scale import Changing, ScaleWish
+from colm.upload import Change, Document, GenerateOptions, Message, Resume, Upload
 
 RECONNECT = RetryPolicy(max_attempts=40, first_pause_s=0.05, last_pause_s=1.0)
 """For calls in a row that bring no token; they last longer than a gateway needs to start again."""
@@ -34,11 +36,14 @@ class Attempts:
         prompt: str,
         options: GenerateOptions,
         *,
+        scale: Changing[ScaleWish | None],
         reconnects: bool,
         clock: Clock | None = None,
         retry: RetryPolicy = RECONNECT,
     ) -> None:
         self._upload = Upload.of(document, prompt, options)
+        self.scale = scale
+        """What the caller has asked for since; None until then."""
         self._reconnects = reconnects
         self._clock = clock or MonotonicClock()
         self._retry = retry
@@ -64,11 +69,16 @@ class Attempts:
         return min(remaining_s + _DEADLINE_SLACK_S, _LONGEST_CALL_S)
 
     @property
-    def messages(self) -> Upload | Resume:
-        """What the next call sends."""
-        if not self._resumes:
-            return self._upload
-        return Resume(answer_key=self._upload.request.answer_key, num_tokens=len(self._token_ids))
+    def messages(self) -> Iterator[Message]:
+        """What the next call begins with; changes of scale follow."""
+        key = self._upload.request.answer_key
+        yield from Resume(answer_key=key, num_tokens=len(self._token_ids)) if self._resumes else self._upload
+        yield from self.change  # whoever was told of it may be lost
+
+    @property
+    def change(self) -> Change:
+        """What asks for the scale that the caller has last asked for."""
+        return Change(self.scale.value)
 
     def errors(self) -> AbstractContextManager[None]:
         """See `Upload.errors`."""
@@ -126,6 +136,7 @@ class Attempts:
             timeout_s=remaining_s,
             answer_key=secrets.token_hex(16),
             answer_token_ids=tuple(self._token_ids),
+            **({} if self.scale.value is None else asdict(self.scale.value)),
         )
         if (upload := self._upload.again(request)) is None:
             raise error

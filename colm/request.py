@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from colm import checks
 from colm.errors import InvalidRequest
 from colm.sampling import TOKEN_IDS, SamplingParams
+from colm.scale import ScaleWish
 
 AttentionMode = Literal["dense", "sparse"]
 """What a prompt's tokens attend to at the prefill: everything before them, or what a plan made for the prompt lists."""
@@ -59,6 +60,8 @@ class GenerateRequest:
     """Wrap in the model's chat template. None: if the model has one."""
     num_chains: int | None = None
     """Scale of the answer, 1..n. None: all chains."""
+    min_chains: int | None = None
+    """Fewest chains: the decode node chooses between the two for each token, by its load. None: always `num_chains`."""
     max_new_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     timeout_s: float | None = None
@@ -75,6 +78,11 @@ class GenerateRequest:
     answer_token_ids: tuple[int, ...] = ()
     """The answer so far, behind which it goes on."""
 
+    @property
+    def scale(self) -> ScaleWish:
+        """Chains that make the answer's tokens."""
+        return ScaleWish(num_chains=self.num_chains, min_chains=self.min_chains)
+
     def __post_init__(self) -> None:
         checks.utf8("model", self.model)
         checks.utf8("prompt", self.prompt)
@@ -84,9 +92,7 @@ class GenerateRequest:
             checks.flag("chat", self.chat)
         if self.history and self.chat is False:
             raise InvalidRequest("chat", False, "a history needs the model's chat template")
-        if self.num_chains is not None:
-            limit = "must be an integer from 1 to the model's number of chains"
-            checks.integer("num_chains", self.num_chains, range(1 << 32), limit)
+        ScaleWish(num_chains=self.num_chains, min_chains=self.min_chains)
         if self.max_new_tokens is not None:
             limit = "must be an integer from 1 to the cluster's limit"
             checks.integer("max_new_tokens", self.max_new_tokens, range(-1 << 63, 1 << 63), limit)

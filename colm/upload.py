@@ -17,12 +17,15 @@ from colm import checks
 from colm.errors import ColmError, InvalidRequest
 from colm.request import AttentionMode, ChatMessage, GenerateRequest, KvCodec
 from colm.sampling import TOKEN_IDS, SamplingParams
-from colm.wire.messages import generate_request_to_pb, token_id_pieces
+from colm.scale import ScaleWish
+from colm.wire.messages import generate_request_to_pb, scale_to_pb, token_id_pieces
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import generation_service_pb2 as pb
 
 Document = str | bytes | Path | BinaryIO
 """Text, its UTF-8 bytes, a file to read, or an open binary file."""
+
+Message = pb.GenerateRequest
 
 _PIECE_BYTES = 256 << 10
 
@@ -40,6 +43,9 @@ class GenerateOptions(TypedDict, total=False):
     """Wrap in the model's chat template. Default: if the model has one."""
     num_chains: int | None
     """Scale of the answer, 1..n. Default: all chains."""
+    min_chains: int | None
+    """Fewest chains: the decode node chooses from these to `num_chains` for each token, fewer under load. Default:
+    always `num_chains`."""
     max_new_tokens: int | None
     sampling: SamplingParams
     """Default: greedy."""
@@ -123,6 +129,17 @@ class Resume:
 
     def __iter__(self) -> Iterator[pb.GenerateRequest]:
         yield pb.GenerateRequest(resume=pb.ResumeGenerate(answer_key=self.answer_key, num_tokens=self.num_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The message that asks for another scale; none where there is no wish."""
+
+    wish: ScaleWish | None
+
+    def __iter__(self) -> Iterator[Message]:
+        if self.wish is not None:
+            yield pb.GenerateRequest(change_scale=scale_to_pb(self.wish))
 
 
 async def in_thread(messages: Iterator[pb.GenerateRequest]) -> AsyncIterator[pb.GenerateRequest]:

@@ -3,14 +3,17 @@
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from colm.errors import ColmError, PeerUnavailable
 from colm.events import Queued, Token, WaitsFor
 from colm.line import BEAT_INTERVAL_S
+from colm.scale import Changing, Scale
+from decode_node.auto_scale import AutoScale, Load
 from decode_node.drafter import StepTimes
 from decode_node.engine import DecodeEngine
 from decode_node.page_line import PageLine
@@ -26,9 +29,10 @@ logger = logging.getLogger(__name__)
 class _Member:
     """An answer in the loop. Its queue holds at most `max_new_tokens` tokens, so a slow reader needs no bound."""
 
-    def __init__(self, answer: RunningAnswer, pages: PageLease) -> None:
+    def __init__(self, answer: RunningAnswer, pages: PageLease, scale: Changing[Scale]) -> None:
         self.answer = answer
         self.pages = pages
+        self.scale = scale
         self.outcome: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
 
     @property
@@ -47,8 +51,8 @@ class DecodeCounts:
     """What the loop has done since it began."""
 
     num_steps: int = 0
-    num_tokens: int = 0
-    """That were sampled for answers."""
+    num_tokens: Counter[int] = field(default_factory=Counter)
+    """That were sampled for answers, by their scale."""
     num_draft_tokens: int = 0
     """That chain 1 chose and all chains verified."""
     num_accepted_tokens: int = 0
@@ -67,13 +71,21 @@ class DecodeLoop:
         engine: runs one step at a time in a thread of its own.
         page_line: holds the answers' pages for the loop.
         max_batch_size: answers advanced in one step; more wait their turn.
+        auto_scale: decides how many chains those answers use that leave it to the node.
         times: learns what steps take, where answers draft.
     """
 
     def __init__(
-        self, engine: DecodeEngine, page_line: PageLine, *, max_batch_size: int, times: StepTimes | None = None
+        self,
+        engine: DecodeEngine,
+        page_line: PageLine,
+        *,
+        max_batch_size: int,
+        auto_scale: AutoScale,
+        times: StepTimes | None = None,
     ) -> None:
         self._engine = engine
+        self.auto_scale = auto_scale
         self._times = times
         self._page_line = page_line
         self._scheduler = Scheduler[_Member](max_batch_size=max_batch_size, max_tokens=engine.max_exact_tokens)
@@ -82,8 +94,12 @@ class DecodeLoop:
         self.counts = DecodeCounts()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
-    async def events(self, answer: RunningAnswer, pages: PageLease) -> AsyncGenerator[Token | Queued]:
+    async def events(
+        self, answer: RunningAnswer, pages: PageLease, scale: Changing[Scale]
+    ) -> AsyncGenerator[Token | Queued]:
         """Join the batch and yield the answer's tokens; while the batch is full, yield `Queued`.
+
+        Each step makes its tokens at the scale that holds as the step begins.
 
         Closing the generator, with `contextlib.aclosing`, ends the answer after the step that may be running.
 
@@ -93,7 +109,7 @@ class DecodeLoop:
         """
         if self._has_stopped:
             raise _stopped()
-        member = _Member(answer, pages)
+        member = _Member(answer, pages, scale)
         self._page_line.retain(pages)
         self._scheduler.join(member)
         self._wake.set()
@@ -121,7 +137,11 @@ class DecodeLoop:
         try:
             while True:
                 self._wake.clear()
+                # Between steps, so that what a step makes has the scale of the rows that it read.
+                for member in self._scheduler.answers:
+                    member.answer.num_chains = member.scale.value.at(self.auto_scale.level)
                 if (step := self._scheduler.begin_step()) is None:
+                    self.auto_scale.rest()
                     await self._wake.wait()
                     continue
                 await self._run(step)
@@ -148,8 +168,7 @@ class DecodeLoop:
         self.counts.num_steps += 1
         step_s = time.monotonic() - began_s
         self.counts.steps_s += step_s
-        if self._times is not None:
-            self._times.note(step.plan, step_s)
+        self._note(step, step_s)
         read = {member: list[Choice | ColmError]() for member in step.answers if member not in step.drafting}
         for member, of_row in zip(step.answers, outcomes, strict=True):
             if member in step.drafting:
@@ -158,6 +177,21 @@ class DecodeLoop:
                 read[member] += of_row
         for member, of_answer in read.items():
             self._advance(member, of_answer)
+
+    def _note(self, step: Step[_Member], step_s: float) -> None:
+        """Learn from how long a step took."""
+        if self._times is not None:
+            self._times.note(step.plan, step_s)
+        is_plain = not step.drafting and all(len(row.token_ids) == row.num_logits == 1 for row in step.plan.rows)
+        self.auto_scale.note(
+            Load(
+                now_s=time.monotonic(),
+                num_waiting=self._scheduler.num_waiting + self._page_line.num_waiting,
+                num_answers=len(step.plan.rows),
+                num_chains=step.plan.rows[0].num_chains,
+                plain_s=step_s if is_plain else None,
+            )
+        )
 
     def _compute(self, plan: StepPlan, samplers: Sequence[Sampler]) -> list[list[Choice | ColmError]]:
         """Run a step and sample: for each row, one choice for each of its tokens that gets logits."""
@@ -176,7 +210,7 @@ class DecodeLoop:
             logger.exception("decode.advance failed")
             self._end(member, err)
             return
-        self.counts.num_tokens += len(tokens)
+        self.counts.num_tokens[answer.num_chains] += len(tokens)
         self.counts.num_draft_tokens += answer.num_draft_tokens - num_draft_tokens
         self.counts.num_accepted_tokens += answer.num_accepted_tokens - num_accepted_tokens
         for token in tokens:

@@ -17,6 +17,7 @@ answer's tokens a second rise up to its own k and fall behind it, so nobody is s
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from statistics import median
 from typing import Final, Self
@@ -63,7 +64,7 @@ class StepTimes:
     """
 
     def __init__(self, num_weights: Sequence[int], *, max_tokens: int) -> None:
-        self._num_weights = num_weights
+        self.num_weights = num_weights
         self._max_tokens = max_tokens
         self._measured: dict[tuple[int, int], _Measured] = {}
         self._num_steps = 0
@@ -106,7 +107,7 @@ class StepTimes:
             return [1.0]
         plain_s = verify[num_answers]
         draft = self._of_scale(1)
-        share = self._num_weights[0] / self._num_weights[self._scale - 1]
+        share = self.num_weights[0] / self.num_weights[self._scale - 1]
         draft_s = _between(draft, num_answers) if draft else share * plain_s
         longest = min(MAX_DRAFT_TOKENS, self._max_tokens // num_answers - 1)
         return [k * draft_s + _between(verify, num_answers * (k + 1)) for k in range(longest + 1)] or [plain_s]
@@ -178,7 +179,6 @@ class Drafting:
         """For the next answer, which may want fewer drafts a round; None if it wants none."""
         if max_draft_tokens == 0:
             return None
-        self.acceptance.fade(1 / _MEMORY_ANSWERS)
         limit = self._max_draft_tokens
         return Drafter(self, limit if max_draft_tokens is None else min(limit, max_draft_tokens))
 
@@ -189,7 +189,12 @@ class Drafter:
     def __init__(self, drafting: Drafting, max_draft_tokens: int) -> None:
         self._drafting = drafting
         self._max_draft_tokens = max_draft_tokens
-        self.acceptance = Acceptance(_PRIOR_DRAFTS, _PRIOR_DRAFTS * drafting.acceptance.share)
+
+    @cached_property
+    def acceptance(self) -> Acceptance:
+        """Of the answer's own drafts, from its first round on: an answer that stays at chain 1 has none."""
+        self._drafting.acceptance.fade(1 / _MEMORY_ANSWERS)
+        return Acceptance(_PRIOR_DRAFTS, _PRIOR_DRAFTS * self._drafting.acceptance.share)
 
     def num_drafts(self, num_answers: int) -> int:
         """How many tokens to draft in a round of so many answers."""

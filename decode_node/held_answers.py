@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from colm.errors import PeerUnavailable, UnknownAnswer
-from colm.events import Event, Finished, Token
+from colm.events import Event, Finished, ScaleChanged, Token
 from decode_node.requests import DecodeJob, Emit
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,8 @@ class Requests(Protocol):
 class _Answer:
     """A request that runs as a task of its own, and what it has said that may be asked for again.
 
-    That is its tokens, at most `max_new_tokens`; of the other events only those that nobody has read yet, and of equal
-    kinds in a row the newest.
+    That is its tokens, at most `max_new_tokens`; of the other events only those that nobody has read yet, and of each
+    kind the newest.
     """
 
     def __init__(self, job: DecodeJob, requests: Requests) -> None:
@@ -40,6 +40,7 @@ class _Answer:
         self._news: deque[Event] = deque()
         self._finished: Finished | None = None
         self._changed = asyncio.Event()
+        job.scale.listen(self._tell_scale)
         self.task = asyncio.create_task(requests.run(job, self._emit), name=f"answer-{job.request_id}")
         self.task.add_done_callback(self._ended)
 
@@ -91,11 +92,18 @@ class _Answer:
             return
         if isinstance(event, Token):
             self._tokens.append(event)
+            self._changed.set()
         else:
-            if self._news and type(self._news[-1]) is type(event):
-                self._news.pop()
-            self._news.append(event)
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        self._news = deque(each for each in self._news if type(each) is not type(event))
+        self._news.append(event)
         self._changed.set()
+
+    def _tell_scale(self) -> None:
+        scale = self.job.scale.value
+        self._tell(ScaleChanged(num_chains=scale.num_chains, min_chains=scale.min_chains))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._changed.set()

@@ -85,7 +85,15 @@ class DecodeMetrics(Collector):
         )
         yield CounterMetricFamily("colm_decode_steps", "Steps of the decode engine.", counts.num_steps)
         yield CounterMetricFamily("colm_decode_step_seconds", "Time in which steps ran.", counts.steps_s)
-        yield CounterMetricFamily("colm_decode_tokens", "Tokens sampled for answers.", counts.num_tokens)
+        tokens = CounterMetricFamily(
+            "colm_decode_tokens", "Tokens sampled for answers, by their scale.", labels=["num_chains"]
+        )
+        for num_chains, num_tokens in sorted(counts.num_tokens.items()):
+            tokens.add_metric([str(num_chains)], num_tokens)
+        yield tokens
+        yield GaugeMetricFamily(
+            "colm_decode_auto_chains", "Most chains of answers that leave it to this node.", self._loop.auto_scale.level
+        )
         yield CounterMetricFamily(
             "colm_decode_draft_tokens", "Tokens drafted by chain 1 and verified.", counts.num_draft_tokens
         )

@@ -22,6 +22,7 @@ from colm.wire.channels import BlockingChannels
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from colm.wire.shared_memory import host_id
+from decode_node.auto_scale import AutoScale
 from decode_node.decode_loop import DecodeLoop
 from decode_node.drafter import Drafting, StepTimes
 from decode_node.engine import DecodeEngine
@@ -130,7 +131,11 @@ class DecodeNode:
         times = StepTimes.of(checkpoint.config, max_tokens=engine.max_exact_tokens)
         drafting = Drafting(times, settings.max_draft_tokens) if settings.max_draft_tokens else None
         loop = DecodeLoop(
-            engine, self.page_line, max_batch_size=settings.max_batch_size, times=times if drafting else None
+            engine,
+            self.page_line,
+            max_batch_size=settings.max_batch_size,
+            auto_scale=AutoScale(times.num_weights),
+            times=times if drafting else None,
         )
         self._loop_task = asyncio.create_task(loop.run(), name="decode-loop")
 

@@ -17,6 +17,7 @@ from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, InvalidRe
 from colm.events import Event, Finished, Queued, Reserved, Timings, Token, Usage, WaitsFor
 from colm.request import AttentionMode, KvCodec
 from colm.sampling import SamplingParams
+from colm.scale import Changing, Scale
 from colm.text.tokenizer import Tokenizer
 from decode_node.constraint import ConstrainedText
 from decode_node.decode_loop import DecodeLoop
@@ -43,7 +44,8 @@ class DecodeJob:
     request_id: str
     token_ids: NDArray[np.int64]
     """The prompt."""
-    num_chains: int
+    scale: Changing[Scale]
+    """Chains that make its tokens; the caller may change it at any time."""
     max_new_tokens: int
     """Of the whole answer."""
     sampling: SamplingParams
@@ -160,7 +162,7 @@ class RequestOwner:
         outcome = Stage.FAILED
         try:
             async with asyncio.timeout(None if job.deadline is None else job.deadline.remaining_s()):
-                with tracing.span("decode", request=job.request_id, chains=job.num_chains):
+                with tracing.span("decode", request=job.request_id, chains=job.scale.value.num_chains):
                     await self._serve(request, emit)
             outcome = Stage.FINISHED
         except TimeoutError as err:
@@ -319,7 +321,7 @@ class RequestOwner:
         return RunningAnswer(
             unread_token_ids=job.token_ids[num_prefill_tokens:].tolist(),
             position=num_prefill_tokens,
-            num_chains=job.num_chains,
+            num_chains=job.scale.value.num_chains,
             max_new_tokens=job.max_new_tokens,
             table_M=table_M,
             sampling=job.sampling,
@@ -328,8 +330,7 @@ class RequestOwner:
             text_stream=None
             if self._tokenizer is None
             else self._tokenizer.stream(keeps_first_space=constrained is not None),
-            # Chain 1 alone has nothing to gain.
-            drafter=self._drafting.drafter(job.max_draft_tokens) if self._drafting and job.num_chains > 1 else None,
+            drafter=self._drafting.drafter(job.max_draft_tokens) if self._drafting else None,
             prompt_token_ids=job.token_ids,
             constrained=constrained,
             made_token_ids_N=job.made_token_ids,
@@ -340,7 +341,7 @@ class RequestOwner:
         num_prefill_tokens = self._num_prefill_tokens(job)
         if answer.finish_reason is None:
             first_token_s = last_token_s = None
-            async with aclosing(self._loop.events(answer, pages)) as events:
+            async with aclosing(self._loop.events(answer, pages, job.scale)) as events:
                 async for event in events:
                     if isinstance(event, Token):
                         last_token_s = self._clock.now()

@@ -28,6 +28,8 @@ class RunningAnswer:
         unread_token_ids: the prompt's tokens behind those in the cache, 1 to `MAX_PROMPT_TOKENS`; the first step reads
             all, and the last one yields the first new token.
         position: tokens in the cache.
+        num_chains: scale of the first step; it may change between steps, drafts or not, since keys and values are chain
+            1's at every scale.
         stop_token_ids: any of these ends the answer.
         text_stream: None for a model without a tokenizer; tokens then carry no text.
         drafter: decides how many tokens chain 1 drafts before all chains verify them; None drafts none.
@@ -167,7 +169,8 @@ class RunningAnswer:
             tokens.append(self._take(outcome))
             if self.finish_reason is not None or outcome.token_id != draft:
                 break
-        if self._drafter is not None and drafts:
+        # Chain 1 has nothing to say of its own drafts, left from before its answer went down to it.
+        if self._drafter is not None and drafts and self.num_chains > 1:
             num_accepted = sum(token.token_id == draft for token, draft in zip(tokens, drafts, strict=False))
             self.num_draft_tokens += len(drafts)
             self.num_accepted_tokens += num_accepted

@@ -11,6 +11,7 @@ No step has an answer that is out, so nothing writes into its pages any more.
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 from decode_node.plan import MAX_PROMPT_TOKENS, PlanRow, StepPlan
@@ -21,7 +22,7 @@ class Answer(Hashable, Protocol):
 
     @property
     def num_chains(self) -> int:
-        """The scale at which it runs."""
+        """The scale of its next step; it changes between steps only."""
 
     def draft_row(self, num_answers: int) -> PlanRow | None:
         """The row of its next draft, at scale 1, with so many answers in the batch; None where it wants none."""
@@ -73,6 +74,16 @@ class Scheduler(Generic[A]):
         """Let an answer wait for a place in the batch."""
         assert not self._holds(answer), "an answer that is here already"
         self._waiting[answer] = None
+
+    @property
+    def answers(self) -> Iterator[A]:
+        """Those that wait or are active."""
+        return chain(self._waiting, self._active)
+
+    @property
+    def num_waiting(self) -> int:
+        """Answers without a place in the batch."""
+        return len(self._waiting)
 
     def num_ahead(self, answer: A) -> int | None:
         """How many answers get a place before this one; None if it has one now, or will in the next step."""

@@ -5,13 +5,15 @@ from contextlib import AsyncExitStack
 
 import grpc
 
+from colm.beside import beside
 from colm.clock import Clock, Deadline
 from colm.errors import InvalidRequest
 from colm.events import Resumed
 from colm.leases import LeaseTable
 from colm.model.config import ChainConfig
+from colm.scale import Changing, Scale, ScaleWish
 from colm.wire.messages import attention_from_pb, decode_response, kv_codec_from_pb, sampling_from_pb
-from colm.wire.prompt_stream import check_id, check_salt, read_first, read_token_ids
+from colm.wire.prompt_stream import check_id, check_salt, read_changes, read_first, read_token_ids
 from colm.wire.status import answering
 from colm.wire.v1 import decode_service_pb2 as pb
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
@@ -58,8 +60,9 @@ class DecodeService(DecodeServiceServicer):
                     stack.callback(self._leases.release, self._leases.open(opened.lease_id))
                 job = await self._read(opened, request_iterator, context.time_remaining())
                 events = await stack.enter_async_context(self._answers.begin(job, opened.answer_key))
-            async for event in events:
-                await context.write(decode_response(event))
+            async with beside(self._change(job, request_iterator)):
+                async for event in events:
+                    await context.write(decode_response(event))
 
     async def CancelDecode(
         self, request: pb.CancelDecodeRequest, context: grpc.aio.ServicerContext
@@ -70,10 +73,14 @@ class DecodeService(DecodeServiceServicer):
             return pb.CancelDecodeResponse()
         raise AssertionError("answering ends the call")
 
+    async def _change(self, job: DecodeJob, requests: AsyncIterator[pb.DecodeRequest]) -> None:
+        async for wish in read_changes(requests):
+            job.scale.change(Scale.of(wish, self._config.num_chains))
+
     async def _read(
         self, opened: pb.OpenDecode, requests: AsyncIterator[pb.DecodeRequest], remaining_s: float | None
     ) -> DecodeJob:
-        self._check(opened)
+        scale = self._check(opened)
         num_prompt_tokens = opened.num_prompt_tokens
         token_ids = await read_token_ids(requests, num_prompt_tokens + opened.num_answer_tokens)
         if (worst := int(token_ids.max())) >= self._config.vocab_size:
@@ -83,7 +90,7 @@ class DecodeService(DecodeServiceServicer):
         return DecodeJob(
             request_id=opened.request_id,
             token_ids=token_ids[:num_prompt_tokens],
-            num_chains=opened.num_chains,
+            scale=Changing(scale),
             max_new_tokens=opened.max_new_tokens,
             sampling=sampling,
             deadline=None if remaining_s is None else Deadline.after(self._clock, remaining_s),
@@ -95,10 +102,10 @@ class DecodeService(DecodeServiceServicer):
             cache_salt=check_salt(opened.cache_salt),
         )
 
-    def _check(self, opened: pb.OpenDecode) -> None:
+    def _check(self, opened: pb.OpenDecode) -> Scale:
         config = self._config
-        if not 1 <= opened.num_chains <= config.num_chains:
-            raise InvalidRequest("num_chains", opened.num_chains, f"must be between 1 and {config.num_chains}")
+        min_chains = opened.min_chains if opened.HasField("min_chains") else None
+        scale = Scale.of(ScaleWish(num_chains=opened.num_chains, min_chains=min_chains), config.num_chains)
         if opened.num_prompt_tokens < 1:
             raise InvalidRequest("num_prompt_tokens", opened.num_prompt_tokens, "must be at least 1")
         if opened.max_new_tokens < 1:
@@ -113,13 +120,14 @@ class DecodeService(DecodeServiceServicer):
                 opened.num_prompt_tokens,
                 f"with max_new_tokens={opened.max_new_tokens} must fit the model's context of {config.max_context}",
             )
+        return scale
 
 
 def _resumed(job: DecodeJob) -> Resumed:
     return Resumed(
         request_id=job.request_id,
         num_prompt_tokens=len(job.token_ids),
-        num_chains=job.num_chains,
+        num_chains=job.scale.value.num_chains,
         max_new_tokens=job.max_new_tokens,
         remaining_s=0.0 if job.deadline is None else job.deadline.remaining_s(),
     )

@@ -38,6 +38,7 @@ from colm.errors import CapacityExceeded, ColmError, InvalidRequest, UnknownAnsw
 from colm.events import Event, Finished, Timings, Usage
 from colm.kv import KvFormat, fingerprint
 from colm.line import Beat
+from colm.scale import Changing, Scale
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
@@ -107,6 +108,7 @@ class OneProcess:
         answer_key: str,  # noqa: ARG002
         num_tokens: int,  # noqa: ARG002
         *,
+        scale: Changing[Scale | None],  # noqa: ARG002
         deadline: Deadline,  # noqa: ARG002
     ) -> AsyncGenerator[Event]:
         """Holds no answer whose reader has left."""
@@ -207,7 +209,7 @@ class OneProcess:
         work.answer = RunningAnswer(
             unread_token_ids=job.token_ids[-1:].tolist(),
             position=len(job.token_ids) - 1,
-            num_chains=job.num_chains,
+            num_chains=job.scale.value.num_chains,
             max_new_tokens=job.max_new_tokens,
             table_M=table_M,
             sampling=job.sampling,
@@ -219,7 +221,7 @@ class OneProcess:
     def _step(self, batched: Sequence[_Work]) -> None:
         """One token for each of these answers."""
         batch = [(work, work.answer) for work in batched if work.answer is not None]
-        batch.sort(key=lambda each: each[0].job.num_chains, reverse=True)
+        batch.sort(key=lambda each: each[0].job.scale.value.num_chains, reverse=True)
         plan = StepPlan(tuple(row for _, answer in batch for row in answer.next_rows()))
         positions_Q = [position for row in plan.rows for position in row.chosen_positions]
         choices = choose([answer.sampler for _, answer in batch], positions_Q, self._decode.step(plan))

@@ -12,6 +12,7 @@ from bench.serving.trace import Asked
 from colm.client import AsyncClient
 from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded
 from colm.events import Event, Finished, Token
+from colm.generation import AsyncGeneration
 from colm.sampling import SamplingParams
 from colm.wire.security import Security
 
@@ -24,7 +25,7 @@ Clock = Callable[[], float]
 class Generate(Protocol):
     """Sends one request: `colm.client.AsyncClient.generate`."""
 
-    def __call__(self, asked: Asked, /) -> AsyncGenerator[Event]:
+    def __call__(self, asked: Asked, /) -> AsyncGeneration | AsyncGenerator[Event]:
         """The request's events."""
 
 
@@ -45,7 +46,7 @@ async def run_trace(
     """
     async with AsyncClient(address, security) as client:
 
-        def generate(each: Asked, /) -> AsyncGenerator[Event]:
+        def generate(each: Asked, /) -> AsyncGeneration:
             return client.generate(
                 token_ids=each.token_ids_N,
                 max_new_tokens=each.max_new_tokens,

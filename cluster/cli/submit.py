@@ -28,7 +28,14 @@ def register(app: typer.Typer) -> None:
 def submit(
     file: Annotated[str, typer.Argument(help="The document, UTF-8; - reads stdin.")],
     prompt: Annotated[str, typer.Option(help="The instruction that follows the document.")] = "",
-    chains: Annotated[int | None, typer.Option(help="Scale of the answer, 1..n; all chains by default.")] = None,
+    chains: Annotated[
+        str | None,
+        typer.Option(help="Scale of the answer, 1..n; auto: as many as the node's load allows. All chains by default."),
+    ] = None,
+    min_chains: Annotated[
+        int | None,
+        typer.Option(help="Fewest chains; the decode node chooses from these to --chains for each token, by its load."),
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length of the answer at most.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
@@ -89,6 +96,9 @@ def submit(
     json: JsonFlag = False,
 ) -> None:
     """Submit a document and print the answer as it comes. Ctrl-C cancels it everywhere."""
+    num_chains = _num_chains(chains)
+    if chains == "auto" and min_chains is None:
+        min_chains = 1
     view = AnswerView(stream_text=not json)
     sampling = SamplingParams(
         temperature=temperature,
@@ -114,7 +124,8 @@ def submit(
                 prompt,
                 model=model,
                 chat=False if raw else None,
-                num_chains=chains,
+                num_chains=num_chains,
+                min_chains=min_chains,
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
                 timeout_s=timeout_s,
@@ -151,6 +162,14 @@ def _constraint(json_schema: Path | None, regex: str | None) -> Constraint | Non
         except (OSError, UnicodeDecodeError) as err:
             raise ClusterError(f"--json-schema={json_schema} is not a text file that can be read: {err}") from err
     return None if regex is None else Constraint(kind="regex", text=regex)
+
+
+def _num_chains(chains: str | None) -> int | None:
+    if chains is None or chains == "auto":
+        return None
+    if not chains.isdecimal():
+        raise ClusterError(f"--chains={chains!r} must be a number of chains, or auto")
+    return int(chains)
 
 
 def _document(file: str) -> Document:

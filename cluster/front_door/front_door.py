@@ -15,13 +15,15 @@ from cluster.front_door.pulled import pulled
 from cluster.front_door.resumption import Resumption
 from cluster.node_registry import NodeRegistry
 from colm import tracing
+from colm.beside import beside
 from colm.clock import Clock, Deadline
 from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, InvalidRequest
-from colm.events import Accepted, Event
+from colm.events import Accepted, Event, ScaleChanged
 from colm.nodes import ClusterStatus, ModelStatus
 from colm.request import ANSWER_KEY, GenerateRequest
 from colm.retry import RetryPolicy
 from colm.sampling import SamplingParams
+from colm.scale import Changing, Scale, ScaleWish
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ class FrontDoor:
         request: GenerateRequest,
         prompt: AsyncIterator[PromptPart],
         *,
+        changes: AsyncIterator[ScaleWish] | None = None,
         owner: str = "",
         caller_waits_s: float | None = None,
     ) -> AsyncIterator[AsyncIterator[Event]]:
@@ -83,6 +86,8 @@ class FrontDoor:
         Args:
             request: the options.
             prompt: the document, or the whole prompt as token ids.
+            changes: of the scale, which the client makes while the answer runs; read behind the prompt. Each is
+                answered by `ScaleChanged`.
             owner: the client's name; no other client may resume the answer, or share a prompt's keys and values.
             caller_waits_s: seconds until the caller's own deadline; None without one.
 
@@ -98,7 +103,7 @@ class FrontDoor:
                 nonlocal timeout_s
                 with tracing.span("read_prompt"):
                     job = replace(await self._read(plan, prompt, owner), answer_key=_owned(request.answer_key, owner))
-                note(request=job.request_id, prompt_tokens=len(job.token_ids), chains=job.num_chains)
+                note(request=job.request_id, prompt_tokens=len(job.token_ids), chains=job.scale.value.num_chains)
                 if plan.timeout_s is None:
                     timeout_s = self._limits.timeout_s(
                         num_prompt_tokens=len(job.token_ids), max_new_tokens=plan.max_new_tokens
@@ -106,7 +111,8 @@ class FrontDoor:
                 deadline = Deadline(self._clock, arrived_s + timeout_s)
                 running.reschedule(asyncio.get_running_loop().time() + deadline.remaining_s())
                 await emit(self._accepted(job, timeout_s))
-                await self._placement.run(job, deadline, emit)
+                async with beside(self._change(job.scale, changes, emit)):
+                    await self._placement.run(job, deadline, emit)
 
             try:
                 async with asyncio.timeout(timeout_s) as running, pulled(serve) as events:
@@ -118,7 +124,13 @@ class FrontDoor:
 
     @asynccontextmanager
     async def resume(
-        self, answer_key: str, num_tokens: int, *, owner: str = "", caller_waits_s: float | None = None
+        self,
+        answer_key: str,
+        num_tokens: int,
+        *,
+        changes: AsyncIterator[ScaleWish] | None = None,
+        owner: str = "",
+        caller_waits_s: float | None = None,
     ) -> AsyncIterator[AsyncIterator[Event]]:
         """Go on with an answer whose gateway was lost: as `generate`, without the first `num_tokens` tokens.
 
@@ -136,7 +148,11 @@ class FrontDoor:
 
             async def serve(emit: Emit) -> None:
                 key = _owned(answer_key, owner)
-                await self._resumption.run(self._model.name, key, num_tokens, deadline, emit)
+                scale: Changing[Scale | None] = Changing(None)
+                async with beside(self._change(scale, changes, emit)):
+                    await self._resumption.run(
+                        self._model.name, key, num_tokens, scale=scale, deadline=deadline, emit=emit
+                    )
 
             async with pulled(serve) as events:
                 yield events
@@ -169,7 +185,7 @@ class FrontDoor:
         return DecodeJob(
             request_id=secrets.token_hex(8),
             token_ids=token_ids,
-            num_chains=plan.num_chains,
+            scale=Changing(plan.scale),
             max_new_tokens=plan.max_new_tokens,
             sampling=_with_seed(plan.sampling),
             attention=plan.attention,
@@ -180,13 +196,23 @@ class FrontDoor:
             made_token_ids=plan.answer_token_ids,
         )
 
+    async def _change(
+        self, scale: Changing[Scale] | Changing[Scale | None], wishes: AsyncIterator[ScaleWish] | None, emit: Emit
+    ) -> None:
+        if wishes is None:
+            return
+        async for wish in wishes:
+            wanted = Scale.of(wish, self._model.config.num_chains)
+            scale.change(wanted)
+            await emit(ScaleChanged(num_chains=wanted.num_chains, min_chains=wanted.min_chains))
+
     def _accepted(self, job: DecodeJob, timeout_s: float) -> Accepted:
         logger.info("request.accepted request=%s prompt_tokens=%d", job.request_id, len(job.token_ids))
         return Accepted(
             request_id=job.request_id,
             model=self._model.name,
             num_prompt_tokens=len(job.token_ids),
-            num_chains=job.num_chains,
+            num_chains=job.scale.value.num_chains,
             max_new_tokens=job.max_new_tokens,
             timeout_s=timeout_s,
             trace_id=tracing.trace_id(),

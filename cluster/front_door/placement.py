@@ -14,12 +14,13 @@ from cluster.front_door.prefix_routes import PrefixRoutes
 from cluster.node_registry import NodeRegistry
 from colm.clock import Clock, Deadline
 from colm.errors import CapacityExceeded, ColmError, PeerFailed, PeerRefused, PeerUnavailable, PrefillUnavailable
-from colm.events import Event, Finished, Queued, Reserved, Token, WaitsFor
+from colm.events import Event, Finished, Queued, Reserved, ScaleChanged, Token, WaitsFor
 from colm.line import Beat
 from colm.nodes import Role
 from colm.request import AttentionMode, KvCodec
 from colm.retry import RetryPolicy
 from colm.sampling import SamplingParams
+from colm.scale import Changing, Scale
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ class DecodeJob:
 
     request_id: str
     token_ids: NDArray[np.int64]
-    num_chains: int
+    scale: Changing[Scale]
+    """Its client may change it while the answer runs; the next node gets what then holds."""
     max_new_tokens: int
     sampling: SamplingParams
     attention: AttentionMode
@@ -83,6 +85,8 @@ class DecodeNodeCalls(Protocol):
     ) -> AsyncGenerator[Event]:
         """Run a job on a node and yield its events; closing the generator cancels the job.
 
+        The node is told when the job's scale changes.
+
         Args:
             lease: names the node.
             job: the whole prompt and its options.
@@ -96,8 +100,12 @@ class DecodeNodeCalls(Protocol):
             ColmError: whatever else the node refuses or fails with.
         """
 
-    def resume(self, address: str, answer_key: str, num_tokens: int, *, deadline: Deadline) -> AsyncGenerator[Event]:
+    def resume(
+        self, address: str, answer_key: str, num_tokens: int, *, scale: Changing[Scale | None], deadline: Deadline
+    ) -> AsyncGenerator[Event]:
         """Go on with a job that another call began; yields `Resumed`, then its events behind the first `num_tokens`.
+
+        The node is told of a scale that is no longer None.
 
         Raises:
             UnknownAnswer: the node does not hold it.
@@ -275,7 +283,7 @@ class Placement:
 
     async def _relay(self, event: Event, relayed: _Relayed, emit: Emit) -> None:
         match event:
-            case Reserved():  # between nodes, not for clients
+            case Reserved() | ScaleChanged():  # between nodes, not for clients
                 return
             case Token():
                 relayed.see(event, self._clock.now())

@@ -6,6 +6,7 @@ from colm.errors import DeadlineExceeded, InvalidRequest, UnknownModel
 from colm.model.config import ChainConfig
 from colm.request import AttentionMode, ChatMessage, GenerateRequest, KvCodec
 from colm.sampling import SamplingParams
+from colm.scale import Scale
 from colm.text.tokenizer import Tokenizer
 
 
@@ -47,7 +48,7 @@ class Plan:
     prompt: str
     history: tuple[ChatMessage, ...]
     chat: bool | None
-    num_chains: int
+    scale: Scale
     max_new_tokens: int
     sampling: SamplingParams
     timeout_s: float | None
@@ -76,10 +77,7 @@ class Plan:
         """
         if request.model not in ("", model.name):
             raise UnknownModel("model", request.model, f"this cluster serves {model.name!r}")
-        all_chains = model.config.num_chains
-        num_chains = all_chains if request.num_chains is None else request.num_chains
-        if not 1 <= num_chains <= all_chains:
-            raise InvalidRequest("num_chains", num_chains, f"must be between 1 and {all_chains}")
+        scale = Scale.of(request.scale, model.config.num_chains)
         max_new_tokens = request.max_new_tokens
         if max_new_tokens is None:
             max_new_tokens = limits.default_max_new_tokens
@@ -114,7 +112,7 @@ class Plan:
             prompt=request.prompt,
             history=request.history,
             chat=request.chat,
-            num_chains=num_chains,
+            scale=scale,
             max_new_tokens=max_new_tokens,
             sampling=request.sampling,
             timeout_s=timeout_s,

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from cluster.front_door.placement import DecodeNodeCalls, Emit, whole
@@ -9,8 +10,9 @@ from cluster.node_registry import NodeRegistry
 from colm import tracing
 from colm.clock import Clock, Deadline
 from colm.errors import PeerUnavailable, UnknownAnswer
-from colm.events import Accepted, Reserved, Resumed
+from colm.events import Accepted, Event, Reserved, Resumed, ScaleChanged
 from colm.nodes import REPORT_INTERVAL_S, Role
+from colm.scale import Changing, Scale
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,25 @@ class Resumption:
         self._clock = clock
         self._num_decode_nodes = num_decode_nodes
 
-    async def run(self, model: str, answer_key: str, num_tokens: int, deadline: Deadline, emit: Emit) -> None:
+    async def run(
+        self,
+        model: str,
+        answer_key: str,
+        num_tokens: int,
+        *,
+        scale: Changing[Scale | None],
+        deadline: Deadline,
+        emit: Emit,
+    ) -> None:
         """Emit `Accepted`, then the events of an answer behind its first `num_tokens` tokens; `Finished` is the last.
+
+        Args:
+            model: that is served.
+            answer_key: as decode nodes know it.
+            num_tokens: of the answer that the client has.
+            scale: what the client wants instead of what the answer has; None until it says so.
+            deadline: when the answer must be complete.
+            emit: takes the events.
 
         Raises:
             UnknownAnswer: no decode node holds it.
@@ -48,17 +67,15 @@ class Resumption:
             for node in nodes:
                 if node.replica_id not in asked:
                     asked.add(node.replica_id)
-                    if await self._relay(node.address, model, answer_key, num_tokens, deadline, emit):
+                    call = self._calls.resume(node.address, answer_key, num_tokens, scale=scale, deadline=deadline)
+                    if await self._relay(call, node.address, model, num_tokens, emit):
                         return
             if len(asked) >= self._num_decode_nodes or search.remaining_s() <= 0:
                 raise UnknownAnswer("no decode node holds that answer any more; submit the request again")
             await asyncio.sleep(REPORT_INTERVAL_S / 5)
 
-    async def _relay(
-        self, address: str, model: str, answer_key: str, num_tokens: int, deadline: Deadline, emit: Emit
-    ) -> bool:
-        """Relay the answer if a node holds it; returns whether it does."""
-        call = self._calls.resume(address, answer_key, num_tokens, deadline=deadline)
+    async def _relay(self, call: AsyncGenerator[Event], address: str, model: str, num_tokens: int, emit: Emit) -> bool:
+        """Relay the answer if the node that is called holds it; returns whether it does."""
         async with aclosing(whole(call, address)) as events:
             try:
                 async with asyncio.timeout(FIRST_WORD_S):
@@ -81,6 +98,6 @@ class Resumption:
                 )
             )
             async for event in events:
-                if not isinstance(event, Reserved):
+                if not isinstance(event, Reserved | ScaleChanged):
                     await emit(event)
         return True

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from colm.events import Finished, Token
+from colm.events import Finished, Token, tokens_by_scale
 from colm.text.tokenizer import Tokenizer
 
 
@@ -65,7 +65,9 @@ class Shape:
         if not token.text and not self._wants_logprobs:
             return None
         logprobs = self._logprobs([token], num_chars) if self._wants_logprobs else None
-        return self._chunk(index, self._delta(token.text), logprobs=logprobs)
+        chunk = self._chunk(index, self._delta(token.text), logprobs=logprobs)
+        chunk["choices"][0]["num_chains"] = token.num_chains
+        return chunk
 
     def last(self, index: int, finished: Finished) -> list[dict[str, Any]]:
         """The chunks that end an answer: what was held back, and why it has ended."""
@@ -159,6 +161,7 @@ def details_of(choices: Sequence[Choice]) -> list[dict[str, Any]]:
     return [
         {
             "num_chains": choice.tokens[-1].num_chains if choice.tokens else None,
+            "tokens_by_scale": tokens_by_scale(choice.tokens),
             "queue_s": choice.finished.timings.queue_s,
             "prefill_s": choice.finished.timings.prefill_s,
             "first_token_s": choice.finished.timings.first_token_s,

@@ -2,9 +2,9 @@
 
 Fields that this system has are read; fields that it lacks are accepted with the value that changes nothing, and refused
 by name with any other; fields that nobody knows are refused, as OpenAI does. Beside OpenAI's own there are `scale` (or
-`num_chains`), `attention`, `document` and `timeout_s`, and of the sampling fields that vLLM has `top_k`, `min_p`,
-`repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`, `guided_json` and `guided_regex`. Its Python package
-sends them as `extra_body`.
+`num_chains`), `min_chains`, `attention`, `document` and `timeout_s`, and of the sampling fields that vLLM has `top_k`,
+`min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`, `guided_json` and `guided_regex`. Its
+Python package sends them as `extra_body`.
 """
 
 import json
@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from colm.errors import InvalidRequest
 from colm.request import AttentionMode, ChatMessage, GenerateRequest
 from colm.sampling import ANY_JSON_OBJECT, MAX_LOGIT_BIASES, Constraint, SamplingParams
+from colm.scale import ScaleWish
 
 MAX_ANSWERS = 8
 """Of one call. Each is a request of its own."""
@@ -123,8 +124,9 @@ class _Request(_Strict):
     service_tier: str | None = None
     metadata: dict[str, str] | None = None
 
-    scale: int | None = None
+    scale: int | Literal["auto"] | None = None
     num_chains: int | None = None
+    min_chains: int | None = None
     attention: AttentionMode = "dense"
     document: str | Annotated[list[str], Field(max_length=MAX_DOCUMENTS)] | None = None
     top_k: int = 0
@@ -146,9 +148,16 @@ class _Request(_Strict):
 
     @model_validator(mode="after")
     def _one_name_of_scale(self) -> "_Request":
-        if self.scale is not None and self.num_chains is not None and self.scale != self.num_chains:
+        if self.scale not in (None, "auto") and self.num_chains not in (None, self.scale):
             raise ValueError("scale and num_chains are the same and differ; give one of them")
         return self
+
+    @property
+    def wish(self) -> ScaleWish:
+        """Chains that make the answer's tokens; `auto` leaves it to the decode node, down to `min_chains`."""
+        if self.scale == "auto":
+            return ScaleWish(num_chains=self.num_chains, min_chains=self.min_chains or 1)
+        return ScaleWish(num_chains=self.num_chains if self.scale is None else self.scale, min_chains=self.min_chains)
 
     @property
     def documents(self) -> list[str]:
@@ -294,7 +303,8 @@ def _requests(
             model=call.model,
             history=history,
             chat=chat,
-            num_chains=call.num_chains if call.scale is None else call.scale,
+            num_chains=call.wish.num_chains,
+            min_chains=call.wish.min_chains,
             max_new_tokens=max_new_tokens,
             sampling=call.sampling(number, top_logprobs),
             timeout_s=call.timeout_s,

@@ -21,6 +21,7 @@ from colm.events import (
     Reconnecting,
     Reserved,
     Resumed,
+    ScaleChanged,
     SparseReport,
     Timings,
     Token,
@@ -30,6 +31,7 @@ from colm.events import (
 from colm.nodes import ClusterStatus, ModelStatus, NodeReport, NodeStatus, ProcessFacts, Role
 from colm.request import AttentionMode, ChatMessage, GenerateRequest, KvCodec
 from colm.sampling import Constraint, SamplingParams
+from colm.scale import Scale, ScaleWish
 from colm.wire.v1 import common_pb2 as pb
 from colm.wire.v1 import decode_service_pb2 as decode_pb
 from colm.wire.v1 import generation_service_pb2 as generation_pb
@@ -137,6 +139,19 @@ def _constraint_from_pb(message: pb.Sampling) -> Constraint | None:
     return None if kind is None else Constraint(kind=kind, text=getattr(message, kind))
 
 
+def scale_to_pb(scale: Scale | ScaleWish) -> pb.Scale:
+    """Domain to wire; what is None is unset."""
+    return pb.Scale(num_chains=scale.num_chains, min_chains=scale.min_chains)
+
+
+def scale_wish_from_pb(message: pb.Scale) -> ScaleWish:
+    """Wire to domain."""
+    return ScaleWish(
+        num_chains=message.num_chains if message.HasField("num_chains") else None,
+        min_chains=message.min_chains if message.HasField("min_chains") else None,
+    )
+
+
 def attention_to_pb(mode: AttentionMode) -> pb.AttentionMode:
     """Domain to wire."""
     return _ATTENTION_MODES[mode]
@@ -229,11 +244,11 @@ def generate_request_to_pb(request: GenerateRequest) -> generation_pb.OpenGenera
         kv_codec=CODECS[request.kv_codec],
         answer_key=request.answer_key,
         answer_token_ids=request.answer_token_ids,
+        num_chains=request.num_chains,
+        min_chains=request.min_chains,
     )
     if request.chat is not None:
         message.chat = request.chat
-    if request.num_chains is not None:
-        message.num_chains = int(request.num_chains)
     if request.max_new_tokens is not None:
         message.max_new_tokens = int(request.max_new_tokens)
     if request.timeout_s is not None:
@@ -251,7 +266,7 @@ def generate_request_from_pb(message: generation_pb.OpenGenerate) -> GenerateReq
     """
     chosen = {
         name: getattr(message, name)
-        for name in ("chat", "num_chains", "max_new_tokens", "timeout_s", "max_draft_tokens")
+        for name in ("chat", "num_chains", "min_chains", "max_new_tokens", "timeout_s", "max_draft_tokens")
         if message.HasField(name)
     }
     return GenerateRequest(
@@ -287,6 +302,8 @@ def _event_to_pb(event: Event) -> dict[str, Any]:
             return {"prefill_progress": _to_pb(pb.PrefillProgress, event)}
         case Token():
             return {"token": token_to_pb(event)}
+        case ScaleChanged():
+            return {"scale_changed": _to_pb(pb.Scale, event)}
         case Finished():
             return {"finished": finished_to_pb(event)}
         case Reconnecting():
@@ -366,6 +383,8 @@ def event_from_pb(message: generation_pb.GenerateResponse | decode_pb.DecodeResp
             return _from_pb(PrefillProgress, body)
         case "token":
             return _token(body)
+        case "scale_changed":
+            return _from_pb(ScaleChanged, body)
         case "finished":
             return _finished(body)
         case _:

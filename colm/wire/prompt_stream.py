@@ -1,4 +1,4 @@
-"""Reads a call's messages: one `open`, the prompt in pieces, `end_of_prompt`; or something else that comes first."""
+"""Reads a call's messages: one `open`, the prompt in pieces, `end_of_prompt`, changes; or something else first."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from colm import defaults
 from colm.errors import DeadlineExceeded, InvalidRequest, PeerUnavailable
-from colm.wire.messages import ids_checksum
+from colm.scale import ScaleWish
+from colm.wire.messages import ids_checksum, scale_wish_from_pb
 from colm.wire.v1 import common_pb2 as pb
 
 OPEN_TIMEOUT_S = 10.0
@@ -40,6 +41,17 @@ class PromptPart(Protocol[_Open]):
     @property
     def end_of_prompt(self) -> pb.EndOfPrompt:
         """Set in its last message."""
+
+    def WhichOneof(self, oneof_group: str, /) -> str | None:
+        """Which part is set."""
+
+
+class RunningPart(Protocol):
+    """What `GenerateRequest` and `DecodeRequest` have in common, once the request runs."""
+
+    @property
+    def change_scale(self) -> pb.Scale:
+        """The only part that may be set."""
 
     def WhichOneof(self, oneof_group: str, /) -> str | None:
         """Which part is set."""
@@ -133,6 +145,18 @@ async def read_token_ids(requests: AsyncIterator[PromptPart[object]], num_tokens
     if checksum not in (None, ids_checksum(token_ids)):
         raise PeerUnavailable("the prompt's token ids were damaged on the way (checksum)")
     return token_ids
+
+
+async def read_changes(requests: AsyncIterator[RunningPart]) -> AsyncIterator[ScaleWish]:
+    """Iterate over what the caller says while its request runs, until it closes its side.
+
+    Raises:
+        InvalidRequest: a kind of message that is not known here, or a value out of range.
+    """
+    async for request in requests:
+        if (part := request.WhichOneof("part")) != "change_scale":
+            raise InvalidRequest("part", part, "only `change_scale` may follow `end_of_prompt` or `resume`")
+        yield scale_wish_from_pb(request.change_scale)
 
 
 async def _pieces_and_end(requests: AsyncIterator[_Part], idle_s: float) -> AsyncIterator[_Part]:

@@ -40,6 +40,7 @@ from colm.events import (
     PrefillProgress,
     Queued,
     Reserved,
+    ScaleChanged,
     SparseReport,
     Timings,
     Token,
@@ -60,6 +61,7 @@ from colm.sampling import (
     Constraint,
     SamplingParams,
 )
+from colm.scale import ScaleWish
 from colm.wire.endpoint import bind, create_server, open_blocking_channel, open_channel
 from colm.wire.messages import (
     IDS_PER_MESSAGE,
@@ -71,6 +73,8 @@ from colm.wire.messages import (
     generate_request_to_pb,
     sampling_from_pb,
     sampling_to_pb,
+    scale_to_pb,
+    scale_wish_from_pb,
     token_id_pieces,
     token_ids_from_pb,
 )
@@ -120,6 +124,7 @@ TOKENS = st.builds(
     num_chains=U32,
     top_logprobs=st.lists(st.tuples(U32, NUMBERS), max_size=4).map(tuple),
 )
+SCALES = st.builds(ScaleChanged, num_chains=U32, min_chains=U32)
 REPORTS = st.builds(
     SparseReport,
     layers=st.lists(
@@ -173,6 +178,7 @@ REQUESTS = st.builds(
     prompt=TEXT,
     chat=st.none() | st.booleans(),
     num_chains=st.none() | U32,
+    min_chains=st.none() | U32,
     max_new_tokens=st.none() | st.integers(-1 << 63, (1 << 63) - 1),
     sampling=SAMPLING,
     timeout_s=st.none() | st.floats(allow_nan=False, allow_infinity=False),
@@ -189,14 +195,19 @@ def sent(message: M) -> M:
     return type(message).FromString(message.SerializeToString())
 
 
-@given(ACCEPTED | QUEUED | PROGRESS | TOKENS | FINISHED)
+@given(ACCEPTED | QUEUED | PROGRESS | TOKENS | SCALES | FINISHED)
 def test_an_event_of_the_gateway_reaches_the_client(event: Event) -> None:
     assert event_from_pb(sent(gateway_response(event))) == event
 
 
-@given(QUEUED | RESERVED | PROGRESS | TOKENS | FINISHED)
+@given(QUEUED | RESERVED | PROGRESS | TOKENS | SCALES | FINISHED)
 def test_an_event_of_a_decode_node_reaches_the_gateway(event: Event) -> None:
     assert event_from_pb(sent(decode_response(event))) == event
+
+
+@given(st.builds(ScaleWish, num_chains=st.none() | U32, min_chains=st.none() | U32))
+def test_a_wish_for_another_scale_survives(wish: ScaleWish) -> None:
+    assert scale_wish_from_pb(sent(scale_to_pb(wish))) == wish
 
 
 @given(REQUESTS | CONVERSATIONS)

@@ -14,6 +14,7 @@ import torch
 from colm.checkpoint import Checkpoint
 from colm.events import Event
 from colm.sampling import SamplingParams
+from colm.scale import Changing, Scale
 from decode_node.engine import DecodeEngine
 from decode_node.kv_store import KvStore
 from decode_node.node import DecodeNode
@@ -48,7 +49,7 @@ async def cancelled_twice_at(gate: Gate, node: DecodeNode) -> None:
     job = DecodeJob(
         request_id="late",
         token_ids=np.array(PROMPT[::-1]),
-        num_chains=3,
+        scale=Changing(Scale(num_chains=3, min_chains=3)),
         max_new_tokens=8,
         sampling=SamplingParams(ignore_eos=True),
         deadline=None,

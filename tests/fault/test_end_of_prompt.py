@@ -138,19 +138,18 @@ async def test_the_whole_answer_comes_while_the_callers_side_stays_open(served: 
 
 
 @pytest.mark.parametrize("served", ["gateway", "decode node"], indirect=True)
-async def test_what_follows_the_end_is_left_unread(served: Served) -> None:
+@pytest.mark.parametrize("part", ["open", None])
+async def test_what_follows_the_end_and_is_not_known_is_refused_by_name(served: Served, part: str | None) -> None:
     async with open_channel(served.address, Security()) as channel:
         call = served.stub(channel)(timeout=LIMIT_S)
         with gate_before(PrefillEngine, "step") as gate:
             for request in served.requests:
                 await call.write(request)
             await gate.until_reached()
-            for request in (served.requests[0], type(served.requests[0])()):
-                await call.write(request)
+            await call.write(served.requests[0] if part else type(served.requests[0])())
+            with pytest.raises(InvalidRequest, match=f"part={part!r}: only `change_scale`"), Outcome(call).errors("it"):
+                _ = [response async for response in call]
             gate.open()
-            events = [served.event(response) async for response in call]
-        assert await call.code() is grpc.StatusCode.OK
-    assert events[-1] == served.last_event
 
 
 async def test_a_side_that_is_closed_before_the_end_was_cut_off_and_starts_nothing(served: Served) -> None:

@@ -1,5 +1,6 @@
-"""Answers that draft with chain 1 and verify with all chains get, to the bit, what plain steps give."""
+"""Answers that draft, and that change their scale on the way, get to the bit what plain steps give."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -107,7 +108,7 @@ class Ask:
             sampling=self.sampling,
             stop_token_ids={2, *self.sampling.stop_token_ids},
             text_stream=TextStream(Detokenizer(TOKENIZER)),
-            drafter=Wishes(self.wishes) if drafts and self.num_chains > 1 else None,
+            drafter=Wishes(self.wishes) if drafts else None,
             prompt_token_ids=self.prompt,
             constrained=self.sampling.constraint and ConstrainedText(grammar_of(self.sampling.constraint)),
         )
@@ -120,6 +121,8 @@ class Member:
     ask: Ask
     answer: RunningAnswer
     pages: PageLease
+    wanted_chains: int
+    """Of the steps to come."""
     tokens: list[Token] = field(default_factory=list)
 
     @property
@@ -150,12 +153,14 @@ class Batch:
         num_pages = self.store.layout.pages(len(ask.prompt) + ask.max_new_tokens)
         if (pages := self.pool.reserve("request", num_pages)) is None:
             return None
-        member = Member(ask, ask.answer(self.store.page_table(pages), drafts=drafts), pages)
+        member = Member(ask, ask.answer(self.store.page_table(pages), drafts=drafts), pages, ask.num_chains)
         self.scheduler.join(member)
         self.members.append(member)
         return member
 
     def begin(self) -> None:
+        for member in self.scheduler.answers:
+            member.answer.num_chains = member.wanted_chains
         self.step = self.scheduler.begin_step()
 
     def end(self) -> None:
@@ -193,16 +198,26 @@ class Batch:
         self.members.remove(member)
 
 
-@cache
-def plain(later: str, ask: Ask) -> tuple[list[Token], str, FinishReason | None]:
-    """The whole answer, alone and without drafts."""
-    batch = Batch(*plain_engine(later))
-    member = batch.join(ask, drafts=False)
-    assert member is not None
-    while member.answer.finish_reason is None:
-        batch.begin()
-        batch.end()
-    return member.tokens, member.answer.tail, member.answer.finish_reason
+class Plain:
+    """An answer alone and without drafts, which takes the scale of each token from the answer that is held to it."""
+
+    def __init__(self, later: str, ask: Ask, pool: PagePool) -> None:
+        self._engine, store = plain_engine(later)
+        pages = pool.reserve("plain", store.layout.pages(len(ask.prompt) + ask.max_new_tokens))
+        assert pages is not None
+        self._pool, self._pages = pool, pages
+        self.answer = ask.answer(store.page_table(pages), drafts=False)
+        self.tokens: list[Token] = []
+
+    def follow(self, tokens: Sequence[Token]) -> None:
+        for token in tokens[len(self.tokens) :]:
+            self.answer.num_chains = token.num_chains
+            plan = StepPlan(tuple(self.answer.next_rows()))
+            positions = [position for row in plan.rows for position in row.chosen_positions]
+            self.tokens += self.answer.advance(choose([self.answer.sampler], positions, self._engine.step(plan)))
+
+    def let_go(self) -> None:
+        self._pool.release(self._pages)
 
 
 def seen(tokens: list[Token]) -> list[object]:
@@ -238,18 +253,19 @@ ASKS = st.builds(
 
 
 class DraftingMachine(RuleBasedStateMachine):
-    """Answers that come, draft or not, and go, at every scale; each held to itself alone and without drafts."""
+    """Answers that come, wait, draft, change their scale, and go; each held to itself alone and without drafts."""
 
     @initialize(later=st.sampled_from(["zero", "small", "random"]), max_batch_size=st.sampled_from([1, 2, 4]))
     def create(self, later: str, max_batch_size: int) -> None:
         self.later, self.batch = later, Batch(*mixed_engine(later), max_batch_size)
-        self.ended: list[Member] = []
+        self.plain_pool = PagePool(plain_engine(later)[1].num_pages)
+        self.plain: dict[Member, Plain] = {}
 
     @rule(ask=ASKS, drafts=st.sampled_from([True, True, False]))
     def join(self, ask: Ask, drafts: bool) -> None:
         member = self.batch.join(ask, drafts=drafts)
         if member is not None:
-            self.ended.append(member)
+            self.plain[member] = Plain(self.later, ask, self.plain_pool)
 
     @precondition(lambda self: self.batch.step is None)
     @rule(count=st.integers(1, 8))
@@ -270,6 +286,11 @@ class DraftingMachine(RuleBasedStateMachine):
         self.batch.end()
 
     @precondition(lambda self: self.batch.members)
+    @rule(data=st.data(), num_chains=st.integers(1, 3))
+    def change_scale(self, data: st.DataObject, num_chains: int) -> None:
+        data.draw(st.sampled_from(self.batch.members)).wanted_chains = num_chains
+
+    @precondition(lambda self: self.batch.members)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         self.batch.leave(data.draw(st.sampled_from(self.batch.members)))
@@ -280,14 +301,16 @@ class DraftingMachine(RuleBasedStateMachine):
             return
         self.batch.pool.check_integrity()
         self.batch.scheduler.check_integrity()
-        for member in self.ended:
-            tokens, tail, reason = plain(self.later, member.ask)
-            assert seen(member.tokens) == seen(tokens[: len(member.tokens)])
+        for member, plain in [*self.plain.items()]:
+            plain.follow(member.tokens)
+            assert seen(member.tokens) == seen(plain.tokens)
             answer = member.answer
             assert answer.num_new_tokens == len(member.tokens)
             assert answer.num_accepted_tokens <= min(answer.num_draft_tokens, len(member.tokens))
-            if answer.finish_reason is not None:
-                assert (len(member.tokens), answer.tail, answer.finish_reason) == (len(tokens), tail, reason)
+            assert (answer.tail, answer.finish_reason) == (plain.answer.tail, plain.answer.finish_reason)
+            if member not in self.batch.members:
+                plain.let_go()
+                del self.plain[member]
             if self.later == "zero" and HAS_OWN_BITS and answer.finish_reason is FinishReason.LENGTH:
                 assert answer.num_accepted_tokens == answer.num_draft_tokens
 
@@ -299,11 +322,11 @@ class DraftingMachine(RuleBasedStateMachine):
                 self.batch.begin()
             self.batch.end()
         self.every_answer_is_the_plain_one()
-        assert self.batch.pool.num_used == 0
+        assert self.batch.pool.num_used == self.plain_pool.num_used == 0
 
 
 TestDrafting = DraftingMachine.TestCase
-TestDrafting.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)
+TestDrafting.settings = settings(max_examples=20, stateful_step_count=14, deadline=None)
 
 
 def beside_it(num_tokens: int) -> tuple[PlanRow, ...]:

@@ -57,6 +57,7 @@ from colm.kv import KvFormat, fingerprint
 from colm.nodes import NodeReport, ProcessFacts, Role
 from colm.placement import CPU
 from colm.sampling import SamplingParams
+from colm.scale import Changing, Scale
 from colm.wire.security import Security
 from tests import children
 from tests.tiny import tiny_checkpoint, tiny_config
@@ -375,7 +376,7 @@ def job(num_prompt_tokens: int, max_new_tokens: int) -> DecodeJob:
     return DecodeJob(
         request_id=str(num_prompt_tokens),
         token_ids=np.arange(3, 3 + num_prompt_tokens),
-        num_chains=1,
+        scale=Changing(Scale(num_chains=1, min_chains=1)),
         max_new_tokens=max_new_tokens,
         sampling=SamplingParams(ignore_eos=True),
         attention="dense",

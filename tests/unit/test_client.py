@@ -30,7 +30,7 @@ CLIENTS = pytest.mark.parametrize("kind", ["blocking", "async"])
 
 
 class Gateway(GenerationServiceServicer):
-    """Reads each call to its end, answers with `finished`, and remembers what came and what was broken off."""
+    """Reads each prompt to its end, answers with `finished`, and remembers what came and what was broken off."""
 
     def __init__(self) -> None:
         self.address = ""
@@ -57,6 +57,8 @@ class Gateway(GenerationServiceServicer):
                 self.document += request.document
                 self.token_ids += request.token_ids.ids
                 self.has_begun.set()
+                if self.parts[-1] == "end_of_prompt":
+                    break
             await self.may_answer.wait()
         except asyncio.CancelledError:
             self._broken_off.set()

@@ -177,7 +177,7 @@ async def test_an_answer_is_accepted_then_relayed_without_what_concerns_the_node
     assert (accepted.model, accepted.num_prompt_tokens, accepted.num_chains) == ("tiny", 20, 2)
     assert relayed == [*ANSWER[1:]]
     (job,) = calls.jobs
-    assert (job.request_id, job.num_chains, job.max_new_tokens) == (accepted.request_id, 2, 4)
+    assert (job.request_id, job.scale.value.num_chains, job.max_new_tokens) == (accepted.request_id, 2, 4)
     assert job.token_ids.dtype == np.int64
     assert job.token_ids.tolist() == IDS.tolist()
     assert_nothing_held(front_door, calls, pool)
@@ -199,6 +199,7 @@ async def test_waiting_for_a_node_is_told_as_it_happens() -> None:
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "model": ({"model": "huge"}, "'tiny'"),
     "num_chains": ({"num_chains": 4}, "between 1 and 3"),
+    "min_chains": ({"num_chains": 2, "min_chains": 3}, "between 1 and num_chains=2"),
     "max_new_tokens": ({"max_new_tokens": 401}, "between 1 and 400"),
     "timeout_s": ({"timeout_s": 1001.0}, "at most 1000"),
     "stop": ({"sampling": SamplingParams(stop=("x",))}, "use stop_token_ids"),

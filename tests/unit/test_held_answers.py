@@ -10,6 +10,7 @@ import pytest
 from colm.errors import ColmError, PeerFailed, PeerUnavailable, UnknownAnswer
 from colm.events import Event, Finished, FinishReason, PrefillProgress, Reserved, Timings, Token, Usage
 from colm.sampling import SamplingParams
+from colm.scale import Changing, Scale
 from decode_node.held_answers import HeldAnswers
 from decode_node.requests import DecodeJob, Emit
 
@@ -37,7 +38,7 @@ def job(name: str = "r", made_token_ids: tuple[int, ...] = ()) -> DecodeJob:
     return DecodeJob(
         request_id=name,
         token_ids=np.array([1]),
-        num_chains=1,
+        scale=Changing(Scale(num_chains=1, min_chains=1)),
         max_new_tokens=9,
         sampling=SamplingParams(),
         deadline=None,

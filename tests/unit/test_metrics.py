@@ -61,7 +61,8 @@ async def test_both_ends_count_what_has_moved(checkpoint: Checkpoint) -> None:
         assert value(prefill.metrics, "colm_kv_window_bytes") == 0
         assert value(prefill.metrics, "colm_prefill_tokens_total") == len(PROMPT) - 1
         assert value(prefill.metrics, "colm_prefill_jobs", state="active") == 0
-        assert value(node.metrics, "colm_decode_tokens_total") == len(answer.token_ids)
+        assert value(node.metrics, "colm_decode_tokens_total", num_chains="2") == len(answer.token_ids)
+        assert value(node.metrics, "colm_decode_auto_chains") == 3
         assert value(node.metrics, "colm_decode_requests_ended_total", outcome="finished") == 1
         assert value(node.metrics, "colm_decode_pages", state="used") == 0
         page_bytes = pages_bytes(checkpoint.config, 1)

@@ -23,6 +23,7 @@ from colm.sampling import SamplingParams
 from colm.text.tokenizer import Tokenizer
 from colm.wire import http_server
 from colm.wire.security import Tls, new_tls
+from decode_node.auto_scale import AutoScale
 from decode_node.engine import DecodeEngine
 from decode_node.node import DecodeNode
 from prefill_node.node import PrefillNode
@@ -245,6 +246,28 @@ async def test_the_scale_is_chosen_beside_openais_own_fields(
         assert answer.model_dump()["colm"][0]["num_chains"] == scale
 
 
+async def test_a_streamed_answer_that_leaves_its_scale_to_the_node_says_each_tokens(
+    client: AsyncOpenAI, node: DecodeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for method in ("note", "rest"):
+        monkeypatch.setattr(AutoScale, method, lambda *_: None)
+    node.owner._loop.auto_scale.level = 1
+    for floor, scale in ((None, 1), (2, 2)):
+        chunks = await client.chat.completions.create(
+            model="tiny",
+            messages=QUESTION,
+            max_tokens=6,
+            stream=True,
+            stream_options={"include_usage": True},
+            logprobs=True,
+            extra_body={"scale": "auto", "min_chains": floor, "ignore_eos": True},
+        )
+        bodies = [chunk.model_dump() async for chunk in chunks]
+        choices = [choice for body in bodies for choice in body["choices"] if choice.get("logprobs")]
+        assert [choice["num_chains"] for choice in choices] == [scale] * 6
+        assert bodies[-1]["colm"][0]["tokens_by_scale"] == {str(scale): 6}
+
+
 async def test_a_document_is_uploaded_once_and_asked_about_by_its_owner_alone(
     checkpoint: Checkpoint, tokenizer: Tokenizer, node: DecodeNode, tmp_path: Path
 ) -> None:
@@ -311,6 +334,8 @@ async def test_files_are_bounded_and_must_be_text(
         ({"max_tokens": 0}, "max_new_tokens"),
         ({"extra_body": {"scale": 7}}, "num_chains"),
         ({"extra_body": {"scale": 1, "num_chains": 2}}, "body"),
+        ({"extra_body": {"scale": 1, "min_chains": 2}}, "min_chains"),
+        ({"extra_body": {"scale": "large"}}, "scale.int"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "body"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None),

@@ -18,6 +18,8 @@ from colm.errors import (
 from colm.events import Accepted, Reconnecting, Token
 from colm.reconnect import Attempts
 from colm.retry import RetryPolicy
+from colm.scale import Changing, ScaleWish
+from colm.wire.v1 import common_pb2
 from colm.wire.v1 import generation_service_pb2 as pb
 from tests.clock import FakeClock
 
@@ -31,8 +33,8 @@ def token(token_id: int) -> Token:
 
 
 def attempts(document: Any = b"abc", *, reconnects: bool = True, **options: Any) -> tuple[Attempts, FakeClock]:
-    clock = FakeClock()
-    return Attempts(document, "?", options, reconnects=reconnects, clock=clock, retry=RETRY), clock
+    clock, scale = FakeClock(), Changing[ScaleWish | None](None)
+    return Attempts(document, "?", options, scale=scale, reconnects=reconnects, clock=clock, retry=RETRY), clock
 
 
 def sent(request: Attempts) -> list[pb.GenerateRequest]:
@@ -91,6 +93,22 @@ def test_an_answer_that_is_held_nowhere_is_made_anew_behind_what_has_come(error:
     assert messages[0].open.timeout_s == 70.0, "one deadline holds for the whole request"
     assert document_of(messages) == b"abc"
     assert not request.see(ACCEPTED)
+
+
+def test_a_scale_that_was_changed_is_asked_for_again_by_every_later_call() -> None:
+    """The gateway that was told of it may be lost, and the decode node too."""
+    request, _, _ = begun(num_chains=3)
+    assert list(request.change) == []
+    request.scale.change(ScaleWish(num_chains=2, min_chains=1))
+    (change,) = request.change
+    request.after(LOST)
+    resume, again = sent(request)
+    assert resume.HasField("resume")
+    assert again == change == pb.GenerateRequest(change_scale=common_pb2.Scale(num_chains=2, min_chains=1))
+    request.after(UnknownAnswer("gone"))
+    opened, *_, last = sent(request)
+    assert (opened.open.num_chains, opened.open.min_chains) == (2, 1)
+    assert last == change
 
 
 def test_a_clients_own_deadline_holds_over_all_calls() -> None:

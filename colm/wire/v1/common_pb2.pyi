@@ -91,6 +91,14 @@ class LogitBias(_message.Message):
     bias: float
     def __init__(self, token_id: _Optional[int] = ..., bias: _Optional[float] = ...) -> None: ...
 
+class Scale(_message.Message):
+    __slots__ = ("num_chains", "min_chains")
+    NUM_CHAINS_FIELD_NUMBER: _ClassVar[int]
+    MIN_CHAINS_FIELD_NUMBER: _ClassVar[int]
+    num_chains: int
+    min_chains: int
+    def __init__(self, num_chains: _Optional[int] = ..., min_chains: _Optional[int] = ...) -> None: ...
+
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
     IDS_FIELD_NUMBER: _ClassVar[int]

@@ -53,7 +53,7 @@ class DecodeServiceServicer:
 
     def Decode(self, request_iterator, context):
         """The first request is `open`; token ids follow; `end_of_prompt` starts the work, whether or not the caller then
-        closes its side. Or the only request is `resume`, where a call broke: then `resumed` comes first. Exactly one
+        closes its side; only `change_scale` may follow. Or the first request is `resume`, where a call broke: then `resumed` comes first. Exactly one
         `finished` ends the answer, or the call fails with a status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

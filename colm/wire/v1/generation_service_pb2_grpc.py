@@ -53,7 +53,7 @@ class GenerationServiceServicer:
 
     def Generate(self, request_iterator, context):
         """The first request is `open`; pieces follow, in order; `end_of_prompt` starts the work, whether or not the client
-        then closes its side. Or the only request is `resume`, where a call broke, be it that the gateway was restarted: then
+        then closes its side; only `change_scale` may follow. Or the first request is `resume`, where a call broke, be it that the gateway was restarted: then
         `accepted` comes once more, and the answer behind the tokens that the client has. NOT_FOUND where the answer is no longer
         held, for whatever reason; the client may submit the request again, with `answer_token_ids`. Exactly one `finished`
         ends the answer, or the call fails with a status.

@@ -12,6 +12,7 @@ from tests.mutation.mutants import (
     prefill_engine,
     prefill_streams,
     prefix_cache,
+    scale,
     wire,
 )
 
@@ -26,5 +27,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *prefill_engine.MUTANTS,
     *prefill_streams.MUTANTS,
     *prefix_cache.MUTANTS,
+    *scale.MUTANTS,
     *wire.MUTANTS,
 )
