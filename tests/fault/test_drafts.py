@@ -75,7 +75,7 @@ PENALISED = SamplingParams(
     logit_bias=((20, 2.0),),
     min_tokens=9,
 )
-DRAWN = SamplingParams(ignore_eos=True, temperature=1.2, top_p=0.95, seed=5, top_logprobs=1)
+DRAWN = SamplingParams(ignore_eos=True, temperature=0.5, top_p=0.95, seed=5, top_logprobs=1)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN, PENALISED], ids=["greedy", "drawn", "penalised"])
