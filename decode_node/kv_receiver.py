@@ -134,6 +134,9 @@ class KvReceiver:
                     self.started_s = self._clock.now()
                 case "tile":
                     self._store_tile(message.tile, payload)
+                case "shared_tiles":
+                    for header in message.shared_tiles.tiles:
+                        self._store_tile(header, payload)
                 case "shared_memory":
                     self._requests.answer(is_mapped=self._open(message.shared_memory))
                 case "reached":

@@ -114,7 +114,7 @@ class KvRequests:
                 return None
             if (is_mapped := self._is_mapped) is not None:
                 self._is_mapped = None
-                return pb.PullKvRequest(shared_memory=pb.SharedMemoryAnswer(is_mapped=is_mapped))
+                return pb.PullKvRequest(shared_memory=pb.SharedMemoryAnswer(is_mapped=is_mapped, takes_several=True))
             if self._stored == self._said:
                 return None
             self._said = self._stored

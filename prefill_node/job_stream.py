@@ -14,6 +14,8 @@ from prefill_node.encoded_tile import EncodedTile
 if TYPE_CHECKING:
     from prefill_node.prefill_job import PrefillJob, PrefillOrder
 
+MAX_SHARED_TILES = 8
+"""In one message. Where a payload lies in shared memory, gRPC and two event loops cost more than its copies."""
 PROGRESS_INTERVAL_S = 0.5
 """How often a reader that waits for a tile is told how far it is."""
 
@@ -32,6 +34,8 @@ class JobStream:
         """Called when the job is dropped, also while the reader is in the middle of a write."""
         self.reads_memory = False
         """The reader has opened the job's shared memory."""
+        self.takes_several = False
+        """The reader takes several tiles of that memory in one message."""
         self._epoch = order.epoch
         self._read = order.resume_from
         self._told = order.resume_from
@@ -80,6 +84,20 @@ class JobStream:
         self._number += 1
         self._read = tile.end
         return tile
+
+    def take_shared(self) -> list[EncodedTile]:
+        """What may share a message with a tile of shared memory: more such tiles, as many as are there.
+
+        Raises:
+            PeerUnavailable: a tile was damaged where it waited; the job is dropped.
+        """
+        taken: list[EncodedTile] = []
+        while self.takes_several and len(taken) < MAX_SHARED_TILES - 1 and self.job.stream is self:
+            if (waiting := self.job.tile(self._number)) is None or waiting.slot is None:
+                break
+            if (tile := self.take()) is not None:
+                taken.append(tile)
+        return taken
 
     async def tiles(self, progress: Progress | None = None) -> AsyncIterator[EncodedTile]:
         """Read to the end.
@@ -138,15 +156,15 @@ class JobStream:
         self._is_asked = True
         return job.memory
 
-    def answer(self, *, is_mapped: bool) -> None:
-        """Whether the reader has opened the memory.
+    def answer(self, *, is_mapped: bool, takes_several: bool = False) -> None:
+        """Whether the reader has opened the memory, and takes several of its tiles in one message.
 
         Raises:
             InvalidRequest: it was not asked, or has answered already.
         """
         if not self._is_asked:
             raise InvalidRequest("shared_memory", is_mapped, "answers an event that has not come")
-        self._is_asked, self.reads_memory = False, is_mapped
+        self._is_asked, self.reads_memory, self.takes_several = False, is_mapped, is_mapped and takes_several
 
     def acknowledge(self, position: KvPosition) -> None:
         """Everything before a position has been stored.

@@ -22,7 +22,7 @@ from colm.wire.messages import CODECS, attention_from_pb, queued_to_pb, sparse_r
 from colm.wire.prompt_stream import check_id, check_salt, read_open, read_token_ids
 from colm.wire.shared_memory import host_id
 from colm.wire.status import answering
-from colm.wire.tile_codec import pull_kv_handlers
+from colm.wire.tile_codec import join_shared, pull_kv_handlers
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait
@@ -171,7 +171,8 @@ class PrefillService:
                 case "acknowledged":
                     stream.acknowledge(KvPosition(request.acknowledged.layer, request.acknowledged.token))
                 case "shared_memory":
-                    stream.answer(is_mapped=request.shared_memory.is_mapped)
+                    answer = request.shared_memory
+                    stream.answer(is_mapped=answer.is_mapped, takes_several=answer.takes_several)
                 case "give_up":
                     self._loop.give_up(stream)
                     raise _GivenUp
@@ -201,10 +202,12 @@ class PrefillService:
             if self._host_id and opened.host_id == self._host_id:
                 await self._offer_memory(stream, context)
             async for tile in stream.tiles(progress):
-                await context.write(tile.message)
-                count.num_tiles += 1
-                count.payload_bytes += tile.payload_bytes
-                count.shared_bytes += 0 if tile.slot is None else tile.payload_bytes
+                tiles = [tile] if tile.slot is None else [tile, *stream.take_shared()]
+                await context.write(tile.message if len(tiles) == 1 else join_shared([each.message for each in tiles]))
+                count.num_tiles += len(tiles)
+                payload_bytes = sum(each.payload_bytes for each in tiles)
+                count.payload_bytes += payload_bytes
+                count.shared_bytes += 0 if tile.slot is None else payload_bytes
             complete = pb.TransferComplete(
                 transfer_id=opened.transfer_id,
                 epoch=opened.epoch,

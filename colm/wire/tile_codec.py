@@ -8,7 +8,7 @@ twice as fast as the generated classes do (docs/adr/0003).
 import ctypes
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grpc
 import torch
@@ -39,6 +39,7 @@ ACKNOWLEDGE_BYTES = 4 << 20
 _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
 _new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, (ctypes.c_char_p, ctypes.c_ssize_t)
 _PAYLOAD_TAG = 15 << 3 | 2
+_SHARED_TILES_TAG = pb.PullKvResponse.SHARED_TILES_FIELD_NUMBER << 3 | 2
 _EVENT_TAGS = {field.number << 3 | 2 for field in pb.PullKvResponse.DESCRIPTOR.oneofs_by_name["event"].fields}
 
 # PyTorch warns once a process about a tensor over read-only memory, such as a received message. The warning is
@@ -90,6 +91,12 @@ def encode_tile(tile: KvTile, *, transfer_id: str, epoch: int, slot: Slot | None
         return front + message[start:]
     written[:start] = torch.frombuffer(front, dtype=torch.uint8)
     return message
+
+
+def join_shared(messages: Sequence[bytes]) -> bytes:
+    """One message for several tiles of shared memory; a header has the same bytes in it as in a message of its own."""
+    tiles = b"".join(messages)
+    return _varint(_SHARED_TILES_TAG) + _varint(len(tiles)) + tiles
 
 
 def seal(header: pb.TileHeader) -> None:

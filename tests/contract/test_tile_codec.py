@@ -20,7 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from colm.errors import FingerprintMismatch, PeerUnavailable
 from colm.kv import KvFormat, KvTile
-from colm.wire.tile_codec import _on_host, decode_message, decode_tile, encode_tile, max_tile_tokens, seal, split_tile
+from colm.wire.tile_codec import (
+    _on_host,
+    decode_message,
+    decode_tile,
+    encode_tile,
+    join_shared,
+    max_tile_tokens,
+    seal,
+    split_tile,
+)
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_layout import KvLayout
@@ -93,6 +102,15 @@ def test_any_header_is_written_as_protobuf_writes_it(
     tile = tile_of(1, layer=layer, first_token=first_token)
     expected = message_of(tile, transfer_id, epoch).SerializeToString()
     assert encode_tile(tile, transfer_id=transfer_id, epoch=epoch) == expected
+
+
+def test_several_tiles_of_shared_memory_are_written_as_protobuf_writes_them() -> None:
+    headers = [message_of(tile_of(1, first_token=first)).tile for first in range(300)]
+    expected = pb.PullKvResponse(shared_tiles=pb.SharedTiles(tiles=headers)).SerializeToString()
+    assert join_shared([pb.PullKvResponse(tile=header).SerializeToString() for header in headers]) == expected
+    message, payload = decode_message(expected)
+    assert list(message.shared_tiles.tiles) == headers
+    assert not payload
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,8 +20,10 @@ from colm.wire.tile_codec import decode_message, pull_kv_stub
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node import kv_receiver
 from decode_node import node as decode_node_module
-from prefill_node import encoded_tile, prefill_loop, service
+from prefill_node import encoded_tile, job_stream, prefill_loop, service
+from prefill_node.encoded_tile import EncodedTile
 from prefill_node.engine import PrefillEngine
+from prefill_node.job_stream import JobStream
 from prefill_node.node import PrefillNode
 from tests.gates import LIMIT_S, gate_before
 from tests.memories import open_memories
@@ -43,6 +45,7 @@ def of_any_length(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short prompts share memory too; and at the end of a test nothing is open."""
     monkeypatch.setattr(service, "_WORTH_SHARING_BYTES", 0)
     monkeypatch.setattr(prefill_loop, "QUANTUM_S", 0.0)  # the first step knows of no memory, every other one does
+    monkeypatch.setattr(job_stream, "MAX_SHARED_TILES", 1)  # else it is chance which of them share a message
     yield
     assert not open_memories()
 
@@ -209,6 +212,50 @@ FALLBACKS: dict[str, tuple[Any, str, Any]] = {
     "the writer gets none": (shared_memory.os, "memfd_create", no_memory),
     "no room in it": (SharedMemory, "take", lambda *_: None),
 }
+
+
+def once_among_several(number: int, **fields: int) -> Spoil:
+    """Change one tile of the first message that has several."""
+
+    def change(header: pb.PullKvResponse) -> None:
+        for name, value in fields.items():
+            setattr(header.shared_tiles.tiles[number], name, value)
+
+    return once("shared_tiles", 1, change)
+
+
+SEVERAL: dict[str, tuple[Spoil, int]] = {
+    "as they are": (lambda _, __, data: [data], 1),
+    "one damaged": (once_among_several(5, num_tokens=1), 2),
+    "one out of turn": (once("shared_tiles", 1, lambda header: header.shared_tiles.tiles.pop(3)), 2),
+    "all twice": (lambda attempt, number, data: [data] * (1 + ((attempt, number) == (1, 3))), 2),
+    "lost": (lambda attempt, number, data: [data] * ((attempt, number) != (1, 3)), 2),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+async def test_tiles_that_wait_share_a_message_and_any_of_them_may_be_spoilt(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """The stream takes nothing before all is computed: one tile with its payload, then eight and one of memory."""
+    spoil, num_streams = SEVERAL[case]
+    monkeypatch.setattr(job_stream, "MAX_SHARED_TILES", 8)
+    take, nums_tiles = JobStream.take, []
+
+    def late(stream: JobStream) -> EncodedTile | None:
+        return take(stream) if stream.job.is_computed else None
+
+    def count(attempt: int, number: int, data: bytes) -> list[bytes]:
+        header, _ = decode_message(data)
+        if attempt == 1 and (header.HasField("tile") or header.HasField("shared_tiles")):
+            nums_tiles.append(len(header.shared_tiles.tiles) or 1)
+        return spoil(attempt, number, data)
+
+    monkeypatch.setattr(JobStream, "take", late)
+    async with nodes(checkpoint, count) as ask:
+        answer = await ask()
+    assert_right(checkpoint, answer, num_streams=num_streams)
+    assert nums_tiles[:2] == [1, 8]
 
 
 @pytest.mark.parametrize("case", FALLBACKS)

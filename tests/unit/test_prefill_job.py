@@ -20,7 +20,7 @@ from colm.kv_position import KV_START, KvPosition
 from colm.request import KvCodec
 from colm.wire.shared_memory import SharedMemory
 from colm.wire.tile_codec import decode_message, decode_tile
-from prefill_node import prefill_job
+from prefill_node import job_stream, prefill_job
 from prefill_node.cost_model import CostModel, PrefillShape
 from prefill_node.encoded_tile import EncodedTile
 from prefill_node.job_stream import JobStream
@@ -75,12 +75,12 @@ def begin(job: PrefillJob) -> None:
     job.start(PrefillRun(job.token_ids, num_layers=num_layers, tile_tokens=5, sparse=None, cancelled=flag))
 
 
-def share(stream: JobStream) -> SharedMemory:
+def share(stream: JobStream, *, takes_several: bool = False) -> SharedMemory:
     """What the stream's reader opens."""
     if not stream.job.is_started:
         begin(stream.job)
     memory = stream.share()
-    stream.answer(is_mapped=True)
+    stream.answer(is_mapped=True, takes_several=takes_several)
     return memory
 
 
@@ -242,6 +242,30 @@ def test_a_slot_is_taken_again_only_when_its_tile_has_been_stored() -> None:
     assert stream.take() == first
     stream.acknowledge(first.end)
     assert encode(2).slot is first.slot
+    job.cancel()
+
+
+@pytest.mark.parametrize(
+    ("takes_several", "in_memory", "max_tiles", "num_together"),
+    [(True, "mmmmm", 8, 5), (True, "mmmmm", 3, 3), (True, "mmsmm", 8, 2), (False, "mmmmm", 8, 1)],
+)
+def test_only_tiles_that_wait_in_memory_share_a_message(
+    monkeypatch: pytest.MonkeyPatch, takes_several: bool, in_memory: str, max_tiles: int, num_together: int
+) -> None:
+    """m: in memory, s: with its payload on the stream."""
+    monkeypatch.setattr(job_stream, "MAX_SHARED_TILES", max_tiles)
+    job = new_job(order(1))
+    stream = job.attach(order(1))
+    share(stream, takes_several=takes_several)
+    tiles = []
+    for number, place in enumerate(in_memory):
+        tile = KvTile(0, number, *torch.randn(2, FORMAT.num_kv_heads, 1, FORMAT.head_dim))
+        memory = job.read_memory if place == "m" else None
+        tiles += job.encoder.encode(tile, epoch=1, since=KV_START, memory=memory)
+    job.produce(tiles, tiles[-1].end)
+    assert [stream.take(), *stream.take_shared()] == tiles[:num_together]
+    if num_together < len(tiles):
+        assert stream.take() == tiles[num_together]
     job.cancel()
 
 

@@ -62,19 +62,22 @@ class OpenKvTransfer(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.Codec, str]]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., host_id: _Optional[str] = ..., first_token: _Optional[int] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
 class SharedMemoryAnswer(_message.Message):
-    __slots__ = ("is_mapped",)
+    __slots__ = ("is_mapped", "takes_several")
     IS_MAPPED_FIELD_NUMBER: _ClassVar[int]
+    TAKES_SEVERAL_FIELD_NUMBER: _ClassVar[int]
     is_mapped: bool
-    def __init__(self, is_mapped: _Optional[bool] = ...) -> None: ...
+    takes_several: bool
+    def __init__(self, is_mapped: _Optional[bool] = ..., takes_several: _Optional[bool] = ...) -> None: ...
 
 class PullKvResponse(_message.Message):
-    __slots__ = ("tile", "complete", "queued", "started", "reached", "shared_memory", "payload")
+    __slots__ = ("tile", "complete", "queued", "started", "reached", "shared_memory", "shared_tiles", "payload")
     TILE_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     REACHED_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    SHARED_TILES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     tile: TileHeader
     complete: TransferComplete
@@ -82,8 +85,9 @@ class PullKvResponse(_message.Message):
     started: TransferStarted
     reached: KvPosition
     shared_memory: SharedMemory
+    shared_tiles: SharedTiles
     payload: bytes
-    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., started: _Optional[_Union[TransferStarted, _Mapping]] = ..., reached: _Optional[_Union[KvPosition, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., started: _Optional[_Union[TransferStarted, _Mapping]] = ..., reached: _Optional[_Union[KvPosition, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., shared_tiles: _Optional[_Union[SharedTiles, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
     __slots__ = ("pid", "fd", "size_bytes", "key")
@@ -96,6 +100,12 @@ class SharedMemory(_message.Message):
     size_bytes: int
     key: bytes
     def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., size_bytes: _Optional[int] = ..., key: _Optional[bytes] = ...) -> None: ...
+
+class SharedTiles(_message.Message):
+    __slots__ = ("tiles",)
+    TILES_FIELD_NUMBER: _ClassVar[int]
+    tiles: _containers.RepeatedCompositeFieldContainer[TileHeader]
+    def __init__(self, tiles: _Optional[_Iterable[_Union[TileHeader, _Mapping]]] = ...) -> None: ...
 
 class SharedPayload(_message.Message):
     __slots__ = ("offset_bytes", "num_bytes")

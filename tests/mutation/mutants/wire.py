@@ -258,6 +258,20 @@ MUTANTS = (
         "tests/unit/test_kv_receiver.py::test_a_damaged_payload_does_not_count_and_is_written_over",
     ),
     Mutant(
+        "a tile with its payload is joined as a header",
+        "prefill_node/job_stream.py",
+        " or waiting.slot is None",
+        "",
+        "tests/unit/test_prefill_job.py::test_only_tiles_that_wait_in_memory_share_a_message",
+    ),
+    Mutant(
+        "of several tiles in a message only the first is stored",
+        "decode_node/kv_receiver.py",
+        "for header in message.shared_tiles.tiles:",
+        "for header in message.shared_tiles.tiles[:1]:",
+        "tests/fault/test_shared_payloads.py::test_tiles_that_wait_share_a_message_and_any_of_them_may_be_spoilt",
+    ),
+    Mutant(
         "freed messages go back to the system",
         "colm/allocator.py",
         "(_M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES), (_M_TRIM_THRESHOLD, KEPT_BYTES)",
