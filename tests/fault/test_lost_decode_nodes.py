@@ -1,6 +1,7 @@
 """Decode nodes that are lost in the middle of an answer: another one goes on with it, and nothing else is different."""
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -16,7 +17,7 @@ from colm.client import AsyncClient
 from colm.errors import InvalidRequest
 from colm.events import Accepted, Event, Finished, Queued, WaitsFor
 from colm.placement import Placement
-from colm.sampling import SamplingParams
+from colm.sampling import Constraint, SamplingParams
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import open_channel
 from colm.wire.outcome import Outcome
@@ -101,6 +102,26 @@ async def test_another_node_goes_on_with_the_answer_of_a_lost_one(
     assert isinstance(end, Finished)
     assert end.usage.num_decode_nodes == 2
     assert end.timings.first_token_s > 0
+
+
+async def test_whoever_goes_on_holds_the_answer_to_its_grammar_and_counts_what_it_has(
+    checkpoint: Checkpoint, nodes: list[DecodeNode]
+) -> None:
+    """Lost in the middle of a word of which the grammar allows so many more letters."""
+    words = Constraint(kind="regex", text="([a-z]{2,6} ){4}end")
+    sampling = replace(SEEDED, presence_penalty=0.8, frequency_penalty=0.3, repetition_penalty=1.3, constraint=words)
+    options = {"token_ids": SHORT, "max_new_tokens": 60, "sampling": sampling, "num_chains": 3}
+    pool = TakingTurns([node.address for node in nodes])
+    tokenizer = Tokenizer.load(checkpoint)
+    async with gateway(checkpoint.config, pool, tokenizer, num_decode_nodes=len(nodes)) as address:
+        undisturbed = await ask(address, **options)
+        pool.lent.clear()
+        events = await ask_and_lose(address, nodes, 6, **options)
+    assert re.fullmatch(words.text, text_of(undisturbed))
+    assert_same_answer(events, undisturbed)
+    end = events[-1]
+    assert isinstance(end, Finished)
+    assert end.usage.num_decode_nodes == 2
 
 
 async def test_the_prompt_of_a_lost_node_is_not_computed_again(checkpoint: Checkpoint) -> None:

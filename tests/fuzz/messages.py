@@ -130,12 +130,11 @@ async def _each(messages: list[bytes]) -> AsyncIterator[bytes]:
 
 
 def _generate_requests() -> list[Message]:
-    from colm.sampling import SamplingParams
+    from colm.sampling import ANY_JSON_OBJECT, SamplingParams
 
     pb = generation_service_pb2
-    opened = pb.OpenGenerate(
-        prompt="the end", chat=True, max_new_tokens=3, sampling=sampling_to_pb(SamplingParams(temperature=0.5, seed=1))
-    )
+    sampling = SamplingParams(temperature=0.5, seed=1, logit_bias=((5, 1.0),), constraint=ANY_JSON_OBJECT)
+    opened = pb.OpenGenerate(prompt="the end", chat=True, max_new_tokens=3, sampling=sampling_to_pb(sampling))
     return [
         pb.GenerateRequest(open=opened),
         pb.GenerateRequest(document=b"the"),
