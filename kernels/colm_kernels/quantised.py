@@ -28,6 +28,11 @@ GROUP_INPUTS: Final = 32
 _FORMAT_IDS: Final[dict[Quantisation, int]] = {"int8": 2, "q4": 3}
 _OUTPUT_BYTES: Final[dict[Quantisation, int]] = {"int8": 34, "q4": 20}
 _INT8_LARGEST, _Q4_LARGEST = 127, 15
+_ON_GRID: Final = 1 / 16
+"""Root mean square of a group's errors, in steps, up to which its weights lie on q4's grid: evenly spread ones have
+0.29, and those on it that were rounded to bf16 about 0.01."""
+_NUM_FITS: Final = 2
+"""Of least squares: the squared error of a group falls to 0.91, 0.87 and 0.86 of the span's in 1, 2 and 3."""
 _WORD_INPUTS: Final = 8
 _SHIFTS: Final = (0, 16, 4, 20, 8, 24, 12, 28)
 """Bits of q4's words where input 0, 1, .. of a word lies."""
@@ -58,8 +63,9 @@ class Blocks:
 def quantise(weight_OI: Tensor, quantisation: Quantisation) -> Blocks:
     """Quantise a weight: the definition.
 
-    The scale of int8 is the largest magnitude over 127; that of q4 the span over 15, above the smallest. Both are
-    rounded to fp16 before numbers are divided by them.
+    The scale of int8 is the largest magnitude over 127. q4 begins with the span over 15, above the smallest. Where its
+    weights lie on that grid, as those of a file of such blocks do, they stay there; elsewhere scale and minimum are
+    fitted to them. Both are rounded to fp16 before numbers are divided by them.
 
     Raises:
         ValueError: I is not a multiple of 32, or a scale or a minimum is beyond fp16.
@@ -68,21 +74,51 @@ def quantise(weight_OI: Tensor, quantisation: Quantisation) -> Blocks:
     if in_dim % GROUP_INPUTS:
         raise ValueError(f"{in_dim} inputs are not a multiple of {GROUP_INPUTS}")
     weight_OGN = weight_OI.float().view(out_dim, in_dim // GROUP_INPUTS, GROUP_INPUTS)
-    minimum_OG: Tensor | None = None
     if quantisation == "int8":
-        scale_OG, lowest, highest = weight_OGN.abs().amax(dim=2) / _INT8_LARGEST, -_INT8_LARGEST, _INT8_LARGEST
+        scale_OG = (weight_OGN.abs().amax(dim=2) / _INT8_LARGEST).half()
+        q_OGN = _numbers(weight_OGN, scale_OG, -_INT8_LARGEST, _INT8_LARGEST)
+        minimum_OG = None
     else:
-        least_OG, most_OG = weight_OGN.aminmax(dim=2)
-        scale_OG, lowest, highest = (most_OG - least_OG) / _Q4_LARGEST, 0, _Q4_LARGEST
-        minimum_OG = least_OG.half()
-        weight_OGN = weight_OGN - minimum_OG.float().unsqueeze(2)
-    scale_OG = scale_OG.half()
+        q_OGN, scale_OG, minimum_OG = _q4(weight_OGN)
     for numbers in (scale_OG, minimum_OG):
         if numbers is not None and not numbers.isfinite().all():
             raise ValueError(f"weights up to {float(weight_OI.abs().max()):.3g} are beyond fp16")
+    return Blocks(q_OGN.flatten(1).to(torch.int16), scale_OG, minimum_OG)
+
+
+def _numbers(weight_OGN: Tensor, scale_OG: Tensor, lowest: int, highest: int) -> Tensor:
     divisor_OG1 = torch.where(scale_OG == 0, 1.0, scale_OG.float()).unsqueeze(2)
-    q_OI = (weight_OGN / divisor_OG1).round_().clamp_(lowest, highest).flatten(1).to(torch.int16)
-    return Blocks(q_OI, scale_OG, minimum_OG)
+    return (weight_OGN / divisor_OG1).round_().clamp_(lowest, highest)
+
+
+def _q4(weight_OGN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers, scale and minimum: of the span, then of least squares over its numbers where that is nearer."""
+
+    def with_error(scale_OG: Tensor, minimum_OG: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        above_OGN = weight_OGN - minimum_OG.float().unsqueeze(2)
+        q_OGN = _numbers(above_OGN, scale_OG, 0, _Q4_LARGEST)
+        error_OG = above_OGN.sub_(q_OGN * scale_OG.float().unsqueeze(2)).square_().sum(dim=2)
+        return q_OGN, scale_OG, minimum_OG, error_OG
+
+    least_OG, most_OG = weight_OGN.aminmax(dim=2)
+    best = with_error(((most_OG - least_OG) / _Q4_LARGEST).half(), least_OG.half())
+    is_on_grid_OG = best[3] <= GROUP_INPUTS * (_ON_GRID * best[1].float()).square()
+    mean_OG = weight_OGN.mean(dim=2)
+    for _ in range(_NUM_FITS):
+        q_OGN = best[0]
+        q_mean_OG = q_OGN.mean(dim=2)
+        q_centred_OGN = q_OGN - q_mean_OG.unsqueeze(2)
+        # Equal numbers have no slope; such a group is on its grid.
+        spread_OG = q_centred_OGN.square().sum(dim=2).clamp_(min=1.0)
+        scale_OG = (q_centred_OGN * weight_OGN).sum(dim=2) / spread_OG
+        fitted = with_error(scale_OG.half(), (mean_OG - scale_OG * q_mean_OG).half())
+        is_nearer_OG = (fitted[3] < best[3]) & ~is_on_grid_OG
+        q_OGN = torch.where(is_nearer_OG.unsqueeze(2), fitted[0], q_OGN)
+        scale_OG, minimum_OG, error_OG = (
+            torch.where(is_nearer_OG, ours, theirs) for ours, theirs in zip(fitted[1:], best[1:], strict=True)
+        )
+        best = q_OGN, scale_OG, minimum_OG, error_OG
+    return best[:3]
 
 
 @dataclass(frozen=True, slots=True)

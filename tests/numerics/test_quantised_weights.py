@@ -53,25 +53,48 @@ def all_laid_out(weights: Sequence[Tensor], kind: Quantisation) -> list[Quantise
     return [laid_out(weight, kind, weight.dtype) for weight in weights]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def step_and_ends(weight: Tensor, kind: Quantisation) -> tuple[float, float]:
+    """A step of the span's grid, and how far rounding scale and minimum may leave the ends of the range outside it."""
+    largest, span = (127, float(weight.abs().max())) if kind == "int8" else (15, float(weight.max() - weight.min()))
+    step = span / largest
+    ends = largest * max(step * HALF, LEAST_HALF) + 1e-6 * float(weight.abs().max())
+    return step, ends + (0.0 if kind == "int8" else max(abs(float(weight.min())) * HALF, LEAST_HALF))
+
+
+WEIGHTS = st.lists(st.floats(-1e4, 1e4, width=32), min_size=GROUP_INPUTS, max_size=GROUP_INPUTS)
+FACTORS = st.sampled_from([1.0, 1e-3, 1e-6, 1e-9])
+
+
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.floats(-1e4, 1e4, width=32), min_size=GROUP_INPUTS, max_size=GROUP_INPUTS),
-    st.sampled_from([1.0, 1e-3, 1e-6, 1e-9]),
-)
-def test_a_weight_is_off_by_half_a_step_and_what_fp16_rounds(
-    kind: Quantisation, values: list[float], factor: float
-) -> None:
+@given(WEIGHTS, FACTORS)
+def test_a_weight_of_int8_is_off_by_half_a_step_and_what_fp16_rounds(values: list[float], factor: float) -> None:
     weight = torch.tensor([values]) * factor
-    blocks = quantise(weight, kind)
-    scale = float(blocks.scale_OG)
-    largest = 127 if kind == "int8" else 15
-    # Rounding scale and minimum may leave the ends of the range outside it.
-    ends = largest * max(scale * HALF, LEAST_HALF) + 1e-6 * float(weight.abs().max())
-    if blocks.minimum_OG is not None:
-        ends += max(abs(float(blocks.minimum_OG)) * HALF, LEAST_HALF)
-    assert (blocks.weight() - weight.double()).abs().max() <= 0.5 * scale + ends
-    assert blocks.q_OI.abs().max() <= largest
+    blocks = quantise(weight, "int8")
+    step, ends = step_and_ends(weight, "int8")
+    assert (blocks.weight() - weight.double()).abs().max() <= 0.5 * step + ends
+    assert blocks.q_OI.abs().max() <= 127
+
+
+@settings(max_examples=60, deadline=None)
+@given(WEIGHTS, FACTORS)
+def test_weights_of_q4_are_off_by_no_more_than_half_a_step_together(values: list[float], factor: float) -> None:
+    """A fit may move the ends of the range to bring the others nearer."""
+    weight = torch.tensor([values]) * factor
+    blocks = quantise(weight, "q4")
+    step, ends = step_and_ends(weight, "q4")
+    error = (blocks.weight() - weight.double()).square().mean().sqrt()
+    assert error <= 0.5 * step + ends
+    assert 0 <= blocks.q_OI.min() <= blocks.q_OI.max() <= 15
+
+
+def test_weights_on_no_grid_are_nearer_to_fitted_numbers_than_to_those_of_their_span() -> None:
+    weight = torch.randn(64, 8 * GROUP_INPUTS, generator=torch.Generator().manual_seed(2))
+    of_gguf = gguf.dequantize(
+        gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q4_1), gguf.GGMLQuantizationType.Q4_1
+    )
+    ours = (quantise(weight, "q4").weight() - weight).square().sum()
+    theirs = (torch.from_numpy(of_gguf) - weight).square().sum()
+    assert ours < 0.9 * theirs
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,12 +103,17 @@ def test_equal_weights_of_a_group_come_back(kind: Quantisation) -> None:
     assert torch.allclose(quantise(weight, kind).weight().float(), weight, atol=0, rtol=HALF)
 
 
+@pytest.mark.parametrize("rounded", [False, True], ids=["in fp32", "bf16 weights and in bf16"])
 @pytest.mark.parametrize(("kind", "stored"), [("int8", "Q8_0"), ("q4", "Q4_1")])
-def test_what_was_dequantised_from_a_gguf_block_gives_that_block_again(kind: Quantisation, stored: str) -> None:
+def test_what_was_dequantised_from_a_gguf_block_gives_that_block_again(
+    kind: Quantisation, stored: str, *, rounded: bool
+) -> None:
+    """In bf16 too, if the block was made of bf16 weights: its ends are such numbers."""
     stored_type = gguf.GGMLQuantizationType[stored]
-    drawn = np.random.default_rng(0).normal(0, 0.05, (64, 8 * GROUP_INPUTS)).astype(np.float32)
-    data = gguf.quantize(drawn, stored_type)
-    blocks = quantise(torch.from_numpy(gguf.dequantize(data, stored_type)), kind)
+    drawn = torch.randn(64, 8 * GROUP_INPUTS, generator=torch.Generator().manual_seed(0)) * 0.05
+    data = gguf.quantize((drawn.bfloat16().float() if rounded else drawn).numpy(), stored_type)
+    given_back = torch.from_numpy(gguf.dequantize(data, stored_type))
+    blocks = quantise(given_back.bfloat16() if rounded else given_back, kind)
     data = data.reshape(64, 8, -1)
     assert np.array_equal(data[..., :2].copy().view(np.float16)[..., 0], blocks.scale_OG.numpy())
     q_OGI = blocks.q_OI.view(64, 8, GROUP_INPUTS).numpy()
