@@ -7,7 +7,7 @@ TILE_TOKENS = 512
 KV_CACHE_BYTES = 4 << 30
 """Memory of a decode node for keys and values."""
 PREFIX_CACHE_BYTES = 1 << 30
-"""Memory of a prefill node for keys and values of earlier prompts: 32K tokens of a 1B model in bf16."""
+"""Memory of a prefill node for what it keeps of earlier prompts: 32K tokens of a 1B model in bf16."""
 DECODE_PREFIX_CACHE_BYTES = 2 << 30
 """Of a decode node's memory for keys and values, what may be kept of prompts that no request uses."""
 MAX_BATCH_SIZE = 32

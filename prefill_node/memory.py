@@ -3,12 +3,15 @@
 import psutil
 import torch
 
+from colm import defaults
 from colm.errors import ConfigError
 from colm.kv import KvFormat
 from colm.model.config import ChainConfig
 from colm.model.rope import KEPT_POSITIONS
 from colm.model.transformer import slice_config
 
+KEPT_SHARE = 0.125
+"""Of what is free when a node starts, for what it keeps of earlier prompts, at most."""
 FREE_SHARE = 0.5
 """Of what is free when a node starts, for the prompts that it computes; the rest is for everybody else."""
 
@@ -61,14 +64,23 @@ def require_room_for_a_tile(config: ChainConfig, dtype: torch.dtype, *, tile_tok
         )
 
 
+def default_prefix_cache_bytes(device: torch.device) -> int:
+    """What a node keeps of earlier prompts: as much as is of use, and no more than `KEPT_SHARE` of what is free now."""
+    return min(defaults.PREFIX_CACHE_BYTES, int(KEPT_SHARE * _free_bytes(device)))
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def default_memory_bytes(device: torch.device, prefix_cache_bytes: int = 0) -> int:
     """`FREE_SHARE` of what the device has free now, without what the cache of prefixes will take.
 
     Raises:
         ConfigError: the cache would take all of it.
     """
-    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if prefix_cache_bytes >= free_bytes:
+    free_bytes = _free_bytes(device)
+    if prefix_cache_bytes > free_bytes:
         raise ConfigError(
             f"prefix_cache_bytes={prefix_cache_bytes}, and the device has {free_bytes} bytes free in all; lower it"
         )

@@ -20,7 +20,7 @@ from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from prefill_node.cost_model import CostModel, calibrate
 from prefill_node.engine import PrefillEngine
-from prefill_node.memory import default_memory_bytes, require_room_for_a_tile
+from prefill_node.memory import default_memory_bytes, default_prefix_cache_bytes, require_room_for_a_tile
 from prefill_node.metrics import PrefillMetrics
 from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.prefix_cache import PrefixCache
@@ -92,7 +92,7 @@ class PrefillNode:
             prefixes=PrefixCache(
                 loaded.engine.kv_format,
                 tile_tokens=settings.tile_tokens,
-                budget_bytes=settings.prefix_cache_bytes,
+                budget_bytes=loaded.prefix_cache_bytes,
                 fingerprint=loaded.fingerprint,
             ),
         )
@@ -135,6 +135,7 @@ class _Loaded:
     costs: CostModel
     planner: SparsePlanner
     memory_bytes: int
+    prefix_cache_bytes: int
     fingerprint: str
 
 
@@ -158,12 +159,15 @@ def _load(options: PrefillOptions, clock: Clock) -> _Loaded:
         attention_backend=settings.attention_backend,
     )
     costs = calibrate(engine, clock)
-    memory_bytes = settings.memory_bytes or default_memory_bytes(placement.device, settings.prefix_cache_bytes)
+    asked_bytes = settings.prefix_cache_bytes
+    prefix_cache_bytes = default_prefix_cache_bytes(placement.device) if asked_bytes is None else int(asked_bytes)
+    memory_bytes = settings.memory_bytes or default_memory_bytes(placement.device, prefix_cache_bytes)
     require_room_for_a_tile(config, placement.dtype, tile_tokens=settings.tile_tokens, memory_bytes=memory_bytes)
     return _Loaded(
         engine=engine,
         costs=costs,
         planner=SparsePlanner(config, settings.sparse_policy, patterns),
         memory_bytes=memory_bytes,
+        prefix_cache_bytes=prefix_cache_bytes,
         fingerprint=fingerprint(checkpoint, kv_format),
     )

@@ -43,8 +43,8 @@ class PrefillSettings(PrefillLineSettings):
     memory_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
     """Memory for the prompts that a prefill node has begun, e.g. "8GiB"; default: half of what is free then."""
 
-    prefix_cache_bytes: ByteSize = ByteSize(defaults.PREFIX_CACHE_BYTES)
-    """Memory for keys and values of earlier prompts, for those that begin alike, besides memory_bytes; 0 is none."""
+    prefix_cache_bytes: Annotated[ByteSize, Field(ge=0)] | None = None
+    """Memory for keys and values of earlier prompts; default: 1GiB, or an eighth of what is free if less; 0: none."""
 
     @property
     def sparse_policy(self) -> SparsePolicy:

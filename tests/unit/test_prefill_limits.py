@@ -14,7 +14,9 @@ from cluster.options import load_config
 from colm.checkpoint import Checkpoint
 from colm.errors import ConfigError
 from colm.model.config import ChainConfig
+from colm.placement import CPU
 from colm.settings import explain
+from prefill_node import memory
 from prefill_node.memory import run_bytes
 from prefill_node.sparse.patterns import AShape, PatternFile
 from tests.nodes import prefill_node
@@ -56,6 +58,7 @@ def with_a_tile_of_a_whole_context_above_memory(checkpoint: Checkpoint, _: Path)
 
 REFUSED: dict[str, tuple[Options, str]] = {
     "no memory": (lambda *_: {"memory_bytes": 0}, r"memory_bytes=0"),
+    "a negative cache": (lambda *_: {"prefix_cache_bytes": -1}, r"prefix_cache_bytes=-1"),
     "no tile": (lambda *_: {"tile_tokens": 0}, r"tile_tokens=0"),
     "a negative tile": (lambda *_: {"tile_tokens": -512}, r"tile_tokens=-512"),
     "a tile above the memory": (with_a_tile_above_memory, r"tile_tokens=400 .* memory_bytes=\d+"),
@@ -74,6 +77,24 @@ REFUSED: dict[str, tuple[Options, str]] = {
     "patterns of fewer heads": (with_patterns_of(chains=(2, 2)), r"patterns\.json: layer 0 has 2 heads"),
     "no patterns": (lambda *_: {"sparse_patterns": Path("absent.json")}, r"absent\.json cannot be read"),
 }
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(("free_bytes", "kept_bytes"), [(64 * GIB, GIB), (8 * GIB, GIB), (GIB, GIB // 8), (0, 0)])
+def test_what_is_kept_by_default_leaves_room_for_prompts(
+    free_bytes: int, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_free_bytes", lambda _: free_bytes)
+    assert memory.default_prefix_cache_bytes(CPU) == kept_bytes
+    assert memory.default_memory_bytes(CPU, kept_bytes) == (free_bytes - kept_bytes) // 2
+
+
+async def test_a_cache_of_all_that_is_free_is_refused_by_name(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match=rf"prefix_cache_bytes={1 << 60}, and the device has \d+ bytes free"):
+        async with prefill_node(str(checkpoint.path), prefix_cache_bytes=1 << 60):
+            pass
+
+
 ALL_REFUSED = pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED.keys())
 
 
