@@ -45,6 +45,7 @@ class Work:
             num_steps=self.num_steps - other.num_steps,
             sparse_flops=self.sparse_flops - other.sparse_flops,
             plan_flops=self.plan_flops - other.plan_flops,
+            num_kept=self.num_kept - other.num_kept,
         )
 
     @classmethod
