@@ -18,9 +18,9 @@ from typing import Final
 from colm.errors import PeerUnavailable
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 
-SHARED_WINDOW_BYTES: Final = 16 << 20
-"""What a sender holds there of tiles that are not acknowledged: several times what a reader stores before it says so,
-and little enough for the caches, so that neither end waits for memory."""
+SHARED_WINDOW_BYTES: Final = 32 << 20
+"""What a sender holds there of tiles that are not acknowledged: several times what a message brings and what a reader
+stores before it says so, so that neither end waits for the other; more would be fresh pages for every transfer."""
 _NAME: Final = "colm-kv"
 _KEY_BYTES: Final = 32
 _FIRST_SLOT: Final = mmap.PAGESIZE
