@@ -4,7 +4,7 @@ Shapes: L layers, B pages of the pool, P tokens of a page, K kv heads, D head di
 tile or of a step, S = B * P rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +15,7 @@ from colm_kernels.rotary import rotate_, write_kv
 from numpy.typing import NDArray
 from torch import Tensor
 
+from colm.huge_pages import empty_side_by_side
 from colm.kv import KvTile
 from colm.kv_position import KvPosition
 from colm.placement import CPU
@@ -35,12 +36,10 @@ class KvStore:
         kv_format = layout.kv_format
         shape = (kv_format.num_layers, num_pages, layout.page_tokens, kv_format.num_kv_heads, kv_format.head_dim)
         # On the CPU untouched pages cost no memory: the system backs them when they are first written.
-        self.k_pages_LBPKD = torch.empty(shape, dtype=layout.dtype, device=device)
-        self.v_pages_LBPKD = torch.empty(shape, dtype=layout.dtype, device=device)
+        self.k_pages_LBPKD, self.v_pages_LBPKD = _two_empty(torch.Size(shape), layout.dtype, device)
         self.k_scales_LBPK = self.v_scales_LBPK = None
         if layout.cache_dtype == "int8":
-            self.k_scales_LBPK = torch.empty(shape[:-1], dtype=torch.bfloat16, device=device)
-            self.v_scales_LBPK = torch.empty(shape[:-1], dtype=torch.bfloat16, device=device)
+            self.k_scales_LBPK, self.v_scales_LBPK = _two_empty(torch.Size(shape[:-1]), torch.bfloat16, device)
         self._k_rows = _layers(self.k_pages_LBPKD, self.k_scales_LBPK)
         self._v_rows = _layers(self.v_pages_LBPKD, self.v_scales_LBPK)
 
@@ -145,6 +144,12 @@ class KvStore:
         else:
             keys.write_tokens(slot_mapping_T, rotate_(k_TKD, cos_TD, sin_TD))
             values.write_tokens(slot_mapping_T, v_TKD)
+
+
+def _two_empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterable[Tensor]:
+    if device.type != "cpu":
+        return [torch.empty(shape, dtype=dtype, device=device) for _ in range(2)]
+    return empty_side_by_side({"keys": shape, "values": shape}, dtype).values()
 
 
 def _layers(pages_LBPKD: Tensor, scales_LBPK: Tensor | None) -> list[KvRows]:

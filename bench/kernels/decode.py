@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.harness.contest import Contest
 from bench.kernels.common import KernelCase, against_reading, short
+from colm.huge_pages import side_by_side
 
 PAGE_TOKENS = 16
 
@@ -68,6 +69,8 @@ class DecodeCase(KernelCase):
             options |= {"k_scales_BPK": scales[0], "v_scales_BPK": scales[1]}
         else:
             k_pages, v_pages = (torch.randn(shape, generator=generator).to(self.dtype) for _ in "kv")
+        # In huge pages where the system has them, as a node's are.
+        k_pages, v_pages = side_by_side({"keys": k_pages, "values": v_pages}, k_pages.dtype).values()
         q = torch.randn(
             self.batch * self.num_queries, self.num_kv_heads, self.group, self.head_dim, generator=generator
         )
@@ -101,4 +104,9 @@ DECODE_CASES = (
     DecodeCase(batch=1, context_len=65536, num_kv_heads=8, group=4, head_dim=64, int8_pages=True),
     DecodeCase(batch=8, context_len=65536, num_kv_heads=2, group=4, head_dim=64, int8_pages=True),
     DecodeCase(batch=1, context_len=65536, num_kv_heads=8, group=4, head_dim=64, num_queries=4),
+    *(
+        DecodeCase(batch=batch, context_len=6400, num_kv_heads=3, group=3, head_dim=64, int8_pages=int8_pages)
+        for batch in (1, 8)
+        for int8_pages in (False, True)
+    ),
 )

@@ -45,7 +45,7 @@ TARGET_FLAGS: Final = {
     "payload_avx2.cpp": ("-mavx2",),
     "variant_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "variant_avx512.cpp": _AVX512_FLAGS,
-    "variant_avx512bf16.cpp": (*_AVX512_FLAGS, "-mavx512bf16"),
+    "variant_avx512bf16.cpp": (*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"),
 }
 """Target flags of single source files; all others must run on any x86-64."""
 

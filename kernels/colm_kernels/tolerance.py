@@ -40,6 +40,10 @@ SCORE_STEPS = 4.0
 """Roundings of an exponent, each relative to the row's largest score. One each: the factor (scale times log2(e)), its
 products with score and maximum, and their difference."""
 
+QUERY_STEPS = 3.1
+"""Of a query feature that multiplies int8 keys, in u times the query's largest. The library writes it in units of
+2 u * 128 / 127 times that; factor, product and the rounding to a whole number may each be off by half a unit."""
+
 EXP_ERROR, CUBIC_EXP_ERROR = 2.6e-6, 2e-4
 """Relative errors of exponentials.
 
@@ -250,6 +254,7 @@ def decode_attention(
     weights_dtype: torch.dtype = torch.float32,
 ) -> Expected:
     """Budget of `decode_attention`, from its arguments. A GPU rounds the weights to `weights_dtype`."""
+    query_steps = 0.0 if k_scales_BPK is None else QUERY_STEPS
 
     def widen(pages: Tensor, scales: Tensor | None) -> Tensor:
         return pages.double() if scales is None else pages.double() * scales.double().unsqueeze(-1)
@@ -266,13 +271,20 @@ def decode_attention(
         for query in range(*bounds[request : request + 2]):
             past = slice(context_len - (bounds[request + 1] - 1 - query))
             heads, seen = q[query].flatten(0, 1)[None], torch.tensor(True)
-            of_heads, _ = _attention_errors(heads, k_KSD[:, past], v_KSD[:, past], seen, EXP_ERROR, weights_dtype)
+            keys_values = k_KSD[:, past], v_KSD[:, past]
+            of_heads, _ = _attention_errors(heads, *keys_values, seen, EXP_ERROR, weights_dtype, query_steps)
             error[query] = of_heads[0].view_as(error[query])
     return _rounded(exact, error, dtype)
 
 
 def _attention_errors(
-    q_THD: Tensor, k_KSD: Tensor, v_KSD: Tensor, seen_TS: Tensor, exp_error: float, weights_dtype: torch.dtype
+    q_THD: Tensor,
+    k_KSD: Tensor,
+    v_KSD: Tensor,
+    seen_TS: Tensor,
+    exp_error: float,
+    weights_dtype: torch.dtype,
+    query_steps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Errors of the output before it is rounded, and of the log-sum-exp.
 
@@ -292,6 +304,9 @@ def _attention_errors(
     largest_HT1 = size_HTS.amax(dim=-1, keepdim=True)
     u = unit_roundoff(torch.float32)
     e_HTS = sum_error(head_dim) * size_HTS + SCORE_STEPS * u * largest_HT1 + exp_error
+    if query_steps:
+        of_query_HT1 = query_steps * u * q_HTD.abs().amax(dim=-1, keepdim=True)
+        e_HTS += of_query_HT1 * k_HSD.abs().sum(dim=-1).unsqueeze(1).where(weighs_HTS, 0)
     mean_HT1 = (p_HTS * e_HTS).sum(dim=-1, keepdim=True)
     v_HSD = v_HSD.abs()
     # The sums of numerator and denominator.

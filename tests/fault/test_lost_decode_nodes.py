@@ -15,7 +15,7 @@ from colm_kernels import native
 from colm.checkpoint import Checkpoint
 from colm.client import AsyncClient
 from colm.errors import InvalidRequest
-from colm.events import Accepted, Event, Finished, Queued, WaitsFor
+from colm.events import Accepted, Event, Finished, Queued, Token, WaitsFor
 from colm.placement import Placement
 from colm.sampling import Constraint, SamplingParams
 from colm.text.tokenizer import Tokenizer
@@ -142,6 +142,29 @@ async def test_the_prompt_of_a_lost_node_is_not_computed_again(checkpoint: Check
     assert isinstance(end, Finished)
     assert end.usage.num_decode_nodes == 2
     assert end.usage.num_prefill_cached_tokens == end.usage.num_prefill_tokens == len(prompt) - 1 == num_computed
+
+
+async def test_an_answer_over_int8_pages_goes_on_with_the_same_tokens(
+    checkpoint: Checkpoint, prefill: PrefillNode
+) -> None:
+    """What the lost node had made is prefilled, so its keys and values are the lost ones but for int8's error."""
+    options = {"token_ids": LONG, "max_new_tokens": 12, "sampling": replace(ENDLESS, top_logprobs=2), "num_chains": 2}
+    async with AsyncExitStack() as stack:
+        nodes = [
+            await stack.enter_async_context(decode_node(str(checkpoint.path), [prefill.address], kv_cache_dtype="int8"))
+            for _ in range(3)
+        ]
+        pool = TakingTurns([node.address for node in nodes])
+        async with gateway(checkpoint.config, pool, num_decode_nodes=len(nodes)) as address:
+            undisturbed = await ask(address, **options)
+            events = await ask_and_lose(address, nodes, 5, **options)
+    tokens, expected = ([event for event in of if isinstance(event, Token)] for of in (events, undisturbed))
+    gaps = [token.top_logprobs[0][1] - token.top_logprobs[1][1] for token in expected]
+    assert min(gaps) > 0.02, "too close for int8"
+    assert [token.token_id for token in tokens] == [token.token_id for token in expected]
+    assert [token.logprob for token in tokens] == pytest.approx([token.logprob for token in expected], abs=0.01)
+    assert isinstance(events[-1], Finished)
+    assert events[-1].usage.num_decode_nodes == 2
 
 
 async def test_an_answer_survives_the_loss_of_one_node_after_the_other(

@@ -14,7 +14,8 @@ bool cpu_supports(int32_t variant) {
     switch (variant) {
         case kAvx2: return avx2;
         case kAvx512: return avx512;
-        case kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+        // Every CPU with the one has had the other.
+        case kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
         default: return false;
     }
 }

@@ -13,15 +13,19 @@
 #include <cfloat>
 #include <cstring>
 #include "abi.h"
+#include "byte_scores.h"
+#include "pair_scores.h"
 #include "softmax.h"
 #include "tile.h"
 
 namespace {
 
-// Op is the arithmetic of the scores: fp32, or products of bf16 pairs if pages and queries are bf16.
+// Op is the arithmetic of the scores: fp32, products of bf16 pairs if pages and queries are bf16, or products of bytes if
+// pages are int8.
 template <class Op, class In, int D>
 struct Decode {
     static constexpr bool kPairs = Op::kPerWord == 2;
+    static constexpr bool kBytes = Op::kPerWord == 4;
     static constexpr bool kScaled = sizeof(In) == 1;
     static constexpr int kBlock = 64;  // tokens; keys and values of one head, widened, are 32 KiB at head dim 64
     static constexpr int kKeyVecs = sizeof(Vec) == 64 ? 4 : 2;
@@ -34,8 +38,8 @@ struct Decode {
     static_assert(kBlock % kPanel == 0 && kBlock % (2 * kLanes) == 0, "panels and the softmax cover the block");
 
     struct Workspace {
-        float* queries;  // num_kv_heads, rows, D; as bf16 for pairs
-        float* keys;     // kBlock / kPanel panels of (D, kPanel)
+        float* queries;  // num_kv_heads, rows, D; as bf16 for pairs, as digits for bytes
+        float* keys;     // kBlock / kPanel panels of (D, kPanel); of words for bytes
         float* values;   // kBlock, D
         float* scores;   // rows, kBlock; overwritten in place by the weights
         float* decay;    // padded rows
@@ -61,21 +65,25 @@ struct Decode {
         return ws;
     }
 
-    // Tokens of the context as rows of the pool: page * P + position in the page. Entries past the last repeat it.
+    // Where tokens of the context lie in a pool: (page * P + position in the page) * stride. Entries past the last
+    // repeat it.
     struct Block {
         int count;
-        int64_t rows[kBlock];
+        int64_t offsets[kBlock];
+        int64_t scales[kScaled ? kBlock : 1];  // of the first head
     };
 
-    static void locate(const DecodeArgs& args, int64_t request, int64_t begin, int64_t end, Block* block) {
+    static void locate(const DecodeArgs& args, int64_t request, int64_t begin, int64_t end, int64_t stride,
+                       Block* block) {
         const int32_t* table = args.block_table + request * args.table_columns;
         block->count = static_cast<int>(end - begin < kBlock ? end - begin : kBlock);
-        int64_t column = begin / args.page_tokens, position = begin % args.page_tokens, row = 0;
+        int64_t column = begin / args.page_tokens, position = begin % args.page_tokens, at = 0;
         for (int i = 0; i < block->count; ++column, position = 0) {
-            row = table[column] * args.page_tokens + position;
-            for (; i < block->count && position < args.page_tokens; ++position) block->rows[i++] = row++;
+            at = (table[column] * args.page_tokens + position) * stride;
+            for (; i < block->count && position < args.page_tokens; ++position, at += stride) block->offsets[i++] = at;
         }
-        for (int i = block->count; i < kBlock; ++i) block->rows[i] = row - 1;
+        for (int i = block->count; i < kBlock; ++i) block->offsets[i] = at - stride;
+        for (int i = 0; kScaled && i < kBlock; ++i) block->scales[i] = block->offsets[i] / D;
     }
 
     // Prefetches a block of one pool, all its heads, in the order of its addresses, so that hardware can prefetch too.
@@ -89,7 +97,7 @@ struct Decode {
 
         void step() {
             if (token >= block->count) return;
-            const In* from = pool + block->rows[token] * stride + within;
+            const In* from = pool + block->offsets[token] + within;
             for (int d = 0; d < D; d += kLine) _mm_prefetch(reinterpret_cast<const char*>(from + d), _MM_HINT_T1);
             within += D;
             if (within == stride) {
@@ -100,7 +108,7 @@ struct Decode {
     };
 
     // Widens and transposes the keys of one head.
-    static void pack_keys(const In* keys, int64_t stride, const Block& block, float* packed) {
+    static void pack_keys(const In* keys, const Block& block, float* packed) {
         for (int first = 0; first < block.count; first += kLanes) {
             float* panel = packed + first / kPanel * kPanel * D + first % kPanel;
             for (int word = 0; word < kWords; word += kLanes) {
@@ -108,7 +116,7 @@ struct Decode {
                 Vec part[kLanes];
 #pragma GCC unroll 16
                 for (int i = 0; i < kLanes; ++i) {
-                    const In* from = keys + block.rows[first + i] * stride + word * kPerWord;
+                    const In* from = keys + block.offsets[first + i] + word * kPerWord;
                     part[i] = word + kLanes <= kWords ? load(reinterpret_cast<const float*>(from))
                                                       : load_first_words(from, kLast);
                 }
@@ -124,12 +132,42 @@ struct Decode {
         }
     }
 
+    // Values in the order of the output: bf16 is widened by pairs, in half the instructions, where a tile has whole ones;
+    // even elements of a pair of vectors then stand before the odd ones.
+    static constexpr bool kParted = sizeof(In) == 2 && kValueVecs % 2 == 0;
+
+    template <class Value>  // In, or float where they are widened already
+    static void widen(const Value* from, Vec (&to)[kValueVecs]) {
+        if constexpr (kParted && sizeof(Value) == 2) {
+#pragma GCC unroll 2
+            for (int j = 0; j < kValueVecs; j += 2) {
+                split_pairs(load_pairs(from + j * kLanes), &to[j], &to[j + 1]);
+            }
+        } else {
+#pragma GCC unroll 5
+            for (int j = 0; j < kValueVecs; ++j) to[j] = load_as_float(from + j * kLanes);
+        }
+    }
+
+    // Output in the order of the head dim again.
+    static void join_parts(float* output, int64_t rows) {
+        for (int64_t i = 0; kParted && i < rows * D; i += 2 * kLanes) {
+            float parts[2 * kLanes];
+            memcpy(parts, output + i, sizeof parts);
+            for (int j = 0; j < 2 * kLanes; ++j) output[i + j] = parts[j % 2 * kLanes + j / 2];
+        }
+    }
+
     template <class Ask>
-    static void pack_values(const In* values, int64_t stride, const Block& block, Ask ask, float* packed) {
+    static void pack_values(const In* values, const Block& block, Ask ask, float* packed) {
         for (int token = 0; token < block.count; ++token) {
             ask();
-            const In* from = values + block.rows[token] * stride;
-            for (int d = 0; d < D; d += kLanes) store(packed + token * D + d, load_as_float(from + d));
+            for (int column = 0; column < D; column += kValueVecs * kLanes) {
+                Vec wide[kValueVecs];
+                widen(values + block.offsets[token] + column, wide);
+#pragma GCC unroll 5
+                for (int j = 0; j < kValueVecs; ++j) store(packed + token * D + column + j * kLanes, wide[j]);
+            }
         }
     }
 
@@ -157,10 +195,8 @@ struct Decode {
                 for (int j = 0; j < kValueVecs; ++j) acc[i][j] = mul(load(output + i * D + column + j * kLanes), factor);
             }
             for (int token = 0; token < count; ++token) {
-                const auto* from = value(token) + column;
                 Vec row[kValueVecs];
-#pragma GCC unroll 5
-                for (int j = 0; j < kValueVecs; ++j) row[j] = load_as_float(from + j * kLanes);
+                widen(value(token) + column, row);
 #pragma GCC unroll 4
                 for (int i = 0; i < kRows; ++i) {
                     const Vec weight = splat(weights[i * kBlock + token]);
@@ -176,56 +212,28 @@ struct Decode {
         }
     }
 
-#ifdef __AVX512BF16__
-    // Pairs of elements, 32 a vector; a vector that the head dim fills by half ends in zeros.
-    static constexpr int kPairVecs = (D + 31) / 32;
-
-    static __m512bh load_pairs_of(const uint16_t* from, int vec) {
-        from += vec * 32;
-        if (vec * 32 + 32 <= D) return reinterpret_cast<__m512bh>(_mm512_loadu_si512(from));
-        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-        return reinterpret_cast<__m512bh>(_mm512_zextsi256_si512(half));
-    }
-
-    // The same scores from untransposed keys, one dot product along the head dim at a time.
-    template <int kRows, class Ask>
-    static void score_pairs(const uint16_t* queries, const In* keys, int64_t stride, const Block& block, int num_padded,
-                            float* scores, Ask ask) {
-        for (int key = 0; key < num_padded; key += kLanes) {
-#pragma GCC unroll 4
-            for (int row = 0; row < kRows; ++row) {
-                Vec acc[kLanes];
-#pragma GCC unroll 16
-                for (int i = 0; i < kLanes; ++i) {
-                    if (row == 0) ask();
-                    const uint16_t* from = keys + block.rows[key + i] * stride;
-                    acc[i] = zero();
-#pragma GCC unroll 4
-                    for (int vec = 0; vec < kPairVecs; ++vec) {
-                        acc[i] = Op::multiply_add(acc[i], load_pairs_of(from, vec), load_pairs_of(queries + row * D, vec));
-                    }
-                }
-                store(scores + row * kBlock + key, reduce_each(acc, [](Vec a, Vec b) { return add(a, b); }));
-            }
-        }
-    }
-#endif
-
-    // Calls of<4>, of<2> and of<1> with the first row of each tile until [row, end) is covered.
+    // Calls of<4>, then of<3>, of<2> or of<1>, with the first row of each tile until [row, end) is covered.
     template <class Of>
     static void in_tiles(int64_t row, int64_t end, Of of) {
         for (; end - row >= 4; row += 4) of.template operator()<4>(row);
-        if (end - row >= 2) {
-            of.template operator()<2>(row);
-            row += 2;
+        switch (end - row) {
+            case 3: return of.template operator()<3>(row);
+            case 2: return of.template operator()<2>(row);
+            case 1: return of.template operator()<1>(row);
         }
-        if (row < end) of.template operator()<1>(row);
     }
 
-    static void load_scales(const uint16_t* from, const Block& block, int64_t num_heads, int64_t head, float* scales) {
-        for (int i = 0; i < block.count; ++i) {
-            const uint32_t bits = static_cast<uint32_t>(from[block.rows[i] * num_heads + head]) << 16;
+    // Of one head, for each token of the block.
+    static void load_scales(const uint16_t* from, const Block& block, int64_t head, float* scales) {
+        for (int i = 0; i < kBlock; ++i) {
+            const uint32_t bits = static_cast<uint32_t>(from[block.scales[i] + head]) << 16;
             memcpy(scales + i, &bits, sizeof bits);
+        }
+    }
+
+    static void prefetch_scales(const uint16_t* from, const Block& block) {
+        for (int i = 0; i < block.count; i += 8) {
+            _mm_prefetch(reinterpret_cast<const char*>(from + block.scales[i]), _MM_HINT_T1);
         }
     }
 
@@ -236,6 +244,35 @@ struct Decode {
             float* column = packed + i / kPanel * kPanel * D + i % kPanel;
             for (int d = 0; d < D; ++d) column[d * kPanel] *= scales[i];
             scales[i] = 1.0f;
+        }
+    }
+
+#ifdef __AVX512VNNI__
+    // The same where keys are bytes: such a token's scores are computed anew, feature by feature.
+    static void score_unusual_scales(const DecodeArgs& args, int64_t first_query, int64_t head, int64_t rows,
+                                     const int8_t* keys, const Block& block, const float* scales, float* scores) {
+        Vec total = zero();
+        for (int i = 0; i < kBlock; i += kLanes) total = fma(load(scales + i), zero(), total);
+        if (_mm512_reduce_add_ps(total) == 0.0f) return;
+        for (int i = 0; i < block.count; ++i) {
+            if (scales[i] - scales[i] == 0.0f) continue;
+            for (int64_t row = 0; row < rows; ++row) {
+                float query[D], score = 0.0f;
+                read_query(args, first_query, head, row, query);
+                for (int d = 0; d < D; ++d) score += query[d] * (keys[block.offsets[i] + d] * scales[i]);
+                scores[row * kBlock + i] = score;
+            }
+        }
+    }
+#endif
+
+    // A query of one head and row, in fp32.
+    static void read_query(const DecodeArgs& args, int64_t first_query, int64_t head, int64_t row, float* query) {
+        const int64_t token = first_query + row / args.group;
+        const int64_t at = ((token * args.num_kv_heads + head) * args.group + row % args.group) * D;
+        for (int d = 0; d < D; d += kLanes) {
+            store(query + d, args.dtype == kBfloat16 ? load_as_float(static_cast<const uint16_t*>(args.q) + at + d)
+                                                     : load(static_cast<const float*>(args.q) + at + d));
         }
     }
 
@@ -256,23 +293,27 @@ struct Decode {
         const float scale_log2 = args.scale * 1.44269504088896340736f;
         const Workspace ws = carve(memory, num_heads, rows);
         float* const output = item.partial;
+#ifdef __AVX512VNNI__
+        static_assert(sizeof(typename ByteScores<D>::Query) <= D * sizeof(float), "digits take the place of a query");
+        auto* const byte_queries = reinterpret_cast<typename ByteScores<D>::Query*>(ws.queries);
+#endif
 
         for (int64_t head = 0; head < num_heads; ++head) {
             for (int64_t row = 0; row < rows; ++row) {
-                const int64_t at = (((first_query + row / group) * num_heads + head) * group + row % group) * D;
-                float* query = ws.queries + (head * rows + row) * D;
                 if constexpr (kPairs) {
+                    const int64_t at = (((first_query + row / group) * num_heads + head) * group + row % group) * D;
                     memcpy(reinterpret_cast<uint16_t*>(ws.queries) + (head * rows + row) * D,
                            static_cast<const uint16_t*>(args.q) + at, D * sizeof(uint16_t));
+                } else if constexpr (kBytes) {
+#ifdef __AVX512VNNI__
+                    float query[D];
+                    read_query(args, first_query, head, row, query);
+                    ByteScores<D>::prepare(query, byte_queries + head * rows + row);
+#endif
+                } else {
+                    read_query(args, first_query, head, row, ws.queries + (head * rows + row) * D);
                 }
-                for (int d = 0; d < D; d += kLanes) {
-                    if constexpr (!kPairs) {
-                        store(query + d, args.dtype == kBfloat16
-                                             ? load_as_float(static_cast<const uint16_t*>(args.q) + at + d)
-                                             : load(static_cast<const float*>(args.q) + at + d));
-                    }
-                    store(output + (head * rows + row) * D + d, zero());
-                }
+                for (int d = 0; d < D; d += kLanes) store(output + (head * rows + row) * D + d, zero());
             }
         }
         for (int64_t i = 0; i < num_heads * padded_rows; ++i) {
@@ -282,12 +323,12 @@ struct Decode {
 
         float k_scales[kBlock], v_scales[kBlock];
         Block blocks[2];
-        locate(args, item.request, item.begin, item.end, &blocks[0]);
+        locate(args, item.request, item.begin, item.end, stride, &blocks[0]);
         for (int64_t begin = item.begin, turn = 0; begin < item.end; begin += kBlock, turn ^= 1) {
             const Block& block = blocks[turn];
             Block& next = blocks[turn ^ 1];
             if (begin + kBlock < item.end) {
-                locate(args, item.request, begin + kBlock, item.end, &next);
+                locate(args, item.request, begin + kBlock, item.end, stride, &next);
             } else {
                 next = block;
             }
@@ -299,14 +340,25 @@ struct Decode {
             };
             Ahead keys_ahead{static_cast<const In*>(args.k_pages), &next, stride};
             Ahead values_ahead{static_cast<const In*>(args.v_pages), &next, stride};
+            if constexpr (kScaled) {
+                prefetch_scales(args.k_scales, next);
+                prefetch_scales(args.v_scales, next);
+            }
             for (int64_t head = 0; head < num_heads; ++head) {
                 const In* keys = static_cast<const In*>(args.k_pages) + head * D;
                 const In* values = static_cast<const In*>(args.v_pages) + head * D;
-                if constexpr (!kPairs) pack_keys(keys, stride, block, ws.keys);
                 if constexpr (kScaled) {
-                    load_scales(args.k_scales, block, num_heads, head, k_scales);
-                    load_scales(args.v_scales, block, num_heads, head, v_scales);
-                    apply_unusual_scales(ws.keys, block.count, k_scales);
+                    load_scales(args.k_scales, block, head, k_scales);
+                    load_scales(args.v_scales, block, head, v_scales);
+                }
+                if constexpr (kBytes) {
+#ifdef __AVX512VNNI__
+                    ByteScores<D>::pack(keys, block.offsets, num_padded, reinterpret_cast<int32_t*>(ws.keys),
+                                        [&] { keys_ahead.step(); });
+#endif
+                } else if constexpr (!kPairs) {
+                    pack_keys(keys, block, ws.keys);
+                    if constexpr (kScaled) apply_unusual_scales(ws.keys, block.count, k_scales);
                 }
                 in_tiles(0, rows, [&]<int kRows>(int64_t row) {
                     const auto ask = [&] {
@@ -314,15 +366,26 @@ struct Decode {
                     };
                     if constexpr (kPairs) {
 #ifdef __AVX512BF16__
-                        score_pairs<kRows>(reinterpret_cast<const uint16_t*>(ws.queries) + (head * rows + row) * D, keys,
-                                           stride, block, num_padded, ws.scores + row * kBlock, ask);
+                        PairScores<D>::template score<kRows, kBlock>(
+                            reinterpret_cast<const uint16_t*>(ws.queries) + (head * rows + row) * D, keys, block.offsets,
+                            num_padded, ws.scores + row * kBlock, ask);
+#endif
+                    } else if constexpr (kBytes) {
+#ifdef __AVX512VNNI__
+                        ByteScores<D>::template score<kRows, kBlock>(
+                            byte_queries + head * rows + row, reinterpret_cast<const int32_t*>(ws.keys), k_scales,
+                            num_padded, ws.scores + row * kBlock);
 #endif
                     } else {
                         score<kRows>(ws.queries + (head * rows + row) * D, ws.keys, num_padded, ws.scores + row * kBlock,
                                      ask);
                     }
                 });
-                if constexpr (kScaled) {
+                if constexpr (kBytes) {
+#ifdef __AVX512VNNI__
+                    score_unusual_scales(args, first_query, head, rows, keys, block, k_scales, ws.scores);
+#endif
+                } else if constexpr (kScaled) {
                     for (int64_t row = 0; row < rows; ++row) scale_row(ws.scores + row * kBlock, visible(row), k_scales);
                 }
                 for (int64_t row = 0; row < rows; row += kLanes) {
@@ -330,7 +393,7 @@ struct Decode {
                     int num_visible[kLanes];
                     for (int i = 0; i < count; ++i) num_visible[i] = visible(row + i);
                     const int64_t at = head * padded_rows + row;
-                    soften<FloatWords, sizeof(In) == 2>(ws.scores + row * kBlock, kBlock, count, num_visible, num_padded,
+                    soften<FloatWords, kBytes || sizeof(In) == 2>(ws.scores + row * kBlock, kBlock, count, num_visible, num_padded,
                                                         scale_log2, ws.maxima + at, ws.sums + at, ws.decay + row);
                 }
                 if constexpr (kScaled) {
@@ -339,7 +402,7 @@ struct Decode {
                 float* to = output + head * rows * D;
                 const auto ask_values = [&] { values_ahead.step(); };
                 const bool packed = rows > kRowTile;
-                if (packed) pack_values(values, stride, block, ask_values, ws.values);
+                if (packed) pack_values(values, block, ask_values, ws.values);
                 for (int64_t row = 0; row < rows;) {
                     // Rows of one query token see the same tokens. A weight of zero times infinity would be NaN.
                     const int64_t end = all_visible ? rows : row + group;
@@ -352,7 +415,7 @@ struct Decode {
                         } else {
                             auto value = [&](int token) {
                                 ask_values();
-                                return values + block.rows[token] * stride;
+                                return values + block.offsets[token];
                             };
                             gather<kRows>(weights, value, count, ws.decay + r, to + r * D);
                         }
@@ -361,6 +424,7 @@ struct Decode {
                 }
             }
         }
+        join_parts(output, num_heads * rows);
         for (int64_t row = 0; row < num_heads * rows; ++row) {
             const int64_t at = row / rows * padded_rows + row % rows;
             output[num_heads * rows * D + row] = ws.maxima[at];

@@ -1,5 +1,6 @@
-// AVX-512 with VDPBF16PS: attention and Linear (chain) of bf16 whose products are of bf16 pairs. The other operations
-// have nothing to gain from it, so they are left to the plain AVX-512 variant.
+// AVX-512 with VDPBF16PS and VNNI: attention and Linear (chain) of bf16 whose products are of bf16 pairs, and decode
+// attention over int8 pages, whose scores are products of bytes. The other operations have nothing to gain from them, so
+// they are left to the plain AVX-512 variant.
 #include "vec_avx512.h"
 #include "decode.h"
 #include "linear.h"
@@ -20,7 +21,11 @@ RowScoresKernel row_scores(int32_t dtype, int64_t head_dim) {
 }
 
 DecodeKernel decode(int32_t page_dtype, int64_t head_dim) {
-    return page_dtype == kBfloat16 ? decode_of_dim<Bf16Words, uint16_t>(head_dim) : DecodeKernel{nullptr, nullptr};
+    switch (page_dtype) {
+        case kBfloat16: return decode_of_dim<Bf16Words, uint16_t>(head_dim);
+        case kInt8: return decode_of_dim<ByteWords, int8_t>(head_dim);
+        default: return {nullptr, nullptr};
+    }
 }
 
 LinearKernel linear(int32_t dtype) {
