@@ -50,7 +50,7 @@ class Queued:
     num_ahead: int
     """Requests that come before it."""
     estimated_wait_s: float | None = None
-    """How long it will wait for what goes before it, as a prefill node estimates; None where nobody can tell."""
+    """How long it will wait for what goes before it, as the node estimates; None where nobody can tell."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

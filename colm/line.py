@@ -1,11 +1,11 @@
-"""A waiting line: first come, first served, and each waiter is told how many are ahead."""
+"""A waiting line: clients take turns, first come, first served, and each waiter is told how many are ahead."""
 
 import asyncio
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import TypeVar
 
 from colm.errors import CapacityExceeded
+from colm.fair_queue import FairQueue
 
 _T = TypeVar("_T")
 
@@ -27,12 +27,12 @@ class Line:
     def __init__(self, what: str, *, max_waiting: int) -> None:
         self._what = what
         self._max_waiting = max_waiting
-        self._places: deque[asyncio.Event] = deque()
+        self._places: FairQueue[asyncio.Event] = FairQueue()
 
     def __len__(self) -> int:
         return len(self._places)
 
-    async def turn(self, take: Callable[[], _T | None], beat: Beat) -> _T:
+    async def turn(self, take: Callable[[], _T | None], beat: Beat, client: Hashable = None) -> _T:
         """Wait until the caller is first and `take` returns something other than None; return that.
 
         Only the first in line calls `take`. Nothing is awaited between its success and this method's return, so a
@@ -46,15 +46,16 @@ class Line:
         if len(self._places) >= self._max_waiting:
             raise CapacityExceeded(f"{len(self._places)} requests wait for {self._what} already; try again later")
         place = asyncio.Event()
-        self._places.append(place)
+        self._places.add(place, client)
         try:
             while True:
+                # A newcomer may be first at once, where somebody else was woken.
+                if self._places.first is place and (taken := take()) is not None:
+                    return taken
                 place.clear()
                 await beat(self._places.index(place))
                 if not place.is_set():
                     await wait_at_most(place, BEAT_INTERVAL_S)
-                if self._places[0] is place and (taken := take()) is not None:
-                    return taken
         finally:
             self._places.remove(place)
             self.look_again()

@@ -3,11 +3,12 @@
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Final
 
 from colm.errors import ColmError, PeerUnavailable
 from colm.events import Queued, Token, WaitsFor
@@ -25,6 +26,9 @@ from decode_node.scheduler import Scheduler, Step
 
 logger = logging.getLogger(__name__)
 
+_NUM_RECENT: Final = 64
+"""Steps by which a wait is estimated."""
+
 
 class _Member:
     """An answer in the loop. Its queue holds at most `max_new_tokens` tokens, so a slow reader needs no bound."""
@@ -38,6 +42,10 @@ class _Member:
     @property
     def num_chains(self) -> int:
         return self.answer.num_chains
+
+    @property
+    def num_left(self) -> int:
+        return self.answer.num_left
 
     def draft_row(self, num_answers: int) -> PlanRow | None:
         return self.answer.draft_row(num_answers)
@@ -91,11 +99,13 @@ class DecodeLoop:
         self._scheduler = Scheduler[_Member](max_batch_size=max_batch_size, max_tokens=engine.max_exact_tokens)
         self._wake = asyncio.Event()
         self._has_stopped = False
+        self._recent = deque[tuple[float, float]](maxlen=_NUM_RECENT)
+        """Seconds of the last steps, and the tokens that an answer in them got on average; a draft is none yet."""
         self.counts = DecodeCounts()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
     async def events(
-        self, answer: RunningAnswer, pages: PageLease, scale: Changing[Scale]
+        self, answer: RunningAnswer, pages: PageLease, scale: Changing[Scale], client: Hashable = None
     ) -> AsyncGenerator[Token | Queued]:
         """Join the batch and yield the answer's tokens; while the batch is full, yield `Queued`.
 
@@ -111,18 +121,18 @@ class DecodeLoop:
             raise _stopped()
         member = _Member(answer, pages, scale)
         self._page_line.retain(pages)
-        self._scheduler.join(member)
+        self._scheduler.join(member, client)
         self._wake.set()
         try:
-            if (num_ahead := self._scheduler.num_ahead(member)) is not None:
-                yield Queued(waits_for=WaitsFor.BATCH, num_ahead=num_ahead)
+            if (queued := self._queued(member)) is not None:
+                yield queued
             while True:
                 try:
                     async with asyncio.timeout(BEAT_INTERVAL_S):
                         item = await member.outcome.get()
                 except TimeoutError:
-                    if (num_ahead := self._scheduler.num_ahead(member)) is not None:
-                        yield Queued(waits_for=WaitsFor.BATCH, num_ahead=num_ahead)
+                    if (queued := self._queued(member)) is not None:
+                        yield queued
                     continue
                 if item is None:
                     return
@@ -131,6 +141,17 @@ class DecodeLoop:
                 yield item
         finally:
             self._leave(member)
+
+    def _queued(self, member: _Member) -> Queued | None:
+        """What a member that waits is told; None if it does not."""
+        if (num_ahead := self._scheduler.num_ahead(member)) is None:
+            return None
+        num_tokens = sum(made for _, made in self._recent)
+        wait_s = None
+        if num_tokens:
+            token_s = sum(step_s for step_s, _ in self._recent) / num_tokens
+            wait_s = self._scheduler.num_tokens_ahead(member) * token_s
+        return Queued(waits_for=WaitsFor.BATCH, num_ahead=num_ahead, estimated_wait_s=wait_s)
 
     async def run(self) -> None:
         """Run step after step, until the task is cancelled."""
@@ -169,6 +190,7 @@ class DecodeLoop:
         step_s = time.monotonic() - began_s
         self.counts.steps_s += step_s
         self._note(step, step_s)
+        num_before = self.counts.num_tokens.total()
         read = {member: list[Choice | ColmError]() for member in step.answers if member not in step.drafting}
         for member, of_row in zip(step.answers, outcomes, strict=True):
             if member in step.drafting:
@@ -177,6 +199,8 @@ class DecodeLoop:
                 read[member] += of_row
         for member, of_answer in read.items():
             self._advance(member, of_answer)
+        num_made = self.counts.num_tokens.total() - num_before
+        self._recent.append((step_s, num_made / len({*step.answers})))
 
     def _note(self, step: Step[_Member], step_s: float) -> None:
         """Learn from how long a step took."""

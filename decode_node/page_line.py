@@ -1,4 +1,6 @@
-"""Lends pages: first come, first served, to each request as soon as pages for its whole answer are free or idle."""
+"""Lends pages: clients take turns, each request gets them as soon as those for its whole answer are free or idle."""
+
+from collections.abc import Hashable
 
 from colm.line import Beat, Line
 from decode_node.page_pool import PageLease, PagePool
@@ -28,15 +30,15 @@ class PageLine:
         """Take pages without waiting; None where others wait already or too few can be had."""
         return None if len(self._line) else self.cache.reserve(owner, wanted)
 
-    async def reserve(self, owner: str, wanted: PagesWanted, beat: Beat) -> Reservation:
-        """Take pages, in order of asking; those wanted must be at most the pool's.
+    async def reserve(self, owner: str, wanted: PagesWanted, beat: Beat, client: Hashable = None) -> Reservation:
+        """Take pages, one request of each client in a round; those wanted must be at most the pool's.
 
         Nothing else is reserved between the success and the caller's next step.
 
         Raises:
             CapacityExceeded: too many wait already.
         """
-        return await self._line.turn(lambda: self.cache.reserve(owner, wanted), beat)
+        return await self._line.turn(lambda: self.cache.reserve(owner, wanted), beat, client)
 
     def retain(self, lease: PageLease) -> None:
         """Add a holder, who may write into the pages."""

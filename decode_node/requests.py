@@ -313,7 +313,7 @@ class RequestOwner:
         async def beat(num_ahead: int) -> None:
             await emit(Queued(waits_for=WaitsFor.PAGES, num_ahead=num_ahead))
 
-        return await self._page_line.reserve(job.request_id, wanted, beat)
+        return await self._page_line.reserve(job.request_id, wanted, beat, job.cache_salt)
 
     def _begin(self, job: DecodeJob, table_M: NDArray[np.int32], constrained: ConstrainedText | None) -> RunningAnswer:
         num_prefill_tokens = self._num_prefill_tokens(job)
@@ -341,7 +341,7 @@ class RequestOwner:
         num_prefill_tokens = self._num_prefill_tokens(job)
         if answer.finish_reason is None:
             first_token_s = last_token_s = None
-            async with aclosing(self._loop.events(answer, pages, job.scale)) as events:
+            async with aclosing(self._loop.events(answer, pages, job.scale, job.cache_salt)) as events:
                 async for event in events:
                     if isinstance(event, Token):
                         last_token_s = self._clock.now()

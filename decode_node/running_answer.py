@@ -96,6 +96,11 @@ class RunningAnswer:
                 raise InvalidRequest("num_answer_tokens", len(made_token_ids_N), f"the answer ended after {number}")
             self._append(token_id)
 
+    @property
+    def num_left(self) -> int:
+        """Tokens that it may still get."""
+        return self._max_new_tokens - self.num_new_tokens
+
     def draft_row(self, num_answers: int) -> PlanRow | None:
         """The row with which chain 1 drafts one more token; None where the answer wants no more of them, or none.
 

@@ -11,9 +11,11 @@ No step has an answer that is out, so nothing writes into its pages any more.
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from heapq import heapify, heappop, heappush
+from itertools import chain, takewhile
 from typing import Generic, Protocol, TypeVar
 
+from colm.fair_queue import FairQueue
 from decode_node.plan import MAX_PROMPT_TOKENS, PlanRow, StepPlan
 
 
@@ -23,6 +25,10 @@ class Answer(Hashable, Protocol):
     @property
     def num_chains(self) -> int:
         """The scale of its next step; it changes between steps only."""
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that it may still get."""
 
     def draft_row(self, num_answers: int) -> PlanRow | None:
         """The row of its next draft, at scale 1, with so many answers in the batch; None where it wants none."""
@@ -46,7 +52,9 @@ class Step(Generic[A]):
 
 
 class Scheduler(Generic[A]):
-    """Every active answer takes part in every step with the rows it asks for; first come, first served.
+    """Every active answer takes part in every step with the rows it asks for.
+
+    Places in the batch go to those that wait, one of each client in a round, and keep until the answer leaves.
 
     Only prompts that are too many tokens for one step wait for the next, in which the first of them has its turn.
 
@@ -64,16 +72,16 @@ class Scheduler(Generic[A]):
             raise ValueError(f"max_batch_size={max_batch_size} must be at least 1")
         self._max_batch_size = max_batch_size
         self._max_tokens = max_tokens
-        # Dicts without values: sets in the order of arrival.
-        self._waiting: dict[A, None] = {}
+        self._waiting: FairQueue[A] = FairQueue()
+        # A dict without values: a set in the order of arrival.
         self._active: dict[A, None] = {}
         self._leaving: set[A] = set()
         self._step: Step[A] | None = None
 
-    def join(self, answer: A) -> None:
-        """Let an answer wait for a place in the batch."""
+    def join(self, answer: A, client: Hashable = None) -> None:
+        """Let an answer of a client wait for a place in the batch."""
         assert not self._holds(answer), "an answer that is here already"
-        self._waiting[answer] = None
+        self._waiting.add(answer, client)
 
     @property
     def answers(self) -> Iterator[A]:
@@ -89,8 +97,17 @@ class Scheduler(Generic[A]):
         """How many answers get a place before this one; None if it has one now, or will in the next step."""
         if answer not in self._waiting:
             return None
-        place = list(self._waiting).index(answer) - (self._max_batch_size - len(self._active))
+        place = self._waiting.index(answer) - (self._max_batch_size - len(self._active))
         return place if place >= 0 else None
+
+    def num_tokens_ahead(self, answer: A) -> int:
+        """After how many tokens of each active answer a waiting one gets a place, at the latest if nobody comes."""
+        free = [active.num_left for active in self._active]
+        free += [0] * (self._max_batch_size - len(free))
+        heapify(free)
+        for earlier in takewhile(lambda each: each != answer, self._waiting):
+            heappush(free, heappop(free) + earlier.num_left)
+        return free[0]
 
     def leave(self, answer: A) -> bool:
         """Let an answer take part in no further step; does nothing if it has left before.
@@ -100,7 +117,7 @@ class Scheduler(Generic[A]):
             left before.
         """
         if answer in self._waiting:
-            del self._waiting[answer]
+            self._waiting.remove(answer)
             return True
         if answer not in self._active:
             return False
@@ -114,8 +131,8 @@ class Scheduler(Generic[A]):
         """Give free places to waiting answers, and plan a step of all active ones; None if there are none."""
         assert self._step is None, "a step is running"
         while self._waiting and len(self._active) < self._max_batch_size:
-            first = next(iter(self._waiting))
-            del self._waiting[first]
+            first = self._waiting.first
+            self._waiting.remove(first)
             self._active[first] = None
         if self._active:
             drafts = self._draft_rows()
@@ -151,7 +168,7 @@ class Scheduler(Generic[A]):
 
     def check_integrity(self) -> None:
         """Assert what holds after every call: an answer is in one place, and none in a running step is out."""
-        places = (self._waiting.keys(), self._active.keys(), self._leaving)
+        places = ({*self._waiting}, self._active.keys(), self._leaving)
         assert sum(map(len, places)) == len(set().union(*places)), "an answer in two places"
         assert len(self._active) <= self._max_batch_size, "more are active than the batch holds"
         in_step = set() if self._step is None else set(self._step.answers)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
+from itertools import count
 
 import grpc
 import pytest
@@ -284,6 +285,29 @@ async def test_a_full_batch_is_waited_for_with_a_word(checkpoint: Checkpoint) ->
             await first
             answer = await second
     assert (pb.WAITS_FOR_BATCH, 0) in answer.waits
+
+
+async def test_who_waits_for_a_full_batch_is_told_for_how_long(checkpoint: Checkpoint) -> None:
+    """From the tokens that the answers ahead may still get, and what tokens took; unknown before any was made."""
+    path, numbers = str(checkpoint.path), count()
+    async with decode_node(path, ["127.0.0.1:9"], max_batch_size=1, max_draft_tokens=0) as node:
+        with gate_before(DecodeEngine, "step", lambda *_: next(numbers) in (0, 4)) as gate:
+            calls = [asyncio.create_task(decode(node.address, PROMPT[:9], request_id="0", max_new_tokens=40))]
+            for number in (1, 2):
+                await gate.until_reached()
+                gate.reached.clear()
+                calls.append(asyncio.create_task(decode(node.address, PROMPT[:9], request_id=str(number))))
+                await until(lambda: node.load.num_active == len(calls))
+                gate.open()
+                gate.close()
+            gate.open()
+            answers = await asyncio.gather(*calls)
+    first, second = (
+        next(each.queued for each in answer.responses if each.WhichOneof("event") == "queued") for answer in answers[1:]
+    )
+    assert (first.num_ahead, first.HasField("estimated_wait_s")) == (0, False)
+    assert second.num_ahead == 1
+    assert second.estimated_wait_s > 0
 
 
 async def test_a_call_that_never_says_what_it_wants_does_not_stay(

@@ -129,6 +129,10 @@ class Member:
     def num_chains(self) -> int:
         return self.answer.num_chains
 
+    @property
+    def num_left(self) -> int:
+        return self.answer.num_left
+
     def draft_row(self, num_answers: int) -> PlanRow | None:
         return self.answer.draft_row(num_answers)
 

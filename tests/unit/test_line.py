@@ -43,6 +43,29 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+async def test_one_clients_crowd_keeps_nobody_else_out() -> None:
+    line, taken = Line("a seat", max_waiting=100), list[str]()
+
+    async def turn(name: str, client: str) -> None:
+        def take() -> str | None:
+            return name if is_free.is_set() else None
+
+        async def beat(_: int) -> None:
+            pass
+
+        taken.append(await line.turn(take, beat, client))
+
+    is_free = asyncio.Event()
+    crowd = [asyncio.create_task(turn(f"crowd {number}", "crowd")) for number in range(9)]
+    await settle()
+    other = asyncio.create_task(turn("other", "other"))
+    await settle()
+    is_free.set()
+    line.look_again()
+    await asyncio.gather(*crowd, other)
+    assert taken[:3] == ["crowd 0", "other", "crowd 1"]
+
+
 async def test_what_is_free_is_taken_without_a_word() -> None:
     seats = Seats(2)
     assert [await seats.turn("a"), await seats.turn("b")] == ["a", "b"]

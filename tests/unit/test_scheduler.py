@@ -27,6 +27,7 @@ class Reader:
     num_drafts: int = 0
     """How many more tokens it wants to draft."""
     num_logits: int = 1
+    num_left: int = 9
 
     def draft_row(self, num_answers: int) -> PlanRow | None:
         assert num_answers >= 1
@@ -166,6 +167,33 @@ def test_the_next_comes_in_when_somebody_has_left_and_not_before() -> None:
     step = scheduler.begin_step()
     assert step is not None
     assert step.answers == (second,)
+
+
+def test_one_clients_crowd_keeps_nobody_else_out() -> None:
+    """A hundred requests of one client, and then one of another: it gets the next place but one."""
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=2)
+    crowd, other = [Reader(number) for number in range(100)], Reader(100)
+    for reader in crowd:
+        scheduler.join(reader, "crowd")
+    scheduler.begin_step()
+    scheduler.join(other, "other")
+    scheduler.end_step()
+    assert scheduler.num_ahead(other) == 1
+    for leaving in crowd[:2]:
+        scheduler.leave(leaving)
+    step = scheduler.begin_step()
+    assert step is not None
+    assert set(step.answers) == {crowd[2], other}
+
+
+def test_whoever_waits_knows_after_how_many_tokens_it_has_a_place() -> None:
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=2)
+    readers = [Reader(number, num_left=left) for number, left in enumerate((5, 9, 3, 20, 1, 1))]
+    for reader in readers:
+        scheduler.join(reader)
+    scheduler.begin_step()
+    # Places are free after 5 and 9 tokens; who takes the first keeps it until 8, and so on.
+    assert [scheduler.num_tokens_ahead(reader) for reader in readers[2:]] == [5, 8, 9, 10]
 
 
 def test_larger_scales_stand_first_and_of_equals_whoever_came_first() -> None:

@@ -6,6 +6,13 @@ _WAITING = "tests/fault/test_waiting.py::"
 
 MUTANTS = (
     Mutant(
+        "all items of a client belong to one round",
+        "colm/fair_queue.py",
+        "max(own, default=self._served_round) + 1",
+        "self._served_round + 1",
+        "tests/unit/test_fair_queue.py::test_a_round_has_one_item_of_each_client_in_order_of_arrival",
+    ),
+    Mutant(
         "a length that a GGUF file makes up is believed",
         "colm/convert/gguf_file.py",
         "        if num_bytes > self.num_left:\n",
@@ -65,7 +72,7 @@ MUTANTS = (
     Mutant(
         "whoever looks first is first",
         "colm/line.py",
-        "if self._places[0] is place and (taken := take())",
+        "if self._places.first is place and (taken := take())",
         "if (taken := take())",
         "tests/unit/test_line.py::test_nobody_overtakes_even_if_there_is_something_free",
     ),

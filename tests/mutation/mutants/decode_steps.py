@@ -12,6 +12,20 @@ _WAITING = "tests/fault/test_waiting.py::"
 
 MUTANTS = (
     Mutant(
+        "the batch does not look at whose answers wait",
+        "decode_node/scheduler.py",
+        "self._waiting.add(answer, client)",
+        "self._waiting.add(answer)",
+        "tests/unit/test_scheduler.py::test_one_clients_crowd_keeps_nobody_else_out",
+    ),
+    Mutant(
+        "a wait is estimated as if nobody were ahead",
+        "decode_node/scheduler.py",
+        "heappush(free, heappop(free) + earlier.num_left)",
+        "pass",
+        "tests/unit/test_scheduler.py::test_whoever_waits_knows_after_how_many_tokens_it_has_a_place",
+    ),
+    Mutant(
         "the decode loop never lets go of the pages of who left during a step",
         "decode_node/decode_loop.py",
         "                for member in self._scheduler.end_step():\n"
