@@ -26,7 +26,16 @@ from colm.kv import KvFormat, KvTile
 from colm.kv_position import KV_START
 from colm.wire.endpoint import bind, create_server, open_blocking_channel
 from colm.wire.security import Security, new_tls
-from colm.wire.tile_codec import METHOD, SERVICE, WINDOW_BYTES, decode_message, decode_tile, encode_tile
+from colm.wire.tile_codec import (
+    METHOD,
+    SERVICE,
+    WINDOW_BYTES,
+    decode_message,
+    decode_tile,
+    encode_tile,
+    require_intact,
+    require_tile,
+)
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_fetch import KvTransfer
@@ -207,7 +216,10 @@ def receive(
             requests.close()
         for data in call(iter(requests)):
             message, payload = decode(data)
-            store.write(pages, decode_tile(message.tile, payload, FORMAT))
+            header = message.tile
+            require_tile(header, payload, FORMAT, "raw")
+            checksum = store.write_payload(pages, KV_START, header.num_tokens, payload, "raw", is_shared=False)
+            require_intact(header, checksum)
             count += 1
             if is_acknowledged:
                 stored = stored.after(1, case.num_messages)
