@@ -1,8 +1,10 @@
 """Prompts that begin alike share pages on a decode node: what is brought and computed, whose, and with which tokens."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import pytest
@@ -245,3 +247,47 @@ async def test_what_is_cached_gives_way_to_a_request_that_needs_all_pages(checkp
             await until_idle(node)
             node.page_line.cache.check_integrity()
         assert node.page_line.cache.num_evicted_pages
+
+
+async def test_random_mixes_in_few_pages_have_the_tokens_of_a_node_without_reuse(checkpoint: Checkpoint) -> None:
+    """Documents that push out each other, scales, drafts, samples, and requests that end in the middle."""
+    draw = random.Random(5)
+    documents = [torch.randint(0, 320, (3 * TILE_TOKENS,)).tolist() for _ in range(3)]
+    asks: list[dict[str, Any]] = [
+        {
+            "token_ids": [
+                *draw.choice(documents)[: draw.choice([1, 2, 3]) * TILE_TOKENS],
+                *range(draw.choice([1, 9, 20])),
+            ],
+            "request_id": str(number),
+            "num_chains": draw.randint(1, checkpoint.config.num_chains),
+            "max_new_tokens": draw.choice([1, 7, 20]),
+            "sampling": draw.choice([SamplingParams(ignore_eos=True), SAMPLED]),
+            "max_draft_tokens": draw.choice([0, 3]),
+        }
+        for number in range(16)
+    ]
+    few = pages_bytes(checkpoint.config, 20)
+    async with (
+        nodes(checkpoint, prefix_cache_bytes=0) as (_, plain),
+        nodes(checkpoint, kv_cache_bytes=few) as (_, node),
+    ):
+        expected = [(await decode(plain.address, **ask)).token_ids for ask in asks]
+        turns = asyncio.Semaphore(5)
+
+        async def ask_once(number: int) -> tuple[int, ...] | None:
+            async with turns:
+                asking = asyncio.create_task(decode(node.address, **asks[number]))
+                if number % 4 == 0:
+                    await asyncio.wait([asking], timeout=draw.choice([0, 0.01, 0.05]))
+                    asking.cancel()
+                await asyncio.wait([asking])
+                node.page_line.cache.check_integrity()
+                return None if asking.cancelled() else asking.result().token_ids
+
+        found = await asyncio.gather(*map(ask_once, range(len(asks))))
+        await until_idle(node)
+        assert node.page_line.cache.num_evicted_pages
+        assert node.owner.prefix.num_hit_tokens
+    assert [each for each, ids in zip(expected, found, strict=True) if ids not in (None, each)] == []
+    assert sum(ids is not None for ids in found) >= 12, "those that nobody cancelled"

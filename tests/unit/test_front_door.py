@@ -542,3 +542,14 @@ async def test_where_the_node_that_had_its_beginning_is_not_lent_another_one_ser
     front_door = door(Scripted(ANSWER), pool, num_decode_nodes=3, addresses=["one", "two", "three"])
     assert [(await ask(front_door))[-1] for _ in range(2)] == [FINISHED] * 2
     assert pool.lent == ["one", "two"]
+
+
+async def test_each_client_has_a_salt_of_its_own() -> None:
+    calls = Scripted(ANSWER)
+    front_door = door(calls, Pool())
+    for owner in ("one", "two", "one"):
+        async with front_door.generate(GenerateRequest(), prompt_of(IDS), owner=owner) as events:
+            assert [event async for event in events][-1] == FINISHED
+    first, second, again = (job.cache_salt for job in calls.jobs)
+    assert first == again != second
+    assert len(first) == 32

@@ -29,7 +29,7 @@ from decode_node.node import DecodeNode
 from prefill_node.node import PrefillNode
 from tests.gates import LIMIT_S, gate_before
 from tests.gateway import TakingTurns, http_gateway
-from tests.nodes import decode, decode_node, prefill_node, until_idle
+from tests.nodes import TILE_TOKENS, decode, decode_node, prefill_node, until_idle
 from tests.tiny import tiny_checkpoint
 
 TOKEN = "the operator's"
@@ -169,6 +169,26 @@ async def test_an_answer_is_in_the_format_that_is_asked_for(client: AsyncOpenAI)
         prompt="x", max_tokens=9, model="tiny", extra_body={"guided_regex": "(yes|no)"}
     )
     assert by_regex.choices[0].text in ("yes", "no")
+
+
+async def test_the_answers_of_one_call_have_one_prefill_and_those_of_the_next_have_none(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, prefill: PrefillNode
+) -> None:
+    text = QUESTION[0]["content"] * 8
+    num_tokens = len(prompt_ids(tokenizer, text)) - 1
+    async with (
+        decode_node(
+            str(checkpoint.path), [prefill.address], prefix_cache_bytes=16 << 20, prefill_tile_tokens=TILE_TOKENS
+        ) as node,
+        client_of(checkpoint, tokenizer, node) as client,
+    ):
+        ask = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_completion_tokens": 3}
+        first = await client.chat.completions.create(**ask, n=3, temperature=1.0, seed=1)
+        second = await client.chat.completions.create(**ask)
+        assert node.owner.prefix.num_hit_tokens == 3 * num_tokens
+    assert sorted(answer["kv_received_bytes"] > 0 for answer in first.colm) == [False, False, True]
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert second.usage.prompt_tokens_details.cached_tokens == num_tokens
 
 
 async def test_a_decode_node_checks_the_ids_that_it_looks_up(node: DecodeNode) -> None:
