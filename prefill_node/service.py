@@ -22,7 +22,7 @@ from colm.wire.messages import CODECS, attention_from_pb, queued_to_pb, sparse_r
 from colm.wire.prompt_stream import check_id, check_salt, read_open, read_token_ids
 from colm.wire.shared_memory import host_id
 from colm.wire.status import answering
-from colm.wire.tile_codec import join_shared, pull_kv_handlers
+from colm.wire.tile_codec import encode_event, join_shared, pull_kv_handlers
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait
@@ -186,11 +186,11 @@ class PrefillService:
             queued = Queued(
                 waits_for=WaitsFor.PREFILL_NODE, num_ahead=wait.num_ahead, estimated_wait_s=wait.estimated_s
             )
-            await context.write(pb.PullKvResponse(queued=queued_to_pb(queued)).SerializeToString())
+            await context.write(encode_event(pb.PullKvResponse(queued=queued_to_pb(queued))))
 
         async def progress(reached: KvPosition) -> None:
             position = pb.KvPosition(layer=reached.layer, token=reached.token)
-            await context.write(pb.PullKvResponse(reached=position).SerializeToString())
+            await context.write(encode_event(pb.PullKvResponse(reached=position)))
 
         started = pb.TransferStarted(codec=CODECS[stream.job.encoder.codec], tile_tokens=self._engine.tile_tokens)
         started_s, ended = time.monotonic(), "cancelled"
@@ -198,7 +198,7 @@ class PrefillService:
             with tracing.span("wait_for_engine"):
                 await self._loop.turn(stream, beat)
             started_s = time.monotonic()
-            await context.write(pb.PullKvResponse(started=started).SerializeToString())
+            await context.write(encode_event(pb.PullKvResponse(started=started)))
             if self._host_id and opened.host_id == self._host_id:
                 await self._offer_memory(stream, context)
             async for tile in stream.tiles(progress):
@@ -219,7 +219,7 @@ class PrefillService:
             )
             if (report := stream.job.sparse_report) is not None:
                 complete.sparse.CopyFrom(sparse_report_to_pb(report))
-            await context.write(pb.PullKvResponse(complete=complete).SerializeToString())
+            await context.write(encode_event(pb.PullKvResponse(complete=complete)))
             await stream.until_stored()
             ended = "complete"
         finally:
@@ -243,4 +243,4 @@ class PrefillService:
         except OSError as err:
             logger.info("transfer.not_shared request=%s cause=%s", stream.job.transfer_id, err)
         else:
-            await context.write(pb.PullKvResponse(shared_memory=place).SerializeToString())
+            await context.write(encode_event(pb.PullKvResponse(shared_memory=place)))

@@ -9,12 +9,14 @@ from typing import Generic, TypeVar
 
 import grpc
 
-from colm.errors import PeerFailed, PeerRefused, PeerUnavailable, Unauthenticated
+from colm.errors import InvalidRequest, PeerFailed, PeerRefused, PeerUnavailable, Unauthenticated
 from colm.wire.endpoint import open_blocking_channel, open_channel
 from colm.wire.security import Security, Tls
 
 logger = logging.getLogger(__name__)
 
+# What members always send as it shall be: whoever refuses it did not get what was sent.
+_NEVER_WRONG = {"end_of_prompt", "message", "part"}
 MAX_UNUSED = 32
 """Channels kept for addresses that nobody calls now. gRPC has closed their connections after `IDLE_MS` already."""
 
@@ -78,10 +80,14 @@ class _Shelf(Generic[_Channel]):
             return [shared.channel for shared in kept.values()]
 
 
-def _refused(address: str, cause: Unauthenticated) -> PeerRefused:
-    """What a node's refusal of this process is to whoever asked this process: no fault of theirs."""
-    logger.error("peer.refused address=%s cause=%s", address, cause)
-    return PeerRefused(f"{address} does not admit this process of the cluster: {cause}")
+def _between_members(address: str, cause: Unauthenticated | InvalidRequest) -> PeerUnavailable | None:
+    """What a node's refusal is that is no fault of whoever asked this process; None for any other."""
+    if isinstance(cause, Unauthenticated):
+        logger.error("peer.refused address=%s cause=%s", address, cause)
+        return PeerRefused(f"{address} does not admit this process of the cluster: {cause}")
+    if cause.field in _NEVER_WRONG:
+        return PeerUnavailable(f"{address} got something else than was sent: {cause}")
+    return None
 
 
 class Channels:
@@ -105,9 +111,11 @@ class Channels:
         except (PeerUnavailable, PeerFailed):
             is_lost = True
             raise
-        except Unauthenticated as err:
+        except (Unauthenticated, InvalidRequest) as err:
+            if (found := _between_members(address, err)) is None:
+                raise
             is_lost = True
-            raise _refused(address, err) from err
+            raise found from err
         finally:
             for channel in self._shelf.give_back(shared, is_lost=is_lost):
                 await channel.close()
@@ -133,9 +141,11 @@ class BlockingChannels:
         except (PeerUnavailable, PeerFailed):
             is_lost = True
             raise
-        except Unauthenticated as err:
+        except (Unauthenticated, InvalidRequest) as err:
+            if (found := _between_members(address, err)) is None:
+                raise
             is_lost = True
-            raise _refused(address, err) from err
+            raise found from err
         finally:
             for channel in self._shelf.give_back(shared, is_lost=is_lost):
                 channel.close()

@@ -21,11 +21,14 @@ def behaviour_of(handler: grpc.RpcMethodHandler) -> Any:
 
 
 def with_behaviour(
-    handler: grpc.RpcMethodHandler, behaviour: Any, deserializer: Callable[[bytes], Any] | None = None
+    handler: grpc.RpcMethodHandler,
+    behaviour: Any,
+    deserializer: Callable[[bytes], Any] | None = None,
+    serializer: Callable[[Any], bytes] | None = None,
 ) -> grpc.RpcMethodHandler:
-    """A handler of the same kind with another function, and its own deserializer unless another is given."""
+    """A handler of the same kind with another function, and its own way with bytes unless another is given."""
     make = _kind(handler)[1]
-    return make(behaviour, deserializer or handler.request_deserializer, handler.response_serializer)
+    return make(behaviour, deserializer or handler.request_deserializer, serializer or handler.response_serializer)
 
 
 def checked_first(

@@ -1,27 +1,24 @@
-"""Bytes that are no message of a call: the caller's fault, which gRPC reports as the server's."""
+"""Bytes that are no message of a call: the caller's fault, or damage on the way; gRPC reports them as the server's."""
 
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from colm.errors import InvalidRequest
 from colm.wire.handlers import behaviour_of, with_behaviour
+from colm.wire.seal import SEALS, Unreadable, opening, readable, sealing
 from colm.wire.status import abort
 
 
-class _Malformed:
-    """Stands for a message that could not be read."""
-
-
-_MALFORMED = _Malformed()
-
-
 class MalformedInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped here
-    """Answers INVALID_ARGUMENT to bytes that are no message; gRPC itself answers INTERNAL."""
+    """Answers INVALID_ARGUMENT to bytes that are no message; gRPC itself answers INTERNAL.
+
+    Where the caller seals its messages, so that damage on the way is told from that, UNAVAILABLE; see `colm.wire.seal`.
+    """
 
     async def intercept_service(
         self,
@@ -30,25 +27,32 @@ class MalformedInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  #
     ) -> grpc.RpcMethodHandler:
         """The call's own handler, whose requests are looked at before it sees them."""
         handler = await continuation(handler_call_details)
-        return handler if handler is None or handler.request_deserializer is None else _guarded(handler)
+        if handler is None or handler.request_deserializer is None:
+            return handler
+        return _guarded(handler, is_sealed=SEALS in map(tuple, handler_call_details.invocation_metadata))
 
 
-def _guarded(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+def _guarded(handler: grpc.RpcMethodHandler, *, is_sealed: bool) -> grpc.RpcMethodHandler:
+    read = opening(handler.request_deserializer, lambda: is_sealed)
+
     def deserialize(data: bytes) -> Any:
         try:
-            return handler.request_deserializer(data)
+            return read(data)
         except DecodeError:
-            return _MALFORMED
+            return Unreadable(InvalidRequest("message", None, "the bytes are not a message of this call"))
 
     behaviour = behaviour_of(handler)
     checked = (_checked_stream if handler.request_streaming else _checked_message)(behaviour)
-    return handler if checked is behaviour else with_behaviour(handler, checked, deserialize)
+    if checked is behaviour:
+        return handler
+    serialize = sealing(handler.response_serializer) if is_sealed else None
+    return with_behaviour(handler, checked, deserialize, serialize)
 
 
 def _checked_message(behaviour: Any) -> Any:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        if request is _MALFORMED:
-            await _refuse(context)
+        if isinstance(request, Unreadable):
+            await abort(context, request.error)
         return await behaviour(request, context)
 
     return call if asyncio.iscoroutinefunction(behaviour) else behaviour
@@ -70,14 +74,4 @@ def _checked_stream(behaviour: Any) -> Any:
 
 async def _messages(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
-        if request is _MALFORMED:
-            raise _error()
-        yield request
-
-
-async def _refuse(context: grpc.aio.ServicerContext) -> NoReturn:
-    await abort(context, _error())
-
-
-def _error() -> InvalidRequest:
-    return InvalidRequest("message", None, "the bytes are not a message of this call")
+        yield readable(request)

@@ -32,6 +32,7 @@ from colm.nodes import ClusterStatus, ModelStatus, NodeReport, NodeStatus, Proce
 from colm.request import AttentionMode, ChatMessage, GenerateRequest, KvCodec
 from colm.sampling import Constraint, SamplingParams
 from colm.scale import Scale, ScaleWish
+from colm.wire.seal import Unreadable, readable
 from colm.wire.v1 import common_pb2 as pb
 from colm.wire.v1 import decode_service_pb2 as decode_pb
 from colm.wire.v1 import generation_service_pb2 as generation_pb
@@ -335,8 +336,13 @@ def cluster_status_to_pb(status: ClusterStatus) -> generation_pb.GetClusterStatu
     )
 
 
-def cluster_status_from_pb(message: generation_pb.GetClusterStatusResponse) -> ClusterStatus:
-    """Wire to domain, at the client."""
+def cluster_status_from_pb(received: generation_pb.GetClusterStatusResponse | Unreadable) -> ClusterStatus:
+    """Wire to domain, at the client.
+
+    Raises:
+        ConnectionLost: it was damaged on the way.
+    """
+    message = readable(received)
     roles = {value: role for role, value in _ROLES.items()}
     nodes = []
     for node in message.nodes:
@@ -362,12 +368,14 @@ def cluster_status_from_pb(message: generation_pb.GetClusterStatusResponse) -> C
     )
 
 
-def event_from_pb(message: generation_pb.GenerateResponse | decode_pb.DecodeResponse) -> Event:
+def event_from_pb(received: generation_pb.GenerateResponse | decode_pb.DecodeResponse | Unreadable) -> Event:
     """Wire to domain, at the client and at the gateway.
 
     Raises:
+        ConnectionLost: it was damaged on the way.
         ValueError: a message of no known kind.
     """
+    message = readable(received)
     kind = message.WhichOneof("event")
     body: Any = None if kind is None else getattr(message, kind)
     match kind:

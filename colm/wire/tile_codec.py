@@ -22,6 +22,8 @@ from colm.request import KvCodec
 from colm.wire.kv_codec import codec_of, not_finite, read_payload, require_codec, wire_token_bytes
 from colm.wire.messages import CODECS
 from colm.wire.payload import write_payload
+from colm.wire.seal import is_sealed
+from colm.wire.seal import seal as seal_message
 from colm.wire.shared_memory import Slot
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 
@@ -40,6 +42,8 @@ _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
 _new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, (ctypes.c_char_p, ctypes.c_ssize_t)
 _PAYLOAD_TAG = 15 << 3 | 2
 _SHARED_TILES_TAG = pb.PullKvResponse.SHARED_TILES_FIELD_NUMBER << 3 | 2
+_CHECKSUM_FIELD = pb.PullKvResponse.CHECKSUM_FIELD_NUMBER
+_CHECKSUM_TAG = _CHECKSUM_FIELD << 3 | 1
 _EVENT_TAGS = {field.number << 3 | 2 for field in pb.PullKvResponse.DESCRIPTOR.oneofs_by_name["event"].fields}
 
 # PyTorch warns once a process about a tensor over read-only memory, such as a received message. The warning is
@@ -99,6 +103,11 @@ def join_shared(messages: Sequence[bytes]) -> bytes:
     return _varint(_SHARED_TILES_TAG) + _varint(len(tiles)) + tiles
 
 
+def encode_event(event: pb.PullKvResponse) -> bytes:
+    """A message of the stream that is no tile, with its checksum. `decode_message` undoes it."""
+    return seal_message(event.SerializeToString(), field=_CHECKSUM_FIELD)
+
+
 def seal(header: pb.TileHeader) -> None:
     """Give a header its checksum, once all else in it is as it shall be sent."""
     header.header_checksum = _header_checksum(header)
@@ -126,6 +135,10 @@ def decode_message(data: bytes) -> tuple[pb.PullKvResponse, memoryview]:
         header = pb.PullKvResponse.FromString(data[:end])
         if end == len(data):
             return header, view[end:]
+        if view[end] == _CHECKSUM_TAG:
+            if not is_sealed(data, field=_CHECKSUM_FIELD):
+                raise ValueError("it was damaged on the way (checksum)")
+            return header, view[len(data) :]
         tag, start = _read_varint(view, end)
         length, start = _read_varint(view, start)
         if tag != _PAYLOAD_TAG or start + length != len(data):

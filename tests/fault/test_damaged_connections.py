@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from colm.checkpoint import Checkpoint
-from colm.errors import ColmError, FingerprintMismatch, InvalidRequest
+from colm.errors import ColmError
 from colm.wire import endpoint, prompt_stream
 from colm.wire.endpoint import Keepalive
 from colm.wire.security import Security, new_tls, new_token
@@ -97,6 +97,8 @@ async def test_the_answer_is_right_or_there_is_one_typed_error_and_nothing_is_le
     """Bug: ids of the prompt were taken as they came, and the answer to another prompt was given in plaintext.
 
     Bug: a connection whose header table was damaged was used for all eight attempts.
+
+    Bug: in plaintext a request that came as another one was refused for what it said, and not sent again.
     """
     async with ends(checkpoint, is_secure=is_secure) as (_, line, node):
         undisturbed = await outcome(node, is_secure=is_secure)
@@ -112,11 +114,7 @@ async def test_the_answer_is_right_or_there_is_one_typed_error_and_nothing_is_le
                 assert got.usage.kv_received_bytes == undisturbed.usage.kv_received_bytes, fault
                 assert got.usage.num_decode_prompt_tokens == 1, fault
             else:
-                # A request came as another one, and was refused for what it said.
-                assert not is_secure, (fault, got)
-                assert not is_from_server, (fault, got)
-                assert isinstance(got, FingerprintMismatch | InvalidRequest), (fault, got)
-                assert fault.mishap in {Mishap.FLIP, Mishap.LOSE, Mishap.REPEAT, Mishap.SWAP}, (fault, got)
+                pytest.fail(f"{fault} ended the request: {got}")
         assert line.num_spoilt >= num_faults * 3 // 4
 
 

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import grpc
 import pytest
 
-from colm.errors import CapacityExceeded, ColmError, PeerFailed, PeerUnavailable
+from colm.errors import CapacityExceeded, ColmError, InvalidRequest, PeerFailed, PeerUnavailable
 from colm.wire import channels as channels_module
 from colm.wire import endpoint
 from colm.wire.channels import BlockingChannels, Channels
@@ -116,6 +116,21 @@ async def test_a_refusal_is_no_reason_to_connect_again(peer: Relay, ask: Ask) ->
     assert peer.num_accepted == 1
 
 
+@pytest.mark.parametrize(("field", "kind"), [("end_of_prompt", PeerUnavailable), ("num_chains", InvalidRequest)])
+async def test_a_refusal_of_what_was_not_sent_is_a_lost_peer(field: str, kind: type[ColmError]) -> None:
+    """Bug: a frame of a prompt that was lost between members was its client's error."""
+    shared, for_threads = Channels(SECURITY), BlockingChannels(SECURITY)
+    error = InvalidRequest(field, None, "refused")
+    with pytest.raises(kind) as raised:
+        async with shared.use("127.0.0.1:9"):
+            raise error
+    with pytest.raises(kind) as again, for_threads.use("127.0.0.1:9"):
+        raise error
+    assert type(raised.value) is type(again.value) is kind
+    await shared.close()
+    for_threads.close()
+
+
 async def test_a_peer_that_was_gone_is_called_again_without_delay(peer: Relay, ask: Ask) -> None:
     """A channel that failed to connect waits before it tries again, longer each time, and fails its calls meanwhile."""
     for num_lost in range(1, 4):
@@ -201,7 +216,7 @@ async def test_channels_that_nobody_uses_are_bounded_and_the_longest_unused_goes
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(channels_module, "MAX_UNUSED", 2)
-    shared = Channels(Security())
+    shared = Channels(SECURITY)
     async with AsyncExitStack() as stack:
         held = await stack.enter_async_context(shared.use("127.0.0.1:9"))
         used = []

@@ -25,35 +25,35 @@ _sym_db = _symbol_database.Default()
 from colm.wire.v1 import common_pb2 as colm_dot_wire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%colm/wire/v1/generation_service.proto\x12\x0c\x63olm.wire.v1\x1a\x19\x63olm/wire/v1/common.proto\"\x9d\x02\n\x0fGenerateRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x1a.colm.wire.v1.OpenGenerateH\x00\x12\x12\n\x08\x64ocument\x18\x02 \x01(\x0cH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.colm.wire.v1.TokenIdsH\x00\x12\x32\n\rend_of_prompt\x18\x04 \x01(\x0b\x32\x19.colm.wire.v1.EndOfPromptH\x00\x12.\n\x06resume\x18\x05 \x01(\x0b\x32\x1c.colm.wire.v1.ResumeGenerateH\x00\x12+\n\x0c\x63hange_scale\x18\x06 \x01(\x0b\x32\x13.colm.wire.v1.ScaleH\x00\x42\x06\n\x04partJ\x04\x08\x07\x10\n\"\x8a\x04\n\x0cOpenGenerate\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x11\n\x04\x63hat\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\nnum_chains\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x05 \x01(\x03H\x02\x88\x01\x01\x12(\n\x08sampling\x18\x06 \x01(\x0b\x32\x16.colm.wire.v1.Sampling\x12\x16\n\ttimeout_s\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\nanswer_key\x18\x08 \x01(\t\x12\x18\n\x10\x61nswer_token_ids\x18\t \x03(\r\x12.\n\tattention\x18\x0c \x01(\x0e\x32\x1b.colm.wire.v1.AttentionMode\x12*\n\x07history\x18\r \x03(\x0b\x32\x19.colm.wire.v1.ChatMessage\x12%\n\x08kv_codec\x18\x0e \x01(\x0e\x32\x13.colm.wire.v1.Codec\x12\x1d\n\x10max_draft_tokens\x18\x10 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmin_chains\x18\x14 \x01(\rH\x05\x88\x01\x01\x42\x07\n\x05_chatB\r\n\x0b_num_chainsB\x11\n\x0f_max_new_tokensB\x0c\n\n_timeout_sB\x13\n\x11_max_draft_tokensB\r\n\x0b_min_chainsJ\x04\x08\n\x10\x0bJ\x04\x08\x0b\x10\x0c\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0eResumeGenerate\x12\x12\n\nanswer_key\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"\xb0\x02\n\x10GenerateResponse\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x16.colm.wire.v1.AcceptedH\x00\x12\x39\n\x10prefill_progress\x18\x02 \x01(\x0b\x32\x1d.colm.wire.v1.PrefillProgressH\x00\x12$\n\x05token\x18\x03 \x01(\x0b\x32\x13.colm.wire.v1.TokenH\x00\x12*\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x16.colm.wire.v1.FinishedH\x00\x12&\n\x06queued\x18\x05 \x01(\x0b\x32\x14.colm.wire.v1.QueuedH\x00\x12,\n\rscale_changed\x18\x06 \x01(\x0b\x32\x13.colm.wire.v1.ScaleH\x00\x42\x07\n\x05\x65ventJ\x04\x08\x07\x10\n\"\x99\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x12\n\nnum_chains\x18\x04 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x10\n\x08trace_id\x18\x07 \x01(\t\"\x19\n\x17GetClusterStatusRequest\"\x98\x01\n\x18GetClusterStatusResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.colm.wire.v1.Model\x12!\n\x05nodes\x18\x02 \x03(\x0b\x32\x12.colm.wire.v1.Node\x12\x1b\n\x13num_active_requests\x18\x03 \x01(\r\x12\x17\n\x0fmetrics_address\x18\x04 \x01(\t\"j\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x63hains\x18\x02 \x03(\r\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x12\n\nreads_text\x18\x05 \x01(\x08\"\xbc\x02\n\x04Node\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.colm.wire.v1.Role\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x1b\n\x13num_active_requests\x18\x06 \x01(\r\x12\x1b\n\x13num_queued_requests\x18\x07 \x01(\r\x12\x17\n\x0fnum_pages_total\x18\x08 \x01(\x04\x12\x16\n\x0enum_pages_used\x18\t \x01(\x04\x12\x16\n\x0eresident_bytes\x18\n \x01(\x04\x12\r\n\x05\x61ge_s\x18\x0b \x01(\x01\x12\x13\n\x0bray_node_id\x18\x0c \x01(\t\x12\x12\n\nnum_leases\x18\r \x01(\r\x12\x17\n\x0fmetrics_address\x18\x0e \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x32\xc5\x01\n\x11GenerationService\x12M\n\x08Generate\x12\x1d.colm.wire.v1.GenerateRequest\x1a\x1e.colm.wire.v1.GenerateResponse(\x01\x30\x01\x12\x61\n\x10GetClusterStatus\x12%.colm.wire.v1.GetClusterStatusRequest\x1a&.colm.wire.v1.GetClusterStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%colm/wire/v1/generation_service.proto\x12\x0c\x63olm.wire.v1\x1a\x19\x63olm/wire/v1/common.proto\"\xc1\x02\n\x0fGenerateRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x1a.colm.wire.v1.OpenGenerateH\x00\x12\x12\n\x08\x64ocument\x18\x02 \x01(\x0cH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.colm.wire.v1.TokenIdsH\x00\x12\x32\n\rend_of_prompt\x18\x04 \x01(\x0b\x32\x19.colm.wire.v1.EndOfPromptH\x00\x12.\n\x06resume\x18\x05 \x01(\x0b\x32\x1c.colm.wire.v1.ResumeGenerateH\x00\x12+\n\x0c\x63hange_scale\x18\x06 \x01(\x0b\x32\x13.colm.wire.v1.ScaleH\x00\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x01\x88\x01\x01\x42\x06\n\x04partB\x0b\n\t_checksumJ\x04\x08\x07\x10\n\"\x8a\x04\n\x0cOpenGenerate\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x11\n\x04\x63hat\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\nnum_chains\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x05 \x01(\x03H\x02\x88\x01\x01\x12(\n\x08sampling\x18\x06 \x01(\x0b\x32\x16.colm.wire.v1.Sampling\x12\x16\n\ttimeout_s\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\nanswer_key\x18\x08 \x01(\t\x12\x18\n\x10\x61nswer_token_ids\x18\t \x03(\r\x12.\n\tattention\x18\x0c \x01(\x0e\x32\x1b.colm.wire.v1.AttentionMode\x12*\n\x07history\x18\r \x03(\x0b\x32\x19.colm.wire.v1.ChatMessage\x12%\n\x08kv_codec\x18\x0e \x01(\x0e\x32\x13.colm.wire.v1.Codec\x12\x1d\n\x10max_draft_tokens\x18\x10 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmin_chains\x18\x14 \x01(\rH\x05\x88\x01\x01\x42\x07\n\x05_chatB\r\n\x0b_num_chainsB\x11\n\x0f_max_new_tokensB\x0c\n\n_timeout_sB\x13\n\x11_max_draft_tokensB\r\n\x0b_min_chainsJ\x04\x08\n\x10\x0bJ\x04\x08\x0b\x10\x0c\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0eResumeGenerate\x12\x12\n\nanswer_key\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"\xd4\x02\n\x10GenerateResponse\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x16.colm.wire.v1.AcceptedH\x00\x12\x39\n\x10prefill_progress\x18\x02 \x01(\x0b\x32\x1d.colm.wire.v1.PrefillProgressH\x00\x12$\n\x05token\x18\x03 \x01(\x0b\x32\x13.colm.wire.v1.TokenH\x00\x12*\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x16.colm.wire.v1.FinishedH\x00\x12&\n\x06queued\x18\x05 \x01(\x0b\x32\x14.colm.wire.v1.QueuedH\x00\x12,\n\rscale_changed\x18\x06 \x01(\x0b\x32\x13.colm.wire.v1.ScaleH\x00\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x01\x88\x01\x01\x42\x07\n\x05\x65ventB\x0b\n\t_checksumJ\x04\x08\x07\x10\n\"\x99\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x12\n\nnum_chains\x18\x04 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x05 \x01(\r\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x10\n\x08trace_id\x18\x07 \x01(\t\"=\n\x17GetClusterStatusRequest\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"\xbc\x01\n\x18GetClusterStatusResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.colm.wire.v1.Model\x12!\n\x05nodes\x18\x02 \x03(\x0b\x32\x12.colm.wire.v1.Node\x12\x1b\n\x13num_active_requests\x18\x03 \x01(\r\x12\x17\n\x0fmetrics_address\x18\x04 \x01(\t\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"j\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x63hains\x18\x02 \x03(\r\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x12\n\nreads_text\x18\x05 \x01(\x08\"\xbc\x02\n\x04Node\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.colm.wire.v1.Role\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x1b\n\x13num_active_requests\x18\x06 \x01(\r\x12\x1b\n\x13num_queued_requests\x18\x07 \x01(\r\x12\x17\n\x0fnum_pages_total\x18\x08 \x01(\x04\x12\x16\n\x0enum_pages_used\x18\t \x01(\x04\x12\x16\n\x0eresident_bytes\x18\n \x01(\x04\x12\r\n\x05\x61ge_s\x18\x0b \x01(\x01\x12\x13\n\x0bray_node_id\x18\x0c \x01(\t\x12\x12\n\nnum_leases\x18\r \x01(\r\x12\x17\n\x0fmetrics_address\x18\x0e \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_PREFILL\x10\x01\x12\x0f\n\x0bROLE_DECODE\x10\x02\x32\xc5\x01\n\x11GenerationService\x12M\n\x08Generate\x12\x1d.colm.wire.v1.GenerateRequest\x1a\x1e.colm.wire.v1.GenerateResponse(\x01\x30\x01\x12\x61\n\x10GetClusterStatus\x12%.colm.wire.v1.GetClusterStatusRequest\x1a&.colm.wire.v1.GetClusterStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'colm.wire.v1.generation_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=2071
-  _globals['_ROLE']._serialized_end=2134
+  _globals['_ROLE']._serialized_start=2215
+  _globals['_ROLE']._serialized_end=2278
   _globals['_GENERATEREQUEST']._serialized_start=83
-  _globals['_GENERATEREQUEST']._serialized_end=368
-  _globals['_OPENGENERATE']._serialized_start=371
-  _globals['_OPENGENERATE']._serialized_end=893
-  _globals['_CHATMESSAGE']._serialized_start=895
-  _globals['_CHATMESSAGE']._serialized_end=939
-  _globals['_RESUMEGENERATE']._serialized_start=941
-  _globals['_RESUMEGENERATE']._serialized_end=997
-  _globals['_GENERATERESPONSE']._serialized_start=1000
-  _globals['_GENERATERESPONSE']._serialized_end=1304
-  _globals['_ACCEPTED']._serialized_start=1307
-  _globals['_ACCEPTED']._serialized_end=1460
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=1462
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=1487
-  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_start=1490
-  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_end=1642
-  _globals['_MODEL']._serialized_start=1644
-  _globals['_MODEL']._serialized_end=1750
-  _globals['_NODE']._serialized_start=1753
-  _globals['_NODE']._serialized_end=2069
-  _globals['_GENERATIONSERVICE']._serialized_start=2137
-  _globals['_GENERATIONSERVICE']._serialized_end=2334
+  _globals['_GENERATEREQUEST']._serialized_end=404
+  _globals['_OPENGENERATE']._serialized_start=407
+  _globals['_OPENGENERATE']._serialized_end=929
+  _globals['_CHATMESSAGE']._serialized_start=931
+  _globals['_CHATMESSAGE']._serialized_end=975
+  _globals['_RESUMEGENERATE']._serialized_start=977
+  _globals['_RESUMEGENERATE']._serialized_end=1033
+  _globals['_GENERATERESPONSE']._serialized_start=1036
+  _globals['_GENERATERESPONSE']._serialized_end=1376
+  _globals['_ACCEPTED']._serialized_start=1379
+  _globals['_ACCEPTED']._serialized_end=1532
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=1534
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=1595
+  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_start=1598
+  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_end=1786
+  _globals['_MODEL']._serialized_start=1788
+  _globals['_MODEL']._serialized_end=1894
+  _globals['_NODE']._serialized_start=1897
+  _globals['_NODE']._serialized_end=2213
+  _globals['_GENERATIONSERVICE']._serialized_start=2281
+  _globals['_GENERATIONSERVICE']._serialized_end=2478
 # @@protoc_insertion_point(module_scope)

@@ -18,20 +18,22 @@ ROLE_PREFILL: Role
 ROLE_DECODE: Role
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("open", "document", "token_ids", "end_of_prompt", "resume", "change_scale")
+    __slots__ = ("open", "document", "token_ids", "end_of_prompt", "resume", "change_scale", "checksum")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     END_OF_PROMPT_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     CHANGE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     open: OpenGenerate
     document: bytes
     token_ids: _common_pb2.TokenIds
     end_of_prompt: _common_pb2.EndOfPrompt
     resume: ResumeGenerate
     change_scale: _common_pb2.Scale
-    def __init__(self, open: _Optional[_Union[OpenGenerate, _Mapping]] = ..., document: _Optional[bytes] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., resume: _Optional[_Union[ResumeGenerate, _Mapping]] = ..., change_scale: _Optional[_Union[_common_pb2.Scale, _Mapping]] = ...) -> None: ...
+    checksum: int
+    def __init__(self, open: _Optional[_Union[OpenGenerate, _Mapping]] = ..., document: _Optional[bytes] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., resume: _Optional[_Union[ResumeGenerate, _Mapping]] = ..., change_scale: _Optional[_Union[_common_pb2.Scale, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class OpenGenerate(_message.Message):
     __slots__ = ("model", "prompt", "chat", "num_chains", "max_new_tokens", "sampling", "timeout_s", "answer_key", "answer_token_ids", "attention", "history", "kv_codec", "max_draft_tokens", "min_chains")
@@ -82,20 +84,22 @@ class ResumeGenerate(_message.Message):
     def __init__(self, answer_key: _Optional[str] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("accepted", "prefill_progress", "token", "finished", "queued", "scale_changed")
+    __slots__ = ("accepted", "prefill_progress", "token", "finished", "queued", "scale_changed", "checksum")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     PREFILL_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     SCALE_CHANGED_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     accepted: Accepted
     prefill_progress: _common_pb2.PrefillProgress
     token: _common_pb2.Token
     finished: _common_pb2.Finished
     queued: _common_pb2.Queued
     scale_changed: _common_pb2.Scale
-    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., prefill_progress: _Optional[_Union[_common_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_common_pb2.Finished, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., scale_changed: _Optional[_Union[_common_pb2.Scale, _Mapping]] = ...) -> None: ...
+    checksum: int
+    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., prefill_progress: _Optional[_Union[_common_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_common_pb2.Finished, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., scale_changed: _Optional[_Union[_common_pb2.Scale, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("request_id", "model", "num_prompt_tokens", "num_chains", "max_new_tokens", "timeout_s", "trace_id")
@@ -116,20 +120,24 @@ class Accepted(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., timeout_s: _Optional[float] = ..., trace_id: _Optional[str] = ...) -> None: ...
 
 class GetClusterStatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("checksum",)
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    checksum: int
+    def __init__(self, checksum: _Optional[int] = ...) -> None: ...
 
 class GetClusterStatusResponse(_message.Message):
-    __slots__ = ("models", "nodes", "num_active_requests", "metrics_address")
+    __slots__ = ("models", "nodes", "num_active_requests", "metrics_address", "checksum")
     MODELS_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
     NUM_ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
     nodes: _containers.RepeatedCompositeFieldContainer[Node]
     num_active_requests: int
     metrics_address: str
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., num_active_requests: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    checksum: int
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., num_active_requests: _Optional[int] = ..., metrics_address: _Optional[str] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "chains", "max_context_tokens", "fingerprint", "reads_text")

@@ -8,20 +8,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PullKvRequest(_message.Message):
-    __slots__ = ("open", "token_ids", "end_of_prompt", "acknowledged", "give_up", "shared_memory")
+    __slots__ = ("open", "token_ids", "end_of_prompt", "acknowledged", "give_up", "shared_memory", "checksum")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     END_OF_PROMPT_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
     GIVE_UP_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     open: OpenKvTransfer
     token_ids: _common_pb2.TokenIds
     end_of_prompt: _common_pb2.EndOfPrompt
     acknowledged: KvPosition
     give_up: GiveUp
     shared_memory: SharedMemoryAnswer
-    def __init__(self, open: _Optional[_Union[OpenKvTransfer, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., acknowledged: _Optional[_Union[KvPosition, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemoryAnswer, _Mapping]] = ...) -> None: ...
+    checksum: int
+    def __init__(self, open: _Optional[_Union[OpenKvTransfer, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., acknowledged: _Optional[_Union[KvPosition, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemoryAnswer, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class KvPosition(_message.Message):
     __slots__ = ("layer", "token")
@@ -70,7 +72,7 @@ class SharedMemoryAnswer(_message.Message):
     def __init__(self, is_mapped: _Optional[bool] = ..., takes_several: _Optional[bool] = ...) -> None: ...
 
 class PullKvResponse(_message.Message):
-    __slots__ = ("tile", "complete", "queued", "started", "reached", "shared_memory", "shared_tiles", "payload")
+    __slots__ = ("tile", "complete", "queued", "started", "reached", "shared_memory", "shared_tiles", "checksum", "payload")
     TILE_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +80,7 @@ class PullKvResponse(_message.Message):
     REACHED_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     SHARED_TILES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     tile: TileHeader
     complete: TransferComplete
@@ -86,8 +89,9 @@ class PullKvResponse(_message.Message):
     reached: KvPosition
     shared_memory: SharedMemory
     shared_tiles: SharedTiles
+    checksum: int
     payload: bytes
-    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., started: _Optional[_Union[TransferStarted, _Mapping]] = ..., reached: _Optional[_Union[KvPosition, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., shared_tiles: _Optional[_Union[SharedTiles, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., started: _Optional[_Union[TransferStarted, _Mapping]] = ..., reached: _Optional[_Union[KvPosition, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., shared_tiles: _Optional[_Union[SharedTiles, _Mapping]] = ..., checksum: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
     __slots__ = ("pid", "fd", "size_bytes", "key")

@@ -45,18 +45,22 @@ MUTANTS = (
         """        except (PeerUnavailable, PeerFailed):
             is_lost = True
             raise
-        except Unauthenticated as err:
+        except (Unauthenticated, InvalidRequest) as err:
+            if (found := _between_members(address, err)) is None:
+                raise
             is_lost = True
-            raise _refused(address, err) from err
+            raise found from err
         finally:
             for channel in self._shelf.give_back(shared, is_lost=is_lost):
                 await""",
         """        except PeerUnavailable:
             is_lost = True
             raise
-        except Unauthenticated as err:
+        except (Unauthenticated, InvalidRequest) as err:
+            if (found := _between_members(address, err)) is None:
+                raise
             is_lost = True
-            raise _refused(address, err) from err
+            raise found from err
         finally:
             for channel in self._shelf.give_back(shared, is_lost=is_lost):
                 await""",
@@ -207,6 +211,27 @@ MUTANTS = (
         "demands = served.caller_name is not None",
         "demands = False",
         "tests/unit/test_mutual_tls.py::test_whoever_has_no_certificate_that_calls_is_refused_before_any_call",
+    ),
+    Mutant(
+        "messages are sealed without their number",
+        "colm/wire/seal.py",
+        "is_sealed(data, next(number))",
+        "is_sealed(data, 0 * next(number))",
+        "tests/contract/test_seal.py::test_a_message_that_is_lost_is_missed_and_one_that_comes_twice_or_too_early_is_noticed",
+    ),
+    Mutant(
+        "a sealed call may leave the checksum out",
+        "colm/wire/malformed.py",
+        "lambda: is_sealed)",
+        "lambda: False)",
+        "tests/contract/test_seal.py::test_a_sealed_call_is_refused_as_damaged_without_a_checksum_and_answered_with_one",
+    ),
+    Mutant(
+        "damage between members is the client's fault",
+        "colm/wire/channels.py",
+        '_NEVER_WRONG = {"end_of_prompt", "message", "part"}',
+        "_NEVER_WRONG: set[str] = set()",
+        "tests/unit/test_channels.py::test_a_refusal_of_what_was_not_sent_is_a_lost_peer",
     ),
     Mutant(
         "a revoked certificate calls on",
