@@ -15,6 +15,7 @@ from colm.wire.callers import CallerInterceptor
 from colm.wire.malformed import MalformedInterceptor
 from colm.wire.seal import SealedChannel
 from colm.wire.security import Admits, Security, TokenInterceptor, only
+from colm.wire.steady_server import SteadyServer
 from colm.wire.traced import TraceInterceptor
 
 # Tiles and document pieces stay near 1 MiB, where gRPC moves bytes fastest; the limit only stops abuse.
@@ -91,7 +92,7 @@ def create_server(
         interceptors.insert(0, CallerInterceptor(tls.caller_name, lambda: _revoked(security), now))
     if security.token:
         interceptors.insert(0, TokenInterceptor(admits or only(security.token)))
-    return grpc.aio.server(interceptors=interceptors, options=server_options())
+    return SteadyServer(interceptors, server_options())
 
 
 def _revoked(security: Security) -> frozenset[int]:

@@ -45,7 +45,8 @@ def _guarded(handler: grpc.RpcMethodHandler, *, is_sealed: bool) -> grpc.RpcMeth
     checked = (_checked_stream if handler.request_streaming else _checked_message)(behaviour)
     if checked is behaviour:
         return handler
-    serialize = sealing(handler.response_serializer) if is_sealed else None
+    # Bytes that a handler makes itself, tiles, have checksums of their own.
+    serialize = sealing(handler.response_serializer) if is_sealed and handler.response_serializer else None
     return with_behaviour(handler, checked, deserialize, serialize)
 
 

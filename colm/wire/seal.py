@@ -61,10 +61,8 @@ def is_sealed(data: bytes, number: int = 0, field: int = CHECKSUM_FIELD) -> bool
     return data == seal(data[: -_DIGEST_BYTES - 1], number, field)
 
 
-def sealing(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes] | None:
-    """A serializer that seals the messages of one call; none for bytes that go as they are."""
-    if serialize is None:
-        return None
+def sealing(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """A serializer that seals the messages of one call."""
     number = count()
     return lambda message: seal(serialize(message), next(number))
 
@@ -150,7 +148,7 @@ class SealedChannel:
     ) -> Callable[..., Any]:
         def begin(*requests: Any, metadata: Any = None, **of_call: Any) -> Any:
             read = response_deserializer and opening(response_deserializer, lambda: self._has_sealed, self._note)
-            call = make(method, sealing(request_serializer), read, **options)
+            call = make(method, sealing(request_serializer or bytes), read, **options)
             return call(*requests, metadata=(*(metadata or ()), SEALS), **of_call)
 
         return begin

@@ -74,7 +74,6 @@ def test_no_damage_of_a_sealed_message_is_taken_for_another_message(message: Mes
 def test_a_message_that_is_lost_is_missed_and_one_that_comes_twice_or_too_early_is_noticed() -> None:
     """Bug: a token whose frame was taken for another call's was left out of the answer."""
     write = sealing(decode_service_pb2.DecodeResponse.SerializeToString)
-    assert write is not None
     sent = [write(message) for message in [MESSAGES[4]] * 4]
     for came in ([0, 2], [0, 1, 1], [0, 2, 1], [1]):
         read = opening(decode_service_pb2.DecodeResponse.FromString, lambda: True)

@@ -74,7 +74,7 @@ async def test_an_answer_is_the_undisturbed_one_whatever_byte_changes(
     async with killable_gateway(checkpoint.config, TakingTurns([line.address])) as gateway:
         undisturbed = told(await ask(gateway.address))
         for at_byte in range(
-            120 if is_from_server else 260, 1000 if is_from_server else 460, 41 if is_from_server else 7
+            120 if is_from_server else 280, 1000 if is_from_server else 440, 41 if is_from_server else 13
         ):
             await line.break_off()
             line.fault = ByteFault(

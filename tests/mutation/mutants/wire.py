@@ -234,6 +234,13 @@ MUTANTS = (
         "tests/unit/test_channels.py::test_a_refusal_of_what_was_not_sent_is_a_lost_peer",
     ),
     Mutant(
+        "gRPC takes calls of unknown methods",
+        "colm/wire/steady_server.py",
+        "if method is not None:",
+        "if True:",
+        "tests/fault/test_hostile_names.py::test_a_call_of_any_name_is_refused_and_the_server_goes_on",
+    ),
+    Mutant(
         "a revoked certificate calls on",
         "colm/wire/callers.py",
         "if serial in self._revoked():",
