@@ -25,7 +25,7 @@ MUTANTS = (
     Mutant(
         "waiting is prefill",
         "prefill_node/service.py",
-        "            await context.write(pb.PullKvResponse(started=started).SerializeToString())\n",
+        "            await context.write(encode_event(pb.PullKvResponse(started=started)))\n",
         "",
         _WAITING + "test_waiting_for_a_busy_prefill_node_is_told_and_is_no_prefill",
     ),
