@@ -14,8 +14,8 @@ MUTANTS = (
     Mutant(
         "bytes that are no message are the server's fault",
         "colm/wire/malformed.py",
-        "        except DecodeError:\n            return _MALFORMED\n",
-        "        except DecodeError:\n            raise\n",
+        "        except DecodeError:\n            return Unreadable(",
+        "        except DecodeError:\n            raise\n            return Unreadable(",
         "tests/unit/test_malformed.py::test_garbage_on_a_stream_is_an_invalid_argument",
     ),
     Mutant(
