@@ -10,7 +10,7 @@ from cluster.state import ClusterState
 from colm.client import Client, collect
 from colm.nodes import Role
 from colm.sampling import SamplingParams
-from tests.e2e.conftest import RunningCluster, run_colm
+from tests.e2e.conftest import RunningCluster, run_colm, until
 from tests.tiny import tiny_checkpoint
 
 PROMPT = list(range(3, 200))
@@ -72,8 +72,8 @@ def test_options_change_under_requests_and_each_answer_is_whole(cluster: Running
     assert failures == []
     assert len(answers) >= 2
     assert all(answer == answers[0] and len(answer) == 40 for answer in answers)
+    until(lambda: not before[Role.DECODE] & pids(cluster)[Role.DECODE], 60)  # it may still finish what it has
     after = pids(cluster)
-    assert not before[Role.DECODE] & after[Role.DECODE]
     assert before[Role.PREFILL] == after[Role.PREFILL]
     assert "already" in cluster.colm("up", "--config", str(folder / "second.toml")).stderr
     assert pids(cluster) == after
