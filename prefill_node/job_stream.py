@@ -8,7 +8,6 @@ from colm.errors import InvalidRequest, PeerUnavailable, TransferSuperseded
 from colm.kv_position import KvPosition
 from colm.line import wait_at_most
 from colm.wire.shared_memory import SharedMemory
-from colm.wire.tile_codec import WINDOW_BYTES
 from prefill_node.encoded_tile import EncodedTile
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ class JobStream:
                 raise InvalidRequest(
                     "acknowledged",
                     self.job.acknowledged,
-                    f"the caller closed its side; with {WINDOW_BYTES} bytes that are not acknowledged no more is sent",
+                    f"the caller closed its side; with {self.job.window_bytes} unacknowledged bytes no more is sent",
                 )
             elif progress is None:
                 await self.news.wait()
