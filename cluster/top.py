@@ -160,7 +160,7 @@ def _decode(report: NodeReport, seen: Window) -> DecodeView:
         num_decoding=seen.now("colm_decode_requests", stage="decoding"),
         busy=seen.rate("colm_decode_step_seconds_total"),
         step_s=_ratio(steps_s, seen.increase("colm_decode_steps_total")),
-        tokens_per_s=seen.rate("colm_decode_tokens_total"),
+        tokens_per_s=seen.total_rate("colm_decode_tokens_total"),
         accepted=_ratio(
             seen.increase("colm_decode_accepted_tokens_total"), seen.increase("colm_decode_draft_tokens_total")
         ),

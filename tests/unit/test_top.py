@@ -2,7 +2,9 @@
 
 import asyncio
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,6 +18,7 @@ from cluster.top import Watch
 from colm.metrics.endpoint import MetricsEndpoint
 from colm.nodes import ClusterStatus, NodeReport, NodeStatus, ProcessFacts, Role
 
+ROOT = Path(__file__).parents[2]
 BOUNDS = (0.1, 1.0, 10.0)
 
 
@@ -76,6 +79,16 @@ def test_a_quantile_lies_in_the_bucket_of_the_true_one(earlier: list[float], see
     assert found is not None
     assert lower <= found <= min(upper, BOUNDS[-1])
     assert Window(before, before).quantile("colm_seconds", share) is None
+
+
+def test_every_metric_that_is_looked_up_exists_with_these_labels() -> None:
+    source, page = (ROOT / "cluster" / "top.py").read_text(), (ROOT / "docs" / "metrics.md").read_text()
+    asked = re.findall(r'seen\.(\w+)\(\s*"(\w+)"(?:, (\w+)=)?', source)
+    assert len(asked) > 15
+    for how, name, label in asked:
+        row = re.search(rf"^\| `{name}` \| (\w+)(?:, `([\w,]+)`)? \|", page, re.MULTILINE)
+        assert row is not None, name
+        assert how == "total_rate" or (row[2] or "") == label, f"{name} by {label or 'no label'}"
 
 
 def test_a_look_tells_of_the_time_since_the_one_before() -> None:
