@@ -96,8 +96,9 @@ def test_short_prompts_do_not_wait_behind_long_ones_though_every_replica_compute
     has_token = threading.Event()
     may_end = threading.Event()
 
-    def hold(client: Client) -> None:
-        events = client.generate(token_ids=[number % 320 for number in range(20_000)], max_new_tokens=8)
+    def hold(client: Client, first: int) -> None:
+        """A prompt that begins like no other: two that begin alike share a prefill."""
+        events = client.generate(token_ids=[(first + number) % 320 for number in range(20_000)], max_new_tokens=8)
         for event in events:
             if isinstance(event, Token):
                 has_token.set()
@@ -111,7 +112,7 @@ def test_short_prompts_do_not_wait_behind_long_ones_though_every_replica_compute
         longs = []
         # Serve prefers the replica with fewer calls, by what it last heard of them.
         while 0 in num_prefilling() and len(longs) < 4:
-            longs.append(threads.submit(hold, client))
+            longs.append(threads.submit(hold, client, len(longs)))
             until(lambda: sum(num_prefilling()) == len(longs), 60)
         assert 0 not in num_prefilling()
         shorts = [threads.submit(ask, client, PROMPT) for _ in range(4)]

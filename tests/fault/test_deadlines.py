@@ -41,7 +41,7 @@ async def nodes(checkpoint: Checkpoint) -> AsyncIterator[tuple[PrefillNode, Deco
         yield prefill, node
 
 
-WRITERS = {"a decode step": (DecodeEngine, "step"), "a receiving thread": (KvStore, "write")}
+WRITERS = {"a decode step": (DecodeEngine, "step"), "a receiving thread": (KvStore, "write_payload")}
 
 
 async def cancelled_twice_at(gate: Gate, node: DecodeNode) -> None:
@@ -141,9 +141,9 @@ async def test_random_deadlines_never_change_an_answer_that_completes(
         decode_node(path, [prefill.address], kv_cache_bytes=kv_cache_bytes, max_batch_size=4) as node,
     ):
         undisturbed = [await decode(node.address, prompt, num_chains=3) for prompt in prompts]
-        step, write = DecodeEngine.step, KvStore.write
+        step, write = DecodeEngine.step, KvStore.write_payload
         monkeypatch.setattr(DecodeEngine, "step", lambda *args: slowly(step, 0.01, *args))
-        monkeypatch.setattr(KvStore, "write", lambda *args: slowly(write, 0.01, *args))
+        monkeypatch.setattr(KvStore, "write_payload", lambda *args, **more: slowly(write, 0.01, *args, **more))
         started_s = time.monotonic()
         await asyncio.gather(*(decode(node.address, prompts[0], request_id=f"warm {i}") for i in range(8)))
         duration_s = time.monotonic() - started_s
