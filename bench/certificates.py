@@ -12,11 +12,12 @@ from functools import partial
 
 import grpc
 
+from bench.harness.channels import bare_channel
 from bench.harness.contest import Case, Contest, Run
 from bench.harness.suite import Options, arguments, run
 from colm.clock import utc_now
 from colm.wire.authority import Authority
-from colm.wire.endpoint import bind, create_server, open_channel
+from colm.wire.endpoint import bind, create_server
 from colm.wire.members import Member
 from colm.wire.security import Security, new_tls
 
@@ -100,14 +101,14 @@ def _turn(
 async def _connect(address: str, security: Security, num_connections: int) -> dict[str, float]:
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     for _ in range(num_connections):
-        async with open_channel(address, security) as channel:
+        async with bare_channel(address, security) as channel:
             await channel.unary_unary(f"/{_SERVICE}/Call")(b"", timeout=60.0)
     cpu_s = (time.process_time() - start_cpu_s) / num_connections
     return {"s": (time.perf_counter() - start_s) / num_connections, "cpu_s": cpu_s}
 
 
 async def _read(address: str, security: Security, num_mib: int) -> dict[str, float]:
-    async with open_channel(address, security) as channel:
+    async with bare_channel(address, security) as channel:
         await channel.unary_unary(f"/{_SERVICE}/Call")(b"", timeout=60.0)
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         call = channel.unary_stream(f"/{_SERVICE}/Stream")(num_mib.to_bytes(4), timeout=600.0)

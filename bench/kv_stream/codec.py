@@ -20,11 +20,12 @@ import numpy as np
 import torch
 import xxhash
 
+from bench.harness.channels import bare_blocking_channel
 from bench.harness.contest import Case, Contest
 from bench.harness.environment import peak_memory_bytes
 from colm.kv import KvFormat, KvTile
 from colm.kv_position import KV_START
-from colm.wire.endpoint import bind, create_server, open_blocking_channel
+from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security, new_tls
 from colm.wire.tile_codec import (
     METHOD,
@@ -207,7 +208,7 @@ def receive(
     ledger = TransferLedger(transfer_id="bench", num_layers=1, num_tokens=case.num_messages)
     transfer = KvTransfer(ledger=ledger, fingerprint="", token_ids=np.zeros(1, dtype=np.int64), table_M=pages)
     requests, stored = KvRequests(transfer, "", lambda: None), KV_START
-    with open_blocking_channel(address, security) as channel:
+    with bare_blocking_channel(address, security) as channel:
         grpc.channel_ready_future(channel).result(timeout=START_TIMEOUT_S)
         start = time.perf_counter()
         count = 0

@@ -14,11 +14,11 @@ import grpc
 import numpy as np
 import torch
 
+from bench.harness.channels import bare_blocking_channel
 from bench.harness.contest import Bar, Case, Contest
 from bench.kv_stream.sender import FINGERPRINT, FORMAT, RAW, Addresses, random_keys_values, sending
 from colm.clock import MonotonicClock
 from colm.wire.channels import BlockingChannels
-from colm.wire.endpoint import open_blocking_channel
 from colm.wire.security import Security, new_tls
 from colm.wire.shared_memory import host_id
 from decode_node.kv_fetch import KvTransfer
@@ -153,7 +153,7 @@ class _Ways:
             return sum(len(message) for message in call(b"%d,%d" % (message_bytes, times)))
 
         with ExitStack() as stack:
-            channels = [stack.enter_context(open_blocking_channel(address, security)) for _ in range(num_channels)]
+            channels = [stack.enter_context(bare_blocking_channel(address, security)) for _ in range(num_channels)]
             readers = stack.enter_context(ThreadPoolExecutor(num_channels))
             for channel in channels:
                 grpc.channel_ready_future(channel).result()

@@ -174,14 +174,14 @@ def test_up_renews_what_has_expired_while_the_cluster_was_down_or_says_what_to_d
     config = load_config(None, {"ray.address": "auto", "security.folder": folder})
     (folder / "ca_key.pem").rename(tmp_path / "elsewhere")
     said: list[str] = []
-    secrets = _secrets(config, tmp_path, said.append)
+    secrets = _secrets(config, tmp_path, said.append, is_new=True)
     assert len(said) == len(Member)
     assert "`colm certificates rotate --from DIR`" in said[0]
     with pytest.raises(ConfigError, match="expired"):
         secrets.of_clients()
     (tmp_path / "elsewhere").rename(folder / "ca_key.pem")
     said.clear()
-    assert _secrets(config, tmp_path, said.append).of_clients().tls
+    assert _secrets(config, tmp_path, said.append, is_new=True).of_clients().tls
     assert said == []
 
 

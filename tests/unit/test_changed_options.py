@@ -72,7 +72,7 @@ def test_a_role_whose_options_stay_has_the_version_that_it_had(tmp_path: Path) -
     assert versions() == first
     for option, roles in (
         ({"decode.max_batch_size": 3}, {"decode"}),
-        ({"prefill.tile_tokens": 128}, {"prefill"}),
+        ({"prefill.stall_s": 7.0}, {"prefill"}),
         ({"gateway.max_requests": 9}, {"gateway"}),
         ({"metrics.enabled": False}, {"prefill", "decode", "gateway"}),
     ):
