@@ -29,6 +29,8 @@ from colm.wire.v1 import common_pb2 as pb
 logger = logging.getLogger(__name__)
 
 DETAIL_KEY = "colm-error-bin"
+_CUT = "Stream removed"
+"""gRPC's own words, under UNKNOWN, where a connection broke in the middle of a TLS record."""
 _Kind = pb.ErrorDetail
 
 # Subclasses stand before their bases: the first match wins.
@@ -102,7 +104,7 @@ def error_of(error: grpc.RpcError, peer: str) -> ColmError:
     for kind, _, detail_kind in _BY_ERROR:
         if detail.kind == detail_kind:
             return _rebuild(kind, detail, message)
-    if code == grpc.StatusCode.UNAVAILABLE:
+    if code == grpc.StatusCode.UNAVAILABLE or (code == grpc.StatusCode.UNKNOWN and message.startswith(_CUT)):
         return ConnectionLost(f"{peer} is not reachable or was lost: {message}")
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"the deadline passed while waiting for {peer}")

@@ -461,3 +461,18 @@ def test_error_details_of_every_kind_are_known() -> None:
     kinds: Iterator[int] = iter(common_pb2.ErrorDetail.Kind.values())
     unmapped = {common_pb2.ErrorDetail.Kind.Name(kind) for kind in kinds if kind not in mapped}
     assert unmapped == {"KIND_UNSPECIFIED", "KIND_INTERNAL"}
+
+
+@pytest.mark.parametrize(
+    ("details", "kind"),
+    [
+        ("Stream removed (Unwrap failed (TSI_DATA_CORRUPTED))", ConnectionLost),
+        ("Unexpected <class 'KeyError'>", PeerFailed),
+    ],
+)
+def test_a_connection_that_breaks_within_a_tls_record_is_lost_and_no_fault_of_the_peer(
+    details: str, kind: type[ColmError]
+) -> None:
+    """Bug: a client whose connection broke there did not ask for the rest of its answer."""
+    nothing = grpc.aio.Metadata()
+    assert type(error_of(grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, nothing, nothing, details), PEER)) is kind
