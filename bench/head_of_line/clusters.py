@@ -1,14 +1,15 @@
 """The cluster that is measured: one that runs, or one for the time being."""
 
+import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.lifecycle import down, up
-from cluster.options import load_config
 from cluster.state import ClusterState
+from colm.errors import ClusterError
 
 
 @contextmanager
@@ -27,14 +28,21 @@ def running(model: Path, state_dir: Path | None, options: Mapping[str, object] |
         yield ClusterState.require(state_dir)
         return
     with tempfile.TemporaryDirectory(prefix="colm-bench-") as folder:
-        config = load_config(None, {"model.path": model, "gateway.port": 0, **(options or {})})
-        state = up(config, Path(folder), _say)
+        file = Path(folder) / "colm.toml"
+        file.write_text(_toml({"model.path": str(model.absolute()), "gateway.port": 0, **(options or {})}))
+        # A process reads the token of the first Ray that it joins, and keeps it for all others.
+        _colm(Path(folder), "up", "--config", str(file))
         try:
-            yield state
+            yield ClusterState.require(Path(folder))
         finally:
-            down(Path(folder), _say)
+            _colm(Path(folder), "down")
 
 
-def _say(line: str) -> None:
-    with suppress(OSError):  # whoever read it may be gone, and what is being stopped must be stopped all the same
-        sys.stderr.write(f"{line}\n")
+def _toml(options: Mapping[str, object]) -> str:
+    return "".join(f"{option} = {json.dumps(value)}\n" for option, value in options.items())
+
+
+def _colm(state_dir: Path, *words: str) -> None:
+    command = [sys.executable, "-c", "from cluster.cli import main; main()", *words, "--state-dir", str(state_dir)]
+    if subprocess.run(command, check=False).returncode:
+        raise ClusterError(f"`colm {words[0]}` failed, as it says above")
