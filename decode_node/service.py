@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 
 import grpc
 
-from colm.beside import Beside
+from colm.beside import beside
 from colm.clock import Clock, Deadline
 from colm.errors import InvalidRequest
 from colm.events import Resumed
@@ -60,10 +60,9 @@ class DecodeService(DecodeServiceServicer):
                     stack.callback(self._leases.release, self._leases.open(opened.lease_id))
                 job = await self._read(opened, request_iterator, context.time_remaining())
                 events = await stack.enter_async_context(self._answers.begin(job, opened.answer_key))
-            async with Beside(self._change(job, request_iterator)) as change:
+            async with beside(self._change(job, request_iterator)):
                 async for event in events:
-                    with change.held_off():
-                        await context.write(decode_response(event))
+                    await context.write(decode_response(event))
 
     async def CancelDecode(
         self, request: pb.CancelDecodeRequest, context: grpc.aio.ServicerContext

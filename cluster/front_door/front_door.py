@@ -15,7 +15,7 @@ from cluster.front_door.pulled import pulled
 from cluster.front_door.resumption import Resumption
 from cluster.node_registry import NodeRegistry
 from colm import tracing
-from colm.beside import Beside
+from colm.beside import beside
 from colm.clock import Clock, Deadline
 from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, InvalidRequest
 from colm.events import Accepted, Event, ScaleChanged
@@ -111,7 +111,7 @@ class FrontDoor:
                 deadline = Deadline(self._clock, arrived_s + timeout_s)
                 running.reschedule(asyncio.get_running_loop().time() + deadline.remaining_s())
                 await emit(self._accepted(job, timeout_s))
-                async with Beside(self._change(job.scale, changes, emit)):
+                async with beside(self._change(job.scale, changes, emit)):
                     await self._placement.run(job, deadline, emit)
 
             try:
@@ -149,7 +149,7 @@ class FrontDoor:
             async def serve(emit: Emit) -> None:
                 key = _owned(answer_key, owner)
                 scale: Changing[Scale | None] = Changing(None)
-                async with Beside(self._change(scale, changes, emit)):
+                async with beside(self._change(scale, changes, emit)):
                     await self._resumption.run(
                         self._model.name, key, num_tokens, scale=scale, deadline=deadline, emit=emit
                     )

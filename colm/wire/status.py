@@ -66,8 +66,13 @@ async def abort(context: grpc.aio.ServicerContext, error: ColmError) -> NoReturn
 
 @asynccontextmanager
 async def answering(context: grpc.aio.ServicerContext, call: str) -> AsyncIterator[None]:
-    """Turn whatever a handler raises into exactly one status; cancellation passes through."""
+    """Turn whatever a handler raises into exactly one status; cancellation passes through.
+
+    What every call begins with is sent at once: gRPC sends it with the first message otherwise, and where that write is
+    cancelled, by a deadline or by what else ends the handler, the status would never follow.
+    """
     try:
+        await context.send_initial_metadata(())
         yield
     except ColmError as error:
         logger.info("%s.failed error=%s message=%s", call, type(error).__name__, error)

@@ -2,8 +2,8 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -476,3 +476,24 @@ def test_a_connection_that_breaks_within_a_tls_record_is_lost_and_no_fault_of_th
     """Bug: a client whose connection broke there did not ask for the rest of its answer."""
     nothing = grpc.aio.Metadata()
     assert type(error_of(grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, nothing, nothing, details), PEER)) is kind
+
+
+@pytest.mark.parametrize("failure", [aio_failure, threaded_failure])
+async def test_a_call_whose_first_write_is_cancelled_ends_with_its_error(
+    failure: Callable[..., Awaitable[ColmError]],
+) -> None:
+    """Bug: gRPC's status never followed, and the caller waited for its deadline."""
+
+    async def behaviour(_: AsyncIterator[kv_pb.PullKvRequest], context: grpc.aio.ServicerContext) -> None:
+        handler = asyncio.current_task()
+        assert handler is not None
+        async with answering(context, "pull_kv"):
+            asyncio.get_running_loop().call_soon(handler.cancel)
+            with suppress(asyncio.CancelledError):
+                await context.write(kv_pb.PullKvResponse().SerializeToString())
+            handler.uncancel()
+            raise InvalidRequest("part", "x", "is not known here")
+
+    async with serving(behaviour) as address:
+        error = await failure(address)
+    assert isinstance(error, InvalidRequest), error

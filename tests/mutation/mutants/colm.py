@@ -240,11 +240,4 @@ MUTANTS = (
         "trace.StatusCode.ERROR, repr(err))",
         "tests/unit/test_tracing.py::test_a_span_has_its_parent_its_facts_and_the_name_of_its_error",
     ),
-    Mutant(
-        "an error beside a write to gRPC breaks it off",
-        "colm/beside.py",
-        "        if not self._is_held_off:\n",
-        "        if True:\n",
-        "tests/unit/test_changing_scale.py::test_an_error_beside_a_block_waits_for_what_must_not_be_broken_off",
-    ),
 )

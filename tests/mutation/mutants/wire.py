@@ -331,4 +331,11 @@ MUTANTS = (
         "    if False:\n        raise ConfigError",
         "tests/unit/test_token_files.py::test_a_file_without_a_token_is_refused",
     ),
+    Mutant(
+        "a first write that is cancelled leaves its call without an end",
+        "colm/wire/status.py",
+        "        await context.send_initial_metadata(())\n",
+        "",
+        "tests/contract/test_messages.py::test_a_call_whose_first_write_is_cancelled_ends_with_its_error",
+    ),
 )
