@@ -6,14 +6,13 @@ first, with limits on time and memory, and runs under the library's own limits a
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from colm.child import TookTooMuch, ask_child
 from colm.errors import InvalidRequest
 from colm.sampling import Constraint
 from colm.text.tokenizer import Tokenizer
@@ -27,8 +26,6 @@ _CHILD = Path(__file__).with_name("constraint_child.py")
 _CPU_S = 2
 """Its start included, which takes 0.1 s."""
 _MEMORY_BYTES = 512 << 20
-_TIMEOUT_S = 60.0
-"""For a child that the machine gives no CPU time; one that computes ends long before."""
 _MAX_AT_ONCE = 2
 MAX_KEPT = 16
 """Grammars kept: of 10,000 lexer states, each has at most 20 MB."""
@@ -141,14 +138,6 @@ def _tried_out(grammar: str) -> str:
     """Why a grammar cannot be served; empty where it can."""
     task = {"grammar": grammar, "limits": _LIMITS, "cpu_s": _CPU_S, "memory_bytes": _MEMORY_BYTES}
     try:
-        child = subprocess.run(
-            [sys.executable, "-P", str(_CHILD)],
-            input=json.dumps(task).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_TIMEOUT_S,
-            check=True,
-        )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return str(ask_child([str(_CHILD)], json.dumps(task).encode())["refused"])
+    except TookTooMuch:
         return f"takes more than {_CPU_S} s of CPU time or {_MEMORY_BYTES >> 20} MiB to compile; make it simpler"
-    return str(json.loads(child.stdout)["refused"])

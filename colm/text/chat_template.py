@@ -1,8 +1,6 @@
 """A checkpoint's chat template: a program that a stranger wrote, rendered by a child process with limits."""
 
 import json
-import subprocess
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -10,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from colm.child import TookTooMuch, ask_child
 from colm.errors import CheckpointError, InvalidRequest
 from colm.request import ChatRole
 
@@ -20,8 +19,6 @@ _MEMORY_BYTES = 256 << 20
 _MAX_CHARS = 1 << 20
 MAX_KEPT = 64
 """Sequences of roles whose text is kept."""
-_TIMEOUT_S = 60.0
-"""For a child that the machine gives no CPU time; one that computes ends long before."""
 
 
 class ChatTemplate:
@@ -90,20 +87,12 @@ class ChatTemplate:
             "max_chars": _MAX_CHARS,
         }
         try:
-            child = subprocess.run(
-                [sys.executable, "-P", str(_CHILD)],
-                input=json.dumps(task).encode(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                timeout=_TIMEOUT_S,
-                check=True,
-            )
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as err:
+            answer = ask_child([str(_CHILD)], json.dumps(task).encode())
+        except TookTooMuch as err:
             raise CheckpointError(
                 f"text.chat_template takes more than {_CPU_S} s of CPU time, {_MEMORY_BYTES >> 20} MiB of memory or "
                 f"{_MAX_CHARS >> 20} MiB of text; import the model again with another one"
             ) from err
-        answer: dict[str, Any] = json.loads(child.stdout)
         if not _is_text(str(answer.get("text", ""))):
             raise CheckpointError("text.chat_template writes half a surrogate pair; import the model again")
         if "broken" in answer:

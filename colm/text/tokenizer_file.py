@@ -1,13 +1,12 @@
 """tokenizer.json, whose reader is a library in Rust that may fail in any way on a file that a stranger wrote."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import tokenizers
 
+from colm.child import TookTooMuch, ask_child
 from colm.errors import CheckpointError
 from colm.text import tokenizer_schema
 
@@ -19,8 +18,6 @@ _LARGE_CONTAINERS: Final = 1 << 17
 _CPU_S: Final = 10
 """LLaMA 3's, of 17 MB, takes half a second."""
 _MEMORY_BYTES: Final = 2 << 30
-_TIMEOUT_S: Final = 120.0
-"""For a child that the machine gives no CPU time."""
 
 
 def parse_tokenizer(tokenizer_json: bytes) -> tuple[Any, bool]:
@@ -56,17 +53,10 @@ def part_of(step: Any) -> dict[str, Any] | None:
 
 def _check_in_a_child(tokenizer_json: bytes) -> bool:
     try:
-        child = subprocess.run(
-            [sys.executable, "-P", "-m", tokenizer_schema.__name__, str(_CPU_S), str(_MEMORY_BYTES)],
-            input=tokenizer_json,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_TIMEOUT_S,
-            check=True,
-        )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as err:
+        words = ["-m", tokenizer_schema.__name__, str(_CPU_S), str(_MEMORY_BYTES)]
+        answer = ask_child(words, tokenizer_json, timeout_s=120.0)
+    except TookTooMuch as err:
         raise ValueError(f"it takes more than {_CPU_S} s of CPU time or {_MEMORY_BYTES >> 30} GiB of memory") from err
-    answer: dict[str, Any] = json.loads(child.stdout)
     if "problem" in answer:
         raise ValueError(answer["problem"])
     return bool(answer["is_linear"])
