@@ -10,14 +10,11 @@ The pages of a block that is here are never written again. Where a prompt ends i
 writing behind it: that page, the stub, is copied and not shared.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from colm.segmented_lru import SegmentedLru
 from decode_node.page_pool import PageBlock, PageLease, PagePool
-
-PROTECTED_SHARE = 0.8
-"""Of the idle pages' limit, what blocks that were wanted again may take: so one-off documents push out each other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,10 +78,7 @@ class PrefixCache:
         self.num_evicted_pages = 0
         self._max_idle_pages = max_idle_pages
         self._entries: dict[bytes, _Entry] = {}
-        # Oldest first.
-        self._probation: OrderedDict[_Entry, None] = OrderedDict()
-        self._protected: OrderedDict[_Entry, None] = OrderedDict()
-        self._num_protected_pages = 0
+        self._lru: SegmentedLru[_Entry] = SegmentedLru(max_idle_pages)
         self._coming: dict[PageLease, list[_Entry]] = {}
         self._source: dict[_Entry, PageLease] = {}
 
@@ -125,10 +119,8 @@ class PrefixCache:
     def check_integrity(self) -> None:
         """True after every call."""
         self.pool.check_integrity()
-        lists = [*self._probation, *self._protected]
-        assert len(lists) == len({*lists}) == len(self._entries), "a block in two lists"
-        assert {*lists} == {*self._entries.values()}
-        assert self._num_protected_pages == sum(entry.num_pages for entry in self._protected)
+        self._lru.check_integrity()
+        assert {*self._lru} == {*self._entries.values()}
         assert all(self._entries[entry.key] is entry for entry in self._source), "a block is coming that nobody finds"
         assert {*self._source} == {entry for coming in self._coming.values() for entry in coming}
         for lease, coming in self._coming.items():
@@ -164,7 +156,7 @@ class PrefixCache:
             copy, copied_by = (stub.runs[0][0], own[0].runs[0][0]), self._source.get(found[-1])
         sources = dict.fromkeys(self._source[entry] for entry in found if entry in self._source)
         for entry in reversed(found):
-            self._protect(entry)
+            self._lru.use(entry)
         if keys := wanted.keys[len(found) :]:
             self._expect(lease, keys, own, own[len(keys)] if has_own_stub else None)
         return Reservation(lease=lease, num_found=len(found), sources=tuple(sources), copy=copy, copied_by=copied_by)
@@ -183,27 +175,16 @@ class PrefixCache:
             self._entries[key] = entry
             self._source[entry] = lease
             coming.append(entry)
-        self._probation |= dict.fromkeys(reversed(coming))
+        for entry in reversed(coming):
+            self._lru.add(entry, entry.num_pages)
         self._coming[lease] = coming
-
-    def _protect(self, entry: _Entry) -> None:
-        if entry in self._probation:
-            del self._probation[entry]
-            self._num_protected_pages += entry.num_pages
-            self._protected[entry] = None
-        else:
-            self._protected.move_to_end(entry)
-        while self._num_protected_pages > PROTECTED_SHARE * self._max_idle_pages:
-            oldest, _ = self._protected.popitem(last=False)
-            self._num_protected_pages -= oldest.num_pages
-            self._probation[oldest] = None
 
     def _evict(self, num_pages: int, spared: Iterable[_Entry]) -> None:
         """Make at least so many idle pages free, if there are, and none of the spared ones."""
         if num_pages <= 0:
             return
         spared, victims = {*spared}, []
-        for entry in (*self._probation, *self._protected):
+        for entry in self._lru:
             if num_pages <= 0:
                 break
             if entry not in spared and (num_idle := self._num_idle(entry)):
@@ -220,10 +201,6 @@ class PrefixCache:
         del self._entries[entry.key]
         if (lease := self._source.pop(entry, None)) is not None and lease in self._coming:
             self._coming[lease].remove(entry)
-        if entry in self._protected:
-            self._num_protected_pages -= entry.num_pages
-            del self._protected[entry]
-        else:
-            del self._probation[entry]
+        self._lru.remove(entry)
         for block in entry.blocks:
             self.pool.drop(block)

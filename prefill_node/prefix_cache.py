@@ -1,19 +1,16 @@
 """Keys and values of prompts that were computed, kept for prompts that begin alike.
 
-A prompt is cut into the engine's tiles. A tile's key is a hash over its ids and the key of the tile before it, so it
-stands for the whole prefix that the tile ends. Prompts of the same key have the same keys and values, to the bit: the
-engine computes a tile from what lies before it alone, in the same rows. The first key hashes what else they depend on:
-weights and format (the fingerprint), dense attention, and the salt of whose prompt it is. A prompt's last tile may be
-shorter; its key then stands for prompts that end there.
+A prompt is cut into the engine's tiles. A tile's key stands for the whole prefix that the tile ends (`colm/prefix.py`).
+Prompts of the same key have the same keys and values, to the bit: the engine computes a tile from what lies before it
+alone, in the same rows. The first key hashes what else they depend on: weights and format (the fingerprint), dense
+attention, and the salt of whose prompt it is. A prompt's last tile may be shorter; its key then stands for prompts that
+end there.
 
-Kept tiles lie in two lists, each with the least recently used first. New ones enter `probation`. Those that a later
-prompt has read are `protected`: new ones do not push them out. So documents that come once push each other out, and
-nothing else. A tile counts as used later than those that follow it, so a chain is evicted from its end: it has no hole,
-and no tile that nobody can find.
+Tiles that a later prompt has read are not pushed out by new ones (`colm/segmented_lru.py`). A tile counts as used later
+than those that follow it, so a chain is evicted from its end: it has no hole, and no tile that nobody can find.
 """
 
-import hashlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -23,9 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.kv import KvFormat, KvTile
-
-PROTECTED_SHARE = 0.8
-"""Of the budget, for tiles that were read again; what is beyond goes back to the others."""
+from colm.prefix import block_digests, root_digest
+from colm.segmented_lru import SegmentedLru
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -98,9 +94,8 @@ class PrefixCache:
         self._tile_tokens = tile_tokens
         self._budget_bytes = budget_bytes
         self._fingerprint = fingerprint
-        self._probation: OrderedDict[bytes, KeptTile] = OrderedDict()
-        self._protected: OrderedDict[bytes, KeptTile] = OrderedDict()
-        self._protected_bytes = 0
+        self._tiles: dict[bytes, KeptTile] = {}
+        self._lru: SegmentedLru[bytes] = SegmentedLru(budget_bytes)
         self.held_bytes = 0
         """Of all tiles that are kept or being filled."""
         self.counts = PrefixCounts()
@@ -109,14 +104,8 @@ class PrefixCache:
         """The longest prefix of a prompt that is kept; to be given back with `close`."""
         if not self._budget_bytes:
             return PrefixHold()
-        # Each of the three has its length before it, so that no two roots are written alike.
-        parts = (self._fingerprint.encode(), b"dense", salt)
-        key = _digest(b"".join(len(part).to_bytes(4, "little") + part for part in parts))
-        keys = []
-        for first in range(0, len(token_ids), self._tile_tokens):
-            key = _digest(key, token_ids[first : first + self._tile_tokens].astype("<i8").tobytes())
-            keys.append(key)
-        hold = PrefixHold(keys=keys, num_tokens=len(token_ids))
+        root = root_digest(self._fingerprint, "dense", salt.hex())
+        hold = PrefixHold(keys=[*block_digests(root, token_ids, self._tile_tokens)], num_tokens=len(token_ids))
         self.look_again(hold)
         return hold
 
@@ -124,7 +113,7 @@ class PrefixCache:
         """Whether more of the prompt is kept by now; before its job begins."""
         num_before = len(hold.read)
         for key in hold.keys[num_before:]:
-            if (kept := self._protected.get(key) or self._probation.get(key)) is None:
+            if (kept := self._tiles.get(key)) is None:
                 break
             kept.num_holders += 1
             hold.read.append(kept)
@@ -169,52 +158,38 @@ class PrefixCache:
         for kept in reversed(filled):  # the end of the chain is the first to go
             is_whole = len(kept.layers) == self._kv_format.num_layers
             # Another job may have filled the same one meanwhile; it is used as this one would be.
-            twin = next((tiles for tiles in (self._protected, self._probation) if kept.key in tiles), None)
-            if is_whole and twin is None:
-                self._probation[kept.key] = kept
+            has_twin = kept.key in self._tiles
+            if is_whole and not has_twin:
+                self._tiles[kept.key] = kept
+                self._lru.add(kept.key, kept.num_bytes)
                 continue
             self.held_bytes -= kept.num_bytes
-            if twin is not None:
-                twin.move_to_end(kept.key)
+            if has_twin:
+                self._lru.refresh(kept.key)
         read, hold.read = hold.read, []
         for kept in reversed(read):
             kept.num_holders -= 1
-            self._protect(kept)
-
-    def _protect(self, kept: KeptTile) -> None:
-        if self._probation.pop(kept.key, None) is not None:
-            self._protected_bytes += kept.num_bytes
-        self._protected[kept.key] = kept
-        self._protected.move_to_end(kept.key)
-        while self._protected_bytes > PROTECTED_SHARE * self._budget_bytes:
-            _, demoted = self._protected.popitem(last=False)
-            self._protected_bytes -= demoted.num_bytes
-            self._probation[demoted.key] = demoted
+            self._lru.use(kept.key)
 
     def _make_room(self, num_bytes: int) -> bool:
         while self.held_bytes + num_bytes > self._budget_bytes:
-            evicted = next((kept for kept in self._probation.values() if not kept.num_holders), None)
+            evicted = next((key for key in self._lru.on_probation if not self._tiles[key].num_holders), None)
             if evicted is None:
                 return False
-            del self._probation[evicted.key]
-            self.held_bytes -= evicted.num_bytes
+            self._lru.remove(evicted)
+            self.held_bytes -= self._tiles.pop(evicted).num_bytes
             self.counts.num_evicted_tiles += 1
         return True
 
     def check_integrity(self, holds: Collection[PrefixHold]) -> None:
         """Assert that bytes and holders are those of the tiles and of the open holds, and that no chain has a hole."""
-        tiles = {**self._probation, **self._protected}
-        assert len(tiles) == len(self._probation) + len(self._protected)
+        tiles = self._tiles
+        self._lru.check_integrity()
+        assert {*self._lru} == tiles.keys()
         filled = [kept for hold in holds for kept in hold.filled]
         assert self.held_bytes == sum(kept.num_bytes for kept in [*tiles.values(), *filled]) <= self._budget_bytes
-        assert self._protected_bytes == sum(kept.num_bytes for kept in self._protected.values())
         holders = Counter(kept.key for hold in holds for kept in hold.read)
         assert holders == Counter({key: kept.num_holders for key, kept in tiles.items() if kept.num_holders})
         for kept in tiles.values():
             assert len(kept.layers) == self._kv_format.num_layers
             assert kept.parent in tiles or not kept.first_token
-
-
-def _digest(*parts: bytes) -> bytes:
-    # Not a fast hash that can be steered: whoever finds two prompts of one key reads another one's answer.
-    return hashlib.blake2b(b"".join(parts), digest_size=32).digest()

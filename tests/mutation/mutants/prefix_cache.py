@@ -23,22 +23,22 @@ MUTANTS = (
     Mutant(
         "what was kept for one salt is found by another",
         "prefill_node/prefix_cache.py",
-        'parts = (self._fingerprint.encode(), b"dense", salt)',
-        'parts = (self._fingerprint.encode(), b"dense")',
+        'root_digest(self._fingerprint, "dense", salt.hex())',
+        'root_digest(self._fingerprint, "dense")',
         "tests/unit/test_prefix_cache.py::"
         "test_a_prompt_is_found_whole_and_one_that_begins_alike_up_to_the_last_whole_tile",
     ),
     Mutant(
         "a tile is found by its own ids alone",
-        "prefill_node/prefix_cache.py",
-        "key = _digest(key, token_ids[first",
-        "key = _digest(b'', token_ids[first",
+        "colm/prefix.py",
+        "key=digest, digest_size",
+        "key=root, digest_size",
         "tests/unit/test_prefix_cache.py::test_a_tile_is_not_found_behind_another_prefix",
     ),
     Mutant(
         "a tile makes way while a job reads it",
         "prefill_node/prefix_cache.py",
-        "if not kept.num_holders), None)",
+        "if not self._tiles[key].num_holders), None)",
         "), None)",
         "tests/unit/test_prefix_cache.py::test_what_a_job_reads_does_not_make_way",
     ),
@@ -69,5 +69,12 @@ MUTANTS = (
         "                run.k_KNE[:, start:stop] = tile.k_KTD\n",
         "",
         "tests/numerics/test_prefix_runs.py::test_what_lies_behind_a_kept_prefix_has_the_bits_of_a_run_of_everything",
+    ),
+    Mutant(
+        "what was read once is pushed out by what is new",
+        "colm/segmented_lru.py",
+        "return chain(self._on_probation, self._protected)",
+        "return chain(self._protected, self._on_probation)",
+        "tests/unit/test_segmented_lru.py::test_what_comes_once_pushes_out_nothing_that_was_wanted_again",
     ),
 )
