@@ -64,7 +64,11 @@ class RecoveryCase(Case):
     def contest(self, seed: int) -> Iterator[Contest]:
         """A turn is an answer with a kill in it, after all replicas have come back from the last one."""
         del seed  # nothing is drawn
-        options = {} if self.standby is None else {f"{self.standby.value}.standby": 1}
+        # A decode node that finds the prompt in its own pages does not ask for it, and where the prefill node has been
+        # killed in another turn, both have lost it.
+        options: dict[str, object] = {"decode.prefix_cache_bytes": 0}
+        if self.standby is not None:
+            options[f"{self.standby.value}.standby"] = 1
         with running(self.model, None, options) as state, _Asked(self, state) as asked:
             kills = {"decode": asked.lose_decode, "gateway": asked.lose_gateway, "prefill": asked.lose_prefill}
             if self.standby is not None:
