@@ -20,6 +20,7 @@ from colm.events import PrefillProgress, Queued, SparseReport, WaitsFor
 from colm.kv_position import KV_START
 from colm.line import BEAT_INTERVAL_S, wait_at_most
 from colm.metrics.kv_stream import KvStreamMetrics
+from colm.prefix_routes import PrefixRoutes
 from colm.request import AttentionMode, KvCodec
 from colm.retry import RetryPolicy
 from colm.wire import endpoint
@@ -143,6 +144,7 @@ class KvFetcher:
         self._clock = clock
         self._retry = retry
         self._metrics = metrics
+        self._routes = PrefixRoutes()
         self._threads = ThreadPoolExecutor(max_workers=max_transfers, thread_name_prefix="kv-receiver")
 
     async def stop(self) -> None:
@@ -176,18 +178,25 @@ class KvFetcher:
                 await asyncio.sleep(pause_s)
 
     async def _attempt(self, holder: "_Holder", order: KvOrder, account: KvAccount, emit: Emit) -> None:
-        """Fetch from a node; one that refuses, the prompt or its caller, is followed by the free ones, once each."""
+        """Fetch from a node; one that refuses, the prompt or its caller, is followed by the free ones, once each.
+
+        The first to be asked is the one that holds the transfer's job, or has been asked for the longest beginning.
+        """
         num_tokens, refusals = len(order.token_ids), dict[str, ColmError]()
+        # A sparse plan follows a whole prompt: a prefill node keeps nothing of it for another.
+        keys = self._routes.keys(order.token_ids, order.cache_salt) if order.attention == "dense" else ()
 
         async def beat(num_ahead: int) -> None:
             await emit(Queued(waits_for=WaitsFor.PREFILL_NODE, num_ahead=num_ahead))
 
         while True:
             asked_s = self._clock.now()
+            preferred = holder.address or self._routes.find(keys, self._prefill_pool.loads())
             try:
                 async with self._prefill_pool.lease(
-                    num_tokens=num_tokens, beat=beat, preferred=holder.address, refused_by=refusals
+                    num_tokens=num_tokens, beat=beat, preferred=preferred, refused_by=refusals
                 ) as lease:
+                    self._routes.note(keys, lease.address)
                     try:
                         with tracing.span("fetch_kv", node=lease.address):
                             await self._transfer(lease, asked_s, holder, order, account, emit)

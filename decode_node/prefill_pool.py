@@ -1,6 +1,6 @@
 """Where a decode node gets a prefill node from."""
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +25,9 @@ class PrefillLease:
 class PrefillPool(Protocol):
     """Lends prefill nodes. The cluster's pool asks Ray Serve; the static one knows addresses."""
 
+    def loads(self) -> Mapping[str, int]:
+        """Streams of ours on each node, by address: those that are known, but for nodes that failed lately."""
+
     def lease(
         self, *, num_tokens: int, beat: Beat, preferred: str | None, refused_by: Collection[str]
     ) -> AbstractAsyncContextManager[PrefillLease]:
@@ -33,7 +36,7 @@ class PrefillPool(Protocol):
         Args:
             num_tokens: of the prompt.
             beat: told of the wait.
-            preferred: address of a node that has begun with this prompt; to be lent where the pool can choose.
+            preferred: address of a node that has begun with this prompt, or one that begins alike; lent if it has room.
             refused_by: addresses of nodes that had no room for this prompt; none of them is lent. With some, the prompt
                 waits for nobody.
 
@@ -87,6 +90,11 @@ class StaticPrefillPool:
         self._clock = clock
         self._max_streams = max_streams
         self._line = Line("a prefill node", max_waiting=max_waiting)
+
+    def loads(self) -> Mapping[str, int]:
+        """Of all nodes that do not rest."""
+        now_s = self._clock.now()
+        return {node.address: node.num_streams for node in self._nodes if node.rests_until_s <= now_s}
 
     @asynccontextmanager
     async def lease(

@@ -10,13 +10,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.front_door.prefix_routes import PrefixRoutes
 from cluster.node_registry import NodeRegistry
 from colm.clock import Clock, Deadline
 from colm.errors import CapacityExceeded, ColmError, PeerFailed, PeerRefused, PeerUnavailable, PrefillUnavailable
 from colm.events import Event, Finished, Queued, Reserved, ScaleChanged, Token, WaitsFor
 from colm.line import Beat
 from colm.nodes import Role
+from colm.prefix_routes import PrefixRoutes
 from colm.request import AttentionMode, KvCodec
 from colm.retry import RetryPolicy
 from colm.sampling import SamplingParams
@@ -240,7 +240,8 @@ class Placement:
     def _others(self, keys: Sequence[bytes]) -> list[str]:
         """The addresses of all nodes but the one that should have the prompt; none where it is all the same."""
         nodes = [node.report for node in self._registry.nodes() if node.report.role is Role.DECODE]
-        wanted = self._routes.find(keys, nodes)
+        loads = {node.address: node.num_active_requests + node.num_queued_requests for node in nodes}
+        wanted = self._routes.find(keys, loads)
         return [] if wanted is None else [node.address for node in nodes if node.address != wanted]
 
     @asynccontextmanager

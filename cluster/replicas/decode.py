@@ -1,13 +1,15 @@
 """A decode node as a Ray Serve replica, and the prefill nodes that it borrows from Serve."""
 
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from cluster.replicas.lender import ServeLender
 from cluster.replicas.node import NodeReplica
 from cluster.secret_files import SecretFiles
+from colm.errors import CapacityExceeded, PeerFailed, PeerUnavailable
 from colm.line import Beat
 from colm.nodes import NodeReport, Role
 from colm.tracing import TraceFiles
@@ -15,17 +17,31 @@ from colm.wire.members import Member
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import PrefillLease, no_other
 
+MAX_KNOWN_NODES: Final = 256
+"""Prefill nodes that a pool remembers: those that it lent last."""
+
 
 class ServePrefillPool:
-    """Lends the prefill nodes that Ray Serve runs."""
+    """Lends the prefill nodes that Ray Serve runs.
+
+    Serve chooses. To ask for one node is to pass over all others that were lent before; where Serve names none but
+    those, or others wait, any node will do.
+    """
 
     def __init__(self, handle: Any, *, num_replicas: int, max_waiting: int, is_alone: bool) -> None:
         self._lender = ServeLender(handle, Role.PREFILL, max_waiting=max_waiting, is_alone=is_alone)
         self._num_replicas = num_replicas
+        self._known: dict[str, None] = {}
+        """Addresses of nodes that have not failed since they were lent, the last one lent at the end."""
+        self._num_streams = Counter[str]()
 
     def close(self) -> None:
         """Give back the nodes that nobody uses."""
         self._lender.close()
+
+    def loads(self) -> Mapping[str, int]:
+        """Of the nodes that were lent and have not failed since."""
+        return {address: self._num_streams[address] for address in self._known}
 
     @asynccontextmanager
     async def lease(
@@ -33,14 +49,40 @@ class ServePrefillPool:
         *,
         num_tokens: int,  # noqa: ARG002 - the pool's contract
         beat: Beat,
-        preferred: str | None,  # noqa: ARG002 - Serve chooses
+        preferred: str | None,
         refused_by: Collection[str],
     ) -> AsyncIterator[PrefillLease]:
         """Borrow a node from Serve."""
         if len(refused_by) >= self._num_replicas:
             raise no_other()
-        async with self._lender.lease(beat, refused_by=refused_by) as (address, lease_id):
+        others = () if preferred is None or refused_by else self._known.keys() - {preferred}
+        async with AsyncExitStack() as stack:
+            try:
+                lent = self._lender.lease(beat, refused_by=others or refused_by)
+                address, lease_id = await stack.enter_async_context(lent)
+            except CapacityExceeded:
+                if not others:
+                    raise
+                address, lease_id = await stack.enter_async_context(self._lender.lease(beat))
+            stack.enter_context(self._used(address))
             yield PrefillLease(address=address, lease_id=lease_id)
+
+    @contextmanager
+    def _used(self, address: str) -> Iterator[None]:
+        self._known.pop(address, None)
+        self._known[address] = None
+        while len(self._known) > MAX_KNOWN_NODES:
+            del self._known[next(iter(self._known))]
+        self._num_streams[address] += 1
+        try:
+            yield
+        except (PeerUnavailable, PeerFailed):
+            self._known.pop(address, None)
+            raise
+        finally:
+            self._num_streams[address] -= 1
+            if not self._num_streams[address]:
+                del self._num_streams[address]
 
 
 class DecodeReplica(NodeReplica):

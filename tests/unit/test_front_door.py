@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.front_door import prefix_routes
 from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.placement import MAX_LOST_NODES, DecodeJob, DecodeLease, DecodePool
 from cluster.front_door.plan import ServedModel
 from cluster.front_door.prompt import PromptPart
+from colm import prefix_routes
 from colm.checkpoint import TextConfig
 from colm.clock import Deadline, MonotonicClock
 from colm.errors import (

@@ -107,6 +107,8 @@ class Bench:
     def __init__(self, receivers: Sequence[ScriptedReceiver | Exception], clock: FakeClock) -> None:
         self.clock = clock
         self.transfers: list[KvTransfer] = []
+        self.known: dict[str, int] = {}
+        """Nodes that the pool lends, and their streams."""
         self.preferred: list[str | None] = []
         self.refused_by: list[list[str]] = []
         self.epochs: list[int] = []
@@ -133,6 +135,9 @@ class Bench:
         reservation = self.page_line.reserve_now("r", PagesWanted(num_pages=num_pages))
         assert reservation is not None
         return reservation.lease
+
+    def loads(self) -> dict[str, int]:
+        return self.known
 
     @asynccontextmanager
     async def lease(
@@ -329,6 +334,29 @@ async def test_the_node_that_holds_the_job_is_preferred_once(make: Callable[...,
     bench = make(PeerUnavailable("x"), PeerUnavailable("y"), None)
     await bench.fetch()
     assert bench.preferred == [None, "a", None]
+
+
+async def test_the_node_that_was_asked_for_the_same_beginning_is_preferred_unless_it_is_busy_or_gone(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make()
+    seen: list[str | None] = []
+    for known in ({}, {"a": 0, "b": 0}, {"b": 0}, {"a": 9, "b": 0}):
+        bench.known = known
+        bench.next_at(("a", None))
+        await bench.fetch()
+        seen.append(bench.preferred[-1])
+    assert seen == [None, "a", None, None]
+
+
+async def test_no_node_is_preferred_for_a_sparse_prompt(make: Callable[..., Bench]) -> None:
+    """Its keys and values follow from all of it: nothing of it is kept."""
+    bench = make()
+    bench.known = {"a": 0}
+    for _ in range(2):
+        bench.next_at(("a", None))
+        await bench.fetch(attention="sparse")
+    assert bench.preferred == [None, None]
 
 
 async def test_a_node_that_fell_silent_is_not_preferred(make: Callable[..., Bench]) -> None:

@@ -119,6 +119,13 @@ async def test_a_prompt_that_finds_every_node_full_goes_to_the_next_that_has_roo
         assert await third == "b"
 
 
+async def test_a_node_that_rests_has_no_load_and_the_others_that_of_their_streams() -> None:
+    pool = StaticPrefillPool(["dead", "busy", "idle"], FakeClock())
+    await lend(pool, PeerUnavailable("dead"))
+    async with borrow(pool, "busy"), borrow(pool, "busy"):
+        assert pool.loads() == {"busy": 2, "idle": 0}
+
+
 async def test_the_places_before_the_nodes_are_bounded() -> None:
     pool = StaticPrefillPool(["a"], FakeClock(), max_streams=1, max_waiting=1)
     async with borrow(pool):

@@ -237,6 +237,27 @@ MUTANTS = (
         "test_a_node_that_holds_the_prompt_already_is_lent_although_it_failed_unless_it_is_busy",
     ),
     Mutant(
+        "nobody remembers which prefill node has computed a beginning",
+        "decode_node/kv_fetch.py",
+        "                    self._routes.note(keys, lease.address)\n",
+        "",
+        "tests/fault/test_prefill_affinity.py::test_each_document_is_computed_once_by_one_of_two_nodes",
+    ),
+    Mutant(
+        "a busy prefill node gets every question about its documents",
+        "colm/prefix_routes.py",
+        " or loads[address] > 2 * min(loads.values()) + MAX_MORE_REQUESTS:",
+        ":",
+        "tests/fault/test_prefill_affinity.py::test_a_node_that_is_much_busier_than_the_other_is_left_alone",
+    ),
+    Mutant(
+        "a wanted prefill node is waited for",
+        "cluster/replicas/decode.py",
+        "                if not others:\n",
+        "                if True:\n",
+        "tests/unit/test_serve_prefill_pool.py::test_a_wanted_node_that_serve_does_not_name_is_not_waited_for",
+    ),
+    Mutant(
         "a decode node asks for dense attention whatever was ordered",
         "decode_node/kv_fetch.py",
         "            attention=order.attention,\n",

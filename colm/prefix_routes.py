@@ -1,13 +1,15 @@
-"""Remembers which decode node was sent which beginnings of prompts, and may still have their keys and values."""
+"""Remembers which node was sent which beginnings of prompts, and may still have their keys and values.
+
+A gateway asks for decode nodes, which keep pages; a decode node for prefill nodes, which keep what they have computed.
+"""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from colm.nodes import NodeReport, Role
 from colm.prefix import block_digests, root_digest
 
 BLOCK_TOKENS: Final = 512
@@ -27,11 +29,15 @@ class PrefixRoutes:
         """The digests by which a prompt's beginnings are remembered, shortest first; the last is the whole prompt's."""
         return tuple(block_digests(root_digest(cache_salt.hex()), token_ids, BLOCK_TOKENS))
 
-    def find(self, keys: Sequence[bytes], nodes: Sequence[NodeReport]) -> str | None:
-        """The address of the node that got the longest beginning, unless it is gone, or others are much less busy."""
-        loads = {node.address: _load(node) for node in nodes if node.role is Role.DECODE}
+    def find(self, keys: Sequence[bytes], loads: Mapping[str, int]) -> str | None:
+        """The address of the node that got the longest beginning, unless it is gone, or others are much less busy.
+
+        Args:
+            keys: of `keys`.
+            loads: requests of each node that is there, by address.
+        """
         address = next((self._addresses[key] for key in reversed(keys) if key in self._addresses), None)
-        if address not in loads or loads[address] > 2 * min(loads.values()) + MAX_MORE_REQUESTS:
+        if address is None or address not in loads or loads[address] > 2 * min(loads.values()) + MAX_MORE_REQUESTS:
             return None
         return address
 
@@ -42,7 +48,3 @@ class PrefixRoutes:
             self._addresses.move_to_end(key)
         while len(self._addresses) > MAX_BLOCKS:
             self._addresses.popitem(last=False)
-
-
-def _load(node: NodeReport) -> int:
-    return node.num_active_requests + node.num_queued_requests

@@ -1,0 +1,119 @@
+"""A decode replica asks Ray Serve for the prefill node that it wants by passing over the others; Serve is scripted."""
+
+from collections.abc import Collection
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+
+from cluster.replicas import decode
+from cluster.replicas.decode import ServePrefillPool
+from colm.errors import CapacityExceeded, PeerUnavailable
+from decode_node.prefill_pool import PrefillLease
+
+
+class TakingTurns:
+    """A deployment handle whose replicas lend themselves in turns, and the calls that are open."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses = list(addresses)
+        self.num_open = 0
+        self.num_calls = 0
+        self.lease = self
+
+    def options(self, *, stream: bool) -> "TakingTurns":
+        assert stream
+        return self
+
+    def remote(self, again: bool) -> "OneLease":
+        assert not again
+        self.num_calls += 1
+        self.num_open += 1
+        self.addresses.append(self.addresses.pop(0))
+        return OneLease(self, self.addresses[-1])
+
+
+class OneLease:
+    """An open call."""
+
+    def __init__(self, handle: TakingTurns, address: str) -> None:
+        self._handle, self._address = handle, address
+
+    async def __anext__(self) -> tuple[str, str]:
+        return self._address, "lease"
+
+    def cancel(self) -> None:
+        self._handle.num_open -= 1
+
+
+async def no_beat(_: int) -> None:
+    pass
+
+
+def pool_of(handle: TakingTurns) -> ServePrefillPool:
+    return ServePrefillPool(handle, num_replicas=3, max_waiting=4, is_alone=False)
+
+
+def borrow(
+    pool: ServePrefillPool, preferred: str | None = None, refused_by: Collection[str] = ()
+) -> AbstractAsyncContextManager[PrefillLease]:
+    return pool.lease(num_tokens=1, beat=no_beat, preferred=preferred, refused_by=refused_by)
+
+
+async def lend(pool: ServePrefillPool, preferred: str | None = None, error: Exception | None = None) -> str:
+    """Borrow a node and give it back, with an error where one is given; its address."""
+    address = ""
+    try:
+        async with borrow(pool, preferred) as lease:
+            address = lease.address
+            assert pool.loads()[address] == 1
+            if error is not None:
+                raise error
+    except PeerUnavailable:
+        pass
+    return address
+
+
+async def test_the_node_that_is_wanted_is_lent_once_the_others_are_known() -> None:
+    handle = TakingTurns("a", "b", "c")
+    pool = pool_of(handle)
+    assert [await lend(pool) for _ in range(3)] == ["a", "b", "c"]
+    assert pool.loads() == {"a": 0, "b": 0, "c": 0}
+    assert [await lend(pool, "b") for _ in range(3)] == ["b"] * 3
+    assert handle.num_open == 0
+
+
+async def test_a_wanted_node_that_serve_does_not_name_is_not_waited_for() -> None:
+    handle = TakingTurns("a", "b")
+    pool = pool_of(handle)
+    for _ in range(2):
+        await lend(pool)
+    handle.addresses.remove("b")
+    assert await lend(pool, "b") == "a"
+    assert handle.num_open == 0
+
+
+async def test_a_node_that_failed_is_known_no_more_until_it_is_lent_again() -> None:
+    pool = pool_of(TakingTurns("a", "b"))
+    await lend(pool)
+    assert await lend(pool, error=PeerUnavailable("gone")) == "b"
+    assert pool.loads() == {"a": 0}
+    assert await lend(pool, "b") == "b", "the one that has begun with a prompt may have lost a connection alone"
+    assert pool.loads() == {"a": 0, "b": 0}
+
+
+async def test_whoever_was_refused_gets_another_than_those_that_refused_whatever_was_wanted() -> None:
+    pool = pool_of(TakingTurns("a", "b", "c"))
+    for _ in range(3):
+        await lend(pool)
+    async with borrow(pool, "b", refused_by=["b"]) as lease:
+        assert lease.address == "a"
+    with pytest.raises(CapacityExceeded, match="no other prefill node is free"):
+        await borrow(pool, "b", refused_by=["a", "b", "c"]).__aenter__()
+
+
+async def test_the_nodes_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MAX_KNOWN_NODES", 2)
+    pool = pool_of(TakingTurns("a", "b", "c"))
+    for _ in range(3):
+        await lend(pool)
+    assert pool.loads() == {"b": 0, "c": 0}
