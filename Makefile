@@ -7,6 +7,7 @@
 # make bench    time kernels and codec, and compare with the stored times of the same machine; BENCH=--store keeps these
 # make bench-quick    a first look at what this machine makes of it, in some minutes
 # make mutants   break the serving path in many small ways, and see that a test notices each
+# make site   make a site of the documentation in build/site, and see that every link leads somewhere
 # make test-variants   run the tests once for each kernel variant that this machine has, with 1 and with 2 threads
 # make test-sanitize   run the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer
 
@@ -26,8 +27,9 @@ DEVELOPMENT := requirements-dev.txt
 CPU := requirements-cpu.txt
 CUDA := requirements-cuda.txt
 AUDITOR := build/audit
+SPHINX := build/sphinx
 
-.PHONY: setup model demo test audit fuzz attack soak mutants test-variants test-sanitize lint type format proto bench bench-quick clean
+.PHONY: setup model demo test audit site fuzz attack soak mutants test-variants test-sanitize lint type format proto bench bench-quick clean
 .DELETE_ON_ERROR:
 
 # Every replica is a process of its own: compiled bytecode is what makes them start quickly.
@@ -76,7 +78,18 @@ $(AUDITOR)/.installed: requirements-audit.txt
 	@touch $@
 
 audit: $(AUDITOR)/.installed
-	@$(AUDITOR)/bin/python -m tests.audit --pip-audit $(AUDITOR)/bin/pip-audit $(SERVING) $(DEVELOPMENT) $(CUDA) $(AUDIT)
+	@$(AUDITOR)/bin/python -m tests.audit --pip-audit $(AUDITOR)/bin/pip-audit $(SERVING) $(DEVELOPMENT) $(CUDA) requirements-site.txt $(AUDIT)
+
+$(SPHINX)/.installed: requirements-site.txt
+	test -x $(SPHINX)/bin/python || $(PYTHON) -m venv $(SPHINX)
+	$(SPHINX)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement $<
+	@touch $@
+
+# Warnings are errors: a link, a heading or a page that is not there.
+site: $(SPHINX)/.installed
+	$(SPHINX)/bin/sphinx-build --quiet --nitpicky --fail-on-warning --keep-going \
+		--conf-dir docs --doctree-dir build/doctrees . build/site
+	@echo "build/site/index.html"
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz $(FUZZ)

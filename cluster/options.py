@@ -297,29 +297,3 @@ def _check_certificates(config: ClusterConfig) -> None:
             f"security.ca_certificate={str(security.ca_certificate)!r} with security.folder={str(security.folder)!r}: "
             "that folder has its authority already; give yours to `colm secrets --ca-certificate --ca-key`"
         )
-
-
-def default_toml() -> str:
-    """Return TOML that lists every option with its description and its default, commented out."""
-    lines = ["# Options of `colm up --config FILE`. What is commented out shows the default."]
-    for section, field in ClusterConfig.model_fields.items():
-        lines += ["", f"[{section}]"]
-        defaults = field.get_default()
-        for name, option in type(defaults).model_fields.items():
-            said = (option.description or "").splitlines()
-            lines += [*(f"# {line}" for line in said), f"# {name} = {_toml(getattr(defaults, name))}"]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: object) -> str:
-    match value:
-        case None:
-            return "..."
-        case bool():
-            return str(value).lower()
-        case ByteSize():
-            return f'"{value.human_readable(separator="")}"'
-        case str():
-            return f'"{value}"'
-        case _:
-            return str(value)

@@ -28,7 +28,6 @@ _FIGURE: Final = re.compile(
     r"|(?<![\w.])\d+\.\d+ (?:s|ms|us|µs)(?!\w)"
     r"|!\[[^]]*\]\([^)]+\)"
 )
-_PICTURE: Final = re.compile(r"!\[[^]]*\]\(([^)]+)\)")
 _RECORD: Final = re.compile(r"bench/results/[\w./-]+\.jsonl?")
 _ENTRY: Final = re.compile(r"\((?:docs/)?log\.md#([\w-]+)\)")
 _LOGGED: Final = re.compile(r"`(?:python -m|make|colm) |not kept|[Cc]ommits? [0-9a-f]{7}\b|logged in [0-9a-f]{7}\b")
@@ -66,7 +65,7 @@ def slug(heading: str) -> str:
 
 
 def problems(root: Path, pages: Sequence[str] = PAGES) -> list[str]:
-    """Figures without a record, records and pictures that are not there; each as `page:line: what`."""
+    """Figures without a record, and records that are not there; each as `page:line: what`. Links: `links.py`."""
     paths = [path for pattern in pages for path in sorted(root.glob(pattern))]
     entries = {slug(each.heading) for each in sections(LOG, _text(root / LOG))}
     found = []
@@ -76,23 +75,17 @@ def problems(root: Path, pages: Sequence[str] = PAGES) -> list[str]:
         of_page = any(_names_a_record(each, entries) for each in listed if each.is_introduction)
         for each in listed:
             where = f"{page}:{each.line}"
-            found += [f"{where}: {what}" for what in _missing(each, root, path.parent, entries)]
+            found += [f"{where}: {what}" for what in _missing(each, root)]
             figure = _FIGURE.search(each.text)
             if figure and not of_page and not _names_a_record(each, entries):
                 found.append(f"{where}: {figure[0]!r} under {each.heading!r} names no record")
     return found
 
 
-def _missing(section: Section, root: Path, folder: Path, entries: set[str]) -> Iterator[str]:
+def _missing(section: Section, root: Path) -> Iterator[str]:
     for record in _RECORD.findall(section.text):
         if (what := _unreadable(root / record)) is not None:
             yield f"{record} {what}"
-    for entry in _ENTRY.findall(section.text):
-        if entry not in entries:
-            yield f"{LOG} has no entry #{entry}"
-    for picture in _PICTURE.findall(section.text):
-        if "://" not in picture and not (folder / picture).is_file():
-            yield f"{picture} does not exist"
 
 
 def _text(path: Path) -> str:

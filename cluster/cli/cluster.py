@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, human_bytes, interruptible, note, print_json
-from cluster.options import default_toml, load_config
+from cluster.option_text import default_toml, page
+from cluster.options import load_config
 from cluster.state import ClusterState
 from colm.client import Client
 from colm.nodes import NodeStatus
@@ -92,9 +93,11 @@ def up(
         )
 
 
-def config() -> None:
+def config(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a page to read instead: docs/options.md.")] = False,
+) -> None:
     """Print every option with its meaning and its default, as a file to start from."""
-    typer.echo(default_toml(), nl=False)
+    typer.echo(page() if markdown else default_toml(), nl=False)
 
 
 def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> None:

@@ -139,8 +139,6 @@ def test_a_pages_introduction_names_the_record_for_all_of_it(tmp_path: Path) -> 
     [
         ("`bench/results/gone.json`", "bench/results/gone.json does not exist"),
         ("`bench/results/torn.json`", "bench/results/torn.json is no record"),
-        ("[it](docs/log.md#gone)", "docs/log.md has no entry #gone"),
-        ("`bench/results/a.json` ![plot](docs/plots/gone.svg)", "docs/plots/gone.svg does not exist"),
     ],
 )
 def test_what_a_page_names_must_be_there(tmp_path: Path, text: str, said: str) -> None:

@@ -4,7 +4,8 @@ import re
 import tomllib
 from pathlib import Path
 
-from cluster.options import ClusterConfig, default_toml, load_config
+from cluster.option_text import default_toml
+from cluster.options import ClusterConfig, load_config
 
 
 def test_the_printed_file_is_read_and_changes_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from tests.mutation.mutant import Mutant
 
 _QUALITY = "tests/unit/test_bench_quality.py::"
 _SERVING = "tests/unit/test_bench_serving.py::"
+_DOCS = "tests/architecture/test_docs.py::"
 
 MUTANTS = (
     Mutant(
@@ -165,5 +166,19 @@ MUTANTS = (
         "if number != before and place:",
         "if number != before:",
         "tests/unit/test_bench_job_switch.py::test_a_switch_costs_what_the_steps_behind_the_other_prompt_take_longer",
+    ),
+    Mutant(
+        "a link to a heading that is gone passes",
+        "bench/report/links.py",
+        'if anchor and (file.suffix != ".md" or anchor not in anchors(file.read_text(encoding="utf-8"))):',
+        'if anchor and file.suffix != ".md":',
+        _DOCS + "test_a_link_that_leads_nowhere_is_named",
+    ),
+    Mutant(
+        "of equal headings each has the first one's name",
+        "bench/report/links.py",
+        'f"{name}-{seen[name]}" if seen[name] else name',
+        "name",
+        _DOCS + "test_equal_headings_have_numbers",
     ),
 )
