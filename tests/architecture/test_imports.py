@@ -61,6 +61,7 @@ PURE_MODULES = (
     "decode_node.stop_matcher",
     "colm.leases",
     "cluster.node_registry",
+    "cluster.autoscaling.policy",
 )
 
 

@@ -2,6 +2,7 @@
 
 from tests.mutation.mutant import Mutant
 from tests.mutation.mutants import (
+    autoscaling,
     bench,
     cluster,
     colm,
@@ -17,6 +18,7 @@ from tests.mutation.mutants import (
 )
 
 MUTANTS: tuple[Mutant, ...] = (
+    *autoscaling.MUTANTS,
     *bench.MUTANTS,
     *cluster.MUTANTS,
     *colm.MUTANTS,
