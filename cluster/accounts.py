@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,14 @@ class _Account:
         while self.spent and now_s - self.spent[0][0] >= _MINUTE_S:
             self.num_spent -= self.spent.popleft()[1]
 
+    def room_in_s(self, num_tokens: int, now_s: float) -> float:
+        """Until so many of the minute's tokens are forgotten; there are as many."""
+        for when_s, num_spent in self.spent:
+            num_tokens -= num_spent
+            if num_tokens <= 0:
+                return when_s + _MINUTE_S - now_s
+        raise AssertionError("a minute has more tokens than its entries")
+
 
 class Usage:
     """What one request takes of its client's account."""
@@ -68,7 +77,7 @@ class Usage:
             if limit is not None and self._account.num_bytes > limit:
                 if self.num_bytes > limit:
                     raise InvalidRequest("document", f"over {limit} bytes", f"this client may send {limit} bytes")
-                raise self._full("bytes", limit)
+                raise self._full("max_bytes", "bytes", limit)
             yield part
 
     def see(self, event: Event) -> None:
@@ -92,21 +101,27 @@ class Usage:
     def _accept(self, num_tokens: int, now_s: float) -> None:
         limits, account = self._client.limits, self._account
         account.forget(now_s)
-        for name, used, limit in (
-            ("prompt tokens", account.num_prompt_tokens, limits.max_queued_tokens),
-            ("tokens a minute", account.num_spent, limits.max_tokens_per_minute),
+        for name, what, used in (
+            ("max_queued_tokens", "prompt tokens", account.num_prompt_tokens),
+            ("max_tokens_per_minute", "tokens a minute", account.num_spent),
         ):
+            limit: int | None = getattr(limits, name)
             if limit is not None and num_tokens > limit:
-                raise InvalidRequest("document", f"{num_tokens} prompt tokens", f"this client may use {limit} {name}")
+                raise InvalidRequest("document", f"{num_tokens} prompt tokens", f"this client may use {limit} {what}")
             if limit is not None and used + num_tokens > limit:
-                raise self._full(name, limit)
+                is_of_minute = name == "max_tokens_per_minute"
+                in_s = account.room_in_s(used + num_tokens - limit, now_s) if is_of_minute else None
+                raise self._full(name, what, limit, in_s)
         self.num_prompt_tokens = num_tokens
         account.num_prompt_tokens += num_tokens
         account.spend(num_tokens, now_s)
 
-    def _full(self, what: str, limit: int) -> CapacityExceeded:
+    def _full(self, name: str, what: str, limit: int, in_s: float | None = None) -> CapacityExceeded:
+        when, known = ("later", {}) if in_s is None else (f"in {math.ceil(in_s)} s", {"retry_after_s": in_s})
         return CapacityExceeded(
-            f"client {self._client.name!r} may use {limit} {what}, and its requests use them now; try again later"
+            f"client {self._client.name!r} may use {limit} {what}, and its requests use them now; try again {when}",
+            client_limit=name,
+            **known,
         )
 
 
@@ -136,7 +151,8 @@ class Accounts:
         try:
             if (limit := client.limits.max_requests) is not None and account.num_requests > limit:
                 raise CapacityExceeded(
-                    f"client {client.name!r} may have {limit} requests at once; try again when one has ended"
+                    f"client {client.name!r} may have {limit} requests at once; try again when one has ended",
+                    client_limit="max_requests",
                 )
             yield usage
             outcome = "finished" if usage.is_finished else "lost"

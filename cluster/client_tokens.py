@@ -78,6 +78,8 @@ class Clients:
         self._path = path
         self._seen: tuple[int, ...] | None = None
         self._by_digest: dict[str, Client] = {}
+        self.num_refused = 0
+        """Calls with no token or a wrong one, so far."""
 
     def of(self, token: str) -> Client | None:
         """Who shows this token; None if nobody does. The time that it takes says nothing of a token but its digest."""
@@ -85,7 +87,14 @@ class Clients:
             return self._operator
         self._look()
         shown = digest(token)
-        return self._operator if shown == self._operator.sha256 else self._by_digest.get(shown)
+        found = self._operator if shown == self._operator.sha256 else self._by_digest.get(shown)
+        self.num_refused += found is None
+        return found
+
+    def names(self) -> set[str]:
+        """Of everybody who is admitted now."""
+        self._look()
+        return {OPERATOR, *(client.name for client in self._by_digest.values())}
 
     @asynccontextmanager
     async def while_admitted(self, client: Client) -> AsyncIterator[None]:

@@ -66,8 +66,8 @@ class GenerationService(GenerationServiceServicer):
     ) -> None:
         """Serve one request; see the .proto file."""
         async with answering(context, "generate"), AsyncExitStack() as stack:
-            seen = stack.enter_context(self._metrics.request())
-            usage = stack.enter_context(self._accounts.open(client := self._caller(context)))
+            seen = stack.enter_context(self._metrics.request((client := self._caller(context)).name))
+            usage = stack.enter_context(self._accounts.open(client))
             await stack.enter_async_context(self._clients.while_admitted(client))
             first, door = await read_first(request_iterator, "resume"), self._front_door
             of_caller = {"owner": client.name, "caller_waits_s": context.time_remaining()}

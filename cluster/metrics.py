@@ -6,7 +6,9 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from colm.errors import ColmError
+from cluster.client_metrics import CLUSTER_FULL, ClientCounts, ClientMetrics
+from cluster.client_tokens import Clients
+from colm.errors import CapacityExceeded, ColmError
 from colm.events import Accepted, Event, Finished, Token
 from colm.metrics.kv_stream import SECONDS, outcome_of
 from colm.nodes import NodeStatus
@@ -17,8 +19,9 @@ _TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 0.4, 0.8
 class SeenRequest:
     """Takes the times of one request's events."""
 
-    def __init__(self, metrics: "RequestMetrics") -> None:
+    def __init__(self, metrics: "RequestMetrics", of_client: ClientCounts) -> None:
         self._metrics = metrics
+        self._of_client = of_client
         self._began_s = time.monotonic()
         self._last_s: float | None = None
         self.is_finished = False
@@ -30,6 +33,7 @@ class SeenRequest:
         match event:
             case Accepted():
                 self._metrics.prompt_tokens.inc(event.num_prompt_tokens)
+                self._of_client.num_prompt_tokens += event.num_prompt_tokens
             case Token():
                 now_s = time.monotonic()
                 if self._last_s is None:
@@ -38,14 +42,21 @@ class SeenRequest:
                     self._metrics.between_tokens_s.observe(now_s - self._last_s)
                 self._last_s = now_s
                 self._metrics.new_tokens.inc()
+                self._of_client.num_new_tokens += 1
             case Finished():
                 self.is_finished = True
 
 
 class RequestMetrics:
-    """Counts the gateway's requests, whatever their protocol. Lives on one event loop."""
+    """Counts the gateway's requests, whatever their protocol. Lives on one event loop.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    Args:
+        registry: shows the counts.
+        clients: whose requests are counted apart.
+    """
+
+    def __init__(self, registry: CollectorRegistry, clients: Clients) -> None:
+        self._clients = ClientMetrics(clients, registry)
         self._active = Gauge("colm_requests_active", "Requests inside the gateway.", registry=registry)
         self._ended = Counter(
             "colm_requests_ended", "Requests that have ended, by how they did.", ["outcome"], registry=registry
@@ -90,18 +101,22 @@ class RequestMetrics:
         self._resubmitted.labels(outcome_of(cause)).inc()
 
     @contextmanager
-    def request(self) -> Iterator[SeenRequest]:
-        """Count the request that lasts as long as the block."""
-        seen, began_s, outcome = SeenRequest(self), time.monotonic(), "lost"
+    def request(self, client: str) -> Iterator[SeenRequest]:
+        """Count the request of a client that lasts as long as the block."""
+        of_client = self._clients.of(client)
+        seen, began_s, outcome = SeenRequest(self, of_client), time.monotonic(), "lost"
         with self._active.track_inprogress():
             try:
                 yield seen
                 outcome = "complete" if seen.is_finished else "lost"
             except BaseException as err:
                 outcome = outcome_of(err)
+                if isinstance(err, CapacityExceeded):
+                    of_client.refused[err.client_limit or CLUSTER_FULL] += 1
                 raise
             finally:
                 self._ended.labels(outcome).inc()
+                of_client.ended[outcome] += 1
                 if seen.is_resumed:
                     self._resumed.labels(outcome).inc()
                 self._seconds.observe(time.monotonic() - began_s)

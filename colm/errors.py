@@ -36,7 +36,18 @@ class UnknownAnswer(ColmError):
 
 
 class CapacityExceeded(ColmError):
-    """The request is valid, but there is no room for it now; it may be tried again later."""
+    """The request is valid, but there is no room for it now; it may be tried again later.
+
+    Attributes:
+        client_limit: which of the client's own limits is reached, as `TokenLimits` names it; empty where others
+            take the room.
+        retry_after_s: when another try is worth it; a second where nobody can tell.
+    """
+
+    def __init__(self, message: str, *, client_limit: str = "", retry_after_s: float = 1.0) -> None:
+        self.client_limit = client_limit
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
 
 
 class PeerUnavailable(ColmError):

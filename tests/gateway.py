@@ -149,10 +149,11 @@ async def killable_gateway(
     """
     server, calls = create_server(Security()), GrpcDecodeCalls(security)
     registry = CollectorRegistry()
-    metrics = RequestMetrics(registry)
+    clients = clients or Clients(None)
+    metrics = RequestMetrics(registry, clients)
     chosen = replace(LIMITS, **limits)
     front_door = FrontDoor(
-        model=_model(config, tokenizer),
+        model=served_model(config, tokenizer),
         limits=chosen,
         decode_pool=pool,
         calls=calls,
@@ -165,7 +166,7 @@ async def killable_gateway(
     GenerationService(
         front_door,
         upload_idle_s=chosen.upload_idle_s,
-        clients=clients or Clients(None),
+        clients=clients,
         accounts=Accounts(MonotonicClock(), audit_log),
         metrics=metrics,
     ).add_to(server)
@@ -193,7 +194,7 @@ async def http_gateway(
     """`gateway` over HTTP; at the end of the block it must hold nothing."""
     calls, chosen, known = GrpcDecodeCalls(Security()), replace(LIMITS, **limits), clients or Clients(None)
     front_door = FrontDoor(
-        model=_model(config, tokenizer),
+        model=served_model(config, tokenizer),
         limits=chosen,
         decode_pool=pool,
         calls=calls,
@@ -201,9 +202,9 @@ async def http_gateway(
         clock=MonotonicClock(),
     )
     app = OpenAiApp(
-        model=_model(config, tokenizer),
+        model=served_model(config, tokenizer),
         front_door=front_door,
-        desk=Desk(front_door, known, Accounts(MonotonicClock(), audit_log), RequestMetrics(CollectorRegistry())),
+        desk=Desk(front_door, known, Accounts(MonotonicClock(), audit_log), RequestMetrics(CollectorRegistry(), known)),
         clients=known,
         limits=chosen,
         max_files_bytes=max_files_bytes,
@@ -220,7 +221,8 @@ async def http_gateway(
         await calls.close()
 
 
-def _model(config: ChainConfig, tokenizer: Tokenizer | None) -> ServedModel:
+def served_model(config: ChainConfig, tokenizer: Tokenizer | None = None) -> ServedModel:
+    """What the gateways here serve."""
     return ServedModel(name="tiny", config=config, tokenizer=tokenizer, fingerprint="f")
 
 

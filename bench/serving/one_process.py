@@ -309,12 +309,13 @@ async def serving(model: Path, config: ClusterConfig, security: Security) -> Asy
         clock=clock,
     )
     server: grpc.aio.Server = create_server(security)
+    clients = Clients(None)
     GenerationService(
         front_door,
         upload_idle_s=gateway.upload_idle_s,
-        clients=Clients(None),
+        clients=clients,
         accounts=Accounts(clock, None),
-        metrics=RequestMetrics(CollectorRegistry()),
+        metrics=RequestMetrics(CollectorRegistry(), clients),
     ).add_to(server)
     port = bind(server, gateway.host, gateway.port, security)
     await server.start()

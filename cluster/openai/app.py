@@ -92,12 +92,12 @@ class OpenAiApp:
             with self._bodies.counted(Request(scope, receive)) as request:
                 response: ASGIApp
                 try:
-                    client = self._caller(request)
-                    body = await request.body()
-                    is_small = len(body) <= _SMALL_BYTES
-                    ask = read(body) if is_small else await asyncio.to_thread(read, body)
-                    del body
-                    response = self._call(client, ask)
+                    with self._desk.reading(client := self._caller(request)):
+                        body = await request.body()
+                        is_small = len(body) <= _SMALL_BYTES
+                        ask = read(body) if is_small else await asyncio.to_thread(read, body)
+                        del body
+                        response = self._call(client, ask)
                 except ClientDisconnect:
                     return
                 except Exception as error:  # noqa: BLE001 - whatever it is, it becomes the call's one answer

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
@@ -44,13 +46,24 @@ class Desk:
         self._accounts = accounts
         self._metrics = metrics
 
+    @contextmanager
+    def reading(self, client: Client) -> Iterator[None]:
+        """Read a call; one that cannot be is counted and written down as a request that has ended so."""
+        try:
+            yield
+        except ClientDisconnect:  # it has asked for nothing yet
+            raise
+        except Exception:
+            with self._metrics.request(client.name), self._accounts.open(client):
+                raise
+
     async def serve(
         self, client: Client, ask: Ask, document: bytes, emit: Callable[[Numbered], Awaitable[None]]
     ) -> None:
         """Emit the events of all answers as they come; the first error ends them all."""
 
         async def one(number: int, request: GenerateRequest) -> None:
-            with self._metrics.request() as seen, self._accounts.open(client) as usage:
+            with self._metrics.request(client.name) as seen, self._accounts.open(client) as usage:
                 prompt = usage.counted(_parts(ask, document))
                 answer = self._front_door.generate(request, prompt, owner=client.name)
                 async with self._clients.while_admitted(client), answer as events:

@@ -1,7 +1,7 @@
 """Errors as OpenAI's clients know them: a status, and a body that names type, parameter and code."""
 
 import logging
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 
 from starlette.responses import JSONResponse
@@ -36,7 +36,6 @@ _KINDS: tuple[tuple[type[ColmError], _Kind], ...] = (
     (PeerUnavailable, _Kind(503, "server_error", "unavailable")),
 )
 _DEFECT = _Kind(500, "server_error", None)
-RETRY_AFTER_S = 1
 
 
 def body_of(error: BaseException) -> dict[str, object]:
@@ -47,7 +46,9 @@ def body_of(error: BaseException) -> dict[str, object]:
 def answer_of(error: BaseException) -> JSONResponse:
     """The whole answer."""
     kind = _kind(error)
-    headers: Mapping[str, str] = {"Retry-After": str(RETRY_AFTER_S)} if kind.status == 429 else {}
+    headers: dict[str, str] = {}
+    if isinstance(error, CapacityExceeded):  # OpenAI's package waits so long, and tries again by itself
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return JSONResponse(_body(error, kind), kind.status, headers)
 
 

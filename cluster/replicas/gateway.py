@@ -115,7 +115,7 @@ class GatewayReplica:
         self._decode_pool = ServeDecodePool(decode, max_waiting=options.limits.max_requests)
         self._decode_calls = GrpcDecodeCalls(secrets.of_nodes(Member.GATEWAY))
         registry = CollectorRegistry()
-        metrics = RequestMetrics(registry)
+        metrics = RequestMetrics(registry, clients := secrets.clients())
         front_door = FrontDoor(
             model=model,
             limits=options.limits,
@@ -127,7 +127,7 @@ class GatewayReplica:
             on_resubmit=metrics.resubmitted,
         )
         metrics_address = await self._serve_metrics(registry, options)
-        client_security, clients = secrets.of_clients(), secrets.clients()
+        client_security = secrets.of_clients()
         self._server: grpc.aio.Server = create_server(client_security, lambda token: clients.of(token) is not None)
         folder, keep_days = options.audit_folder, options.audit_keep_days
         audit_log = None if folder is None else AuditLog(Path(folder), keep_days=keep_days)

@@ -20,7 +20,8 @@ Targets = Callable[[], list[dict[str, object]]]
 class MetricsEndpoint:
     """Serves `/metrics`, and `/targets` where somebody knows them. Lives on one event loop; `start` it, then `stop` it.
 
-    Numbers are all there is to read: no text, no token ids, no client's name. There is no token either, so the address
+    Numbers are all there is to read: no text, no token ids; the gateway's are by
+    client. There is no token either, so the address
     should be the loopback's, or one that only the operators' machines reach.
     """
 

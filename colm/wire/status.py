@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 DETAIL_KEY = "colm-error-bin"
 _CUT = "Stream removed"
 """gRPC's own words, under UNKNOWN, where a connection broke in the middle of a TLS record."""
+_MAX_RETRY_AFTER_S = 86_400.0
 _Kind = pb.ErrorDetail
 
 # Subclasses stand before their bases: the first match wins.
@@ -56,6 +57,8 @@ async def abort(context: grpc.aio.ServicerContext, error: ColmError) -> NoReturn
     detail = pb.ErrorDetail(kind=detail_kind)
     if isinstance(error, InvalidRequest):
         detail.field, detail.value, detail.limit = error.field, error.value, error.limit
+    if isinstance(error, CapacityExceeded):
+        detail.client_limit, detail.retry_after_s = error.client_limit, error.retry_after_s
     metadata = ((DETAIL_KEY, detail.SerializeToString()),)
     try:
         await context.abort(code, str(error), metadata)
@@ -121,6 +124,11 @@ def error_of(error: grpc.RpcError, peer: str) -> ColmError:
 
 
 def _rebuild(kind: type[ColmError], detail: pb.ErrorDetail, message: str) -> ColmError:
+    if issubclass(kind, CapacityExceeded):
+        # A server of before the field leaves it unset; a broken one may say anything.
+        is_said = detail.HasField("retry_after_s") and 0 <= detail.retry_after_s <= _MAX_RETRY_AFTER_S
+        known = {"retry_after_s": detail.retry_after_s} if is_said else {}
+        return kind(message, client_limit=detail.client_limit, **known)
     if not issubclass(kind, InvalidRequest):
         return kind(message)
     error = kind(detail.field, "", detail.limit)

@@ -1,6 +1,7 @@
 """Events, sampling and errors say the same on both ends of the wire."""
 
 import asyncio
+import math
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -381,6 +382,17 @@ async def test_an_invalid_request_arrives_with_its_parts(failure: Callable[..., 
     async with serving(failing(error)) as address:
         received = await failure(address)
     assert (received.field, received.value, received.limit) == (error.field, error.value, error.limit)
+
+
+@pytest.mark.parametrize(("said_s", "heard_s"), [(7.25, 7.25), (0.0, 0.0), (-1.0, 1.0), (1e9, 1.0), (math.nan, 1.0)])
+async def test_a_refusal_for_want_of_room_arrives_with_its_limit_and_a_time_that_can_be(
+    said_s: float, heard_s: float
+) -> None:
+    error = CapacityExceeded("full", client_limit="max_bytes", retry_after_s=said_s)
+    async with serving(failing(error)) as address:
+        received = await aio_failure(address)
+    assert isinstance(received, CapacityExceeded)
+    assert (received.client_limit, received.retry_after_s) == ("max_bytes", heard_s)
 
 
 @CLIENTS

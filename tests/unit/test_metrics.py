@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from contextlib import suppress
 from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
+from cluster.client_tokens import OPERATOR, Clients
 from cluster.metrics import RequestMetrics, targets
 from colm.checkpoint import Checkpoint
 from colm.errors import CapacityExceeded, ConfigError
@@ -97,20 +99,20 @@ def finished() -> Finished:
 
 def test_the_gateway_counts_a_request_by_how_it_ended() -> None:
     registry = CollectorRegistry()
-    metrics = RequestMetrics(registry)
+    metrics = RequestMetrics(registry, Clients(None))
     token = Token(token_id=1, text="a", logprob=0.0, num_chains=1, top_logprobs=())
     accepted = Accepted(request_id="r", model="m", num_prompt_tokens=9, num_chains=1, max_new_tokens=2, timeout_s=1.0)
-    with metrics.request() as seen:
+    with metrics.request(OPERATOR) as seen:
         assert value(registry, "colm_requests_active") == 1
         for event in (accepted, token, token, token, finished()):
             seen.see(event)
-    with pytest.raises(CapacityExceeded), metrics.request():
+    with pytest.raises(CapacityExceeded), metrics.request(OPERATOR):
         raise CapacityExceeded("full")
-    with pytest.raises(asyncio.CancelledError), metrics.request():
+    with pytest.raises(asyncio.CancelledError), metrics.request(OPERATOR):
         raise asyncio.CancelledError
-    with pytest.raises(ZeroDivisionError), metrics.request():
+    with pytest.raises(ZeroDivisionError), metrics.request(OPERATOR):
         raise ZeroDivisionError
-    with metrics.request():
+    with metrics.request(OPERATOR):
         pass
     ends = ("complete", "capacity_exceeded", "cancelled", "failed", "lost")
     assert [value(registry, "colm_requests_ended_total", outcome=each) for each in ends] == [1] * len(ends)
@@ -157,10 +159,11 @@ async def test_a_port_that_is_taken_is_named_with_the_way_out() -> None:
 
 async def test_the_documentation_lists_every_metric_and_its_labels(checkpoint: Checkpoint) -> None:
     gateway, path = CollectorRegistry(), str(checkpoint.path)
-    metrics = RequestMetrics(gateway)
+    metrics = RequestMetrics(gateway, Clients(None))
     metrics.resubmitted(CapacityExceeded("full"))
-    with metrics.request() as seen:
+    with suppress(CapacityExceeded), metrics.request(OPERATOR) as seen:
         seen.is_resumed = True
+        raise CapacityExceeded("full")
     async with prefill_node(path) as prefill, decode_node(path, [prefill.address]) as node:
         await decode(node.address, PROMPT, num_chains=1)
         shown = {
@@ -168,7 +171,7 @@ async def test_the_documentation_lists_every_metric_and_its_labels(checkpoint: C
             for registry in (gateway, prefill.metrics, node.metrics)
             for family in registry.collect()
         }
-    rows = re.findall(r"^\| `(\w+)` \| (\w+)(?:, `(\w+)`)? \|", PAGE.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (\w+)(?:, `([\w,]+)`)? \|", PAGE.read_text(), re.MULTILINE)
     assert {(name, kind, label) for name, kind, label in rows} == shown
 
 
@@ -177,7 +180,7 @@ def sample_name(family: Any) -> str:
 
 
 def labels_of(family: Any) -> str:
-    names = {name for sample in family.samples for name in sample.labels} - {"le"}
+    names = dict.fromkeys(name for sample in family.samples for name in sample.labels if name != "le")
     return ",".join(names)
 
 

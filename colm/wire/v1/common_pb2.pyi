@@ -228,7 +228,7 @@ class Finished(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., text: _Optional[str] = ..., sparse: _Optional[_Union[SparseReport, _Mapping]] = ...) -> None: ...
 
 class ErrorDetail(_message.Message):
-    __slots__ = ("kind", "field", "value", "limit")
+    __slots__ = ("kind", "field", "value", "limit", "client_limit", "retry_after_s")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[ErrorDetail.Kind]
@@ -261,8 +261,12 @@ class ErrorDetail(_message.Message):
     FIELD_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     kind: ErrorDetail.Kind
     field: str
     value: str
     limit: str
-    def __init__(self, kind: _Optional[_Union[ErrorDetail.Kind, str]] = ..., field: _Optional[str] = ..., value: _Optional[str] = ..., limit: _Optional[str] = ...) -> None: ...
+    client_limit: str
+    retry_after_s: float
+    def __init__(self, kind: _Optional[_Union[ErrorDetail.Kind, str]] = ..., field: _Optional[str] = ..., value: _Optional[str] = ..., limit: _Optional[str] = ..., client_limit: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...

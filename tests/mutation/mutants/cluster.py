@@ -7,6 +7,7 @@ _GATEWAY = "tests/fault/test_gateway.py::"
 _GATEWAYS = "tests/fault/test_lost_gateways.py::"
 _FRONT_DOOR = "tests/unit/test_front_door.py::"
 _CLIENTS = "tests/unit/test_client_tokens.py::"
+_LIMITS = "tests/contract/test_limits.py::"
 
 MUTANTS = (
     Mutant(
@@ -22,6 +23,34 @@ MUTANTS = (
         "            while client.sha256 in self._by_digest:\n",
         "            while True:\n",
         _CLIENTS + "test_a_call_of_a_revoked_token_is_ended_and_those_of_others_go_on",
+    ),
+    Mutant(
+        "a name that is not in the tokens' file is a series of its own",
+        "cluster/client_metrics.py",
+        "        name = client if client in self._clients.names() else OTHERS\n",
+        "        name = client\n",
+        _LIMITS + "test_a_revoked_clients_series_end_and_strangers_have_none",
+    ),
+    Mutant(
+        "a request that cannot be read over HTTP is in no count",
+        "cluster/openai/calls.py",
+        "            with self._metrics.request(client.name), self._accounts.open(client):\n                raise\n",
+        "            raise\n",
+        _LIMITS + "test_what_is_refused_as_it_is_read_is_counted_as_over_grpc",
+    ),
+    Mutant(
+        "every refused call may come again in a second",
+        "colm/wire/status.py",
+        "        detail.client_limit, detail.retry_after_s = error.client_limit, error.retry_after_s\n",
+        "        detail.client_limit = error.client_limit\n",
+        _LIMITS + "test_a_full_cluster_says_so_in_both_and_counts_apart_from_a_clients_limit",
+    ),
+    Mutant(
+        "a client may use its tokens again too late",
+        "cluster/accounts.py",
+        "return when_s + _MINUTE_S - now_s",
+        "return _MINUTE_S",
+        _LIMITS + "test_both_protocols_refuse_by_the_same_figures",
     ),
     Mutant(
         "every client is told where the nodes are",
