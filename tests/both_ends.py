@@ -240,6 +240,9 @@ class Wire:
                 self.resume_from = KvPosition(position.layer, position.token)
             yield request
 
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        pass
+
     async def write(self, message: bytes) -> None:
         header, _ = decode_message(message)
         if header.WhichOneof("event") == "tile":

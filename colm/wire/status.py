@@ -60,11 +60,18 @@ async def abort(context: grpc.aio.ServicerContext, error: ColmError) -> NoReturn
     if isinstance(error, CapacityExceeded):
         detail.client_limit, detail.retry_after_s = error.client_limit, error.retry_after_s
     metadata = ((DETAIL_KEY, detail.SerializeToString()),)
-    try:
+    with _caller_may_be_gone():
         await context.abort(code, str(error), metadata)
+    raise AssertionError("abort returned")
+
+
+@contextmanager
+def _caller_may_be_gone() -> Iterator[None]:
+    """Sending to a caller that has gone fails, as gRPC says, inside gRPC; here it cancels the handler."""
+    try:
+        yield
     except grpc.aio.InternalError as gone:
         raise asyncio.CancelledError from gone
-    raise AssertionError("abort returned")
 
 
 @asynccontextmanager
@@ -75,7 +82,8 @@ async def answering(context: grpc.aio.ServicerContext, call: str) -> AsyncIterat
     cancelled, by a deadline or by what else ends the handler, the status would never follow.
     """
     try:
-        await context.send_initial_metadata(())
+        with _caller_may_be_gone():
+            await context.send_initial_metadata(())
         yield
     except ColmError as error:
         logger.info("%s.failed error=%s message=%s", call, type(error).__name__, error)

@@ -509,3 +509,27 @@ async def test_a_call_whose_first_write_is_cancelled_ends_with_its_error(
     async with serving(behaviour) as address:
         error = await failure(address)
     assert isinstance(error, InvalidRequest), error
+
+
+async def test_a_caller_that_goes_before_its_call_begins_is_no_defect(caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: what gRPC says of a caller that has gone was logged as a failure of the node's own."""
+    came, began = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+    async def behaviour(_: AsyncIterator[kv_pb.PullKvRequest], context: grpc.aio.ServicerContext) -> None:
+        came.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        try:
+            async with answering(context, "pull_kv"):
+                began.set_result(None)
+        except BaseException as error:
+            began.set_exception(error)
+            raise
+
+    async with serving(behaviour) as address, open_channel(address, Security()) as channel:
+        call = pull_kv_stub(channel)(iter(()), timeout=LIMIT_S)
+        await asyncio.wait_for(came.wait(), LIMIT_S)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(began, LIMIT_S)
+    assert [record.message for record in caplog.records if "defect" in record.message] == []

@@ -334,7 +334,7 @@ MUTANTS = (
     Mutant(
         "a first write that is cancelled leaves its call without an end",
         "colm/wire/status.py",
-        "        await context.send_initial_metadata(())\n",
+        "        with _caller_may_be_gone():\n            await context.send_initial_metadata(())\n",
         "",
         "tests/contract/test_messages.py::test_a_call_whose_first_write_is_cancelled_ends_with_its_error",
     ),
