@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
 from cluster.application import APPLICATION, DECODE_RESOURCE, PREFILL_RESOURCE, build
-from cluster.options import ClusterConfig
+from cluster.options import ClusterConfig, RaySection
 from cluster.ray_guard import check_token_mode
 from cluster.secret_files import SecretFiles
 from colm.checkpoint import Checkpoint
@@ -116,13 +116,26 @@ def remove(ray_address: str) -> None:
 
 def _check(config: ClusterConfig) -> str:
     """Refuse a Ray that is open to everybody, or lacks resources; returns its own address."""
+    gcs_address = check_is_closed(config.ray)
+    check_resources(config, ray.cluster_resources())
+    return gcs_address
+
+
+def check_is_closed(section: RaySection) -> str:
+    """Refuse the Ray that this process is connected to if it was joined and is open to everybody.
+
+    Returns:
+        Its own address.
+
+    Raises:
+        ClusterError: says what is open.
+    """
     gcs_address: str = ray.get_runtime_context().gcs_address
-    if config.ray.address is not None and not config.ray.insecure:
+    if section.address is not None and not section.insecure:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         check_token_mode(
             gcs_address, [join_address(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in nodes]
         )
-    check_resources(config, ray.cluster_resources())
     return gcs_address
 
 

@@ -227,20 +227,14 @@ def _dangers(config: ClusterConfig) -> list[str]:
 def _secrets(config: ClusterConfig, state_dir: Path, say: Say, *, is_new: bool) -> SecretFiles:
     own, section = own_certificate(config.gateway, say), config.security
     folder = section.folder
-    clients_file = (state_dir if folder is None else folder) / TOKENS_FILE
+    clients_folder = state_dir if folder is None else folder
     if folder is None:
         folder = state_dir / SECRETS
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)  # a killed `up` may have left it
             write_secrets(folder, section.authority)
-    read_clients(clients_file)  # a damaged one is refused now, rather than left to the gateway's log
-    secrets = SecretFiles(
-        folder=str(folder.absolute()),
-        has_tls=section.tls == "auto",
-        has_client_token=section.token == "auto",
-        clients_file=str(clients_file.absolute()),
-        own_certificate=own,
-    )
+    read_clients(clients_folder / TOKENS_FILE)  # a damaged one is refused now, rather than left to the gateway's log
+    secrets = SecretFiles.of(section, folder, clients_folder=clients_folder, own_certificate=own)
     if secrets.has_tls:
         for complaint in look_after(secrets, utc_now()):
             say(complaint)

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Self
 
-from cluster.client_tokens import Clients
+from cluster.client_tokens import TOKENS_FILE, Clients
+from cluster.options import SecuritySection
 from cluster.state import write_private
 from cluster.trust import CA_KEY_FILE, copy_trust, issue, read_authority
 from colm.clock import utc_now
@@ -49,6 +51,19 @@ class SecretFiles:
     """Tokens of further clients, which `colm token` writes; the gateway alone reads it."""
     own_certificate: OwnCertificate | None = None
     """What the gateway shows to clients in place of a certificate of the cluster's authority."""
+
+    @classmethod
+    def of(
+        cls, section: SecuritySection, folder: Path, *, clients_folder: Path, own_certificate: OwnCertificate | None
+    ) -> Self:
+        """What the options say, of secrets in `folder` and of clients' tokens in `clients_folder`."""
+        return cls(
+            folder=str(folder.absolute()),
+            has_tls=section.tls == "auto",
+            has_client_token=section.token == "auto",
+            clients_file=str((clients_folder / TOKENS_FILE).absolute()),
+            own_certificate=own_certificate,
+        )
 
     def of_clients(self) -> Security:
         """What the gateway demands of clients.

@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from cluster.cli.output import DEFAULT_STATE_DIR, JsonFlag, StateDir, human_bytes, interruptible, note, print_json
 from cluster.option_text import default_toml, page
 from cluster.options import load_config
+from cluster.serve_config import serve_config
 from cluster.state import ClusterState
 from colm.client import Client
 from colm.nodes import NodeStatus
@@ -94,10 +95,19 @@ def up(
 
 
 def config(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As a page to read instead: docs/options.md.")] = False,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="With --serve: the TOML file whose options are deployed.")
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="As a config of Ray Serve, which deploys what `colm up` does.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a page to read: docs/options.md.")] = False,
 ) -> None:
     """Print every option with its meaning and its default, as a file to start from."""
-    typer.echo(page() if markdown else default_toml(), nl=False)
+    if serve:
+        typer.echo(serve_config(load_config(config_file, {})), nl=False)
+    else:
+        typer.echo(page() if markdown else default_toml(), nl=False)
 
 
 def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> None:

@@ -1,21 +1,25 @@
-"""The manifests fit the project: its options, its roles, its version of Ray."""
+"""The manifests fit KubeRay's schema, and the project: its options, its roles, its version of Ray."""
 
+import copy
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from cluster.application import DECODE_RESOURCE, PREFILL_RESOURCE
 from cluster.options import ClusterConfig, load_config
+from cluster.serve_config import serve_config
 from colm.wire.members import Member
+from tests.kuberay import problems
 
 ROOT = Path(__file__).parents[2]
-MANIFESTS = {
-    each["kind"]: each for each in yaml.safe_load_all((ROOT / "deploy" / "kubernetes" / "colm.yaml").read_text())
-}
+FOLDER = ROOT / "deploy" / "kubernetes"
+MANIFESTS = {each["kind"]: each for each in yaml.safe_load_all((FOLDER / "colm.yaml").read_text())}
 CLUSTER = MANIFESTS["RayCluster"]["spec"]
+SERVICE = yaml.safe_load((FOLDER / "rayservice.yaml").read_text())
 
 
 def config(tmp_path: Path) -> ClusterConfig:
@@ -65,3 +69,57 @@ def test_ray_is_the_pinned_one_and_demands_a_token() -> None:
     assert pinned is not None
     assert CLUSTER["rayVersion"] == pinned[1]
     assert CLUSTER["authOptions"] == {"mode": "token"}
+
+
+def test_kuberay_takes_the_manifests() -> None:
+    assert problems(MANIFESTS["RayCluster"]) == []
+    assert problems(SERVICE) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("headGroupSpec", "template", "spec", "containers", 0, "imagee"), "x", "'imagee' was unexpected"),
+        (("workerGroupSpecs", 0, "replicas"), "1", "is not of type 'integer'"),
+        (("authOptions", "mode"), "tokens", "is not one of"),
+        (("rayversion",), "2.60.0", "'rayversion' was unexpected"),
+    ],
+)
+def test_the_schema_refuses_what_kuberay_would(place: tuple[Any, ...], value: object, said: str) -> None:
+    broken = copy.deepcopy(MANIFESTS["RayCluster"])
+    where = broken["spec"]
+    for step in place[:-1]:
+        where = where[step]
+    where[place[-1]] = value
+    (found,) = problems(broken)
+    assert said in found
+
+
+def test_the_service_deploys_the_options_of_the_cluster(tmp_path: Path) -> None:
+    assert yaml.safe_load(SERVICE["spec"]["serveConfigV2"]) == json.loads(serve_config(config(tmp_path)))
+
+
+def test_the_pods_of_the_service_are_those_of_the_cluster() -> None:
+    """But for the file of options, the port that KubeRay wants, and probes that would ask for Serve's proxy."""
+    service = copy.deepcopy(SERVICE["spec"]["rayClusterConfig"])
+    (head,) = service["headGroupSpec"]["template"]["spec"]["containers"]
+    assert head["ports"].pop() == {"name": "serve", "containerPort": 8000}
+    for group in service["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        assert container.pop("readinessProbe")["httpGet"] == {"path": "/api/healthz", "port": 52365}
+    cluster = copy.deepcopy(CLUSTER)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        pod["volumes"] = [each for each in pod["volumes"] if each["name"] != "config"]
+        (container,) = pod["containers"]
+        container["volumeMounts"] = [each for each in container["volumeMounts"] if each["name"] != "config"]
+    assert service == cluster
+    assert SERVICE["spec"]["excludeHeadPodFromServeSvc"] is True
+
+
+def test_the_policy_is_for_the_pods_of_either() -> None:
+    selects = MANIFESTS["NetworkPolicy"]["spec"]["podSelector"]["matchExpressions"]
+    assert selects == [{"key": "colm/role", "operator": "Exists"}]
+    for spec in (CLUSTER, SERVICE["spec"]["rayClusterConfig"]):
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            assert "colm/role" in group["template"]["metadata"]["labels"]

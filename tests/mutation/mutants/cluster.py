@@ -389,4 +389,18 @@ MUTANTS = (
         '_FIXED_SECTIONS = ("security",)',
         "tests/unit/test_changed_options.py::test_what_others_rely_on_is_refused",
     ),
+    Mutant(
+        "an application of Serve's own config runs on an open Ray",
+        "cluster/serve_config.py",
+        "    check_is_closed(config.ray)\n",
+        "",
+        "tests/unit/test_serve_config.py::test_serve_refuses_what_up_refuses",
+    ),
+    Mutant(
+        "Serve's own config starts proxies",
+        "cluster/serve_config.py",
+        '"proxy_location": "Disabled"',
+        '"proxy_location": "EveryNode"',
+        "tests/unit/test_serve_config.py::test_serve_has_no_proxies_and_no_route",
+    ),
 )
