@@ -26,7 +26,7 @@ _HEAD_RESOURCE = "node:__internal_head__"
 # How often Serve looks for a replica that has become free, where all are full.
 _ROUTING = RequestRouterConfig(initial_backoff_s=0.005, backoff_multiplier=2, max_backoff_s=0.04)
 _HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 30.0}
-_SHUTDOWN = {"graceful_shutdown_timeout_s": 8.0, "graceful_shutdown_wait_loop_s": 0.2}
+_SHUTDOWN_S = 8.0
 
 
 def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles, *, beside: bool = False) -> serve.Application:
@@ -95,6 +95,7 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles, *, besi
         metrics_port=metrics.port,
         traces=traces,
         num_decode_nodes=config.decode.num_replicas,
+        drain_s=gateway.drain_s,
         limits=GatewayLimits(
             max_document_bytes=gateway.max_document_bytes,
             max_upload_bytes=gateway.max_upload_bytes,
@@ -115,7 +116,8 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles, *, besi
         max_ongoing=1000,
         actor={"num_cpus": 0, "resources": {_HEAD_RESOURCE: 0.001}},
         version=_version(gateway_options, secrets),
-        surge=0,  # it has the ports of the last one
+        surge=100,  # it listens on the ports of the last one, beside it
+        shutdown_s=gateway.drain_s + 2 * _SHUTDOWN_S,
     ).bind(gateway_options, secrets, decode)
 
 
@@ -130,7 +132,15 @@ def _version(*options: object) -> str:
 
 
 def _deployment(
-    replica: type, *, name: str, replicas: int, max_ongoing: int, actor: dict[str, Any], version: str, surge: int
+    replica: type,
+    *,
+    name: str,
+    replicas: int,
+    max_ongoing: int,
+    actor: dict[str, Any],
+    version: str,
+    surge: int,
+    shutdown_s: float = _SHUTDOWN_S,
 ) -> Any:
     return serve.deployment(
         replica,
@@ -145,7 +155,8 @@ def _deployment(
         # Every lease and report would be a line; what matters is in the project's own lines.
         logging_config={"enable_access_log": False},
         **_HEALTH,
-        **_SHUTDOWN,
+        graceful_shutdown_timeout_s=shutdown_s,
+        graceful_shutdown_wait_loop_s=0.2,
     ).options(version=version, _internal=True)  # otherwise each run restarts every replica, changed or not
 
 

@@ -43,11 +43,16 @@ class GrpcDecodeCalls:
         self._security = security
         self._channels = Channels(security)
         self._cancelling: set[asyncio.Task[None]] = set()
+        self._leaves_answers = False
 
     async def close(self) -> None:
         """Close the channels; every call must have ended."""
         await asyncio.gather(*self._cancelling)
         await self._channels.close()
+
+    def leave_answers(self) -> None:
+        """See `DecodeNodeCalls`."""
+        self._leaves_answers = True
 
     async def decode(
         self, lease: DecodeLease, job: DecodeJob, *, only_if_room: bool, deadline: Deadline
@@ -132,7 +137,7 @@ class GrpcDecodeCalls:
                 raise
             finally:
                 call.cancel()
-                if answer_key and request_id is not None and not is_over:
+                if answer_key and request_id is not None and not is_over and not self._leaves_answers:
                     self._cancel(address, answer_key, request_id)
 
     def _cancel(self, address: str, answer_key: str, request_id: str) -> None:

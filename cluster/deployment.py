@@ -10,15 +10,18 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
-from cluster.application import APPLICATION, DECODE_RESOURCE, PREFILL_RESOURCE, build
+from cluster.application import APPLICATION, DECODE_RESOURCE, GATEWAY, PREFILL_RESOURCE, build
 from cluster.options import ClusterConfig, RaySection
 from cluster.ray_guard import check_token_mode
 from cluster.secret_files import SecretFiles
 from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError
 from colm.wire.endpoint import join_address
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 _CALL_TIMEOUT_S = 30.0
@@ -96,8 +99,12 @@ def change(
         ray.shutdown()
 
 
-def remove(ray_address: str) -> None:
+def remove(ray_address: str, drain_s: float | None = None) -> None:
     """Remove the application from a Ray cluster; shut Serve down as well if no other application runs.
+
+    Args:
+        ray_address: where it runs.
+        drain_s: how long its gateway lets answers go on before the nodes end; None where it never came up.
 
     Raises:
         ClusterError: Ray cannot be reached.
@@ -105,6 +112,8 @@ def remove(ray_address: str) -> None:
     try:
         _connect(ray_address)
         if APPLICATION in serve.status().applications:
+            if drain_s is not None:
+                _drain(drain_s)
             serve.delete(APPLICATION)
         if not serve.status().applications:
             serve.shutdown()
@@ -112,6 +121,15 @@ def remove(ray_address: str) -> None:
         raise ClusterError(f"the application could not be taken off Ray at {ray_address}: {err}") from err
     finally:
         ray.shutdown()
+
+
+def _drain(drain_s: float) -> None:
+    """Let the gateway's answers end; one that is lost has none."""
+    gateway: Any = serve.get_deployment_handle(GATEWAY, APPLICATION)
+    try:
+        gateway.drain.remote().result(timeout_s=drain_s + _CALL_TIMEOUT_S)
+    except (RayError, RayServeException, TimeoutError) as err:
+        logger.warning("gateway.not_drained cause=%r", err)
 
 
 def _check(config: ClusterConfig) -> str:

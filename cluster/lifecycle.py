@@ -130,11 +130,12 @@ def down(state_dir: Path, say: Say) -> bool:
     with alone(state_dir):
         state = ClusterState.read(state_dir)
         may_run = read_joined(state_dir) is not None or is_left(state_dir / _RAY_TOKEN)
+        drain_s = None if state is None else state.options.get("gateway", {}).get("drain_s")
         if may_run:
-            say("stopping the replicas")
+            say("stopping the replicas" + (f"; answers that run have {drain_s:g} s to end" if drain_s else ""))
         if state is not None and is_running(state_dir / _RAY_TOKEN):
             show_token(state_dir / _RAY_TOKEN)
-            _remove(state.ray_address, say)  # an orderly stop; without it their Ray would just kill them
+            _remove(state.ray_address, say, drain_s)  # an orderly stop; without it their Ray would just kill them
         _clear(state_dir, say)
     return may_run or state is not None
 
@@ -150,11 +151,11 @@ def _clear(state_dir: Path, say: Say) -> None:
     ClusterState.forget(state_dir)
 
 
-def _remove(ray_address: str, say: Say) -> None:
+def _remove(ray_address: str, say: Say, drain_s: float | None = None) -> None:
     from cluster import deployment  # imports ray, which reads the environment once: after the token is there
 
     try:
-        deployment.remove(ray_address)
+        deployment.remove(ray_address, drain_s)
     except ClusterError as err:
         say(str(err))
 

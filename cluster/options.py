@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from colm import defaults
 from colm.errors import ConfigError
@@ -84,6 +84,8 @@ class GatewaySection(Settings):
     """Slowest decoding, in new tokens/s, that such a request is given time for."""
     max_timeout_s: PositiveFloat = 24 * 3600.0
     """Longest timeout_s that a client may ask for, and longest deadline of any request, in seconds."""
+    drain_s: NonNegativeFloat = defaults.DRAIN_S
+    """Seconds that answers have to end when the gateway stops or is replaced; then the next one goes on with them."""
     tls_certificate: Path | None = None
     """Your own certificate for clients, e.g. Let's Encrypt's fullchain.pem; read again when it changes."""
     tls_key: Path | None = None

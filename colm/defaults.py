@@ -32,5 +32,7 @@ STALL_S = 30.0
 """How long a reader may keep memory that others wait for without an acknowledgement."""
 UPLOAD_IDLE_S = 30.0
 """Longest pause between two pieces of a prompt that is sent."""
+DRAIN_S = 30.0
+"""How long answers may go on when their gateway stops."""
 STOP_GRACE_S = 5.0
 """How long a server that stops lets running calls go on."""

@@ -58,6 +58,10 @@ class ConnectionLost(PeerUnavailable):
     """The process that was called is not reachable, or was lost while it answered; it has not said anything itself."""
 
 
+class GoingAway(ConnectionLost):
+    """The gateway stops, or gives way to another one; the same call may be made again, and finds whoever is there."""
+
+
 class PeerRefused(PeerUnavailable):
     """Another process of the cluster does not admit this one, by its token or its certificate; another one may."""
 

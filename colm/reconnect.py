@@ -6,7 +6,15 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 
 from colm.clock import Clock, Deadline, MonotonicClock
-from colm.errors import CapacityExceeded, ColmError, ConnectionLost, PeerUnavailable, PrefillUnavailable, UnknownAnswer
+from colm.errors import (
+    CapacityExceeded,
+    ColmError,
+    ConnectionLost,
+    GoingAway,
+    PeerUnavailable,
+    PrefillUnavailable,
+    UnknownAnswer,
+)
 from colm.events import Accepted, Event, Reconnecting, Token
 from colm.retry import RetryPolicy
 from colm.scale import Changing, ScaleWish
@@ -102,7 +110,7 @@ class Attempts:
         Raises:
             ColmError: the error; another call would not help.
         """
-        self._was_taken = self._was_taken or self._upload.is_taken
+        self._was_taken = self._was_taken or self._upload.is_taken or isinstance(error, GoingAway)
         self._num_failures += 1
         pause_s = self._retry.pause_s(self._num_failures)
         if not self._reconnects or pause_s is None or not self._helps(error):

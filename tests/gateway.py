@@ -117,6 +117,7 @@ class RunningGateway:
 
     address: str
     server: grpc.aio.Server
+    front_door: FrontDoor
     calls: GrpcDecodeCalls
     metrics: CollectorRegistry
 
@@ -145,9 +146,9 @@ async def killable_gateway(
     Args:
         security: what it shows to decode nodes.
         addresses: of decode nodes that hold answers.
-        port: of a gateway whose place this one takes; 0 picks a free one.
+        port: of a gateway whose place this one takes, or will take; 0 picks a free one.
     """
-    server, calls = create_server(Security()), GrpcDecodeCalls(security)
+    server, calls = create_server(Security(), shares_port=True), GrpcDecodeCalls(security)
     registry = CollectorRegistry()
     clients = clients or Clients(None)
     metrics = RequestMetrics(registry, clients)
@@ -170,10 +171,10 @@ async def killable_gateway(
         accounts=Accounts(MonotonicClock(), audit_log),
         metrics=metrics,
     ).add_to(server)
-    port = bind(server, "127.0.0.1", port, Security())
+    port = bind(server, "127.0.0.1", port, Security(), shares_port=True)
     await server.start()
     try:
-        yield RunningGateway(f"127.0.0.1:{port}", server, calls, registry)
+        yield RunningGateway(f"127.0.0.1:{port}", server, front_door, calls, registry)
     finally:
         await server.stop(0)
         await calls.close()
@@ -189,9 +190,10 @@ async def http_gateway(
     audit_log: AuditLog | None = None,
     tls: TlsSource | None = None,
     max_files_bytes: int = 1 << 20,
+    doors: list[FrontDoor] | None = None,
     **limits: Any,
 ) -> AsyncIterator[str]:
-    """`gateway` over HTTP; at the end of the block it must hold nothing."""
+    """`gateway` over HTTP; at the end of the block it must hold nothing. Its front door is added to `doors`."""
     calls, chosen, known = GrpcDecodeCalls(Security()), replace(LIMITS, **limits), clients or Clients(None)
     front_door = FrontDoor(
         model=served_model(config, tokenizer),
@@ -201,6 +203,8 @@ async def http_gateway(
         registry=decode_nodes(1),
         clock=MonotonicClock(),
     )
+    if doors is not None:
+        doors.append(front_door)
     app = OpenAiApp(
         model=served_model(config, tokenizer),
         front_door=front_door,

@@ -4,8 +4,8 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from cluster.front_door.placement import RETRY, DecodeJob, DecodeNodeCalls, DecodePool, Emit, Placement
@@ -17,7 +17,7 @@ from cluster.node_registry import NodeRegistry
 from colm import tracing
 from colm.beside import beside
 from colm.clock import Clock, Deadline
-from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, InvalidRequest
+from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, GoingAway, InvalidRequest
 from colm.events import Accepted, Event, ScaleChanged
 from colm.nodes import ClusterStatus, ModelStatus
 from colm.request import ANSWER_KEY, GenerateRequest
@@ -65,7 +65,37 @@ class FrontDoor:
         self._resumption = Resumption(calls, registry, clock, num_decode_nodes)
         self._registry = registry
         self._clock = clock
-        self._num_active = 0
+        self._calls = calls
+        self._running: set[asyncio.Timeout] = set()
+        """One of each request that is inside, which ends it when it is rescheduled."""
+        self._is_going = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def drain(self, bound_s: float) -> None:
+        """Take no new request from now on, and wait for those that are inside; call it before the gateway ends.
+
+        What is left at the bound is handed over: the client is told `GoingAway`, and the decode node keeps the answer
+        for a client that asks the next gateway for it.
+
+        Args:
+            bound_s: longest wait.
+        """
+        self._is_going = True
+        try:
+            async with asyncio.timeout(bound_s):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.info("gateway.hands_over requests=%d", len(self._running))
+            self._calls.leave_answers()
+            for left in self._running:
+                if not left.expired():
+                    left.reschedule(0)
+
+    @property
+    def is_going(self) -> bool:
+        """It takes no new request."""
+        return self._is_going
 
     @asynccontextmanager
     async def generate(
@@ -94,33 +124,36 @@ class FrontDoor:
         Raises:
             ColmError: why there is no answer; `InvalidRequest` names the field at fault.
         """
-        with tracing.span("generate") as note, self._admitted():
-            plan = Plan.of(request, self._model, self._limits, caller_waits_s)
-            arrived_s = self._clock.now()
-            timeout_s = self._limits.default_timeout_s if plan.timeout_s is None else plan.timeout_s
+        async with self._admitted():
+            with tracing.span("generate") as note:
+                plan = Plan.of(request, self._model, self._limits, caller_waits_s)
+                arrived_s = self._clock.now()
+                timeout_s = self._limits.default_timeout_s if plan.timeout_s is None else plan.timeout_s
 
-            async def serve(emit: Emit) -> None:
-                nonlocal timeout_s
-                with tracing.span("read_prompt"):
-                    job = replace(await self._read(plan, prompt, owner), answer_key=_owned(request.answer_key, owner))
-                note(request=job.request_id, prompt_tokens=len(job.token_ids), chains=job.scale.value.num_chains)
-                if plan.timeout_s is None:
-                    timeout_s = self._limits.timeout_s(
-                        num_prompt_tokens=len(job.token_ids), max_new_tokens=plan.max_new_tokens
-                    )
-                deadline = Deadline(self._clock, arrived_s + timeout_s)
-                running.reschedule(asyncio.get_running_loop().time() + deadline.remaining_s())
-                await emit(self._accepted(job, timeout_s))
-                async with beside(self._change(job.scale, changes, emit)):
-                    await self._placement.run(job, deadline, emit)
+                async def serve(emit: Emit) -> None:
+                    nonlocal timeout_s
+                    with tracing.span("read_prompt"):
+                        job = replace(
+                            await self._read(plan, prompt, owner), answer_key=_owned(request.answer_key, owner)
+                        )
+                    note(request=job.request_id, prompt_tokens=len(job.token_ids), chains=job.scale.value.num_chains)
+                    if plan.timeout_s is None:
+                        timeout_s = self._limits.timeout_s(
+                            num_prompt_tokens=len(job.token_ids), max_new_tokens=plan.max_new_tokens
+                        )
+                    deadline = Deadline(self._clock, arrived_s + timeout_s)
+                    running.reschedule(asyncio.get_running_loop().time() + deadline.remaining_s())
+                    await emit(self._accepted(job, timeout_s))
+                    async with beside(self._change(job.scale, changes, emit)):
+                        await self._placement.run(job, deadline, emit)
 
-            try:
-                async with asyncio.timeout(timeout_s) as running, pulled(serve) as events:
-                    yield events
-            except TimeoutError as err:
-                if not running.expired():
-                    raise
-                raise DeadlineExceeded(f"timeout_s={timeout_s:g} is over and the answer is not complete") from err
+                try:
+                    async with asyncio.timeout(timeout_s) as running, pulled(serve) as events:
+                        yield events
+                except TimeoutError as err:
+                    if not running.expired():
+                        raise
+                    raise DeadlineExceeded(f"timeout_s={timeout_s:g} is over and the answer is not complete") from err
 
     @asynccontextmanager
     async def resume(
@@ -140,22 +173,23 @@ class FrontDoor:
         """
         if not ANSWER_KEY.fullmatch(answer_key):
             raise InvalidRequest("answer_key", answer_key, "must be 32 lower-case hex digits, as in the request")
-        with tracing.span("resume"), self._admitted():
-            longest_s = self._limits.max_timeout_s
-            deadline = Deadline.after(
-                self._clock, longest_s if caller_waits_s is None else min(caller_waits_s, longest_s)
-            )
+        async with self._admitted():
+            with tracing.span("resume"):
+                longest_s = self._limits.max_timeout_s
+                deadline = Deadline.after(
+                    self._clock, longest_s if caller_waits_s is None else min(caller_waits_s, longest_s)
+                )
 
-            async def serve(emit: Emit) -> None:
-                key = _owned(answer_key, owner)
-                scale: Changing[Scale | None] = Changing(None)
-                async with beside(self._change(scale, changes, emit)):
-                    await self._resumption.run(
-                        self._model.name, key, num_tokens, scale=scale, deadline=deadline, emit=emit
-                    )
+                async def serve(emit: Emit) -> None:
+                    key = _owned(answer_key, owner)
+                    scale: Changing[Scale | None] = Changing(None)
+                    async with beside(self._change(scale, changes, emit)):
+                        await self._resumption.run(
+                            self._model.name, key, num_tokens, scale=scale, deadline=deadline, emit=emit
+                        )
 
-            async with pulled(serve) as events:
-                yield events
+                async with pulled(serve) as events:
+                    yield events
 
     def status(self) -> ClusterStatus:
         """Models, nodes and load."""
@@ -168,17 +202,28 @@ class FrontDoor:
             reads_text=model.tokenizer is not None,
         )
         nodes = tuple(self._registry.nodes())
-        return ClusterStatus(models=(served,), nodes=nodes, num_active_requests=self._num_active)
+        return ClusterStatus(models=(served,), nodes=nodes, num_active_requests=len(self._running))
 
-    @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        if self._num_active >= self._limits.max_requests:
-            raise CapacityExceeded(f"{self._num_active} requests are inside the gateway already; try again later")
-        self._num_active += 1
+    @asynccontextmanager
+    async def _admitted(self) -> AsyncIterator[None]:
+        if self._is_going:
+            raise GoingAway("the gateway is stopping and takes no new requests; try again, another one may be there")
+        if (num_active := len(self._running)) >= self._limits.max_requests:
+            raise CapacityExceeded(f"{num_active} requests are inside the gateway already; try again later")
+        left = asyncio.timeout(None)
         try:
-            yield
+            async with left:
+                self._running.add(left)
+                self._idle.clear()
+                yield
+        except TimeoutError as err:
+            if not left.expired():
+                raise
+            raise GoingAway("the gateway is stopping, and this answer has not ended in time; ask again") from err
         finally:
-            self._num_active -= 1
+            self._running.discard(left)
+            if not self._running:
+                self._idle.set()
 
     async def _read(self, plan: Plan, prompt: AsyncIterator[PromptPart], owner: str) -> DecodeJob:
         token_ids = await self._prompts.read(plan, prompt)

@@ -100,6 +100,9 @@ class DecodeNodeCalls(Protocol):
             ColmError: whatever else the node refuses or fails with.
         """
 
+    def leave_answers(self) -> None:
+        """From now on a job whose call is closed goes on at its node, if another gateway can ask for it there."""
+
     def resume(
         self, address: str, answer_key: str, num_tokens: int, *, scale: Changing[Scale | None], deadline: Deadline
     ) -> AsyncGenerator[Event]:

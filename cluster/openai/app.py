@@ -22,7 +22,7 @@ from cluster.openai.errors import answer_of
 from cluster.openai.files import FileStore
 from cluster.openai.schema import Ask, read_chat, read_completion
 from colm import tracing
-from colm.errors import InvalidRequest, Unauthenticated, UnknownModel
+from colm.errors import GoingAway, InvalidRequest, Unauthenticated, UnknownModel
 from colm.text.tokenizer import SEPARATOR
 from colm.wire.security import AUTHORIZATION, shown_token
 
@@ -137,6 +137,8 @@ class OpenAiApp:
         return client
 
     async def _health(self, _: Request) -> Response:
+        if self._front_door.is_going:
+            return answer_of(GoingAway("the gateway is stopping"))
         return JSONResponse({"status": "ok"})
 
     async def _models(self, request: Request, client: Client) -> Response:  # noqa: ARG002 - the handlers' contract

@@ -36,6 +36,8 @@ _KINDS: tuple[tuple[type[ColmError], _Kind], ...] = (
     (PeerUnavailable, _Kind(503, "server_error", "unavailable")),
 )
 _DEFECT = _Kind(500, "server_error", None)
+_RETRY_S = 1
+"""After which somebody else may be there, where a process is lost or the gateway stops."""
 
 
 def body_of(error: BaseException) -> dict[str, object]:
@@ -49,6 +51,8 @@ def answer_of(error: BaseException) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, CapacityExceeded):  # OpenAI's package waits so long, and tries again by itself
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    elif kind.status == 503:
+        headers["Retry-After"] = str(_RETRY_S)
     return JSONResponse(_body(error, kind), kind.status, headers)
 
 

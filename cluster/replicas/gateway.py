@@ -72,6 +72,8 @@ class GatewayOptions:
     """Where the gateway records spans; None for nowhere."""
     num_decode_nodes: int
     """When all run."""
+    drain_s: float
+    """How long answers may go on when the gateway ends."""
 
 
 class ServeDecodePool:
@@ -116,7 +118,7 @@ class GatewayReplica:
         self._decode_calls = GrpcDecodeCalls(secrets.of_nodes(Member.GATEWAY))
         registry = CollectorRegistry()
         metrics = RequestMetrics(registry, clients := secrets.clients())
-        front_door = FrontDoor(
+        self._front_door = front_door = FrontDoor(
             model=model,
             limits=options.limits,
             decode_pool=self._decode_pool,
@@ -128,7 +130,11 @@ class GatewayReplica:
         )
         metrics_address = await self._serve_metrics(registry, options)
         client_security = secrets.of_clients()
-        self._server: grpc.aio.Server = create_server(client_security, lambda token: clients.of(token) is not None)
+        # The gateway that takes this one's place begins to listen before this one ends.
+        self._drain_s = options.drain_s
+        self._server: grpc.aio.Server = create_server(
+            client_security, lambda token: clients.of(token) is not None, shares_port=True
+        )
         folder, keep_days = options.audit_folder, options.audit_keep_days
         audit_log = None if folder is None else AuditLog(Path(folder), keep_days=keep_days)
         accounts = Accounts(MonotonicClock(), audit_log)
@@ -146,6 +152,7 @@ class GatewayReplica:
             port=options.http_port,
             max_connections=2 * options.limits.max_requests,
             tls=client_security.tls,
+            shares_port=True,
         )
         GenerationService(
             front_door,
@@ -165,7 +172,7 @@ class GatewayReplica:
             reflection.SERVICE_NAME,
         )
         reflection.enable_server_reflection(names, self._server)
-        port = bind(self._server, options.host, options.port, client_security)
+        port = bind(self._server, options.host, options.port, client_security, shares_port=True)
         await self._server.start()
         await self._http.start()
         self._looking_after = asyncio.create_task(keep_looking_after(secrets))
@@ -180,6 +187,7 @@ class GatewayReplica:
             host=host,
             port=options.metrics_port,
             targets=lambda: targets(metrics.address, self._registry.nodes()),
+            shares_port=True,
         )
         await metrics.start()
         return metrics.address
@@ -192,13 +200,22 @@ class GatewayReplica:
         """Take a node's report."""
         self._registry.report(report)
 
+    async def drain(self) -> None:
+        """Take no new request, say so to health checks, and return once those that are inside have ended."""
+        await self._health.enter_graceful_shutdown()
+        await self._front_door.drain(self._drain_s)
+
     async def __del__(self) -> None:
         if hasattr(self, "_address"):
             self._looking_after.cancel()
-            await self._health.enter_graceful_shutdown()
-            await asyncio.gather(self._server.stop(defaults.STOP_GRACE_S), self._http.stop())
             if self._metrics is not None:
                 await self._metrics.stop()
+            # They stop listening at once: from here on who has the same port gets every new connection.
+            longest_s = self._drain_s + defaults.STOP_GRACE_S
+            closing = asyncio.gather(self._server.stop(longest_s), self._http.stop(longest_s))
+            await self.drain()
+            await self._server.stop(defaults.STOP_GRACE_S)  # whoever watches its health has no end
+            await closing
             self._decode_pool.close()
             await self._decode_calls.close()
         if self._end_traces is not None:

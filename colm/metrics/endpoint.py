@@ -23,9 +23,24 @@ class MetricsEndpoint:
     Numbers are all there is to read: no text, no token ids; the gateway's are by
     client. There is no token either, so the address
     should be the loopback's, or one that only the operators' machines reach.
+
+    Args:
+        registry: what it shows.
+        host: where it listens.
+        port: likewise; 0 picks a free one.
+        targets: what `/targets` shows; None without.
+        shares_port: the process's successor may listen there before this one stops.
     """
 
-    def __init__(self, registry: CollectorRegistry, *, host: str, port: int, targets: Targets | None = None) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        host: str,
+        port: int,
+        targets: Targets | None = None,
+        shares_port: bool = False,
+    ) -> None:
         async def show_metrics(_: Request) -> Response:
             return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -36,7 +51,13 @@ class MetricsEndpoint:
                 return JSONResponse(targets())
 
             routes.append(Route("/targets", show_targets))
-        self._server = HttpServer(Starlette(routes=routes), host=host, port=port, max_connections=MAX_CONNECTIONS)
+        self._server = HttpServer(
+            Starlette(routes=routes),
+            host=host,
+            port=port,
+            max_connections=MAX_CONNECTIONS,
+            shares_port=shares_port,
+        )
 
     @property
     def address(self) -> str:

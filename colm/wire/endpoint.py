@@ -59,14 +59,18 @@ def _common_options() -> list[tuple[str, object]]:
     ]
 
 
-def server_options() -> list[tuple[str, object]]:
-    """What every server of the system is created with."""
+def server_options(*, shares_port: bool = False) -> list[tuple[str, object]]:
+    """What every server of the system is created with.
+
+    Args:
+        shares_port: others of this user that say so too may listen on the same port; each gets some of the connections.
+    """
     return [
         *_common_options(),
         # More frequent pings count as abuse, and the connection is closed. The default is five minutes.
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE.interval_ms // 2),
-        # Without this a second server on the same port would silently take half of the calls.
-        ("grpc.so_reuseport", 0),
+        # By default a second server on the same port would silently take half of the calls.
+        ("grpc.so_reuseport", int(shares_port)),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ("grpc.max_connection_idle_ms", IDLE_MS),
         ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
@@ -78,7 +82,11 @@ _LOOPBACKS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def create_server(
-    security: Security, admits: Admits | None = None, now: Callable[[], datetime] = utc_now
+    security: Security,
+    admits: Admits | None = None,
+    now: Callable[[], datetime] = utc_now,
+    *,
+    shares_port: bool = False,
 ) -> grpc.aio.Server:
     """A server that demands what the security has: a token, a certificate. Add services, then `bind` and start it.
 
@@ -86,13 +94,14 @@ def create_server(
         security: of the server.
         admits: whom it admits; None for whoever shows the security's own token.
         now: the time, by which callers' certificates expire.
+        shares_port: as in `server_options`; `bind` must be told too.
     """
     interceptors: list[grpc.aio.ServerInterceptor] = [TraceInterceptor(), MalformedInterceptor()]
     if (tls := security.current_tls) is not None and tls.caller_name is not None:
         interceptors.insert(0, CallerInterceptor(tls.caller_name, lambda: _revoked(security), now))
     if security.token:
         interceptors.insert(0, TokenInterceptor(admits or only(security.token)))
-    return SteadyServer(interceptors, server_options())
+    return SteadyServer(interceptors, server_options(shares_port=shares_port))
 
 
 def _revoked(security: Security) -> frozenset[int]:
@@ -129,13 +138,19 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
 
 
-def why_not(host: str, port: int) -> str | None:
-    """Why a server on this machine could not listen on host:port now, and what to do; None if it could."""
+def why_not(host: str, port: int, *, shares_port: bool = False) -> str | None:
+    """Why a server on this machine could not listen on host:port now, and what to do; None if it could.
+
+    Args:
+        host: an address, or a name for one.
+        port: TCP port.
+        shares_port: a port that servers share counts as free.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError):
         return f"{host!r} is no address and no name that resolves"
-    refusals = [_refusal(family, address) for family, _, _, _, address in found]
+    refusals = [_refusal(family, address, shares_port) for family, _, _, _, address in found]
     if errno.EADDRINUSE in refusals:
         return f"port {port} is taken; choose another, 0 picks a free one"
     if errno.EACCES in refusals:
@@ -144,18 +159,26 @@ def why_not(host: str, port: int) -> str | None:
     return None if None in refusals else f"{host!r} is not an address of this machine"
 
 
-def _refusal(family: socket.AddressFamily, address: Any) -> int | None:
+def _refusal(family: socket.AddressFamily, address: Any, shares_port: bool) -> int | None:
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(shares_port))
             probe.bind(address)
     except OSError as err:
         return err.errno
     return None
 
 
-def bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> int:
+def bind(server: grpc.aio.Server, host: str, port: int, security: Security, *, shares_port: bool = False) -> int:
     """Listen on host:port; port 0 picks a free one.
+
+    Args:
+        server: made by `create_server`.
+        host: an address of this machine, or a name for one.
+        port: TCP port.
+        security: of the server.
+        shares_port: as the server was made.
 
     Returns:
         The port.
@@ -164,7 +187,7 @@ def bind(server: grpc.aio.Server, host: str, port: int, security: Security) -> i
         OSError: the port is taken or the host is not ours; the message says which.
     """
     address = join_address(host, port)
-    if (reason := why_not(host, port)) is not None:
+    if (reason := why_not(host, port, shares_port=shares_port)) is not None:
         raise OSError(f"cannot listen on {address}: {reason}")
     credentials = security.server_credentials()
     try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import socket
 import ssl
 import tempfile
@@ -57,10 +58,20 @@ class HttpServer:
         app: the application.
         tls: the server's certificates, which may be renewed; None is plaintext.
         max_connections: at once; a request on a further one is answered with 503.
+        shares_port: others of this user that say so too may listen on the same port; each gets some of the connections.
     """
 
-    def __init__(self, app: Any, *, host: str, port: int, max_connections: int, tls: TlsSource | None = None) -> None:
-        self._host, self._port = host, port
+    def __init__(
+        self,
+        app: Any,
+        *,
+        host: str,
+        port: int,
+        max_connections: int,
+        tls: TlsSource | None = None,
+        shares_port: bool = False,
+    ) -> None:
+        self._host, self._port, self._shares_port = host, port, shares_port
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -73,7 +84,6 @@ class HttpServer:
                 proxy_headers=False,
                 limit_concurrency=max_connections,
                 timeout_keep_alive=_IDLE_S,
-                timeout_graceful_shutdown=_STOP_S,
                 ssl_context_factory=None if tls is None else lambda *_: _renewed_context(tls),
             )
         )
@@ -86,11 +96,12 @@ class HttpServer:
         Raises:
             OSError: the port is taken, or the host is not this machine's; the message says which.
         """
-        if (reason := why_not(self._host, self._port)) is not None:
+        if (reason := why_not(self._host, self._port, shares_port=self._shares_port)) is not None:
             raise OSError(f"cannot listen on {self._host}:{self._port}: {reason}")
         listener = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(self._shares_port))
             listener.bind((self._host, self._port))
             listener.listen()
         except OSError:
@@ -99,9 +110,10 @@ class HttpServer:
         self.address = dial_address(self._host, listener.getsockname()[1])
         self._serving = asyncio.create_task(self._server.serve([listener]), name=f"http {self.address}")
 
-    async def stop(self) -> None:
-        """Let running answers end within a grace period, then break them off."""
+    async def stop(self, grace_s: float = 0) -> None:
+        """Take no more connections, and break off what has not ended within so many seconds and two more."""
         if self._serving is not None:
+            self._server.config.timeout_graceful_shutdown = math.ceil(grace_s) + _STOP_S
             self._server.should_exit = True
             await self._serving
 

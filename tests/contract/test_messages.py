@@ -24,6 +24,7 @@ from colm.errors import (
     ConnectionLost,
     DeadlineExceeded,
     FingerprintMismatch,
+    GoingAway,
     InvalidRequest,
     LeaseExpired,
     PeerFailed,
@@ -345,6 +346,7 @@ CLIENTS = pytest.mark.parametrize("failure", [threaded_failure, aio_failure], id
 
 TYPED: list[ColmError] = [
     LeaseExpired("lease gone"),
+    GoingAway("the gateway is stopping"),
     InvalidRequest("top_p", 1.5, "must be above 0 and at most 1"),
     InvalidRequest("stop", "ü\n" * 100, "each string must have 1 to 256 characters"),
     UnknownModel("model", "gpt-7", "this cluster serves smollm2"),

@@ -1,10 +1,12 @@
 """`colm up` on a cluster that is up: its options change, and no request fails."""
 
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from openai import DefaultHttpxClient, OpenAI
 
 from cluster.state import ClusterState
 from colm.client import Client, collect
@@ -17,10 +19,11 @@ PROMPT = list(range(3, 200))
 GREEDY = SamplingParams(ignore_eos=True)
 
 
-def toml(folder: Path, name: str, *, batch: int, rest: str = "") -> Path:
+def toml(folder: Path, name: str, *, batch: int, requests: int = 64, rest: str = "") -> Path:
     path = folder / f"{name}.toml"
     path.write_text(
-        f'[model]\ndtype = "float32"\npath = "{folder / "tiny"}"\n[gateway]\nport = 0\n'
+        f'[model]\ndtype = "float32"\npath = "{folder / "tiny"}"\n'
+        f"[gateway]\nport = 0\nmax_requests = {requests}\n"
         f'[decode]\nkv_cache_bytes = "64MiB"\nmax_batch_size = {batch}\n{rest}'
     )
     return path
@@ -48,7 +51,21 @@ def pids(cluster: RunningCluster) -> dict[Role, set[int]]:
 
 
 def test_options_change_under_requests_and_each_answer_is_whole(cluster: RunningCluster, folder: Path) -> None:
-    before, answers, is_over = pids(cluster), [], threading.Event()
+    before, answers, lengths, is_over = pids(cluster), [], [], threading.Event()
+    trusted = ssl.create_default_context(cafile=cluster.state.ca_file)
+
+    def ask_over_http() -> None:
+        token = cluster.state.client_token
+        # By default it tries again where a connection is closed as it sends.
+        with OpenAI(
+            base_url=cluster.state.base_url, api_key=token, http_client=DefaultHttpxClient(verify=trusted)
+        ) as client:
+            while not is_over.is_set():
+                answer = client.completions.create(
+                    model="tiny", prompt=PROMPT, max_tokens=40, temperature=0, extra_body={"ignore_eos": True}
+                )
+                assert answer.usage is not None
+                lengths.append(answer.usage.completion_tokens)
 
     def ask() -> None:
         with Client(cluster.state.gateway_address, cluster.state.security) as client:
@@ -58,20 +75,22 @@ def test_options_change_under_requests_and_each_answer_is_whole(cluster: Running
 
     failures: list[BaseException] = []
     threading.excepthook, hook = lambda args: failures.append(args.exc_value or args.exc_type()), threading.excepthook
-    askers = [threading.Thread(target=ask) for _ in range(2)]
+    askers = [threading.Thread(target=each) for each in (ask, ask, ask_over_http)]
     try:
         for asker in askers:
             asker.start()
-        said = cluster.colm("up", "--config", str(toml(folder, "second", batch=3))).stderr
+        said = cluster.colm("up", "--config", str(toml(folder, "second", batch=3, requests=63))).stderr
     finally:
         is_over.set()
         for asker in askers:
             asker.join(120)
         threading.excepthook = hook
     assert "decode.max_batch_size: 4 -> 3" in said
+    assert "gateway.max_requests: 64 -> 63" in said
     assert failures == []
     assert len(answers) >= 2
     assert all(answer == answers[0] and len(answer) == 40 for answer in answers)
+    assert set(lengths) == {40}
     until(lambda: not before[Role.DECODE] & pids(cluster)[Role.DECODE], 60)  # it may still finish what it has
     after = pids(cluster)
     assert before[Role.PREFILL] == after[Role.PREFILL]
@@ -81,7 +100,7 @@ def test_options_change_under_requests_and_each_answer_is_whole(cluster: Running
 
 def test_a_change_that_fails_is_taken_back(cluster: RunningCluster, folder: Path) -> None:
     before = pids(cluster)
-    slow = toml(folder, "slow", batch=2, rest="[ray]\nready_timeout_s = 0.001\n")
+    slow = toml(folder, "slow", batch=2, requests=63, rest="[ray]\nready_timeout_s = 0.001\n")
     done = cluster.colm("up", "--config", str(slow), check=False)
     assert (done.returncode, "ray.ready_timeout_s=0.001" in done.stderr) == (1, True)
     assert "taking the change back" in done.stderr
@@ -93,7 +112,7 @@ def test_a_change_that_fails_is_taken_back(cluster: RunningCluster, folder: Path
 
 
 def test_what_clients_rely_on_does_not_change(cluster: RunningCluster, folder: Path) -> None:
-    moved = toml(folder, "moved", batch=3, rest='[security]\ntoken = "off"\n')
+    moved = toml(folder, "moved", batch=3, requests=63, rest='[security]\ntoken = "off"\n')
     done = cluster.colm("up", "--config", str(moved), check=False)
     assert done.returncode == 1
     assert "security.token='off': a cluster is up with 'auto'" in done.stderr

@@ -154,6 +154,28 @@ async def test_the_next_gateway_brings_the_rest_of_the_answer(
     assert count(site, "colm_requests_continued_total") == 0
 
 
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+async def test_a_gateway_that_stops_hands_its_answer_to_one_that_listens_beside_it(
+    make: Callable[..., Any], kind: str
+) -> None:
+    site = await make(orphan_s=FOR_EVER_S)
+    undisturbed = await ask("async", site.address)
+    with gate_before(DecodeEngine, "step", at_step(7)) as gate:
+        asking = asyncio.create_task(ask(kind, site.address))
+        await gate.until_reached()
+        last = site.gateways[-1]
+        await site.start()
+        assert site.address == last.address
+        stopping = asyncio.create_task(last.server.stop(LIMIT_S))
+        await last.front_door.drain(0.0)
+        await until_orphaned(site)
+        gate.open()
+        assert_same_answer(events := await asking, undisturbed)
+        await stopping
+    assert gateways_lost(events)
+    assert site.pools[-1].lent == [], "the request was submitted again"
+
+
 async def test_a_gateway_that_is_lost_during_the_prefill_costs_no_work(make: Callable[..., Any]) -> None:
     site = await make(orphan_s=FOR_EVER_S)
     with gate_before(PrefillEngine, "step") as gate:

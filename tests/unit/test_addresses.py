@@ -60,6 +60,22 @@ async def test_a_server_listens_where_it_is_told_and_is_reached_there(host: str)
     assert why_not(host, 0) is None
 
 
+async def test_servers_share_a_port_if_both_say_so() -> None:
+    servers = [create_server(Security(), shares_port=True) for _ in range(2)]
+    port = 0
+    for server in servers:
+        port = bind(server, "127.0.0.1", port, Security(), shares_port=True)
+        await server.start()
+    try:
+        assert "taken" in str(why_not("127.0.0.1", port))
+        async with open_channel(f"127.0.0.1:{port}", Security()) as channel:
+            await servers[0].stop(0)
+            await asyncio.wait_for(channel.channel_ready(), 30)
+    finally:
+        for server in servers:
+            await server.stop(0)
+
+
 @pytest.mark.parametrize(
     ("host", "reason"),
     [
@@ -138,6 +154,7 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
         audit_folder=None,
         audit_keep_days=30,
         num_decode_nodes=1,
+        drain_s=0.0,
     )
     secrets = secret_files(tmp_path)
 

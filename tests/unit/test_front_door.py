@@ -21,6 +21,7 @@ from colm.errors import (
     CapacityExceeded,
     ColmError,
     DeadlineExceeded,
+    GoingAway,
     InvalidRequest,
     LeaseExpired,
     PeerFailed,
@@ -79,7 +80,11 @@ class Scripted:
         self.only_if_room: list[bool] = []
         self.deadlines: list[Deadline] = []
         self.num_running = 0
+        self.leaves_answers = False
         self._scripts = scripts
+
+    def leave_answers(self) -> None:
+        self.leaves_answers = True
 
     async def decode(
         self,
@@ -194,6 +199,40 @@ async def test_a_document_in_pieces_becomes_token_ids() -> None:
 async def test_waiting_for_a_node_is_told_as_it_happens() -> None:
     _, *events = await ask(door(Scripted(ANSWER), Pool(num_ahead=(2, 1, 0))))
     assert events[:3] == [Queued(waits_for=WaitsFor.DECODE_NODE, num_ahead=number) for number in (2, 1, 0)]
+
+
+async def test_a_door_that_is_drained_takes_nobody_and_lets_those_inside_end() -> None:
+    proceed = asyncio.Event()
+    calls, pool = Scripted([*ANSWER[:2], proceed, *ANSWER[2:]]), Pool()
+    front_door = door(calls, pool)
+    async with asyncio.timeout(LIMIT_S), generate(front_door) as events:
+        assert isinstance(await anext(events), Accepted)
+        draining = asyncio.create_task(front_door.drain(LIMIT_S))
+        await asyncio.sleep(0)
+        with pytest.raises(GoingAway):
+            await ask(front_door)
+        proceed.set()
+        assert [event async for event in events] == [*ANSWER[1:]]
+        assert not draining.done()
+    await draining
+    assert not calls.leaves_answers
+    assert_nothing_held(front_door, calls, pool)
+
+
+async def test_what_has_not_ended_at_the_bound_is_told_that_the_gateway_goes() -> None:
+    calls, pool = Scripted([*ANSWER[:2], asyncio.Event()]), Pool()
+    front_door = door(calls, pool)
+
+    async def read() -> None:
+        async with generate(front_door) as events:
+            async for event in events:
+                if isinstance(event, PrefillProgress):
+                    await front_door.drain(0.0)
+
+    with pytest.raises(GoingAway, match="ask again"):
+        await asyncio.wait_for(read(), LIMIT_S)
+    assert calls.leaves_answers
+    assert_nothing_held(front_door, calls, pool)
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {

@@ -17,6 +17,7 @@ from openai import AsyncOpenAI
 
 from cluster.audit_log import AuditLog
 from cluster.client_tokens import Clients, TokenLimits, create_token, revoke_token
+from cluster.front_door.front_door import FrontDoor
 from colm.checkpoint import Checkpoint
 from colm.request import ChatMessage, ChatRole
 from colm.sampling import SamplingParams
@@ -481,6 +482,27 @@ async def test_an_error_in_mid_stream_is_the_streams_last_word(
     with pytest.raises(openai.APIError, match="decode"):
         async for _ in stream:
             pass
+
+
+async def test_a_gateway_that_stops_ends_its_streams_with_an_error_and_refuses_the_next_call(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, node: DecodeNode
+) -> None:
+    doors: list[FrontDoor] = []
+    async with client_of(checkpoint, tokenizer, node, doors=doors) as client, HttpClient() as plain:
+
+        async def read() -> None:
+            stream = await client.chat.completions.create(messages=QUESTION, max_tokens=300, stream=True, **GREEDY)
+            async for _ in stream:
+                await doors[0].drain(0.0)
+
+        with gate_before(DecodeEngine, "step"), pytest.raises(openai.APIError) as last:
+            await read()
+        assert (last.value.code, "ask again" in last.value.message) == ("unavailable", True)
+        with pytest.raises(openai.InternalServerError) as refused:
+            await client.chat.completions.create(messages=QUESTION, **GREEDY)
+        assert (refused.value.status_code, refused.value.response.headers["retry-after"]) == (503, "1")
+        assert (await plain.get(str(client.base_url.join("/health")))).status_code == 503
+        await until_idle(node)
 
 
 async def test_what_is_no_json_is_refused_and_too_large_a_body_too(

@@ -10,6 +10,7 @@ from colm.errors import (
     ColmError,
     ConnectionLost,
     DeadlineExceeded,
+    GoingAway,
     InvalidRequest,
     PeerUnavailable,
     PrefillUnavailable,
@@ -58,6 +59,15 @@ def test_a_gateway_that_was_never_there_is_not_looked_for_again() -> None:
     next(iter(request.messages))
     with pytest.raises(ConnectionLost):
         request.after(LOST)
+
+
+def test_a_gateway_that_stops_is_asked_again_where_its_successor_may_be() -> None:
+    request, _ = attempts()
+    request.after(GoingAway("the gateway is stopping"))
+    request.see(ACCEPTED)
+    request.see(token(7))
+    request.after(GoingAway("this answer has not ended in time"))
+    assert sent(request)[0].resume.num_tokens == 1
 
 
 def test_a_request_that_was_lost_before_it_was_accepted_is_sent_again_whole() -> None:

@@ -244,6 +244,7 @@ class ErrorDetail(_message.Message):
         KIND_NOT_FINITE: _ClassVar[ErrorDetail.Kind]
         KIND_PREFILL_UNAVAILABLE: _ClassVar[ErrorDetail.Kind]
         KIND_UNKNOWN_ANSWER: _ClassVar[ErrorDetail.Kind]
+        KIND_GOING_AWAY: _ClassVar[ErrorDetail.Kind]
     KIND_UNSPECIFIED: ErrorDetail.Kind
     KIND_INVALID_REQUEST: ErrorDetail.Kind
     KIND_UNKNOWN_MODEL: ErrorDetail.Kind
@@ -257,6 +258,7 @@ class ErrorDetail(_message.Message):
     KIND_NOT_FINITE: ErrorDetail.Kind
     KIND_PREFILL_UNAVAILABLE: ErrorDetail.Kind
     KIND_UNKNOWN_ANSWER: ErrorDetail.Kind
+    KIND_GOING_AWAY: ErrorDetail.Kind
     KIND_FIELD_NUMBER: _ClassVar[int]
     FIELD_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]

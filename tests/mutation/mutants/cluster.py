@@ -67,6 +67,27 @@ MUTANTS = (
         _CLIENTS + "test_prompt_tokens_at_once_and_tokens_a_minute_are_limited",
     ),
     Mutant(
+        "a gateway that stops takes further requests",
+        "cluster/front_door/front_door.py",
+        "        if self._is_going:\n",
+        "        if False:\n",
+        _FRONT_DOOR + "test_a_door_that_is_drained_takes_nobody_and_lets_those_inside_end",
+    ),
+    Mutant(
+        "a gateway that stops tells decode nodes that nobody will ask",
+        "cluster/decode_calls.py",
+        " and not is_over and not self._leaves_answers:",
+        " and not is_over:",
+        _GATEWAYS + "test_a_gateway_that_stops_hands_its_answer_to_one_that_listens_beside_it",
+    ),
+    Mutant(
+        "a client's first call to a gateway that stops is its last",
+        "colm/reconnect.py",
+        " or isinstance(error, GoingAway)",
+        "",
+        "tests/unit/test_reconnect.py::test_a_gateway_that_stops_is_asked_again_where_its_successor_may_be",
+    ),
+    Mutant(
         "the gateway drops the client's choice of a codec",
         "cluster/decode_calls.py",
         "            kv_codec=CODECS[job.kv_codec],\n",
@@ -147,8 +168,8 @@ MUTANTS = (
     Mutant(
         "the requests inside the gateway are not bounded",
         "cluster/front_door/front_door.py",
-        "        if self._num_active >= self._limits.max_requests:\n",
-        "        if False:\n",
+        "        if (num_active := len(self._running)) >= self._limits.max_requests:\n",
+        "        if (num_active := 0):\n",
         _GATEWAY + "test_the_requests_inside_are_bounded",
     ),
     Mutant(
@@ -217,7 +238,7 @@ MUTANTS = (
     Mutant(
         "a node is not told that its answer is not wanted any more",
         "cluster/decode_calls.py",
-        "                if answer_key and request_id is not None and not is_over:\n",
+        "                if answer_key and request_id is not None and not is_over and not self._leaves_answers:\n",
         "                if False:\n",
         _GATEWAYS + "test_a_request_that_is_cancelled_is_not_held_for_its_client",
     ),
