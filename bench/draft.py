@@ -56,6 +56,7 @@ from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
 from decode_node.prefix_cache import PagesWanted
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice
+from decode_node.step_budget import StepBudget
 
 PAGE_TOKENS = 64
 PRESET = "llama-3.2-1b-8-8-8-8-air"
@@ -218,7 +219,15 @@ class _Turn:
         page_line = PageLine(PagePool(node.store.num_pages), max_waiting=case.batch_size)
         times = self._drafting.times if self._drafting else None
         auto_scale = AutoScale([1] * case.config.num_chains)  # nobody leaves the scale to it
-        loop = DecodeLoop(node.engine, page_line, max_batch_size=case.batch_size, auto_scale=auto_scale, times=times)
+        most = node.engine.max_exact_tokens
+        loop = DecodeLoop(
+            node.engine,
+            page_line,
+            max_batch_size=case.batch_size,
+            budget=StepBudget(step_tokens=most, max_tokens=most),
+            auto_scale=auto_scale,
+            times=times,
+        )
         num_chains = case.config.num_chains
         scale = Changing(Scale(num_chains=num_chains, min_chains=num_chains))
         running = asyncio.create_task(loop.run())

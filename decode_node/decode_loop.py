@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Final
 
 from colm.errors import ColmError, PeerUnavailable
-from colm.events import Queued, Token, WaitsFor
+from colm.events import PrefillProgress, Queued, Token, WaitsFor
 from colm.line import BEAT_INTERVAL_S
 from colm.scale import Changing, Scale
 from decode_node.auto_scale import AutoScale, Load
@@ -23,6 +23,7 @@ from decode_node.plan import PlanRow, StepPlan
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice, Sampler, choose
 from decode_node.scheduler import Scheduler, Step
+from decode_node.step_budget import StepBudget
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class _Member:
         self.answer = answer
         self.pages = pages
         self.scale = scale
+        self.num_prompt_tokens = answer.num_unread
         self.outcome: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
 
     @property
@@ -47,11 +49,19 @@ class _Member:
     def num_left(self) -> int:
         return self.answer.num_left
 
+    @property
+    def num_unread(self) -> int:
+        return self.answer.num_unread
+
+    @property
+    def num_drafts(self) -> int:
+        return self.answer.num_drafts
+
     def draft_row(self, num_answers: int) -> PlanRow | None:
         return self.answer.draft_row(num_answers)
 
-    def next_rows(self) -> list[PlanRow]:
-        return self.answer.next_rows()
+    def next_rows(self, max_tokens: int) -> list[PlanRow]:
+        return self.answer.next_rows(max_tokens)
 
 
 @dataclass(slots=True)
@@ -79,6 +89,7 @@ class DecodeLoop:
         engine: runs one step at a time in a thread of its own.
         page_line: holds the answers' pages for the loop.
         max_batch_size: answers advanced in one step; more wait their turn.
+        budget: how many tokens a step reads.
         auto_scale: decides how many chains those answers use that leave it to the node.
         times: learns what steps take, where answers draft.
     """
@@ -89,6 +100,7 @@ class DecodeLoop:
         page_line: PageLine,
         *,
         max_batch_size: int,
+        budget: StepBudget,
         auto_scale: AutoScale,
         times: StepTimes | None = None,
     ) -> None:
@@ -96,7 +108,8 @@ class DecodeLoop:
         self.auto_scale = auto_scale
         self._times = times
         self._page_line = page_line
-        self._scheduler = Scheduler[_Member](max_batch_size=max_batch_size, max_tokens=engine.max_exact_tokens)
+        self.budget = budget
+        self._scheduler = Scheduler[_Member](max_batch_size=max_batch_size, budget=budget)
         self._wake = asyncio.Event()
         self._has_stopped = False
         self._recent = deque[tuple[float, float]](maxlen=_NUM_RECENT)
@@ -106,8 +119,10 @@ class DecodeLoop:
 
     async def events(
         self, answer: RunningAnswer, pages: PageLease, scale: Changing[Scale], client: Hashable = None
-    ) -> AsyncGenerator[Token | Queued]:
+    ) -> AsyncGenerator[Token | Queued | PrefillProgress]:
         """Join the batch and yield the answer's tokens; while the batch is full, yield `Queued`.
+
+        A prompt that takes long to read is told by `PrefillProgress`.
 
         Each step makes its tokens at the scale that holds as the step begins.
 
@@ -131,8 +146,8 @@ class DecodeLoop:
                     async with asyncio.timeout(BEAT_INTERVAL_S):
                         item = await member.outcome.get()
                 except TimeoutError:
-                    if (queued := self._queued(member)) is not None:
-                        yield queued
+                    if (news := self._queued(member) or _progress(member)) is not None:
+                        yield news
                     continue
                 if item is None:
                     return
@@ -198,7 +213,10 @@ class DecodeLoop:
             else:
                 read[member] += of_row
         for member, of_answer in read.items():
-            self._advance(member, of_answer)
+            if of_answer:
+                self._advance(member, of_answer)
+            else:
+                member.answer.note_read(step.num_tokens(member))
         num_made = self.counts.num_tokens.total() - num_before
         self._recent.append((step_s, num_made / len({*step.answers})))
 
@@ -249,6 +267,14 @@ class DecodeLoop:
     def _leave(self, member: _Member) -> None:
         if self._scheduler.leave(member):
             self._page_line.release(member.pages)
+
+
+def _progress(member: _Member) -> PrefillProgress | None:
+    """What a member is told whose prompt is still being read; None if it is not."""
+    if member.num_unread == 1:
+        return None
+    total = member.num_prompt_tokens
+    return PrefillProgress(num_tokens_done=total - member.num_unread, num_tokens_total=total)
 
 
 def _stopped() -> PeerUnavailable:

@@ -54,6 +54,7 @@ class DecodeEngine:
         self._store = store
         self._table = _BatchTable(store.device)
         layout = weights or WeightLayout(dtype=store.layout.kv_format.dtype)
+        self._is_in_panels = _wants_panels(layout, store.device)
         self._model = _load(checkpoint, layout, store.device)
         self._rope = Rope(checkpoint.config, store.device)
         self._one_call: DecodeStep | None = None
@@ -69,10 +70,13 @@ class DecodeEngine:
 
     @property
     def max_exact_tokens(self) -> int:
-        """Most tokens of a step in which each gets the bits that it gets alone; `MAX_ROWS_OF_PAIRS` where none does.
+        """Most tokens of a step in which each gets the bits that it gets alone, as far as `MAX_ROWS_OF_PAIRS`.
 
-        Beyond it PyTorch's products serve, whose sums depend on the number of rows, within the same budget.
+        That is the answer, too, where any number of tokens keep their bits, as in panels, and where none do. Beyond it
+        PyTorch's products serve weights by rows. Their sums depend on the number of rows, within the same tolerance.
         """
+        if self._is_in_panels:
+            return MAX_ROWS_OF_PAIRS
         dtype = self._store.layout.kv_format.dtype
         in_library = (num for num in range(MAX_ROWS_OF_PAIRS, 0, -1) if library_variant(num, dtype) != "torch")
         return next(in_library, MAX_ROWS_OF_PAIRS)
@@ -150,9 +154,13 @@ def _load(checkpoint: Checkpoint, layout: WeightLayout, device: torch.device) ->
             f"weights={layout.quantisation!r} is for CPUs, and this node computes on {device}; leave the weights as "
             'stored, or set device = "cpu"'
         )
-    if layout.quantisation is not None or (device.type == "cpu" and panels.pays(layout.dtype)):
+    if _wants_panels(layout, device):
         return checkpoint.load_in_panels(layout)
     return checkpoint.load(dtype=layout.dtype, device=device)
+
+
+def _wants_panels(layout: WeightLayout, device: torch.device) -> bool:
+    return layout.quantisation is not None or (device.type == "cpu" and panels.pays(layout.dtype))
 
 
 def _chain_rows(plan: StepPlan, counts_R: Sequence[int]) -> list[int]:

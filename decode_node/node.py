@@ -5,11 +5,13 @@ import logging
 from dataclasses import dataclass, field
 
 import grpc
+import numpy as np
+from colm_kernels.decode_attention import MAX_QUERY_TOKENS
 from prometheus_client import CollectorRegistry
 
 from colm import defaults
 from colm.checkpoint import Checkpoint
-from colm.clock import MonotonicClock
+from colm.clock import Clock, MonotonicClock
 from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
 from colm.metrics.kv_stream import KvStreamMetrics
@@ -35,11 +37,13 @@ from decode_node.kv_store import KvStore
 from decode_node.metrics import DecodeMetrics
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PagePool
+from decode_node.plan import PlanRow, StepPlan
 from decode_node.prefill_pool import PrefillLease, PrefillPool
 from decode_node.prompt_blocks import PromptBlocks
 from decode_node.requests import RequestOwner, Stage
 from decode_node.service import DecodeService
 from decode_node.settings import DecodeSettings
+from decode_node.step_budget import StepBudget, measure
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +125,8 @@ class DecodeNode:
         """
         options, settings, clock = self._options, self._options.settings, MonotonicClock()
         checkpoint, tokenizer, store, engine = await asyncio.to_thread(_load, options)
+        if (step_tokens := settings.step_tokens) is None:
+            step_tokens = await asyncio.to_thread(_measured_step_tokens, engine, store, clock)
         self.fingerprint = await asyncio.to_thread(fingerprint, checkpoint, store.layout.kv_format)
         layout, shares = store.layout, settings.prefix_cache_bytes > 0
         self.page_line = PageLine(
@@ -128,12 +134,14 @@ class DecodeNode:
             max_waiting=settings.max_requests,
             max_idle_pages=settings.prefix_cache_bytes // layout.page_bytes,
         )
-        times = StepTimes.of(checkpoint.config, max_tokens=engine.max_exact_tokens)
+        budget = StepBudget(step_tokens=step_tokens, max_tokens=engine.max_exact_tokens)
+        times = StepTimes.of(checkpoint.config, max_tokens=min(step_tokens, engine.max_exact_tokens))
         drafting = Drafting(times, settings.max_draft_tokens) if settings.max_draft_tokens else None
         loop = DecodeLoop(
             engine,
             self.page_line,
             max_batch_size=settings.max_batch_size,
+            budget=budget,
             auto_scale=AutoScale(times.num_weights),
             times=times if drafting else None,
         )
@@ -175,13 +183,15 @@ class DecodeNode:
         await self._server.start()
         self.address = dial_address(options.host, port)
         logger.info(
-            "decode.ready address=%s device=%s pages=%d page_format=%s weights=%s weight_bytes=%d fingerprint=%s",
+            "decode.ready address=%s device=%s pages=%d page_format=%s weights=%s weight_bytes=%d step_tokens=%d "
+            "fingerprint=%s",
             self.address,
             options.placement.device,
             store.num_pages,
             store.layout.page_format,
             settings.weights,
             engine.weight_bytes(checkpoint.config.num_chains),
+            step_tokens,
             self.fingerprint[:16],
         )
 
@@ -220,3 +230,20 @@ def _load(options: DecodeOptions) -> tuple[Checkpoint, Tokenizer | None, KvStore
         quantise_kv_projections=settings.quantise_kv_projections,
     )
     return checkpoint, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store, weights=weights)
+
+
+def _measured_step_tokens(engine: DecodeEngine, store: KvStore, clock: Clock) -> int:
+    """How many tokens ride on one reading of the weights. Writes into pages, so nobody may have any yet."""
+    max_tokens = min(engine.max_exact_tokens, store.num_pages * store.layout.page_tokens, engine.config.max_context)
+    table_M = np.arange(store.layout.pages(max_tokens), dtype=np.int32)
+
+    def step(num_tokens: int) -> None:
+        starts = range(0, num_tokens, MAX_QUERY_TOKENS)
+        counts = [min(MAX_QUERY_TOKENS, num_tokens - start) for start in starts]
+        rows = [
+            PlanRow((0,) * count, start, engine.config.num_chains, table_M, num_logits=count)
+            for start, count in zip(starts, counts, strict=True)
+        ]
+        engine.step(StepPlan(tuple(rows)))[0, 0].item()  # a GPU has then done it
+
+    return measure(step, clock, max_tokens=max_tokens)

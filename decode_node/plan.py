@@ -3,7 +3,7 @@
 Shapes: M pages of a request.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -11,10 +11,6 @@ from numpy.typing import NDArray
 
 MAX_DRAFT_TOKENS: Final = 15
 """Most drafts that a step verifies: with the token before them they are one row, of at most `MAX_QUERY_TOKENS`."""
-
-MAX_PROMPT_TOKENS: Final = 64
-"""Prompt tokens that answers read in one step: answers that run meanwhile wait no longer than these take. Rows of about
-as many are where the kernels for few rows end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +28,6 @@ class PlanRow:
     num_logits: int = 1
     """How many of the last tokens get logits: 0 where the cache only catches up, 1 for the next token, all of them to
     verify a draft."""
-
-    @property
-    def num_drafts(self) -> int:
-        """How many of its tokens are drafts: all that ask for logits, but the first of these."""
-        return max(0, self.num_logits - 1)
-
-    def without_drafts(self, count: int) -> "PlanRow":
-        """The row without its last drafts, so many of them."""
-        if count == 0:
-            return self
-        return replace(self, token_ids=self.token_ids[:-count], num_logits=self.num_logits - count)
 
     @property
     def chosen_positions(self) -> range:

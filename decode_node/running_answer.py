@@ -25,8 +25,8 @@ class RunningAnswer:
     """One request's decode state.
 
     Args:
-        unread_token_ids: the prompt's tokens behind those in the cache, 1 to `MAX_PROMPT_TOKENS`; the first step reads
-            all, and the last one yields the first new token.
+        unread_token_ids: the prompt's tokens behind those in the cache, at least one; the first new token comes with
+            the last of them.
         position: tokens in the cache.
         num_chains: scale of the first step; it may change between steps, drafts or not, since keys and values are chain
             1's at every scale.
@@ -59,8 +59,6 @@ class RunningAnswer:
         made_token_ids_N: Sequence[int] = (),
     ) -> None:
         self._unread_token_ids = (*unread_token_ids, *made_token_ids_N)
-        # What the next step reads of them. An answer's tokens were read one by one: rows this few give the same bits.
-        self._num_next = len(unread_token_ids)
         self._position = position
         self.num_chains = num_chains
         self._max_new_tokens = max_new_tokens
@@ -101,6 +99,16 @@ class RunningAnswer:
         """Tokens that it may still get."""
         return self._max_new_tokens - self.num_new_tokens
 
+    @property
+    def num_unread(self) -> int:
+        """Tokens up to and with the newest that the cache does not hold; 1 where the answer only goes on."""
+        return len(self._unread_token_ids)
+
+    @property
+    def num_drafts(self) -> int:
+        """Tokens behind the newest that chain 1 has drafted and nothing has verified."""
+        return len(self._draft_token_ids)
+
     def draft_row(self, num_answers: int) -> PlanRow | None:
         """The row with which chain 1 drafts one more token; None where the answer wants no more of them, or none.
 
@@ -129,43 +137,51 @@ class RunningAnswer:
         if isinstance(outcome, ColmError) or outcome.token_id in self._stop_token_ids:
             self._num_to_draft = 0
 
-    def next_rows(self) -> list[PlanRow]:
-        """The rows that the next step reads: one token's, then those of others that the cache does not hold.
+    def next_rows(self, max_tokens: int | None = None) -> list[PlanRow]:
+        """The rows that the next step reads: the newest token's, then those of others that the cache does not hold.
 
         Drafts stand behind the newest token in its row, and ask for logits as well.
 
         Of all tokens but the newest only keys and values are wanted, so they run through chain 1 alone.
+
+        Args:
+            max_tokens: to read, at least 1; the last drafts are left out first, then the newest token and those before
+                it, and no row asks for logits. None reads all.
         """
-        *earlier, last = self._unread_token_ids[: self._num_next]
-        is_newest = self._num_next == len(self._unread_token_ids)
-        first, table_M, drafts = self._position, self._table_M, self._draft_token_ids
-        starts = range(0, len(earlier), MAX_QUERY_TOKENS)
-        pieces = [(start, tuple(earlier[start : start + MAX_QUERY_TOKENS])) for start in starts]
-        num_chains = self.num_chains if is_newest else 1
-        return [
-            PlanRow(
-                (last, *drafts), first + len(earlier), num_chains, table_M, num_logits=(1 + len(drafts)) * is_newest
-            ),
-            *(PlanRow(piece, first + start, 1, table_M, num_logits=0) for start, piece in pieces),
-        ]
+        table_M, num_earlier = self._table_M, self.num_unread - 1
+        rows = []
+        if max_tokens is None or max_tokens > num_earlier:
+            drafts = self._draft_token_ids[: None if max_tokens is None else max_tokens - self.num_unread]
+            read = (self._unread_token_ids[-1], *drafts)
+            rows = [PlanRow(read, self._position + num_earlier, self.num_chains, table_M, num_logits=len(read))]
+        earlier = self._unread_token_ids[:num_earlier][:max_tokens]
+        for start in range(0, len(earlier), MAX_QUERY_TOKENS):
+            piece = earlier[start : start + MAX_QUERY_TOKENS]
+            rows.append(PlanRow(piece, self._position + start, 1, table_M, num_logits=0))
+        return rows
+
+    def note_read(self, num_tokens: int) -> None:
+        """Note that a step has read so many of the unread tokens, and not the newest: it has chosen nothing."""
+        self._position += num_tokens
+        self._unread_token_ids = self._unread_token_ids[num_tokens:]
 
     def advance(self, outcomes: Sequence[Choice | ColmError]) -> list[Token]:
-        """Note that a step has read `next_rows`, and append what it has chosen.
+        """Note that a step has read all unread tokens, the newest too, and append what it has chosen.
 
         Sets `finish_reason` at the last token, or `error`.
 
         Args:
             outcomes: what follows the newest token, then what follows each of the first drafts; the others are
-                forgotten. None where the newest token is still to be read.
+                forgotten.
 
         Returns:
             A token for each outcome, up to the first that is another than its draft, or that ends the answer; those
             behind it follow what is not the answer's text, and are dropped.
         """
-        drafts = self._draft_token_ids[: max(0, len(outcomes) - 1)]
+        drafts = self._draft_token_ids[: len(outcomes) - 1]
         self._draft_token_ids.clear()
         self._num_to_draft = None
-        self._note_read(self._num_next)
+        self.note_read(self.num_unread)
         tokens: list[Token] = []
         for outcome, draft in zip_longest(outcomes, drafts):
             if isinstance(outcome, ColmError):
@@ -182,14 +198,9 @@ class RunningAnswer:
             self._drafter.note(num_accepted, was_refused=num_accepted < min(len(tokens), len(drafts)))
         return tokens
 
-    def _note_read(self, num_tokens: int) -> None:
-        self._position += num_tokens
-        self._unread_token_ids = self._unread_token_ids[num_tokens:]
-        self._num_next = min(len(self._unread_token_ids), MAX_QUERY_TOKENS)
-
     def _take(self, choice: Choice) -> Token:
-        self._note_read(len(self._unread_token_ids))  # those of a draft that has come true
-        self._unread_token_ids, self._num_next = (choice.token_id,), 1
+        self.note_read(self.num_unread)  # those of a draft that has come true
+        self._unread_token_ids = (choice.token_id,)
         return Token(
             token_id=choice.token_id,
             text=self._append(choice.token_id),

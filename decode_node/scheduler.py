@@ -9,14 +9,15 @@ An answer moves from left to right, and may leave at any time:
 No step has an answer that is out, so nothing writes into its pages any more.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import chain, takewhile
 from typing import Generic, Protocol, TypeVar
 
 from colm.fair_queue import FairQueue
-from decode_node.plan import MAX_PROMPT_TOKENS, PlanRow, StepPlan
+from decode_node.plan import PlanRow, StepPlan
+from decode_node.step_budget import StepBudget
 
 
 class Answer(Hashable, Protocol):
@@ -30,11 +31,19 @@ class Answer(Hashable, Protocol):
     def num_left(self) -> int:
         """Tokens that it may still get."""
 
+    @property
+    def num_unread(self) -> int:
+        """Tokens to read until its next token is chosen: 1 where it goes on, more where a prompt is left."""
+
+    @property
+    def num_drafts(self) -> int:
+        """Tokens behind them that are drafted, and wait to be verified."""
+
     def draft_row(self, num_answers: int) -> PlanRow | None:
         """The row of its next draft, at scale 1, with so many answers in the batch; None where it wants none."""
 
-    def next_rows(self) -> list[PlanRow]:
-        """The rows that it reads in the next step: its next token's, then those of an unread prompt."""
+    def next_rows(self, max_tokens: int) -> list[PlanRow]:
+        """The rows that it reads in the next step: so many of its unread tokens and drafts, as far as there are."""
 
 
 A = TypeVar("A", bound=Answer)
@@ -50,13 +59,19 @@ class Step(Generic[A]):
     drafting: frozenset[A]
     """Those whose row is a draft: chain 1 chooses a token that all chains will verify."""
 
+    def num_tokens(self, answer: A) -> int:
+        """How many an answer reads."""
+        return sum(len(row.token_ids) for row, of in zip(self.plan.rows, self.answers, strict=True) if of == answer)
+
 
 class Scheduler(Generic[A]):
-    """Every active answer takes part in every step with the rows it asks for.
+    """Every active answer takes part in every step, with at least one token.
 
     Places in the batch go to those that wait, one of each client in a round, and keep until the answer leaves.
 
-    Only prompts that are too many tokens for one step wait for the next, in which the first of them has its turn.
+    What the step's budget leaves is for prompts, in pieces, the one with the least left first: so a short one waits for
+    no more than the step that runs, and a long one gets on by a token a step at least. What prompts leave is for
+    drafts; those that are cut off have been drafted in vain.
 
     A step drafts while every answer of more than one chain wants another draft: then chain 1's weights alone are read,
     and answers of one chain take part with the rows that they ask for anyway. As soon as one wants no draft, because it
@@ -64,14 +79,14 @@ class Scheduler(Generic[A]):
 
     Args:
         max_batch_size: answers active at once; more wait their turn.
-        max_tokens: a step of more verifies fewer drafts, as when somebody came while the others drafted; None for any.
+        budget: how many tokens a step reads.
     """
 
-    def __init__(self, *, max_batch_size: int, max_tokens: int | None = None) -> None:
+    def __init__(self, *, max_batch_size: int, budget: StepBudget) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size} must be at least 1")
         self._max_batch_size = max_batch_size
-        self._max_tokens = max_tokens
+        self._budget = budget
         self._waiting: FairQueue[A] = FairQueue()
         # A dict without values: a set in the order of arrival.
         self._active: dict[A, None] = {}
@@ -87,6 +102,11 @@ class Scheduler(Generic[A]):
     def answers(self) -> Iterator[A]:
         """Those that wait or are active."""
         return chain(self._waiting, self._active)
+
+    @property
+    def active(self) -> Collection[A]:
+        """Those that take part in the next step, but for those that leave before."""
+        return self._active.keys()
 
     @property
     def num_waiting(self) -> int:
@@ -136,7 +156,7 @@ class Scheduler(Generic[A]):
             self._active[first] = None
         if self._active:
             drafts = self._draft_rows()
-            rows = sorted(self._within_limit(drafts), key=lambda pair: pair[1].num_chains, reverse=True)
+            rows = sorted(self._rows(drafts), key=lambda pair: pair[1].num_chains, reverse=True)
             plan = StepPlan(tuple(row for _, row in rows))
             self._step = Step(tuple(answer for answer, _ in rows), plan, frozenset(drafts))
         return self._step
@@ -186,25 +206,25 @@ class Scheduler(Generic[A]):
             drafts[answer] = row
         return drafts
 
-    def _within_limit(self, drafts: Mapping[A, PlanRow]) -> Iterator[tuple[A, PlanRow]]:
-        """The step's rows, without the drafts that are too many; it is then no larger than a step without drafts."""
-        rows = list(self._rows(drafts))
-        num_tokens = sum(len(row.token_ids) for _, row in rows)
-        excess = 0 if self._max_tokens is None else max(0, num_tokens - self._max_tokens)
-        for answer, row in rows:
-            num_cut = min(excess, row.num_drafts)
-            excess -= num_cut
-            yield answer, row.without_drafts(num_cut)
-
     def _rows(self, drafts: Mapping[A, PlanRow]) -> Iterator[tuple[A, PlanRow]]:
-        num_prompt_tokens = 0
+        num_tokens = self._num_tokens(drafts)
         for answer in self._active:
-            rows = [drafts[answer]] if answer in drafts else answer.next_rows()
-            if of_prompt := sum(len(row.token_ids) for row in rows[1:]):
-                if num_prompt_tokens and num_prompt_tokens + of_prompt > MAX_PROMPT_TOKENS:
-                    continue
-                num_prompt_tokens += of_prompt
+            rows = [drafts[answer]] if answer in drafts else answer.next_rows(num_tokens[answer])
             yield from ((answer, row) for row in rows)
+
+    def _num_tokens(self, drafts: Mapping[A, PlanRow]) -> dict[A, int]:
+        """How many tokens each answer reads, within the budget."""
+        num_tokens = dict.fromkeys(self._active, 1)
+        readers = [answer for answer in self._active if answer not in drafts]
+        goes_on = bool(drafts) or any(answer.num_unread == 1 for answer in readers)
+        room = self._budget.tokens(len(num_tokens), goes_on=goes_on) - len(num_tokens)
+        prompts = sorted((answer.num_unread - 1, place, answer) for place, answer in enumerate(readers))
+        drafted = [(answer.num_drafts, answer) for answer in readers]
+        for wanted, answer in [*((wanted, answer) for wanted, _, answer in prompts), *drafted]:
+            given = min(room, wanted)
+            num_tokens[answer] += given
+            room -= given
+        return num_tokens
 
     def _holds(self, answer: A) -> bool:
         return answer in self._waiting or answer in self._active or answer in self._leaving

@@ -7,7 +7,7 @@ from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, Positive
 from colm import defaults
 from colm.settings import PrefillLineSettings, Settings
 from decode_node.kv_layout import KvCacheDtype
-from decode_node.plan import MAX_DRAFT_TOKENS, MAX_PROMPT_TOKENS
+from decode_node.plan import MAX_DRAFT_TOKENS
 
 
 class DecodeSettings(Settings):
@@ -32,8 +32,12 @@ class DecodeSettings(Settings):
     """Answers that a decode node advances in one step; more wait."""
     max_requests: PositiveInt = defaults.MAX_REQUESTS
     """Requests at once on a decode node, waiting and prefilling ones included; the next is refused."""
-    max_local_prefill_tokens: NonNegativeInt = Field(default=defaults.MAX_LOCAL_PREFILL_TOKENS, le=MAX_PROMPT_TOKENS)
-    """Longest prompt, in tokens, that a decode node computes in its own step; 0 always asks a prefill node."""
+    step_tokens: PositiveInt | None = None
+    """Tokens that a step of a decode node reads: each answer's next, and beside them drafts and pieces of prompts; by
+    default as many as ride on one reading of the weights, which the node measures as it starts. More make prompts
+    faster, and the answers beside them slower."""
+    max_local_prefill_tokens: NonNegativeInt = defaults.MAX_LOCAL_PREFILL_TOKENS
+    """Longest prompt, in tokens, that a decode node reads itself, in its steps; 0 always asks a prefill node."""
     max_draft_tokens: NonNegativeInt = Field(default=defaults.MAX_DRAFT_TOKENS, le=MAX_DRAFT_TOKENS)
     """Tokens that chain 1 may draft before all chains of an answer verify them, which changes how fast tokens come and
     never which. How many it drafts follows from what steps take and how many drafts are accepted; 0 drafts none."""

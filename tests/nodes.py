@@ -116,8 +116,15 @@ async def decode_node(
     """Run a decode node; at the end of the block it must hold nothing."""
     settings, others = _split(options, DecodeSettings)
     # Answers whose gateway was lost are not held, unless a test asks for that: the block would wait for their end.
-    # Tests that ask the same twice want it brought twice, unless they say otherwise.
-    defaults = {"page_tokens": PAGE_TOKENS, "kv_cache_bytes": 16 << 20, "orphan_s": 0, "prefix_cache_bytes": 0}
+    # Tests that ask the same twice want it brought twice, unless they say otherwise. A budget that is measured would
+    # be another on each machine.
+    defaults = {
+        "page_tokens": PAGE_TOKENS,
+        "kv_cache_bytes": 16 << 20,
+        "orphan_s": 0,
+        "prefix_cache_bytes": 0,
+        "step_tokens": 64,
+    }
     chosen = DecodeOptions(
         model_path=model_path,
         **{"placement": PLACEMENT, "settings": DecodeSettings(**{**defaults, **settings}), **others},

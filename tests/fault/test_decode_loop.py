@@ -1,6 +1,8 @@
 """The decode loop: an answer that fails, fails alone, and no caller waits for a loop that has ended."""
 
 import asyncio
+import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +16,7 @@ from colm import defaults
 from colm.checkpoint import Checkpoint
 from colm.events import Token
 from colm.wire.v1 import common_pb2
+from decode_node import decode_loop as loop_module
 from decode_node.engine import DecodeEngine
 from decode_node.node import DecodeNode
 from decode_node.plan import PlanRow, StepPlan
@@ -126,8 +129,8 @@ async def test_rows_of_several_tokens_share_steps_with_ordinary_ones(
     last_read: dict[RunningAnswer, int] = {}
     num_read_again = 0
 
-    def read_again(answer: RunningAnswer) -> list[PlanRow]:
-        (row,), before = next_rows(answer), last_read.get(answer)
+    def read_again(answer: RunningAnswer, max_tokens: int) -> list[PlanRow]:
+        (row,), before = next_rows(answer, max_tokens), last_read.get(answer)
         (last_read[answer],) = row.token_ids
         if before is None or row.num_chains != 2:
             return [row]
@@ -172,7 +175,7 @@ async def test_a_short_prompt_is_answered_where_no_prefill_node_is_and_as_if_the
 async def test_short_prompts_that_come_together_are_each_answered_as_if_alone(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More of their tokens than one step reads; the answers that go on meanwhile share its steps."""
+    """More of their tokens than one step may read; the answers that go on meanwhile share its steps."""
     prompts = [PROMPT[start : start + 20] for start in range(0, 20, 3)]
     async with decode_node(str(checkpoint.path), [NOBODY], max_batch_size=9) as node:
         alone = [await decode(node.address, prompt, num_chains=1 + i % 3) for i, prompt in enumerate(prompts)]
@@ -182,7 +185,7 @@ async def test_short_prompts_that_come_together_are_each_answered_as_if_alone(
 
             def counted(engine: DecodeEngine, plan: StepPlan) -> Tensor:
                 nonlocal most
-                most = max(most, sum(len(row.token_ids) for row in plan.rows if not row.num_logits))
+                most = max(most, sum(len(row.token_ids) for row in plan.rows))
                 result: Tensor = gated(engine, plan)
                 return result
 
@@ -198,7 +201,61 @@ async def test_short_prompts_that_come_together_are_each_answered_as_if_alone(
             answers = await asyncio.gather(*calls)
             monkeypatch.undo()
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in alone]
-    assert most == 3 * 19
+    assert most == 64
+
+
+async def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_an_answer_that_goes_on(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a prompt was read in one step, for which every answer waited, however long it was."""
+    path, prompt = str(checkpoint.path), PROMPT * 4
+    async with prefill_node(path) as prefill, decode_node(path, [prefill.address]) as node:
+        prefilled = await decode(node.address, prompt)
+    sizes: list[dict[int, int]] = []
+    step = DecodeEngine.step
+
+    def noted(engine: DecodeEngine, plan: StepPlan) -> Tensor:
+        sizes.append(Counter(table_id for row in plan.rows for table_id in [id(row.table_M)] * len(row.token_ids)))
+        result: Tensor = step(engine, plan)
+        return result
+
+    monkeypatch.setattr(loop_module, "BEAT_INTERVAL_S", 0.0)
+    async with decode_node(
+        path, [NOBODY], max_local_prefill_tokens=len(prompt), step_tokens=12, max_draft_tokens=0
+    ) as node:
+        monkeypatch.setattr(DecodeEngine, "step", noted)
+        with gate_before(DecodeEngine, "step") as gate:
+            talker = asyncio.create_task(decode(node.address, PROMPT[:5], request_id="talker", max_new_tokens=40))
+            await gate.until_reached()
+            reader = asyncio.create_task(decode(node.address, prompt))
+            async with asyncio.timeout(60):
+                while node.load.num_active < 2:
+                    await asyncio.sleep(0.01)
+            gate.open()
+            answer, other = await reader, await talker
+    assert answer.token_ids == prefilled.token_ids
+    assert (answer.usage.num_prefill_tokens, answer.usage.num_decode_prompt_tokens) == (0, 160)
+    # Eleven tokens of the prompt in each step, beside the one of the answer that goes on.
+    assert [sorted(each.values()) for each in sizes[1:15]] == [[1, 11]] * 14
+    assert len(other.token_ids) == 40
+    told = [each.prefill_progress for each in answer.responses if each.WhichOneof("event") == "prefill_progress"]
+    assert {each.num_tokens_total for each in told} == {160}
+    done = [each.num_tokens_done for each in told]
+    assert done == sorted(done)
+    assert done[-1] > 0
+
+
+async def test_a_node_measures_its_budget_unless_an_option_says_it(
+    checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for step_tokens in (None, 7):
+        caplog.clear()
+        async with decode_node(str(checkpoint.path), [NOBODY], step_tokens=step_tokens) as node:
+            shown = node.metrics.get_sample_value("colm_decode_step_budget_tokens")
+        assert (step_tokens is None) == ("decode.measured step_tokens=" in caplog.text)
+        assert f" step_tokens={shown:.0f} " in caplog.text
+        assert shown == step_tokens if step_tokens else 8 <= shown <= 64
 
 
 async def test_a_longer_prompt_and_one_that_asks_for_sparse_attention_go_to_a_prefill_node(node: DecodeNode) -> None:

@@ -33,6 +33,7 @@ from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import choose
 from decode_node.scheduler import Scheduler, Step
+from decode_node.step_budget import StepBudget
 from tests.constraints import grammar_of
 from tests.tiny import random_tensors, tiny_config, tiny_tokenizer
 
@@ -40,8 +41,7 @@ PAGE_TOKENS = 8
 HAS_OWN_BITS = native.default_variant(torch.float32) != "torch"
 """Whether a row's bits are its own; PyTorch's depend on the rows beside it."""
 TOKENIZER = tiny_tokenizer()
-MAX_TOKENS = MAX_QUERY_TOKENS
-"""Tokens of a step that get bits of their own in every library variant and dtype."""
+AMPLE = StepBudget(step_tokens=64, max_tokens=64)
 
 
 @cache
@@ -84,7 +84,7 @@ class Wishes(Drafter):
 
     def num_drafts(self, num_answers: int) -> int:
         self._num_rounds += 1
-        return min(self._wishes[self._num_rounds % len(self._wishes)], MAX_TOKENS // num_answers - 1)
+        return min(self._wishes[self._num_rounds % len(self._wishes)], 64 // num_answers - 1)
 
 
 @dataclass(frozen=True)
@@ -133,23 +133,31 @@ class Member:
     def num_left(self) -> int:
         return self.answer.num_left
 
+    @property
+    def num_unread(self) -> int:
+        return self.answer.num_unread
+
+    @property
+    def num_drafts(self) -> int:
+        return self.answer.num_drafts
+
     def draft_row(self, num_answers: int) -> PlanRow | None:
         return self.answer.draft_row(num_answers)
 
-    def next_rows(self) -> list[PlanRow]:
-        return self.answer.next_rows()
+    def next_rows(self, max_tokens: int) -> list[PlanRow]:
+        return self.answer.next_rows(max_tokens)
 
 
 class Batch:
-    """The decode loop without its thread: a scheduler, an engine, and pages.
+    """The decode loop without its thread: a scheduler, an engine, and pages."""
 
-    No step has more tokens than get bits of their own.
-    """
-
-    def __init__(self, engine: DecodeEngine, store: KvStore, max_batch_size: int = 1) -> None:
+    def __init__(
+        self, engine: DecodeEngine, store: KvStore, max_batch_size: int = 1, budget: StepBudget = AMPLE
+    ) -> None:
         self.engine, self.store = engine, store
         self.pool = PagePool(self.store.num_pages)
-        self.scheduler: Scheduler[Member] = Scheduler(max_batch_size=max_batch_size, max_tokens=MAX_TOKENS)
+        self.budget = budget
+        self.scheduler: Scheduler[Member] = Scheduler(max_batch_size=max_batch_size, budget=budget)
         self.members: list[Member] = []
         self.step: Step[Member] | None = None
 
@@ -165,12 +173,19 @@ class Batch:
     def begin(self) -> None:
         for member in self.scheduler.answers:
             member.answer.num_chains = member.wanted_chains
+        num_unread = {member: member.num_unread for member in self.scheduler.answers}
         self.step = self.scheduler.begin_step()
+        if self.step is None:
+            return
+        # Nobody starves, and nobody waits for more than the budget.
+        num_tokens = [self.step.num_tokens(member) for member in {*self.step.answers}]
+        goes_on = any(num_unread[member] == 1 for member in self.step.answers)
+        assert sum(num_tokens) <= self.budget.tokens(len(num_tokens), goes_on=goes_on)
+        assert {*self.step.answers} == {*self.scheduler.active}
 
     def end(self) -> None:
         assert self.step is not None
         plan = self.step.plan
-        assert sum(len(row.token_ids) for row in plan.rows) <= MAX_TOKENS
         for row, member in zip(plan.rows, self.step.answers, strict=True):
             assert row.position + len(row.token_ids) <= len(member.ask.prompt) + member.ask.max_new_tokens
         samplers = [
@@ -184,6 +199,10 @@ class Batch:
             of_row, outcomes = outcomes[: row.num_logits], outcomes[row.num_logits :]
             if member in self.step.drafting:
                 member.answer.add_draft(of_row[0])
+            elif not any(
+                each.num_logits for each, of in zip(plan.rows, self.step.answers, strict=True) if of is member
+            ):
+                member.answer.note_read(len(row.token_ids))
             elif of_row:
                 member.tokens += member.answer.advance(of_row)
                 if member.answer.finish_reason is not None:
@@ -248,7 +267,7 @@ SAMPLING = st.builds(
 )
 ASKS = st.builds(
     Ask,
-    prompt=st.sampled_from([(5,), (20, 9), (300, 40, 3, 7)]),
+    prompt=st.sampled_from([(5,), (20, 9), (300, 40, 3, 7), tuple(range(30, 67))]),
     num_chains=st.sampled_from([3, 3, 2, 1]),
     max_new_tokens=st.sampled_from([1, 2, 9, 25]),
     sampling=SAMPLING,
@@ -257,11 +276,19 @@ ASKS = st.builds(
 
 
 class DraftingMachine(RuleBasedStateMachine):
-    """Answers that come, wait, draft, change their scale, and go; each held to itself alone and without drafts."""
+    """Answers that come, wait, read prompts in pieces, draft, change their scale, and go.
 
-    @initialize(later=st.sampled_from(["zero", "small", "random"]), max_batch_size=st.sampled_from([1, 2, 4]))
-    def create(self, later: str, max_batch_size: int) -> None:
-        self.later, self.batch = later, Batch(*mixed_engine(later), max_batch_size)
+    Each is held to itself alone, without drafts and with its prompt in one step.
+    """
+
+    @initialize(
+        later=st.sampled_from(["zero", "small", "random"]),
+        max_batch_size=st.sampled_from([1, 2, 4]),
+        step_tokens=st.sampled_from([1, 3, 8, 16, 64]),
+    )
+    def create(self, later: str, max_batch_size: int, step_tokens: int) -> None:
+        budget = StepBudget(step_tokens=step_tokens, max_tokens=2 * step_tokens)
+        self.later, self.batch = later, Batch(*mixed_engine(later), max_batch_size, budget)
         self.plain_pool = PagePool(plain_engine(later)[1].num_pages)
         self.plain: dict[Member, Plain] = {}
 
@@ -358,7 +385,7 @@ def test_a_verification_has_the_bits_of_single_steps(
 ) -> None:
     """Logits, keys and values of k + 1 rows are those of k + 1 steps, over what chain 1's drafts have written.
 
-    Alone, and beside as many tokens of others as keep the bits: 16 in all, or 64 where pairs of bf16 are multiplied.
+    Alone, and beside as many tokens of others as keep the bits: 64 in all, or 16 where weights lie by rows.
     """
     if native.default_variant(dtype) == "torch":
         pytest.skip("PyTorch's bits depend on the rows beside")

@@ -13,7 +13,7 @@ from colm.events import FinishReason, Token
 from colm.sampling import SamplingParams
 from colm.text.detokenizer import Detokenizer, TextStream
 from decode_node.drafter import Drafter, Drafting, StepTimes
-from decode_node.plan import MAX_PROMPT_TOKENS
+from decode_node.plan import PlanRow
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice
 from tests.tiny import tiny_tokenizer
@@ -112,7 +112,44 @@ def test_each_step_reads_the_token_before_it_at_the_next_position() -> None:
     assert (row.token_ids, row.position, sequence.num_new_tokens) == ((50,), 11, 2)
 
 
-@pytest.mark.parametrize("num_unread", [1, 2, 16, 17, 18, 33, MAX_PROMPT_TOKENS])
+def tokens_of(rows: Sequence[PlanRow]) -> dict[int, int]:
+    """What rows read, by its place in the text."""
+    return {row.position + i: token_id for row in rows for i, token_id in enumerate(row.token_ids)}
+
+
+@given(st.integers(1, 90), st.lists(st.integers(1, 40), min_size=1))
+def test_a_prompt_in_pieces_is_read_once_in_order_and_asks_for_logits_with_its_last_token(
+    num_unread: int, pieces: list[int]
+) -> None:
+    prompt = tuple(range(100, 100 + num_unread))
+    sequence = answer(unread_token_ids=prompt, num_chains=3)
+    read: dict[int, int] = {}
+    for max_tokens in [*pieces, num_unread]:
+        left = sequence.num_unread
+        rows = sequence.next_rows(max_tokens)
+        assert sum(len(row.token_ids) for row in rows) == min(max_tokens, left)
+        assert [sum(row.num_logits for row in rows), rows[0].num_chains] == ([1, 3] if max_tokens >= left else [0, 1])
+        assert max(len(row.token_ids) for row in rows) <= MAX_QUERY_TOKENS
+        read |= tokens_of(rows)
+        if max_tokens >= left:
+            break
+        sequence.note_read(max_tokens)
+    assert read == {9 + i: token_id for i, token_id in enumerate(prompt)}
+    advance(sequence, [40])
+    assert (sequence.num_unread, sequence.next_rows(1)[0].position) == (1, 9 + num_unread)
+
+
+def test_a_step_of_fewer_tokens_verifies_fewer_drafts() -> None:
+    sequence = answer(num_drafts=3)
+    advance(sequence, [40])
+    draft(sequence, [50, 60, 70])
+    assert sequence.num_drafts == 3
+    for max_tokens, expected in ((1, (40,)), (3, (40, 50, 60)), (9, (40, 50, 60, 70))):
+        (row,) = sequence.next_rows(max_tokens)
+        assert (row.token_ids, row.num_logits) == (expected, len(expected))
+
+
+@pytest.mark.parametrize("num_unread", [1, 2, 16, 17, 18, 33, 64])
 def test_the_first_step_reads_a_prompt_that_the_cache_does_not_hold(num_unread: int) -> None:
     """Once each, in their places: the last at the answer's scale, the others at scale 1 and for the cache alone."""
     prompt = tuple(range(100, 100 + num_unread))
@@ -380,11 +417,12 @@ def test_an_answer_is_the_same_however_its_tokens_are_divided_into_steps(
     token_ids=st.lists(st.integers(3, 269), min_size=1, max_size=40),
     num_made=st.integers(0, 40),
     num_unread=st.integers(1, 20),
+    piece=st.integers(1, 40),
     stop=st.sampled_from(["", "th", "\u00e9"]),
     seed=st.integers(0, 3),
 )
 def test_an_answer_that_another_node_began_goes_on_as_it_would_have_there(
-    token_ids: list[int], num_made: int, num_unread: int, stop: str, seed: int
+    token_ids: list[int], num_made: int, num_unread: int, piece: int, stop: str, seed: int
 ) -> None:
     """The same text, end and random numbers; each token before the last is read once, in its place, by chain 1."""
     sampling = SamplingParams(stop=(stop,) if stop else (), temperature=1.0, seed=seed)
@@ -400,12 +438,11 @@ def test_an_answer_that_another_node_began_goes_on_as_it_would_have_there(
     going_on = answer(unread_token_ids=prompt, sampling=sampling, made_token_ids=made)
     read: dict[int, int] = {}
     for number in range(len(made), len(tokens)):
-        while not (rows := going_on.next_rows())[0].num_logits:
-            assert sum(len(row.token_ids) for row in rows) <= MAX_PROMPT_TOKENS
+        while not (rows := going_on.next_rows(piece))[0].num_logits:
             assert all(row.num_chains == 1 for row in rows)
-            read |= {row.position + i: token_id for row in rows for i, token_id in enumerate(row.token_ids)}
-            assert going_on.advance([]) == []
-        read |= {row.position + i: token_id for row in rows for i, token_id in enumerate(row.token_ids)}
+            read |= tokens_of(rows)
+            going_on.note_read(piece)
+        read |= tokens_of(rows)
         assert rows[0].num_chains == 2
         assert [going_on.sampler.uniform(each) for each in rows[0].chosen_positions] == draws[number]
         assert going_on.advance([chosen(tokens[number].token_id)]) == [tokens[number]]

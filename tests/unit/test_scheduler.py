@@ -1,6 +1,7 @@
 """Who takes part in which step: nobody overtakes, nobody is out while a step holds it, nobody stays for ever."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,48 +9,57 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
 
-from decode_node.plan import MAX_PROMPT_TOKENS, PlanRow, StepPlan
+from decode_node.plan import PlanRow, StepPlan
 from decode_node.scheduler import Scheduler, Step
+from decode_node.step_budget import StepBudget
 
 TABLE_M = np.zeros(4, dtype=np.int32)
+AMPLE = StepBudget(step_tokens=64, max_tokens=64)
 
 
 @dataclass(eq=False)
 class Reader:
-    """An answer that reads rows of any length at any scale, and before its next token a prompt."""
+    """An answer at any scale, with a prompt to read before its next token, or drafts to verify behind it."""
 
     number: int
     num_chains: int = 1
-    num_tokens: int = 1
-    num_prompt_tokens: int = 0
-    table_M: NDArray[np.int32] = field(default_factory=TABLE_M.copy)
-    position: int = 0
     num_drafts: int = 0
+    """That wait to be verified."""
+    num_unread: int = 1
+    num_to_draft: int = 0
     """How many more tokens it wants to draft."""
-    num_logits: int = 1
     num_left: int = 9
+    position: int = 0
+    table_M: NDArray[np.int32] = field(default_factory=TABLE_M.copy)
 
     def draft_row(self, num_answers: int) -> PlanRow | None:
         assert num_answers >= 1
-        return PlanRow((self.number,), self.position, 1, self.table_M) if self.num_drafts else None
+        return PlanRow((self.number,), self.position, 1, self.table_M) if self.num_to_draft else None
 
-    def next_rows(self) -> list[PlanRow]:
-        tokens = (self.number,) * self.num_tokens
-        row = PlanRow(tokens, self.position, self.num_chains, self.table_M, self.num_logits)
-        prompt = (self.number,) * self.num_prompt_tokens
-        return [
-            row,
-            *(PlanRow(piece, 0, 1, self.table_M, num_logits=0) for piece in (prompt[:16], prompt[16:]) if piece),
-        ]
+    def next_rows(self, max_tokens: int) -> list[PlanRow]:
+        assert max_tokens >= 1
+        row = partial(PlanRow, table_M=self.table_M)
+        earlier, rows = min(max_tokens, self.num_unread - 1), []
+        if max_tokens >= self.num_unread:
+            count = 1 + min(self.num_drafts, max_tokens - self.num_unread)
+            rows = [row((self.number,) * count, self.num_unread - 1, self.num_chains, num_logits=count)]
+        pieces = [(start, min(16, earlier - start)) for start in range(0, earlier, 16)]
+        return rows + [row((self.number,) * count, start, 1, num_logits=0) for start, count in pieces]
+
+    def note(self, num_tokens: int) -> None:
+        """A step has read so many."""
+        self.num_drafts = 0
+        self.num_unread = max(1, self.num_unread - num_tokens)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Against a model that is three lists."""
+    """Against a model that is three lists, and the rules by which a budget is divided."""
 
-    @initialize(max_batch_size=st.integers(1, 4))
-    def create(self, max_batch_size: int) -> None:
+    @initialize(max_batch_size=st.integers(1, 6), step_tokens=st.integers(1, 24), max_tokens=st.integers(1, 64))
+    def create(self, max_batch_size: int, step_tokens: int, max_tokens: int) -> None:
         self.max_batch_size = max_batch_size
-        self.scheduler: Scheduler[Reader] = Scheduler(max_batch_size=max_batch_size)
+        self.budget = StepBudget(step_tokens=step_tokens, max_tokens=max_tokens)
+        self.scheduler: Scheduler[Reader] = Scheduler(max_batch_size=max_batch_size, budget=self.budget)
         self.waiting: list[Reader] = []
         self.active: list[Reader] = []
         self.leaving: list[Reader] = []
@@ -59,12 +69,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         num_chains=st.integers(1, 3),
-        num_tokens=st.integers(1, 16),
-        num_prompt_tokens=st.just(0) | st.integers(1, MAX_PROMPT_TOKENS),
-        num_drafts=st.integers(0, 3),
+        num_drafts=st.integers(0, 15),
+        num_unread=st.just(1) | st.integers(2, 90),
+        num_to_draft=st.integers(0, 3),
     )
-    def join(self, num_chains: int, num_tokens: int, num_prompt_tokens: int, num_drafts: int) -> None:
-        reader = Reader(self.num_joined, num_chains, num_tokens, num_prompt_tokens, num_drafts=num_drafts)
+    def join(self, num_chains: int, num_drafts: int, num_unread: int, num_to_draft: int) -> None:
+        is_new = num_unread > 1  # and has drafted nothing
+        reader = Reader(self.num_joined, num_chains, num_drafts * (not is_new), num_unread, num_to_draft * (not is_new))
         self.num_joined += 1
         self.scheduler.join(reader)
         self.waiting.append(reader)
@@ -87,41 +98,53 @@ class SchedulerMachine(RuleBasedStateMachine):
     def begin_step(self) -> None:
         while self.waiting and len(self.active) < self.max_batch_size:
             self.active.append(self.waiting.pop(0))
-        self.step = self.scheduler.begin_step()
-        if self.step is None:
+        self.step = step = self.scheduler.begin_step()
+        if step is None:
             assert not self.active
             return
-        steps, prompt_tokens = [], 0
-        for reader in self.active:
-            if reader.num_chains > 1 and all(other.num_drafts for other in self.active if other.num_chains > 1):
-                steps.append(reader)  # a draft reads no prompt
-            elif not prompt_tokens or prompt_tokens + reader.num_prompt_tokens <= MAX_PROMPT_TOKENS:
-                prompt_tokens += reader.num_prompt_tokens
-                steps.append(reader)
-            else:
-                assert reader.num_prompt_tokens
         large = [reader for reader in self.active if reader.num_chains > 1]
-        drafting = large if all(reader.num_drafts for reader in large) else []
-        assert self.step.drafting == set(drafting)
+        drafting = large if all(reader.num_to_draft for reader in large) else []
+        assert step.drafting == set(drafting)
         # Larger scales first, and of equals whoever came first: neighbours keep their rows from step to step.
+        num_tokens = {reader: step.num_tokens(reader) for reader in self.active}
         expected = sorted(
             (
                 (reader, row)
-                for reader in steps
-                for row in ([reader.draft_row(1)] if reader in drafting else reader.next_rows())
+                for reader in self.active
+                for row in ([reader.draft_row(1)] if reader in drafting else reader.next_rows(num_tokens[reader]))
                 if row is not None
             ),
             key=lambda pair: -pair[1].num_chains,
         )
-        assert list(self.step.answers) == [reader for reader, _ in expected]
-        found = [(row.token_ids, row.num_chains, row.num_logits) for row in self.step.plan.rows]
-        assert found == [(row.token_ids, row.num_chains, row.num_logits) for _, row in expected]
-        assert all(row.table_M is r.table_M for row, r in zip(self.step.plan.rows, self.step.answers, strict=True))
+        assert list(step.answers) == [reader for reader, _ in expected]
+        found = [(row.token_ids, row.position, row.num_chains, row.num_logits) for row in step.plan.rows]
+        assert found == [(row.token_ids, row.position, row.num_chains, row.num_logits) for _, row in expected]
+        assert all(row.table_M is r.table_M for row, r in zip(step.plan.rows, step.answers, strict=True))
+        self.assert_the_budget_is_kept_and_used([reader for reader in self.active if reader not in drafting])
         for reader in drafting:
-            reader.num_drafts -= 1
-        for reader in steps:
+            reader.num_to_draft -= 1
+        for reader in self.active:
             if reader not in drafting:
-                reader.num_prompt_tokens = 0
+                reader.note(num_tokens[reader])
+
+    def assert_the_budget_is_kept_and_used(self, readers: list[Reader]) -> None:
+        """Everybody gets on; the shortest prompts first, then drafts; nothing is left over that anybody wants."""
+        assert self.step is not None
+        num_tokens = {reader: self.step.num_tokens(reader) for reader in self.active}
+        assert min(num_tokens.values()) >= 1
+        goes_on = len(readers) < len(self.active) or any(reader.num_unread == 1 for reader in readers)
+        limit = self.budget.tokens(len(self.active), goes_on=goes_on)
+        assert sum(num_tokens.values()) <= limit
+        wanted = {reader: reader.num_unread + reader.num_drafts for reader in readers}
+        assert all(num_tokens[reader] <= wanted[reader] for reader in readers)
+        cut = [reader for reader in readers if num_tokens[reader] < wanted[reader]]
+        if not cut:
+            return
+        assert sum(num_tokens.values()) == limit
+        shortest = min(cut, key=lambda reader: reader.num_unread if reader.num_unread > 1 else 1000)
+        for reader in readers:
+            if reader.num_unread > shortest.num_unread > 1 or (reader.num_drafts and shortest.num_unread > 1):
+                assert num_tokens[reader] == 1
 
     @precondition(lambda self: self.step is not None)
     @rule()
@@ -151,7 +174,7 @@ TestScheduler = SchedulerMachine.TestCase
 
 
 def test_the_next_comes_in_when_somebody_has_left_and_not_before() -> None:
-    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=1)
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=1, budget=AMPLE)
     first, second = Reader(1), Reader(2)
     for reader in (first, second):
         scheduler.join(reader)
@@ -171,7 +194,7 @@ def test_the_next_comes_in_when_somebody_has_left_and_not_before() -> None:
 
 def test_one_clients_crowd_keeps_nobody_else_out() -> None:
     """A hundred requests of one client, and then one of another: it gets the next place but one."""
-    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=2)
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=2, budget=AMPLE)
     crowd, other = [Reader(number) for number in range(100)], Reader(100)
     for reader in crowd:
         scheduler.join(reader, "crowd")
@@ -187,7 +210,7 @@ def test_one_clients_crowd_keeps_nobody_else_out() -> None:
 
 
 def test_whoever_waits_knows_after_how_many_tokens_it_has_a_place() -> None:
-    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=2)
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=2, budget=AMPLE)
     readers = [Reader(number, num_left=left) for number, left in enumerate((5, 9, 3, 20, 1, 1))]
     for reader in readers:
         scheduler.join(reader)
@@ -197,7 +220,7 @@ def test_whoever_waits_knows_after_how_many_tokens_it_has_a_place() -> None:
 
 
 def test_larger_scales_stand_first_and_of_equals_whoever_came_first() -> None:
-    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=5)
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=5, budget=AMPLE)
     readers = [Reader(number, num_chains) for number, num_chains in enumerate([1, 3, 2, 3, 1])]
     for reader in readers:
         scheduler.join(reader)
@@ -207,32 +230,45 @@ def test_larger_scales_stand_first_and_of_equals_whoever_came_first() -> None:
     assert [row.num_chains for row in step.plan.rows] == [3, 3, 2, 1, 1]
 
 
-def test_prompts_too_long_for_one_step_wait_for_the_next_and_nobody_waits_for_ever() -> None:
-    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=9)
-    whole, half, small, talker = Reader(0, 1, 1, MAX_PROMPT_TOKENS), Reader(1, 1, 1, 40), Reader(2, 2, 1, 24), Reader(3)
-    for reader in (half, whole, small, talker):
-        scheduler.join(reader)
+def counts_of(scheduler: Scheduler[Reader], *readers: Reader) -> list[int]:
+    """Run a step; how many tokens each of these has read in it."""
     step = scheduler.begin_step()
     assert step is not None
-    assert set(step.answers) == {half, small, talker}
-    assert step.answers.count(half) == 1 + 2
-    half.num_prompt_tokens = small.num_prompt_tokens = 0
-    scheduler.join(late := Reader(4, 1, 1, 1))
-    assert not scheduler.leave(half)
-    assert scheduler.end_step() == [half]
-    step = scheduler.begin_step()
-    assert step is not None
-    assert set(step.answers) == {whole, small, talker}
-    whole.num_prompt_tokens = 0
+    counts = [step.num_tokens(reader) for reader in readers]
+    for reader in {*step.answers}:
+        reader.note(step.num_tokens(reader))
     scheduler.end_step()
-    step = scheduler.begin_step()
-    assert step is not None
-    assert set(step.answers) == {whole, small, talker, late}
+    return counts
+
+
+def test_a_long_prompt_is_read_in_pieces_beside_an_answer_and_a_short_one_goes_first() -> None:
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=9, budget=StepBudget(step_tokens=12, max_tokens=64))
+    long, short, talker = Reader(0, 2, num_unread=100), Reader(1, 1, num_unread=9), Reader(2)
+    for reader in (long, talker):
+        scheduler.join(reader)
+    assert counts_of(scheduler, long, talker) == [11, 1]
+    scheduler.join(short)
+    assert counts_of(scheduler, long, short, talker) == [2, 9, 1]
+    assert counts_of(scheduler, long, short, talker) == [10, 1, 1]
+    for reader in (short, talker):
+        scheduler.leave(reader)
+    # Nobody waits for this one's steps any more.
+    assert counts_of(scheduler, long) == [64]
+    assert long.num_unread == 100 - 11 - 2 - 10 - 64
+
+
+def test_a_batch_as_large_as_the_budget_leaves_prompts_half_a_budget() -> None:
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=9, budget=StepBudget(step_tokens=8, max_tokens=64))
+    talkers, newcomer = [Reader(number) for number in range(8)], Reader(8, num_unread=6)
+    for reader in (*talkers, newcomer):
+        scheduler.join(reader)
+    assert counts_of(scheduler, *talkers, newcomer) == [1] * 8 + [5]
+    assert counts_of(scheduler, *talkers, newcomer) == [1] * 9
 
 
 def test_a_step_drafts_only_while_everybody_of_more_than_one_chain_wants_to() -> None:
-    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=9)
-    eager, brief, small = Reader(1, 3, num_drafts=9), Reader(2, 2, num_drafts=1), Reader(3, 1)
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=9, budget=AMPLE)
+    eager, brief, small = Reader(1, 3, num_to_draft=9), Reader(2, 2, num_to_draft=1), Reader(3, 1)
     for reader in (eager, brief, small):
         scheduler.join(reader)
     step = scheduler.begin_step()
@@ -240,7 +276,7 @@ def test_a_step_drafts_only_while_everybody_of_more_than_one_chain_wants_to() ->
     assert step.drafting == {eager, brief}
     assert step.answers == (eager, brief, small)
     assert {row.num_chains for row in step.plan.rows} == {1}
-    brief.num_drafts = 0
+    brief.num_to_draft = 0
     scheduler.end_step()
     step = scheduler.begin_step()
     assert step is not None
@@ -249,20 +285,25 @@ def test_a_step_drafts_only_while_everybody_of_more_than_one_chain_wants_to() ->
 
 
 def test_drafts_give_way_where_a_step_would_be_larger_than_it_may_be() -> None:
-    """Somebody came while they drafted; what is left is no larger than a step without drafts."""
-    for max_tokens, expected in ((16, [5, 5, 1]), (9, [3, 5, 1]), (4, [1, 2, 1]), (2, [1, 1, 1])):
-        scheduler: Scheduler[Reader] = Scheduler(max_batch_size=9, max_tokens=max_tokens)
-        for reader in (Reader(1, 3, 5, num_logits=5), Reader(2, 2, 5, num_logits=5), Reader(3, 2)):
+    """Somebody came while they drafted: first everybody's next token, then prompts, then drafts."""
+    for step_tokens, expected in ((16, [5, 5, 3]), (12, [5, 4, 3]), (8, [4, 1, 3]), (4, [1, 1, 3]), (2, [1, 1, 2])):
+        budget = StepBudget(step_tokens=step_tokens, max_tokens=64)
+        scheduler: Scheduler[Reader] = Scheduler(max_batch_size=9, budget=budget)
+        drafted = [Reader(1, 3, num_drafts=4), Reader(2, 2, num_drafts=4)]
+        newcomer = Reader(3, 2, num_unread=3)
+        for reader in (*drafted, newcomer):
             scheduler.join(reader)
         step = scheduler.begin_step()
         assert step is not None
-        assert [len(row.token_ids) for row in step.plan.rows] == expected
-        assert [row.num_logits for row in step.plan.rows] == expected
-        assert [row.chosen_positions[0] for row in step.plan.rows] == [1, 1, 1]
+        assert [step.num_tokens(reader) for reader in (*drafted, newcomer)] == expected
+        of_drafts = [
+            row.num_logits for row, reader in zip(step.plan.rows, step.answers, strict=True) if reader in drafted
+        ]
+        assert of_drafts == expected[:2]
 
 
 def test_a_step_holds_whoever_leaves_until_it_has_ended() -> None:
-    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=2)
+    scheduler: Scheduler[Reader] = Scheduler(max_batch_size=2, budget=AMPLE)
     inside, outside = Reader(1), Reader(2)
     scheduler.join(inside)
     scheduler.begin_step()
@@ -277,7 +318,7 @@ def test_a_step_holds_whoever_leaves_until_it_has_ended() -> None:
 
 def test_a_batch_of_nobody_is_refused() -> None:
     with pytest.raises(ValueError, match="max_batch_size=0 must be at least 1"):
-        Scheduler(max_batch_size=0)
+        Scheduler(max_batch_size=0, budget=AMPLE)
 
 
 def test_a_plan_is_never_empty_nor_out_of_order() -> None:

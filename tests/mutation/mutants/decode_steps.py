@@ -69,17 +69,39 @@ MUTANTS = (
         "tests/unit/test_scheduler.py::test_larger_scales_stand_first_and_of_equals_whoever_came_first",
     ),
     Mutant(
-        "prompts of any number of tokens share a step",
+        "a step reads prompts and drafts of any length",
         "decode_node/scheduler.py",
-        "if num_prompt_tokens and num_prompt_tokens + of_prompt > MAX_PROMPT_TOKENS:",
-        "if False:",
-        "tests/unit/test_scheduler.py::test_prompts_too_long_for_one_step_wait_for_the_next_and_nobody_waits_for_ever",
+        "given = min(room, wanted)",
+        "given = wanted",
+        _LOOP + "test_a_long_prompt_is_read_in_pieces_between_the_steps_of_an_answer_that_goes_on",
+    ),
+    Mutant(
+        "the longest prompt goes first",
+        "decode_node/scheduler.py",
+        "sorted((answer.num_unread - 1, place, answer)",
+        "sorted((1 - answer.num_unread, place, answer)",
+        "tests/unit/test_scheduler.py::"
+        "test_a_long_prompt_is_read_in_pieces_beside_an_answer_and_a_short_one_goes_first",
+    ),
+    Mutant(
+        "answers that go on wait for steps of the largest size",
+        "decode_node/scheduler.py",
+        "goes_on = bool(drafts) or any(answer.num_unread == 1 for answer in readers)",
+        "goes_on = False",
+        _LOOP + "test_a_long_prompt_is_read_in_pieces_between_the_steps_of_an_answer_that_goes_on",
+    ),
+    Mutant(
+        "a disturbed step counts as much as an undisturbed one",
+        "decode_node/step_budget.py",
+        "min(fastest_s[num_tokens], clock.now() - began_s)",
+        "clock.now() - began_s",
+        "tests/unit/test_step_budget.py::test_a_step_that_something_disturbs_is_measured_again_and_the_fastest_counts",
     ),
     Mutant(
         "a prompt's pieces stand at its first place",
         "decode_node/running_answer.py",
-        "PlanRow(piece, first + start, 1",
-        "PlanRow(piece, first, 1",
+        "PlanRow(piece, self._position + start, 1",
+        "PlanRow(piece, self._position, 1",
         "tests/unit/test_running_answer.py::test_the_first_step_reads_a_prompt_that_the_cache_does_not_hold",
     ),
     Mutant(
@@ -87,7 +109,7 @@ MUTANTS = (
         "decode_node/running_answer.py",
         "table_M, num_logits=0)",
         "table_M)",
-        _LOOP + "test_a_short_prompt_is_answered_where_no_prefill_node_is_and_as_if_there_were_one",
+        _DRAFTS + "test_a_prompt_in_pieces_is_read_once_in_order_and_asks_for_logits_with_its_last_token",
     ),
     Mutant(
         "all tokens of a row stand at its first place",
@@ -153,10 +175,10 @@ MUTANTS = (
         "tests/unit/test_scheduler.py::test_a_step_drafts_only_while_everybody_of_more_than_one_chain_wants_to",
     ),
     Mutant(
-        "drafts make a step of any size",
+        "drafts go before the prompts of those who have just come",
         "decode_node/scheduler.py",
-        "num_cut = min(excess, row.num_drafts)",
-        "num_cut = 0",
+        "in [*((wanted, answer) for wanted, _, answer in prompts), *drafted]:",
+        "in [*drafted, *((wanted, answer) for wanted, _, answer in prompts)]:",
         "tests/unit/test_scheduler.py::test_drafts_give_way_where_a_step_would_be_larger_than_it_may_be",
     ),
     Mutant(
@@ -251,10 +273,10 @@ MUTANTS = (
         "tests/numerics/test_devices.py::test_a_decode_step_makes_everything_on_the_stores_device_and_crosses_once",
     ),
     Mutant(
-        "tokens that are read without logits are read again",
+        "tokens that are read without logits move nothing on",
         "decode_node/running_answer.py",
-        "        self._note_read(self._num_next)\n",
-        "        self._note_read(self._num_next if choices else 0)\n",
+        "        self._position += num_tokens\n",
+        "",
         "tests/unit/test_running_answer.py::test_an_answer_that_another_node_began_goes_on_as_it_would_have_there",
     ),
     Mutant(

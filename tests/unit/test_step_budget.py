@@ -1,0 +1,66 @@
+"""How many tokens ride on one reading of the weights, as a node measures it, and what a step may read."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from decode_node.step_budget import RIDE, TILE_TOKENS, StepBudget, measure
+from tests.clock import FakeClock
+
+
+class Steps:
+    """Steps that read weights, and take longer than that from some number of tokens on."""
+
+    def __init__(self, weights_s: float, token_s: float, disturbed: dict[int, float] | None = None) -> None:
+        self.clock = FakeClock()
+        self.sizes: list[int] = []
+        self._weights_s, self._token_s = weights_s, token_s
+        self._disturbed = disturbed or {}
+        """Number of the step, from 0, and how much longer it takes."""
+
+    def __call__(self, num_tokens: int) -> None:
+        extra_s = self._disturbed.get(len(self.sizes), 0.0)
+        self.sizes.append(num_tokens)
+        self.clock.now_s += self._weights_s + self._token_s * (num_tokens - 1) + extra_s
+
+
+@given(weights_s=st.floats(1e-3, 1.0), ratio=st.floats(0.0, 1.0), max_tokens=st.integers(1, 64))
+def test_as_many_tokens_ride_as_take_no_longer_than_the_weights(
+    weights_s: float, ratio: float, max_tokens: int
+) -> None:
+    steps = Steps(weights_s, ratio * weights_s)
+    found = measure(steps, steps.clock, max_tokens=max_tokens)
+    sizes = [1, *range(TILE_TOKENS, max_tokens + 1, TILE_TOKENS)]
+    riding = min(1 + (RIDE - 1) / ratio if ratio else 1e9, sizes[-1])
+    assert abs(found - max(min(TILE_TOKENS, max_tokens), riding)) <= 1
+    assert found <= max_tokens
+
+
+def test_a_step_that_something_disturbs_is_measured_again_and_the_fastest_counts() -> None:
+    plain = Steps(0.010, 0.0005)
+    expected = measure(plain, plain.clock, max_tokens=64)
+    assert expected == 21
+    disturbed = Steps(0.010, 0.0005, {0: 3.0, 1: 0.05, 3: 0.02} | dict.fromkeys(range(14, 99), 0.03))
+    assert measure(disturbed, disturbed.clock, max_tokens=64) == expected
+
+
+def test_a_start_waits_less_than_a_second_for_a_small_model_and_two_rounds_for_a_large_one() -> None:
+    small, large = Steps(0.012, 0.0005), Steps(1.0, 0.05)
+    for steps in (small, large):
+        measure(steps, steps.clock, max_tokens=64)
+    assert small.clock.now() - FakeClock().now() < 0.8
+    assert large.sizes.count(1) == 1 + 2
+
+
+@given(step_tokens=st.integers(1, 64), max_tokens=st.integers(1, 64), num_answers=st.integers(1, 64))
+def test_a_step_has_room_for_each_answer_and_its_budget(step_tokens: int, max_tokens: int, num_answers: int) -> None:
+    budget = StepBudget(step_tokens=step_tokens, max_tokens=max_tokens)
+    beside, alone = (budget.tokens(num_answers, goes_on=goes_on) for goes_on in (True, False))
+    assert num_answers <= beside <= alone
+    if num_answers <= step_tokens // 2:
+        assert (beside, alone) == (step_tokens, max(step_tokens, max_tokens))
+
+
+@pytest.mark.parametrize(("num_answers", "expected"), [(1, 12), (6, 12), (7, 13), (32, 38)])
+def test_a_large_batch_leaves_others_half_a_budget(num_answers: int, expected: int) -> None:
+    assert StepBudget(step_tokens=12, max_tokens=64).tokens(num_answers, goes_on=True) == expected
