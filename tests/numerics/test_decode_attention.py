@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.kernels
 
-TOKEN_BLOCK, ITEM = 64, 1024  # decode.h, decode.cpp
+TOKEN_BLOCK, SPAN, LONGER_SPANS = 64, 128, 2048  # decode.h, decode.cpp: of SPAN tokens before LONGER_SPANS
 DTYPES = (torch.bfloat16, torch.float32)
 FORMATS = ((torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.int8), (torch.float32, torch.int8))
 """Of queries and of pages."""
@@ -81,7 +81,7 @@ def assert_matches_definition(arguments: Arguments, options: Options | None = No
     tolerance.decode_attention(*arguments, **options).check(decode_attention(*arguments, **options, **more))
 
 
-LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, TOKEN_BLOCK - 1, TOKEN_BLOCK, TOKEN_BLOCK + 1, 61, 257, 1009)
+LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, TOKEN_BLOCK - 1, TOKEN_BLOCK, TOKEN_BLOCK + 1, 61, SPAN, 257, 1009)
 
 
 @pytest.mark.usefixtures("variant")
@@ -116,7 +116,7 @@ def test_every_number_of_query_heads_matches(group, formats):
         ([16], [16]),
         ([TOKEN_BLOCK + 1], [2]),
         ([TOKEN_BLOCK + 2, 40, 16, 131], [5, 1, 16, 2]),
-        ([ITEM + 1, 7], [3, 7]),  # the first query token sees nothing of the last item
+        ([SPAN + 1, 7], [3, 7]),  # the first query token sees nothing of the last span
     ],
 )
 def test_several_query_tokens_match(context_lens, num_queries, group, formats):
@@ -147,7 +147,7 @@ def test_contexts_split_over_threads_match(num_threads, split):
 @pytest.mark.parametrize("formats", FORMATS)
 @pytest.mark.parametrize("group", [1, 4])
 def test_a_query_gives_the_same_bits_alone_among_drafts_and_in_any_batch(group, formats, name):
-    context_lens, num_queries = [2 * ITEM + 2, 300, TOKEN_BLOCK], [5, 3, 1]
+    context_lens, num_queries = [LONGER_SPANS + 2, 300, 5 * SPAN + 1, TOKEN_BLOCK], [5, 3, 4, 1]
     arguments, options = case(context_lens, num_queries, 2, group, 64, *formats)
     q, k_pages, v_pages, block_table, _ = arguments
     scales = {key: value for key, value in options.items() if key != "cu_seqlens_q_R1"}
@@ -165,7 +165,7 @@ def test_a_query_gives_the_same_bits_alone_among_drafts_and_in_any_batch(group, 
 
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("formats", FORMATS)
-@pytest.mark.parametrize("length", [40, TOKEN_BLOCK + 2, ITEM + 2])
+@pytest.mark.parametrize("length", [40, TOKEN_BLOCK + 2, SPAN + 2, LONGER_SPANS + 2])
 def test_query_tokens_never_see_later_ones(length, formats):
     arguments, options = case([length, 9], [5, 1], 1, 3, 16, *formats)
     expected = decode_attention(*arguments, **options)

@@ -9,13 +9,14 @@ from tempfile import mkdtemp
 import numpy as np
 import pytest
 import torch
-from colm_kernels import native
+from colm_kernels import native, tolerance
 from colm_kernels.decode_attention import MAX_QUERY_TOKENS
 from colm_kernels.quantised import Quantisation
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
+from torch import Tensor
 
 from colm.checkpoint import Checkpoint, save
 from colm.events import FinishReason, Token
@@ -370,6 +371,22 @@ def beside_it(num_tokens: int) -> tuple[PlanRow, ...]:
     )
 
 
+def assert_same(ours: Tensor, one_by_one: Tensor, over: KvCacheDtype = "model") -> None:
+    """To the bit where rows have their own; else within the budget of layers, of bf16 over pages of int8.
+
+    There, a number between two whole ones may be rounded to either.
+    """
+    if HAS_OWN_BITS:
+        assert torch.equal(ours, one_by_one)
+    elif ours.dtype == torch.int8:
+        assert (ours.int() - one_by_one.int()).abs().max() <= 1
+    else:
+        config = model("random").config
+        dtype = torch.bfloat16 if over == "int8" else ours.dtype
+        exact = one_by_one.double()
+        tolerance.layers(exact, dtype, num_layers=config.num_layers, width=config.dim).check(ours.to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("num_drafts", "cache_dtype", "quantisation"),
@@ -387,8 +404,6 @@ def test_a_verification_has_the_bits_of_single_steps(
 
     Alone, and beside as many tokens of others as keep the bits: 64 in all, or 16 where weights lie by rows.
     """
-    if native.default_variant(dtype) == "torch":
-        pytest.skip("PyTorch's bits depend on the rows beside")
     engine, store = engine_of("random", dtype, cache_dtype, quantisation)
     text = np.random.default_rng(1).integers(3, 300, 10 + num_drafts + 1).tolist()
     singly, together = (np.arange(start, start + 8, dtype=np.int32) for start in (0, 32))
@@ -400,7 +415,7 @@ def test_a_verification_has_the_bits_of_single_steps(
     row = PlanRow(tuple(text[10:]), 10, 3, together, num_logits=num_drafts + 1)
     for beside in ((), beside_it(engine.max_exact_tokens - num_drafts - 1)):
         verified_QV = engine.step(StepPlan((row, *beside)))[: num_drafts + 1]
-        assert torch.equal(verified_QV, alone_QV)
+        assert_same(verified_QV, alone_QV, over=cache_dtype)
     for pages_LBPKD in (store.k_pages_LBPKD, store.v_pages_LBPKD, store.k_scales_LBPK, store.v_scales_LBPK):
         if pages_LBPKD is None:
             continue
@@ -408,4 +423,4 @@ def test_a_verification_has_the_bits_of_single_steps(
             pages_LBPKD[:, torch.from_numpy(table_M).long()].flatten(1, 2)[:, : len(text)]
             for table_M in (together, singly)
         )
-        assert torch.equal(ours, one_by_one)
+        assert_same(ours, one_by_one)

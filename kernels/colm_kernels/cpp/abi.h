@@ -302,16 +302,17 @@ struct PrefillLayerArgs {
     CancelFlag* flag;                   // as in PrefillArgs
 };
 
-// One item of decode work: tokens [begin, end) of one request, all its heads and query tokens. Rows of a kv head are
-// (query token, query head), token-major; N of them for all kv heads.
-struct DecodeItem {
+// Tokens [begin, end) of one request, whose part of the attention is summed by itself, for all heads and query tokens.
+// Rows of a kv head are (query token, query head), token-major; N of them for all kv heads.
+struct DecodeSpan {
     int64_t request, begin, end;
     float* partial;  // unnormalised output (N, D), then maxima (N), then sums (N)
 };
 
 using PrefillFn = Status (*)(const PrefillArgs&, int64_t item, unsigned char* workspace);
 using SparsePrefillFn = Status (*)(const SparsePrefillArgs&, int64_t item, unsigned char* workspace);
-using DecodeFn = void (*)(const DecodeArgs&, const DecodeItem&, unsigned char* workspace);
+// An item of work: spans [first, last) of one request, one after the other.
+using DecodeFn = void (*)(const DecodeArgs&, const DecodeSpan* first, const DecodeSpan* last, unsigned char* workspace);
 
 using LinearFn = void (*)(const LinearArgs&, const LinearBlock&, int64_t begin, int64_t end);
 

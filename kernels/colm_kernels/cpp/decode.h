@@ -1,4 +1,4 @@
-// Attention of one request's query tokens to a range of its context, read in place from the pages. Include after a
+// Attention of one request's query tokens to spans of its context, read in place from the pages. Include after a
 // vec_*.h.
 //
 // Memory bounds the work, so a key or value is read once for all query heads and query tokens of its kv head. Meanwhile
@@ -7,8 +7,8 @@
 // widened, so that scores come out a vector of tokens at a time and no sum runs across lanes. Products of bf16 pairs
 // read keys untransposed.
 //
-// The terms of a row's sums and their order depend on its own context only, not on the rows beside it nor on an item's
-// last range. So a query's result has the same bits alone, among drafts and in any batch.
+// The terms of a row's sums and their order depend on its own context only, not on the rows beside it nor on where an
+// item begins or ends. So a query's result has the same bits alone, among drafts and in any batch.
 #pragma once
 #include <cfloat>
 #include <cstring>
@@ -284,15 +284,15 @@ struct Decode {
         }
     }
 
-    static void run(const DecodeArgs& args, const DecodeItem& item, unsigned char* memory) {
+    static void run(const DecodeArgs& args, const DecodeSpan* span, const DecodeSpan* last, unsigned char* memory) {
+        const int64_t request = span->request, item_begin = span->begin, item_end = last[-1].end;
         const int64_t num_heads = args.num_kv_heads, group = args.group, stride = num_heads * D;
-        const int64_t first_query = args.cu_seqlens_q[item.request];
-        const int64_t num_queries = args.cu_seqlens_q[item.request + 1] - first_query;
+        const int64_t first_query = args.cu_seqlens_q[request];
+        const int64_t num_queries = args.cu_seqlens_q[request + 1] - first_query;
         const int64_t rows = num_queries * group, padded_rows = padded(rows);
-        const int64_t num_common = args.context_lens[item.request] - num_queries + 1;  // tokens that every query sees
+        const int64_t num_common = args.context_lens[request] - num_queries + 1;  // tokens that every query sees
         const float scale_log2 = args.scale * 1.44269504088896340736f;
         const Workspace ws = carve(memory, num_heads, rows);
-        float* const output = item.partial;
 #ifdef __AVX512VNNI__
         static_assert(sizeof(typename ByteScores<D>::Query) <= D * sizeof(float), "digits take the place of a query");
         auto* const byte_queries = reinterpret_cast<typename ByteScores<D>::Query*>(ws.queries);
@@ -313,22 +313,32 @@ struct Decode {
                 } else {
                     read_query(args, first_query, head, row, ws.queries + (head * rows + row) * D);
                 }
-                for (int d = 0; d < D; d += kLanes) store(output + (head * rows + row) * D + d, zero());
             }
-        }
-        for (int64_t i = 0; i < num_heads * padded_rows; ++i) {
-            ws.maxima[i] = -FLT_MAX;  // not -infinity, whose difference with itself is NaN
-            ws.sums[i] = 0.0f;
         }
 
         float k_scales[kBlock], v_scales[kBlock];
         Block blocks[2];
-        locate(args, item.request, item.begin, item.end, stride, &blocks[0]);
-        for (int64_t begin = item.begin, turn = 0; begin < item.end; begin += kBlock, turn ^= 1) {
+        locate(args, request, item_begin, item_end, stride, &blocks[0]);
+        // All of the first block at once: whoever read what is before it was another thread.
+        const auto fetch_first = [&](const void* pool) {
+            Ahead ahead{static_cast<const In*>(pool), &blocks[0], stride};
+            for (int64_t i = 0; i < blocks[0].count * num_heads; ++i) ahead.step();
+        };
+        fetch_first(args.k_pages);
+        fetch_first(args.v_pages);
+        for (int64_t begin = item_begin, turn = 0; begin < item_end; begin += kBlock, turn ^= 1) {
+            float* const output = span->partial;
+            if (begin == span->begin) {
+                for (int64_t i = 0; i < num_heads * rows * D; i += kLanes) store(output + i, zero());
+                for (int64_t i = 0; i < num_heads * padded_rows; ++i) {
+                    ws.maxima[i] = -FLT_MAX;  // not -infinity, whose difference with itself is NaN
+                    ws.sums[i] = 0.0f;
+                }
+            }
             const Block& block = blocks[turn];
             Block& next = blocks[turn ^ 1];
-            if (begin + kBlock < item.end) {
-                locate(args, item.request, begin + kBlock, item.end, stride, &next);
+            if (begin + kBlock < item_end) {
+                locate(args, request, begin + kBlock, item_end, stride, &next);
             } else {
                 next = block;
             }
@@ -423,12 +433,14 @@ struct Decode {
                     row = end;
                 }
             }
-        }
-        join_parts(output, num_heads * rows);
-        for (int64_t row = 0; row < num_heads * rows; ++row) {
-            const int64_t at = row / rows * padded_rows + row % rows;
-            output[num_heads * rows * D + row] = ws.maxima[at];
-            output[num_heads * rows * (D + 1) + row] = ws.sums[at];
+            if (begin + kBlock < span->end) continue;
+            join_parts(output, num_heads * rows);
+            for (int64_t row = 0; row < num_heads * rows; ++row) {
+                const int64_t at = row / rows * padded_rows + row % rows;
+                output[num_heads * rows * D + row] = ws.maxima[at];
+                output[num_heads * rows * (D + 1) + row] = ws.sums[at];
+            }
+            ++span;
         }
     }
 
