@@ -40,6 +40,10 @@ class Node(Protocol):
     address: str
     metrics: CollectorRegistry
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it works, as far as it can tell."""
+
     async def start(self) -> None:
         """Load and listen."""
 

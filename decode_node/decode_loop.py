@@ -168,6 +168,11 @@ class DecodeLoop:
             wait_s = self._scheduler.num_tokens_ahead(member) * token_s
         return Queued(waits_for=WaitsFor.BATCH, num_ahead=num_ahead, estimated_wait_s=wait_s)
 
+    @property
+    def mark(self) -> int | None:
+        """What each step changes; None without answers."""
+        return self.counts.num_steps if any(True for _ in self._scheduler.answers) else None
+
     async def run(self) -> None:
         """Run step after step, until the task is cancelled."""
         try:

@@ -20,6 +20,7 @@ from colm.model.weights import WeightLayout
 from colm.placement import Placement
 from colm.retry import RetryPolicy
 from colm.text.tokenizer import Tokenizer
+from colm.watch import Watch
 from colm.wire.channels import BlockingChannels
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
@@ -177,6 +178,7 @@ class DecodeNode:
             clock=clock,
         )
         self.answers = HeldAnswers(self.owner, settings.orphan_s)
+        self._watch = Watch(clock, lambda: loop.mark)
         DecodeMetrics(self.owner, self.answers, loop, self.page_line, store.layout, self.metrics)
         DecodeService(self.answers, checkpoint.config, clock, self._leases).add_to(self._server)
         port = bind(self._server, options.host, options.port, self._security)
@@ -197,8 +199,8 @@ class DecodeNode:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the decode loop is running."""
-        return self._loop_task is not None and not self._loop_task.done()
+        """Whether the decode loop is running, and answers go on."""
+        return self._loop_task is not None and not self._loop_task.done() and self._watch.goes_on()
 
     async def stop(self) -> None:
         """Let running requests end within `STOP_GRACE_S` seconds, then cancel them."""

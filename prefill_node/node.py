@@ -16,6 +16,7 @@ from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
 from colm.metrics.kv_stream import KvStreamMetrics
 from colm.placement import Placement
+from colm.watch import Watch
 from colm.wire.endpoint import bind, create_server, dial_address
 from colm.wire.security import Security
 from prefill_node.cost_model import CostModel, calibrate
@@ -62,6 +63,7 @@ class PrefillNode:
         self._leases = leases
         self._server: grpc.aio.Server = create_server(security)
         self._loop: PrefillLoop | None = None
+        self._watch: Watch | None = None
         self.metrics = CollectorRegistry()
         self.address = ""
         self.fingerprint = ""
@@ -96,6 +98,8 @@ class PrefillNode:
                 fingerprint=loaded.fingerprint,
             ),
         )
+        loop = self._loop
+        self._watch = Watch(clock, lambda: loop.mark)
         self.service = PrefillService(
             loaded.engine,
             self._loop,
@@ -117,6 +121,11 @@ class PrefillNode:
             options.placement.device,
             self.fingerprint[:16],
         )
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the engine's work, if there is any, goes on."""
+        return self._watch is not None and self._watch.goes_on()
 
     async def stop(self) -> None:
         """Let running streams end within a grace period, then break them off."""

@@ -118,6 +118,11 @@ class PrefillLoop:
             window_bytes=sum(job.window_bytes for job in self._jobs.values()),
         )
 
+    @property
+    def mark(self) -> tuple[float, ...] | None:
+        """What the engine's work changes, inside a step too; None while it makes none."""
+        return (self.counts.engine_s, *(job.cancelled.done_share for job in self._stepping)) if self._stepping else None
+
     def check(self, num_tokens: int, sparse: PromptPlans | None = None) -> None:
         """Refuse a prompt that could never begin.
 

@@ -121,11 +121,6 @@ class DecodeReplica(NodeReplica):
         self._node = DecodeNode(replace(options, host=self._host), security, self._prefill_pool, self._leases)
         await self._start(self._node, secrets, gateway, metrics_host, traces)
 
-    async def check_health(self) -> None:
-        """Raise once the decode loop has ended, so that Serve replaces this replica."""
-        if not self._node.is_healthy:
-            raise RuntimeError("the decode loop has ended")
-
     async def __del__(self) -> None:
         await super().__del__()
         self._prefill_pool.close()

@@ -188,6 +188,7 @@ class GatewayReplica:
             port=options.metrics_port,
             targets=lambda: targets(metrics.address, self._registry.nodes()),
             shares_port=True,
+            is_ready=lambda: all(self._registry.count(role) for role in (Role.PREFILL, Role.DECODE)),
         )
         await metrics.start()
         return metrics.address

@@ -54,7 +54,7 @@ class NodeReplica:
         self._running = node
         if metrics_host is not None:
             host = metrics_host if is_loopback(metrics_host) else self._host
-            self._metrics = MetricsEndpoint(node.metrics, host=host, port=0)
+            self._metrics = MetricsEndpoint(node.metrics, host=host, port=0, is_alive=lambda: node.is_healthy)
             await self._metrics.start()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         handle: Any = serve.get_deployment_handle(*gateway)
@@ -69,6 +69,11 @@ class NodeReplica:
         assert self._running is not None
         async for grant in self._leases.offer(self._running.address, again=again):
             yield grant
+
+    async def check_health(self) -> None:
+        """Serve calls it once a second, and replaces this replica when it has raised three times in a row."""
+        if self._running is not None and not self._running.is_healthy:
+            raise RuntimeError(f"the {self.role.value} node's loop has ended, or its work has stood still for a minute")
 
     async def __del__(self) -> None:
         if self._running is not None:

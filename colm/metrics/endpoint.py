@@ -1,4 +1,4 @@
-"""The HTTP port at which Prometheus reads a process's metrics."""
+"""The HTTP port at which Prometheus reads a process's metrics, and others whether it works."""
 
 from collections.abc import Callable
 
@@ -16,13 +16,17 @@ MAX_CONNECTIONS = 32
 Targets = Callable[[], list[dict[str, object]]]
 """Where the processes of a cluster are read, as Prometheus' `http_sd_configs` takes it."""
 
+Probe = Callable[[], bool]
+
 
 class MetricsEndpoint:
-    """Serves `/metrics`, and `/targets` where somebody knows them. Lives on one event loop; `start` it, then `stop` it.
+    """Serves `/metrics`, `/live` and `/ready`, and `/targets` where somebody knows them.
 
-    Numbers are all there is to read: no text, no token ids; the gateway's are by
-    client. There is no token either, so the address
-    should be the loopback's, or one that only the operators' machines reach.
+    Lives on one event loop; `start` it, then `stop` it. `/live` answers 503 where a restart would help, `/ready` also
+    where requests would wait for somebody else.
+
+    Numbers are all there is to read: no text, no token ids; the gateway's are by client. There is no token either, so
+    the address should be the loopback's, or one that only the operators' machines reach.
 
     Args:
         registry: what it shows.
@@ -30,6 +34,8 @@ class MetricsEndpoint:
         port: likewise; 0 picks a free one.
         targets: what `/targets` shows; None without.
         shares_port: the process's successor may listen there before this one stops.
+        is_alive: False where a restart would help.
+        is_ready: False where others should be asked.
     """
 
     def __init__(
@@ -40,11 +46,19 @@ class MetricsEndpoint:
         port: int,
         targets: Targets | None = None,
         shares_port: bool = False,
+        is_alive: Probe = lambda: True,
+        is_ready: Probe = lambda: True,
     ) -> None:
         async def show_metrics(_: Request) -> Response:
             return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-        routes = [Route("/metrics", show_metrics)]
+        async def show_live(_: Request) -> Response:
+            return _verdict(is_alive())
+
+        async def show_ready(_: Request) -> Response:
+            return _verdict(is_alive() and is_ready())
+
+        routes = [Route("/metrics", show_metrics), Route("/live", show_live), Route("/ready", show_ready)]
         if targets is not None:
 
             async def show_targets(_: Request) -> Response:
@@ -78,3 +92,7 @@ class MetricsEndpoint:
     async def stop(self) -> None:
         """Close the port."""
         await self._server.stop()
+
+
+def _verdict(is_well: bool) -> Response:
+    return Response("ok\n" if is_well else "not now\n", status_code=200 if is_well else 503, media_type="text/plain")

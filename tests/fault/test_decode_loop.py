@@ -15,6 +15,7 @@ from torch import Tensor
 from colm import defaults
 from colm.checkpoint import Checkpoint
 from colm.events import Token
+from colm.watch import Watch
 from colm.wire.v1 import common_pb2
 from decode_node import decode_loop as loop_module
 from decode_node.engine import DecodeEngine
@@ -22,6 +23,7 @@ from decode_node.node import DecodeNode
 from decode_node.plan import PlanRow, StepPlan
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice
+from tests.clock import FakeClock
 from tests.gates import gate_before
 from tests.nodes import decode, decode_node, prefill_node, until_idle
 from tests.tiny import tiny_checkpoint
@@ -300,3 +302,25 @@ async def test_a_node_that_stops_ends_its_answers_and_holds_nothing(checkpoint: 
             node._loop_task.cancel()
             gate.open()
             assert await code_of(call) == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_step_that_does_not_end_makes_its_node_ill(node: DecodeNode) -> None:
+    clock = FakeClock()
+    node._watch = Watch(clock, node._watch._mark)
+
+    def looks(times: int) -> list[bool]:
+        said = []
+        for _ in range(times):
+            clock.now_s += 1
+            said.append(node.is_healthy)
+        return said
+
+    assert all(looks(100))
+    with gate_before(DecodeEngine, "step") as gate:
+        call = ask(node, "stuck")
+        await gate.until_reached()
+        assert looks(61)[-2:] == [True, False]
+        gate.open()
+        await call
+    assert all(looks(100))
+    await until_idle(node)

@@ -148,6 +148,22 @@ async def test_the_endpoint_serves_metrics_and_targets_and_nothing_else() -> Non
             await ask(endpoint, "/metrics")
 
 
+@pytest.mark.parametrize(
+    ("is_alive", "is_ready", "live", "ready"),
+    [(True, True, 200, 200), (True, False, 200, 503), (False, True, 503, 503), (False, False, 503, 503)],
+)
+async def test_the_endpoint_says_whether_its_process_works(
+    *, is_alive: bool, is_ready: bool, live: int, ready: int
+) -> None:
+    endpoint = MetricsEndpoint(
+        CollectorRegistry(), host="127.0.0.1", port=0, is_alive=lambda: is_alive, is_ready=lambda: is_ready
+    )
+    await endpoint.start()
+    said = [(await asyncio.to_thread(read, endpoint.address, path))[0] for path in ("/live", "/ready")]
+    assert said == [live, ready]
+    await endpoint.stop()
+
+
 async def test_a_port_that_is_taken_is_named_with_the_way_out() -> None:
     first = MetricsEndpoint(CollectorRegistry(), host="127.0.0.1", port=0)
     await first.start()

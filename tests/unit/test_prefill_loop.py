@@ -712,3 +712,19 @@ def test_a_cancelled_engine_does_not_finish_the_attention_that_it_is_in(
             next(run)
         cancelling.result()
     assert events == []
+
+
+async def test_what_the_engine_does_can_be_seen_inside_a_step_too(bench: Bench) -> None:
+    assert bench.loop.mark is None
+    bench.engine.gates["a"].close()
+    whole = asyncio.create_task(bench.whole("a"))
+    await bench.engine.gates["a"].until_reached()
+    stands = bench.loop.mark
+    assert stands is not None
+    assert bench.loop.mark == stands
+    (job,) = bench.loop._stepping
+    job.cancelled._shared.done = 1
+    assert bench.loop.mark not in (None, stands)
+    bench.engine.gates["a"].open()
+    await whole
+    await bench.until(lambda: bench.loop.mark is None)

@@ -240,4 +240,11 @@ MUTANTS = (
         "trace.StatusCode.ERROR, repr(err))",
         "tests/unit/test_tracing.py::test_a_span_has_its_parent_its_facts_and_the_name_of_its_error",
     ),
+    Mutant(
+        "work that nobody looked at is stuck",
+        "colm/watch.py",
+        "min(now_s - self._looked_s, _LONGEST_GAP_S)",
+        "now_s - self._looked_s",
+        "tests/unit/test_watch.py::test_a_process_that_was_stopped_itself_is_not_taken_for_stuck",
+    ),
 )

@@ -286,4 +286,11 @@ MUTANTS = (
         'one_call.variant_for(len(x_TD))) == "none":',
         "tests/numerics/test_decode_step.py::test_steps_that_the_library_takes_run_in_one_call",
     ),
+    Mutant(
+        "a decode node whose step hangs is well",
+        "decode_node/node.py",
+        " and self._watch.goes_on()",
+        "",
+        "tests/fault/test_decode_loop.py::test_a_step_that_does_not_end_makes_its_node_ill",
+    ),
 )

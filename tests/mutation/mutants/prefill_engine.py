@@ -213,4 +213,11 @@ MUTANTS = (
         "            pass\n",
         _PACK + "test_a_runs_flag_says_nothing_of_a_step_that_is_over",
     ),
+    Mutant(
+        "a prefill tile that takes long looks stuck",
+        "prefill_node/prefill_loop.py",
+        "(self.counts.engine_s, *(job.cancelled.done_share for job in self._stepping))",
+        "(self.counts.engine_s,)",
+        "tests/unit/test_prefill_loop.py::test_what_the_engine_does_can_be_seen_inside_a_step_too",
+    ),
 )
