@@ -20,6 +20,7 @@ from cluster.openai.bodies import OVERHEAD_BYTES, Bodies
 from cluster.openai.calls import Call, Desk
 from cluster.openai.errors import answer_of
 from cluster.openai.files import FileStore
+from cluster.openai.openapi import document
 from cluster.openai.schema import Ask, read_chat, read_completion
 from colm import tracing
 from colm.errors import GoingAway, InvalidRequest, Unauthenticated, UnknownModel
@@ -69,11 +70,12 @@ class OpenAiApp:
         """Of bodies that are being read or answered."""
         return self._bodies.num_held_bytes
 
-    def asgi(self) -> ASGIApp:
+    def asgi(self) -> Starlette:
         """The application."""
         return Starlette(
             routes=[
                 Route("/health", self._health),
+                Route("/openapi.json", self._schema),
                 Route("/v1/models", self._guarded(self._models)),
                 Route("/v1/models/{name:path}", self._guarded(self._one_model)),
                 Route("/v1/chat/completions", self._calls(read_chat), methods=["POST"]),
@@ -140,6 +142,9 @@ class OpenAiApp:
         if self._front_door.is_going:
             return answer_of(GoingAway("the gateway is stopping"))
         return JSONResponse({"status": "ok"})
+
+    async def _schema(self, _: Request) -> Response:
+        return JSONResponse(document())
 
     async def _models(self, request: Request, client: Client) -> Response:  # noqa: ARG002 - the handlers' contract
         return JSONResponse({"object": "list", "data": [self._as_json()]})

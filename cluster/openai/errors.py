@@ -24,20 +24,29 @@ class _Kind:
     status: int
     type: str
     code: str | None
+    meaning: str
 
 
 # Subclasses stand before their bases: the first match wins. The client tries 429 and 5xx again by itself.
 _KINDS: tuple[tuple[type[ColmError], _Kind], ...] = (
-    (UnknownModel, _Kind(404, "invalid_request_error", "model_not_found")),
-    (InvalidRequest, _Kind(400, "invalid_request_error", None)),
-    (Unauthenticated, _Kind(401, "invalid_request_error", "invalid_api_key")),
-    (CapacityExceeded, _Kind(429, "rate_limit_error", "capacity_exceeded")),
-    (DeadlineExceeded, _Kind(504, "timeout_error", "deadline_exceeded")),
-    (PeerUnavailable, _Kind(503, "server_error", "unavailable")),
+    (UnknownModel, _Kind(404, "invalid_request_error", "model_not_found", "another model is served")),
+    (InvalidRequest, _Kind(400, "invalid_request_error", None, "a field cannot be served; `param` names it")),
+    (Unauthenticated, _Kind(401, "invalid_request_error", "invalid_api_key", "no token, or a wrong one")),
+    (CapacityExceeded, _Kind(429, "rate_limit_error", "capacity_exceeded", "no room now, or a limit of the token")),
+    (
+        DeadlineExceeded,
+        _Kind(504, "timeout_error", "deadline_exceeded", "the time for it, or for its body, is over"),
+    ),
+    (PeerUnavailable, _Kind(503, "server_error", "unavailable", "a process was lost, or the gateway is stopping")),
 )
-_DEFECT = _Kind(500, "server_error", None)
+_DEFECT = _Kind(500, "server_error", None, "a defect, or a failure that trying again does not help")
 _RETRY_S = 1
 """After which somebody else may be there, where a process is lost or the gateway stops."""
+
+
+def statuses() -> dict[int, str]:
+    """Every status of an error, and what it means."""
+    return {kind.status: kind.meaning for _, kind in (*_KINDS, (ColmError, _DEFECT))}
 
 
 def body_of(error: BaseException) -> dict[str, object]:

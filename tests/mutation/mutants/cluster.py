@@ -53,6 +53,13 @@ MUTANTS = (
         _LIMITS + "test_both_protocols_refuse_by_the_same_figures",
     ),
     Mutant(
+        "a streamed token's scale is not in the schema",
+        "cluster/openai/openapi.py",
+        '    scale = {"num_chains": {"type": "integer", "minimum": 1}}\n',
+        '    scale = {"num_chains": {"type": "integer", "maximum": 0}}\n',
+        "tests/contract/test_openapi.py::test_answers_are_as_it_says",
+    ),
+    Mutant(
         "every client is told where the nodes are",
         "cluster/generation_service.py",
         "status if self._caller(context).is_operator else status.without_places()",
