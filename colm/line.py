@@ -1,7 +1,7 @@
 """A waiting line: clients take turns, first come, first served, and each waiter is told how many are ahead."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Iterator
 from typing import TypeVar
 
 from colm.errors import CapacityExceeded
@@ -32,11 +32,29 @@ class Line:
     def __len__(self) -> int:
         return len(self._places)
 
-    async def turn(self, take: Callable[[], _T | None], beat: Beat, client: Hashable = None) -> _T:
+    @property
+    def places(self) -> Iterator[asyncio.Event]:
+        """Those of the waiters, in the order of their turns."""
+        return iter(self._places)
+
+    async def turn(
+        self,
+        take: Callable[[], _T | None],
+        beat: Beat,
+        client: Hashable = None,
+        *,
+        place: asyncio.Event | None = None,
+    ) -> _T:
         """Wait until the caller is first and `take` returns something other than None; return that.
 
         Only the first in line calls `take`. Nothing is awaited between its success and this method's return, so a
         cancellation never loses what was taken.
+
+        Args:
+            take: what is waited for.
+            beat: told how many are ahead.
+            client: takes turns with the others.
+            place: by which the caller finds itself among `places`; it is set and cleared here alone.
 
         Raises:
             CapacityExceeded: too many wait already.
@@ -45,7 +63,7 @@ class Line:
             return taken
         if len(self._places) >= self._max_waiting:
             raise CapacityExceeded(f"{len(self._places)} requests wait for {self._what} already; try again later")
-        place = asyncio.Event()
+        place = place or asyncio.Event()
         self._places.add(place, client)
         try:
             while True:

@@ -161,17 +161,27 @@ class DecodeLoop:
         """What a member that waits is told; None if it does not."""
         if (num_ahead := self._scheduler.num_ahead(member)) is None:
             return None
-        num_tokens = sum(made for _, made in self._recent)
-        wait_s = None
-        if num_tokens:
-            token_s = sum(step_s for step_s, _ in self._recent) / num_tokens
-            wait_s = self._scheduler.num_tokens_ahead(member) * token_s
+        token_s = self.token_s
+        wait_s = None if token_s is None else self._scheduler.num_tokens_ahead(member) * token_s
         return Queued(waits_for=WaitsFor.BATCH, num_ahead=num_ahead, estimated_wait_s=wait_s)
 
     @property
     def mark(self) -> int | None:
         """What each step changes; None without answers."""
         return self.counts.num_steps if any(True for _ in self._scheduler.answers) else None
+
+    @property
+    def token_s(self) -> float | None:
+        """Seconds from a token of an answer to its next, as in the last steps; None before any was made."""
+        num_tokens = sum(made for _, made in self._recent)
+        return sum(step_s for step_s, _ in self._recent) / num_tokens if num_tokens else None
+
+    def ends_s(self) -> dict[PageLease, float]:
+        """After how many seconds each answer here ends, at the latest, by its pages; none before `token_s` is known."""
+        if (token_s := self.token_s) is None:
+            return {}
+        ends = self._scheduler.num_tokens_to_end()
+        return {member.pages: num_tokens * token_s for member, num_tokens in ends.items()}
 
     async def run(self) -> None:
         """Run step after step, until the task is cancelled."""

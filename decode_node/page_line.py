@@ -1,5 +1,6 @@
 """Lends pages: clients take turns, each request gets them as soon as those for its whole answer are free or idle."""
 
+import asyncio
 from collections.abc import Hashable
 
 from colm.line import Beat, Line
@@ -20,11 +21,18 @@ class PageLine:
         self.pool = pool
         self.cache = PrefixCache(pool, max_idle_pages=max_idle_pages)
         self._line = Line("KV pages", max_waiting=max_waiting)
+        self._wanted: dict[asyncio.Event, tuple[str, PagesWanted]] = {}
+        """Of each place in line, by whom."""
 
     @property
     def num_waiting(self) -> int:
         """Requests in line."""
         return len(self._line)
+
+    @property
+    def waiting(self) -> list[tuple[str, PagesWanted]]:
+        """Who waits, and what they want, in the order of their turns."""
+        return [self._wanted[place] for place in self._line.places]
 
     def reserve_now(self, owner: str, wanted: PagesWanted) -> Reservation | None:
         """Take pages without waiting; None where others wait already or too few can be had."""
@@ -38,7 +46,12 @@ class PageLine:
         Raises:
             CapacityExceeded: too many wait already.
         """
-        return await self._line.turn(lambda: self.cache.reserve(owner, wanted), beat, client)
+        place = asyncio.Event()
+        self._wanted[place] = owner, wanted
+        try:
+            return await self._line.turn(lambda: self.cache.reserve(owner, wanted), beat, client, place=place)
+        finally:
+            del self._wanted[place]
 
     def retain(self, lease: PageLease) -> None:
         """Add a holder, who may write into the pages."""

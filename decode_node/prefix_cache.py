@@ -87,6 +87,10 @@ class PrefixCache:
         """Pages that a request can have now."""
         return self.pool.num_free + self.pool.num_idle
 
+    def num_needed(self, wanted: PagesWanted) -> int:
+        """Pages of the available ones that a request would take now, those among them that it would find."""
+        return self._num_needed(wanted, list(self._found(wanted.keys)))
+
     def reserve(self, owner: str, wanted: PagesWanted) -> Reservation | None:
         """Take a request's pages, all or none; None where too many are in use.
 
@@ -133,11 +137,14 @@ class PrefixCache:
                 return
             yield entry
 
+    def _num_needed(self, wanted: PagesWanted, found: Sequence[_Entry]) -> int:
+        # What was found idle is not there to be taken otherwise.
+        return wanted.num_pages - sum(wanted.sizes[: len(found)]) + sum(map(self._num_idle, found))
+
     def _reserve(self, owner: str, wanted: PagesWanted, found: Sequence[_Entry]) -> Reservation | None:
-        own_pages = wanted.num_pages - sum(wanted.sizes[: len(found)])
-        # What was found is not there to be taken, so it comes first.
-        if own_pages > self.num_available - sum(map(self._num_idle, found)):
+        if self._num_needed(wanted, found) > self.num_available:
             return None
+        own_pages = wanted.num_pages - sum(wanted.sizes[: len(found)])
         self._evict(own_pages - self.pool.num_free, found)
         sizes = wanted.sizes[len(found) :]
         has_own_stub = wanted.has_stub and bool(sizes)

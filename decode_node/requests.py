@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder
 from decode_node.kv_store import KvStore
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease
+from decode_node.page_wait import PrefillPace, page_wait_s
 from decode_node.prefix_cache import PagesWanted, Reservation
 from decode_node.prompt_blocks import PromptBlocks
 from decode_node.running_answer import RunningAnswer
@@ -145,6 +147,7 @@ class RequestOwner:
         self.ended = Counter[Stage]()
         """Requests that have ended, by how they did."""
         self.prefix = PrefixCounts()
+        self._prefill_pace = PrefillPace()
 
     def stages(self) -> Counter[Stage]:
         """The number of requests in each stage."""
@@ -242,6 +245,8 @@ class RequestOwner:
             await follow(emit)
             if order is None:
                 request.account.queue_s += self._clock.now() - began_s
+        if order is not None:
+            self._prefill_pace.note(len(order.token_ids) - order.first_token, request.account.prefill_s)
         request.stage = Stage.DECODING
         with tracing.span("answer") as note:
             await self._decode(request, pages, answer, emit)
@@ -311,9 +316,31 @@ class RequestOwner:
             )
 
         async def beat(num_ahead: int) -> None:
-            await emit(Queued(waits_for=WaitsFor.PAGES, num_ahead=num_ahead))
+            wait_s = self._page_wait_s(num_ahead)
+            await emit(Queued(waits_for=WaitsFor.PAGES, num_ahead=num_ahead, estimated_wait_s=wait_s))
 
         return await self._page_line.reserve(job.request_id, wanted, beat, job.cache_salt)
+
+    def _page_wait_s(self, num_ahead: int) -> float | None:
+        """How long a request waits for pages that has so many before it; None where nobody can tell."""
+        ends_s = self._loop.ends_s()
+        held = [
+            (request.pages, ends_s[request.pages] if request.pages in ends_s else self._work_s(request.job))
+            for request in self._requests.values()
+            if request.pages is not None
+        ]
+        in_line = [
+            (self._page_line.cache.num_needed(wanted), self._work_s(self._requests[request_id].job))
+            for request_id, wanted in self._page_line.waiting[: num_ahead + 1]
+        ]
+        return page_wait_s(self._page_line.cache.num_available, held, in_line)
+
+    def _work_s(self, job: DecodeJob) -> float:
+        """How long a job that has pages, and no place in the batch, will have them; infinite while nobody knows."""
+        if (token_s := self._loop.token_s) is None:
+            return inf
+        num_left = job.max_new_tokens - len(job.made_token_ids)
+        return self._prefill_pace.seconds(self._num_prefill_tokens(job)) + num_left * token_s
 
     def _begin(self, job: DecodeJob, table_M: NDArray[np.int32], constrained: ConstrainedText | None) -> RunningAnswer:
         num_prefill_tokens = self._num_prefill_tokens(job)

@@ -12,7 +12,7 @@ No step has an answer that is out, so nothing writes into its pages any more.
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from itertools import chain, takewhile
+from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 from colm.fair_queue import FairQueue
@@ -122,12 +122,17 @@ class Scheduler(Generic[A]):
 
     def num_tokens_ahead(self, answer: A) -> int:
         """After how many tokens of each active answer a waiting one gets a place, at the latest if nobody comes."""
-        free = [active.num_left for active in self._active]
-        free += [0] * (self._max_batch_size - len(free))
+        return self.num_tokens_to_end()[answer] - answer.num_left
+
+    def num_tokens_to_end(self) -> dict[A, int]:
+        """After how many tokens of each active answer each of `answers` ends, at the latest if nobody comes."""
+        ends = {answer: answer.num_left for answer in self._active}
+        free = [*ends.values(), *[0] * (self._max_batch_size - len(ends))]
         heapify(free)
-        for earlier in takewhile(lambda each: each != answer, self._waiting):
-            heappush(free, heappop(free) + earlier.num_left)
-        return free[0]
+        for answer in self._waiting:
+            ends[answer] = heappop(free) + answer.num_left
+            heappush(free, ends[answer])
+        return ends
 
     def leave(self, answer: A) -> bool:
         """Let an answer take part in no further step; does nothing if it has left before.

@@ -310,6 +310,30 @@ async def test_who_waits_for_a_full_batch_is_told_for_how_long(checkpoint: Check
     assert second.estimated_wait_s > 0
 
 
+async def test_who_waits_for_pages_is_told_for_how_long_once_anybody_can_tell(small: DecodeNode) -> None:
+    """From the tokens that running answers may still get, and what prefills took, of those ahead too."""
+    numbers = count()
+    with gate_before(DecodeEngine, "step", lambda *_: next(numbers) in (0, 4)) as gate:
+        calls = [asyncio.create_task(decode(small.address, PROMPT, request_id="0", max_draft_tokens=0))]
+        for number in (1, 2):
+            await gate.until_reached()
+            gate.reached.clear()
+            calls.append(asyncio.create_task(decode(small.address, PROMPT, request_id=str(number))))
+            await until(lambda: small.page_line.num_waiting == len(calls) - 1)
+            if number == 2:
+                first, second = small.owner._page_wait_s(0), small.owner._page_wait_s(1)
+            gate.open()
+            gate.close()
+        gate.open()
+        answers = await asyncio.gather(*calls)
+    told = [next(each.queued for each in answer.responses if each.HasField("queued")) for answer in answers[1:]]
+    assert [each.waits_for for each in told] == [pb.WAITS_FOR_PAGES] * 2
+    assert not told[0].HasField("estimated_wait_s")  # before any token was made
+    assert first is not None
+    assert second is not None
+    assert told[1].estimated_wait_s >= second > first > 0  # the second waits for the first one's prefill and answer
+
+
 async def test_a_call_that_never_says_what_it_wants_does_not_stay(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,11 @@ from decode_node.prefix_cache import PagesWanted
 from tests.unit.test_line import settle
 
 LIMIT_S = 20.0
+CROWD = [("a1", "a"), ("a2", "a"), ("b1", "b")]
+
+
+async def ignore(_: int) -> None:
+    """A beat that nobody hears."""
 
 
 def pages(line: PageLine, owner: str, num_pages: int) -> "asyncio.Task[PageLease]":
@@ -43,6 +48,16 @@ async def test_pages_are_waited_for_in_order_of_asking(line: PageLine) -> None:
     line.release(await large)
     line.release(await small)
     assert line.pool.num_used == 0
+
+
+async def test_a_line_says_who_waits_in_the_order_of_their_turns(line: PageLine) -> None:
+    first = await pages(line, "first", 8)
+    tasks = [asyncio.create_task(line.reserve(name, PagesWanted(num_pages=1), ignore, who)) for name, who in CROWD]
+    await settle()
+    assert [owner for owner, _ in line.waiting] == ["a1", "b1", "a2"]
+    line.release(first)
+    await asyncio.gather(*tasks)
+    assert line.waiting == []
 
 
 async def test_the_last_holders_word_frees_pages_for_the_next(line: PageLine) -> None:

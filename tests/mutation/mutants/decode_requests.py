@@ -306,4 +306,25 @@ MUTANTS = (
         "self.position",
         "tests/fault/test_progress.py::test_a_request_hears_how_far_the_tile_is_that_is_being_computed",
     ),
+    Mutant(
+        "pages that several have are free with the first of them",
+        "decode_node/page_wait.py",
+        "max(free_at_s.get(block, 0.0), end_s)",
+        "min(free_at_s.get(block, end_s), end_s)",
+        "tests/unit/test_page_wait.py::test_a_wait_is_what_comes_if_everybody_takes_as_long_as_is_thought",
+    ),
+    Mutant(
+        "those ahead in line are thought to let go at once",
+        "decode_node/page_wait.py",
+        "heappush(coming, (now_s + for_s, num_pages))",
+        "heappush(coming, (now_s, num_pages))",
+        "tests/unit/test_page_wait.py::test_a_wait_is_what_comes_if_everybody_takes_as_long_as_is_thought",
+    ),
+    Mutant(
+        "who waits for pages is told no time",
+        "decode_node/requests.py",
+        "num_ahead=num_ahead, estimated_wait_s=wait_s))",
+        "num_ahead=num_ahead))",
+        "tests/fault/test_waiting.py::test_who_waits_for_pages_is_told_for_how_long_once_anybody_can_tell",
+    ),
 )

@@ -21,8 +21,8 @@ MUTANTS = (
     Mutant(
         "a wait is estimated as if nobody were ahead",
         "decode_node/scheduler.py",
-        "heappush(free, heappop(free) + earlier.num_left)",
-        "pass",
+        "heappush(free, ends[answer])",
+        "heappush(free, 0)",
         "tests/unit/test_scheduler.py::test_whoever_waits_knows_after_how_many_tokens_it_has_a_place",
     ),
     Mutant(

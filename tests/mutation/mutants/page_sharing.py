@@ -9,8 +9,8 @@ MUTANTS = (
     Mutant(
         "found pages count as room",
         "decode_node/prefix_cache.py",
-        "self.num_available - sum(map(self._num_idle, found))",
-        "self.num_available",
+        " + sum(map(self._num_idle, found))",
+        "",
         _CACHE + "test_what_was_found_is_not_counted_as_room",
     ),
     Mutant(
