@@ -1,14 +1,16 @@
 """The Ray Serve application: a gateway over a decode pool over a prefill pool."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from cluster.front_door.plan import GatewayLimits
-from cluster.options import ClusterConfig, PrefillSection
+from cluster.options import ClusterConfig, DecodeSection, PrefillSection
 from cluster.replicas.decode import DecodeReplica
 from cluster.replicas.gateway import GatewayOptions, GatewayReplica
 from cluster.replicas.prefill import PrefillReplica
@@ -29,11 +31,19 @@ _HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 30.0}
 _SHUTDOWN_S = 8.0
 
 
-def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles, *, beside: bool = False) -> serve.Application:
+def build(
+    config: ClusterConfig,
+    model_path: Path,
+    secrets: SecretFiles,
+    *,
+    beside: bool = False,
+    kept: Mapping[str, int] = MappingProxyType({}),
+) -> serve.Application:
     """Bind the three deployments together. Ray keeps what they are bound to, so no secret is among it.
 
     A deployment's version is a digest of its options, so where an application is replaced, Serve restarts the replicas
-    of those alone whose options have changed; with `beside`, the next ones start before the last ones go.
+    of those alone whose options have changed; with `beside`, the next ones start before the last ones go. `kept` has
+    how many replicas a deployment has: where the load says how many, it goes on with these.
     """
     dtype = config.resolved_dtype
     model = str(model_path)
@@ -51,7 +61,7 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles, *, besi
     prefill = _deployment(
         PrefillReplica,
         name=PREFILL,
-        replicas=config.prefill.num_replicas,
+        replicas=_number(config.prefill, kept.get(PREFILL)),
         max_ongoing=config.prefill.max_streams,
         actor=_actor(PREFILL_RESOURCE, config.prefill.num_gpus),
         version=_version(prefill_options, prefill_rest),
@@ -64,9 +74,9 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles, *, besi
         prefill_tile_tokens=config.prefill.tile_tokens,
     )
     decode_rest = (
-        config.prefill.num_replicas,
+        config.prefill.most_replicas,
         config.prefill.max_queued,
-        config.decode.num_replicas == 1,
+        config.decode.most_replicas == 1,
         report_to,
         metrics_host,
         traces,
@@ -74,7 +84,7 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles, *, besi
     decode = _deployment(
         DecodeReplica,
         name=DECODE,
-        replicas=config.decode.num_replicas,
+        replicas=_number(config.decode, kept.get(DECODE)),
         max_ongoing=config.decode.max_requests,
         actor=_actor(DECODE_RESOURCE, config.decode.num_gpus),
         version=_version(decode_options, secrets, decode_rest),
@@ -94,7 +104,8 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles, *, besi
         metrics_host=metrics_host,
         metrics_port=metrics.port,
         traces=traces,
-        num_decode_nodes=config.decode.num_replicas,
+        num_decode_nodes=config.decode.most_replicas,
+        scalings=config.scalings,
         drain_s=gateway.drain_s,
         limits=GatewayLimits(
             max_document_bytes=gateway.max_document_bytes,
@@ -119,6 +130,11 @@ def build(config: ClusterConfig, model_path: Path, secrets: SecretFiles, *, besi
         surge=100,  # it listens on the ports of the last one, beside it
         shutdown_s=gateway.drain_s + 2 * _SHUTDOWN_S,
     ).bind(gateway_options, secrets, decode)
+
+
+def _number(section: PrefillSection | DecodeSection, kept: int | None) -> int:
+    """How many replicas a deployment begins with: those that its load has brought, within the limits."""
+    return section.num_replicas if kept is None else min(max(kept, section.num_replicas), section.most_replicas)
 
 
 def _with_whole_path(section: PrefillSection) -> PrefillSection:

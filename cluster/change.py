@@ -64,9 +64,9 @@ def has_room_for_both(config: ClusterConfig, weights: Path) -> bool:
     """Whether the next replicas may start beside those that run: on this machine's CPUs alone, in the memory left."""
     if config.ray.address is not None or any(section.resolved_device != "cpu" for section in config.placed.values()):
         return False
-    num_replicas = sum(section.num_replicas for section in config.placed.values())
+    num_replicas = sum(section.most_replicas for section in config.placed.values())
     needed = num_replicas * (2 * weights.stat().st_size + _REPLICA_BYTES) + (
-        config.decode.num_replicas * config.decode.kv_cache_bytes
+        config.decode.most_replicas * config.decode.kv_cache_bytes
     )
     return needed < psutil.virtual_memory().available
 

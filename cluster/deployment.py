@@ -16,6 +16,7 @@ from ray.serve.schema import ApplicationStatus
 from cluster.application import APPLICATION, DECODE_RESOURCE, GATEWAY, PREFILL_RESOURCE, build
 from cluster.options import ClusterConfig, RaySection
 from cluster.ray_guard import check_token_mode
+from cluster.replicas.replica_numbers import kept_numbers
 from cluster.secret_files import SecretFiles
 from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError
@@ -160,9 +161,12 @@ def check_is_closed(section: RaySection) -> str:
 def _run(
     config: ClusterConfig, checkpoint: Checkpoint, secrets: SecretFiles, gcs_address: str, *, beside: bool
 ) -> Deployed:
-    application = build(config, checkpoint.path.absolute(), secrets, beside=beside)
+    kept = kept_numbers(APPLICATION) if config.scalings else {}
+    application = build(config, checkpoint.path.absolute(), secrets, beside=beside, kept=kept)
     # Serve's own wait has no timeout and hides the cause of a failure; ours has the one and reports the other.
-    target = serve.RunTarget(target=application, name=APPLICATION, route_prefix=None)
+    target = serve.RunTarget(
+        target=application, name=APPLICATION, route_prefix=None, external_scaler_enabled=bool(config.scalings)
+    )
     handle: Any
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
     _wait_until_running(config.ray.ready_timeout_s)

@@ -186,11 +186,11 @@ def _check_devices(config: ClusterConfig) -> None:
     for name, section in config.placed.items():
         if (reason := why_unusable(parse_device(section.resolved_device))) is not None:
             raise ConfigError(f"{name}.device={section.device!r} with {name}.num_gpus={section.num_gpus}: {reason}")
-        num_gpus += section.num_replicas * section.num_gpus
+        num_gpus += section.most_replicas * section.num_gpus
     if num_gpus and num_gpus > (num_devices := torch.cuda.device_count()):
         raise ConfigError(
-            f"the replicas take {num_gpus} GPUs and this machine has {num_devices}; lower num_gpus or replicas, or "
-            'let roles share a GPU: num_gpus = 0 and device = "cuda"'
+            f"the replicas take {num_gpus} GPUs and this machine has {num_devices}; lower num_gpus, replicas or "
+            'max_replicas, or let roles share a GPU: num_gpus = 0 and device = "cuda"'
         )
 
 

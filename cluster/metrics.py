@@ -5,13 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from cluster.client_metrics import CLUSTER_FULL, ClientCounts, ClientMetrics
 from cluster.client_tokens import Clients
+from cluster.node_registry import NodeRegistry
 from colm.errors import CapacityExceeded, ColmError
 from colm.events import Accepted, Event, Finished, Token
 from colm.metrics.kv_stream import SECONDS, outcome_of
-from colm.nodes import NodeStatus
+from colm.nodes import NodeStatus, Role
 
 _TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 
@@ -120,6 +123,39 @@ class RequestMetrics:
                 if seen.is_resumed:
                     self._resumed.labels(outcome).inc()
                 self._seconds.observe(time.monotonic() - began_s)
+
+
+class PoolMetrics(Collector):
+    """Shows the pools whose size follows their load, looked up whenever it is asked."""
+
+    def __init__(self, nodes: NodeRegistry, registry: CollectorRegistry) -> None:
+        self._nodes = nodes
+        registry.register(self)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Replicas that are wanted, those that are there, and what says how many are wanted."""
+        wanted = GaugeMetricFamily("colm_pool_wanted_replicas", "Replicas that the load asks for.", labels=["pool"])
+        present = GaugeMetricFamily(
+            "colm_pool_present_replicas", "Replicas that have reported of late.", labels=["pool"]
+        )
+        demand = GaugeMetricFamily(
+            "colm_pool_demand_replicas",
+            "Replicas, with a fraction, that would carry the load at the pool's target.",
+            labels=["pool"],
+        )
+        queued = GaugeMetricFamily(
+            "colm_pool_queued_seconds",
+            "Engine time of the prompts on prefill nodes and in line for one, as estimated.",
+            labels=["pool"],
+        )
+        for pool in self._nodes.pools:
+            name = [pool.role.value]
+            wanted.add_metric(name, pool.num_wanted)
+            present.add_metric(name, pool.num_present)
+            demand.add_metric(name, pool.demand)
+            if pool.role is Role.PREFILL:
+                queued.add_metric(name, pool.queued_s)
+        yield from (wanted, present, demand, queued)
 
 
 def targets(own_address: str, nodes: list[NodeStatus]) -> list[dict[str, object]]:

@@ -1,7 +1,7 @@
 """The nodes of the cluster: those that reported lately."""
 
 from colm.clock import Clock
-from colm.nodes import REPORT_INTERVAL_S, NodeReport, NodeStatus, Role
+from colm.nodes import REPORT_INTERVAL_S, NodeReport, NodeStatus, PoolStatus, Role
 
 _EXPIRES_S = 10 * REPORT_INTERVAL_S
 
@@ -12,6 +12,8 @@ class NodeRegistry:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._seen: dict[str, tuple[NodeReport, float]] = {}
+        self.pools: tuple[PoolStatus, ...] = ()
+        """Those whose size follows their load, as their scaler sees them."""
 
     def report(self, report: NodeReport) -> None:
         """Store a node's report in place of its last one."""

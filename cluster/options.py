@@ -6,8 +6,11 @@ from typing import Any, Literal
 
 from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from cluster.autoscaling.policy import ScalingLimits
+from cluster.autoscaling.signals import PoolScaling
 from colm import defaults
 from colm.errors import ConfigError
+from colm.nodes import Role
 from colm.settings import DtypeSettings, PlacementSettings, Settings, explain
 from colm.tracing import TraceFiles
 from decode_node.settings import DecodeSettings, PrefillPoolSettings
@@ -30,13 +33,35 @@ class _ReplicaSettings(PlacementSettings):
     """Number of replicas; each takes 1 of Ray's custom resource of this section's name."""
     standby: NonNegativeInt = 0
     """Replicas besides these, so that while one restarts as many as `replicas` are there; they serve as well."""
+    max_replicas: PositiveInt | None = None
+    """Most replicas, standby among them, that the load may bring; by default, and up to those, their number stays."""
+    scale_up_s: PositiveFloat = 30.0
+    """Seconds over which the load's mean says whether more replicas are wanted."""
+    scale_down_s: PositiveFloat = 600.0
+    """Seconds for which fewer must have been enough before any goes; what it has goes on at another one."""
     num_gpus: NonNegativeInt = Field(default=0, le=1)
     """GPUs that Ray sets aside for each replica, 0 or 1; with 0, replicas may share the GPU that `device` names."""
 
     @property
     def num_replicas(self) -> int:
-        """All that run when none is lost."""
+        """All that run when none is lost, or at the least."""
         return self.replicas + self.standby
+
+    @property
+    def most_replicas(self) -> int:
+        """All that run when none is lost, at the most."""
+        return max(self.num_replicas, self.max_replicas or 0)
+
+    def _scaling(self, role: Role, target: float) -> PoolScaling | None:
+        if self.most_replicas == self.num_replicas:
+            return None
+        limits = ScalingLimits(
+            min_replicas=self.num_replicas,
+            max_replicas=self.most_replicas,
+            up_s=self.scale_up_s,
+            down_s=self.scale_down_s,
+        )
+        return PoolScaling(role=role, limits=limits, target=target)
 
     @property
     def resolved_device(self) -> str:
@@ -48,9 +73,25 @@ class _ReplicaSettings(PlacementSettings):
 class PrefillSection(PrefillSettings, PrefillPoolSettings, _ReplicaSettings):
     """Section [prefill]."""
 
+    target_queue_s: PositiveFloat = 10.0
+    """Seconds of engine time, as estimated, that may be queued for each replica before the load wants one more."""
+
+    @property
+    def scaling(self) -> PoolScaling | None:
+        """How their number follows the load; None where it stays."""
+        return self._scaling(Role.PREFILL, self.target_queue_s)
+
 
 class DecodeSection(DecodeSettings, _ReplicaSettings):
     """Section [decode]."""
+
+    target_use: float = Field(default=0.8, gt=0, le=1)
+    """Share of its KV pages and of max_batch_size that each replica may have in use before the load wants one more."""
+
+    @property
+    def scaling(self) -> PoolScaling | None:
+        """How their number follows the load; None where it stays."""
+        return self._scaling(Role.DECODE, self.target_use)
 
 
 class GatewaySection(Settings):
@@ -187,6 +228,11 @@ class ClusterConfig(Settings):
         return {"prefill": self.prefill, "decode": self.decode}
 
     @property
+    def scalings(self) -> tuple[PoolScaling, ...]:
+        """Of the roles whose number of replicas follows their load."""
+        return tuple(scaling for section in self.placed.values() if (scaling := section.scaling) is not None)
+
+    @property
     def resolved_dtype(self) -> str:
         """The dtype that auto stands for on this machine."""
         if self.model.dtype != "auto":
@@ -229,6 +275,7 @@ def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:
     except ValidationError as err:
         raise ConfigError(explain(err, str)) from err
     _check_limits(config)
+    _check_scaling(config)
     _check_devices(config)
     _check_secrets(config)
     _check_certificates(config)
@@ -241,6 +288,20 @@ def _check_limits(config: ClusterConfig) -> None:
         if value > highest:
             raise ConfigError(
                 f"gateway.{name}={value} is above gateway.{limit}={highest}; lower the one or raise the other"
+            )
+
+
+def _check_scaling(config: ClusterConfig) -> None:
+    for name, section in config.placed.items():
+        if section.max_replicas is not None and section.max_replicas < section.num_replicas:
+            raise ConfigError(
+                f"{name}.max_replicas={section.max_replicas} is below {name}.replicas={section.replicas} and "
+                f"{name}.standby={section.standby} together; raise it, or leave it out for a number that stays"
+            )
+        if section.scale_down_s < section.scale_up_s:
+            raise ConfigError(
+                f"{name}.scale_down_s={section.scale_down_s:g} is below {name}.scale_up_s={section.scale_up_s:g}; "
+                "replicas would go as they came; raise the one or lower the other"
             )
 
 

@@ -31,6 +31,7 @@ def serve_config(config: ClusterConfig) -> str:
                 "import_path": _IMPORT_PATH,
                 "args": config.model_dump(mode="json", exclude_unset=True),
             }
+            | ({"external_scaler_enabled": True} if config.scalings else {})  # the gateway is it (ADR 51)
         ],
     }
     return json.dumps(wanted, indent=2) + "\n"
@@ -45,6 +46,7 @@ def application(args: dict[str, dict[str, Any]]) -> Any:
     from cluster.application import build
     from cluster.deployment import check_is_closed
     from cluster.exposure import require_encryption
+    from cluster.replicas.replica_numbers import kept_numbers
     from cluster.secret_files import OwnCertificate, SecretFiles
 
     config = load_config(
@@ -57,7 +59,7 @@ def application(args: dict[str, dict[str, Any]]) -> Any:
     # Its files are on the gateway's machine, which need not be this one: the gateway looks at them.
     own = None if certificate is None or key is None else OwnCertificate(certificate=str(certificate), key=str(key))
     secrets = SecretFiles.of(config.security, folder, clients_folder=folder, own_certificate=own)
-    return build(config, path, secrets)
+    return build(config, path, secrets, kept=kept_numbers(_APPLICATION) if config.scalings else {})
 
 
 def _check(config: ClusterConfig) -> tuple[Path, Path]:

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cluster.scrape import NOTHING, Scrape, Window, scrape
-from colm.nodes import ClusterStatus, NodeReport, Role
+from colm.nodes import ClusterStatus, NodeReport, PoolStatus, Role
 
 _MAX_READERS = 16
 _UNREAD = Window(NOTHING, NOTHING)
@@ -70,6 +70,8 @@ class ClusterView:
     gateway: GatewayView
     prefill: tuple[PrefillView, ...]
     decode: tuple[DecodeView, ...]
+    pools: tuple[PoolStatus, ...]
+    """Those whose size follows their load."""
     unread: tuple[str, ...]
     """Processes whose metrics cannot be read from here, by their gRPC address, or `gateway`."""
 
@@ -104,6 +106,7 @@ class Watch:
             gateway=_gateway(status.num_active_requests, windows.get("gateway", _UNREAD)),
             prefill=tuple(_prefill(each, windows.get(each.address, _UNREAD)) for each in _of(reports, Role.PREFILL)),
             decode=tuple(_decode(each, windows.get(each.address, _UNREAD)) for each in _of(reports, Role.DECODE)),
+            pools=status.pools,
             unread=tuple(name for name in places if name not in windows),
         )
 

@@ -33,6 +33,38 @@ class ProcessFacts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PromptCost:
+    """Engine time of whole prompts, as a prefill node estimates it from their length."""
+
+    token_s: float
+    """For each token."""
+    pair_s: float
+    """For each pair of tokens: what attention adds, by the square of the length."""
+
+    def seconds(self, num_tokens: int) -> float:
+        """Of a prompt of that length, dense and with nothing kept of it."""
+        return self.token_s * num_tokens + self.pair_s * num_tokens**2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeLoad:
+    """What says how many nodes of its role there should be; told to the gateway alone."""
+
+    work_s: float = 0.0
+    """Of a prefill node: engine time of its prompts that is still to come, as estimated."""
+    engine_s: float = 0.0
+    """Of a prefill node: time in which its engine has worked since it began."""
+    prompt_cost: PromptCost | None = None
+    """Of a prefill node."""
+    waiting_tokens: tuple[int, ...] = ()
+    """Of a decode node: lengths of the prompts that wait there for a prefill node."""
+    num_pages_wanted: int = 0
+    """Of a decode node: pages that requests wait for."""
+    num_places: int = 0
+    """Of a decode node: answers that a step advances."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NodeReport:
     """One node's state, as the node reports it."""
 
@@ -52,6 +84,7 @@ class NodeReport:
     """Pages of the KV pool, on decode nodes."""
     num_pages_used: int = 0
     process: ProcessFacts
+    load: NodeLoad = NodeLoad()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +94,21 @@ class NodeStatus:
     report: NodeReport
     age_s: float
     """Seconds since the report."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolStatus:
+    """A pool whose size follows its load."""
+
+    role: Role
+    num_present: int
+    num_wanted: int
+    min_replicas: int
+    max_replicas: int
+    demand: float
+    """Replicas that would carry its load at its target: the mean of the look-back."""
+    queued_s: float
+    """Engine time of the prompts on prefill nodes and in line for one, as estimated; 0 for decode nodes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +134,8 @@ class ClusterStatus:
     """Requests inside the gateway."""
     metrics_address: str = ""
     """host:port at which Prometheus reads the gateway's metrics, and /targets; empty where it does not."""
+    pools: tuple[PoolStatus, ...] = ()
+    """Those whose size follows their load."""
 
     def without_places(self) -> "ClusterStatus":
         """The same without what only an operator needs: addresses, processes and names of machines."""

@@ -74,6 +74,8 @@ class DecodeLoad:
     num_queued: int
     num_pages_total: int
     num_pages_used: int
+    num_pages_wanted: int
+    num_places: int
 
 
 class DecodeNode:
@@ -107,13 +109,15 @@ class DecodeNode:
 
     @property
     def load(self) -> DecodeLoad:
-        """Requests that decode, requests that wait or prefill, and pages."""
+        """Requests that decode, requests that wait or prefill, pages, and answers that a step advances."""
         stages, pool = self.owner.stages(), self.page_line.pool
         return DecodeLoad(
             num_active=stages[Stage.DECODING],
             num_queued=stages[Stage.WAITING] + stages[Stage.PREFILLING],
             num_pages_total=pool.num_pages,
             num_pages_used=pool.num_used,
+            num_pages_wanted=self.owner.num_pages_wanted,
+            num_places=self._options.settings.max_batch_size,
         )
 
     async def start(self) -> None:

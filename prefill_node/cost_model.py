@@ -11,6 +11,7 @@ from colm.clock import Clock
 from colm.flops import LayerFlops, causal_attention_flops
 from colm.kv_position import KV_START, KvPosition
 from colm.model.config import ChainConfig
+from colm.nodes import PromptCost
 from prefill_node.engine import PrefillEngine
 
 CORRECTION_S = 10.0
@@ -236,6 +237,13 @@ class CostModel:
     def shared_s(self, work: Work) -> float:
         """Of `seconds`, what it does not add to the steps of other work with which its own are made as one."""
         return self._parts_s(work)[2]
+
+    def prompt_cost(self) -> PromptCost:
+        """The same by a prompt's length alone: exact where its tiles are full, else less by a step a layer at most."""
+        tile_tokens = self.shape.tile_tokens
+        one_s, two_s = (self.seconds(self.shape.work(num_tiles * tile_tokens)) for num_tiles in (1, 2))
+        pair_s = (two_s - 2 * one_s) / (2 * tile_tokens**2)
+        return PromptCost(token_s=one_s / tile_tokens - pair_s * tile_tokens, pair_s=pair_s)
 
     def observe(self, work: Work, took_s: float) -> None:
         """Learn from what work has taken; nothing where nothing was measured."""

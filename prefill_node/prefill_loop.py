@@ -11,6 +11,7 @@ from colm.errors import CapacityExceeded, InvalidRequest, PeerUnavailable, Reade
 from colm.kv import KvTile
 from colm.kv_position import KV_START, KvPosition
 from colm.line import BEAT_INTERVAL_S, wait_at_most
+from colm.nodes import PromptCost
 from colm.wire.shared_memory import SharedMemory
 from prefill_node.cost_model import CostModel, Work
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
@@ -42,6 +43,10 @@ class PrefillLoad:
     """Engine time of all jobs that is still to come, as estimated."""
     window_bytes: int
     """Of tiles that are not acknowledged."""
+    engine_s: float
+    """In which the engine has made steps since the node began."""
+    prompt_cost: PromptCost
+    """As estimated now."""
 
 
 @dataclass(slots=True)
@@ -116,6 +121,8 @@ class PrefillLoop:
             num_queued=len(self._waiting()),
             remaining_s=sum(job.remaining_s for job in self._jobs.values()),
             window_bytes=sum(job.window_bytes for job in self._jobs.values()),
+            engine_s=self.counts.engine_s,
+            prompt_cost=self._costs.prompt_cost(),
         )
 
     @property

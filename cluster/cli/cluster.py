@@ -125,6 +125,7 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
                 "num_active_requests": answer.num_active_requests,
                 "models": [asdict(model) for model in answer.models],
                 "nodes": [_flat(node) for node in answer.nodes],
+                "pools": [asdict(pool) | {"role": pool.role.value} for pool in answer.pools],
             }
         )
         return
@@ -146,6 +147,12 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
             f"metrics http://{answer.metrics_address}/metrics, of all processes by http://{answer.metrics_address}/targets",
             soft_wrap=True,
         )
+    for pool in answer.pools:
+        console.print(
+            f"{pool.role.value}: {pool.num_present} of {pool.num_wanted} replicas wanted, {pool.min_replicas} to "
+            f"{pool.max_replicas} allowed; the load asks for {pool.demand:.2f}",
+            soft_wrap=True,
+        )
     table = Table("role", Column("address", no_wrap=True), "pid", "active", "queued", "KV pages", "memory")
     for node in answer.nodes:
         report = node.report
@@ -164,7 +171,7 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
 def _flat(node: NodeStatus) -> dict[str, object]:
     facts: dict[str, object] = asdict(node.report)
     process = asdict(node.report.process)
-    del facts["process"]
+    del facts["process"], facts["load"]
     return facts | process | {"role": node.report.role.value, "age_s": round(node.age_s, 2)}
 
 

@@ -15,6 +15,7 @@ from cluster.cli.output import DEFAULT_STATE_DIR, StateDir, human_bytes, interru
 from cluster.state import ClusterState
 from cluster.top import ClusterView, Watch
 from colm.client import Client
+from colm.nodes import Role
 
 
 def register(app: typer.Typer) -> None:
@@ -90,8 +91,18 @@ def _screen(view: ClusterView) -> Group:
             _share(each.accepted),
             human_bytes(each.resident_bytes),
         )
+    pools = Table("pool", "replicas", "wanted", "limits", "load asks for", "queue")
+    for pool in view.pools:
+        pools.add_row(
+            pool.role.value,
+            str(pool.num_present),
+            str(pool.num_wanted),
+            f"{pool.min_replicas} to {pool.max_replicas}",
+            f"{pool.demand:.2f}",
+            _seconds(pool.queued_s) if pool.role is Role.PREFILL else "-",
+        )
     unread = f"no metrics from here of: {', '.join(view.unread)}" if view.unread else ""
-    return Group(gateway, prefill, decode, unread)
+    return Group(gateway, prefill, decode, *([pools] if view.pools else []), unread)
 
 
 def _number(value: float | None) -> str:

@@ -202,7 +202,9 @@ class FrontDoor:
             reads_text=model.tokenizer is not None,
         )
         nodes = tuple(self._registry.nodes())
-        return ClusterStatus(models=(served,), nodes=nodes, num_active_requests=len(self._running))
+        return ClusterStatus(
+            models=(served,), nodes=nodes, num_active_requests=len(self._running), pools=self._registry.pools
+        )
 
     @asynccontextmanager
     async def _admitted(self) -> AsyncIterator[None]:

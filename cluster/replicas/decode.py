@@ -11,7 +11,7 @@ from cluster.replicas.node import NodeReplica
 from cluster.secret_files import SecretFiles
 from colm.errors import CapacityExceeded, PeerFailed, PeerUnavailable
 from colm.line import Beat
-from colm.nodes import NodeReport, Role
+from colm.nodes import NodeLoad, NodeReport, Role
 from colm.tracing import TraceFiles
 from colm.wire.members import Member
 from decode_node.node import DecodeNode, DecodeOptions
@@ -34,6 +34,12 @@ class ServePrefillPool:
         self._known: dict[str, None] = {}
         """Addresses of nodes that have not failed since they were lent, the last one lent at the end."""
         self._num_streams = Counter[str]()
+        self._waiting_tokens = Counter[int]()
+
+    @property
+    def waiting_tokens(self) -> tuple[int, ...]:
+        """Lengths of the prompts that wait for a node."""
+        return tuple(self._waiting_tokens.elements())
 
     def close(self) -> None:
         """Give back the nodes that nobody uses."""
@@ -47,7 +53,7 @@ class ServePrefillPool:
     async def lease(
         self,
         *,
-        num_tokens: int,  # noqa: ARG002 - the pool's contract
+        num_tokens: int,
         beat: Beat,
         preferred: str | None,
         refused_by: Collection[str],
@@ -57,15 +63,24 @@ class ServePrefillPool:
             raise no_other()
         others = () if preferred is None or refused_by else self._known.keys() - {preferred}
         async with AsyncExitStack() as stack:
-            try:
-                lent = self._lender.lease(beat, refused_by=others or refused_by)
-                address, lease_id = await stack.enter_async_context(lent)
-            except CapacityExceeded:
-                if not others:
-                    raise
-                address, lease_id = await stack.enter_async_context(self._lender.lease(beat))
+            with self._waiting_for(num_tokens):
+                try:
+                    lent = self._lender.lease(beat, refused_by=others or refused_by)
+                    address, lease_id = await stack.enter_async_context(lent)
+                except CapacityExceeded:
+                    if not others:
+                        raise
+                    address, lease_id = await stack.enter_async_context(self._lender.lease(beat))
             stack.enter_context(self._used(address))
             yield PrefillLease(address=address, lease_id=lease_id)
+
+    @contextmanager
+    def _waiting_for(self, num_tokens: int) -> Iterator[None]:
+        self._waiting_tokens[num_tokens] += 1
+        try:
+            yield
+        finally:
+            self._waiting_tokens[num_tokens] -= 1
 
     @contextmanager
     def _used(self, address: str) -> Iterator[None]:
@@ -127,7 +142,13 @@ class DecodeReplica(NodeReplica):
 
     def _report(self) -> NodeReport:
         load = self._node.load
+        told = NodeLoad(
+            waiting_tokens=self._prefill_pool.waiting_tokens,
+            num_pages_wanted=load.num_pages_wanted,
+            num_places=load.num_places,
+        )
         return self._reported(
+            told,
             num_active=load.num_active,
             num_queued=load.num_queued,
             num_pages_total=load.num_pages_total,

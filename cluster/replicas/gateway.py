@@ -12,20 +12,24 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
+from ray import serve
 
 from cluster.accounts import Accounts
 from cluster.audit_log import AuditLog
+from cluster.autoscaling.autoscaler import Autoscaler
+from cluster.autoscaling.signals import PoolScaling
 from cluster.certificates import keep_looking_after
 from cluster.decode_calls import GrpcDecodeCalls
 from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.placement import DecodeLease
 from cluster.front_door.plan import GatewayLimits, ServedModel
 from cluster.generation_service import GenerationService
-from cluster.metrics import RequestMetrics, targets
+from cluster.metrics import PoolMetrics, RequestMetrics, targets
 from cluster.node_registry import NodeRegistry
 from cluster.openai.app import OpenAiApp
 from cluster.openai.calls import Desk
 from cluster.replicas.lender import ServeLender
+from cluster.replicas.replica_numbers import ServeReplicaNumbers
 from cluster.replicas.reporting import log_beside
 from cluster.replicas.serve_port import keep_serve_port_shut
 from cluster.secret_files import SecretFiles
@@ -72,6 +76,8 @@ class GatewayOptions:
     """Where the gateway records spans; None for nowhere."""
     num_decode_nodes: int
     """When all run."""
+    scalings: tuple[PoolScaling, ...]
+    """Pools whose size follows their load."""
     drain_s: float
     """How long answers may go on when the gateway ends."""
 
@@ -82,6 +88,11 @@ class ServeDecodePool:
     def __init__(self, handle: Any, *, max_waiting: int) -> None:
         # There is one gateway.
         self._lender = ServeLender(handle, Role.DECODE, max_waiting=max_waiting, is_alone=True)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a node."""
+        return self._lender.num_waiting
 
     def close(self) -> None:
         """Give back the nodes that nobody uses."""
@@ -103,6 +114,7 @@ class GatewayReplica:
     """
 
     _metrics: MetricsEndpoint | None = None
+    _scaling: asyncio.Task[None] | None = None
     _end_traces: Callable[[], None] | None = None
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -176,6 +188,13 @@ class GatewayReplica:
         await self._server.start()
         await self._http.start()
         self._looking_after = asyncio.create_task(keep_looking_after(secrets))
+        if options.scalings:
+            PoolMetrics(self._registry, registry)
+            numbers = ServeReplicaNumbers(serve.get_replica_context().app_name)
+            scaler = Autoscaler(
+                options.scalings, self._registry, numbers, MonotonicClock(), lambda: self._decode_pool.num_waiting
+            )
+            self._scaling = asyncio.create_task(scaler.run())
         self._address = dial_address(options.host, port)
         logger.info("gateway.ready address=%s http=%s model=%s", self._address, self._http.address, model.name)
 
@@ -203,6 +222,8 @@ class GatewayReplica:
 
     async def drain(self) -> None:
         """Take no new request, say so to health checks, and return once those that are inside have ended."""
+        if self._scaling is not None:
+            self._scaling.cancel()
         await self._health.enter_graceful_shutdown()
         await self._front_door.drain(self._drain_s)
 

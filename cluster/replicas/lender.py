@@ -84,6 +84,11 @@ class ServeLender:
         self._kept: dict[_Call, str] = {}
         """Calls that nobody uses, with the addresses of their replicas."""
 
+    @property
+    def num_waiting(self) -> int:
+        """Who waits in line."""
+        return len(self._line)
+
     def close(self) -> None:
         """Give back what nobody uses."""
         for call in list(self._kept):

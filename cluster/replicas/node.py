@@ -16,7 +16,7 @@ from cluster.secret_files import SecretFiles
 from colm.leases import LeaseTable
 from colm.metrics.endpoint import MetricsEndpoint
 from colm.node_cli import Node
-from colm.nodes import NodeReport, ProcessFacts, Role
+from colm.nodes import NodeLoad, NodeReport, ProcessFacts, Role
 from colm.tracing import TraceFiles, trace_to
 from colm.wire.endpoint import is_loopback
 
@@ -90,7 +90,7 @@ class NodeReplica:
         """The node's state, by `_reported`."""
 
     def _reported(
-        self, *, num_active: int, num_queued: int, num_pages_total: int = 0, num_pages_used: int = 0
+        self, load: NodeLoad, *, num_active: int, num_queued: int, num_pages_total: int = 0, num_pages_used: int = 0
     ) -> NodeReport:
         assert self._running is not None
         return NodeReport(
@@ -105,4 +105,5 @@ class NodeReplica:
             num_pages_total=num_pages_total,
             num_pages_used=num_pages_used,
             process=ProcessFacts.now(),
+            load=load,
         )

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from cluster.replicas.node import NodeReplica
 from cluster.secret_files import SecretFiles
-from colm.nodes import NodeReport, Role
+from colm.nodes import NodeLoad, NodeReport, Role
 from colm.tracing import TraceFiles
 from colm.wire.members import Member
 from prefill_node.node import PrefillNode, PrefillOptions
@@ -37,4 +37,5 @@ class PrefillReplica(NodeReplica):
 
     def _report(self) -> NodeReport:
         load = self._node.service.load
-        return self._reported(num_active=load.num_active, num_queued=load.num_queued)
+        told = NodeLoad(work_s=load.remaining_s, engine_s=load.engine_s, prompt_cost=load.prompt_cost)
+        return self._reported(told, num_active=load.num_active, num_queued=load.num_queued)

@@ -1,7 +1,7 @@
 """Conversion between domain objects and messages. Only the edges of a process use pb2 classes."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
@@ -28,7 +28,7 @@ from colm.events import (
     Usage,
     WaitsFor,
 )
-from colm.nodes import ClusterStatus, ModelStatus, NodeReport, NodeStatus, ProcessFacts, Role
+from colm.nodes import ClusterStatus, ModelStatus, NodeReport, NodeStatus, PoolStatus, ProcessFacts, Role
 from colm.request import AttentionMode, ChatMessage, GenerateRequest, KvCodec
 from colm.sampling import Constraint, SamplingParams
 from colm.scale import Scale, ScaleWish
@@ -327,12 +327,14 @@ def cluster_status_to_pb(status: ClusterStatus) -> generation_pb.GetClusterStatu
     for node in status.nodes:
         facts = asdict(node.report)
         process, role = facts.pop("process"), facts.pop("role")
+        del facts["load"]  # what it is for is in `pools`
         nodes.append(generation_pb.Node(role=_ROLES[role], age_s=node.age_s, **facts, **process))
     return generation_pb.GetClusterStatusResponse(
         models=[_to_pb(generation_pb.Model, model) for model in status.models],
         nodes=nodes,
         num_active_requests=status.num_active_requests,
         metrics_address=status.metrics_address,
+        pools=[generation_pb.Pool(**asdict(pool) | {"role": _ROLES[pool.role]}) for pool in status.pools],
     )
 
 
@@ -346,7 +348,7 @@ def cluster_status_from_pb(received: generation_pb.GetClusterStatusResponse | Un
     roles = {value: role for role, value in _ROLES.items()}
     nodes = []
     for node in message.nodes:
-        own = {field.name for field in fields(NodeReport)} - {"role", "process"}
+        own = {field.name for field in fields(NodeReport)} - {"role", "process", "load"}
         facts = {name: getattr(node, name) for name in own}
         report = NodeReport(role=roles[node.role], process=_from_pb(ProcessFacts, node), **facts)
         nodes.append(NodeStatus(report=report, age_s=node.age_s))
@@ -365,6 +367,7 @@ def cluster_status_from_pb(received: generation_pb.GetClusterStatusResponse | Un
         nodes=tuple(nodes),
         num_active_requests=message.num_active_requests,
         metrics_address=message.metrics_address,
+        pools=tuple(replace(_from_pb(PoolStatus, pool), role=roles[pool.role]) for pool in message.pools),
     )
 
 

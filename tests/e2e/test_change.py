@@ -3,6 +3,7 @@
 import ssl
 import threading
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from openai import DefaultHttpxClient, OpenAI
 
 from cluster.state import ClusterState
 from colm.client import Client, collect
-from colm.nodes import Role
+from colm.nodes import PoolStatus, Role
 from colm.sampling import SamplingParams
 from tests.e2e.conftest import RunningCluster, run_colm, until
 from tests.tiny import tiny_checkpoint
@@ -117,3 +118,54 @@ def test_what_clients_rely_on_does_not_change(cluster: RunningCluster, folder: P
     assert done.returncode == 1
     assert "security.token='off': a cluster is up with 'auto'" in done.stderr
     assert "run `colm down` first" in done.stderr
+
+
+def test_a_load_brings_a_replica_and_its_end_takes_it_away_and_no_request_fails(
+    cluster: RunningCluster, folder: Path
+) -> None:
+    by_load = (
+        "[prefill]\nmax_replicas = 2\ntarget_queue_s = 1e-6\nscale_up_s = 1\nscale_down_s = 2\nprefix_cache_bytes = 0\n"
+    )
+    cluster.colm("up", "--config", str(toml(folder, "by_load", batch=3, rest=by_load)))
+    prompts, failures, is_over = count(3), [], threading.Event()
+
+    def ask() -> None:
+        """Ask for prompts that begin differently, so that each is computed."""
+        with cluster.client() as client:
+            while not is_over.is_set():
+                token_ids = [3 + next(prompts) % 300, *PROMPT, *PROMPT]
+                answer = collect(client.generate(token_ids=token_ids, max_new_tokens=2, sampling=GREEDY))
+                assert len(answer.tokens) == 2
+
+    def asking(num_clients: int) -> list[threading.Thread]:
+        is_over.clear()
+        askers = [threading.Thread(target=ask) for _ in range(num_clients)]
+        for asker in askers:
+            asker.start()
+        return askers
+
+    def end(askers: list[threading.Thread]) -> None:
+        is_over.set()
+        for asker in askers:
+            asker.join(120)
+
+    def pool() -> PoolStatus | None:
+        with cluster.client() as client:
+            return next(iter(client.cluster_status().pools), None)
+
+    def has(num_wanted: int, num_present: int) -> bool:
+        return (seen := pool()) is not None and (seen.num_wanted, seen.num_present) == (num_wanted, num_present)
+
+    threading.excepthook, hook = lambda args: failures.append(args.exc_value or args.exc_type()), threading.excepthook
+    try:
+        askers = asking(6)
+        until(lambda: has(2, 2), 120, lambda: f"{pool()}")
+        end(askers)
+        until(lambda: has(1, 2) or has(1, 1), 60, lambda: f"{pool()}")
+        askers = asking(1)  # alone, a prompt asks for no second replica, and finds the one that stays
+        until(lambda: has(1, 1), 120, lambda: f"{pool()}")
+    finally:
+        end(askers)
+        threading.excepthook = hook
+    assert failures == []
+    assert "prefill: 1 of 1 replicas wanted, 1 to 2 allowed" in cluster.colm("status").stdout

@@ -46,6 +46,13 @@ models = st.builds(
 )
 
 
+@given(models, TOKENS)
+def test_a_cost_by_length_alone_lacks_what_a_last_tile_is_short_of(model: CostModel, tokens: int) -> None:
+    whole, short = model.seconds(model.shape.work(tokens)), model.prompt_cost().seconds(tokens)
+    left_out_s = model.shape.num_layers * model.step_s if tokens % model.shape.tile_tokens else 0.0
+    assert whole - left_out_s * (1 + 1e-9) - 1e-9 * whole <= short <= whole * (1 + 1e-9)
+
+
 @given(LAYERS, TILES, TOKENS, st.integers(0, 20))
 def test_what_is_kept_of_a_prompt_leaves_the_work_of_the_rest(
     layers: int, tile_tokens: int, tokens: int, num_kept_tiles: int

@@ -14,14 +14,14 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from cluster.client_tokens import OPERATOR, Clients
-from cluster.metrics import RequestMetrics, targets
+from cluster.metrics import PoolMetrics, RequestMetrics, targets
 from colm.checkpoint import Checkpoint
 from colm.errors import CapacityExceeded, ConfigError
 from colm.events import Accepted, Finished, FinishReason, Timings, Token, Usage
 from colm.kv import KvFormat
 from colm.metrics.endpoint import MetricsEndpoint
 from colm.metrics.kv_stream import KvStreamMetrics
-from colm.nodes import ClusterStatus
+from colm.nodes import ClusterStatus, PoolStatus, Role
 from tests.gateway import decode_nodes
 from tests.nodes import decode, decode_node, pages_bytes, prefill_node, spoilt_prefill
 from tests.tiny import tiny_checkpoint
@@ -177,6 +177,13 @@ async def test_the_documentation_lists_every_metric_and_its_labels(checkpoint: C
     gateway, path = CollectorRegistry(), str(checkpoint.path)
     metrics = RequestMetrics(gateway, Clients(None))
     metrics.resubmitted(CapacityExceeded("full"))
+    pools = decode_nodes(1)
+    pools.pools = (
+        PoolStatus(
+            role=Role.PREFILL, num_present=1, num_wanted=2, min_replicas=1, max_replicas=2, demand=1.5, queued_s=9.0
+        ),
+    )
+    PoolMetrics(pools, gateway)
     with suppress(CapacityExceeded), metrics.request(OPERATOR) as seen:
         seen.is_resumed = True
         raise CapacityExceeded("full")

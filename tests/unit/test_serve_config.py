@@ -11,6 +11,7 @@ from ray.serve.schema import ServeDeploySchema
 from cluster import deployment
 from cluster.application import build
 from cluster.options import RaySection, load_config
+from cluster.replicas import replica_numbers
 from cluster.secret_files import SecretFiles
 from cluster.serve_config import application, serve_config
 from colm.errors import ClusterError, ConfigError
@@ -58,6 +59,18 @@ def test_serve_builds_what_up_deploys(looked_at: list[RaySection]) -> None:
     assert [name for name, *_ in wanted] == ["prefill", "decode", "gateway"]
     assert parts(application(read.args)) == wanted
     assert looked_at == [config.ray]
+
+
+def test_where_the_load_says_how_many_serve_lets_the_gateway_say_it_and_goes_on_with_those(
+    looked_at: list[RaySection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica_numbers, "kept_numbers", lambda _: {"prefill": 3, "decode": 9, "gateway": 1})
+    config = load_config(None, OPTIONS | {"prefill.max_replicas": 4})
+    (read,) = ServeDeploySchema.model_validate(json.loads(serve_config(config))).applications
+    assert read.external_scaler_enabled
+    numbers = {name: made.num_replicas for name, _, _, _, made, _ in parts(application(read.args))}
+    assert numbers == {"prefill": 3, "decode": config.decode.replicas, "gateway": 1}
+    assert not looked_at[0].insecure
 
 
 def test_serve_has_no_proxies_and_no_route() -> None:

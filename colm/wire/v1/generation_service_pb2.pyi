@@ -126,18 +126,20 @@ class GetClusterStatusRequest(_message.Message):
     def __init__(self, checksum: _Optional[int] = ...) -> None: ...
 
 class GetClusterStatusResponse(_message.Message):
-    __slots__ = ("models", "nodes", "num_active_requests", "metrics_address", "checksum")
+    __slots__ = ("models", "nodes", "num_active_requests", "metrics_address", "pools", "checksum")
     MODELS_FIELD_NUMBER: _ClassVar[int]
     NODES_FIELD_NUMBER: _ClassVar[int]
     NUM_ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    POOLS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
     nodes: _containers.RepeatedCompositeFieldContainer[Node]
     num_active_requests: int
     metrics_address: str
+    pools: _containers.RepeatedCompositeFieldContainer[Pool]
     checksum: int
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., num_active_requests: _Optional[int] = ..., metrics_address: _Optional[str] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[Node, _Mapping]]] = ..., num_active_requests: _Optional[int] = ..., metrics_address: _Optional[str] = ..., pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "chains", "max_context_tokens", "fingerprint", "reads_text")
@@ -152,6 +154,24 @@ class Model(_message.Message):
     fingerprint: str
     reads_text: bool
     def __init__(self, name: _Optional[str] = ..., chains: _Optional[_Iterable[int]] = ..., max_context_tokens: _Optional[int] = ..., fingerprint: _Optional[str] = ..., reads_text: _Optional[bool] = ...) -> None: ...
+
+class Pool(_message.Message):
+    __slots__ = ("role", "num_present", "num_wanted", "min_replicas", "max_replicas", "demand", "queued_s")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    NUM_PRESENT_FIELD_NUMBER: _ClassVar[int]
+    NUM_WANTED_FIELD_NUMBER: _ClassVar[int]
+    MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    DEMAND_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_S_FIELD_NUMBER: _ClassVar[int]
+    role: Role
+    num_present: int
+    num_wanted: int
+    min_replicas: int
+    max_replicas: int
+    demand: float
+    queued_s: float
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., num_present: _Optional[int] = ..., num_wanted: _Optional[int] = ..., min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ..., demand: _Optional[float] = ..., queued_s: _Optional[float] = ...) -> None: ...
 
 class Node(_message.Message):
     __slots__ = ("role", "replica_id", "address", "pid", "host", "num_active_requests", "num_queued_requests", "num_pages_total", "num_pages_used", "resident_bytes", "age_s", "ray_node_id", "num_leases", "metrics_address")

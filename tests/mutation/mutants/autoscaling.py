@@ -3,6 +3,7 @@
 from tests.mutation.mutant import Mutant
 
 _POLICY = "tests/unit/test_autoscaling_policy.py::"
+_SCALER = "tests/unit/test_autoscaler.py::"
 
 MUTANTS = (
     Mutant(
@@ -11,6 +12,20 @@ MUTANTS = (
         "is_whole=num_present >= self._num_reached",
         "is_whole=True",
         _POLICY + "test_what_is_seen_while_a_replica_is_lost_does_not_scale_up",
+    ),
+    Mutant(
+        "prompts that wait for a prefill node are no load",
+        "cluster/autoscaling/signals.py",
+        " + sum(map(self._cost.seconds, waiting_tokens))",
+        "",
+        _SCALER + "test_prompts_that_wait_for_a_prefill_node_count_by_their_lengths",
+    ),
+    Mutant(
+        "a new gateway begins with the fewest replicas",
+        "cluster/autoscaling/autoscaler.py",
+        "PoolScaler(each.limits, now_s, numbers.get(each.role))",
+        "PoolScaler(each.limits, now_s)",
+        _SCALER + "test_a_new_gateway_goes_on_with_the_replicas_that_there_are",
     ),
     Mutant(
         "replicas go as soon as the others can just carry the load",

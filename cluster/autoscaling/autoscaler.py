@@ -1,0 +1,139 @@
+"""Looks at the pools and has Ray Serve run as many replicas as each wants. One for each cluster, in the gateway."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from cluster.autoscaling.policy import PoolScaler
+from cluster.autoscaling.signals import PoolScaling, Signal, signal_of
+from cluster.node_registry import NodeRegistry
+from colm.clock import Clock
+from colm.errors import ClusterError
+from colm.nodes import PoolStatus, Role
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+"""From one look to the next."""
+_AGAIN_S = 60.0
+"""After which Serve is told a number again, whatever else may have changed it."""
+
+
+class ReplicaNumbers(Protocol):
+    """How many replicas run, as whoever runs them is told."""
+
+    async def now(self) -> Mapping[Role, int]:
+        """The numbers that were told last.
+
+        Raises:
+            ClusterError: there is no answer.
+        """
+
+    async def tell(self, role: Role, num_replicas: int) -> None:
+        """Run so many.
+
+        Raises:
+            ClusterError: there is no answer.
+        """
+
+
+class _Pool:
+    def __init__(self, role: Role, scaler: PoolScaler, signal: Signal) -> None:
+        self.role = role
+        self.scaler = scaler
+        self.signal = signal
+        self.told: int | None = None
+        self.told_s = 0.0
+
+
+class Autoscaler:
+    """Scales pools until cancelled. Lives on one event loop.
+
+    What it knows begins with it: a new one keeps the numbers that run for the look-back at least.
+
+    Args:
+        scalings: of the pools that are scaled.
+        registry: has the nodes' reports, and is given the pools' state for whoever asks.
+        numbers: runs the replicas.
+        clock: times the looks.
+        num_waiting: requests that wait for a decode node.
+    """
+
+    def __init__(
+        self,
+        scalings: Sequence[PoolScaling],
+        registry: NodeRegistry,
+        numbers: ReplicaNumbers,
+        clock: Clock,
+        num_waiting: Callable[[], int],
+    ) -> None:
+        self._scalings = scalings
+        self._num_waiting = num_waiting
+        self._registry = registry
+        self._numbers = numbers
+        self._clock = clock
+        self._pools: list[_Pool] | None = None
+
+    async def run(self) -> None:
+        """Look every `LOOK_S` seconds, until cancelled."""
+        while True:
+            try:
+                await self.look()
+            except ClusterError as err:
+                logger.warning("pool.not_scaled cause=%s", err)
+            await asyncio.sleep(LOOK_S)
+
+    async def look(self) -> None:
+        """Look once, and tell what has changed.
+
+        Raises:
+            ClusterError: whoever runs the replicas gives no answer; the next look tries again.
+        """
+        if self._pools is None:
+            numbers, now_s = await self._numbers.now(), self._clock.now()
+            self._pools = [
+                _Pool(
+                    each.role,
+                    PoolScaler(each.limits, now_s, numbers.get(each.role)),
+                    signal_of(each, self._num_waiting),
+                )
+                for each in self._scalings
+            ]
+            return
+        now_s, reports = self._clock.now(), [node.report for node in self._registry.nodes()]
+        states = []
+        for pool in self._pools:
+            load, scaler = pool.signal.look(reports, now_s), pool.scaler
+            num_present, before = self._registry.count(pool.role), scaler.num_wanted
+            wanted = scaler.observe(now_s, demand=load.demand, num_present=num_present)
+            if wanted != before:
+                logger.info(
+                    "pool.scaled role=%s from=%d to=%d present=%d demand=%.2f queued_s=%.1f",
+                    pool.role.value,
+                    before,
+                    wanted,
+                    num_present,
+                    scaler.demand,
+                    load.queued_s,
+                )
+            states.append(
+                PoolStatus(
+                    role=pool.role,
+                    num_present=num_present,
+                    num_wanted=wanted,
+                    min_replicas=scaler.limits.min_replicas,
+                    max_replicas=scaler.limits.max_replicas,
+                    demand=scaler.demand,
+                    queued_s=load.queued_s,
+                )
+            )
+        self._registry.pools = tuple(states)
+        for pool in self._pools:
+            await self._tell(pool, now_s)
+
+    async def _tell(self, pool: _Pool, now_s: float) -> None:
+        wanted = pool.scaler.num_wanted
+        if wanted != pool.told or now_s - pool.told_s >= _AGAIN_S:
+            await self._numbers.tell(pool.role, wanted)
+            pool.told, pool.told_s = wanted, now_s

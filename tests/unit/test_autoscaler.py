@@ -1,0 +1,214 @@
+"""The scaler in the gateway: what nodes report becomes a number that Serve is told, and a state that people see."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.autoscaling.autoscaler import Autoscaler
+from cluster.autoscaling.policy import ScalingLimits
+from cluster.autoscaling.signals import DecodeSignal, PoolScaling, PrefillSignal
+from cluster.cli.top import _screen
+from cluster.node_registry import NodeRegistry
+from cluster.options import load_config
+from cluster.replicas.decode import ServePrefillPool
+from cluster.top import Watch
+from colm.errors import ClusterError, ConfigError
+from colm.nodes import ClusterStatus, NodeLoad, NodeReport, PoolStatus, ProcessFacts, PromptCost, Role
+from colm.wire.messages import cluster_status_from_pb, cluster_status_to_pb
+from tests.clock import FakeClock
+from tests.unit.test_line import settle
+from tests.unit.test_serve_lender import ScriptedHandle, grant
+
+LIMITS = ScalingLimits(min_replicas=1, max_replicas=4, up_s=5, down_s=20)
+PREFILL = PoolScaling(role=Role.PREFILL, limits=LIMITS, target=10.0)
+DECODE = PoolScaling(role=Role.DECODE, limits=LIMITS, target=0.5)
+COST = PromptCost(token_s=0.01, pair_s=0.0001)
+
+
+def prefill(replica_id: str = "p", *, active: int = 0, work_s: float = 0.0, engine_s: float = 0.0) -> NodeReport:
+    load = NodeLoad(work_s=work_s, engine_s=engine_s, prompt_cost=COST)
+    return report(Role.PREFILL, replica_id, active=active, load=load)
+
+
+def decode(replica_id: str = "d", *, active: int = 0, used: int = 0, load: NodeLoad) -> NodeReport:
+    return replace(report(Role.DECODE, replica_id, active=active, load=load), num_pages_total=100, num_pages_used=used)
+
+
+def report(role: Role, replica_id: str, *, active: int, load: NodeLoad) -> NodeReport:
+    return NodeReport(
+        role=role,
+        replica_id=replica_id,
+        ray_node_id="here",
+        address=replica_id,
+        num_active_requests=active,
+        num_queued_requests=0,
+        num_leases=0,
+        process=ProcessFacts(pid=1, host="here", resident_bytes=0),
+        load=load,
+    )
+
+
+class Numbers:
+    """Serve, as far as it is told numbers."""
+
+    def __init__(self, **kept: int) -> None:
+        self.kept = {Role(name): number for name, number in kept.items()}
+        self.told: list[tuple[Role, int]] = []
+        self.is_deaf = False
+
+    async def now(self) -> Mapping[Role, int]:
+        if self.is_deaf:
+            raise ClusterError("Ray Serve does not answer")
+        return self.kept
+
+    async def tell(self, role: Role, num_replicas: int) -> None:
+        if self.is_deaf:
+            raise ClusterError("Ray Serve does not answer")
+        self.told.append((role, num_replicas))
+
+
+class Cluster:
+    """A registry, a scaler before it, and a second between two looks."""
+
+    def __init__(self, *scalings: PoolScaling, numbers: Numbers, num_waiting: int = 0) -> None:
+        self.clock = FakeClock()
+        self.registry = NodeRegistry(self.clock)
+        self.numbers = numbers
+        self.scaler = Autoscaler(scalings, self.registry, numbers, self.clock, lambda: num_waiting)
+
+    async def look(self, *reports: NodeReport, seconds: int = 1) -> None:
+        for _ in range(seconds):
+            self.clock.now_s += 1
+            for each in reports:
+                self.registry.report(each)
+            await self.scaler.look()
+
+
+async def test_a_queue_brings_replicas_and_its_end_takes_them_away() -> None:
+    cluster = Cluster(PREFILL, numbers=Numbers(prefill=1, decode=1))
+    await cluster.look(prefill(active=5, work_s=25.0), seconds=7)
+    assert cluster.numbers.told == [(Role.PREFILL, 1), (Role.PREFILL, 2), (Role.PREFILL, 3)]
+    (pool,) = cluster.registry.pools
+    assert (pool.num_present, pool.num_wanted, pool.demand, pool.queued_s) == (1, 3, 2.5, 25.0)
+    await cluster.look(prefill("p"), prefill("q"), prefill("r"), seconds=26)
+    assert cluster.numbers.told[-1] == (Role.PREFILL, 1)
+
+
+async def test_a_new_gateway_goes_on_with_the_replicas_that_there_are() -> None:
+    cluster = Cluster(PREFILL, numbers=Numbers(prefill=3))
+    await cluster.look(prefill("p"), prefill("q"), prefill("r"), seconds=19)
+    assert cluster.numbers.told == [(Role.PREFILL, 3)]
+
+
+async def test_serve_that_does_not_answer_is_told_at_a_later_look() -> None:
+    cluster = Cluster(PREFILL, DECODE, numbers=Numbers())
+    busy = prefill(active=9, work_s=90.0)
+    cluster.numbers.is_deaf = True
+    with pytest.raises(ClusterError):
+        await cluster.look(busy)
+    cluster.numbers.is_deaf = False
+    await cluster.look(busy, seconds=2)
+    cluster.numbers.is_deaf = True
+    for _ in range(5):
+        with pytest.raises(ClusterError):
+            await cluster.look(busy)
+    cluster.numbers.is_deaf = False
+    await cluster.look(busy)
+    assert cluster.numbers.told[-1] == (Role.PREFILL, 4)
+    cluster.numbers.told.clear()
+    await cluster.look(busy, seconds=60)
+    again = {(Role.PREFILL, 4), (Role.DECODE, 1)}
+    assert set(cluster.numbers.told) == again, "whatever else may have changed it"
+
+
+def test_prompts_that_wait_for_a_prefill_node_count_by_their_lengths() -> None:
+    signal = PrefillSignal(target_queue_s=10.0)
+    waiting = decode(load=NodeLoad(waiting_tokens=(100, 1000)))
+    load = signal.look([prefill(active=1, work_s=3.0), waiting], 1.0)
+    assert load.queued_s == pytest.approx(3.0 + (1 + 1) + (10 + 100))
+    assert load.demand == 3
+    assert signal.look([waiting], 2.0).queued_s == pytest.approx(112), "they have not become less with the node"
+
+
+def test_engines_that_work_hold_their_replicas() -> None:
+    signal = PrefillSignal(target_queue_s=10.0)
+    signal.look([prefill("p", engine_s=50.0)], 100.0)
+    load = signal.look([prefill("p", engine_s=51.5), prefill("new", engine_s=7.0)], 102.0)
+    assert load.demand == pytest.approx(0.75)
+    assert signal.look([prefill("p", engine_s=0.0), prefill("new", engine_s=99.0)], 104.0).demand == 1.0
+
+
+def test_pages_that_are_waited_for_and_requests_in_the_gateways_line_ask_for_decode_nodes() -> None:
+    places = NodeLoad(num_places=10, num_pages_wanted=60)
+    assert DecodeSignal(0.5, lambda: 0).look([decode(used=90, active=2, load=places)], 1.0).demand == 3.0
+    assert DecodeSignal(0.5, lambda: 18).look([decode(used=10, active=2, load=places)], 1.0).demand == 4.0
+    lost = DecodeSignal(0.5, lambda: 20)
+    assert lost.look([], 1.0).demand == 0.0
+    lost.look([decode(load=places)], 2.0)
+    assert lost.look([], 3.0).demand == 4.0
+
+
+async def test_a_decode_node_tells_which_prompts_wait_for_a_prefill_node() -> None:
+    handle = ScriptedHandle()
+    pool = ServePrefillPool(handle, num_replicas=2, max_waiting=8, is_alone=False)
+
+    async def beat(num_ahead: int) -> None: ...
+
+    lending = pool.lease(num_tokens=77, beat=beat, preferred=None, refused_by=())
+    entering = asyncio.ensure_future(lending.__aenter__())
+    await settle()
+    assert pool.waiting_tokens == (77,)
+    await grant(handle.calls[0], "a", "1")
+    await entering
+    assert pool.waiting_tokens == ()
+    await lending.__aexit__(None, None, None)
+    pool.close()
+
+
+STATUS = PoolStatus(
+    role=Role.PREFILL, num_present=1, num_wanted=3, min_replicas=1, max_replicas=4, demand=2.25, queued_s=41.5
+)
+
+
+def test_pools_cross_the_wire_and_are_shown() -> None:
+    status = ClusterStatus(models=(), nodes=(), num_active_requests=0, pools=(STATUS,))
+    assert cluster_status_from_pb(cluster_status_to_pb(status)) == status
+    console = Console(width=160)
+    with console.capture() as shown_text:
+        console.print(_screen(Watch(lambda: status, lambda _: None).look()))
+    shown = shown_text.get()
+    assert all(word in shown for word in ("1 to 4", "2.25", "41.5 s"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "[prefill]\nreplicas = 2\nstandby = 1\nmax_replicas = 2",
+            "prefill.max_replicas=2 is below prefill.replicas=2",
+        ),
+        ("[decode]\nscale_up_s = 60\nscale_down_s = 30", "decode.scale_down_s=30 is below decode.scale_up_s=60"),
+        ("[decode]\ntarget_use = 1.5", "decode.target_use=1.5"),
+        ("[prefill]\ntarget_queue_s = 0", "prefill.target_queue_s=0"),
+    ],
+)
+def test_options_that_contradict_are_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "colm.toml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load_config(tmp_path / "colm.toml", {})
+
+
+def test_nothing_is_scaled_unless_more_replicas_are_allowed() -> None:
+    off = load_config(None, {})
+    assert [section.scaling for section in off.placed.values()] == [None, None]
+    assert load_config(None, {"prefill.replicas": 2, "prefill.max_replicas": 2}).prefill.scaling is None
+    on = load_config(None, {"prefill.standby": 1, "prefill.max_replicas": 4, "decode.max_replicas": 2})
+    assert on.prefill.scaling == PoolScaling(
+        role=Role.PREFILL, limits=ScalingLimits(min_replicas=2, max_replicas=4), target=10.0
+    )
+    assert on.decode.scaling is not None
+    assert on.decode.scaling.target == 0.8
