@@ -29,6 +29,7 @@ _WAY: Final = {
             "docs/serving",
             "Quality <docs/quality>",
             "docs/machines",
+            "docs/simulate",
         ],
         "More": ["docs/licences"],
     },

@@ -16,16 +16,14 @@ from colm.wire.shared_memory import SharedMemory
 from prefill_node.cost_model import CostModel, Work
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
 from prefill_node.engine import PrefillEngine
-from prefill_node.job_policy import Wait, charge, companions, job_in_the_way, next_job, wait_of
+from prefill_node.job_policy import Wait, job_in_the_way, wait_of
 from prefill_node.job_stream import JobStream
 from prefill_node.prefill_job import PrefillJob, PrefillOrder, job_bytes
 from prefill_node.prefill_run import PrefillRun
 from prefill_node.prefix_cache import PrefixCache, PrefixHold
-from prefill_node.quantum import steps_within
+from prefill_node.quantum import next_quantum
 from prefill_node.sparse.prompt_plans import PromptPlans
 
-QUANTUM_S = 0.010
-"""Work for which the policy is not asked again: of a short prompt, several steps. A step is never divided."""
 UNHURRIED_STALLS = 10
 """How many times as long a reader may store nothing while nobody waits for the memory of its job."""
 
@@ -253,14 +251,11 @@ class PrefillLoop:
 
     def _step_next(self) -> None:
         jobs = self._jobs.values()
-        while (job := next_job(jobs, memory_bytes=self._memory_bytes)) is None:
+        while (quantum := next_quantum(jobs, self._costs, memory_bytes=self._memory_bytes)) is None:
             if (idle := job_in_the_way(jobs)) is None:
                 return
             self._forget(idle)
-        tile_tokens = self._costs.shape.tile_tokens
-        stepping = [job, *companions(job, jobs, memory_bytes=self._memory_bytes, tile_tokens=tile_tokens)]
-        quantum = steps_within(stepping, self._costs, QUANTUM_S)
-        charge(jobs, quantum.own_s, quantum.steps_s)
+        stepping = [*quantum.own_s]
         if beginning := [each for each in stepping if not each.is_started]:
             for each in beginning:
                 self.prefixes.begin(each.hold, is_alone=len(stepping) == 1)

@@ -1,23 +1,53 @@
-"""How many steps the engine makes before the policy is asked again."""
+"""What the engine makes before the policy is asked again, and how many steps that are."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from prefill_node.cost_model import CostModel, Work
-from prefill_node.prefill_job import PrefillJob
+from prefill_node.job_policy import Candidate, charge, companions, next_job
+
+QUANTUM_S = 0.010
+"""Work for which the policy is not asked again: of a short prompt, several steps. A step is never divided."""
+
+
+class Steppable(Candidate, Protocol):
+    """A job whose steps can be counted."""
+
+    def works_ahead(self) -> Iterator[Work]:
+        """What each step takes that is still to be made."""
+
+
+_Job = TypeVar("_Job", bound=Steppable)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Quantum:
+class Quantum(Generic[_Job]):
     """Steps that the engine makes before anybody is asked again, of one job or of several as one."""
 
     num_steps: int
     steps_s: float
-    own_s: dict[PrefillJob, float]
-    """What each job's own steps would take alone."""
+    own_s: dict[_Job, float]
+    """What each job's own steps would take alone; the chosen job is the first."""
 
 
-def steps_within(jobs: Sequence[PrefillJob], costs: CostModel, quantum_s: float) -> Quantum:
+def next_quantum(jobs: Collection[_Job], costs: CostModel, *, memory_bytes: int) -> Quantum[_Job] | None:
+    """Choose the next job and those that share its steps, and charge them; None where no job can use the engine.
+
+    Args:
+        jobs: all that there are.
+        costs: of the engine.
+        memory_bytes: what those that have begun may hold together.
+    """
+    if (job := next_job(jobs, memory_bytes=memory_bytes)) is None:
+        return None
+    sharing = companions(job, jobs, memory_bytes=memory_bytes, tile_tokens=costs.shape.tile_tokens)
+    quantum = steps_within([job, *sharing], costs, QUANTUM_S)
+    charge(jobs, quantum.own_s, quantum.steps_s)
+    return quantum
+
+
+def steps_within(jobs: Sequence[_Job], costs: CostModel, quantum_s: float) -> Quantum[_Job]:
     """As many steps of jobs as fit into a time, and at least one; of several jobs, each step of all as one."""
     num_steps, steps_s, own_s = 0, 0.0, dict.fromkeys(jobs, 0.0)
     for works in zip(*(job.works_ahead() for job in jobs), strict=True):
@@ -26,5 +56,5 @@ def steps_within(jobs: Sequence[PrefillJob], costs: CostModel, quantum_s: float)
             break
         num_steps, steps_s = num_steps + 1, steps_s + step_s
         for job, work in zip(jobs, works, strict=True):
-            own_s[job] += costs.seconds(work)
+            own_s[job] += step_s if len(jobs) == 1 else costs.seconds(work)
     return Quantum(num_steps=num_steps, steps_s=steps_s, own_s=own_s)

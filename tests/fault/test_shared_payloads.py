@@ -20,7 +20,7 @@ from colm.wire.tile_codec import decode_message, pull_kv_stub
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node import kv_receiver
 from decode_node import node as decode_node_module
-from prefill_node import encoded_tile, job_stream, prefill_loop, service
+from prefill_node import encoded_tile, job_stream, quantum, service
 from prefill_node.encoded_tile import EncodedTile
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_stream import JobStream
@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def of_any_length(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short prompts share memory too; and at the end of a test nothing is open."""
     monkeypatch.setattr(service, "_WORTH_SHARING_BYTES", 0)
-    monkeypatch.setattr(prefill_loop, "QUANTUM_S", 0.0)  # the first step knows of no memory, every other one does
+    monkeypatch.setattr(quantum, "QUANTUM_S", 0.0)  # the first step knows of no memory, every other one does
     monkeypatch.setattr(job_stream, "MAX_SHARED_TILES", 1)  # else it is chance which of them share a message
     yield
     assert not open_memories()

@@ -23,7 +23,7 @@ from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
 from decode_node.engine import DecodeEngine
 from decode_node.node import DecodeNode
 from decode_node.requests import DecodeJob, Emit, RequestOwner
-from prefill_node import prefill_loop
+from prefill_node import quantum
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import FIRST_SHARE
 from prefill_node.prefill_run import PrefillRun
@@ -198,7 +198,7 @@ async def test_short_prompts_go_before_a_long_one_that_their_only_node_has_begun
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug: with one prefill node, everybody waited for the end of the prompt that it computed."""
-    monkeypatch.setattr(prefill_loop, "QUANTUM_S", 0.0)
+    monkeypatch.setattr(quantum, "QUANTUM_S", 0.0)
     path, long, steps = str(checkpoint.path), PROMPT * 8, list[int]()
     step = PrefillEngine.step
 

@@ -27,8 +27,9 @@ from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait
 from prefill_node.job_stream import JobStream, Progress
 from prefill_node.prefill_job import PrefillOrder, job_bytes
-from prefill_node.prefill_loop import QUANTUM_S, PrefillLoop
+from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.prefill_run import PrefillRun
+from prefill_node.quantum import QUANTUM_S
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.policy import SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans

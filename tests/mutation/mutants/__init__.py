@@ -14,6 +14,7 @@ from tests.mutation.mutants import (
     prefill_streams,
     prefix_cache,
     scale,
+    simulate,
     wire,
 )
 
@@ -30,5 +31,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *prefill_streams.MUTANTS,
     *prefix_cache.MUTANTS,
     *scale.MUTANTS,
+    *simulate.MUTANTS,
     *wire.MUTANTS,
 )

@@ -1,0 +1,289 @@
+"""The simulator of clusters: its clock, its models of what takes time, and whole runs against theory."""
+
+import asyncio
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.roofline.machine import machine
+from bench.roofline.model import Prompt, first_step_s, prefill_s
+from bench.serving.trace import LogNormal
+from bench.simulate.cluster import ClusterPlan, Simulated, run
+from bench.simulate.costs import Costs, DecodeWork, MachineCosts
+from bench.simulate.decode_model import DecodeLimits
+from bench.simulate.network import Link, send
+from bench.simulate.prefill_model import PrefillLimits, PrefillModel
+from bench.simulate.processor import OwnProcessor, SharedProcessor
+from bench.simulate.requests import SimRequest
+from bench.simulate.virtual_time import NothingLeft, simulate
+from bench.simulate.workload import Always, Workload
+from colm.model.presets import preset
+from decode_node.step_budget import StepBudget
+from prefill_node.cost_model import CostModel, PrefillShape, Work
+from tests.tiny import tiny_config
+
+TINY = tiny_config()
+TILE_TOKENS = 64
+FAST = 1e15
+"""Bytes a second: a network that takes no time."""
+
+
+class StubCosts:
+    """Every decode step takes as long, and so does every token of a prefill."""
+
+    def __init__(self, *, decode_s: float = 0.01, token_s: float = 0.0, context_s: float = 0.0) -> None:
+        self._decode_s, self._token_s, self._context_s = decode_s, token_s, context_s
+
+    def prefill_step_s(self, work: Work) -> float:
+        return max(1e-9, self._token_s * work.linear_flops / self._token_flops)
+
+    def decode_step_s(self, work: DecodeWork) -> float:
+        return self._decode_s + self._context_s * work.num_context_tokens
+
+    def believed(self) -> CostModel:
+        shape = PrefillShape.of(TINY, TILE_TOKENS)
+        flop_s = max(1e-12, self._token_s / self._token_flops)
+        return CostModel(shape=shape, linear_flop_s=flop_s, attention_flop_s=0.0, step_s=0.0)
+
+    @property
+    def _token_flops(self) -> float:
+        shape = PrefillShape.of(TINY, TILE_TOKENS)
+        return shape.work(TILE_TOKENS + 1).linear_flops / (TILE_TOKENS + 1)
+
+
+def plan(*, num_prefill: int = 1, num_decode: int = 1, **decode: int) -> ClusterPlan:
+    limits = {"num_pages": 1 << 16, "max_requests": 1 << 12, "max_batch_size": 32} | decode
+    return ClusterPlan(
+        config=TINY,
+        num_prefill=num_prefill,
+        num_decode=num_decode,
+        prefill=PrefillLimits(memory_bytes=1 << 40, max_queued=1 << 12, max_queued_s=1e9),
+        decode=DecodeLimits(
+            page_tokens=4, max_local_prefill_tokens=12, budget=StepBudget(step_tokens=8, max_tokens=8), **limits
+        ),
+        link_bytes_per_s=FAST,
+        max_streams=16,
+        max_requests=1 << 12,
+    )
+
+
+def simulated(plan: ClusterPlan, costs: Costs, requests: Iterator[SimRequest], seed: int = 0) -> Simulated:
+    return run(plan, costs, requests, seed=seed, ended=lambda: None)
+
+
+class Geometric:
+    """Lengths without memory, as exponential service has."""
+
+    def __init__(self, mean: float) -> None:
+        self._mean = mean
+
+    def draw(self, count, rng):
+        return rng.geometric(1 / self._mean, count)
+
+
+def workload(**changed: object) -> Workload:
+    of_all = {
+        "rate_per_s": 2.0,
+        "num_requests": 60,
+        "prompts": LogNormal(median=60, sigma=1.0, low=1, high=400),
+        "answers": LogNormal(median=10, sigma=0.8, low=1, high=60),
+        "num_chains": 2,
+        "max_context": 1 << 12,
+    }
+    return Workload(**of_all | changed)  # type: ignore[arg-type]
+
+
+# The clock.
+
+
+def test_time_jumps_from_timer_to_timer() -> None:
+    async def main() -> list[float]:
+        loop, seen = asyncio.get_running_loop(), list[float]()
+        for after_s in (3600.0, 0.1, 7.0):
+            loop.call_later(after_s, lambda: seen.append(loop.time()))
+        await asyncio.sleep(86_400 * 3)
+        return [*seen, loop.time()]
+
+    assert simulate(main()) == pytest.approx([0.1, 7.0, 3600.0, 86_400 * 3])
+
+
+def test_who_waits_for_nothing_is_told() -> None:
+    async def main() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(NothingLeft, match="no timer"):
+        simulate(main())
+
+
+# What takes time.
+
+
+def test_a_tile_passes_both_links_at_once_and_waits_for_the_slower() -> None:
+    slow, fast = Link(1.0), Link(2.0)
+    assert send(10, fast, slow, at_s=0.0) == 10  # not 5 and then 10
+    assert send(10, fast, slow, at_s=0.0) == 20
+    assert send(10, slow, fast, at_s=100.0) == 110
+    assert (slow.num_bytes, fast.num_bytes) == (30, 30)
+
+
+def test_a_shared_processor_slows_all_its_users_alike() -> None:
+    async def main() -> list[tuple[str, float]]:
+        loop, ended = asyncio.get_running_loop(), list[tuple[str, float]]()
+
+        def note(name: str) -> None:
+            ended.append((name, loop.time()))
+
+        processor = SharedProcessor(contention=1.0)
+        processor.run([2.0, 2.0], partial(note, "long"))
+        await asyncio.sleep(1.0)
+        processor.run([1.0], partial(note, "short"))  # both at half speed: until 3, when the long one has 2 left
+        await asyncio.sleep(10.0)
+        return ended
+
+    assert simulate(main()) == [("short", pytest.approx(3.0)), ("long", pytest.approx(5.0))]
+
+
+@pytest.mark.parametrize("name", ["cpu", "h100"])
+@pytest.mark.parametrize("num_tokens", [1000, 20_000])
+def test_a_prefill_takes_what_the_machine_model_says(name: str, num_tokens: int) -> None:
+    """But for where in a step the host waits, and bytes taken in proportion to operations: 3%."""
+    config, of = preset("llama-3.1-8b-16-16-air"), machine(name)
+    costs = MachineCosts(machine=of, config=config, tile_tokens=8192)
+
+    async def main() -> float:
+        node = PrefillModel("p", config, costs, _LIMITS, processor=OwnProcessor(), bytes_per_s=FAST)
+        await node.prefill(num_tokens, Link(FAST))
+        return asyncio.get_running_loop().time()
+
+    wanted = prefill_s(of, Prompt(config=config, num_tokens=num_tokens, tile_tokens=8192))
+    assert simulate(main()) == pytest.approx(wanted, rel=0.03)
+
+
+_LIMITS = PrefillLimits(memory_bytes=1 << 40, max_queued=100, max_queued_s=1e9)
+
+
+def test_a_decode_step_takes_what_the_machine_model_says() -> None:
+    config, of = preset("llama-3.1-8b-16-16-air"), machine("h100")
+    costs = MachineCosts(machine=of, config=config, tile_tokens=8192)
+    step_s = costs.decode_step_s(DecodeWork(num_tokens={2: 1}, num_context_tokens=4096))
+    assert step_s == pytest.approx(first_step_s(of, config, 4096))
+    # As many rows as fill the device are bound by operations.
+    assert costs.decode_step_s(DecodeWork(num_tokens={2: 4096}, num_context_tokens=0)) > 5 * step_s
+    assert costs.decode_step_s(DecodeWork(num_tokens={1: 1}, num_context_tokens=0)) <= step_s
+
+
+@pytest.mark.parametrize("num_tokens", [20, TILE_TOKENS, 3 * TILE_TOKENS + 1])
+def test_a_prompt_behind_a_slow_link_arrives_with_its_last_byte(num_tokens: int) -> None:
+    costs = StubCosts(token_s=1e-9)
+
+    async def main() -> tuple[float, int]:
+        node = PrefillModel("p", TINY, costs, _LIMITS, processor=OwnProcessor(), bytes_per_s=100.0)
+        link = Link(FAST)
+        await node.prefill(num_tokens, link)
+        return asyncio.get_running_loop().time(), link.num_bytes
+
+    seconds, num_bytes = simulate(main())
+    assert num_bytes == num_tokens * TINY.num_layers * 2 * TINY.num_kv_heads * TINY.head_dim * 2
+    assert seconds == pytest.approx(num_bytes / 100.0, rel=1e-3)
+
+
+# Whole runs.
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
+    def times(seed: int) -> list[tuple[float, float]]:
+        found = simulated(plan(num_prefill=2, num_decode=3), StubCosts(token_s=1e-3), workload().requests(seed), seed)
+        return [(each.first_token_s, each.last_token_s) for each in found.requests]
+
+    assert times(1) == times(1)
+    assert times(1) != times(2)
+
+
+@given(
+    seed=st.integers(0, 1 << 16),
+    num_decode=st.integers(1, 3),
+    num_pages=st.integers(8, 60),
+    max_batch_size=st.integers(1, 4),
+    max_requests=st.integers(1, 6),
+    burst_size=st.integers(1, 12),
+)
+@settings(max_examples=15, deadline=None)
+def test_every_request_ends_once_and_every_page_returns(
+    seed: int, num_decode: int, num_pages: int, max_batch_size: int, max_requests: int, burst_size: int
+) -> None:
+    small = replace(
+        plan(num_prefill=2, num_decode=num_decode, num_pages=num_pages, max_batch_size=max_batch_size),
+        max_requests=max_requests,
+        prefill=PrefillLimits(memory_bytes=1 << 40, max_queued=1, max_queued_s=0.5),
+    )
+    load = workload(pattern="bursts", burst_size=burst_size, max_context=4 * num_pages, num_requests=40)
+    found = simulated(small, StubCosts(token_s=1e-3), load.requests(seed), seed)  # which looks for lost pages
+    assert len(found.requests) == 40
+    for each in found.requests:
+        if not each.error:
+            assert each.at_s < each.first_token_s <= each.last_token_s
+            assert each.last_token_s - each.first_token_s == pytest.approx(0.01 * (each.num_new_tokens - 1))
+    assert any(not each.error for each in found.requests)
+
+
+def test_steps_that_are_planned_alike_may_be_counted_together() -> None:
+    """Against the same run step by step, as a shared processor makes it."""
+    costs, load = StubCosts(token_s=1e-4, context_s=1e-6), workload(rate_per_s=20.0)
+    whole = simulated(plan(num_decode=2, max_batch_size=3), costs, load.requests(5))
+    steps = simulated(replace(plan(num_decode=2, max_batch_size=3), contention=0.0), costs, load.requests(5))
+    for together, alone in zip(whole.requests, steps.requests, strict=True):
+        assert together.first_token_s == pytest.approx(alone.first_token_s, abs=1e-6)
+        assert together.last_token_s == pytest.approx(alone.last_token_s, abs=1e-6)
+    assert whole.decode_batch == pytest.approx(steps.decode_batch)
+    assert sum(whole.gaps.num.values()) == sum(steps.gaps.num.values())
+
+
+def in_line(found: Simulated, services_s: Sequence[float]) -> list[float]:
+    """Waits for one server, first come, first served, by Lindley's recursion; the simulation's must be these."""
+    waits_s, free_s = list[float](), 0.0
+    for request, service_s in zip(found.requests, services_s, strict=True):
+        waits_s.append(max(0.0, free_s - request.at_s))
+        free_s = max(free_s, request.at_s) + service_s
+    return waits_s
+
+
+def deviation(rho: float, count: int) -> float:
+    """Of the mean of so many waits in a row in M/M/1, in service times; Daley, J. Appl. Prob. 5 (1968), 683."""
+    return math.sqrt(rho * (2 + 5 * rho - 4 * rho**2 + rho**3) / (1 - rho) ** 4 / count)
+
+
+def test_one_place_in_the_batch_waits_as_a_queue_of_one_server_does() -> None:
+    """M/G/1 by Pollaczek and Khinchine: geometric answers of one decode node that takes one at a time."""
+    rho, mean, step_s, count = 0.3, 20.0, 0.01, 4000
+    load = workload(
+        rate_per_s=rho / (mean * step_s), num_requests=count, prompts=Always(1), answers=Geometric(mean), num_chains=1
+    )
+    found = simulated(plan(max_batch_size=1), StubCosts(decode_s=step_s), load.requests(3))
+    waits_s = [each.first_token_s - each.at_s - step_s for each in found.requests]
+    wanted = in_line(found, [step_s * each.num_new_tokens for each in found.requests])
+    assert waits_s == pytest.approx(wanted, abs=1e-6)
+    in_theory_s = load.rate_per_s * step_s**2 * (2 * mean**2 - mean) / (2 * (1 - rho))
+    assert abs(sum(waits_s) / count - in_theory_s) < 4 * deviation(rho, count) * mean * step_s
+
+
+def test_equal_prompts_wait_for_one_prefill_node_as_in_a_queue_of_constant_service() -> None:
+    """M/D/1. The deviation is that of M/M/1, which is larger."""
+    rho, count, num_tokens = 0.3, 2000, TILE_TOKENS + 1
+    costs = StubCosts(decode_s=1e-6, token_s=1e-3)
+
+    async def alone() -> float:
+        node = PrefillModel("p", TINY, costs, _LIMITS, processor=OwnProcessor(), bytes_per_s=FAST)
+        await node.prefill(num_tokens, Link(FAST))
+        return asyncio.get_running_loop().time()
+
+    service_s = simulate(alone())
+    load = workload(rate_per_s=rho / service_s, num_requests=count, prompts=Always(num_tokens + 1), answers=Always(1))
+    found = simulated(replace(plan(), max_streams=1 << 12), costs, load.requests(4))
+    waits_s = [each.prefilled_s - each.at_s - service_s for each in found.requests]
+    assert waits_s == pytest.approx(in_line(found, [service_s] * count), abs=1e-6)
+    assert abs(sum(waits_s) / count - rho * service_s / (2 * (1 - rho))) < 4 * deviation(rho, count) * service_s
