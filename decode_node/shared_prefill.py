@@ -52,7 +52,8 @@ class _Prefill:
         self._give_up = give_up
         self._end = end
         self._num_users = 0
-        self._readers: set[_Reader] = set()
+        self._readers: list[_Reader] = []
+        """In the order of asking, in which they are told, and go on to the batch."""
         self._is_over = False
         self._task = asyncio.ensure_future(fetch(self._emit))
         # Not in the task itself: one that is cancelled before its first step runs nothing of its own.
@@ -73,7 +74,7 @@ class _Prefill:
     async def follow(self, emit: Emit) -> None:
         """See `Follow`; for users."""
         reader = _Reader()
-        self._readers.add(reader)
+        self._readers.append(reader)
         try:
             while not self._is_over or reader.news:
                 reader.woken.clear()

@@ -4,6 +4,10 @@ from tests.mutation.mutant import Mutant
 
 _CACHE = "tests/unit/test_shared_pages.py::"
 _REUSE = "tests/fault/test_prefix_reuse.py::"
+_MIXED = (
+    "tests/numerics/test_answers_over_shared_pages.py::"
+    "test_answers_over_shared_pages_draft_and_change_their_scale_beside_the_one_that_brought_them"
+)
 
 MUTANTS = (
     Mutant(
@@ -33,6 +37,20 @@ MUTANTS = (
         "attention, codec, cache_salt.hex())",
         "attention, codec)",
         _REUSE + "test_clients_share_nothing",
+    ),
+    Mutant(
+        "a page in which a prompt ends is not copied where it is on its way",
+        "decode_node/shared_prefill.py",
+        "                for copy in prefill.copies:\n                    self._store.copy_page(*copy)\n",
+        "                pass\n",
+        _MIXED,
+    ),
+    Mutant(
+        "blocks that did not come are found",
+        "decode_node/prefix_cache.py",
+        "        for entry in self._coming.pop(lease, ()):\n            self._forget(entry)\n",
+        "        self.arrived(lease)\n",
+        _MIXED,
     ),
     Mutant(
         "a prefill ends with the request that began it",
