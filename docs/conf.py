@@ -15,7 +15,8 @@ _WAY: Final = {
             "Configure: all options <docs/options>",
             "Observe: metrics, traces <docs/metrics>",
             "Secure: who is trusted <docs/security>",
-            "Size, change, repair <docs/operate>",
+            "Change, watch, troubleshoot <docs/operate>",
+            "Size: model by model <docs/sizing>",
         ],
         "Design": [
             "docs/architecture",

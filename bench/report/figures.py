@@ -4,7 +4,8 @@ A *figure* is a number with a unit of speed (tokens/s, GB/s, GFLOP/s, TFLOP/s), 
 decimal such as 11.9 s, or a picture. It stands in a section, from one heading to the next. A section, or the
 introduction of its page for all of its sections, *names its record* by one of
 
-- the path of a file under `bench/results/`, in a link or as code, which must exist and hold JSON;
+- the path of a file under `bench/results/`, in a link or as code, which must exist and hold JSON; of what is modelled,
+  that of its machine's file under `bench/roofline/machines/`;
 - a link to an entry of `docs/log.md`, which must exist;
 - in `docs/log.md` itself: the command that repeats the measurement, the words "not kept" where there is none, or the
   commit.
@@ -12,6 +13,7 @@ introduction of its page for all of its sections, *names its record* by one of
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ _FIGURE: Final = re.compile(
     r"|(?<![\w.])\d+\.\d+ (?:s|ms|us|µs)(?!\w)"
     r"|!\[[^]]*\]\([^)]+\)"
 )
-_RECORD: Final = re.compile(r"bench/results/[\w./-]+\.jsonl?")
+_RECORD: Final = re.compile(r"bench/results/[\w./-]+\.jsonl?|bench/roofline/machines/[\w-]+\.toml")
 _ENTRY: Final = re.compile(r"\((?:docs/)?log\.md#([\w-]+)\)")
 _LOGGED: Final = re.compile(r"`(?:python -m|make|colm) |not kept|[Cc]ommits? [0-9a-f]{7}\b|logged in [0-9a-f]{7}\b")
 _HEADING: Final = re.compile(r"(#+) (.+)")
@@ -102,6 +104,9 @@ def _unreadable(path: Path) -> str | None:
     if not path.is_file():
         return "does not exist"
     try:
+        if path.suffix == ".toml":
+            tomllib.loads(path.read_text(encoding="utf-8"))
+            return None
         if path.suffix == ".jsonl":
             return None if records.read(path) else "holds no record"
         json.loads(path.read_text(encoding="utf-8"))

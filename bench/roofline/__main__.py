@@ -1,7 +1,7 @@
 """A model of other machines: `python -m bench.roofline` prints its errors and predictions.
 
 `--calibrate` measures this machine and prints its machine file; `--fit` fits the paper's A100 again; `--write-docs`
-writes docs/machines.md. Nothing here is a measurement but `--calibrate`.
+writes docs/machines.md and docs/sizing.md. Nothing here is a measurement but `--calibrate`.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from bench.roofline import sizing
 from bench.roofline.fit import FITTED, fit
 from bench.roofline.machine import machine
 from bench.roofline.tables import page
@@ -17,7 +18,8 @@ from colm.dtypes import dtype_name, fastest_dtype
 from colm.placement import CPU
 
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float32)}
-PAGE = Path(__file__).parents[2] / "docs" / "machines.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = {DOCS / "machines.md": page, DOCS / "sizing.md": sizing.page}
 
 
 def main() -> None:
@@ -26,7 +28,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--calibrate", action="store_true", help="measure this machine, print its machine file")
     what.add_argument("--fit", action="store_true", help="print the numbers fitted to the paper's baselines")
-    what.add_argument("--write-docs", action="store_true", help="write docs/machines.md")
+    what.add_argument("--write-docs", action="store_true", help="write docs/machines.md and docs/sizing.md")
     parser.add_argument("--dtype", choices=DTYPES, default=dtype_name(fastest_dtype(CPU)), help="of a calibration")
     options = parser.parse_args()
     if options.calibrate:
@@ -37,7 +39,8 @@ def main() -> None:
         fitted = fit(machine("a100-paper"))
         sys.stdout.writelines(f"{name} = {getattr(fitted, name)}\n" for name in FITTED)
     elif options.write_docs:
-        PAGE.write_text(page(), encoding="utf-8")
+        for path, written in PAGES.items():
+            path.write_text(written(), encoding="utf-8")
     else:
         sys.stdout.write(page())
 

@@ -4,17 +4,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import paper
-from bench.roofline.__main__ import PAGE
+from bench.roofline import sizing
+from bench.roofline.__main__ import PAGES
 from bench.roofline.fit import FITTED, LONG_TOKENS, Prediction, fit, mean_error, predictions
 from bench.roofline.machine import FOLDER, Machine, Work, machine
 from bench.roofline.model import Prompt, first_step_s, layer_steps, prefill_s, streamed_s
-from bench.roofline.tables import page
+from colm.checkpoint import prefill_tensor_names
 from colm.flops import prefill_flops
+from colm.kv import KvFormat
 from colm.model.config import ChainConfig
+from colm.model.presets import preset
 from colm.model.transformer import num_parameters
-from tests.tiny import tiny_config
+from tests.tiny import tiny_checkpoint, tiny_config
 
 TINY = tiny_config()
 GPU = Machine(
@@ -106,8 +110,31 @@ def test_the_machine_file_has_what_the_fit_finds() -> None:
     assert [getattr(stored, name) for name in FITTED] == [getattr(fitted, name) for name in FITTED]
 
 
-def test_the_page_is_what_the_command_writes() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page()
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_the_pages_are_what_the_command_writes(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == PAGES[path]()
+
+
+def test_a_cluster_is_sized_by_what_its_nodes_take() -> None:
+    """The first model's numbers by hand: 16 layers of 8 kv heads of 64, keys and values, two bytes each."""
+    names = ("llama-3.2-1b", "llama-3.2-1b-16-16-air", "llama-3.2-1b-8-8-8-8-air")
+    assert {KvFormat.of(preset(name), torch.bfloat16).token_bytes for name in names} == {16 * 8 * 64 * 2 * 2}
+    row = next(
+        line
+        for line in sizing.page_table().splitlines()
+        if line.startswith("| llama-3.2-1b, in chains or not | bfloat16")
+    )
+    num_pages = (4 << 30) // (64 * 32768)
+    assert "| 32.0 KiB | 2.0 MiB |" in row
+    assert f"{num_pages:,} pages, {num_pages * 64:,} tokens" in row
+    assert row.endswith(f"| {num_pages // (8192 // 64 + 4)} | {num_pages // (131072 // 64 + 4)} |")
+
+
+def test_a_prefill_replica_is_said_to_hold_what_it_loads(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny")
+    loaded = checkpoint.tensors(prefill_tensor_names(checkpoint.config))
+    wanted = sum(tensor.numel() for tensor in loaded.values()) * 2
+    assert sizing.prefill_weight_bytes(checkpoint.config) == wanted
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
