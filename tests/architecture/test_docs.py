@@ -1,11 +1,15 @@
 """The documentation fits the code and itself: links, options, and a place for every page in the site."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from bench.report.links import anchors, broken
+from cluster.cli import app
 from cluster.option_text import page
 from cluster.options import ClusterConfig
 
@@ -13,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 # A page that a test compares with what a command writes; its links are those of docs/prefill.md.
 LEFT_OUT = {"tests/unit/report/prefill.md"}
 HAS_PAGES = ("docs", "kernels", "proto", "tests", "bench", "cluster", "colm", "deploy", "prefill_node", "decode_node")
+
+COMMANDS = typer.main.get_command(app)
 
 
 def pages() -> list[Path]:
@@ -95,3 +101,79 @@ def test_the_page_has_every_option_with_its_meaning() -> None:
         for name, option in type(field.get_default()).model_fields.items():
             assert option.description is not None, name
             assert re.search(rf"^\| `{name}` \| .+ \| .+ \| \w.+ \|$", part[1], re.MULTILINE), name
+
+
+def spoken(text: str) -> Iterator[str]:
+    """What a page has as code: lines of its blocks, and words between backticks."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield from block.splitlines()
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    yield from (" ".join(word.split()) for word in re.findall(r"`([^`]+)`", rest))
+
+
+def wrong_words(line: str) -> list[str]:
+    """Of a `colm` command in it: commands that do not exist, and flags that the command does not take."""
+    wrong = []
+    for said in re.findall(r"(?<![\w/.-])colm ([a-z][^#|;]*)", line):
+        words = [word.strip("\"',)") for word in said.split()]
+        command: Any = COMMANDS
+        while words and hasattr(command, "commands"):
+            word = words.pop(0)
+            if word not in command.commands:
+                wrong += [word] if re.fullmatch(r"[a-z][a-z-]*", word) else []
+                break
+            command = command.commands[word]
+        known = {"--help", *(flag for each in command.params for flag in (*each.opts, *each.secondary_opts))}
+        wrong += [word for word in words if word.startswith("--") and word.split("=")[0] not in known]
+    return wrong
+
+
+def test_every_command_of_the_pages_exists_with_its_flags() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}: {line}: {words}"
+        for path in pages()
+        for line in spoken(path.read_text())
+        if (words := wrong_words(line))
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("colm up --model DIR --decode 2   # --gone", []),
+        ("HEAD=x; kubectl exec $HEAD -c ray-head -- colm token create NAME --secrets DIR", []),
+        ("colm upp", ["upp"]),
+        ("colm token create NAME --secret DIR", ["--secret"]),
+    ],
+)
+def test_a_command_that_does_not_exist_is_named(line: str, wrong: list[str]) -> None:
+    assert wrong_words(line) == wrong
+
+
+def test_every_module_and_target_that_a_page_has_one_run_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    missing = []
+    for path in pages():
+        for line in spoken(path.read_text()):
+            for module in re.findall(r"python -m ((?:bench|tests|prefill_node|decode_node)[\w.]*)", line):
+                place = ROOT / module.replace(".", "/")
+                if not (place.with_suffix(".py").exists() or (place / "__main__.py").exists()):
+                    missing.append(f"{path.name}: python -m {module}")
+            if (target := re.match(r"make ([a-z-]+)$", line)) and target[1] not in targets:
+                missing.append(f"{path.name}: {line}")
+    assert missing == []
+
+
+def test_every_decision_that_is_named_exists() -> None:
+    there = {int(path.name[:4]) for path in (ROOT / "docs" / "adr").glob("0*.md")}
+    folders = ("bench", "cluster", "colm", "decode_node", "prefill_node", "kernels", "proto", "tests")
+    files = [*pages(), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    gone = {
+        f"{path.relative_to(ROOT)}: ADR {number}"
+        for path in files
+        for said in re.findall(r"\bADRs? (\d+(?:(?:, | and )\d+)*)", path.read_text(encoding="utf-8"))
+        for number in re.findall(r"\d+", said)
+        if int(number) not in there
+    }
+    assert sorted(gone) == []
