@@ -58,6 +58,10 @@ class NodeLoad:
     """Of a prefill node."""
     waiting_tokens: tuple[int, ...] = ()
     """Of a decode node: lengths of the prompts that wait there for a prefill node."""
+    num_prefilling: int = 0
+    """Of a decode node: requests whose prompts are computed elsewhere, or wait for that; of those that are queued."""
+    num_pages_prefilling: int = 0
+    """Of a decode node: pages that these hold."""
     num_pages_wanted: int = 0
     """Of a decode node: pages that requests wait for."""
     num_places: int = 0

@@ -74,6 +74,10 @@ class DecodeLoad:
     num_queued: int
     num_pages_total: int
     num_pages_used: int
+    num_prefilling: int
+    """Of those that are queued."""
+    num_pages_prefilling: int
+    """Of those that are used."""
     num_pages_wanted: int
     num_places: int
 
@@ -116,7 +120,9 @@ class DecodeNode:
             num_queued=stages[Stage.WAITING] + stages[Stage.PREFILLING],
             num_pages_total=pool.num_pages,
             num_pages_used=pool.num_used,
-            num_pages_wanted=self.owner.num_pages_wanted,
+            num_prefilling=stages[Stage.PREFILLING],
+            num_pages_prefilling=min(self.owner.num_pages_of(Stage.PREFILLING), pool.num_used),
+            num_pages_wanted=self.owner.num_pages_of(Stage.WAITING),
             num_places=self._options.settings.max_batch_size,
         )
 

@@ -153,10 +153,9 @@ class RequestOwner:
         """The number of requests in each stage."""
         return Counter(request.stage for request in self._requests.values())
 
-    @property
-    def num_pages_wanted(self) -> int:
-        """Pages of the requests that wait for some, as if they shared none."""
-        return sum(self._num_pages(each.job) for each in self._requests.values() if each.stage is Stage.WAITING)
+    def num_pages_of(self, stage: Stage) -> int:
+        """Pages of the requests in a stage, as if they shared none."""
+        return sum(self._num_pages(each.job) for each in self._requests.values() if each.stage is stage)
 
     async def run(self, job: DecodeJob, emit: Emit) -> None:
         """Serve one request; returns after its `Finished` was emitted. However it ends, it holds nothing any more.

@@ -77,11 +77,15 @@ class Autoscaler:
 
     async def run(self) -> None:
         """Look every `LOOK_S` seconds, until cancelled."""
+        complaint = ""
         while True:
             try:
                 await self.look()
+                complaint = ""
             except ClusterError as err:
-                logger.warning("pool.not_scaled cause=%s", err)
+                if str(err) != complaint:
+                    logger.warning("pool.not_scaled cause=%s", err)
+                complaint = str(err)
             await asyncio.sleep(LOOK_S)
 
     async def look(self) -> None:

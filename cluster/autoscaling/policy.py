@@ -60,14 +60,15 @@ def prefill_demand(*, queued_s: float, num_prompts: int, num_busy: float, target
 
 
 def decode_demand(
-    *, num_pages: float, pages_per_replica: int, num_requests: int, places_per_replica: int, target_use: float
+    *, num_pages: float, pages_per_replica: int, num_requests: float, places_per_replica: int, target_use: float
 ) -> float:
     """Replicas that the requests of a decode pool would need: by pages or by places in the batch, whichever is more.
 
     Args:
         num_pages: reserved, and waited for.
         pages_per_replica: of the KV pool.
-        num_requests: which decode, prefill, or wait for pages or for a decode node.
+        num_requests: which decode, prefill, or wait for pages or for a decode node. What a request holds and waits for
+            only since its prompt stands in line for a prefill node should not be among either.
         places_per_replica: answers that a step advances.
         target_use: share of both that a replica should have in use.
     """

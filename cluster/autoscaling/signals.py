@@ -80,6 +80,9 @@ class PrefillSignal:
 class DecodeSignal:
     """Pages that are reserved or waited for, and places in the batch.
 
+    What a request holds while its prompt stands in line for an engine is the prefill pool's load: more decode nodes
+    would only lengthen that line. So is, in the same share, what waits for what such requests hold.
+
     Args:
         target_use: share of both that a replica should have in use.
         num_waiting: requests that wait for a decode node, at the gateway.
@@ -99,15 +102,40 @@ class DecodeSignal:
         if self._capacity is None:
             return PoolLoad(demand=0.0)
         pages, places = self._capacity
+        num_active = sum(node.num_active_requests for node in decode)
+        num_queued = sum(node.num_queued_requests for node in decode)
+        num_prefilling = sum(node.load.num_prefilling for node in decode)
+        in_line = min(1.0, _num_in_line(nodes) / num_prefilling) if num_prefilling else 0.0
         demand = decode_demand(
-            num_pages=sum(node.num_pages_used + node.load.num_pages_wanted for node in decode),
+            num_pages=_own(
+                held=sum(node.num_pages_used for node in decode),
+                of_line=in_line * sum(node.load.num_pages_prefilling for node in decode),
+                waited_for=sum(node.load.num_pages_wanted for node in decode),
+            ),
             pages_per_replica=pages,
-            num_requests=self._num_waiting()
-            + sum(node.num_active_requests + node.num_queued_requests for node in decode),
+            num_requests=_own(
+                held=num_active + num_prefilling,
+                of_line=in_line * num_prefilling,
+                waited_for=num_queued - num_prefilling + self._num_waiting(),
+            ),
             places_per_replica=places,
             target_use=self._target_use,
         )
         return PoolLoad(demand=demand)
+
+
+def _num_in_line(nodes: Sequence[NodeReport]) -> int:
+    """Prompts for which there is no engine: all beyond one for each prefill node."""
+    prefill = [node for node in nodes if node.role is Role.PREFILL]
+    num_prompts = sum(len(node.load.waiting_tokens) for node in nodes)
+    num_prompts += sum(node.num_active_requests + node.num_queued_requests for node in prefill)
+    return max(0, num_prompts - len(prefill))
+
+
+def _own(*, held: float, of_line: float, waited_for: float) -> float:
+    """What is the decode pool's load, of what is held and what is waited for; `of_line` of what is held is not."""
+    own = held - of_line
+    return own + waited_for * (own / held if held else 1.0)
 
 
 def signal_of(scaling: PoolScaling, num_waiting: Callable[[], int]) -> Signal:

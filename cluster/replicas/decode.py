@@ -144,6 +144,8 @@ class DecodeReplica(NodeReplica):
         load = self._node.load
         told = NodeLoad(
             waiting_tokens=self._prefill_pool.waiting_tokens,
+            num_prefilling=load.num_prefilling,
+            num_pages_prefilling=load.num_pages_prefilling,
             num_pages_wanted=load.num_pages_wanted,
             num_places=load.num_places,
         )

@@ -152,6 +152,19 @@ def test_pages_that_are_waited_for_and_requests_in_the_gateways_line_ask_for_dec
     assert lost.look([], 3.0).demand == 4.0
 
 
+def test_what_stands_in_line_for_prefill_is_no_load_of_the_decode_pool() -> None:
+    """Bug: a prefill pool that was too small brought decode nodes, which only lengthened its line."""
+    signal = DecodeSignal(0.5, lambda: 90)
+    # All pages and 9 of 10 requests are those of prompts, 8 of which have no engine.
+    load = NodeLoad(num_places=10, num_prefilling=9, num_pages_prefilling=90, num_pages_wanted=900)
+    full = replace(decode(used=100, active=1, load=load), num_queued_requests=9)
+    engines = prefill(active=9)
+    own_pages = 100 - 8 / 9 * 90
+    assert signal.look([full, engines], 1.0).demand == pytest.approx(own_pages * (1 + 900 / 100) / 100 / 0.5)
+    idle = prefill(active=1)
+    assert signal.look([full, idle], 2.0).demand == pytest.approx((100 + 900) / 100 / 0.5), "it is the pages that lack"
+
+
 async def test_a_decode_node_tells_which_prompts_wait_for_a_prefill_node() -> None:
     handle = ScriptedHandle()
     pool = ServePrefillPool(handle, num_replicas=2, max_waiting=8, is_alone=False)
@@ -164,7 +177,7 @@ async def test_a_decode_node_tells_which_prompts_wait_for_a_prefill_node() -> No
     assert pool.waiting_tokens == (77,)
     await grant(handle.calls[0], "a", "1")
     await entering
-    assert pool.waiting_tokens == ()
+    assert len(pool.waiting_tokens) == 0
     await lending.__aexit__(None, None, None)
     pool.close()
 

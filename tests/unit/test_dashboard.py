@@ -26,7 +26,7 @@ def expressions() -> Iterator[str]:
 
 def test_every_metric_exists_and_has_the_labels_that_it_is_asked_for() -> None:
     found = list(expressions())
-    assert len(found) == 40 + 8
+    assert len(found) == 44 + 9
     for text in found:
         for name, labels in re.findall(r"\b(colm_\w+)(?:\{([^}]*)\})?", text):
             family = re.sub(r"_bucket$", "", name)

@@ -21,6 +21,13 @@ MUTANTS = (
         _SCALER + "test_prompts_that_wait_for_a_prefill_node_count_by_their_lengths",
     ),
     Mutant(
+        "the line before prefill is load of decode",
+        "cluster/autoscaling/signals.py",
+        "    own = held - of_line\n",
+        "    own = held\n",
+        _SCALER + "test_what_stands_in_line_for_prefill_is_no_load_of_the_decode_pool",
+    ),
+    Mutant(
         "a new gateway begins with the fewest replicas",
         "cluster/autoscaling/autoscaler.py",
         "PoolScaler(each.limits, now_s, numbers.get(each.role))",
