@@ -2,7 +2,8 @@
 
 A client asks about a document as long as the demo's, and a process gets SIGKILL: a decode replica or the gateway in
 mid-answer, a prefill replica in mid-prompt; without standby replicas, and with one more of the killed role. Every
-answer has the tokens of the undisturbed one. Wanted: with a standby, less than a second without a token.
+answer has the tokens of the undisturbed one. Wanted: with a standby, less than a second without a token, and a first
+token that is less than a second later, but for what had been computed by then and has to be computed again.
 """
 
 import contextlib
@@ -106,7 +107,9 @@ class _Asked(contextlib.AbstractContextManager["_Asked"]):
     def lose_decode(self) -> Mapping[str, float]:
         """Kill the decode replica of an answer."""
         seen = self._watch(self._document, self._in_mid_answer(lambda: self._pid_of_busy(Role.DECODE)))
-        assert seen.usage.num_decode_nodes == 2
+        usage = seen.usage
+        assert usage.num_decode_nodes == 2
+        assert usage.num_prefill_cached_tokens == usage.num_prefill_tokens, "the prompt was computed again"
         return {"without_a_token_s": seen.gap_s}
 
     def lose_gateway(self) -> Mapping[str, float]:
@@ -127,11 +130,7 @@ class _Asked(contextlib.AbstractContextManager["_Asked"]):
         seen = self._watch(f"Copy {self._num_documents}.\n{self._document}", kill, is_known=False)
         assert seen.killed_s is not None, "the prompt was there before anybody was killed"
         assert seen.usage.num_kv_streams > 1
-        first_s = seen.token_at_s[0]
-        return {
-            "kill_to_first_token_s": first_s - seen.killed_s,
-            "first_token_later_s": first_s - seen.began_s - self._undisturbed_s,
-        }
+        return seen.lost_prefill(self._undisturbed_s)
 
     def _watch(self, document: str, see: Callable[[Event, "_Seen"], None], *, is_known: bool = True) -> "_Seen":
         self._until_whole()
@@ -192,6 +191,8 @@ class _Seen:
         self.began_s = time.monotonic()
         self.token_ids: list[int] = []
         self.token_at_s: list[float] = []
+        self.prefill_began_s: float | None = None
+        """When the client first heard of it."""
         self.killed_s: float | None = None
         self._finished: Finished | None = None
 
@@ -208,12 +209,31 @@ class _Seen:
         pairs = zip(self.token_at_s, self.token_at_s[1:], strict=False)
         return max(after_s - before_s for before_s, after_s in pairs if after_s > self.killed_s)
 
+    def lost_prefill(self, undisturbed_s: float) -> Mapping[str, float]:
+        """What it cost that the prompt's prefill node was killed; a node that takes over computes all of it.
+
+        Args:
+            undisturbed_s: from the question to the first token where nobody is killed.
+        """
+        assert self.killed_s is not None, "nobody was killed"
+        assert self.prefill_began_s is not None, "nobody was killed while the prompt was computed"
+        later_s = self.token_at_s[0] - self.began_s - undisturbed_s
+        again_s = self.killed_s - self.prefill_began_s
+        return {
+            "kill_to_first_token_s": self.token_at_s[0] - self.killed_s,
+            "first_token_later_s": later_s,
+            "computed_again_s": again_s,
+            "recovery_s": later_s - again_s,
+        }
+
     def note(self, event: Event) -> None:
-        """Remember tokens and the end."""
+        """Remember tokens, when the prefill began, and the end."""
         match event:
             case Token():
                 self.token_ids.append(event.token_id)
                 self.token_at_s.append(time.monotonic())
+            case PrefillProgress():
+                self.prefill_began_s = self.prefill_began_s or time.monotonic()
             case Finished():
                 self._finished = event
             case _:
@@ -230,6 +250,11 @@ class RecoveryOptions(Options):
 
     model: Path
     max_new_tokens: int
+    standby: list[str] | None
+
+
+STANDBY: Mapping[str, Role | None] = {"none": None, "decode": Role.DECODE, "prefill": Role.PREFILL}
+"""What may stand by, by the name that an option gives it."""
 
 
 def main() -> None:
@@ -237,10 +262,13 @@ def main() -> None:
     parser = arguments("bench.recovery", __doc__, rounds=3)
     parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint that reads text")
     parser.add_argument("--max-new-tokens", type=positive, default=400, help="of each answer; 400")
+    parser.add_argument(
+        "--standby", action="append", choices=STANDBY, help="of the clusters, that with this standby; repeatable; all"
+    )
     options = parser.parse_args(namespace=RecoveryOptions())
     cases = [
         RecoveryCase(model=options.model, standby=standby, max_new_tokens=options.max_new_tokens)
-        for standby in (None, Role.DECODE, Role.PREFILL)
+        for standby in map(STANDBY.__getitem__, options.standby or STANDBY)
     ]
     run(cases, options)
 

@@ -2,10 +2,13 @@
 
 In the middle `colm up` changes an option of both roles, and replaces all their replicas.
 
+With `--documents N`: N questions about four times more documents than the caches of nodes in this process hold.
+
 Every request must end in one right answer or one typed error. Memory must stay flat, and nothing be held at the end.
 """
 
 import argparse
+import asyncio
 import json
 import random
 import shlex
@@ -32,6 +35,7 @@ from colm import defaults
 from colm.client import Client, collect
 from colm.errors import ColmError
 from tests.e2e.conftest import holds, run_colm
+from tests.soak import documents
 from tests.soak.faults import Fault, ask_for_nothing, cancel, lines, read_slowly, run_out_of_time
 from tests.soak.questions import End, Question, questions
 from tests.soak.watch import ROLES, WHOLE, Watch
@@ -79,6 +83,8 @@ class Counts:
 def main() -> int:
     """Soak, print a table, write a record; exit with 1 if something must not have been."""
     options = _options()
+    if options.documents:
+        return _soak_documents(options)
     with tempfile.TemporaryDirectory(prefix="colm-soak-") as folder:
         model = (
             options.model
@@ -104,11 +110,28 @@ def main() -> int:
             record = soak(ClusterState.require(state_dir), options, change)
         finally:
             run_colm(state_dir, "down", check=False)
-    command = shlex.join(["python", "-m", "tests.soak", *sys.argv[1:]])
-    record |= {"model": str(options.model or "tiny, random weights"), "command": command, **environment()}
-    Console().print(_table(record))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return _end(record | {"model": str(options.model or "tiny, random weights")}, _table(record), options, "soak.json")
+
+
+def _soak_documents(options: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="colm-soak-") as folder:
+        checkpoint = tiny_checkpoint(Path(folder) / "tiny")
+        plan = documents.Plan(num_asked=options.documents, seed=options.seed, num_workers=options.workers)
+        record = asyncio.run(documents.soak(checkpoint, plan))
+    table = Table("", "", title=f"{options.documents} questions about {documents.NUM_DOCUMENTS} documents")
+    for name, value in record.items():
+        if name != "problems":
+            table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    return _end(record, table, options, "soak_documents.json")
+
+
+def _end(record: dict[str, Any], table: Table, options: argparse.Namespace, file_name: str) -> int:
+    """Show and write a record; 1 if something must not have been."""
+    record |= {"command": shlex.join(["python", "-m", "tests.soak", *sys.argv[1:]]), **environment()}
+    Console().print(table)
+    output: Path = options.output or Path("bench/results") / file_name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if options.json:
         print(json.dumps(record))  # noqa: T201
     for problem in record["problems"]:
@@ -302,7 +325,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kill-every", type=float, default=20.0, help="seconds between kills; 0 for none (default 20)")
     parser.add_argument("--model", type=Path, help="a checkpoint; by default a tiny one with random weights")
     parser.add_argument("--strict", action="store_true", help="fail if a killed process costs a request its answer")
-    parser.add_argument("--output", type=Path, default=Path("bench/results/soak.json"), help="where the record goes")
+    parser.add_argument("--documents", type=int, metavar="N", help="ask N questions about documents instead")
+    parser.add_argument("--output", type=Path, help="where the record goes (default in bench/results)")
     parser.add_argument("--json", action="store_true", help="print the record as the last line")
     options = parser.parse_args()
     if not 0 <= options.faults <= 1:

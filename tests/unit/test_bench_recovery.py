@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench.recovery import RecoveryCase, _Seen
+from colm.events import PrefillProgress
 from colm.nodes import Role
 
 
@@ -22,6 +23,24 @@ def test_a_gap_counts_from_the_token_before_it_if_it_ends_after_the_kill() -> No
 def test_an_answer_in_which_nobody_was_killed_has_no_gap() -> None:
     with pytest.raises(AssertionError, match="nobody was killed"):
         _ = seen([0.0, 1.0], None).gap_s
+
+
+def test_what_has_to_be_computed_again_is_no_part_of_a_recovery() -> None:
+    """Asked at 100 s; 10 s undisturbed. Killed 3 s after the prefill began, and 10.7 s before the first token."""
+    answer = seen([114.2], 103.5)
+    answer.began_s, answer.prefill_began_s = 100.0, 100.5
+    assert answer.lost_prefill(10.0) == pytest.approx(
+        {"kill_to_first_token_s": 10.7, "first_token_later_s": 4.2, "computed_again_s": 3.0, "recovery_s": 1.2}
+    )
+
+
+def test_a_prefill_begins_with_the_first_word_of_it() -> None:
+    answer = _Seen()
+    answer.note(PrefillProgress(num_tokens_done=0, num_tokens_total=9))
+    began_s = answer.prefill_began_s
+    answer.note(PrefillProgress(num_tokens_done=5, num_tokens_total=9))
+    assert began_s is not None
+    assert answer.prefill_began_s == began_s
 
 
 def test_one_more_replica_stands_by_of_the_role_alone() -> None:

@@ -431,4 +431,12 @@ MUTANTS = (
         '"proxy_location": "EveryNode"',
         "tests/unit/test_serve_config.py::test_serve_has_no_proxies_and_no_route",
     ),
+    Mutant(
+        "over HTTP what a prefill node had kept is not counted",
+        "cluster/openai/answers.py",
+        "usages[0].num_cached_tokens + usages[0].num_prefill_cached_tokens if",
+        "usages[0].num_cached_tokens if",
+        "tests/unit/test_cached_tokens.py::"
+        "test_a_conversations_next_turn_finds_the_former_turns_prompt_and_every_count_says_so",
+    ),
 )
