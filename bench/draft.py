@@ -33,9 +33,10 @@ from bench.harness.contest import Case, Contest, Run, timed
 from bench.harness.suite import Options, arguments, num_tokens, positive, run
 from bench.harness.units import length
 from bench.kernels.common import short
-from bench.random_weights import RandomWeights
+from bench.random_weights import RandomCheckpoint, RandomWeights
 from colm import defaults
-from colm.checkpoint import Checkpoint, TextConfig
+from colm.checkpoint import Checkpoint
+from colm.defaults import PAGE_TOKENS
 from colm.errors import ColmError
 from colm.events import Token
 from colm.kv import KvFormat
@@ -58,7 +59,6 @@ from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice
 from decode_node.step_budget import StepBudget
 
-PAGE_TOKENS = 64
 PRESET = "llama-3.2-1b-8-8-8-8-air"
 
 
@@ -119,14 +119,13 @@ class DraftCase(Case):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _RandomCheckpoint(Checkpoint):
-    """Random weights; the later chains' head is zero."""
-
-    weights: RandomWeights
+@dataclass(frozen=True, kw_only=True)
+class _AgreeingChains(RandomWeights):
+    """The later chains' head is zero."""
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        tensors = self.weights.tensors(names)
+        """The named tensors, made anew."""
+        tensors = super().tensors(names)
         for name, tensor in tensors.items():
             if name.startswith("head.") and name != "head.chain1":
                 tensor.zero_()
@@ -147,8 +146,8 @@ class _Node:
             pages.normal_(generator=generator)
         checkpoint = Checkpoint.open(case.model) if case.model is not None else None
         if checkpoint is None:
-            weights = RandomWeights(config=config, dtype=case.dtype, seed=seed)
-            checkpoint = _RandomCheckpoint(path=Path(case.preset), config=config, text=TextConfig(), weights=weights)
+            weights = _AgreeingChains(config=config, dtype=case.dtype, seed=seed)
+            checkpoint = RandomCheckpoint.of(case.preset, weights)
         self.engine = DecodeEngine(checkpoint, self.store)
 
     def steps(self) -> dict[str, Run]:

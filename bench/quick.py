@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from bench.decode import DecodeCase
+from bench.decode.loaded import Models, Source
+from bench.decode.step import DecodeCase
 from bench.first_token import FirstTokenCase
 from bench.harness.contest import Case, measure
 from bench.harness.environment import environment
@@ -29,7 +29,6 @@ from bench.harness.units import digits, duration, length
 from bench.prefill.case import PrefillCase
 from bench.prefill.memory import Prefill
 from cluster.options import load_config
-from colm.checkpoint import Checkpoint
 from colm.defaults import TILE_TOKENS
 from colm.dtypes import parse_dtype
 from colm.model.presets import preset
@@ -98,10 +97,11 @@ def cases(model: Path) -> Iterator[tuple[str, Case]]:
     dtype = parse_dtype(load_config(None, {"model.path": model}).resolved_dtype)
     prefills = [Prefill(model=name, config=preset(name), num_tokens=PROMPT_TOKENS) for name in PRESETS]
     yield "reading a prompt", PrefillCase(prefills=prefills, dtype=dtype, tile_tokens=TILE_TOKENS)
-    for scale in range(1, Checkpoint.open(model).config.num_chains + 1):
+    source, models = Source(str(model)), Models()
+    for scale in range(1, source.config.num_chains + 1):
         yield (
             f"writing at scale {scale}",
-            DecodeCase(model=model, num_chains=scale, context_len=PROMPT_TOKENS, dtype=torch.bfloat16, profile=False),
+            DecodeCase(source=source, num_chains=scale, context_len=PROMPT_TOKENS, models=models),
         )
     yield "a cluster", FirstTokenCase(model=model, state_dir=None, lengths=FIRST_TOKENS, dtype=dtype)
 

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from colm.checkpoint import Checkpoint, TextConfig, WeightSource
 from colm.model import parameter_shapes
 from colm.model.config import ChainConfig
 
@@ -36,3 +39,19 @@ class RandomWeights:
         elif len(shape) == 2 and not name.startswith("embedding."):
             deviation = 1 / math.sqrt(shape[1])
         return torch.empty(shape, dtype=self.dtype).normal_(mean, deviation, generator=generator)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomCheckpoint(Checkpoint):
+    """A checkpoint that was never on disk, for what reads weights from nothing else."""
+
+    weights: WeightSource
+
+    @classmethod
+    def of(cls, name: str, weights: WeightSource) -> Self:
+        """Named like the preset that it has the shape of."""
+        return cls(path=Path(name), config=weights.config, text=TextConfig(), weights=weights)
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The source's."""
+        return self.weights.tensors(names)

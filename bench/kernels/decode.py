@@ -13,9 +13,8 @@ from torch import Tensor
 
 from bench.harness.contest import Contest
 from bench.kernels.common import KernelCase, against_reading, short
+from colm.defaults import PAGE_TOKENS
 from colm.huge_pages import side_by_side
-
-PAGE_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -181,4 +181,18 @@ MUTANTS = (
         "name",
         _DOCS + "test_equal_headings_have_numbers",
     ),
+    Mutant(
+        "pages of a model that cases share are those of the last one",
+        "bench/decode/loaded.py",
+        "max(pages, self._num_pages.get(source, 0))",
+        "pages",
+        "tests/unit/test_bench_decode.py::test_pages_are_as_many_as_the_largest_case_of_a_model_and_one_model_is_held_at_a_time",
+    ),
+    Mutant(
+        "a peer that is absent is not in the record",
+        "bench/decode/__main__.py",
+        'absent["llama.cpp"] = reason',
+        'absent.pop("llama.cpp", reason)',
+        "tests/unit/test_bench_decode.py::test_the_suite_has_every_way_of_a_step_batches_and_attention_and_says_why_a_peer_is_absent",
+    ),
 )

@@ -1,0 +1,1 @@
+"""How fast a decode node's steps are beside plain reading."""
