@@ -1,4 +1,4 @@
-"""What drafts gain: `python -m bench.draft --model models/SmolLM2-135M-Instruct-9-3 --json`.
+"""What drafts gain: `python -m bench.draft --json --output bench/results/draft.json`.
 
 Answers at full scale through the decode loop, as a decode node runs it, from a cache that holds noise:
 
@@ -10,47 +10,40 @@ Beside them are the engine's own steps: `chain1_1` and `all_1` of one token of e
 all that a round of 8 drafts verifies. A verification computes chain 1's part anew; what `chain1_9` takes longer than
 `chain1_1` is the most that keeping it could save.
 
-The weights of a preset are random, and the head of its later chains is zero: all chains then choose what chain 1 chose.
-`--acceptance` spoils that many of its drafts at random, so that a draft is accepted with that probability. A checkpoint
-keeps its own weights. First, drafts must give the tokens of plain steps.
+By itself it runs a checkpoint and a 1B of four chains with random weights, both with the later chains' head zero, so
+that all chains choose what chain 1 chose; some drafts of the 1B are spoilt at random, so that a draft is accepted with
+that probability. And the checkpoint as it is, at 6,400 tokens. `--model` and `--preset` name others: a preset's chains
+agree, and `--acceptance` spoils some of its drafts; a checkpoint keeps its own weights. First, drafts must give the
+tokens of plain steps. All takes about four minutes; `--quick`, of the checkpoint alone, half a minute.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from colm_kernels import native
-from torch import Tensor
 
-from bench.harness.contest import Case, Contest, Run, timed
+from bench.decode.loaded import Models, Source
+from bench.harness.contest import Bar, Case, Contest, Run, timed
 from bench.harness.suite import Options, arguments, num_tokens, positive, run
 from bench.harness.units import length
 from bench.kernels.common import short
-from bench.random_weights import RandomCheckpoint, RandomWeights
 from colm import defaults
-from colm.checkpoint import Checkpoint
-from colm.defaults import PAGE_TOKENS
 from colm.errors import ColmError
 from colm.events import Token
-from colm.kv import KvFormat
 from colm.model import num_step_parameters
-from colm.model.config import ChainConfig
-from colm.model.presets import preset
 from colm.sampling import SamplingParams
 from colm.scale import Changing, Scale
 from decode_node.auto_scale import AutoScale
 from decode_node.decode_loop import DecodeLoop
 from decode_node.drafter import Drafting, StepTimes
-from decode_node.engine import DecodeEngine
-from decode_node.kv_layout import KvLayout
-from decode_node.kv_store import KvStore
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PagePool
 from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
@@ -59,39 +52,48 @@ from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice
 from decode_node.step_budget import StepBudget
 
-PRESET = "llama-3.2-1b-8-8-8-8-air"
+PRESET: Final = "llama-3.2-1b-8-8-8-8-air"
+MODEL: Final = Path("models/SmolLM2-135M-Instruct-9-3")
+OFF_OF_PLAIN: Final = 0.97
+"""Of a plain node's tokens a second, for one that may draft and is not asked to; what is less can be measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftCase(Case):
     """One model, batch and acceptance."""
 
-    model: Path | None
-    """A checkpoint; None for the preset."""
-    preset: str
-    acceptance: float
-    batch_size: int
-    context_len: int
-    new_tokens: int
-    max_draft_tokens: int
-    dtype: torch.dtype
+    source: Source
+    acceptance: float = 1.0
+    wanted: float | None = None
+    """Of plain steps' tokens a second."""
+    batch_size: int = 1
+    context_len: int = 512
+    new_tokens: int = 96
+    max_draft_tokens: int = defaults.MAX_DRAFT_TOKENS
+    dtype: torch.dtype = torch.bfloat16
+    models: Models = field(default_factory=Models, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.models.expect(self.source, self.num_tokens, self.batch_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of an answer in the cache, at its end."""
+        return self.context_len + self.new_tokens
 
     @property
     def name(self) -> str:
-        """The chains, the acceptance, the batch and the context."""
-        chains = "-".join(map(str, self.config.chains))
-        return f"draft_{chains}_a{self.acceptance:g}_b{self.batch_size}_{length(self.context_len)}"
-
-    @property
-    def config(self) -> ChainConfig:
-        """Of the model."""
-        return preset(self.preset) if self.model is None else Checkpoint.open(self.model).config
+        """The chains, the acceptance where drafts are spoilt or all accepted, the batch and the context."""
+        chains = "-".join(map(str, self.source.config.chains))
+        how = f"a{self.acceptance:g}" if self.source.has_agreeing_chains else "own"
+        return f"draft_{chains}_{how}_b{self.batch_size}_{length(self.context_len)}"
 
     @property
     def shape(self) -> dict[str, Any]:
         """The model's, and the answers'."""
-        return self.config.to_dict() | {
-            "model": self.preset if self.model is None else self.model.name,
+        return self.source.config.to_dict() | {
+            "model": self.source.label,
+            "has_agreeing_chains": self.source.has_agreeing_chains,
             "acceptance": self.acceptance,
             "batch_size": self.batch_size,
             "context_len": self.context_len,
@@ -103,52 +105,34 @@ class DraftCase(Case):
     @contextmanager
     def contest(self, seed: int) -> Iterator[Contest]:
         """Answers without drafts, on a node that could, and with them."""
-        node, config = _Node(self, seed), self.config
+        node, config = _Node(self, seed), self.source.config
         plain, off, drafts = _Turn(node), _Turn(node, 0), _Turn(node, self.max_draft_tokens)
 
         def check() -> None:
             assert drafts.token_ids() == plain.token_ids(), "drafts have changed the tokens"
 
+        bars = [Bar("off_of_plain", ["off"], over=["plain"], at_least=OFF_OF_PLAIN)]
+        if self.wanted is not None:
+            bars.append(Bar("drafts_of_plain", ["drafts"], over=["plain"], at_least=self.wanted))
         yield Contest(
             check=check,
             contenders={"plain": plain, "off": off, "drafts": drafts} | node.steps(),
             ours="drafts",
             against=("plain", "off"),
             compared_by="tokens_per_s",
+            bars=bars,
             facts={"chain1_weights_fraction": num_step_parameters(config, 1) / num_step_parameters(config)},
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _AgreeingChains(RandomWeights):
-    """The later chains' head is zero."""
-
-    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, made anew."""
-        tensors = super().tensors(names)
-        for name, tensor in tensors.items():
-            if name.startswith("head.") and name != "head.chain1":
-                tensor.zero_()
-        return tensors
 
 
 class _Node:
     """An engine, and pages of noise for every answer."""
 
     def __init__(self, case: DraftCase, seed: int) -> None:
-        config = case.config
         self.case, self.seed = case, seed
-        layout = KvLayout(KvFormat.of(config, case.dtype), PAGE_TOKENS)
-        self.pages_each = layout.pages(case.context_len + case.new_tokens)
-        self.store = KvStore(layout, case.batch_size * self.pages_each)
-        generator = torch.Generator().manual_seed(seed)
-        for pages in (self.store.k_pages_LBPKD, self.store.v_pages_LBPKD):
-            pages.normal_(generator=generator)
-        checkpoint = Checkpoint.open(case.model) if case.model is not None else None
-        if checkpoint is None:
-            weights = _AgreeingChains(config=config, dtype=case.dtype, seed=seed)
-            checkpoint = RandomCheckpoint.of(case.preset, weights)
-        self.engine = DecodeEngine(checkpoint, self.store)
+        loaded = case.models.loaded(case.source, case.dtype)
+        self.store, self.engine = loaded.store(), loaded.engine("one_call")
+        self.pages_each = self.store.layout.pages(case.num_tokens)
 
     def steps(self) -> dict[str, Run]:
         """Steps of chain 1 and of all chains, of one token an answer and of a whole round."""
@@ -162,7 +146,7 @@ class _Node:
         return {
             f"{name}_{num_tokens}": step(num_chains, num_tokens)
             for num_tokens in (1, 1 + case.max_draft_tokens)
-            for name, num_chains in (("chain1", 1), ("all", case.config.num_chains))
+            for name, num_chains in (("chain1", 1), ("all", case.source.config.num_chains))
         }
 
 
@@ -190,7 +174,7 @@ class _Turn:
         self._node = node
         self._drafting: Drafting | None = None
         if max_draft_tokens is not None:
-            times = StepTimes.of(node.case.config, max_tokens=node.engine.max_exact_tokens)
+            times = StepTimes.of(node.case.source.config, max_tokens=node.engine.max_exact_tokens)
             self._drafting = Drafting(times, MAX_DRAFT_TOKENS)
         self._max_draft_tokens = max_draft_tokens
         self._num_turns = 0
@@ -217,7 +201,7 @@ class _Turn:
         self._num_turns += 1
         page_line = PageLine(PagePool(node.store.num_pages), max_waiting=case.batch_size)
         times = self._drafting.times if self._drafting else None
-        auto_scale = AutoScale([1] * case.config.num_chains)  # nobody leaves the scale to it
+        auto_scale = AutoScale([1] * case.source.config.num_chains)  # nobody leaves the scale to it
         most = node.engine.max_exact_tokens
         loop = DecodeLoop(
             node.engine,
@@ -227,7 +211,7 @@ class _Turn:
             auto_scale=auto_scale,
             times=times,
         )
-        num_chains = case.config.num_chains
+        num_chains = case.source.config.num_chains
         scale = Changing(Scale(num_chains=num_chains, min_chains=num_chains))
         running = asyncio.create_task(loop.run())
         answers: list[RunningAnswer] = []
@@ -265,19 +249,56 @@ class DraftOptions(Options):
     """Of this benchmark."""
 
     model: list[Path]
-    preset: str
+    preset: str | None
     acceptance: list[float]
     batch: list[int]
     context: int
     new_tokens: int
     max_draft_tokens: int
+    quick: bool
+
+
+def suite(*, quick: bool) -> list[DraftCase]:
+    """What is run where no model is named."""
+    small, large = (
+        Source(str(MODEL), has_agreeing_chains=True),
+        Source(PRESET, is_preset=True, has_agreeing_chains=True),
+    )
+    models = Models()
+    cases = [
+        DraftCase(source=small, wanted=1.15, models=models),
+        # Where drafts cannot pay they must cost nothing: chain 1 reads as many keys and values as all chains do.
+        DraftCase(source=Source(str(MODEL)), context_len=6400, wanted=OFF_OF_PLAIN, models=models),
+    ]
+    spoilt = [] if quick else [(1.0, 2.5), (0.7, 1.7), (0.2, None)]
+    return cases + [DraftCase(source=large, acceptance=a, wanted=wanted, models=models) for a, wanted in spoilt]
+
+
+def named(options: DraftOptions) -> list[DraftCase]:
+    """The preset at every acceptance, then the checkpoints as they are; every batch."""
+    preset = Source(options.preset, is_preset=True, has_agreeing_chains=True) if options.preset else None
+    sources = [(preset, acceptance) for acceptance in options.acceptance] if preset else []
+    models = Models()
+    return [
+        DraftCase(
+            source=source,
+            acceptance=acceptance,
+            batch_size=batch_size,
+            context_len=options.context,
+            new_tokens=options.new_tokens,
+            max_draft_tokens=min(options.max_draft_tokens, MAX_DRAFT_TOKENS),
+            models=models,
+        )
+        for source, acceptance in [*sources, *((Source(str(model)), 1.0) for model in options.model)]
+        for batch_size in options.batch
+    ]
 
 
 def main() -> None:
-    """The preset at every acceptance, then the checkpoints as they are; every batch."""
-    parser = arguments("bench.draft", __doc__, rounds=5)
+    """The suite, or the models that are named."""
+    parser = arguments("bench.draft", __doc__, rounds=3)
     parser.add_argument("--model", type=Path, nargs="*", default=[], help="checkpoints' directories")
-    parser.add_argument("--preset", default=PRESET, help=f"a model of random weights; {PRESET}, none with ''")
+    parser.add_argument("--preset", help=f"a model of random weights, e.g. {PRESET}")
     parser.add_argument("--acceptance", type=float, nargs="*", default=[1.0, 0.7, 0.2], help="of the preset's drafts")
     parser.add_argument("--batch", type=positive, nargs="*", default=[1], help="answers at once; 1")
     parser.add_argument("--context", type=num_tokens, default=512, help="tokens in the cache at first; 512")
@@ -288,24 +309,11 @@ def main() -> None:
         default=defaults.MAX_DRAFT_TOKENS,
         help=f"of a round, at most {MAX_DRAFT_TOKENS}; a node's default, {defaults.MAX_DRAFT_TOKENS}",
     )
+    parser.add_argument("--quick", action="store_true", help="where no model is named: no large model, 1 round")
     options = parser.parse_args(namespace=DraftOptions())
-    case = partial(
-        DraftCase,
-        preset=options.preset,
-        context_len=options.context,
-        new_tokens=options.new_tokens,
-        max_draft_tokens=min(options.max_draft_tokens, MAX_DRAFT_TOKENS),
-        dtype=torch.bfloat16,
-    )
-    cases = [
-        case(model=model, acceptance=acceptance, batch_size=batch_size)
-        for model, acceptances in (
-            (None, options.acceptance if options.preset else []),
-            *((m, [1.0]) for m in options.model),
-        )
-        for acceptance in acceptances
-        for batch_size in options.batch
-    ]
+    if options.quick:
+        options.rounds = 1
+    cases = named(options) if options.model or options.preset else suite(quick=options.quick)
     run(cases, options, variants=native.available_variants())
 
 

@@ -3,6 +3,7 @@
 Shapes: L layers, B pages of the pool, P tokens of a page, K kv heads, D head dim.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from bench.peers.weights import RepeatedWeights
 from bench.random_weights import RandomCheckpoint
-from colm.checkpoint import Checkpoint
+from colm.checkpoint import Checkpoint, WeightSource
 from colm.defaults import PAGE_TOKENS
 from colm.kv import KvFormat
 from colm.model.config import ChainConfig
@@ -40,14 +41,20 @@ class Source:
     name: str
     """A checkpoint's directory, or a preset, whose weights are random."""
     is_preset: bool = False
+    has_agreeing_chains: bool = False
+    """The head of the later chains is zero: all of them then choose what chain 1 chose."""
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """Opened; a preset's is nowhere on disk."""
-        if not self.is_preset:
-            return Checkpoint.open(Path(self.name))
-        config = preset(self.name)
-        return RandomCheckpoint.of(self.name, RepeatedWeights(config=config, dtype=torch.bfloat16, seed=0))
+        """Opened; a preset's is nowhere on disk, nor one whose weights are changed."""
+        weights: WeightSource
+        if self.is_preset:
+            weights = RepeatedWeights(config=preset(self.name), dtype=torch.bfloat16, seed=0)
+        else:
+            weights = opened = Checkpoint.open(Path(self.name))
+            if not self.has_agreeing_chains:
+                return opened
+        return RandomCheckpoint.of(self.name, _AgreeingChains(weights) if self.has_agreeing_chains else weights)
 
     @property
     def config(self) -> ChainConfig:
@@ -58,6 +65,24 @@ class Source:
     def label(self) -> str:
         """Without the folder."""
         return Path(self.name).name
+
+
+@dataclass(frozen=True)
+class _AgreeingChains:
+    """Other weights, but that the head of the later chains is zero."""
+
+    weights: WeightSource
+
+    @property
+    def config(self) -> ChainConfig:
+        """Of the other weights."""
+        return self.weights.config
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors."""
+        tensors = self.weights.tensors(names)
+        later = {name for name in tensors if name.startswith("head.") and name != "head.chain1"}
+        return {name: torch.zeros_like(each) if name in later else each for name, each in tensors.items()}
 
 
 class Loaded:
@@ -84,7 +109,7 @@ class Loaded:
         """One that steps in such a way."""
         if way not in self._engines:
             quantisation: Quantisation | None = way if way in ("int8", "q4") else None
-            store = self._store(_cache_dtype(way))
+            store = self.store(_cache_dtype(way))
             layout = WeightLayout(dtype=self._dtype, quantisation=quantisation)
             self._engines[way] = DecodeEngine(self._checkpoint, store, in_one_call=way != "modules", weights=layout)
         return self._engines[way]
@@ -105,7 +130,8 @@ class Loaded:
     def _layout(self, cache_dtype: KvCacheDtype) -> KvLayout:
         return KvLayout(KvFormat.of(self._checkpoint.config, self._dtype), PAGE_TOKENS, cache_dtype)
 
-    def _store(self, cache_dtype: KvCacheDtype) -> KvStore:
+    def store(self, cache_dtype: KvCacheDtype = "model") -> KvStore:
+        """Pages of noise."""
         if cache_dtype not in self._stores:
             store = self._stores[cache_dtype] = KvStore(self._layout(cache_dtype), self._num_pages)
             for scales_LBPK in (store.k_scales_LBPK, store.v_scales_LBPK):
