@@ -13,7 +13,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import chain
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from colm.fair_queue import FairQueue
 from decode_node.plan import PlanRow, StepPlan
@@ -48,6 +48,9 @@ class Answer(Hashable, Protocol):
 
 A = TypeVar("A", bound=Answer)
 
+FIRST_SHARE: Final = 0.25
+"""Of the room for prompts, for the one that came first; as of a prefill node's time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Step(Generic[A]):
@@ -65,13 +68,13 @@ class Step(Generic[A]):
 
 
 class Scheduler(Generic[A]):
-    """Every active answer takes part in every step, with at least one token.
+    """Every active answer that has read its prompt takes part in every step.
 
     Places in the batch go to those that wait, one of each client in a round, and keep until the answer leaves.
 
-    What the step's budget leaves is for prompts, in pieces, the one with the least left first: so a short one waits for
-    no more than the step that runs, and a long one gets on by a token a step at least. What prompts leave is for
-    drafts; those that are cut off have been drafted in vain.
+    What the step's budget leaves is for prompts, in pieces: a share for the one that came first, the rest for those
+    with the least left. So a short one waits for no more than the step that runs, unless shorter ones come, and nobody
+    waits for ever. What prompts leave is for drafts; those that are cut off have been drafted in vain.
 
     A step drafts while every answer of more than one chain wants another draft: then chain 1's weights alone are read,
     and answers of one chain take part with the rows that they ask for anyway. As soon as one wants no draft, because it
@@ -214,21 +217,31 @@ class Scheduler(Generic[A]):
     def _rows(self, drafts: Mapping[A, PlanRow]) -> Iterator[tuple[A, PlanRow]]:
         num_tokens = self._num_tokens(drafts)
         for answer in self._active:
-            rows = [drafts[answer]] if answer in drafts else answer.next_rows(num_tokens[answer])
-            yield from ((answer, row) for row in rows)
+            if answer in drafts:
+                yield answer, drafts[answer]
+            elif answer in num_tokens:
+                yield from ((answer, row) for row in answer.next_rows(num_tokens[answer]))
 
     def _num_tokens(self, drafts: Mapping[A, PlanRow]) -> dict[A, int]:
-        """How many tokens each answer reads, within the budget."""
-        num_tokens = dict.fromkeys(self._active, 1)
-        readers = [answer for answer in self._active if answer not in drafts]
-        goes_on = bool(drafts) or any(answer.num_unread == 1 for answer in readers)
-        room = self._budget.tokens(len(num_tokens), goes_on=goes_on) - len(num_tokens)
-        prompts = sorted((answer.num_unread - 1, place, answer) for place, answer in enumerate(readers))
-        drafted = [(answer.num_drafts, answer) for answer in readers]
-        for wanted, answer in [*((wanted, answer) for wanted, _, answer in prompts), *drafted]:
-            given = min(room, wanted)
-            num_tokens[answer] += given
-            room -= given
+        """How many tokens each answer reads that takes part, within the budget."""
+        num_tokens = {answer: 1 for answer in self._active if answer in drafts or answer.num_unread == 1}
+        going = [answer for answer in num_tokens if answer not in drafts]
+        prompts = [answer for answer in self._active if answer not in num_tokens]
+        room = self._budget.tokens(len(num_tokens)) - len(num_tokens)
+
+        def give(answer: A, wanted: int) -> None:
+            nonlocal room
+            if given := min(room, wanted):
+                num_tokens[answer] = num_tokens.get(answer, 0) + given
+                room -= given
+
+        if prompts:
+            first = prompts[0]
+            give(first, min(first.num_unread, max(1, int(FIRST_SHARE * room))))
+        for answer in sorted(prompts, key=lambda each: each.num_unread):
+            give(answer, answer.num_unread - num_tokens.get(answer, 0))
+        for answer in going:
+            give(answer, answer.num_drafts)
         return num_tokens
 
     def _holds(self, answer: A) -> bool:

@@ -35,18 +35,15 @@ class StepBudget:
     max_tokens: int
     """Where none does."""
 
-    def tokens(self, num_answers: int, *, goes_on: bool) -> int:
-        """Most tokens of a step, one of each answer among them.
+    def tokens(self, num_going: int) -> int:
+        """Most tokens of a step in which so many answers go on, one of each among them.
 
-        A batch that is as large as the budget leaves prompts half a budget all the same: else the first tokens of all
-        who come to a busy node would take as many steps as their prompts have tokens.
-
-        Args:
-            num_answers: in the step.
-            goes_on: the next token of one of them is due.
+        A batch that is as large as the budget leaves prompts half a budget all the same: else whoever comes to a busy
+        node would never begin.
         """
-        step_tokens = self.step_tokens if goes_on else max(self.max_tokens, self.step_tokens)
-        return max(step_tokens, num_answers + step_tokens // 2)
+        if not num_going:
+            return max(self.max_tokens, self.step_tokens)
+        return max(self.step_tokens, num_going + (self.step_tokens + 1) // 2)
 
 
 def measure(step: Callable[[int], object], clock: Clock, *, max_tokens: int) -> int:

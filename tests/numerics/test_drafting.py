@@ -201,10 +201,11 @@ class Batch:
         if self.step is None:
             return
         # Nobody starves, and nobody waits for more than the budget.
-        num_tokens = [self.step.num_tokens(member) for member in {*self.step.answers}]
-        goes_on = any(num_unread[member] == 1 for member in self.step.answers)
-        assert sum(num_tokens) <= self.budget.tokens(len(num_tokens), goes_on=goes_on)
-        assert {*self.step.answers} == {*self.scheduler.active}
+        num_tokens = sum(len(row.token_ids) for row in self.step.plan.rows)
+        prompts = [member for member in self.scheduler.active if num_unread[member] > 1]
+        going = {*self.scheduler.active}.difference(prompts)
+        assert num_tokens <= self.budget.tokens(len(going))
+        assert going.union(prompts[:1]) <= {*self.step.answers}
 
     def end(self) -> None:
         assert self.step is not None

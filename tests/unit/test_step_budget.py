@@ -52,15 +52,15 @@ def test_a_start_waits_less_than_a_second_for_a_small_model_and_two_rounds_for_a
     assert large.sizes.count(1) == 1 + 2
 
 
-@given(step_tokens=st.integers(1, 64), max_tokens=st.integers(1, 64), num_answers=st.integers(1, 64))
-def test_a_step_has_room_for_each_answer_and_its_budget(step_tokens: int, max_tokens: int, num_answers: int) -> None:
+@given(step_tokens=st.integers(1, 64), max_tokens=st.integers(1, 64), num_going=st.integers(1, 64))
+def test_a_step_has_room_for_each_answer_and_somebody_beside(step_tokens: int, max_tokens: int, num_going: int) -> None:
     budget = StepBudget(step_tokens=step_tokens, max_tokens=max_tokens)
-    beside, alone = (budget.tokens(num_answers, goes_on=goes_on) for goes_on in (True, False))
-    assert num_answers <= beside <= alone
-    if num_answers <= step_tokens // 2:
-        assert (beside, alone) == (step_tokens, max(step_tokens, max_tokens))
+    assert budget.tokens(num_going) > num_going
+    assert budget.tokens(0) == max(step_tokens, max_tokens)
+    if num_going <= step_tokens // 2:
+        assert budget.tokens(num_going) == step_tokens
 
 
-@pytest.mark.parametrize(("num_answers", "expected"), [(1, 12), (6, 12), (7, 13), (32, 38)])
-def test_a_large_batch_leaves_others_half_a_budget(num_answers: int, expected: int) -> None:
-    assert StepBudget(step_tokens=12, max_tokens=64).tokens(num_answers, goes_on=True) == expected
+@pytest.mark.parametrize(("num_going", "expected"), [(1, 12), (6, 12), (7, 13), (32, 38)])
+def test_a_large_batch_leaves_others_half_a_budget(num_going: int, expected: int) -> None:
+    assert StepBudget(step_tokens=12, max_tokens=64).tokens(num_going) == expected

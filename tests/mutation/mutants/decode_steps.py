@@ -57,8 +57,8 @@ MUTANTS = (
     Mutant(
         "the batch is always one",
         "decode_node/scheduler.py",
-        "for answer in self._active:\n            rows",
-        "for answer in list(self._active)[:1]:\n            rows",
+        "for answer in self._active:\n            if answer in drafts:\n",
+        "for answer in list(self._active)[:1]:\n            if answer in drafts:\n",
         _LOOP + "test_answers_share_steps_and_never_more_than_the_batch_holds",
     ),
     Mutant(
@@ -71,24 +71,31 @@ MUTANTS = (
     Mutant(
         "a step reads prompts and drafts of any length",
         "decode_node/scheduler.py",
-        "given = min(room, wanted)",
-        "given = wanted",
+        "given := min(room, wanted)",
+        "given := wanted",
         _LOOP + "test_a_long_prompt_is_read_in_pieces_between_the_steps_of_an_answer_that_goes_on",
     ),
     Mutant(
         "the longest prompt goes first",
         "decode_node/scheduler.py",
-        "sorted((answer.num_unread - 1, place, answer)",
-        "sorted((1 - answer.num_unread, place, answer)",
+        "sorted(prompts, key=lambda each: each.num_unread)",
+        "sorted(prompts, key=lambda each: -each.num_unread)",
         "tests/unit/test_scheduler.py::"
         "test_a_long_prompt_is_read_in_pieces_beside_an_answer_and_a_short_one_goes_first",
     ),
     Mutant(
         "answers that go on wait for steps of the largest size",
         "decode_node/scheduler.py",
-        "goes_on = bool(drafts) or any(answer.num_unread == 1 for answer in readers)",
-        "goes_on = False",
+        "self._budget.tokens(len(num_tokens)) - len(num_tokens)",
+        "self._budget.tokens(0) - len(num_tokens)",
         _LOOP + "test_a_long_prompt_is_read_in_pieces_between_the_steps_of_an_answer_that_goes_on",
+    ),
+    Mutant(
+        "a long prompt waits until nobody comes with a short one",
+        "decode_node/scheduler.py",
+        "        if prompts:\n",
+        "        if False:\n",
+        "tests/unit/test_scheduler.py::test_a_crowd_of_short_prompts_keeps_no_long_one_out",
     ),
     Mutant(
         "a disturbed step counts as much as an undisturbed one",
@@ -177,8 +184,8 @@ MUTANTS = (
     Mutant(
         "drafts go before the prompts of those who have just come",
         "decode_node/scheduler.py",
-        "in [*((wanted, answer) for wanted, _, answer in prompts), *drafted]:",
-        "in [*drafted, *((wanted, answer) for wanted, _, answer in prompts)]:",
+        "        if prompts:\n",
+        "        for answer in going:\n            give(answer, answer.num_drafts)\n        if prompts:\n",
         "tests/unit/test_scheduler.py::test_drafts_give_way_where_a_step_would_be_larger_than_it_may_be",
     ),
     Mutant(
