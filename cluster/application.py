@@ -20,6 +20,8 @@ from decode_node.node import DecodeOptions
 from prefill_node.node import PrefillOptions
 
 APPLICATION = "colm"
+SUCCESSOR = "colm-successor"
+"""The two names that an application of ours may have: a model takes the place of another one in the other (ADR 55)."""
 GATEWAY, DECODE, PREFILL = "gateway", "decode", "prefill"
 # A role's custom resource: each replica takes one, so replicas go to the nodes that carry it.
 PREFILL_RESOURCE, DECODE_RESOURCE = "prefill", "decode"
@@ -36,18 +38,21 @@ def build(
     model_path: Path,
     secrets: SecretFiles,
     *,
+    name: str = APPLICATION,
     beside: bool = False,
+    is_open: bool = True,
     kept: Mapping[str, int] = MappingProxyType({}),
 ) -> serve.Application:
     """Bind the three deployments together. Ray keeps what they are bound to, so no secret is among it.
 
     A deployment's version is a digest of its options, so where an application is replaced, Serve restarts the replicas
     of those alone whose options have changed; with `beside`, the next ones start before the last ones go. `kept` has
-    how many replicas a deployment has: where the load says how many, it goes on with these.
+    how many replicas a deployment has: where the load says how many, it goes on with these. The gateway listens where
+    `is_open`.
     """
     dtype = config.resolved_dtype
     model = str(model_path)
-    report_to = (GATEWAY, APPLICATION)
+    report_to = (GATEWAY, name)
     metrics = config.metrics
     metrics_host = metrics.host if metrics.enabled else None
     traces = config.tracing.files
@@ -93,7 +98,7 @@ def build(
     gateway = config.gateway
     gateway_options = GatewayOptions(
         model_path=model,
-        model_name=config.model.name or model_path.name,
+        model_name=config.model.served_name,
         dtype=dtype,
         host=gateway.host,
         port=gateway.port,
@@ -129,6 +134,7 @@ def build(
         version=_version(gateway_options, secrets),
         surge=100,  # it listens on the ports of the last one, beside it
         shutdown_s=gateway.drain_s + 2 * _SHUTDOWN_S,
+        user_config={"is_open": is_open},
     ).bind(gateway_options, secrets, decode)
 
 
@@ -157,6 +163,7 @@ def _deployment(
     version: str,
     surge: int,
     shutdown_s: float = _SHUTDOWN_S,
+    user_config: dict[str, bool] | None = None,
 ) -> Any:
     return serve.deployment(
         replica,
@@ -171,6 +178,7 @@ def _deployment(
         # Every lease and report would be a line; what matters is in the project's own lines.
         logging_config={"enable_access_log": False},
         **_HEALTH,
+        user_config=user_config,
         graceful_shutdown_timeout_s=shutdown_s,
         graceful_shutdown_wait_loop_s=0.2,
     ).options(version=version, _internal=True)  # otherwise each run restarts every replica, changed or not

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import ByteSize
 
 from cluster.options import ClusterConfig
 from colm.errors import ConfigError
 
-_FIXED_SECTIONS = ("model", "security")
+_FIXED_SECTIONS = ("security",)
 _FIXED = ("ray.address", "ray.insecure", "gateway.host", "gateway.tls_certificate", "gateway.tls_key")
 """Options that replicas in turn cannot take on: clients, files and the other replicas rely on them."""
 _PORTS = ("gateway.port", "gateway.http_port")
@@ -20,7 +21,8 @@ _REPLICA_BYTES = 1 << 30
 
 def as_kept(config: ClusterConfig) -> dict[str, Any]:
     """The options as the state file keeps them."""
-    kept = config.model_copy(update={"model": config.model.model_copy(update={"path": _whole(config.model.path)})})
+    known = {"path": _whole(config.model.path), "name": config.model.served_name}
+    kept = config.model_copy(update={"model": config.model.model_copy(update=known)})
     return kept.model_dump(mode="json")
 
 
@@ -60,15 +62,47 @@ def weights_stamp(path: Path) -> str:
     return f"{found.st_size}.{found.st_mtime_ns}"
 
 
+def is_another_model(before: ClusterConfig, config: ClusterConfig) -> bool:
+    """Whether the other options are of another model: no answer of the one could go on at replicas of the other."""
+    paths = {_whole(each.model.path) for each in (before, config)}
+    return len(paths) > 1 or before.resolved_dtype != config.resolved_dtype
+
+
 def has_room_for_both(config: ClusterConfig, weights: Path) -> bool:
     """Whether the next replicas may start beside those that run: on this machine's CPUs alone, in the memory left."""
     if config.ray.address is not None or any(section.resolved_device != "cpu" for section in config.placed.values()):
         return False
-    num_replicas = sum(section.most_replicas for section in config.placed.values())
-    needed = num_replicas * (2 * weights.stat().st_size + _REPLICA_BYTES) + (
-        config.decode.most_replicas * config.decode.kv_cache_bytes
-    )
-    return needed < psutil.virtual_memory().available
+    return _needed_bytes(config, weights) < psutil.virtual_memory().available
+
+
+def require_room_for_both(config: ClusterConfig, weights: Path) -> None:
+    """Refuse another model that has no room beside the one that runs; what a joined Ray has, only Ray can tell.
+
+    Raises:
+        ConfigError: says how much there is, how much is needed, and the way out.
+    """
+    if config.ray.address is not None:
+        return
+    for name, section in config.placed.items():
+        if section.resolved_device != "cpu" and not section.num_gpus:
+            raise ConfigError(
+                f"{name}.device={section.device!r} with {name}.num_gpus=0 shares a GPU, and nobody has counted the "
+                "memory that another model would find there beside the one that runs; run `colm down` first"
+            )
+    if (needed := _needed_bytes(config, weights)) >= (free := psutil.virtual_memory().available):
+        raise ConfigError(
+            f"another model beside the one that runs takes up to {ByteSize(needed).human_readable()}, and this machine "
+            f"has {ByteSize(free).human_readable()} left; lower decode.kv_cache_bytes="
+            f"{config.decode.kv_cache_bytes.human_readable()} or the replicas, or run `colm down` first"
+        )
+
+
+def _needed_bytes(config: ClusterConfig, weights: Path) -> int:
+    """Memory of all replicas that compute on the CPU, at most."""
+    on_cpu = [section for section in config.placed.values() if section.resolved_device == "cpu"]
+    pages = config.decode.most_replicas * config.decode.kv_cache_bytes if config.decode in on_cpu else 0
+    num_replicas = sum(section.most_replicas for section in on_cpu)
+    return num_replicas * (2 * weights.stat().st_size + _REPLICA_BYTES) + pages
 
 
 def _at(options: dict[str, Any], name: str) -> Any:

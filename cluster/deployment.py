@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
-from cluster.application import APPLICATION, DECODE_RESOURCE, GATEWAY, PREFILL_RESOURCE, build
+from cluster.application import APPLICATION, DECODE_RESOURCE, GATEWAY, PREFILL_RESOURCE, SUCCESSOR, build
 from cluster.options import ClusterConfig, RaySection
 from cluster.ray_guard import check_token_mode
 from cluster.replicas.replica_numbers import kept_numbers
@@ -61,25 +61,24 @@ def deploy(
         _connect(ray_address)
         gcs_address = _check(config)
         serve.start(proxy_location="Disabled")
-        if APPLICATION in serve.status().applications:
-            raise ClusterError(
-                f"Ray at {ray_address} runs a {APPLICATION!r} application already; run `colm down` there"
-            )
+        if ours := _ours():
+            raise ClusterError(f"Ray at {ray_address} runs a {ours[0]!r} application already; run `colm down` there")
         before_placing(gcs_address)
-        return _run(config, checkpoint, secrets, gcs_address, beside=False)
+        return _run(APPLICATION, config, checkpoint, secrets, gcs_address)
     finally:
         # Ray kills a driver that is still connected when Ray stops.
         ray.shutdown()
 
 
 def change(
-    config: ClusterConfig, checkpoint: Checkpoint, secrets: SecretFiles, ray_address: str, *, beside: bool
+    name: str, config: ClusterConfig, checkpoint: Checkpoint, secrets: SecretFiles, ray_address: str, *, beside: bool
 ) -> None:
     """Replace the running application by one of other options, and wait until every replica has them.
 
     Serve replaces the replicas of each role in turn. Those that go finish what they have, or hand it over.
 
     Args:
+        name: of the application.
         config: what to run.
         checkpoint: the model, the same as before.
         secrets: likewise.
@@ -93,29 +92,75 @@ def change(
     try:
         _connect(ray_address)
         gcs_address = _check(config)
-        if APPLICATION not in serve.status().applications:
-            raise ClusterError(f"Ray at {ray_address} runs no {APPLICATION!r} application; run `colm down`, then `up`")
-        _run(config, checkpoint, secrets, gcs_address, beside=beside)
+        _keep_only(name, ray_address)
+        _run(name, config, checkpoint, secrets, gcs_address, beside=beside)
     finally:
         ray.shutdown()
 
 
-def remove(ray_address: str, drain_s: float | None = None) -> None:
-    """Remove the application from a Ray cluster; shut Serve down as well if no other application runs.
+def succeed(
+    last: str,
+    config: ClusterConfig,
+    checkpoint: Checkpoint,
+    secrets: SecretFiles,
+    ray_address: str,
+    *,
+    when_open: Callable[[str], None],
+) -> None:
+    """Run another model's application beside the running one, then let it take the place of that.
+
+    Its gateway begins to listen, on the same ports, when all its replicas are ready. The last one's then gets no new
+    request; when those that are inside have ended, it goes with all its replicas.
+
+    Args:
+        last: name of the running application.
+        config: what to run.
+        checkpoint: the other model.
+        secrets: the same as before.
+        ray_address: where it runs.
+        when_open: called with the successor's name when it has taken over; until then a failure leaves the last one as
+            it was.
+
+    Raises:
+        ClusterError: Ray cannot be reached, has no room for both, runs no such application, or a replica did not start.
+    """
+    try:
+        _connect(ray_address)
+        gcs_address = check_is_closed(config.ray)
+        _keep_only(last, ray_address)
+        check_resources(config, ray.available_resources(), "free beside the model that runs")
+        name = SUCCESSOR if last == APPLICATION else APPLICATION
+        try:
+            _run(name, config, checkpoint, secrets, gcs_address, is_open=False, after=last)
+            _run(name, config, checkpoint, secrets, gcs_address)
+        except BaseException:
+            serve.delete(name)
+            raise
+        when_open(name)
+        _drain(last, config.gateway.drain_s, gives_way=True)
+        serve.delete(last)
+    finally:
+        ray.shutdown()
+
+
+def remove(ray_address: str, name: str | None = None, drain_s: float = 0.0) -> None:
+    """Remove what is ours from a Ray cluster; shut Serve down as well if no other application runs.
 
     Args:
         ray_address: where it runs.
-        drain_s: how long its gateway lets answers go on before the nodes end; None where it never came up.
+        name: of the application that serves clients; None where none ever came up.
+        drain_s: how long its gateway lets answers go on before the nodes end.
 
     Raises:
         ClusterError: Ray cannot be reached.
     """
     try:
         _connect(ray_address)
-        if APPLICATION in serve.status().applications:
-            if drain_s is not None:
-                _drain(drain_s)
-            serve.delete(APPLICATION)
+        ours = _ours()
+        if name is not None and name in ours:
+            _drain(name, drain_s)
+        for each in ours:
+            serve.delete(each)
         if not serve.status().applications:
             serve.shutdown()
     except (RayError, TimeoutError) as err:
@@ -124,11 +169,27 @@ def remove(ray_address: str, drain_s: float | None = None) -> None:
         ray.shutdown()
 
 
-def _drain(drain_s: float) -> None:
-    """Let the gateway's answers end; one that is lost has none."""
-    gateway: Any = serve.get_deployment_handle(GATEWAY, APPLICATION)
+def _ours() -> list[str]:
+    """Names of our applications that are there."""
+    there = serve.status().applications
+    return [name for name in (APPLICATION, SUCCESSOR) if name in there]
+
+
+def _keep_only(name: str, ray_address: str) -> None:
+    """Remove what a change of the model left that was killed; refuse a Ray without that application."""
+    ours = _ours()
+    if name not in ours:
+        raise ClusterError(f"Ray at {ray_address} runs no {name!r} application; run `colm down`, then `up`")
+    for each in ours:
+        if each != name:
+            serve.delete(each)
+
+
+def _drain(name: str, drain_s: float, *, gives_way: bool = False) -> None:
+    """Let a gateway's answers end; one that is lost has none."""
+    gateway: Any = serve.get_deployment_handle(GATEWAY, name)
     try:
-        gateway.drain.remote().result(timeout_s=drain_s + _CALL_TIMEOUT_S)
+        gateway.drain.remote(drain_s, gives_way).result(timeout_s=drain_s + _CALL_TIMEOUT_S)
     except (RayError, RayServeException, TimeoutError) as err:
         logger.warning("gateway.not_drained cause=%r", err)
 
@@ -159,17 +220,33 @@ def check_is_closed(section: RaySection) -> str:
 
 
 def _run(
-    config: ClusterConfig, checkpoint: Checkpoint, secrets: SecretFiles, gcs_address: str, *, beside: bool
+    name: str,
+    config: ClusterConfig,
+    checkpoint: Checkpoint,
+    secrets: SecretFiles,
+    gcs_address: str,
+    *,
+    beside: bool = False,
+    is_open: bool = True,
+    after: str = "",
 ) -> Deployed:
-    kept = kept_numbers(APPLICATION) if config.scalings else {}
-    application = build(config, checkpoint.path.absolute(), secrets, beside=beside, kept=kept)
+    """Run an application, and wait until every replica serves and, if it is open, the gateway listens.
+
+    Where the load says how many replicas there are, it begins with as many as the one has that it comes `after`.
+    """
+    kept = kept_numbers(name) or kept_numbers(after) if config.scalings else {}
+    application = build(
+        config, checkpoint.path.absolute(), secrets, name=name, beside=beside, is_open=is_open, kept=kept
+    )
     # Serve's own wait has no timeout and hides the cause of a failure; ours has the one and reports the other.
     target = serve.RunTarget(
-        target=application, name=APPLICATION, route_prefix=None, external_scaler_enabled=bool(config.scalings)
+        target=application, name=name, route_prefix=None, external_scaler_enabled=bool(config.scalings)
     )
     handle: Any
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
-    _wait_until_running(config.ray.ready_timeout_s)
+    _wait_until_running(name, config.ray.ready_timeout_s)
+    if not is_open:
+        return Deployed("", "", gcs_address)
     address, http_address = handle.addresses.remote().result(timeout_s=_CALL_TIMEOUT_S)
     return Deployed(address, http_address, gcs_address)
 
@@ -193,43 +270,46 @@ def _connect(ray_address: str) -> None:
         signal.alarm(0)  # once Ray has seen a SIGTERM, it aborts the process three seconds later
 
 
-def check_resources(config: ClusterConfig, carried: Mapping[str, float]) -> None:
+def check_resources(config: ClusterConfig, carried: Mapping[str, float], where: str = "") -> None:
     """Refuse a Ray cluster that lacks resources or GPUs for the replicas.
 
     Args:
         config: what to run.
-        carried: amount of each resource in the whole cluster.
+        carried: amount of each resource in the whole cluster, or of what is free of it.
+        where: which part of the cluster that is, for messages; empty for all of it.
 
     Raises:
         ClusterError: names the resource and the way out.
     """
+    said = f" {where}" if where else ""
     for resource, replicas in (
         (PREFILL_RESOURCE, config.prefill.num_replicas),
         (DECODE_RESOURCE, config.decode.num_replicas),
     ):
         if carried.get(resource, 0) < replicas:
             raise ClusterError(
-                f"the Ray cluster carries {carried.get(resource, 0):g} of resource {resource!r} and needs {replicas}; "
+                f"the Ray cluster carries {carried.get(resource, 0):g} of resource {resource!r}{said} and needs "
+                f"{replicas}; "
                 f"start nodes with: ray start --address=HEAD --resources='{{\"{resource}\": 1}}'"
             )
 
     num_gpus = sum(section.num_replicas * section.num_gpus for section in config.placed.values())
     if carried.get("GPU", 0) < num_gpus:
         raise ClusterError(
-            f"the Ray cluster carries {carried.get('GPU', 0):g} GPUs and the replicas take {num_gpus}; start nodes "
-            "on machines whose GPUs Ray finds (`ray status` lists them), or lower num_gpus or replicas"
+            f"the Ray cluster carries {carried.get('GPU', 0):g} GPUs{said} and the replicas take {num_gpus}; start "
+            "nodes on machines whose GPUs Ray finds (`ray status` lists them), or lower num_gpus or replicas"
         )
 
 
-def _wait_until_running(timeout_s: float) -> None:
+def _wait_until_running(name: str, timeout_s: float) -> None:
     give_up_s = time.monotonic() + timeout_s
     while True:
-        application = serve.status().applications[APPLICATION]
+        application = serve.status().applications[name]
         if application.status == ApplicationStatus.RUNNING:
             return
         problems = "; ".join(
-            f"{name}: {_reason(deployment.message)}"
-            for name, deployment in application.deployments.items()
+            f"{role}: {_reason(deployment.message)}"
+            for role, deployment in application.deployments.items()
             if deployment.message
         )
         if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):

@@ -9,7 +9,16 @@ from pathlib import Path
 import torch
 
 from cluster.certificates import look_after
-from cluster.change import as_kept, changed, has_room_for_both, require_changeable, weights_stamp, with_its_ports
+from cluster.change import (
+    as_kept,
+    changed,
+    has_room_for_both,
+    is_another_model,
+    require_changeable,
+    require_room_for_both,
+    weights_stamp,
+    with_its_ports,
+)
 from cluster.client_tokens import TOKENS_FILE, read_clients
 from cluster.exposure import advice_to_clients, own_certificate, require_encryption
 from cluster.interrupts import Interrupts
@@ -90,32 +99,79 @@ def _change(
     config = with_its_ports(config, running.options)
     changes = changed(running.options, config)
     require_changeable(changes)
-    if weights_stamp(checkpoint.weights_path) != running.weights_stamp:
+    before = ClusterConfig.model_validate(running.options)
+    is_another = is_another_model(before, config)
+    if not is_another and weights_stamp(checkpoint.weights_path) != running.weights_stamp:
         raise ClusterError(
             f"{checkpoint.weights_path} was written anew since this cluster read it, and answers that run cannot go on "
-            "with other weights; run `colm down` first"
+            "with other weights; write a new checkpoint beside it and name that, or run `colm down` first"
         )
     if not changes:
         say("the cluster is up with these options already")
         return running
     for name, (has, wants) in changes.items():
         say(f"{name}: {has} -> {wants}")
+    if is_another:
+        require_room_for_both(config, checkpoint.weights_path)
     show_token(state_dir / _RAY_TOKEN)
-    from cluster import deployment
-
-    secrets, before = _secrets(config, state_dir, say, is_new=False), ClusterConfig.model_validate(running.options)
+    secrets = _secrets(config, state_dir, say, is_new=False)
     for danger in _dangers(config):
         say(f"insecure: {danger}")
+    if is_another:
+        return _succeed(before, config, checkpoint, running, secrets, state_dir, say)
+    from cluster import deployment
+
     beside = has_room_for_both(config, checkpoint.weights_path)
     say(f"replacing replicas, {'beside those that run' if beside else 'one by one'}; answers go on")
+    application, address = running.application, running.ray_address
     try:
-        deployment.change(config, checkpoint, secrets, running.ray_address, beside=beside)
+        deployment.change(application, config, checkpoint, secrets, address, beside=beside)
     except BaseException as err:
         say(f"taking the change back: {str(err) or 'interrupted'}")
-        deployment.change(before, checkpoint, secrets, running.ray_address, beside=beside)
+        deployment.change(application, before, checkpoint, secrets, address, beside=beside)
         raise
     state = replace(running, options=as_kept(config))
     state.write(state_dir)
+    return state
+
+
+def _succeed(
+    before: ClusterConfig,
+    config: ClusterConfig,
+    checkpoint: Checkpoint,
+    running: ClusterState,
+    secrets: SecretFiles,
+    state_dir: Path,
+    say: Say,
+) -> ClusterState:
+    """Bring another model up beside the one that runs, and let it take that one's place (ADR 55)."""
+    from cluster import deployment
+
+    state = running
+    last, name = before.model.served_name, config.model.served_name
+    if last != name:
+        say(f"clients that name the model must say {name!r}; [model] name = {last!r} would spare them that")
+    say(f"loading {checkpoint.path.name} beside the model that runs")
+
+    def note_successor(application: str) -> None:
+        nonlocal state
+        state = replace(
+            running,
+            application=application,
+            options=as_kept(config),
+            weights_stamp=weights_stamp(checkpoint.weights_path),
+        )
+        state.write(state_dir)
+        say(f"new requests go to {name}; answers of the last model have {config.gateway.drain_s:g} s to end")
+
+    try:
+        deployment.succeed(
+            running.application, config, checkpoint, secrets, running.ray_address, when_open=note_successor
+        )
+    except BaseException as err:
+        if state is running:
+            say(f"taking the change back: {str(err) or 'interrupted'}")
+        raise
     return state
 
 
@@ -130,32 +186,34 @@ def down(state_dir: Path, say: Say) -> bool:
     with alone(state_dir):
         state = ClusterState.read(state_dir)
         may_run = read_joined(state_dir) is not None or is_left(state_dir / _RAY_TOKEN)
-        drain_s = None if state is None else state.options.get("gateway", {}).get("drain_s")
         if may_run:
-            say("stopping the replicas" + (f"; answers that run have {drain_s:g} s to end" if drain_s else ""))
+            say("stopping the replicas" + ("" if state is None else f"; answers that run have {state.drain_s:g} s"))
         if state is not None and is_running(state_dir / _RAY_TOKEN):
             show_token(state_dir / _RAY_TOKEN)
-            _remove(state.ray_address, say, drain_s)  # an orderly stop; without it their Ray would just kill them
-        _clear(state_dir, say)
+            _remove(state.ray_address, say, state)  # an orderly stop; without it their Ray would just kill them
+        _clear(state_dir, say, state)
     return may_run or state is not None
 
 
-def _clear(state_dir: Path, say: Say) -> None:
+def _clear(state_dir: Path, say: Say, state: ClusterState | None = None) -> None:
     """Stop what runs of a cluster, on its own Ray or on one that it joined, and delete its state files."""
     joined = read_joined(state_dir)
     if joined is not None:
-        _remove(joined, say)
+        _remove(joined, say, state)
     stop_ray(state_dir / _RAY_TOKEN)
     (state_dir / _RAY_TOKEN).unlink(missing_ok=True)
     remove_ray_root(state_dir)
     ClusterState.forget(state_dir)
 
 
-def _remove(ray_address: str, say: Say, drain_s: float | None = None) -> None:
+def _remove(ray_address: str, say: Say, state: ClusterState | None) -> None:
     from cluster import deployment  # imports ray, which reads the environment once: after the token is there
 
     try:
-        deployment.remove(ray_address, drain_s)
+        if state is None:
+            deployment.remove(ray_address)
+        else:
+            deployment.remove(ray_address, state.application, state.drain_s)
     except ClusterError as err:
         say(str(err))
 

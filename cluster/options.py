@@ -25,6 +25,11 @@ class ModelSection(DtypeSettings):
     name: str | None = None
     """Name of the model in clients' requests; by default the directory's name."""
 
+    @property
+    def served_name(self) -> str:
+        """The name that clients say; empty without a path."""
+        return self.name or ("" if self.path is None else self.path.absolute().name)
+
 
 class _ReplicaSettings(PlacementSettings):
     """How many replicas there are, and where."""

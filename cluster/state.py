@@ -92,8 +92,15 @@ class ClusterState:
     """File of the certificate that the gateway shows in place of one of that authority."""
     options: dict[str, Any] = field(default_factory=dict, repr=False)
     """What it was brought up with, by section."""
+    application: str = "colm"
+    """Name of its Serve application."""
     weights_stamp: str = ""
     """Of the checkpoint, as its replicas read it."""
+
+    @property
+    def drain_s(self) -> float:
+        """How long answers have to end when it stops."""
+        return float(self.options.get("gateway", {}).get("drain_s", 0.0))
 
     @property
     def security(self) -> Security:

@@ -78,6 +78,10 @@ class ReaderStalled(PeerUnavailable):
     """The reader of a stream has acknowledged nothing for too long, so what it was to read has been dropped."""
 
 
+class ModelReplaced(ColmError):
+    """An answer that shall be gone on with began with weights that others have replaced; it may be made anew."""
+
+
 class PrefillUnavailable(PeerUnavailable):
     """Prefill nodes were lost again and again; another decode node would ask the same ones."""
 

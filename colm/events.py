@@ -19,6 +19,8 @@ class Accepted:
     """Seconds until the request's deadline."""
     trace_id: str = ""
     """Of the request's trace, 32 hex digits; empty if none is recorded."""
+    revision: str = ""
+    """Names the weights that answer; empty from a gateway that does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,6 +58,8 @@ class Attempts:
         timeout_s = self._upload.request.timeout_s
         self._deadline = None if timeout_s is None else Deadline.after(self._clock, timeout_s)
         self._token_ids: list[int] = []
+        self._revision = ""
+        """Of the weights that those are of."""
         self._num_failures = 0
         self._is_accepted = False
         self._was_accepted = False
@@ -95,6 +97,8 @@ class Attempts:
     def see(self, event: Event) -> bool:
         """Note an event; returns whether it is news to the caller."""
         if isinstance(event, Accepted):
+            if not self._token_ids:
+                self._revision = event.revision
             if self._deadline is None and event.timeout_s > 0:
                 self._deadline = Deadline.after(self._clock, event.timeout_s)
             is_news, self._is_accepted, self._was_accepted = not self._was_accepted, True, True
@@ -144,6 +148,7 @@ class Attempts:
             timeout_s=remaining_s,
             answer_key=secrets.token_hex(16),
             answer_token_ids=tuple(self._token_ids),
+            revision=self._revision if self._token_ids else "",
             **({} if self.scale.value is None else asdict(self.scale.value)),
         )
         if (upload := self._upload.again(request)) is None:

@@ -77,6 +77,8 @@ class GenerateRequest:
     """Under it the client may take the answer up again, should the call break: 32 hex digits, made at random."""
     answer_token_ids: tuple[int, ...] = ()
     """The answer so far, behind which it goes on."""
+    revision: str = ""
+    """Of the weights that the answer so far is of, as `Accepted` has it; others refuse to go on. Empty: any."""
 
     @property
     def scale(self) -> ScaleWish:
@@ -86,6 +88,7 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         checks.utf8("model", self.model)
         checks.utf8("prompt", self.prompt)
+        checks.utf8("revision", self.revision)
         if not isinstance(self.history, tuple) or len(self.history) > MAX_HISTORY:
             raise InvalidRequest("history", len(self.history), f"must be a tuple of at most {MAX_HISTORY} messages")
         if self.chat is not None:

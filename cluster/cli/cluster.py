@@ -62,7 +62,7 @@ def up(
     """Start or join Ray and bring up the prefill pool, the decode pool and the gateway.
 
     Of a cluster that is up, it changes the options that differ: replicas are replaced one after another, and answers go
-    on. The model, security and addresses stay as they are.
+    on. Another model comes up beside the running one and takes its place. Security and addresses stay as they are.
     """
     overrides = {
         "model.path": model,

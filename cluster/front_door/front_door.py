@@ -185,7 +185,7 @@ class FrontDoor:
                     scale: Changing[Scale | None] = Changing(None)
                     async with beside(self._change(scale, changes, emit)):
                         await self._resumption.run(
-                            self._model.name, key, num_tokens, scale=scale, deadline=deadline, emit=emit
+                            self._model, key, num_tokens, scale=scale, deadline=deadline, emit=emit
                         )
 
                 async with pulled(serve) as events:
@@ -263,6 +263,7 @@ class FrontDoor:
             max_new_tokens=job.max_new_tokens,
             timeout_s=timeout_s,
             trace_id=tracing.trace_id(),
+            revision=self._model.revision,
         )
 
 

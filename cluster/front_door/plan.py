@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from colm.errors import DeadlineExceeded, InvalidRequest, UnknownModel
+from colm.errors import DeadlineExceeded, InvalidRequest, ModelReplaced, UnknownModel
 from colm.model.config import ChainConfig
 from colm.request import AttentionMode, ChatMessage, GenerateRequest, KvCodec
 from colm.sampling import SamplingParams
@@ -18,6 +18,8 @@ class ServedModel:
     config: ChainConfig
     tokenizer: Tokenizer | None
     fingerprint: str
+    revision: str = ""
+    """Names all its weights, later chains' too, which the fingerprint does not; empty if nobody knows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +79,11 @@ class Plan:
         """
         if request.model not in ("", model.name):
             raise UnknownModel("model", request.model, f"this cluster serves {model.name!r}")
+        if request.answer_token_ids and request.revision not in ("", model.revision):
+            raise ModelReplaced(
+                f"this answer began with other weights than {model.name!r} has by now, and none is of two models; "
+                "submit the request anew"
+            )
         scale = Scale.of(request.scale, model.config.num_chains)
         max_new_tokens = request.max_new_tokens
         if max_new_tokens is None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from cluster.front_door.placement import DecodeNodeCalls, Emit, whole
+from cluster.front_door.plan import ServedModel
 from cluster.node_registry import NodeRegistry
 from colm import tracing
 from colm.clock import Clock, Deadline
@@ -37,7 +38,7 @@ class Resumption:
 
     async def run(
         self,
-        model: str,
+        model: ServedModel,
         answer_key: str,
         num_tokens: int,
         *,
@@ -74,7 +75,9 @@ class Resumption:
                 raise UnknownAnswer("no decode node holds that answer any more; submit the request again")
             await asyncio.sleep(REPORT_INTERVAL_S / 5)
 
-    async def _relay(self, call: AsyncGenerator[Event], address: str, model: str, num_tokens: int, emit: Emit) -> bool:
+    async def _relay(
+        self, call: AsyncGenerator[Event], address: str, model: ServedModel, num_tokens: int, emit: Emit
+    ) -> bool:
         """Relay the answer if the node that is called holds it; returns whether it does."""
         async with aclosing(whole(call, address)) as events:
             try:
@@ -89,12 +92,13 @@ class Resumption:
             await emit(
                 Accepted(
                     request_id=resumed.request_id,
-                    model=model,
+                    model=model.name,
                     num_prompt_tokens=resumed.num_prompt_tokens,
                     num_chains=resumed.num_chains,
                     max_new_tokens=resumed.max_new_tokens,
                     timeout_s=resumed.remaining_s,
                     trace_id=tracing.trace_id(),
+                    revision=model.revision,
                 )
             )
             async for event in events:

@@ -1,10 +1,12 @@
 """The gateway as a Ray Serve replica, with a gRPC server of its own: Serve's has neither TLS nor tokens."""
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from cluster.audit_log import AuditLog
 from cluster.autoscaling.autoscaler import Autoscaler
 from cluster.autoscaling.signals import PoolScaling
 from cluster.certificates import keep_looking_after
+from cluster.change import weights_stamp
 from cluster.decode_calls import GrpcDecodeCalls
 from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.placement import DecodeLease
@@ -115,6 +118,10 @@ class GatewayReplica:
 
     _metrics: MetricsEndpoint | None = None
     _scaling: asyncio.Task[None] | None = None
+    _is_up = False
+    _address = ""
+    _closing: asyncio.Future[Any] | None = None
+    """It listens no more, and ends what it has."""
     _end_traces: Callable[[], None] | None = None
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -122,6 +129,7 @@ class GatewayReplica:
     ) -> None:
         log_beside("ray.serve")
         keep_serve_port_shut()
+        self._opened = asyncio.Event()
         if options.traces is not None:
             self._end_traces = trace_to(options.traces, "gateway")
         model = await asyncio.to_thread(_load, options)
@@ -184,9 +192,6 @@ class GatewayReplica:
             reflection.SERVICE_NAME,
         )
         reflection.enable_server_reflection(names, self._server)
-        port = bind(self._server, options.host, options.port, client_security, shares_port=True)
-        await self._server.start()
-        await self._http.start()
         self._looking_after = asyncio.create_task(keep_looking_after(secrets))
         if options.scalings:
             PoolMetrics(self._registry, registry)
@@ -195,8 +200,19 @@ class GatewayReplica:
                 options.scalings, self._registry, numbers, MonotonicClock(), lambda: self._decode_pool.num_waiting
             )
             self._scaling = asyncio.create_task(scaler.run())
-        self._address = dial_address(options.host, port)
-        logger.info("gateway.ready address=%s http=%s model=%s", self._address, self._http.address, model.name)
+        self._bind = partial(bind, self._server, options.host, options.port, client_security, shares_port=True)
+        self._host = options.host
+        self._is_up = True
+
+    async def reconfigure(self, config: dict[str, bool]) -> None:
+        """Listen, once it may: Serve calls this behind `__init__`, and when `is_open` changes."""
+        if config["is_open"] and not self._address:
+            port = self._bind()
+            await self._server.start()
+            await self._http.start()
+            self._address = dial_address(self._host, port)
+            self._opened.set()
+            logger.info("gateway.ready address=%s http=%s", self._address, self._http.address)
 
     async def _serve_metrics(self, registry: CollectorRegistry, options: GatewayOptions) -> str:
         if (host := options.metrics_host) is None:
@@ -213,31 +229,38 @@ class GatewayReplica:
         return metrics.address
 
     async def addresses(self) -> tuple[str, str]:
-        """host:port where clients on this machine are served, over gRPC and over HTTP."""
+        """host:port where clients on this machine are served, over gRPC and over HTTP, once it listens."""
+        await self._opened.wait()
         return self._address, self._http.address
 
     async def report(self, report: NodeReport) -> None:
         """Take a node's report."""
         self._registry.report(report)
 
-    async def drain(self) -> None:
-        """Take no new request, say so to health checks, and return once those that are inside have ended."""
+    async def drain(self, bound_s: float, gives_way: bool) -> None:
+        """Take no new request, say so to health checks, and return once those that are inside have ended.
+
+        Args:
+            bound_s: longest wait; what is left then is handed over.
+            gives_way: another gateway listens on the same ports, which from now on gets every new connection.
+        """
         if self._scaling is not None:
             self._scaling.cancel()
-        await self._health.enter_graceful_shutdown()
-        await self._front_door.drain(self._drain_s)
-
-    async def __del__(self) -> None:
-        if hasattr(self, "_address"):
-            self._looking_after.cancel()
+        if gives_way and self._closing is None:
+            longest_s = bound_s + defaults.STOP_GRACE_S
+            self._closing = asyncio.gather(self._server.stop(longest_s), self._http.stop(longest_s))
             if self._metrics is not None:
                 await self._metrics.stop()
-            # They stop listening at once: from here on who has the same port gets every new connection.
-            longest_s = self._drain_s + defaults.STOP_GRACE_S
-            closing = asyncio.gather(self._server.stop(longest_s), self._http.stop(longest_s))
-            await self.drain()
+        await self._health.enter_graceful_shutdown()
+        await self._front_door.drain(bound_s)
+
+    async def __del__(self) -> None:
+        if self._is_up:
+            self._looking_after.cancel()
+            await self.drain(self._drain_s, gives_way=True)
             await self._server.stop(defaults.STOP_GRACE_S)  # whoever watches its health has no end
-            await closing
+            assert self._closing is not None
+            await self._closing
             self._decode_pool.close()
             await self._decode_calls.close()
         if self._end_traces is not None:
@@ -246,9 +269,12 @@ class GatewayReplica:
 
 def _load(options: GatewayOptions) -> ServedModel:
     checkpoint = Checkpoint.open(options.model_path)
+    found = fingerprint(checkpoint, KvFormat.of(checkpoint.config, parse_dtype(options.dtype)))
+    stamp = weights_stamp(checkpoint.weights_path)
     return ServedModel(
         name=options.model_name,
         config=checkpoint.config,
         tokenizer=Tokenizer.load(checkpoint),
-        fingerprint=fingerprint(checkpoint, KvFormat.of(checkpoint.config, parse_dtype(options.dtype))),
+        fingerprint=found,
+        revision=hashlib.sha256(f"{found} {stamp}".encode()).hexdigest()[:32],
     )

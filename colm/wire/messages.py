@@ -245,6 +245,7 @@ def generate_request_to_pb(request: GenerateRequest) -> generation_pb.OpenGenera
         kv_codec=CODECS[request.kv_codec],
         answer_key=request.answer_key,
         answer_token_ids=request.answer_token_ids,
+        revision=request.revision,
         num_chains=request.num_chains,
         min_chains=request.min_chains,
     )
@@ -279,6 +280,7 @@ def generate_request_from_pb(message: generation_pb.OpenGenerate) -> GenerateReq
         kv_codec=kv_codec_from_pb(message.kv_codec),
         answer_key=message.answer_key,
         answer_token_ids=tuple(message.answer_token_ids),
+        revision=message.revision,
         **chosen,
     )
 

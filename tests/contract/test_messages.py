@@ -27,6 +27,7 @@ from colm.errors import (
     GoingAway,
     InvalidRequest,
     LeaseExpired,
+    ModelReplaced,
     PeerFailed,
     PeerUnavailable,
     Unauthenticated,
@@ -347,6 +348,7 @@ CLIENTS = pytest.mark.parametrize("failure", [threaded_failure, aio_failure], id
 TYPED: list[ColmError] = [
     LeaseExpired("lease gone"),
     GoingAway("the gateway is stopping"),
+    ModelReplaced("this answer began with other weights"),
     InvalidRequest("top_p", 1.5, "must be above 0 and at most 1"),
     InvalidRequest("stop", "ü\n" * 100, "each string must have 1 to 256 characters"),
     UnknownModel("model", "gpt-7", "this cluster serves smollm2"),

@@ -1,8 +1,10 @@
-"""`colm up` on a cluster that is up: its options change, and no request fails."""
+"""`colm up` on a cluster that is up: its options and its model change, and no request fails."""
 
 import ssl
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -20,10 +22,10 @@ PROMPT = list(range(3, 200))
 GREEDY = SamplingParams(ignore_eos=True)
 
 
-def toml(folder: Path, name: str, *, batch: int, requests: int = 64, rest: str = "") -> Path:
+def toml(folder: Path, name: str, *, batch: int, requests: int = 64, model: str = "tiny", rest: str = "") -> Path:
     path = folder / f"{name}.toml"
     path.write_text(
-        f'[model]\ndtype = "float32"\npath = "{folder / "tiny"}"\n'
+        f'[model]\ndtype = "float32"\npath = "{folder / model}"\nname = "tiny"\n'
         f"[gateway]\nport = 0\nmax_requests = {requests}\n"
         f'[decode]\nkv_cache_bytes = "64MiB"\nmax_batch_size = {batch}\n{rest}'
     )
@@ -34,6 +36,7 @@ def toml(folder: Path, name: str, *, batch: int, requests: int = 64, rest: str =
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("change")
     tiny_checkpoint(folder / "tiny")
+    tiny_checkpoint(folder / "next", seed=1)
     return folder
 
 
@@ -51,47 +54,69 @@ def pids(cluster: RunningCluster) -> dict[Role, set[int]]:
     return {role: {node.process.pid for node in cluster.nodes(role)} for role in Role}
 
 
-def test_options_change_under_requests_and_each_answer_is_whole(cluster: RunningCluster, folder: Path) -> None:
-    before, answers, lengths, is_over = pids(cluster), [], [], threading.Event()
-    trusted = ssl.create_default_context(cafile=cluster.state.ca_file)
+@dataclass
+class Asked:
+    """Answers to clients that ask all the time."""
 
-    def ask_over_http() -> None:
-        token = cluster.state.client_token
-        # By default it tries again where a connection is closed as it sends.
-        with OpenAI(
-            base_url=cluster.state.base_url, api_key=token, http_client=DefaultHttpxClient(verify=trusted)
-        ) as client:
-            while not is_over.is_set():
-                answer = client.completions.create(
-                    model="tiny", prompt=PROMPT, max_tokens=40, temperature=0, extra_body={"ignore_eos": True}
-                )
-                assert answer.usage is not None
-                lengths.append(answer.usage.completion_tokens)
+    grpc: list[tuple[int, ...]] = field(default_factory=list)
+    http: list[tuple[float, ...]] = field(default_factory=list)
+    """Log probabilities of the tokens: the tiny model has no text."""
+    failures: list[BaseException] = field(default_factory=list)
+
+
+@contextmanager
+def asking(cluster: RunningCluster) -> Iterator[Asked]:
+    """Two clients over gRPC and one over HTTP, until the block ends."""
+    asked, is_over, state = Asked(), threading.Event(), cluster.state
+    trusted = ssl.create_default_context(cafile=state.ca_file)
 
     def ask() -> None:
-        with Client(cluster.state.gateway_address, cluster.state.security) as client:
+        with Client(state.gateway_address, state.security) as client:
             while not is_over.is_set():
                 events = client.generate(token_ids=PROMPT, max_new_tokens=40, sampling=GREEDY)
-                answers.append([token.token_id for token in collect(events).tokens])
+                asked.grpc.append(tuple(token.token_id for token in collect(events).tokens))
 
-    failures: list[BaseException] = []
-    threading.excepthook, hook = lambda args: failures.append(args.exc_value or args.exc_type()), threading.excepthook
+    def ask_over_http() -> None:
+        # By default it tries again where a connection is closed as it sends.
+        http = DefaultHttpxClient(verify=trusted)
+        with OpenAI(base_url=state.base_url, api_key=state.client_token, http_client=http) as client:
+            while not is_over.is_set():
+                answer = client.completions.create(
+                    model="tiny",
+                    prompt=PROMPT,
+                    max_tokens=40,
+                    temperature=0,
+                    logprobs=1,
+                    extra_body={"ignore_eos": True},
+                )
+                logprobs = answer.choices[0].logprobs
+                assert logprobs is not None
+                asked.http.append(tuple(float(each or 0) for each in logprobs.token_logprobs or ()))
+
+    hook = threading.excepthook
+    threading.excepthook = lambda args: asked.failures.append(args.exc_value or args.exc_type())
     askers = [threading.Thread(target=each) for each in (ask, ask, ask_over_http)]
     try:
         for asker in askers:
             asker.start()
-        said = cluster.colm("up", "--config", str(toml(folder, "second", batch=3, requests=63))).stderr
+        until(lambda: bool(asked.failures or (len(asked.grpc) > 1 and asked.http)), 60)
+        yield asked
     finally:
         is_over.set()
         for asker in askers:
             asker.join(120)
         threading.excepthook = hook
+    assert asked.failures == []
+    assert {len(answer) for answer in [*asked.grpc, *asked.http]} == {40}
+
+
+def test_options_change_under_requests_and_each_answer_is_whole(cluster: RunningCluster, folder: Path) -> None:
+    before = pids(cluster)
+    with asking(cluster) as asked:
+        said = cluster.colm("up", "--config", str(toml(folder, "second", batch=3, requests=63))).stderr
     assert "decode.max_batch_size: 4 -> 3" in said
     assert "gateway.max_requests: 64 -> 63" in said
-    assert failures == []
-    assert len(answers) >= 2
-    assert all(answer == answers[0] and len(answer) == 40 for answer in answers)
-    assert set(lengths) == {40}
+    assert len(set(asked.grpc)) == 1
     until(lambda: not before[Role.DECODE] & pids(cluster)[Role.DECODE], 60)  # it may still finish what it has
     after = pids(cluster)
     assert before[Role.PREFILL] == after[Role.PREFILL]
@@ -169,3 +194,20 @@ def test_a_load_brings_a_replica_and_its_end_takes_it_away_and_no_request_fails(
         threading.excepthook = hook
     assert failures == []
     assert "prefill: 1 of 1 replicas wanted, 1 to 2 allowed" in cluster.colm("status").stdout
+
+
+def test_another_checkpoint_takes_over_under_requests_and_no_answer_is_of_both(
+    cluster: RunningCluster, folder: Path
+) -> None:
+    before = pids(cluster)
+    with asking(cluster) as asked:
+        said = cluster.colm("up", "--config", str(toml(folder, "third", batch=3, requests=63, model="next"))).stderr
+        num_answers = len(asked.grpc), len(asked.http)
+        until(lambda: len(asked.grpc) > num_answers[0] + 2 and len(asked.http) > num_answers[1] + 1, 60)
+    assert "new requests go to tiny" in said
+    for answers in (asked.grpc, asked.http):
+        assert len(set(answers)) == 2
+        assert answers[0] != answers[-1]
+    after = pids(cluster)
+    assert not [role for role in Role if before[role] & after[role]]
+    assert ClusterState.require(cluster.state_dir).options["model"]["path"] == str(folder / "next")

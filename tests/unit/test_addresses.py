@@ -165,6 +165,9 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
     gateway = Gateway.__new__(Gateway)
     handle = SimpleNamespace(options=lambda **_: None)  # nobody decodes here
     await gateway.__init__(options, secrets, handle)  # type: ignore[misc]
+    await gateway.reconfigure({"is_open": False})
+    assert not gateway._opened.is_set()
+    await gateway.reconfigure({"is_open": True})
     address = (await gateway.addresses())[0]
     assert address == dial_address(EVERYWHERE, int(address.rpartition(":")[2]))
     stranger = Security(tls=secrets.of_clients().tls)  # a health checker has no token

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from cluster.application import build
-from cluster.change import as_kept, changed, has_room_for_both, require_changeable, weights_stamp, with_its_ports
+from cluster.change import (
+    as_kept,
+    changed,
+    has_room_for_both,
+    is_another_model,
+    require_changeable,
+    require_room_for_both,
+    weights_stamp,
+    with_its_ports,
+)
 from cluster.options import ClusterConfig, load_config
 from colm.errors import ConfigError
 from tests.secret_folder import secret_files
@@ -26,7 +35,9 @@ def wanted(**more: Any) -> ClusterConfig:
 
 def test_kept_options_are_those_that_were_given() -> None:
     assert changed(kept(), wanted()) == {}
-    assert ClusterConfig.model_validate(kept()) == load_config(None, RUNNING | {"model.path": Path("m").resolve()})
+    assert ClusterConfig.model_validate(kept()) == load_config(
+        None, RUNNING | {"model.path": Path("m").resolve(), "model.name": "m"}
+    )
 
 
 def test_what_differs_is_named_with_both_values() -> None:
@@ -41,8 +52,6 @@ def test_what_differs_is_named_with_both_values() -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("model.path", "other"),
-        ("model.dtype", "float32"),
         ("security.token", "off"),
         ("gateway.host", "0.0.0.0"),
         ("gateway.port", 5000),
@@ -78,6 +87,24 @@ def test_a_role_whose_options_stay_has_the_version_that_it_had(tmp_path: Path) -
     ):
         other = versions(**option)
         assert {role for role in first if first[role] != other[role]} == roles
+
+
+def test_a_model_is_another_one_by_its_path_or_by_the_dtype_it_is_computed_in() -> None:
+    before = ClusterConfig.model_validate(kept(**{"model.dtype": "float32"}))
+    assert not is_another_model(before, wanted(**{"model.dtype": "float32", "model.name": "n", "prefill.replicas": 2}))
+    assert is_another_model(before, wanted(**{"model.dtype": "float32", "model.path": "other"}))
+    assert is_another_model(before, wanted(**{"model.dtype": "bfloat16"}))
+
+
+def test_another_model_without_room_beside_the_running_one_is_refused_with_the_figures(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"1234")
+    small = {"decode.kv_cache_bytes": "1KiB"}
+    require_room_for_both(load_config(None, {"ray.address": "auto", "security.folder": "f"}), weights)
+    with pytest.raises(ConfigError, match=r"takes up to 1.0EiB, .* left; lower decode.kv_cache_bytes=1.0EiB"):
+        require_room_for_both(load_config(None, {"decode.kv_cache_bytes": 1 << 60}), weights)
+    with pytest.raises(ConfigError, match=r"prefill.device='cuda' with prefill.num_gpus=0 shares a GPU"):
+        require_room_for_both(load_config(None, small | {"prefill.device": "cuda"}), weights)
 
 
 def test_replicas_start_beside_others_only_where_memory_is_this_machines_and_enough(tmp_path: Path) -> None:

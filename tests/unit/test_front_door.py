@@ -24,6 +24,7 @@ from colm.errors import (
     GoingAway,
     InvalidRequest,
     LeaseExpired,
+    ModelReplaced,
     PeerFailed,
     PeerUnavailable,
     PrefillUnavailable,
@@ -142,7 +143,7 @@ def door(
     **limits: Any,
 ) -> FrontDoor:
     return FrontDoor(
-        model=ServedModel(name="tiny", config=tiny_config(), tokenizer=tokenizer, fingerprint="f"),
+        model=ServedModel(name="tiny", config=tiny_config(), tokenizer=tokenizer, fingerprint="f", revision="r"),
         limits=replace(LIMITS, **limits),
         decode_pool=pool,
         calls=calls,
@@ -233,6 +234,18 @@ async def test_what_has_not_ended_at_the_bound_is_told_that_the_gateway_goes() -
         await asyncio.wait_for(read(), LIMIT_S)
     assert calls.leaves_answers
     assert_nothing_held(front_door, calls, pool)
+
+
+async def test_an_answer_goes_on_with_the_weights_that_it_began_with_alone() -> None:
+    calls = Scripted(ANSWER)
+    front_door = door(calls, Pool())
+    accepted, *_ = await ask(front_door, answer_token_ids=(7,), revision="r")
+    assert isinstance(accepted, Accepted)
+    assert accepted.revision == "r"
+    with pytest.raises(ModelReplaced, match="submit the request anew"):
+        await ask(front_door, answer_token_ids=(7,), revision="of another checkpoint")
+    assert len(calls.jobs) == 1
+    await ask(front_door, revision="of another checkpoint")  # nothing has been said
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {

@@ -1,6 +1,7 @@
 """Which call of a client comes next after one that failed."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from colm.errors import (
     DeadlineExceeded,
     GoingAway,
     InvalidRequest,
+    ModelReplaced,
     PeerUnavailable,
     PrefillUnavailable,
     UnknownAnswer,
@@ -103,6 +105,23 @@ def test_an_answer_that_is_held_nowhere_is_made_anew_behind_what_has_come(error:
     assert messages[0].open.timeout_s == 70.0, "one deadline holds for the whole request"
     assert document_of(messages) == b"abc"
     assert not request.see(ACCEPTED)
+
+
+def test_an_answer_that_is_made_anew_names_the_weights_that_it_began_with() -> None:
+    """Another checkpoint may have taken their place, and no answer is of two."""
+    request, _ = attempts()
+    sent(request)
+    request.see(replace(ACCEPTED, revision="old"))
+    request.after(LOST)
+    request.after(UnknownAnswer("gone"))
+    assert sent(request)[0].open.revision == "", "nothing is there that would not fit"
+    request.see(replace(ACCEPTED, revision="new"))
+    request.see(token(7))
+    request.after(LOST)
+    request.after(UnknownAnswer("gone"))
+    assert sent(request)[0].open.revision == "new"
+    with pytest.raises(ModelReplaced):
+        request.after(ModelReplaced("it is another one by now"))
 
 
 def test_a_scale_that_was_changed_is_asked_for_again_by_every_later_call() -> None:

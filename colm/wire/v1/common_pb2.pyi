@@ -245,6 +245,7 @@ class ErrorDetail(_message.Message):
         KIND_PREFILL_UNAVAILABLE: _ClassVar[ErrorDetail.Kind]
         KIND_UNKNOWN_ANSWER: _ClassVar[ErrorDetail.Kind]
         KIND_GOING_AWAY: _ClassVar[ErrorDetail.Kind]
+        KIND_MODEL_REPLACED: _ClassVar[ErrorDetail.Kind]
     KIND_UNSPECIFIED: ErrorDetail.Kind
     KIND_INVALID_REQUEST: ErrorDetail.Kind
     KIND_UNKNOWN_MODEL: ErrorDetail.Kind
@@ -259,6 +260,7 @@ class ErrorDetail(_message.Message):
     KIND_PREFILL_UNAVAILABLE: ErrorDetail.Kind
     KIND_UNKNOWN_ANSWER: ErrorDetail.Kind
     KIND_GOING_AWAY: ErrorDetail.Kind
+    KIND_MODEL_REPLACED: ErrorDetail.Kind
     KIND_FIELD_NUMBER: _ClassVar[int]
     FIELD_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]

@@ -36,7 +36,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[OpenGenerate, _Mapping]] = ..., document: _Optional[bytes] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., resume: _Optional[_Union[ResumeGenerate, _Mapping]] = ..., change_scale: _Optional[_Union[_common_pb2.Scale, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class OpenGenerate(_message.Message):
-    __slots__ = ("model", "prompt", "chat", "num_chains", "max_new_tokens", "sampling", "timeout_s", "answer_key", "answer_token_ids", "attention", "history", "kv_codec", "max_draft_tokens", "min_chains")
+    __slots__ = ("model", "prompt", "chat", "num_chains", "max_new_tokens", "sampling", "timeout_s", "answer_key", "answer_token_ids", "revision", "attention", "history", "kv_codec", "max_draft_tokens", "min_chains")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class OpenGenerate(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     ANSWER_KEY_FIELD_NUMBER: _ClassVar[int]
     ANSWER_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     KV_CODEC_FIELD_NUMBER: _ClassVar[int]
@@ -60,12 +61,13 @@ class OpenGenerate(_message.Message):
     timeout_s: float
     answer_key: str
     answer_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    revision: str
     attention: _common_pb2.AttentionMode
     history: _containers.RepeatedCompositeFieldContainer[ChatMessage]
     kv_codec: _common_pb2.Codec
     max_draft_tokens: int
     min_chains: int
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[bool] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., answer_key: _Optional[str] = ..., answer_token_ids: _Optional[_Iterable[int]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., history: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., kv_codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., max_draft_tokens: _Optional[int] = ..., min_chains: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[bool] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., answer_key: _Optional[str] = ..., answer_token_ids: _Optional[_Iterable[int]] = ..., revision: _Optional[str] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., history: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., kv_codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., max_draft_tokens: _Optional[int] = ..., min_chains: _Optional[int] = ...) -> None: ...
 
 class ChatMessage(_message.Message):
     __slots__ = ("role", "content")
@@ -102,7 +104,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., prefill_progress: _Optional[_Union[_common_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_common_pb2.Finished, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., scale_changed: _Optional[_Union[_common_pb2.Scale, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("request_id", "model", "num_prompt_tokens", "num_chains", "max_new_tokens", "timeout_s", "trace_id")
+    __slots__ = ("request_id", "model", "num_prompt_tokens", "num_chains", "max_new_tokens", "timeout_s", "trace_id", "revision")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +112,7 @@ class Accepted(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     TRACE_ID_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     num_prompt_tokens: int
@@ -117,7 +120,8 @@ class Accepted(_message.Message):
     max_new_tokens: int
     timeout_s: float
     trace_id: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., timeout_s: _Optional[float] = ..., trace_id: _Optional[str] = ...) -> None: ...
+    revision: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., timeout_s: _Optional[float] = ..., trace_id: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class GetClusterStatusRequest(_message.Message):
     __slots__ = ("checksum",)

@@ -95,6 +95,20 @@ MUTANTS = (
         "tests/unit/test_reconnect.py::test_a_gateway_that_stops_is_asked_again_where_its_successor_may_be",
     ),
     Mutant(
+        "an answer goes on with another checkpoint's weights",
+        "cluster/front_door/plan.py",
+        'request.revision not in ("", model.revision)',
+        "False",
+        _FRONT_DOOR + "test_an_answer_goes_on_with_the_weights_that_it_began_with_alone",
+    ),
+    Mutant(
+        "a model that does not come up stays beside the running one",
+        "cluster/deployment.py",
+        "            serve.delete(name)\n            raise\n",
+        "            raise\n",
+        "tests/unit/test_succession.py::test_a_model_that_does_not_come_up_leaves_the_last_one_as_it_was",
+    ),
+    Mutant(
         "the gateway drops the client's choice of a codec",
         "cluster/decode_calls.py",
         "            kv_codec=CODECS[job.kv_codec],\n",

@@ -1,0 +1,102 @@
+"""A model that takes the place of a running one: in which order, and what is left where that fails."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster import deployment
+from cluster.application import APPLICATION, SUCCESSOR
+from cluster.options import load_config
+from colm.errors import ClusterError
+
+CONFIG = load_config(None, {"gateway.drain_s": 7.0})
+
+
+class Site:
+    """A Ray that runs some applications; `steps` is what was done to them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *there: str, free: float = 1.0) -> None:
+        self.steps: list[Any] = []
+        self.there = list(there)
+        self.fails_when_open: bool | None = None
+        """Whether it is the closed or the open gateway that does not come up."""
+        monkeypatch.setattr(deployment, "_connect", lambda _: None)
+        monkeypatch.setattr(deployment, "check_is_closed", lambda _: "gcs")
+        monkeypatch.setattr(deployment, "_ours", lambda: [*self.there])
+        monkeypatch.setattr(deployment, "_run", self._run)
+        monkeypatch.setattr(deployment, "_drain", self._drain)
+        monkeypatch.setattr(deployment.serve, "delete", self._delete)
+        monkeypatch.setattr(deployment.serve, "status", lambda: SimpleNamespace(applications=self.there))
+        monkeypatch.setattr(deployment.serve, "shutdown", lambda: self.steps.append("shutdown"))
+        monkeypatch.setattr(deployment.ray, "shutdown", lambda: None)
+        monkeypatch.setattr(deployment.ray, "available_resources", lambda: {"prefill": free, "decode": free})
+
+    def succeed(self, last: str) -> None:
+        nothing: Any = None
+        deployment.succeed(
+            last, CONFIG, nothing, nothing, "ray", when_open=lambda name: self.steps.append(("state", name))
+        )
+
+    def _run(self, name: str, *_: object, is_open: bool = True, after: str = "") -> None:
+        assert after in ("", self.there[-1])
+        self.steps.append(("run", name, is_open))
+        if is_open is self.fails_when_open:
+            raise ClusterError("the replicas did not start")
+
+    def _drain(self, name: str, drain_s: float, *, gives_way: bool = False) -> None:
+        self.steps.append(("drain", name, drain_s, gives_way))
+
+    def _delete(self, name: str) -> None:
+        self.steps.append(("delete", name))
+
+
+@pytest.mark.parametrize(("last", "name"), [(APPLICATION, SUCCESSOR), (SUCCESSOR, APPLICATION)])
+def test_the_last_model_goes_when_the_next_one_serves_and_its_answers_have_ended(
+    monkeypatch: pytest.MonkeyPatch, last: str, name: str
+) -> None:
+    site = Site(monkeypatch, last)
+    site.succeed(last)
+    assert site.steps == [
+        ("run", name, False),
+        ("run", name, True),
+        ("state", name),
+        ("drain", last, 7.0, True),
+        ("delete", last),
+    ]
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_model_that_does_not_come_up_leaves_the_last_one_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, is_open: bool
+) -> None:
+    site = Site(monkeypatch, APPLICATION)
+    site.fails_when_open = is_open
+    with pytest.raises(ClusterError, match="did not start"):
+        site.succeed(APPLICATION)
+    assert site.steps[-1] == ("delete", SUCCESSOR)
+    assert not [step for step in site.steps if step[:2] == ("drain", APPLICATION) or step[0] == "state"]
+
+
+def test_what_a_killed_change_left_is_removed_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(monkeypatch, APPLICATION, SUCCESSOR)
+    site.succeed(SUCCESSOR)
+    assert site.steps[:2] == [("delete", APPLICATION), ("run", APPLICATION, False)]
+
+
+def test_a_ray_without_room_for_both_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(monkeypatch, APPLICATION, free=0.0)
+    with pytest.raises(
+        ClusterError, match="carries 0 of resource 'prefill' free beside the model that runs and needs 1"
+    ):
+        site.succeed(APPLICATION)
+    assert site.steps == []
+
+
+def test_down_lets_answers_end_before_any_node_is_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(monkeypatch, APPLICATION, SUCCESSOR)
+    deployment.remove("ray", SUCCESSOR, 7.0)
+    assert site.steps == [("drain", SUCCESSOR, 7.0, False), ("delete", APPLICATION), ("delete", SUCCESSOR)]
+    site = Site(monkeypatch)
+    deployment.remove("ray", APPLICATION, 7.0)
+    assert site.steps == ["shutdown"]
