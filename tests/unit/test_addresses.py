@@ -155,6 +155,7 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
         audit_keep_days=30,
         num_decode_nodes=1,
         drain_s=0.0,
+        scalings=(),
     )
     secrets = secret_files(tmp_path)
 

@@ -425,11 +425,11 @@ MUTANTS = (
         "tests/unit/test_changed_options.py::test_a_role_whose_options_stay_has_the_version_that_it_had",
     ),
     Mutant(
-        "a running cluster takes another model",
+        "another model's replicas take the places of the running one's",
         "cluster/change.py",
-        '_FIXED_SECTIONS = ("model", "security")',
-        '_FIXED_SECTIONS = ("security",)',
-        "tests/unit/test_changed_options.py::test_what_others_rely_on_is_refused",
+        "    return len(paths) > 1 or before.",
+        "    return before.",
+        "tests/unit/test_changed_options.py::test_a_model_is_another_one_by_its_path_or_by_the_dtype_it_is_computed_in",
     ),
     Mutant(
         "an application of Serve's own config runs on an open Ray",
