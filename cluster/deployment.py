@@ -128,7 +128,7 @@ def succeed(
         _connect(ray_address)
         gcs_address = check_is_closed(config.ray)
         _keep_only(last, ray_address)
-        check_resources(config, ray.available_resources(), "free beside the model that runs")
+        check_resources(config, ray.available_resources(), "beside the model that runs, the Ray cluster has free")
         name = SUCCESSOR if last == APPLICATION else APPLICATION
         try:
             _run(name, config, checkpoint, secrets, gcs_address, is_open=False, after=last)
@@ -270,34 +270,32 @@ def _connect(ray_address: str) -> None:
         signal.alarm(0)  # once Ray has seen a SIGTERM, it aborts the process three seconds later
 
 
-def check_resources(config: ClusterConfig, carried: Mapping[str, float], where: str = "") -> None:
+def check_resources(config: ClusterConfig, carried: Mapping[str, float], has: str = "the Ray cluster carries") -> None:
     """Refuse a Ray cluster that lacks resources or GPUs for the replicas.
 
     Args:
         config: what to run.
         carried: amount of each resource in the whole cluster, or of what is free of it.
-        where: which part of the cluster that is, for messages; empty for all of it.
+        has: which of the two, for messages.
 
     Raises:
         ClusterError: names the resource and the way out.
     """
-    said = f" {where}" if where else ""
     for resource, replicas in (
         (PREFILL_RESOURCE, config.prefill.num_replicas),
         (DECODE_RESOURCE, config.decode.num_replicas),
     ):
         if carried.get(resource, 0) < replicas:
             raise ClusterError(
-                f"the Ray cluster carries {carried.get(resource, 0):g} of resource {resource!r}{said} and needs "
-                f"{replicas}; "
+                f"{has} {carried.get(resource, 0):g} of resource {resource!r} and needs {replicas}; "
                 f"start nodes with: ray start --address=HEAD --resources='{{\"{resource}\": 1}}'"
             )
 
     num_gpus = sum(section.num_replicas * section.num_gpus for section in config.placed.values())
     if carried.get("GPU", 0) < num_gpus:
         raise ClusterError(
-            f"the Ray cluster carries {carried.get('GPU', 0):g} GPUs{said} and the replicas take {num_gpus}; start "
-            "nodes on machines whose GPUs Ray finds (`ray status` lists them), or lower num_gpus or replicas"
+            f"{has} {carried.get('GPU', 0):g} GPUs and the replicas take {num_gpus}; start nodes "
+            "on machines whose GPUs Ray finds (`ray status` lists them), or lower num_gpus or replicas"
         )
 
 

@@ -87,7 +87,7 @@ def test_what_a_killed_change_left_is_removed_before_the_next_one(monkeypatch: p
 def test_a_ray_without_room_for_both_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(monkeypatch, APPLICATION, free=0.0)
     with pytest.raises(
-        ClusterError, match="carries 0 of resource 'prefill' free beside the model that runs and needs 1"
+        ClusterError, match="beside the model that runs, the Ray cluster has free 0 of resource 'prefill' and needs 1"
     ):
         site.succeed(APPLICATION)
     assert site.steps == []
