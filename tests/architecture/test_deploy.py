@@ -123,3 +123,10 @@ def test_the_policy_is_for_the_pods_of_either() -> None:
     for spec in (CLUSTER, SERVICE["spec"]["rayClusterConfig"]):
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
             assert "colm/role" in group["template"]["metadata"]["labels"]
+
+
+def test_the_image_leaves_out_what_git_does() -> None:
+    """Bug: the virtual environment, the models and everything that was built went into the image."""
+    left_out = (ROOT / "deploy" / "image" / "Dockerfile.dockerignore").read_text().split("\n")
+    built = [word.removesuffix("/") for word in (ROOT / ".gitignore").read_text().split()]
+    assert [word for word in built if word not in left_out and f"**/{word}" not in left_out] == []
