@@ -1,5 +1,6 @@
 """The .proto files, the stubs made from them, and the rules both follow."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.message import Message
 from grpc_tools import protoc
 
+from colm.wire import status
 from colm.wire.v1 import common_pb2, decode_service_pb2, generation_service_pb2, kv_transfer_service_pb2
 
 ROOT = Path(__file__).parents[2]
@@ -106,3 +108,16 @@ def test_the_payload_of_a_tile_is_the_last_field() -> None:
     """The codec writes and reads it behind everything else."""
     fields = kv_transfer_service_pb2.PullKvResponse.DESCRIPTOR.fields
     assert max(fields, key=lambda field: field.number).name == "payload"
+
+
+def test_every_error_has_the_status_that_the_contract_says() -> None:
+    """Bug: the page had no INTERNAL."""
+    proto = next((ROOT / "proto").rglob("common.proto")).read_text()
+    by_kind = {common_pb2.ErrorDetail.Kind.Name(kind): code.name for _, code, kind in status._BY_ERROR}
+    of_kind = {kind: code for code, kind in re.findall(r"; ([A-Z_]+)\.\n\s+(KIND_\w+) =", proto)}
+    assert of_kind == by_kind | {"KIND_INTERNAL": "INTERNAL"}
+    page = (ROOT / "proto" / "README.md").read_text()
+    table = page[page.index("| status | meaning |") :]
+    assert [
+        code for code in sorted(set(of_kind.values())) if f"| `{code}`" not in table and f", `{code}`" not in table
+    ] == []
