@@ -177,3 +177,29 @@ def test_every_decision_that_is_named_exists() -> None:
         if int(number) not in there
     }
     assert sorted(gone) == []
+
+
+VALUE = r"(?: = [^`]*)?"
+NAMED_OPTION = re.compile(
+    rf"`(?P<a>\w+)\.(?P<b>\w+){VALUE}`|`(?P<d>\w+){VALUE}` in `\[(?P<c>\w+)\]`|`\[(?P<e>\w+)\] (?P<f>\w+){VALUE}`"
+)
+
+
+def test_every_option_and_metric_that_a_page_names_exists() -> None:
+    options = {name: type(field.get_default()).model_fields for name, field in ClusterConfig.model_fields.items()}
+    metrics = set(re.findall(r"^\| `(colm_\w+)`", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE))
+    gone, num_options = [], 0
+    for path in pages():
+        if path.parent.name == "adr":  # what was decided may be called otherwise by now
+            continue
+        text = path.read_text()
+        for found in NAMED_OPTION.finditer(text):
+            section = found["a"] or found["c"] or found["e"]
+            option = found["b"] or found["d"] or found["f"]
+            num_options += section in options
+            if section in options and option not in options[section] and option != "py":
+                gone.append(f"{path.name}: {section}.{option}")
+        names = set(re.findall(r"`(colm_\w+_(?:total|seconds|bytes|jobs|requests|pages))`", text))
+        gone += [f"{path.name}: {name}" for name in sorted(names - metrics)]
+    assert num_options > 60
+    assert gone == []
