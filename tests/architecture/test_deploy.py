@@ -100,10 +100,15 @@ def test_the_service_deploys_the_options_of_the_cluster(tmp_path: Path) -> None:
 
 
 def test_the_pods_of_the_service_are_those_of_the_cluster() -> None:
-    """But for the file of options, the port that KubeRay wants, and probes that would ask for Serve's proxy."""
+    """But for the file of options, two ports that KubeRay wants, and probes that would ask for Serve's proxy.
+
+    Where a head container names its ports, KubeRay adds none, and looks for the dashboard's by its name.
+    """
     service = copy.deepcopy(SERVICE["spec"]["rayClusterConfig"])
     (head,) = service["headGroupSpec"]["template"]["spec"]["containers"]
-    assert head["ports"].pop() == {"name": "serve", "containerPort": 8000}
+    ports = [{"name": "dashboard", "containerPort": 8265}, {"name": "serve", "containerPort": 8000}]
+    assert head["ports"][-2:] == ports
+    head["ports"] = head["ports"][:-2]
     for group in service["workerGroupSpecs"]:
         (container,) = group["template"]["spec"]["containers"]
         assert container.pop("readinessProbe")["httpGet"] == {"path": "/api/healthz", "port": 52365}
