@@ -25,6 +25,7 @@ from typing import Final, Self
 from colm.model import num_step_parameters
 from colm.model.config import ChainConfig
 from decode_node.plan import MAX_DRAFT_TOKENS, StepPlan
+from decode_node.step_budget import StepBudget
 
 _MARGIN: Final = 1.03
 """How much faster drafts must promise to be: what is measured is not exact."""
@@ -61,11 +62,13 @@ class StepTimes:
     Args:
         num_weights: that a step reads, for each scale; their ratio is what a step of chain 1 takes until it is seen.
         max_tokens: largest verification to plan.
+        budget: of steps, within which verifications stay as well; None for any.
     """
 
-    def __init__(self, num_weights: Sequence[int], *, max_tokens: int) -> None:
+    def __init__(self, num_weights: Sequence[int], *, max_tokens: int, budget: StepBudget | None = None) -> None:
         self.num_weights = num_weights
         self._max_tokens = max_tokens
+        self._budget = budget
         self._measured: dict[tuple[int, int], _Measured] = {}
         self._num_steps = 0
         self._num_cached = 0
@@ -73,10 +76,10 @@ class StepTimes:
         self._rounds: dict[int, list[float]] = {}
 
     @classmethod
-    def of(cls, config: ChainConfig, *, max_tokens: int) -> Self:
+    def of(cls, config: ChainConfig, *, max_tokens: int, budget: StepBudget | None = None) -> Self:
         """Of a model."""
         scales = range(1, config.num_chains + 1)
-        return cls([num_step_parameters(config, scale) for scale in scales], max_tokens=max_tokens)
+        return cls([num_step_parameters(config, scale) for scale in scales], max_tokens=max_tokens, budget=budget)
 
     def note(self, plan: StepPlan, seconds: float) -> None:
         """Remember a step; prompts make it another kind of step, and are passed over."""
@@ -109,7 +112,10 @@ class StepTimes:
         draft = self._of_scale(1)
         share = self.num_weights[0] / self.num_weights[self._scale - 1]
         draft_s = _between(draft, num_answers) if draft else share * plain_s
-        longest = min(MAX_DRAFT_TOKENS, self._max_tokens // num_answers - 1)
+        max_tokens = self._max_tokens
+        if self._budget is not None:
+            max_tokens = min(max_tokens, self._budget.tokens(num_answers))
+        longest = min(MAX_DRAFT_TOKENS, max_tokens // num_answers - 1)
         return [k * draft_s + _between(verify, num_answers * (k + 1)) for k in range(longest + 1)] or [plain_s]
 
     def _of_scale(self, scale: int) -> dict[int, float]:

@@ -84,7 +84,9 @@ class DecodeMetrics(Collector):
             "colm_decode_prefix_hit_tokens", "Of those, tokens that were found.", prefix.num_hit_tokens
         )
         yield GaugeMetricFamily(
-            "colm_decode_step_budget_tokens", "Tokens that a step reads, at most.", self._loop.budget.step_tokens
+            "colm_decode_step_budget_tokens",
+            "Tokens that a step reads in which one answer goes on.",
+            self._loop.budget.step_tokens,
         )
         yield CounterMetricFamily("colm_decode_steps", "Steps of the decode engine.", counts.num_steps)
         yield CounterMetricFamily("colm_decode_step_seconds", "Time in which steps ran.", counts.steps_s)

@@ -146,7 +146,7 @@ class DecodeNode:
             max_idle_pages=settings.prefix_cache_bytes // layout.page_bytes,
         )
         budget = StepBudget(step_tokens=step_tokens, max_tokens=engine.max_exact_tokens)
-        times = StepTimes.of(checkpoint.config, max_tokens=min(step_tokens, engine.max_exact_tokens))
+        times = StepTimes.of(checkpoint.config, max_tokens=engine.max_exact_tokens, budget=budget)
         drafting = Drafting(times, settings.max_draft_tokens) if settings.max_draft_tokens else None
         loop = DecodeLoop(
             engine,

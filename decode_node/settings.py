@@ -1,6 +1,6 @@
 """The options of a decode node."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -8,6 +8,7 @@ from colm import defaults
 from colm.settings import PrefillLineSettings, Settings
 from decode_node.kv_layout import KvCacheDtype
 from decode_node.plan import MAX_DRAFT_TOKENS
+from decode_node.step_budget import MIN_STEP_TOKENS
 
 
 class DecodeSettings(Settings):
@@ -32,10 +33,10 @@ class DecodeSettings(Settings):
     """Answers that a decode node advances in one step; more wait."""
     max_requests: PositiveInt = defaults.MAX_REQUESTS
     """Requests at once on a decode node, waiting and prefilling ones included; the next is refused."""
-    step_tokens: PositiveInt | None = None
-    """Tokens that a step of a decode node reads: each answer's next, and beside them drafts and pieces of prompts; by
-    default as many as ride on one reading of the weights, which the node measures as it starts. More make prompts
-    faster, and the answers beside them slower."""
+    step_tokens: Annotated[int, Field(ge=MIN_STEP_TOKENS)] | None = None
+    """Tokens that a step of a decode node reads, in which one answer goes on: its next, and beside it drafts and pieces
+    of prompts; two more for each further answer. By default as many as ride on one reading of the weights, which the
+    node measures as it starts. More make prompts faster, and the answers beside them slower."""
     max_local_prefill_tokens: NonNegativeInt = defaults.MAX_LOCAL_PREFILL_TOKENS
     """Longest prompt, in tokens, that a decode node reads itself, in its steps; 0 always asks a prefill node."""
     max_draft_tokens: NonNegativeInt = Field(default=defaults.MAX_DRAFT_TOKENS, le=MAX_DRAFT_TOKENS)

@@ -16,9 +16,11 @@ from colm.clock import Clock
 
 logger = logging.getLogger(__name__)
 
-RIDE: Final = 2.0
+RIDE: Final = 2
 """A step of the budget takes at most so many times as long as one of a single token: there, tokens cost about as much
 as the weights."""
+MIN_STEP_TOKENS: Final = 2
+"""One of the answer that goes on, and one of a prompt."""
 TILE_TOKENS: Final = 8
 """Multiples of this are measured, since the kernels multiply so many rows at a time. It is the smallest budget, too."""
 _MIN_ROUNDS, _ENOUGH_S = 2, 0.4
@@ -31,19 +33,23 @@ class StepBudget:
     """How many tokens a step reads, prompts' and drafts' included."""
 
     step_tokens: int
-    """Where an answer goes on, which waits for all others' tokens."""
+    """Where one answer goes on, which waits for all others' tokens."""
     max_tokens: int
     """Where none does."""
+
+    def __post_init__(self) -> None:
+        if self.step_tokens < MIN_STEP_TOKENS:
+            raise ValueError(f"step_tokens={self.step_tokens} must be at least {MIN_STEP_TOKENS}, or no prompt is read")
 
     def tokens(self, num_going: int) -> int:
         """Most tokens of a step in which so many answers go on, one of each among them.
 
-        A batch that is as large as the budget leaves prompts half a budget all the same: else whoever comes to a busy
-        node would never begin.
+        It then takes at most `RIDE` times as long as those answers' tokens alone would. With s seconds a token beyond
+        the first, t1 + (step_tokens - 1) s = 2 t1, so 2 (t1 + (n - 1) s) is the time of step_tokens + 2 (n - 1) tokens.
         """
         if not num_going:
             return max(self.max_tokens, self.step_tokens)
-        return max(self.step_tokens, num_going + (self.step_tokens + 1) // 2)
+        return self.step_tokens + RIDE * (num_going - 1)
 
 
 def measure(step: Callable[[int], object], clock: Clock, *, max_tokens: int) -> int:
@@ -68,7 +74,7 @@ def measure(step: Callable[[int], object], clock: Clock, *, max_tokens: int) -> 
             fastest_s[num_tokens] = min(fastest_s[num_tokens], clock.now() - began_s)
             if fastest_s[num_tokens] > RIDE * fastest_s[1]:
                 break
-    found = max(min(TILE_TOKENS, max_tokens), _most_within(RIDE * fastest_s[1], fastest_s))
+    found = max(MIN_STEP_TOKENS, min(TILE_TOKENS, max_tokens), _most_within(RIDE * fastest_s[1], fastest_s))
     times_ms = ",".join(f"{size}:{seconds * 1e3:.1f}" for size, seconds in fastest_s.items() if seconds < inf)
     logger.info("decode.measured step_tokens=%d step_ms=%s", found, times_ms)
     return found

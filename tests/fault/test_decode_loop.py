@@ -247,6 +247,44 @@ async def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_an_answer_th
     assert done[-1] > 0
 
 
+async def test_a_kept_prompt_waits_for_no_more_than_the_step_that_runs_beside_a_long_one(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, long, kept = str(checkpoint.path), PROMPT * 4, PROMPT * 5
+    sizes: list[list[int]] = []
+    async with (
+        prefill_node(path) as prefill,
+        decode_node(
+            path, [prefill.address], max_local_prefill_tokens=len(long), prefix_cache_bytes=4 << 20, step_tokens=12
+        ) as node,
+    ):
+        # The node learns from the first stream what a prefill node's tiles are, and keeps what the second brings.
+        for _ in range(2):
+            first = await decode(node.address, kept, request_id="first")
+        with gate_before(DecodeEngine, "step") as gate:
+            gated = DecodeEngine.step
+
+            def noted(engine: DecodeEngine, plan: StepPlan) -> Tensor:
+                sizes.append([len(row.token_ids) for row in plan.rows if row.num_logits])
+                result: Tensor = gated(engine, plan)
+                return result
+
+            monkeypatch.setattr(DecodeEngine, "step", noted)
+            reader = asyncio.create_task(decode(node.address, long, request_id="long"))
+            await gate.until_reached()
+            again = asyncio.create_task(decode(node.address, kept, request_id="again"))
+            async with asyncio.timeout(60):
+                while node.load.num_active < 2:
+                    await asyncio.sleep(0.01)
+            gate.open()
+            answer = await again
+            await reader
+            monkeypatch.undo()
+    assert (answer.token_ids, answer.usage.num_prefill_tokens) == (first.token_ids, 0)
+    # No token of the long one in the first step, and in the second the kept one's.
+    assert sizes[:2] == [[], [1]]
+
+
 async def test_a_node_measures_its_budget_unless_an_option_says_it(
     checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from decode_node.drafter import _FIRST_ACCEPTANCE, _STALE_STEPS, Drafter, Drafting, StepTimes
 from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
+from decode_node.step_budget import StepBudget
 
 TABLE_M = np.zeros(1, dtype=np.int32)
 Cost = Callable[[int, int], float]
@@ -188,3 +189,10 @@ def test_the_shortest_wish_makes_nobody_slower_where_rows_cost_evenly(
     for acceptance in acceptances:
         tokens = list(accumulate(acceptance**i for i in range(k + 1)))[-1]
         assert tokens / seconds[k] >= 0.999 / seconds[0]
+
+
+def test_verifications_stay_within_the_budget_of_a_step() -> None:
+    times = StepTimes((1, 2), max_tokens=64, budget=StepBudget(step_tokens=6, max_tokens=64))
+    times.note(StepPlan(tuple(PlanRow((5,), 9, 2, TABLE_M) for _ in range(2))), 1.0)
+    # Eight tokens beside two answers: four of each, three of them drafts.
+    assert len(times.rounds(2)) == 1 + 3

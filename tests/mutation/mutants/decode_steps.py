@@ -98,6 +98,20 @@ MUTANTS = (
         "tests/unit/test_scheduler.py::test_a_crowd_of_short_prompts_keeps_no_long_one_out",
     ),
     Mutant(
+        "a larger batch has no more room",
+        "decode_node/step_budget.py",
+        "self.step_tokens + RIDE * (num_going - 1)",
+        "self.step_tokens + num_going - 1",
+        "tests/unit/test_step_budget.py::test_prompts_and_drafts_at_most_double_a_step",
+    ),
+    Mutant(
+        "drafts are planned beyond a step's budget",
+        "decode_node/drafter.py",
+        "min(max_tokens, self._budget.tokens(num_answers))",
+        "max_tokens",
+        "tests/unit/test_drafter.py::test_verifications_stay_within_the_budget_of_a_step",
+    ),
+    Mutant(
         "a disturbed step counts as much as an undisturbed one",
         "decode_node/step_budget.py",
         "min(fastest_s[num_tokens], clock.now() - began_s)",
