@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
@@ -17,7 +17,11 @@ from cluster.replicas.prefill import PrefillReplica
 from cluster.secret_files import SecretFiles
 from colm.placement import Placement
 from decode_node.node import DecodeOptions
+from decode_node.settings import DecodeSettings
 from prefill_node.node import PrefillOptions
+from prefill_node.settings import PrefillSettings
+
+_Settings = TypeVar("_Settings", PrefillSettings, DecodeSettings)
 
 APPLICATION = "colm"
 SUCCESSOR = "colm-successor"
@@ -60,7 +64,7 @@ def build(
     prefill_options = PrefillOptions(
         model_path=model,
         placement=Placement.of(config.prefill.resolved_device, dtype, config.prefill.num_threads),
-        settings=_with_whole_path(config.prefill),
+        settings=_with_whole_path(_of_node(config.prefill, PrefillSettings)),
     )
     prefill_rest = (secrets, report_to, metrics_host, traces)
     prefill = _deployment(
@@ -75,7 +79,7 @@ def build(
     decode_options = DecodeOptions(
         model_path=model,
         placement=Placement.of(config.decode.resolved_device, dtype, config.decode.num_threads),
-        settings=config.decode,
+        settings=_of_node(config.decode, DecodeSettings),
         prefill_tile_tokens=config.prefill.tile_tokens,
     )
     decode_rest = (
@@ -143,10 +147,15 @@ def _number(section: PrefillSection | DecodeSection, kept: int | None) -> int:
     return section.num_replicas if kept is None else min(max(kept, section.num_replicas), section.most_replicas)
 
 
-def _with_whole_path(section: PrefillSection) -> PrefillSection:
+def _of_node(section: PrefillSection | DecodeSection, kind: type[_Settings]) -> _Settings:
+    """Of a section what a node has to know: how many there are of it is none of that, and restarts none."""
+    return kind(**{name: getattr(section, name) for name in kind.model_fields})
+
+
+def _with_whole_path(settings: PrefillSettings) -> PrefillSettings:
     """The same with a path that a replica, which has a folder of its own, can use."""
-    patterns = section.sparse_patterns
-    return section.model_copy(update={"sparse_patterns": patterns and patterns.resolve()})
+    patterns = settings.sparse_patterns
+    return settings.model_copy(update={"sparse_patterns": patterns and patterns.resolve()})
 
 
 def _version(*options: object) -> str:

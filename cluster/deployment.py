@@ -16,7 +16,7 @@ from ray.serve.schema import ApplicationStatus
 from cluster.application import APPLICATION, DECODE_RESOURCE, GATEWAY, PREFILL_RESOURCE, SUCCESSOR, build
 from cluster.options import ClusterConfig, RaySection
 from cluster.ray_guard import check_token_mode
-from cluster.replicas.replica_numbers import kept_numbers
+from cluster.replicas.replica_numbers import kept_numbers, tell_numbers
 from cluster.secret_files import SecretFiles
 from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError
@@ -93,6 +93,12 @@ def change(
         _connect(ray_address)
         gcs_address = _check(config)
         _keep_only(name, ray_address)
+        # Serve keeps a number that it was told, where nothing else about a deployment changes.
+        told = kept_numbers(name)
+        tell_numbers(
+            name,
+            {role: each.num_replicas for role, each in config.placed.items() if role in told and each.scaling is None},
+        )
         _run(name, config, checkpoint, secrets, gcs_address, beside=beside)
     finally:
         ray.shutdown()

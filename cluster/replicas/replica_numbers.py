@@ -16,14 +16,25 @@ _TIMEOUT_S = 10.0
 
 
 def kept_numbers(application: str) -> dict[str, int]:
-    """Replicas that Serve keeps of each deployment, whether or not they run yet; blocks.
+    """Replicas that Serve keeps of each deployment, whether or not they run yet; none where nobody tells it. Blocks.
 
     Raises:
         ClusterError: Serve gives no answer.
     """
-    details = _ask("get_serve_instance_details")
-    deployments = details["applications"].get(application, {}).get("deployments", {})
-    return {name: found["target_num_replicas"] for name, found in deployments.items()}
+    details = _ask("get_serve_instance_details")["applications"].get(application)
+    if details is None or not details["external_scaler_enabled"]:
+        return {}
+    return {name: found["target_num_replicas"] for name, found in details["deployments"].items()}
+
+
+def tell_numbers(application: str, numbers: Mapping[str, int]) -> None:
+    """Have Serve keep so many of each deployment. Blocks.
+
+    Raises:
+        ClusterError: Serve gives no answer, or the application was not run for that.
+    """
+    for name, number in numbers.items():
+        _ask("update_deployment_replicas", DeploymentID(name=name, app_name=application), number)
 
 
 class ServeReplicaNumbers:
@@ -43,8 +54,7 @@ class ServeReplicaNumbers:
 
     async def tell(self, role: Role, num_replicas: int) -> None:
         """Have Serve keep so many."""
-        deployment = DeploymentID(name=role.value, app_name=self._application)
-        await asyncio.to_thread(_ask, "update_deployment_replicas", deployment, num_replicas)
+        await asyncio.to_thread(tell_numbers, self._application, {role.value: num_replicas})
 
 
 def _ask(method: str, *arguments: object) -> Any:

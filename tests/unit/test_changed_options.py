@@ -84,6 +84,10 @@ def test_a_role_whose_options_stay_has_the_version_that_it_had(tmp_path: Path) -
         ({"prefill.stall_s": 7.0}, {"prefill"}),
         ({"gateway.max_requests": 9}, {"gateway"}),
         ({"metrics.enabled": False}, {"prefill", "decode", "gateway"}),
+        # Bug: a prefill replica began anew, without what it had kept, since there was to be another one.
+        ({"prefill.replicas": 2}, {"decode"}),
+        ({"prefill.max_replicas": 3}, {"decode", "gateway"}),
+        ({"decode.scale_down_s": 900.0, "prefill.target_queue_s": 3.0}, set()),
     ):
         other = versions(**option)
         assert {role for role in first if first[role] != other[role]} == roles
