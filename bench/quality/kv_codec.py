@@ -1,22 +1,18 @@
-"""What the int8 codec of the KV stream costs a real model: `python -m bench.quality.kv_codec --write-docs`.
+"""What keys and values in int8 cost a real model: `python -m bench.quality.kv_codec [--int8 pages] --write-docs`.
 
-Python's language reference is prefilled once. Its keys and values go through messages of either codec into pages of
-their own, as between the nodes, and a decode node's engine reads how the text goes on over each. Cells that the record
-has are not run again.
+Python's language reference is prefilled once. Its keys and values go through messages into pages of their own, as
+between the nodes: of either codec into pages of the model's dtype, or raw into pages of either format. A decode node's
+engine reads how the text goes on over each. Cells that the record has are not run again.
 
 Shapes: T tokens, Q tokens that are read at once, V vocabulary.
 """
 
 import argparse
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
-from bench.harness.markdown import replace_between, table
 from bench.harness.units import length
-from bench.quality.cells import NUM_CONTINUED
 from bench.quality.command import (
     CommonOptions,
     check_context,
@@ -26,14 +22,14 @@ from bench.quality.command import (
     opened,
     run_missing,
 )
+from bench.quality.compared import prompt_and_continuation, setting_of, show
 from bench.quality.divergence import KL_COLUMNS, Divergence, compare, kl_words
-from bench.quality.experiment import NUM_SCORED
 from bench.quality.metrics import perplexity, perplexity_ratio
 from bench.quality.reading import Reading
 from bench.quality.records import Records
 from bench.quality.report import source_of
 from bench.quality.text import Corpus, paragraphs
-from colm.checkpoint import Checkpoint, backbone_digest
+from colm.checkpoint import Checkpoint
 from colm.defaults import TILE_TOKENS
 from colm.dtypes import DTYPES, parse_dtype
 from colm.kv import KvFormat
@@ -44,12 +40,24 @@ from prefill_node.encoded_tile import TileEncoder
 from prefill_node.engine import PrefillEngine
 
 _COMMAND = "bench.quality.kv_codec"
-BEGIN, END = "<!-- bench.quality.kv_codec: table -->", "<!-- bench.quality.kv_codec: end -->"
-COLUMNS = (
-    *("text", "cache", "perplexity, raw", "perplexity, int8", "int8 over raw"),
-    *KL_COLUMNS,
-    *("bytes a token, raw", "bytes a token, int8"),
-)
+Place = Literal["stream", "pages"]
+"""Where keys and values are in int8. Pages then hold the same bits after an int8 stream as after a raw one."""
+MARKS: Mapping[Place, tuple[str, str]] = {
+    "stream": ("<!-- bench.quality.kv_codec: table -->", "<!-- bench.quality.kv_codec: end -->"),
+    "pages": ("<!-- bench.quality.kv_codec: pages -->", "<!-- bench.quality.kv_codec: end of pages -->"),
+}
+"""Around the table of each."""
+
+
+def columns(place: Place) -> tuple[str, ...]:
+    """Heads of a table."""
+    plain = {"stream": "raw", "pages": "model's"}[place]
+    return (
+        *("text", "cache" if place == "stream" else "model", f"perplexity, {plain}", "perplexity, int8"),
+        f"int8 over {plain}",
+        *KL_COLUMNS,
+        *(f"bytes a token, {plain}", "bytes a token, int8"),
+    )
 
 
 class Cell(NamedTuple):
@@ -58,10 +66,11 @@ class Cell(NamedTuple):
     num_tokens: int
     """Prompt and continuation."""
     dtype: str
-    """Of weights, keys and values."""
+    """Of weights, and of keys and values that are not in int8."""
+    place: Place = "stream"
 
     def __str__(self) -> str:
-        return f"{length(self.num_tokens)}, {self.dtype}"
+        return f"{length(self.num_tokens)}, {self.dtype}, int8 {self.place}"
 
     def as_json(self) -> dict[str, Any]:
         """For a record."""
@@ -75,12 +84,12 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What either codec made of one text."""
+    """What int8 made of one text beside raw, which stands for the pages of the model's dtype too."""
 
     divergence: Divergence
     """Of int8 from raw."""
     token_bytes: dict[KvCodec, float]
-    """Payload of a token's keys and values."""
+    """A token's keys and values, as payload or in pages."""
 
     def as_json(self) -> dict[str, Any]:
         """For a record."""
@@ -112,47 +121,47 @@ class Experiment:
     @property
     def setting(self) -> dict[str, Any]:
         """What all outcomes have in common."""
-        return {
-            "model": self._checkpoint.path.name,
-            "backbone_sha256": backbone_digest(self._checkpoint),
-            "text_sha256": self._corpus.sha256,
-            "num_scored": NUM_SCORED,
-        }
+        return setting_of(self._checkpoint, self._corpus)
 
     def run(self, cell: Cell) -> Outcome:
-        """Prefill the corpus's last tokens but the continuation, then read that over each codec's pages.
+        """Prefill the corpus's last tokens but the continuation, then read that over pages without int8 and with it.
 
         Raises:
             ValueError: the corpus has no such text.
         """
-        if not NUM_CONTINUED < cell.num_tokens <= len(self._corpus.token_ids_N):
-            raise ValueError(f"num_tokens={cell.num_tokens} must be above {NUM_CONTINUED} and within the corpus")
-        text_N = self._corpus.token_ids_N[-cell.num_tokens :]
-        prompt_N, continuation_N = text_N[:-NUM_CONTINUED], text_N[-NUM_CONTINUED:]
+        prompt_N, continuation_N = prompt_and_continuation(self._corpus, cell.num_tokens)
         kv_format, num_prompt_tokens = KvFormat.of(self._checkpoint.config, parse_dtype(cell.dtype)), len(prompt_N)
         readings = {
-            codec: Reading(
-                self._checkpoint, kv_format, num_tokens=num_prompt_tokens, max_text_tokens=len(continuation_N)
+            way: Reading(
+                self._checkpoint,
+                kv_format,
+                num_tokens=num_prompt_tokens,
+                max_text_tokens=len(continuation_N),
+                cache_dtype="int8" if (way, cell.place) == ("int8", "pages") else "model",
             )
-            for codec in KV_CODECS
+            for way in KV_CODECS
         }
         num_bytes = dict.fromkeys(KV_CODECS, 0)
         for tile in PrefillEngine(self._checkpoint, kv_format, tile_tokens=TILE_TOKENS).run(prompt_N):
-            for codec, reading in readings.items():
+            for way, reading in readings.items():
+                codec = way if cell.place == "stream" else "raw"
                 encoder = TileEncoder(transfer_id="t", num_tokens=num_prompt_tokens, kv_format=kv_format, codec=codec)
                 for encoded in encoder.encode(tile, epoch=1, since=KV_START):
                     header, payload = decode_message(encoded.message)
                     reading.write(decode_tile(header.tile, payload, kv_format, codec))
-                    num_bytes[codec] += len(payload)
-        raw, int8 = (readings[codec].logits(continuation_N[:-1]) for codec in KV_CODECS)
+                    num_bytes[way] += len(payload)
+        raw, int8 = (readings[way].logits(continuation_N[:-1]) for way in KV_CODECS)
         return Outcome(
             divergence=compare(continuation_N, raw, int8),
-            token_bytes={codec: num_bytes[codec] / num_prompt_tokens for codec in KV_CODECS},
+            token_bytes={
+                way: num_bytes[way] / num_prompt_tokens if cell.place == "stream" else reading.token_bytes
+                for way, reading in readings.items()
+            },
         )
 
 
 def words(cell: Cell, outcome: Outcome) -> list[str]:
-    """As in `COLUMNS`."""
+    """As in `columns`."""
     raw, int8 = outcome.divergence.baseline_nll_blocks, outcome.divergence.nll_blocks
     ratio = perplexity_ratio(int8, raw)
     return [
@@ -170,6 +179,7 @@ class CodecOptions(CommonOptions):
 
     lengths: list[int]
     dtypes: list[str]
+    int8: Place
 
 
 def parser() -> argparse.ArgumentParser:
@@ -178,6 +188,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--lengths", type=lengths, default="2K,4K,8K", help="of texts, within the model's context; 2K,4K,8K")
     add("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16", "float32"], help="of weights, keys and values")
+    add("--int8", choices=get_args(Place), default="stream", help="where keys and values are in int8; the stream")
     return parser
 
 
@@ -192,18 +203,26 @@ def run(options: CodecOptions) -> None:
     check_context(options.lengths, checkpoint)
     experiment = Experiment(checkpoint, Corpus.of(paragraphs(), tokenizer.encode))
     kept = Records(options.record, experiment.setting, Cell, Outcome)
-    wanted = [Cell(num_tokens, dtype) for dtype in options.dtypes for num_tokens in sorted(options.lengths)]
+    wanted = [
+        Cell(num_tokens, dtype, options.int8) for dtype in options.dtypes for num_tokens in sorted(options.lengths)
+    ]
     seen = run_missing(_COMMAND, kept, wanted, experiment.run)
-    shown = sorted(kept.outcomes.items(), key=lambda item: (item[0].dtype, item[0].num_tokens))
-    lines = table(COLUMNS, [words(cell, outcome) for cell, outcome in shown]).splitlines()
-    sys.stdout.write("\n".join(lines) + "\n")
-    if options.write_docs:
-        dtypes = " and ".join(sorted({cell.dtype for cell in kept.outcomes}))
-        source = source_of(experiment.setting | {"dtype": dtypes}, kept.environments)
-        replace_between(options.docs / "quality.md", BEGIN, END, [*lines, "", source])
-    if options.json:
-        rows = [cell.as_json() | outcome.as_json() for cell, outcome in shown]
-        sys.stdout.write(json.dumps({**seen, "setting": experiment.setting, "rows": rows}) + "\n")
+    of_place = [item for item in kept.outcomes.items() if item[0].place == options.int8]
+    shown = sorted(of_place, key=lambda item: (item[0].dtype, item[0].num_tokens))
+    dtypes = " and ".join(sorted({cell.dtype for cell, _ in shown}))
+    environments = [kept.environment_of(cell) for cell, _ in shown]
+    show(
+        options,
+        columns(options.int8),
+        [words(cell, outcome) for cell, outcome in shown],
+        marks=MARKS[options.int8],
+        source=source_of(experiment.setting | {"dtype": dtypes}, environments),
+        record={
+            **seen,
+            "setting": experiment.setting,
+            "rows": [cell.as_json() | outcome.as_json() for cell, outcome in shown],
+        },
+    )
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from colm.defaults import PAGE_TOKENS
 from colm.kv import KvFormat, KvTile
 from colm.model.weights import WeightLayout
 from decode_node.engine import DecodeEngine
-from decode_node.kv_layout import KvLayout
+from decode_node.kv_layout import KvCacheDtype, KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.plan import PlanRow, StepPlan
 
@@ -32,6 +32,7 @@ class Reading:
         max_text_tokens: of the longest text.
         num_chains: the scale at which texts are read.
         weights: how the engine keeps them; None as stored.
+        cache_dtype: of the pages.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class Reading:
         max_text_tokens: int,
         num_chains: int = 1,
         weights: WeightLayout | None = None,
+        cache_dtype: KvCacheDtype = "model",
     ) -> None:
-        layout = KvLayout(kv_format, PAGE_TOKENS)
+        layout = KvLayout(kv_format, PAGE_TOKENS, cache_dtype)
         self._num_tokens = num_tokens
         self._store = KvStore(layout, layout.pages(num_tokens + max_text_tokens))
         self._table_M = np.arange(self._store.num_pages, dtype=np.int32)
@@ -55,6 +57,12 @@ class Reading:
     def weight_bytes(self) -> int:
         """What a step reads of the weights."""
         return self._engine.weight_bytes(self._num_chains)
+
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes in the pages of all layers."""
+        layout = self._store.layout
+        return layout.kv_format.num_layers * layout.layer_token_bytes
 
     def write(self, tile: KvTile) -> None:
         """Keep a tile of the prompt."""

@@ -38,8 +38,18 @@ class Records(Generic[CellT, OutcomeT]):
         mine = [record for record in records.read(path) if record["setting"] == self._setting]
         self.outcomes = {cell.of_json(record["cell"]): outcome.of_json(record["outcome"]) for record in mine}
         """By cell, in the order of the file."""
-        self.environments = [record["environment"] for record in mine]
-        """In which each was made."""
+        self._environments: dict[CellT, Mapping[str, Any]] = {
+            cell.of_json(record["cell"]): record["environment"] for record in mine
+        }
+
+    @property
+    def environments(self) -> list[Mapping[str, Any]]:
+        """In which the outcomes were made, in their order."""
+        return list(self._environments.values())
+
+    def environment_of(self, cell: CellT) -> Mapping[str, Any]:
+        """In which an outcome was made."""
+        return self._environments[cell]
 
     def add(self, cell: CellT, outcome: OutcomeT, environment: Mapping[str, Any]) -> None:
         """Write an outcome at once."""
@@ -51,4 +61,4 @@ class Records(Generic[CellT, OutcomeT]):
         }
         records.append(self._path, [record])
         self.outcomes[cell] = outcome
-        self.environments.append(dict(environment))
+        self._environments[cell] = dict(environment)

@@ -9,8 +9,6 @@ Shapes: N tokens of the prompt.
 """
 
 import argparse
-import json
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,10 +17,8 @@ from typing import Any, NamedTuple, Self, get_args
 
 from colm_kernels.quantised import Quantisation
 
-from bench.harness.markdown import replace_between, table
 from bench.harness.suite import positive
 from bench.harness.units import length
-from bench.quality.cells import NUM_CONTINUED
 from bench.quality.command import (
     CommonOptions,
     check_context,
@@ -32,15 +28,15 @@ from bench.quality.command import (
     opened,
     run_missing,
 )
+from bench.quality.compared import prompt_and_continuation, setting_of, show
 from bench.quality.divergence import KL_COLUMNS, Divergence, compare, kl_words
-from bench.quality.experiment import NUM_SCORED
 from bench.quality.metrics import perplexity, perplexity_ratio
 from bench.quality.reading import Reading
 from bench.quality.records import Records
 from bench.quality.reordered import reorder
 from bench.quality.report import source_of
 from bench.quality.text import Corpus, paragraphs
-from colm.checkpoint import Checkpoint, backbone_digest
+from colm.checkpoint import Checkpoint
 from colm.defaults import TILE_TOKENS
 from colm.dtypes import DTYPES, parse_dtype
 from colm.kv import KvFormat
@@ -48,7 +44,7 @@ from colm.model.weights import WeightLayout
 from prefill_node.engine import PrefillEngine
 
 _COMMAND = "bench.quality.weights"
-BEGIN, END = "<!-- bench.quality.weights: table -->", "<!-- bench.quality.weights: end -->"
+MARKS = "<!-- bench.quality.weights: table -->", "<!-- bench.quality.weights: end -->"
 COLUMNS = (
     *("text", "dtype", "model", "scale", "weights", "MB a step", "perplexity, stored", "perplexity", "over stored"),
     *KL_COLUMNS,
@@ -124,12 +120,7 @@ class Experiment:
     @property
     def setting(self) -> dict[str, Any]:
         """What all outcomes have in common."""
-        return {
-            "model": self._checkpoint.path.name,
-            "backbone_sha256": backbone_digest(self._checkpoint),
-            "text_sha256": self._corpus.sha256,
-            "num_scored": NUM_SCORED,
-        }
+        return setting_of(self._checkpoint, self._corpus)
 
     def run(self, cell: Cell) -> Outcome:
         """Prefill the corpus's last tokens but the continuation, then read that with either weights.
@@ -138,10 +129,7 @@ class Experiment:
             ValueError: the corpus has no such text.
             ColmError: the weights cannot be quantised, or the model not reordered.
         """
-        if not NUM_CONTINUED < cell.num_tokens <= len(self._corpus.token_ids_N):
-            raise ValueError(f"num_tokens={cell.num_tokens} must be above {NUM_CONTINUED} and within the corpus")
-        text_N = self._corpus.token_ids_N[-cell.num_tokens :]
-        prompt_N, continuation_N = text_N[:-NUM_CONTINUED], text_N[-NUM_CONTINUED:]
+        prompt_N, continuation_N = prompt_and_continuation(self._corpus, cell.num_tokens)
         checkpoint, dtype = self._model(cell), parse_dtype(cell.dtype)
         kv_format = KvFormat.of(checkpoint.config, dtype)
 
@@ -239,16 +227,20 @@ def run(options: WeightsOptions) -> None:
         kept = Records(options.record, experiment.setting, Cell, Outcome)
         seen = run_missing(_COMMAND, kept, wanted, experiment.run)
     shown = sorted(kept.outcomes.items())
-    lines = table(COLUMNS, [words(cell, outcome) for cell, outcome in shown]).splitlines()
-    sys.stdout.write("\n".join(lines) + "\n")
-    if options.write_docs:
-        dtypes, scales = ({cell.dtype for cell, _ in shown}, {str(cell.num_chains) for cell, _ in shown})
-        setting = experiment.setting | {"dtype": " and ".join(sorted(dtypes))}
-        source = source_of(setting, kept.environments, "scales " + " and ".join(sorted(scales)))
-        replace_between(options.docs / "quality.md", BEGIN, END, [*lines, "", source])
-    if options.json:
-        rows = [cell.as_json() | outcome.as_json() for cell, outcome in shown]
-        sys.stdout.write(json.dumps({**seen, "setting": experiment.setting, "rows": rows}) + "\n")
+    dtypes, scales = ({cell.dtype for cell, _ in shown}, {str(cell.num_chains) for cell, _ in shown})
+    setting = experiment.setting | {"dtype": " and ".join(sorted(dtypes))}
+    show(
+        options,
+        COLUMNS,
+        [words(cell, outcome) for cell, outcome in shown],
+        marks=MARKS,
+        source=source_of(setting, kept.environments, "scales " + " and ".join(sorted(scales))),
+        record={
+            **seen,
+            "setting": experiment.setting,
+            "rows": [cell.as_json() | outcome.as_json() for cell, outcome in shown],
+        },
+    )
 
 
 def main() -> None:

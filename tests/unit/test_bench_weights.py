@@ -12,7 +12,7 @@ from bench.quality.divergence import Divergence
 from bench.quality.metrics import perplexity_ratio
 from bench.quality.reordered import reorder
 from bench.quality.text import Corpus
-from bench.quality.weights import BEGIN, END, Cell, Experiment, Outcome
+from bench.quality.weights import MARKS, Cell, Experiment, Outcome
 from colm.checkpoint import Checkpoint
 from colm.errors import UnsupportedModel
 from colm.text.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ def test_the_command_keeps_a_record_and_writes_the_table_and_runs_no_cell_twice(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "quality.md"
-    page.write_text(f"Before.\n{BEGIN}\n{END}\nAfter.\n")
+    page.write_text(f"Before.\n{MARKS[0]}\n{MARKS[1]}\nAfter.\n")
     monkeypatch.setattr(weights, "paragraphs", lambda: PARTS)
     monkeypatch.setattr(Experiment, "run", lambda *_: OUTCOME)
     words = ["--model", str(checkpoint.path), "--lengths", "1100", "--dtypes", "float32", "--scales", "1", "3"]
