@@ -152,9 +152,10 @@ struct Decode {
     // Output in the order of the head dim again.
     static void join_parts(float* output, int64_t rows) {
         for (int64_t i = 0; kParted && i < rows * D; i += 2 * kLanes) {
-            float parts[2 * kLanes];
-            memcpy(parts, output + i, sizeof parts);
-            for (int j = 0; j < 2 * kLanes; ++j) output[i + j] = parts[j % 2 * kLanes + j / 2];
+            Vec low, high;
+            join_pairs(load(output + i), load(output + i + kLanes), &low, &high);
+            store(output + i, low);
+            store(output + i + kLanes, high);
         }
     }
 

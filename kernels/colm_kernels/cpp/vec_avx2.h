@@ -78,6 +78,12 @@ inline void split_pairs(Vec pairs, Vec* even, Vec* odd) {
     *even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
     *odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000))));
 }
+// The way back: elements 0 .. 7, then 8 .. 15.
+inline void join_pairs(Vec even, Vec odd, Vec* low, Vec* high) {
+    const Vec a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
+    *low = _mm256_permute2f128_ps(a, b, 0x20);
+    *high = _mm256_permute2f128_ps(a, b, 0x31);
+}
 inline Vec load_pairs(const uint16_t* p) { return load(reinterpret_cast<const float*>(p)); }
 
 // The bf16 number nearest to each lane, half to even, in the upper half of the lane; what is in the lower half is to be

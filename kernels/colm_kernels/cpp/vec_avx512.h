@@ -77,6 +77,12 @@ inline void split_pairs(Vec pairs, Vec* even, Vec* odd) {
     *even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
     *odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000))));
 }
+// The way back: elements 0 .. 15, then 16 .. 31.
+inline void join_pairs(Vec even, Vec odd, Vec* low, Vec* high) {
+    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    *low = _mm512_permutex2var_ps(even, order, odd);
+    *high = _mm512_permutex2var_ps(even, _mm512_add_epi32(order, _mm512_set1_epi32(8)), odd);
+}
 inline Vec load_pairs(const uint16_t* p) { return load(reinterpret_cast<const float*>(p)); }
 
 inline __m256i round_to_bf16(Vec x) {
