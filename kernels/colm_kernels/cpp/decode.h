@@ -3,9 +3,8 @@
 //
 // Memory bounds the work, so a key or value is read once for all query heads and query tokens of its kv head. Meanwhile
 // the next block is prefetched, a little with every token, in the order of its addresses, so that hardware can prefetch
-// too: prefetching head by head, as the arithmetic goes, was a fifth slower. In fp32 keys are transposed as they are
-// widened, so that scores come out a vector of tokens at a time and no sum runs across lanes. Products of bf16 pairs
-// read keys untransposed.
+// too: prefetching head by head, as the arithmetic goes, was a fifth slower. Keys are transposed, and widened unless they
+// are multiplied as pairs of bf16, so that scores come out a vector of tokens at a time and no sum runs across lanes.
 //
 // The terms of a row's sums and their order depend on its own context only, not on the rows beside it nor on where an
 // item begins or ends. So a query's result has the same bits alone, among drafts and in any batch.
@@ -14,7 +13,6 @@
 #include <cstring>
 #include "abi.h"
 #include "byte_scores.h"
-#include "pair_scores.h"
 #include "softmax.h"
 #include "tile.h"
 
@@ -32,6 +30,7 @@ struct Decode {
     static constexpr int kPanel = kKeyVecs * kLanes;  // keys of one transposed panel
     static constexpr int kPerWord = sizeof(float) / sizeof(In);
     static constexpr int kWords = D / kPerWord;
+    static constexpr int kDepth = kPairs ? kWords : D;  // of the product of queries and keys, in its words
     static constexpr int kLine = 64 / sizeof(In);  // elements of a cache line
     static constexpr int kValueVecs = sizeof(Vec) == 64 ? (D % 64 == 0 ? 4 : D % 80 == 0 ? 5 : D % 48 == 0 ? 3 : 1) : 2;
     static constexpr int kRowTile = 4;  // by 4 or 5 vectors
@@ -39,7 +38,7 @@ struct Decode {
 
     struct Workspace {
         float* queries;  // num_kv_heads, rows, D; as bf16 for pairs, as digits for bytes
-        float* keys;     // kBlock / kPanel panels of (D, kPanel); of words for bytes
+        float* keys;     // kBlock / kPanel panels of (kDepth, kPanel); of words for bytes
         float* values;   // kBlock, D
         float* scores;   // rows, kBlock; overwritten in place by the weights
         float* decay;    // padded rows
@@ -107,10 +106,10 @@ struct Decode {
         }
     };
 
-    // Widens and transposes the keys of one head.
+    // Transposes the keys of one head, by words; widens them where they are not multiplied in pairs.
     static void pack_keys(const In* keys, const Block& block, float* packed) {
         for (int first = 0; first < block.count; first += kLanes) {
-            float* panel = packed + first / kPanel * kPanel * D + first % kPanel;
+            float* panel = packed + first / kPanel * kPanel * kDepth + first % kPanel;
             for (int word = 0; word < kWords; word += kLanes) {
                 constexpr int kLast = kWords % kLanes;
                 Vec part[kLanes];
@@ -124,6 +123,10 @@ struct Decode {
 #pragma GCC unroll 16
                 for (int i = 0; i < kLanes; ++i) {
                     if (word + i >= kWords) break;
+                    if constexpr (kPairs) {
+                        store(panel + (word + i) * kPanel, part[i]);
+                        continue;
+                    }
                     Vec wide[kPerWord];
                     split_words(part[i], wide);
                     for (int j = 0; j < kPerWord; ++j) store(panel + ((word + i) * kPerWord + j) * kPanel, wide[j]);
@@ -175,11 +178,13 @@ struct Decode {
     // Scores of kRows rows against the block; prefetches one step a token.
     template <int kRows, class Ask>
     static void score(const float* queries, const float* keys, int num_padded, float* scores, Ask ask) {
+        using Word = typename Op::Word;
         constexpr int kPanels = kBlock / kPanel;
         for (int key = 0; key < num_padded; key += kPanel) {
-            multiply_tile<FloatWords, kRows, kKeyVecs, D, kPanel, kBlock, false>(
-                queries, keys + key * D, D, scores + key, nullptr, [&](int64_t step) {
-                    for (int64_t i = step * kPanels + key / kPanel; i < kBlock; i += D * kPanels) ask();
+            multiply_tile<Op, kRows, kKeyVecs, kDepth, kPanel, kBlock, false>(
+                reinterpret_cast<const Word*>(queries), reinterpret_cast<const Word*>(keys) + key * kDepth, kDepth,
+                scores + key, nullptr, [&](int64_t step) {
+                    for (int64_t i = step * kPanels + key / kPanel; i < kBlock; i += kDepth * kPanels) ask();
                 });
         }
     }
@@ -367,7 +372,7 @@ struct Decode {
                     ByteScores<D>::pack(keys, block.offsets, num_padded, reinterpret_cast<int32_t*>(ws.keys),
                                         [&] { keys_ahead.step(); });
 #endif
-                } else if constexpr (!kPairs) {
+                } else {
                     pack_keys(keys, block, ws.keys);
                     if constexpr (kScaled) apply_unusual_scales(ws.keys, block.count, k_scales);
                 }
@@ -375,21 +380,15 @@ struct Decode {
                     const auto ask = [&] {
                         if (row == 0) keys_ahead.step();
                     };
-                    if constexpr (kPairs) {
-#ifdef __AVX512BF16__
-                        PairScores<D>::template score<kRows, kBlock>(
-                            reinterpret_cast<const uint16_t*>(ws.queries) + (head * rows + row) * D, keys, block.offsets,
-                            num_padded, ws.scores + row * kBlock, ask);
-#endif
-                    } else if constexpr (kBytes) {
+                    if constexpr (kBytes) {
 #ifdef __AVX512VNNI__
                         ByteScores<D>::template score<kRows, kBlock>(
                             byte_queries + head * rows + row, reinterpret_cast<const int32_t*>(ws.keys), k_scales,
                             num_padded, ws.scores + row * kBlock);
 #endif
                     } else {
-                        score<kRows>(ws.queries + (head * rows + row) * D, ws.keys, num_padded, ws.scores + row * kBlock,
-                                     ask);
+                        score<kRows>(ws.queries + (head * rows + row) * kDepth, ws.keys, num_padded,
+                                     ws.scores + row * kBlock, ask);
                     }
                 });
                 if constexpr (kBytes) {
