@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -85,7 +86,7 @@ def build(
     decode_rest = (
         config.prefill.most_replicas,
         config.prefill.max_queued,
-        config.decode.most_replicas == 1,
+        config.num_decode_replicas == 1,
         report_to,
         metrics_host,
         traces,
@@ -99,6 +100,20 @@ def build(
         version=_version(decode_options, secrets, decode_rest),
         surge=surge,
     ).bind(decode_options, secrets, prefill, *decode_rest)
+    variants = {each: str(path.absolute()) for each, path in config.model.variants.items()}
+    further = []
+    for each, path in variants.items():
+        of_variant = replace(decode_options, model_path=path)
+        variant = _deployment(
+            DecodeReplica,
+            name=f"{DECODE}-{each}",
+            replicas=config.decode.num_replicas,
+            max_ongoing=config.decode.max_requests,
+            actor=_actor(DECODE_RESOURCE, config.decode.num_gpus),
+            version=_version(of_variant, secrets, decode_rest),
+            surge=surge,
+        )
+        further.append(variant.bind(of_variant, secrets, prefill, *decode_rest, each))
     gateway = config.gateway
     gateway_options = GatewayOptions(
         model_path=model,
@@ -113,7 +128,8 @@ def build(
         metrics_host=metrics_host,
         metrics_port=metrics.port,
         traces=traces,
-        num_decode_nodes=config.decode.most_replicas,
+        num_decode_nodes=config.num_decode_replicas,
+        variants=tuple(variants.items()),
         scalings=config.scalings,
         drain_s=gateway.drain_s,
         limits=GatewayLimits(
@@ -139,7 +155,7 @@ def build(
         surge=100,  # it listens on the ports of the last one, beside it
         shutdown_s=gateway.drain_s + 2 * _SHUTDOWN_S,
         user_config={"is_open": is_open},
-    ).bind(gateway_options, secrets, decode)
+    ).bind(gateway_options, secrets, decode, *further)
 
 
 def _number(section: PrefillSection | DecodeSection, kept: int | None) -> int:

@@ -21,7 +21,11 @@ _REPLICA_BYTES = 1 << 30
 
 def as_kept(config: ClusterConfig) -> dict[str, Any]:
     """The options as the state file keeps them."""
-    known = {"path": _whole(config.model.path), "name": config.model.served_name}
+    known = {
+        "path": _whole(config.model.path),
+        "name": config.model.served_name,
+        "variants": {name: path.resolve() for name, path in config.model.variants.items()},
+    }
     kept = config.model_copy(update={"model": config.model.model_copy(update=known)})
     return kept.model_dump(mode="json")
 
@@ -63,9 +67,13 @@ def weights_stamp(path: Path) -> str:
 
 
 def is_another_model(before: ClusterConfig, config: ClusterConfig) -> bool:
-    """Whether the other options are of another model: no answer of the one could go on at replicas of the other."""
+    """Whether the other options are of another model: no answer of the one could go on at replicas of the other.
+
+    A further variant is none, but one that goes or changes has answers too.
+    """
     paths = {_whole(each.model.path) for each in (before, config)}
-    return len(paths) > 1 or before.resolved_dtype != config.resolved_dtype
+    kept, wanted = (as_kept(each)["model"]["variants"] for each in (before, config))
+    return len(paths) > 1 or before.resolved_dtype != config.resolved_dtype or not kept.items() <= wanted.items()
 
 
 def has_room_for_both(config: ClusterConfig, weights: Path) -> bool:
@@ -100,8 +108,9 @@ def require_room_for_both(config: ClusterConfig, weights: Path) -> None:
 def _needed_bytes(config: ClusterConfig, weights: Path) -> int:
     """Memory of all replicas that compute on the CPU, at most."""
     on_cpu = [section for section in config.placed.values() if section.resolved_device == "cpu"]
-    pages = config.decode.most_replicas * config.decode.kv_cache_bytes if config.decode in on_cpu else 0
-    num_replicas = sum(section.most_replicas for section in on_cpu)
+    num_decode = config.num_decode_replicas if config.decode in on_cpu else 0
+    num_replicas = num_decode + (config.prefill.most_replicas if config.prefill in on_cpu else 0)
+    pages = num_decode * config.decode.kv_cache_bytes
     return num_replicas * (2 * weights.stat().st_size + _REPLICA_BYTES) + pages
 
 

@@ -289,7 +289,7 @@ def check_resources(config: ClusterConfig, carried: Mapping[str, float], has: st
     """
     for resource, replicas in (
         (PREFILL_RESOURCE, config.prefill.num_replicas),
-        (DECODE_RESOURCE, config.decode.num_replicas),
+        (DECODE_RESOURCE, (1 + len(config.model.variants)) * config.decode.num_replicas),
     ):
         if carried.get(resource, 0) < replicas:
             raise ClusterError(

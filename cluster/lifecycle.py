@@ -27,6 +27,7 @@ from cluster.options import ClusterConfig
 from cluster.ray_files import new_ray_root, remove_ray_root
 from cluster.secret_files import SecretFiles, write_secrets
 from cluster.state import SECRETS, ClusterState, alone, make_state_dir, note_joined, read_joined
+from cluster.variants import require_one_chain_1
 from colm.checkpoint import Checkpoint
 from colm.clock import utc_now
 from colm.dtypes import parse_dtype
@@ -63,6 +64,7 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
     if config.model.path is None:
         raise ConfigError("model.path is not set; give --model DIR or [model] path in the config file")
     checkpoint = Checkpoint.open(config.model.path)
+    require_one_chain_1(config, checkpoint)
     _check_kv(config, checkpoint)
     _check_prefill(config, checkpoint)
     if config.ray.address is None:

@@ -29,3 +29,24 @@ class NodeRegistry:
     def count(self, role: Role) -> int:
         """Number of nodes of a role that reported lately."""
         return sum(node.report.role is role for node in self.nodes())
+
+    def serving(self, variant: str) -> "NodeRegistry":
+        """What is known of the nodes of one model: its decode nodes, and the prefill nodes of all.
+
+        Args:
+            variant: its name; empty for the cluster's own.
+        """
+        return _Serving(self, variant)
+
+
+class _Serving(NodeRegistry):
+    def __init__(self, all_nodes: NodeRegistry, variant: str) -> None:
+        self._all_nodes = all_nodes
+        self._variant = variant
+
+    def report(self, report: NodeReport) -> None:
+        self._all_nodes.report(report)
+
+    def nodes(self) -> list[NodeStatus]:
+        nodes = self._all_nodes.nodes()
+        return [node for node in nodes if node.report.role is Role.PREFILL or node.report.variant == self._variant]

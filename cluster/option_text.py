@@ -90,6 +90,8 @@ def _values(option: Option) -> str:
         return "bytes"
     if "pattern" in schema:
         return "text"
+    if schema.get("type") == "object":
+        return 'a path for each name, as in `{legal = "models/legal"}`'
     kind = {"boolean": "`true`, `false`", "integer": "whole number", "number": "number"}.get(schema["type"])
     if kind is None:
         return "path" if schema.get("format") == "path" else "text"
@@ -111,5 +113,8 @@ def _toml(value: object) -> str:
             return f'"{value.human_readable(separator="")}"'
         case str():
             return f'"{value}"'
+        case dict():
+            assert not value, "no table has entries by default"
+            return "{}"
         case _:
             return str(value)

@@ -24,6 +24,9 @@ class ModelSection(DtypeSettings):
     """Checkpoint directory, at the same path on every machine; required here or as --model."""
     name: str | None = None
     """Name of the model in clients' requests; by default the directory's name."""
+    variants: dict[str, Path] = Field(default_factory=dict)
+    """Further models by name, with their checkpoints: fine-tunes that have this model's chain 1, and so share its
+    prefill replicas. Each has as many decode replicas of its own as `replicas` and `standby` in [decode] say."""
 
     @property
     def served_name(self) -> str:
@@ -231,6 +234,11 @@ class ClusterConfig(Settings):
     def placed(self) -> "dict[str, PrefillSection | DecodeSection]":
         """The sections of the roles that compute, by their names."""
         return {"prefill": self.prefill, "decode": self.decode}
+
+    @property
+    def num_decode_replicas(self) -> int:
+        """Decode replicas of all models, at most."""
+        return self.decode.most_replicas + len(self.model.variants) * self.decode.num_replicas
 
     @property
     def scalings(self) -> tuple[PoolScaling, ...]:

@@ -87,6 +87,8 @@ class NodeReport:
     num_pages_total: int = 0
     """Pages of the KV pool, on decode nodes."""
     num_pages_used: int = 0
+    variant: str = ""
+    """Which of the cluster's further models a decode node serves; empty for the model itself, and of prefill nodes."""
     process: ProcessFacts
     load: NodeLoad = NodeLoad()
 

@@ -14,7 +14,7 @@ from cluster.accounts import Accounts
 from cluster.audit_log import AuditLog
 from cluster.client_tokens import Clients
 from cluster.decode_calls import GrpcDecodeCalls
-from cluster.front_door.front_door import FrontDoor
+from cluster.front_door.front_door import FrontDoor, Variant
 from cluster.front_door.placement import DecodeLease, DecodePool
 from cluster.front_door.plan import GatewayLimits, ServedModel
 from cluster.generation_service import GenerationService
@@ -191,6 +191,7 @@ async def http_gateway(
     tls: TlsSource | None = None,
     max_files_bytes: int = 1 << 20,
     doors: list[FrontDoor] | None = None,
+    variants: Sequence[Variant] = (),
     **limits: Any,
 ) -> AsyncIterator[str]:
     """`gateway` over HTTP; at the end of the block it must hold nothing. Its front door is added to `doors`."""
@@ -201,12 +202,12 @@ async def http_gateway(
         decode_pool=pool,
         calls=calls,
         registry=decode_nodes(1),
+        variants=variants,
         clock=MonotonicClock(),
     )
     if doors is not None:
         doors.append(front_door)
     app = OpenAiApp(
-        model=served_model(config, tokenizer),
         front_door=front_door,
         desk=Desk(front_door, known, Accounts(MonotonicClock(), audit_log), RequestMetrics(CollectorRegistry(), known)),
         clients=known,

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from colm.checkpoint import Checkpoint, TextConfig, assign, save
+from colm.checkpoint import Checkpoint, TextConfig, assign, prefill_tensor_names, save
 from colm.model import ChainTransformer, parameter_shapes
 from colm.model.config import ChainConfig
 
@@ -89,6 +89,13 @@ def tiny_checkpoint(
     text = TextConfig(bos_token_id=1, eos_token_ids=(2,), chat_template=CHAT_TEMPLATE) if tokenizer else None
     tokenizer_json = tiny_tokenizer().to_str().encode() if tokenizer else None
     return save(path, config, random_tensors(config, seed), text=text, tokenizer_json=tokenizer_json)
+
+
+def fine_tuned(path: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """Save another model of the same chain 1: what no key or value depends on is of another seed."""
+    config, kept = checkpoint.config, prefill_tensor_names(checkpoint.config)
+    before, after = checkpoint.tensors(parameter_shapes(config)), random_tensors(config, seed=7)
+    return save(path, config, {name: (before if name in kept else after)[name] for name in before})
 
 
 def flip_last_byte(checkpoint: Checkpoint, name: str) -> None:

@@ -105,11 +105,11 @@ class Autoscaler:
                 for each in self._scalings
             ]
             return
-        now_s, reports = self._clock.now(), [node.report for node in self._registry.nodes()]
+        now_s, reports = self._clock.now(), [node.report for node in self._registry.serving("").nodes()]
         states = []
         for pool in self._pools:
             load, scaler = pool.signal.look(reports, now_s), pool.scaler
-            num_present, before = self._registry.count(pool.role), scaler.num_wanted
+            num_present, before = sum(report.role is pool.role for report in reports), scaler.num_wanted
             wanted = scaler.observe(now_s, demand=load.demand, num_present=num_present)
             if wanted != before:
                 logger.info(

@@ -157,7 +157,7 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
     for node in answer.nodes:
         report = node.report
         table.add_row(
-            report.role.value,
+            f"{report.role.value} {report.variant}".rstrip(),
             report.address,
             str(report.process.pid),
             str(report.num_active_requests),

@@ -4,9 +4,9 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cluster.front_door.placement import RETRY, DecodeJob, DecodeNodeCalls, DecodePool, Emit, Placement
 from cluster.front_door.plan import GatewayLimits, Plan, ServedModel
@@ -17,7 +17,7 @@ from cluster.node_registry import NodeRegistry
 from colm import tracing
 from colm.beside import beside
 from colm.clock import Clock, Deadline
-from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, GoingAway, InvalidRequest
+from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, GoingAway, InvalidRequest, UnknownModel
 from colm.events import Accepted, Event, ScaleChanged
 from colm.nodes import ClusterStatus, ModelStatus
 from colm.request import ANSWER_KEY, GenerateRequest
@@ -26,6 +26,14 @@ from colm.sampling import SamplingParams
 from colm.scale import Changing, Scale, ScaleWish
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """A further model that has the cluster's chain 1, on decode nodes of its own."""
+
+    model: ServedModel
+    decode_pool: DecodePool
 
 
 class FrontDoor:
@@ -38,7 +46,8 @@ class FrontDoor:
         calls: calls decode nodes.
         registry: knows the nodes that reported lately.
         clock: measures deadlines.
-        num_decode_nodes: how many there are when all run.
+        num_decode_nodes: how many there are when all run, of all models.
+        variants: further models, whose nodes report their names.
         retry: how often a decode node is called in vain.
         on_resubmit: told why a request is given to a decode node again.
     """
@@ -53,16 +62,27 @@ class FrontDoor:
         registry: NodeRegistry,
         clock: Clock,
         num_decode_nodes: int = 1,
+        variants: Sequence[Variant] = (),
         retry: RetryPolicy = RETRY,
         on_resubmit: Callable[[ColmError], None] = lambda _: None,
     ) -> None:
-        self._model = model
         self._limits = limits
         self._prompts = PromptReader(
-            model, max_document_bytes=limits.max_document_bytes, max_upload_bytes=limits.max_upload_bytes
+            max_document_bytes=limits.max_document_bytes, max_upload_bytes=limits.max_upload_bytes
         )
-        self._placement = Placement(decode_pool, calls, registry, clock, retry, on_resubmit)
-        self._resumption = Resumption(calls, registry, clock, num_decode_nodes)
+        served = {"": Variant(model=model, decode_pool=decode_pool)} | {each.model.name: each for each in variants}
+        self._models = {each.model.name: each.model for each in served.values()}
+        self._placements = {
+            each.model.name: Placement(each.decode_pool, calls, registry.serving(variant), clock, retry, on_resubmit)
+            for variant, each in served.items()
+        }
+        self._resumption = Resumption(
+            calls,
+            registry,
+            clock,
+            models={variant: each.model for variant, each in served.items()},
+            num_decode_nodes=num_decode_nodes,
+        )
         self._registry = registry
         self._clock = clock
         self._calls = calls
@@ -97,6 +117,17 @@ class FrontDoor:
         """It takes no new request."""
         return self._is_going
 
+    def model_of(self, name: str) -> ServedModel:
+        """The model of that name; the cluster's own if it is empty.
+
+        Raises:
+            UnknownModel: there is none.
+        """
+        found = self._models.get(name or next(iter(self._models)))
+        if found is None:
+            raise UnknownModel("model", name, f"this cluster serves {', '.join(map(repr, self._models))}")
+        return found
+
     @asynccontextmanager
     async def generate(
         self,
@@ -126,7 +157,8 @@ class FrontDoor:
         """
         async with self._admitted():
             with tracing.span("generate") as note:
-                plan = Plan.of(request, self._model, self._limits, caller_waits_s)
+                plan = Plan.of(request, self.model_of(request.model), self._limits, caller_waits_s)
+                found = _known(plan.model)
                 arrived_s = self._clock.now()
                 timeout_s = self._limits.default_timeout_s if plan.timeout_s is None else plan.timeout_s
 
@@ -143,9 +175,9 @@ class FrontDoor:
                         )
                     deadline = Deadline(self._clock, arrived_s + timeout_s)
                     running.reschedule(asyncio.get_running_loop().time() + deadline.remaining_s())
-                    await emit(self._accepted(job, timeout_s))
-                    async with beside(self._change(job.scale, changes, emit)):
-                        await self._placement.run(job, deadline, emit)
+                    await emit(_accepted(plan.model, job, timeout_s))
+                    async with beside(_change(job.scale, changes, found, emit)):
+                        await self._placements[plan.model.name].run(job, deadline, emit)
 
                 try:
                     async with asyncio.timeout(timeout_s) as running, pulled(serve) as events:
@@ -183,9 +215,10 @@ class FrontDoor:
                 async def serve(emit: Emit) -> None:
                     key = _owned(answer_key, owner)
                     scale: Changing[Scale | None] = Changing(None)
-                    async with beside(self._change(scale, changes, emit)):
+                    found: asyncio.Future[ServedModel] = asyncio.get_running_loop().create_future()
+                    async with beside(_change(scale, changes, found, emit)):
                         await self._resumption.run(
-                            self._model, key, num_tokens, scale=scale, deadline=deadline, emit=emit
+                            key, num_tokens, found=found, scale=scale, deadline=deadline, emit=emit
                         )
 
                 async with pulled(serve) as events:
@@ -193,17 +226,19 @@ class FrontDoor:
 
     def status(self) -> ClusterStatus:
         """Models, nodes and load."""
-        model = self._model
-        served = ModelStatus(
-            name=model.name,
-            chains=model.config.chains,
-            max_context_tokens=model.config.max_context,
-            fingerprint=model.fingerprint,
-            reads_text=model.tokenizer is not None,
+        models = tuple(
+            ModelStatus(
+                name=model.name,
+                chains=model.config.chains,
+                max_context_tokens=model.config.max_context,
+                fingerprint=model.fingerprint,
+                reads_text=model.tokenizer is not None,
+            )
+            for model in self._models.values()
         )
         nodes = tuple(self._registry.nodes())
         return ClusterStatus(
-            models=(served,), nodes=nodes, num_active_requests=len(self._running), pools=self._registry.pools
+            models=models, nodes=nodes, num_active_requests=len(self._running), pools=self._registry.pools
         )
 
     @asynccontextmanager
@@ -243,28 +278,40 @@ class FrontDoor:
             made_token_ids=plan.answer_token_ids,
         )
 
-    async def _change(
-        self, scale: Changing[Scale] | Changing[Scale | None], wishes: AsyncIterator[ScaleWish] | None, emit: Emit
-    ) -> None:
-        if wishes is None:
-            return
-        async for wish in wishes:
-            wanted = Scale.of(wish, self._model.config.num_chains)
-            scale.change(wanted)
-            await emit(ScaleChanged(num_chains=wanted.num_chains, min_chains=wanted.min_chains))
 
-    def _accepted(self, job: DecodeJob, timeout_s: float) -> Accepted:
-        logger.info("request.accepted request=%s prompt_tokens=%d", job.request_id, len(job.token_ids))
-        return Accepted(
-            request_id=job.request_id,
-            model=self._model.name,
-            num_prompt_tokens=len(job.token_ids),
-            num_chains=job.scale.value.num_chains,
-            max_new_tokens=job.max_new_tokens,
-            timeout_s=timeout_s,
-            trace_id=tracing.trace_id(),
-            revision=self._model.revision,
-        )
+async def _change(
+    scale: Changing[Scale] | Changing[Scale | None],
+    wishes: AsyncIterator[ScaleWish] | None,
+    found: asyncio.Future[ServedModel],
+    emit: Emit,
+) -> None:
+    """Change the scale as the client wishes, once it is known which model answers."""
+    if wishes is None:
+        return
+    async for wish in wishes:
+        wanted = Scale.of(wish, (await found).config.num_chains)
+        scale.change(wanted)
+        await emit(ScaleChanged(num_chains=wanted.num_chains, min_chains=wanted.min_chains))
+
+
+def _known(model: ServedModel) -> asyncio.Future[ServedModel]:
+    found: asyncio.Future[ServedModel] = asyncio.get_running_loop().create_future()
+    found.set_result(model)
+    return found
+
+
+def _accepted(model: ServedModel, job: DecodeJob, timeout_s: float) -> Accepted:
+    logger.info("request.accepted request=%s prompt_tokens=%d", job.request_id, len(job.token_ids))
+    return Accepted(
+        request_id=job.request_id,
+        model=model.name,
+        num_prompt_tokens=len(job.token_ids),
+        num_chains=job.scale.value.num_chains,
+        max_new_tokens=job.max_new_tokens,
+        timeout_s=timeout_s,
+        trace_id=tracing.trace_id(),
+        revision=model.revision,
+    )
 
 
 def _with_seed(sampling: SamplingParams) -> SamplingParams:

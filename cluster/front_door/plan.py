@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from colm.errors import DeadlineExceeded, InvalidRequest, ModelReplaced, UnknownModel
+from colm.errors import DeadlineExceeded, InvalidRequest, ModelReplaced
 from colm.model.config import ChainConfig
 from colm.request import AttentionMode, ChatMessage, GenerateRequest, KvCodec
 from colm.sampling import SamplingParams
@@ -50,6 +50,7 @@ class Plan:
     prompt: str
     history: tuple[ChatMessage, ...]
     chat: bool | None
+    model: ServedModel
     scale: Scale
     max_new_tokens: int
     sampling: SamplingParams
@@ -69,7 +70,7 @@ class Plan:
 
         Args:
             request: its values have the right types.
-            model: the model that is served.
+            model: the one that it names.
             limits: the gateway's limits.
             caller_waits_s: seconds until the caller's own deadline, of which `max_timeout_s` count; None without one.
 
@@ -77,8 +78,6 @@ class Plan:
             InvalidRequest: names the field, its value and the limit.
             DeadlineExceeded: the request's time is over before it begins.
         """
-        if request.model not in ("", model.name):
-            raise UnknownModel("model", request.model, f"this cluster serves {model.name!r}")
         if request.answer_token_ids and request.revision not in ("", model.revision):
             raise ModelReplaced(
                 f"this answer began with other weights than {model.name!r} has by now, and none is of two models; "
@@ -119,6 +118,7 @@ class Plan:
             prompt=request.prompt,
             history=request.history,
             chat=request.chat,
+            model=model,
             scale=scale,
             max_new_tokens=max_new_tokens,
             sampling=request.sampling,

@@ -6,30 +6,27 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.front_door.plan import Plan, ServedModel
+from cluster.front_door.plan import Plan
 from cluster.front_door.tokenising import TextExtent, TokenisingThreads
 from colm.errors import CapacityExceeded, InvalidRequest
+from colm.text.bound import TokenBound
 
 PromptPart = bytes | NDArray[np.int64]
 """The next piece of the document in UTF-8, or of a prompt given as token ids; no prompt has both."""
 
 
 class PromptReader:
-    """Reads the prompts of one model's requests.
+    """Reads the prompts of requests.
 
     Args:
-        model: the model that is served.
         max_document_bytes: longer documents are refused.
         max_upload_bytes: of all prompts that are being read.
     """
 
-    def __init__(self, model: ServedModel, *, max_document_bytes: int, max_upload_bytes: int) -> None:
-        self._model = model
+    def __init__(self, *, max_document_bytes: int, max_upload_bytes: int) -> None:
         self._max_document_bytes = max_document_bytes
         self._max_upload_bytes = max_upload_bytes
         self._num_held_bytes = 0
-        self._context = model.config.max_context
-        self._bound = None if model.tokenizer is None else model.tokenizer.bound
         self._threads = TokenisingThreads()
 
     async def read(self, plan: Plan, parts: AsyncIterator[PromptPart]) -> NDArray[np.int64]:
@@ -65,7 +62,7 @@ class PromptReader:
     async def _read(
         self, plan: Plan, parts: AsyncIterator[PromptPart], hold: Callable[[int], None]
     ) -> NDArray[np.int64]:
-        document, extent = bytearray(), TextExtent(self._bound)
+        document, extent = bytearray(), TextExtent(_bound(plan))
         pieces, num_ids = [np.empty(0, dtype=np.int64)], 0
         self._hold_history(plan, hold)
         async for part in parts:
@@ -79,9 +76,9 @@ class PromptReader:
             else:
                 pieces.append(part)
                 num_ids += len(part)
-                if num_ids > self._context:
-                    limit_of_ids = f"at most {self._context}, the context"
-                    raise InvalidRequest("token_ids", f"over {self._context} ids", limit_of_ids)
+                if num_ids > (context := plan.model.config.max_context):
+                    limit_of_ids = f"at most {context}, the context"
+                    raise InvalidRequest("token_ids", f"over {context} ids", limit_of_ids)
         if num_ids:
             if document or plan.prompt or plan.history:
                 raise InvalidRequest("token_ids", f"{num_ids} ids", "give either token ids or text, not both")
@@ -99,20 +96,20 @@ class PromptReader:
 
     def _check_extent(self, extent: TextExtent, plan: Plan) -> None:
         """Refuse a document with more bytes than the most tokens could stand for, before the rest of it arrives."""
-        if self._bound is None:
+        if (bound := _bound(plan)) is None:
             return
-        limit = self._max_prompt_tokens(plan) * self._bound.max_token_bytes
+        limit = _max_prompt_tokens(plan) * bound.max_token_bytes
         if extent.num_bytes > limit:
-            longest = f"no token stands for more than {self._bound.max_token_bytes} bytes"
-            fit = f"at most {limit} bytes: {self._must_fit(plan)}, and {longest}"
+            longest = f"no token stands for more than {bound.max_token_bytes} bytes"
+            fit = f"at most {limit} bytes: {_must_fit(plan)}, and {longest}"
             raise InvalidRequest("document", f"over {limit} bytes", fit)
 
     def _tokenise(self, plan: Plan, document: bytearray, check_wanted: Callable[[], None]) -> NDArray[np.int64]:
-        tokenizer = self._model.tokenizer
+        tokenizer = plan.model.tokenizer
         if not document and not plan.prompt:
             raise InvalidRequest("prompt", "", "document and prompt must not both be empty")
         if tokenizer is None:
-            raise InvalidRequest("prompt", plan.prompt, f"model {self._model.name!r} has no tokenizer; send token_ids")
+            raise InvalidRequest("prompt", plan.prompt, f"model {plan.model.name!r} has no tokenizer; send token_ids")
         try:
             text = document.decode("utf-8")
         except UnicodeDecodeError as err:
@@ -134,17 +131,24 @@ class PromptReader:
         if not len(token_ids):
             raise InvalidRequest("prompt", "", "the prompt has no tokens")
         self._check_length(len(token_ids), plan)
-        size = self._model.config.vocab_size
+        size = plan.model.config.vocab_size
         for worst in (int(token_ids.max()), int(token_ids.min())):
             if not 0 <= worst < size:
                 raise InvalidRequest("token_ids", worst, f"must be below the vocabulary size {size}, and not negative")
 
     def _check_length(self, num_tokens: int, plan: Plan) -> None:
-        if num_tokens > (limit := self._max_prompt_tokens(plan)):
-            raise InvalidRequest("document", f"over {limit} prompt tokens", self._must_fit(plan))
+        if num_tokens > (limit := _max_prompt_tokens(plan)):
+            raise InvalidRequest("document", f"over {limit} prompt tokens", _must_fit(plan))
 
-    def _max_prompt_tokens(self, plan: Plan) -> int:
-        return max(0, self._context - plan.max_new_tokens)
 
-    def _must_fit(self, plan: Plan) -> str:
-        return f"prompt and max_new_tokens={plan.max_new_tokens} must fit the model's context of {self._context}"
+def _bound(plan: Plan) -> TokenBound | None:
+    return None if plan.model.tokenizer is None else plan.model.tokenizer.bound
+
+
+def _max_prompt_tokens(plan: Plan) -> int:
+    return max(0, plan.model.config.max_context - plan.max_new_tokens)
+
+
+def _must_fit(plan: Plan) -> str:
+    context = plan.model.config.max_context
+    return f"prompt and max_new_tokens={plan.max_new_tokens} must fit the model's context of {context}"

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.client_tokens import Client, Clients
 from cluster.front_door.front_door import FrontDoor
-from cluster.front_door.plan import GatewayLimits, ServedModel
+from cluster.front_door.plan import GatewayLimits
 from cluster.openai.answers import Shape
 from cluster.openai.bodies import OVERHEAD_BYTES, Bodies
 from cluster.openai.calls import Call, Desk
@@ -23,7 +23,8 @@ from cluster.openai.files import FileStore
 from cluster.openai.openapi import document
 from cluster.openai.schema import Ask, read_chat, read_completion
 from colm import tracing
-from colm.errors import GoingAway, InvalidRequest, Unauthenticated, UnknownModel
+from colm.errors import GoingAway, InvalidRequest, Unauthenticated
+from colm.nodes import ModelStatus
 from colm.text.tokenizer import SEPARATOR
 from colm.wire.security import AUTHORIZATION, shown_token
 
@@ -37,7 +38,6 @@ class OpenAiApp:
 
     Args:
         front_door: serves the requests.
-        model: the model that is served.
         desk: the same front door, with accounts and metrics.
         clients: who calls.
         limits: of requests.
@@ -47,14 +47,12 @@ class OpenAiApp:
     def __init__(
         self,
         *,
-        model: ServedModel,
         front_door: FrontDoor,
         desk: Desk,
         clients: Clients,
         limits: GatewayLimits,
         max_files_bytes: int,
     ) -> None:
-        self._model = model
         self._front_door = front_door
         self._desk = desk
         self._clients = clients
@@ -113,10 +111,11 @@ class OpenAiApp:
         documents = [self._files.get(file_id, client.name).content for file_id in ask.documents]
         separator = SEPARATOR.encode()
         document = separator.join([*documents, *([text] if (text := _utf8(ask.text)) else [])])
+        model = self._front_door.model_of(ask.requests[0].model)
         shape = Shape(
             is_chat=ask.is_chat,
-            model=self._model.name,
-            tokenizer=self._model.tokenizer,
+            model=model.name,
+            tokenizer=model.tokenizer,
             wants_logprobs=ask.wants_logprobs,
         )
         return Call(self._desk, client, ask, document, shape)
@@ -147,22 +146,12 @@ class OpenAiApp:
         return JSONResponse(document())
 
     async def _models(self, request: Request, client: Client) -> Response:  # noqa: ARG002 - the handlers' contract
-        return JSONResponse({"object": "list", "data": [self._as_json()]})
+        return JSONResponse({"object": "list", "data": [_as_json(each) for each in self._front_door.status().models]})
 
     async def _one_model(self, request: Request, client: Client) -> Response:  # noqa: ARG002 - as above
-        if (name := request.path_params["name"]) != self._model.name:
-            raise UnknownModel("model", name, f"this cluster serves {self._model.name!r}")
-        return JSONResponse(self._as_json())
-
-    def _as_json(self) -> dict[str, Any]:
-        (model,) = self._front_door.status().models
-        return {
-            "id": model.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "colm-serve",
-            "colm": {"chains": model.chains, "max_context_tokens": model.max_context_tokens},
-        }
+        name = self._front_door.model_of(request.path_params["name"]).name
+        (model,) = (each for each in self._front_door.status().models if each.name == name)
+        return JSONResponse(_as_json(model))
 
     async def _list_files(self, _: Request, client: Client) -> Response:
         files = [file.as_json() for file in self._files.of(client.name)]
@@ -195,6 +184,16 @@ class OpenAiApp:
     async def _file_content(self, request: Request, client: Client) -> Response:
         content = self._files.get(request.path_params["file_id"], client.name).content
         return Response(content, media_type="application/octet-stream")
+
+
+def _as_json(model: ModelStatus) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "colm-serve",
+        "colm": {"chains": model.chains, "max_context_tokens": model.max_context_tokens},
+    }
 
 
 class _Endpoint:

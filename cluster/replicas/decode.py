@@ -112,6 +112,7 @@ class DecodeReplica(NodeReplica):
         gateway: (deployment, application) to which this node reports.
         metrics_host: where Prometheus reads its metrics; None for nowhere.
         traces: where it records spans; None for nowhere.
+        variant: the further model that it serves; empty for the cluster's own.
     """
 
     role = Role.DECODE
@@ -127,8 +128,10 @@ class DecodeReplica(NodeReplica):
         gateway: tuple[str, str],
         metrics_host: str | None,
         traces: TraceFiles | None,
+        variant: str = "",
     ) -> None:
         super().__init__()
+        self.variant = variant
         self._prefill_pool = ServePrefillPool(
             prefill, num_replicas=num_prefill, max_waiting=max_waiting_for_prefill, is_alone=is_alone
         )

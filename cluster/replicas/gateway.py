@@ -23,7 +23,7 @@ from cluster.autoscaling.signals import PoolScaling
 from cluster.certificates import keep_looking_after
 from cluster.change import weights_stamp
 from cluster.decode_calls import GrpcDecodeCalls
-from cluster.front_door.front_door import FrontDoor
+from cluster.front_door.front_door import FrontDoor, Variant
 from cluster.front_door.placement import DecodeLease
 from cluster.front_door.plan import GatewayLimits, ServedModel
 from cluster.generation_service import GenerationService
@@ -78,7 +78,9 @@ class GatewayOptions:
     traces: TraceFiles | None
     """Where the gateway records spans; None for nowhere."""
     num_decode_nodes: int
-    """When all run."""
+    """When all run, of all models."""
+    variants: tuple[tuple[str, str], ...] = ()
+    """Names and checkpoints of the further models."""
     scalings: tuple[PoolScaling, ...]
     """Pools whose size follows their load."""
     drain_s: float
@@ -114,6 +116,7 @@ class GatewayReplica:
     Args:
         secrets: token and TLS that are demanded of clients, and those for calls to decode nodes.
         decode: handle of the decode deployment.
+        variants: handles of those of the further models, in the order of the options.
     """
 
     _metrics: MetricsEndpoint | None = None
@@ -125,16 +128,22 @@ class GatewayReplica:
     _end_traces: Callable[[], None] | None = None
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, options: GatewayOptions, secrets: SecretFiles, decode: Any
+        self, options: GatewayOptions, secrets: SecretFiles, decode: Any, *variants: Any
     ) -> None:
         log_beside("ray.serve")
         keep_serve_port_shut()
         self._opened = asyncio.Event()
         if options.traces is not None:
             self._end_traces = trace_to(options.traces, "gateway")
-        model = await asyncio.to_thread(_load, options)
+        model = await asyncio.to_thread(_load, options.model_name, options.model_path, options.dtype)
+        self._decode_pool, *pools = self._pools = [
+            ServeDecodePool(handle, max_waiting=options.limits.max_requests) for handle in (decode, *variants)
+        ]
+        further = [
+            Variant(model=await asyncio.to_thread(_load, name, path, options.dtype), decode_pool=pool)
+            for (name, path), pool in zip(options.variants, pools, strict=True)
+        ]
         self._registry = NodeRegistry(MonotonicClock())
-        self._decode_pool = ServeDecodePool(decode, max_waiting=options.limits.max_requests)
         self._decode_calls = GrpcDecodeCalls(secrets.of_nodes(Member.GATEWAY))
         registry = CollectorRegistry()
         metrics = RequestMetrics(registry, clients := secrets.clients())
@@ -146,6 +155,7 @@ class GatewayReplica:
             registry=self._registry,
             clock=MonotonicClock(),
             num_decode_nodes=options.num_decode_nodes,
+            variants=further,
             on_resubmit=metrics.resubmitted,
         )
         metrics_address = await self._serve_metrics(registry, options)
@@ -159,7 +169,6 @@ class GatewayReplica:
         audit_log = None if folder is None else AuditLog(Path(folder), keep_days=keep_days)
         accounts = Accounts(MonotonicClock(), audit_log)
         app = OpenAiApp(
-            model=model,
             front_door=front_door,
             desk=Desk(front_door, clients, accounts, metrics),
             clients=clients,
@@ -261,18 +270,19 @@ class GatewayReplica:
             await self._server.stop(defaults.STOP_GRACE_S)  # whoever watches its health has no end
             assert self._closing is not None
             await self._closing
-            self._decode_pool.close()
+            for pool in self._pools:
+                pool.close()
             await self._decode_calls.close()
         if self._end_traces is not None:
             self._end_traces()
 
 
-def _load(options: GatewayOptions) -> ServedModel:
-    checkpoint = Checkpoint.open(options.model_path)
-    found = fingerprint(checkpoint, KvFormat.of(checkpoint.config, parse_dtype(options.dtype)))
+def _load(name: str, path: str, dtype: str) -> ServedModel:
+    checkpoint = Checkpoint.open(path)
+    found = fingerprint(checkpoint, KvFormat.of(checkpoint.config, parse_dtype(dtype)))
     stamp = weights_stamp(checkpoint.weights_path)
     return ServedModel(
-        name=options.model_name,
+        name=name,
         config=checkpoint.config,
         tokenizer=Tokenizer.load(checkpoint),
         fingerprint=found,

@@ -25,6 +25,8 @@ class NodeReplica:
     """Starts a node, leases it, reports on it, and stops it. A role's replica makes its node and calls `_start`."""
 
     role: ClassVar[Role]
+    variant = ""
+    """Which further model a decode replica serves."""
     _running: Node | None = None
     _metrics: MetricsEndpoint | None = None
     _end_traces: Callable[[], None] | None = None
@@ -104,6 +106,7 @@ class NodeReplica:
             num_leases=len(self._leases),
             num_pages_total=num_pages_total,
             num_pages_used=num_pages_used,
+            variant=self.variant,
             process=ProcessFacts.now(),
             load=load,
         )

@@ -89,9 +89,7 @@ async def doors(tmp_path: Path) -> AsyncIterator[TwoDoors]:
     ).add_to(server)
     two.grpc = f"127.0.0.1:{bind(server, '127.0.0.1', 0, Security())}"
     desk = Desk(door, two.clients, two.accounts, two.metrics)
-    app = OpenAiApp(
-        model=model, front_door=door, desk=desk, clients=two.clients, limits=LIMITS, max_files_bytes=1 << 20
-    )
+    app = OpenAiApp(front_door=door, desk=desk, clients=two.clients, limits=LIMITS, max_files_bytes=1 << 20)
     http = HttpServer(app.asgi(), host="127.0.0.1", port=0, max_connections=8)
     await server.start()
     await http.start()

@@ -18,9 +18,9 @@ from cluster.openai.openapi import document
 from colm import errors
 from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, InvalidRequest, PeerUnavailable, Unauthenticated
 from colm.text.tokenizer import Tokenizer
-from tests.gateway import LIMITS, TakingTurns, http_gateway, served_model
+from tests.gateway import LIMITS, TakingTurns, http_gateway
 from tests.nodes import decode_node, prefill_node
-from tests.tiny import tiny_checkpoint, tiny_config
+from tests.tiny import tiny_checkpoint
 
 TOKEN = "the operator's"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "ignore_eos": True}
@@ -81,7 +81,6 @@ def test_it_is_an_openapi_document() -> None:
 
 def test_it_has_every_route_and_no_other() -> None:
     app: Any = OpenAiApp(
-        model=served_model(tiny_config()),
         front_door=None,  # type: ignore[arg-type]  # nobody calls
         desk=None,  # type: ignore[arg-type]
         clients=Clients(None),

@@ -16,7 +16,7 @@ from colm.client import Client, collect
 from colm.nodes import PoolStatus, Role
 from colm.sampling import SamplingParams
 from tests.e2e.conftest import RunningCluster, run_colm, until
-from tests.tiny import tiny_checkpoint
+from tests.tiny import fine_tuned, tiny_checkpoint
 
 PROMPT = list(range(3, 200))
 GREEDY = SamplingParams(ignore_eos=True)
@@ -36,7 +36,7 @@ def toml(folder: Path, name: str, *, batch: int, requests: int = 64, model: str 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("change")
     tiny_checkpoint(folder / "tiny")
-    tiny_checkpoint(folder / "next", seed=1)
+    fine_tuned(folder / "tuned", tiny_checkpoint(folder / "next", seed=1))
     return folder
 
 
@@ -200,7 +200,9 @@ def test_another_checkpoint_takes_over_under_requests_and_no_answer_is_of_both(
 ) -> None:
     before = pids(cluster)
     with asking(cluster) as asked:
-        said = cluster.colm("up", "--config", str(toml(folder, "third", batch=3, requests=63, model="next"))).stderr
+        third = toml(folder, "third", batch=3, requests=63, model="next")
+        third.write_text(f'{third.read_text()}[model.variants]\ntuned = "{folder / "tuned"}"\n')
+        said = cluster.colm("up", "--config", str(third)).stderr
         num_answers = len(asked.grpc), len(asked.http)
         until(lambda: len(asked.grpc) > num_answers[0] + 2 and len(asked.http) > num_answers[1] + 1, 60)
     assert "new requests go to tiny" in said
@@ -208,6 +210,10 @@ def test_another_checkpoint_takes_over_under_requests_and_no_answer_is_of_both(
         assert {*answers} == {answers[0], answers[-1]}
         assert answers[0] != answers[-1]
     assert {*asked.grpc} == {*asked.http}
+    until(lambda: len(cluster.nodes(Role.DECODE)) == 2, 60)
     after = pids(cluster)
     assert not [role for role in Role if before[role] & after[role]]
+    with cluster.client() as client:
+        events = client.generate(token_ids=PROMPT, max_new_tokens=40, sampling=GREEDY, model="tuned")
+        assert tuple(token.token_id for token in collect(events).tokens) not in {*asked.grpc}
     assert ClusterState.require(cluster.state_dir).options["model"]["path"] == str(folder / "next")

@@ -178,7 +178,7 @@ class Pool(_message.Message):
     def __init__(self, role: _Optional[_Union[Role, str]] = ..., num_present: _Optional[int] = ..., num_wanted: _Optional[int] = ..., min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ..., demand: _Optional[float] = ..., queued_s: _Optional[float] = ...) -> None: ...
 
 class Node(_message.Message):
-    __slots__ = ("role", "replica_id", "address", "pid", "host", "num_active_requests", "num_queued_requests", "num_pages_total", "num_pages_used", "resident_bytes", "age_s", "ray_node_id", "num_leases", "metrics_address")
+    __slots__ = ("role", "replica_id", "address", "pid", "host", "num_active_requests", "num_queued_requests", "num_pages_total", "num_pages_used", "resident_bytes", "age_s", "ray_node_id", "num_leases", "metrics_address", "variant")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +193,7 @@ class Node(_message.Message):
     RAY_NODE_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_LEASES_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
     role: Role
     replica_id: str
     address: str
@@ -207,4 +208,5 @@ class Node(_message.Message):
     ray_node_id: str
     num_leases: int
     metrics_address: str
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., replica_id: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., num_active_requests: _Optional[int] = ..., num_queued_requests: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., num_pages_used: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., age_s: _Optional[float] = ..., ray_node_id: _Optional[str] = ..., num_leases: _Optional[int] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    variant: str
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., replica_id: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., num_active_requests: _Optional[int] = ..., num_queued_requests: _Optional[int] = ..., num_pages_total: _Optional[int] = ..., num_pages_used: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., age_s: _Optional[float] = ..., ray_node_id: _Optional[str] = ..., num_leases: _Optional[int] = ..., metrics_address: _Optional[str] = ..., variant: _Optional[str] = ...) -> None: ...

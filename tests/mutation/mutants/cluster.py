@@ -109,6 +109,20 @@ MUTANTS = (
         "tests/unit/test_succession.py::test_a_model_that_does_not_come_up_leaves_the_last_one_as_it_was",
     ),
     Mutant(
+        "a decode node of another model counts as one that could go on",
+        "cluster/node_registry.py",
+        "node.report.role is Role.PREFILL or node.report.variant == self._variant]",
+        "True]",
+        "tests/unit/test_variants.py::test_an_answer_of_a_lost_gateway_is_the_models_whose_node_holds_it",
+    ),
+    Mutant(
+        "a variant of another chain 1 is let in",
+        "cluster/variants.py",
+        "if (has := of(Checkpoint.open(path))) != (wants := of(checkpoint)):",
+        "if (has := of(Checkpoint.open(path))) != (wants := has):",
+        "tests/unit/test_variants.py::test_a_variant_of_another_chain_1_is_refused_by_name",
+    ),
+    Mutant(
         "the gateway drops the client's choice of a codec",
         "cluster/decode_calls.py",
         "            kv_codec=CODECS[job.kv_codec],\n",
