@@ -15,7 +15,7 @@ MUTANTS = (
     Mutant(
         "a change of scale is answered and not made",
         "cluster/front_door/front_door.py",
-        "            scale.change(wanted)\n",
+        "        scale.change(wanted)\n",
         "",
         _SCALE + "test_an_answer_whose_node_is_lost_goes_on_at_the_scale_it_had",
     ),
