@@ -101,8 +101,7 @@ class _Asked(contextlib.AbstractContextManager["_Asked"]):
         self._token_ids = first.token_ids
         self._undisturbed_s = first.token_at_s[0] - first.began_s
         again = self._watch(self._document, lambda *_: None)
-        is_sole = self._case.num_replicas(Role.PREFILL) == 1
-        assert again.usage.num_prefill_cached_tokens == again.usage.num_prefill_tokens or not is_sole
+        assert again.usage.num_prefill_cached_tokens == again.usage.num_prefill_tokens
 
     def lose_decode(self) -> Mapping[str, float]:
         """Kill the decode replica of an answer."""

@@ -9,7 +9,7 @@ from typing import Any, Final
 from cluster.replicas.lender import ServeLender
 from cluster.replicas.node import NodeReplica
 from cluster.secret_files import SecretFiles
-from colm.errors import CapacityExceeded, PeerFailed, PeerUnavailable
+from colm.errors import PeerFailed, PeerUnavailable
 from colm.line import Beat
 from colm.nodes import NodeLoad, NodeReport, Role
 from colm.tracing import TraceFiles
@@ -22,11 +22,7 @@ MAX_KNOWN_NODES: Final = 256
 
 
 class ServePrefillPool:
-    """Lends the prefill nodes that Ray Serve runs.
-
-    Serve chooses. To ask for one node is to pass over all others that were lent before; where Serve names none but
-    those, or others wait, any node will do.
-    """
+    """Lends the prefill nodes that Ray Serve runs."""
 
     def __init__(self, handle: Any, *, num_replicas: int, max_waiting: int, is_alone: bool) -> None:
         self._lender = ServeLender(handle, Role.PREFILL, max_waiting=max_waiting, is_alone=is_alone)
@@ -61,16 +57,10 @@ class ServePrefillPool:
         """Borrow a node from Serve."""
         if len(refused_by) >= self._num_replicas:
             raise no_other()
-        others = () if preferred is None or refused_by else self._known.keys() - {preferred}
         async with AsyncExitStack() as stack:
             with self._waiting_for(num_tokens):
-                try:
-                    lent = self._lender.lease(beat, refused_by=others or refused_by)
-                    address, lease_id = await stack.enter_async_context(lent)
-                except CapacityExceeded:
-                    if not others:
-                        raise
-                    address, lease_id = await stack.enter_async_context(self._lender.lease(beat))
+                lent = self._lender.lease(beat, refused_by=refused_by, wanted=preferred)
+                address, lease_id = await stack.enter_async_context(lent)
             stack.enter_context(self._used(address))
             yield PrefillLease(address=address, lease_id=lease_id)
 

@@ -21,7 +21,9 @@ _TERM_S = 4.0
 """A call that is older brings no further lease: Serve kills a replica 8 s after it began to stop it."""
 _BEATS_PER_GRANT = 5
 MAX_PASSED_OVER = 8
-"""How often Serve may name a replica that has refused, before the search for another one ends."""
+"""How often Serve may name a replica that is not looked for, before the search ends."""
+_WANTED_S = 0.2
+"""How long Serve may take to name a further replica while one is in hand, though not the one that is wanted."""
 
 
 class _Call:
@@ -38,6 +40,11 @@ class _Call:
         """Ask for the first lease, or for the next one; `granted` is what comes of it, and `tell` says when."""
         self.granted: asyncio.Future[tuple[str, str]] = asyncio.ensure_future(anext(self._grants))
         self.granted.add_done_callback(self._answered)
+
+    @property
+    def address(self) -> str:
+        """Of the replica whose lease is in hand."""
+        return self.granted.result()[0]
 
     @property
     def has_lease(self) -> bool:
@@ -95,12 +102,15 @@ class ServeLender:
             self._let_go(call)
 
     @asynccontextmanager
-    async def lease(self, beat: Beat, *, refused_by: Collection[str] = ()) -> AsyncIterator[tuple[str, str]]:
+    async def lease(
+        self, beat: Beat, *, refused_by: Collection[str] = (), wanted: str | None = None
+    ) -> AsyncIterator[tuple[str, str]]:
         """Hold a replica's `lease` call open; yields (address, lease id).
 
         Args:
             beat: told of the wait.
             refused_by: addresses of replicas that had no room; another one is lent at once, or none.
+            wanted: address of the replica that is lent if Serve soon names it, else that which it names first.
 
         Raises:
             PeerUnavailable: the replica died before it answered.
@@ -110,9 +120,10 @@ class ServeLender:
             raise self._no_other()
         await self._line.turn(self._take_the_word, beat)
         try:
-            call = self._take_kept(refused_by) or (
-                await self._ask_for_another(beat, refused_by) if refused_by else await self._ask(beat)
-            )
+            if refused_by:
+                call = self._take_kept(refused_by) or await self._ask_for_another(beat, refused_by)
+            else:
+                call = self._take_kept(wanted=wanted) or await self._ask_for(beat, wanted)
         finally:
             self._somebody_asks = False
             self._line.look_again()
@@ -140,8 +151,8 @@ class ServeLender:
         passed_over: list[_Call] = []
         try:
             while len(passed_over) < MAX_PASSED_OVER:
-                call = await self._ask(beat, for_another=True)
-                if call.granted.result()[0] not in refused_by:
+                call = await self._ask(beat, patience_s=BEAT_INTERVAL_S)
+                if call.address not in refused_by:
                     return call
                 # Held meanwhile: Serve weighs replicas by their calls, and would name the same one again.
                 passed_over.append(call)
@@ -150,18 +161,39 @@ class ServeLender:
             for call in passed_over:
                 call.end()
 
-    async def _ask(self, beat: Beat, *, for_another: bool = False) -> _Call:
+    async def _ask_for(self, beat: Beat, wanted: str | None) -> _Call:
+        named = [self._take_kept() or await self._ask(beat)]
+        chosen: _Call | None = None
+        try:
+            while wanted not in (None, named[-1].address) and len(named) < MAX_PASSED_OVER:
+                named.append(await self._ask(beat, patience_s=_WANTED_S))
+            chosen = named[-1] if named[-1].address == wanted else named[0]
+        except (CapacityExceeded, PeerUnavailable):
+            chosen = named[0]
+        finally:
+            for call in named:
+                if call is not chosen:
+                    call.end()
+        return chosen
+
+    async def _ask(self, beat: Beat, *, patience_s: float | None = None) -> _Call:
+        """A call with a lease in hand.
+
+        Args:
+            beat: told of the wait.
+            patience_s: for so long, and for none that others leave; then CapacityExceeded. None is as long as it takes.
+        """
         while True:
             call, taken = _Call(self._handle.lease.remote(self._is_alone), self._news.set), None
             try:
                 for _ in range(_BEATS_PER_GRANT):
                     self._news.clear()
-                    await wait_at_most(self._news, BEAT_INTERVAL_S)
+                    await wait_at_most(self._news, BEAT_INTERVAL_S if patience_s is None else patience_s)
                     if call.granted.done():
                         call.granted.result()
                         asyncio.get_running_loop().call_later(_TERM_S, self._end_term, call)
                         taken = call
-                    elif for_another:
+                    elif patience_s is not None:
                         raise self._no_other()
                     else:
                         taken = self._take_kept()
@@ -184,9 +216,9 @@ class ServeLender:
     def _no_other(self) -> CapacityExceeded:
         return CapacityExceeded(f"no other {self._role.value} node is free; try again later")
 
-    def _take_kept(self, refused_by: Collection[str] = ()) -> _Call | None:
+    def _take_kept(self, refused_by: Collection[str] = (), wanted: str | None = None) -> _Call | None:
         for call, address in self._kept.items():
-            if call.has_lease and address not in refused_by:
+            if call.has_lease and address not in refused_by and wanted in (None, address):
                 del self._kept[call]
                 return call
         return None

@@ -1,12 +1,14 @@
-"""A decode replica asks Ray Serve for the prefill node that it wants by passing over the others; Serve is scripted."""
+"""A decode replica asks Ray Serve for the prefill node that it wants until Serve names it; Serve is scripted."""
 
+import asyncio
 from collections.abc import Collection
 from contextlib import AbstractAsyncContextManager
 
 import pytest
 
-from cluster.replicas import decode
+from cluster.replicas import decode, lender
 from cluster.replicas.decode import ServePrefillPool
+from cluster.replicas.lender import MAX_PASSED_OVER
 from colm.errors import CapacityExceeded, PeerUnavailable
 from decode_node.prefill_pool import PrefillLease
 
@@ -39,6 +41,8 @@ class OneLease:
         self._handle, self._address = handle, address
 
     async def __anext__(self) -> tuple[str, str]:
+        if self._address == "busy":
+            await asyncio.get_running_loop().create_future()
         return self._address, "lease"
 
     def cancel(self) -> None:
@@ -73,23 +77,26 @@ async def lend(pool: ServePrefillPool, preferred: str | None = None, error: Exce
     return address
 
 
-async def test_the_node_that_is_wanted_is_lent_once_the_others_are_known() -> None:
+async def test_the_node_that_is_wanted_is_lent_whichever_serve_names_first() -> None:
     handle = TakingTurns("a", "b", "c")
     pool = pool_of(handle)
-    assert [await lend(pool) for _ in range(3)] == ["a", "b", "c"]
-    assert pool.loads() == {"a": 0, "b": 0, "c": 0}
-    assert [await lend(pool, "b") for _ in range(3)] == ["b"] * 3
+    assert [await lend(pool), await lend(pool, "a"), await lend(pool, "c"), await lend(pool)] == ["a", "a", "c", "a"]
+    assert pool.loads() == {"a": 0, "c": 0}
     assert handle.num_open == 0
 
 
-async def test_a_wanted_node_that_serve_does_not_name_is_not_waited_for() -> None:
+async def test_for_a_wanted_node_that_serve_does_not_name_the_first_that_it_names_is_lent() -> None:
     handle = TakingTurns("a", "b")
     pool = pool_of(handle)
-    for _ in range(2):
-        await lend(pool)
-    handle.addresses.remove("b")
-    assert await lend(pool, "b") == "a"
-    assert handle.num_open == 0
+    assert await lend(pool, "gone") == "a"
+    assert (handle.num_calls, handle.num_open) == (MAX_PASSED_OVER, 0)
+
+
+async def test_a_wanted_node_is_not_waited_for_with_another_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lender, "_WANTED_S", 0.001)
+    handle = TakingTurns("a", "busy")
+    assert await lend(pool_of(handle), "busy") == "a"
+    assert (handle.num_calls, handle.num_open) == (2, 0)
 
 
 async def test_a_node_that_failed_is_known_no_more_until_it_is_lent_again() -> None:

@@ -251,11 +251,18 @@ MUTANTS = (
         "tests/fault/test_prefill_affinity.py::test_a_node_that_is_much_busier_than_the_other_is_left_alone",
     ),
     Mutant(
-        "a wanted prefill node is waited for",
-        "cluster/replicas/decode.py",
-        "                if not others:\n",
-        "                if True:\n",
-        "tests/unit/test_serve_prefill_pool.py::test_a_wanted_node_that_serve_does_not_name_is_not_waited_for",
+        "where a wanted replica is not named none is lent",
+        "cluster/replicas/lender.py",
+        "            chosen = named[0]\n        finally:\n",
+        "            raise\n        finally:\n",
+        "tests/unit/test_serve_prefill_pool.py::test_a_wanted_node_is_not_waited_for_with_another_in_hand",
+    ),
+    Mutant(
+        "replicas that are named in place of the wanted one are never given back",
+        "cluster/replicas/lender.py",
+        "                if call is not chosen:\n",
+        "                if chosen is None:\n",
+        "tests/unit/test_serve_prefill_pool.py::test_the_node_that_is_wanted_is_lent_whichever_serve_names_first",
     ),
     Mutant(
         "a decode node asks for dense attention whatever was ordered",
