@@ -16,7 +16,8 @@ from prefill_node.node import PrefillNode
 from prefill_node.sparse.policy import SparsePolicy
 
 COMMANDS = {"prefill": prefill_command.main, "decode": decode_command.main}
-RAYS_ALONE = {"replicas", "standby", "num_gpus"}
+OF_POOLS = {"replicas", "standby", "num_gpus", "max_replicas", "scale_up_s", "scale_down_s", "target_queue_s", "target_use"}
+"""Options of how many nodes there are: a node knows nothing of them."""
 OF_BORROWERS = {"max_queued", "max_streams"}
 """Options of [prefill] for those who borrow a prefill node: a decode node by hand takes them."""
 REQUIRED = {"prefill": ("--model", "m"), "decode": ("--model", "m", "--prefill", "localhost:1")}
@@ -35,7 +36,7 @@ def expected() -> list[tuple[str, str, str, str]]:
     for section in COMMANDS:
         for name in type(getattr(config, section)).model_fields:
             flag = "--" + name.replace("_", "-")
-            if name in RAYS_ALONE:
+            if name in OF_POOLS:
                 continue
             if name != "max_streams":
                 found.append((section, flag, section, name))
