@@ -74,6 +74,12 @@ class Window:
         grown = after - self.before.samples.get(key, 0.0)
         return grown if grown >= 0 else None
 
+    def increases(self, name: str, label: str) -> dict[str, float]:
+        """By how much a counter of this one label grew, for each of its values by which it did."""
+        values = [dict(labels)[label] for found, labels in self.after.samples if found == name]
+        grown = {value: self.increase(name, **{label: value}) for value in values}
+        return {value: each for value, each in grown.items() if each}
+
     def rate(self, name: str, **labels: str) -> float | None:
         """The same, each second."""
         seconds, grown = self.after.taken_s - self.before.taken_s, self.increase(name, **labels)

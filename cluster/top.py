@@ -9,6 +9,8 @@ from colm.nodes import ClusterStatus, NodeReport, PoolStatus, Role
 
 _MAX_READERS = 16
 _UNREAD = Window(NOTHING, NOTHING)
+_WELL = ("complete", "cancelled")
+"""Outcomes that are no error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +21,8 @@ class GatewayView:
     requests_per_s: float | None = None
     errors_per_s: float | None = None
     """Requests that ended in an error; those that clients cancelled are none."""
+    errors: tuple[tuple[str, int], ...] = ()
+    """How many ended with each error."""
     prompt_tokens_per_s: float | None = None
     new_tokens_per_s: float | None = None
     first_token_p50_s: float | None = None
@@ -40,6 +44,8 @@ class PrefillView:
     busy: float | None = None
     """Share of the time in which its engine computed."""
     tokens_per_s: float | None = None
+    prefix_hits: float | None = None
+    """Share of the prompt tokens that were kept from earlier prompts."""
     kv_bytes_per_s: float | None = None
     window_bytes: float | None = None
 
@@ -55,6 +61,8 @@ class DecodeView:
     num_pages_total: int
     resident_bytes: int
     num_decoding: float | None = None
+    prefix_hits: float | None = None
+    """Share of the prompt tokens whose keys and values were in other requests' pages."""
     busy: float | None = None
     step_s: float | None = None
     """Of one step, on average."""
@@ -123,11 +131,13 @@ def _of(reports: Iterable[NodeReport], role: Role) -> list[NodeReport]:
 
 def _gateway(num_active: int, seen: Window) -> GatewayView:
     ended = seen.total_rate("colm_requests_ended_total")
-    well = sum(seen.rate("colm_requests_ended_total", outcome=outcome) or 0.0 for outcome in ("complete", "cancelled"))
+    well = sum(seen.rate("colm_requests_ended_total", outcome=outcome) or 0.0 for outcome in _WELL)
+    by_outcome = seen.increases("colm_requests_ended_total", "outcome")
     return GatewayView(
         num_active=num_active,
         requests_per_s=ended,
         errors_per_s=None if ended is None else ended - well,
+        errors=tuple((outcome, round(count)) for outcome, count in by_outcome.items() if outcome not in _WELL),
         prompt_tokens_per_s=seen.rate("colm_prompt_tokens_total"),
         new_tokens_per_s=seen.rate("colm_new_tokens_total"),
         first_token_p50_s=seen.quantile("colm_time_to_first_token_seconds", 0.5),
@@ -146,6 +156,9 @@ def _prefill(report: NodeReport, seen: Window) -> PrefillView:
         work_s=seen.now("colm_prefill_work_seconds"),
         busy=seen.rate("colm_prefill_engine_seconds_total"),
         tokens_per_s=seen.rate("colm_prefill_tokens_total"),
+        prefix_hits=_ratio(
+            seen.increase("colm_prefix_cache_hit_tokens_total"), seen.increase("colm_prefix_cache_queried_tokens_total")
+        ),
         kv_bytes_per_s=seen.rate("colm_kv_bytes_total"),
         window_bytes=seen.now("colm_kv_window_bytes"),
     )
@@ -161,6 +174,10 @@ def _decode(report: NodeReport, seen: Window) -> DecodeView:
         num_pages_total=report.num_pages_total,
         resident_bytes=report.process.resident_bytes,
         num_decoding=seen.now("colm_decode_requests", stage="decoding"),
+        prefix_hits=_ratio(
+            seen.increase("colm_decode_prefix_hit_tokens_total"),
+            seen.increase("colm_decode_prefix_query_tokens_total"),
+        ),
         busy=seen.rate("colm_decode_step_seconds_total"),
         step_s=_ratio(steps_s, seen.increase("colm_decode_steps_total")),
         tokens_per_s=seen.total_rate("colm_decode_tokens_total"),

@@ -23,12 +23,14 @@ from cluster.node_registry import NodeRegistry
 from cluster.openai.app import OpenAiApp
 from cluster.openai.calls import Desk
 from cluster.state import ClusterState
+from cluster.status_page.board import Board
+from cluster.status_page.routes import StatusPage
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.errors import CapacityExceeded
 from colm.line import Beat
 from colm.model.config import ChainConfig
-from colm.nodes import NodeReport, ProcessFacts, Role
+from colm.nodes import ClusterStatus, NodeReport, ProcessFacts, Role
 from colm.retry import RetryPolicy
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server
@@ -192,29 +194,45 @@ async def http_gateway(
     max_files_bytes: int = 1 << 20,
     doors: list[FrontDoor] | None = None,
     variants: Sequence[Variant] = (),
+    nodes: NodeRegistry | None = None,
+    metrics: CollectorRegistry | None = None,
+    metrics_address: str = "",
     **limits: Any,
 ) -> AsyncIterator[str]:
-    """`gateway` over HTTP; at the end of the block it must hold nothing. Its front door is added to `doors`."""
+    """`gateway` over HTTP; at the end of the block it must hold nothing.
+
+    Args:
+        doors: gets its front door.
+        nodes: those that its status page shows.
+        metrics: where it counts.
+        metrics_address: where that is read.
+    """
+    clock = MonotonicClock()
     calls, chosen, known = GrpcDecodeCalls(Security()), replace(LIMITS, **limits), clients or Clients(None)
     front_door = FrontDoor(
         model=served_model(config, tokenizer),
         limits=chosen,
         decode_pool=pool,
         calls=calls,
-        registry=decode_nodes(1),
+        registry=nodes or decode_nodes(1),
         variants=variants,
-        clock=MonotonicClock(),
+        clock=clock,
     )
     if doors is not None:
         doors.append(front_door)
     app = OpenAiApp(
         front_door=front_door,
-        desk=Desk(front_door, known, Accounts(MonotonicClock(), audit_log), RequestMetrics(CollectorRegistry(), known)),
+        desk=Desk(front_door, known, Accounts(clock, audit_log), RequestMetrics(metrics or CollectorRegistry(), known)),
         clients=known,
         limits=chosen,
         max_files_bytes=max_files_bytes,
     )
-    server = HttpServer(app.asgi(), host="127.0.0.1", port=0, max_connections=64, tls=tls)
+
+    def status() -> ClusterStatus:
+        return replace(front_door.status(), metrics_address=metrics_address)
+
+    page = StatusPage(Board(status, clock), known)
+    server = HttpServer(app.asgi(*page.routes()), host="127.0.0.1", port=0, max_connections=64, tls=tls)
     await server.start()
     try:
         yield server.address

@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import count
 from typing import Annotated
 
 import typer
+from pydantic import TypeAdapter
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Column, Table
@@ -16,6 +16,8 @@ from cluster.state import ClusterState
 from cluster.top import ClusterView, Watch
 from colm.client import Client
 from colm.nodes import Role
+
+_AS_JSON = TypeAdapter(ClusterView)
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +37,7 @@ def top(
         views = _views(Watch(client.cluster_status), interval, looks)
         if json:
             for view in views:
-                print_json(asdict(view))
+                print_json(_AS_JSON.dump_python(view, mode="json"))
         else:
             with Live(console=Console(), auto_refresh=False) as live:
                 for view in views:
@@ -63,7 +65,9 @@ def _screen(view: ClusterView) -> Group:
         *map(_seconds, (it.first_token_p50_s, it.first_token_p95_s, it.inter_token_p50_s, it.inter_token_p95_s)),
     )
     address = Column("prefill", no_wrap=True)
-    prefill = Table(address, "active", "queued", "work to do", "busy", "tok/s", "KV/s", "unread KV", "memory")
+    prefill = Table(
+        address, "active", "queued", "work to do", "busy", "tok/s", "prefix hits", "KV/s", "unread KV", "memory"
+    )
     for node in view.prefill:
         prefill.add_row(
             node.address,
@@ -72,12 +76,25 @@ def _screen(view: ClusterView) -> Group:
             _seconds(node.work_s),
             _share(node.busy),
             _number(node.tokens_per_s),
+            _share(node.prefix_hits),
             _bytes(node.kv_bytes_per_s),
             _bytes(node.window_bytes),
             human_bytes(node.resident_bytes),
         )
     address = Column("decode", no_wrap=True)
-    decode = Table(address, "active", "queued", "decoding", "pages", "busy", "step", "tok/s", "drafts kept", "memory")
+    decode = Table(
+        address,
+        "active",
+        "queued",
+        "decoding",
+        "pages",
+        "prefix hits",
+        "busy",
+        "step",
+        "tok/s",
+        "drafts kept",
+        "memory",
+    )
     for each in view.decode:
         decode.add_row(
             each.address,
@@ -85,6 +102,7 @@ def _screen(view: ClusterView) -> Group:
             str(each.num_queued),
             _number(each.num_decoding),
             f"{each.num_pages_used} / {each.num_pages_total}",
+            _share(each.prefix_hits),
             _share(each.busy),
             _seconds(each.step_s),
             _number(each.tokens_per_s),
@@ -102,7 +120,8 @@ def _screen(view: ClusterView) -> Group:
             _seconds(pool.queued_s) if pool.role is Role.PREFILL else "-",
         )
     unread = f"no metrics from here of: {', '.join(view.unread)}" if view.unread else ""
-    return Group(gateway, prefill, decode, *([pools] if view.pools else []), unread)
+    errors = "errors: " + ", ".join(f"{outcome} {count}" for outcome, count in it.errors) if it.errors else ""
+    return Group(gateway, prefill, decode, *([pools] if view.pools else []), *filter(None, (errors, unread)))
 
 
 def _number(value: float | None) -> str:

@@ -17,16 +17,16 @@ from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.plan import GatewayLimits
 from cluster.openai.answers import Shape
 from cluster.openai.bodies import OVERHEAD_BYTES, Bodies
+from cluster.openai.callers import caller_of
 from cluster.openai.calls import Call, Desk
 from cluster.openai.errors import answer_of
 from cluster.openai.files import FileStore
 from cluster.openai.openapi import document
 from cluster.openai.schema import Ask, read_chat, read_completion
 from colm import tracing
-from colm.errors import GoingAway, InvalidRequest, Unauthenticated
+from colm.errors import GoingAway, InvalidRequest
 from colm.nodes import ModelStatus
 from colm.text.tokenizer import SEPARATOR
-from colm.wire.security import AUTHORIZATION, shown_token
 
 _SMALL_BYTES = 64 << 10
 """Of a body that is parsed at once; a larger one is parsed in a thread."""
@@ -68,10 +68,11 @@ class OpenAiApp:
         """Of bodies that are being read or answered."""
         return self._bodies.num_held_bytes
 
-    def asgi(self) -> Starlette:
-        """The application."""
+    def asgi(self, *others: Route) -> Starlette:
+        """The application, with other paths beside its own."""
         return Starlette(
             routes=[
+                *others,
                 Route("/health", self._health),
                 Route("/openapi.json", self._schema),
                 Route("/v1/models", self._guarded(self._models)),
@@ -92,7 +93,7 @@ class OpenAiApp:
             with self._bodies.counted(Request(scope, receive)) as request:
                 response: ASGIApp
                 try:
-                    with self._desk.reading(client := self._caller(request)):
+                    with self._desk.reading(client := caller_of(request, self._clients)):
                         body = await request.body()
                         is_small = len(body) <= _SMALL_BYTES
                         ask = read(body) if is_small else await asyncio.to_thread(read, body)
@@ -123,19 +124,11 @@ class OpenAiApp:
     def _guarded(self, handle: Callable[[Request, Client], Awaitable[Response]]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
             try:
-                return await handle(request, self._caller(request))
+                return await handle(request, caller_of(request, self._clients))
             except Exception as error:  # noqa: BLE001 - whatever it is, it becomes the request's one answer
                 return answer_of(error)
 
         return answer
-
-    def _caller(self, request: Request) -> Client:
-        shown = request.headers.get(AUTHORIZATION, "")
-        client = self._clients.of(shown_token({AUTHORIZATION: shown}))
-        if client is None:
-            why = "the token is wrong" if shown else "a token is needed (header `Authorization: Bearer`)"
-            raise Unauthenticated(why)
-        return client
 
     async def _health(self, _: Request) -> Response:
         if self._front_door.is_going:

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from pydantic import TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from cluster.openai.errors import statuses
 from cluster.openai.schema import ChatRequest, CompletionRequest
+from cluster.status_page.board import Shown
 
 Schema = dict[str, Any]
 
@@ -39,7 +41,7 @@ def document() -> Schema:
         "paths": _paths(),
         "components": {
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-            "schemas": bodies["$defs"] | _answers(),
+            "schemas": bodies["$defs"] | _answers() | _status(),
         },
     }
 
@@ -47,8 +49,12 @@ def document() -> Schema:
 def _paths() -> Schema:
     all_errors = tuple(statuses())
     return {
-        "/health": {"get": _operation("Whether the gateway runs", _object(status={"const": "ok"}), (), is_open=True)},
+        "/health": {
+            "get": _operation("Whether the gateway runs", _object(status={"const": "ok"}), (503,), is_open=True)
+        },
         "/openapi.json": {"get": _operation("This document", {"type": "object"}, (), is_open=True)},
+        "/": {"get": _operation("The status page", _TEXT, (), media_type="text/html", is_open=True)},
+        "/status.json": {"get": _operation("Its figures, for the operator", _ref("Status"), (401, 500))},
         "/v1/models": {"get": _operation("The models", _list("Model", has_more=None), (401, 500))},
         "/v1/models/{name}": {"get": _operation("One of them", _ref("Model"), (401, 404, 500)), **_in_path("name")},
         "/v1/chat/completions": {
@@ -161,6 +167,11 @@ def _answers() -> Schema:
             "text_completion", _open(_object(**chunk, text=_TEXT, logprobs=texts), **scale), optional=ends
         ),
     }
+
+
+def _status() -> Schema:
+    status = TypeAdapter(Shown).json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+    return {**status.pop("$defs"), "Status": status}
 
 
 def _answer(kind: str, choice: Schema, optional: Mapping[str, Schema] | None = None, **more: Schema) -> Schema:

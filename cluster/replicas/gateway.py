@@ -5,7 +5,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cluster.autoscaling.autoscaler import Autoscaler
 from cluster.autoscaling.signals import PoolScaling
 from cluster.certificates import keep_looking_after
 from cluster.change import weights_stamp
+from cluster.client_tokens import Clients
 from cluster.decode_calls import GrpcDecodeCalls
 from cluster.front_door.front_door import FrontDoor, Variant
 from cluster.front_door.placement import DecodeLease
@@ -36,6 +37,8 @@ from cluster.replicas.replica_numbers import ServeReplicaNumbers
 from cluster.replicas.reporting import log_beside
 from cluster.replicas.serve_port import keep_serve_port_shut
 from cluster.secret_files import SecretFiles
+from cluster.status_page.board import Board
+from cluster.status_page.routes import StatusPage
 from colm import defaults
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
@@ -43,7 +46,7 @@ from colm.dtypes import parse_dtype
 from colm.kv import KvFormat, fingerprint
 from colm.line import Beat
 from colm.metrics.endpoint import MetricsEndpoint
-from colm.nodes import NodeReport, Role
+from colm.nodes import ClusterStatus, NodeReport, Role
 from colm.text.tokenizer import Tokenizer
 from colm.tracing import TraceFiles, trace_to
 from colm.wire.endpoint import bind, create_server, dial_address
@@ -176,7 +179,7 @@ class GatewayReplica:
             max_files_bytes=options.max_files_bytes,
         )
         self._http = HttpServer(
-            app.asgi(),
+            app.asgi(*self._status_page(clients, metrics_address).routes()),
             host=options.host,
             port=options.http_port,
             max_connections=2 * options.limits.max_requests,
@@ -222,6 +225,12 @@ class GatewayReplica:
             self._address = dial_address(self._host, port)
             self._opened.set()
             logger.info("gateway.ready address=%s http=%s", self._address, self._http.address)
+
+    def _status_page(self, clients: Clients, metrics_address: str) -> StatusPage:
+        def status() -> ClusterStatus:
+            return replace(self._front_door.status(), metrics_address=metrics_address)
+
+        return StatusPage(Board(status, MonotonicClock()), clients)
 
     async def _serve_metrics(self, registry: CollectorRegistry, options: GatewayOptions) -> str:
         if (host := options.metrics_host) is None:

@@ -15,6 +15,7 @@ from cluster.client_tokens import Clients
 from cluster.openai.app import OpenAiApp
 from cluster.openai.errors import answer_of, statuses
 from cluster.openai.openapi import document
+from cluster.status_page.routes import StatusPage
 from colm import errors
 from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, InvalidRequest, PeerUnavailable, Unauthenticated
 from colm.text.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ def test_it_has_every_route_and_no_other() -> None:
     )
     served = {
         (route.path.replace(":path}", "}"), method.lower())
-        for route in app.asgi().routes
+        for route in app.asgi(*StatusPage(None, Clients(None)).routes()).routes  # type: ignore[arg-type]
         if isinstance(route, Route)
         for method in route.methods or {"POST"}
         if method != "HEAD"
@@ -135,6 +136,8 @@ async def test_answers_are_as_it_says(asker: Asker) -> None:
     nobody = {"authorization": ""}
     assert (await asker.ask("GET", "/openapi.json", headers=nobody)) == document()
     await asker.ask("GET", "/health", headers=nobody)
+    await asker.ask("GET", "/", headers=nobody)
+    await asker.ask("GET", "/status.json")
     operations = {(method.upper(), path) for path, item in document()["paths"].items() for method in item}
     asked = {(method, path) for method, path, status, _ in asker.seen if status == 200}
     assert asked == {each for each in operations if each[0] != "PARAMETERS"}

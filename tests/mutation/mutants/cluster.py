@@ -53,6 +53,20 @@ MUTANTS = (
         _LIMITS + "test_both_protocols_refuse_by_the_same_figures",
     ),
     Mutant(
+        "every client sees the cluster's figures",
+        "cluster/status_page/routes.py",
+        "if not caller_of(request, self._clients).is_operator:",
+        "if not caller_of(request, self._clients):",
+        "tests/unit/test_status_page.py::test_a_pool_that_follows_its_load_is_shown_to_the_operator_alone",
+    ),
+    Mutant(
+        "everybody who watches looks for himself",
+        "cluster/status_page/board.py",
+        ">= INTERVAL_S or self._now is None:",
+        ">= 0 or self._now is None:",
+        "tests/unit/test_status_page.py::test_all_who_watch_share_a_look_and_see_those_before_it",
+    ),
+    Mutant(
         "a streamed token's scale is not in the schema",
         "cluster/openai/openapi.py",
         '    scale = {"num_chains": {"type": "integer", "minimum": 1}}\n',
