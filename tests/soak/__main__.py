@@ -1,6 +1,7 @@
 """`make soak`: mixed requests on a local cluster, with faults of requests and killed replicas, for some minutes.
 
-In the middle `colm up` changes an option of both roles, and replaces all their replicas.
+In the middle `colm up` changes an option of both roles, and replaces all their replicas. From then on the number of
+decode replicas follows the load, which wants two.
 
 With `--documents N`: N questions about four times more documents than the caches of nodes in this process hold.
 
@@ -43,6 +44,8 @@ from tests.tiny import tiny_checkpoint, tiny_config
 
 REQUESTS_PER_S = 500 / 600
 """What a soak must at least have asked."""
+_BY_LOAD = "max_replicas = 2\nscale_up_s = 5.0\ntarget_use = 0.01\n"
+"""Options of a decode pool that a single request at a time makes too small."""
 _IDLE_S = 120.0
 _SAY_EVERY_S = 5.0
 
@@ -93,20 +96,20 @@ def main() -> int:
         file, state_dir = Path(folder) / "colm.toml", Path(folder) / "state"
         # So little that the tiny model's requests wait for pages now and then.
         kv_cache_bytes = "32MiB" if options.model is None else "4GiB"
-        plain = (
-            f'[model]\ndtype = "float32"\n[gateway]\nport = 0\n[decode]\nkv_cache_bytes = "{kv_cache_bytes}"\n'
-            "[prefill]\nsparse_dense_below_tokens = 256\n"
-        )
 
-        def bring_up(options: str = "") -> None:
-            file.write_text(plain + options)
+        def bring_up(prefill: str = "", decode: str = "") -> None:
+            file.write_text(
+                '[model]\ndtype = "float32"\n[gateway]\nport = 0\n'
+                f"[prefill]\nsparse_dense_below_tokens = 256\n{prefill}"
+                f'[decode]\nkv_cache_bytes = "{kv_cache_bytes}"\n{decode}'
+            )
             run_colm(state_dir, "up", "--config", str(file), "--model", str(model))
 
         note(f"colm up --model {model}")
         try:
             bring_up()
-            # Both roles are told of it.
-            change = partial(bring_up, f"max_queued = {defaults.MAX_QUEUED - 1}\n")
+            # Both roles are told of max_queued.
+            change = partial(bring_up, f"max_queued = {defaults.MAX_QUEUED - 1}\n", _BY_LOAD)
             record = soak(ClusterState.require(state_dir), options, change)
         finally:
             run_colm(state_dir, "down", check=False)
@@ -184,7 +187,7 @@ def soak(state: ClusterState, options: argparse.Namespace, change: Callable[[], 
 def _change(change: Callable[[], None], started_s: float, at_s: float) -> Change:
     time.sleep(max(0.0, started_s + at_s - time.monotonic()))
     began_s, error = time.monotonic(), ""
-    note("colm up, with other options")
+    note("colm up, with other options, and decode replicas by load")
     try:
         change()
     except AssertionError as err:
@@ -266,6 +269,7 @@ def _record(
     problems += [f"memory of {role} grows: {each}" for role, each in memory.items() if each["is_flat"] is False]
     problems += [f"a killed {kill.role} did not come back" for kill in watch.kills[:-1] if kill.back_after_s is None]
     problems += [f"the options did not change: {change.error}"] * bool(change.error)
+    problems += ["the load brought no decode replica"] * (watch.most_decode < 2)
     if options.strict and num_without_answer:
         problems.append(f"{num_without_answer} requests without a fault of their own got no answer")
     return {
@@ -283,6 +287,7 @@ def _record(
         "faults": dict(counts.faults),
         "kills": [asdict(kill) for kill in watch.kills],
         "change": asdict(change),
+        "most_decode_replicas": watch.most_decode,
         "memory": memory,
         "held": held,
         "problems": problems,
@@ -304,6 +309,7 @@ def _table(record: dict[str, Any]) -> Table:
         middle = f", back after {backs[len(backs) // 2]:.1f} s" if backs else ""
         table.add_row(f"{role} killed", f"{sum(k['role'] == role for k in record['kills'])} times{middle}")
     table.add_row("all replicas replaced", record["change"]["error"] or f"in {record['change']['took_s']:.1f} s")
+    table.add_row("decode replicas under the load", str(record["most_decode_replicas"]))
     for role in (*ROLES, WHOLE):
         seen = record["memory"][role]
         slope = seen["slope_bytes_per_min"]

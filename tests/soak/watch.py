@@ -15,7 +15,7 @@ import psutil
 from cluster.state import ClusterState
 from colm.client import Client
 from colm.errors import ColmError
-from colm.nodes import Role
+from colm.nodes import PoolStatus, Role
 from tests.listening import family
 
 ROLES = ("gateway", *(role.value for role in Role))
@@ -46,6 +46,8 @@ class Processes:
     """The processes of a cluster, by role."""
 
     state: ClusterState
+    pools: tuple[PoolStatus, ...] = ()
+    """Those whose size follows their load, as the gateway said last."""
     _gateway: psutil.Process | None = None
 
     def pids(self, client: Client) -> dict[str, list[int]]:
@@ -54,7 +56,9 @@ class Processes:
         if (gateway := self.gateway()) is not None:
             found["gateway"].append(gateway)
         try:
-            for node in client.cluster_status().nodes:
+            status = client.cluster_status()
+            self.pools = status.pools
+            for node in status.nodes:
                 found[node.report.role.value].append(node.report.process.pid)
         except ColmError:
             pass
@@ -148,6 +152,8 @@ class Watch:
     def __init__(self, state: ClusterState, *, kill_every_s: float, seed: int, say: Callable[[str], None]) -> None:
         self.memory = Memory()
         self.kills: list[Kill] = []
+        self.most_decode = 1
+        """Decode replicas that were wanted, and there."""
         self._state = state
         self._kill_every_s = kill_every_s
         self._draw = random.Random(seed)
@@ -175,6 +181,9 @@ class Watch:
                 for role, pids in processes.pids(client).items():
                     for pid in pids:
                         self.memory.see(role, pid, time.monotonic())
+                for pool in processes.pools:
+                    if pool.role is Role.DECODE:
+                        self.most_decode = max(self.most_decode, min(pool.num_wanted, pool.num_present))
                 assert self._state.ray_pid is not None
                 self.memory.see_all(self._state.ray_pid, time.monotonic())
 
@@ -200,7 +209,12 @@ class Watch:
         started_s = time.monotonic()
         while time.monotonic() < started_s + _RESTART_S:
             pids = processes.pids(client)
-            if len(pids[role]) >= num_wanted and {*pids[role]} - before and all(pids[name] for name in ROLES):
+            by_load = [pool.num_wanted for pool in processes.pools if pool.role.value == role]
+            if (
+                len(pids[role]) >= min([num_wanted, *by_load])
+                and {*pids[role]} - before
+                and all(pids[name] for name in ROLES)
+            ):
                 return round(time.monotonic() - started_s, 2)
             if self._is_over.wait(0.25):
                 break
