@@ -6,8 +6,9 @@ of the gateway. Node reports are as fresh as the real ones.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
@@ -17,8 +18,9 @@ from bench.simulate.costs import Costs
 from bench.simulate.decode_model import DecodeLimits, DecodeModel, Gaps
 from bench.simulate.gateway_model import Calls, Reports, emit_nothing
 from bench.simulate.prefill_model import PrefillLimits, PrefillModel
-from bench.simulate.processor import OwnProcessor, Processor, SharedProcessor
+from bench.simulate.processor import Cores, OwnProcessor, Processor, SharedProcessor
 from bench.simulate.requests import SimRequest
+from bench.simulate.scaling import Look, ScalingPlan, SimulatedNumbers, scale
 from bench.simulate.serve_model import ServeModel
 from bench.simulate.virtual_time import LoopClock, simulate
 from cluster.front_door.placement import RETRY, DecodeJob, Placement
@@ -27,9 +29,11 @@ from cluster.replicas.gateway import ServeDecodePool
 from colm.clock import Deadline
 from colm.errors import CapacityExceeded
 from colm.model.config import ChainConfig
+from colm.nodes import Role
 from colm.sampling import SamplingParams
 from colm.scale import Changing, Scale
 
+Ended = Callable[[SimRequest], None]
 _DEADLINE_S: Final = 1e9
 _SAMPLING: Final = SamplingParams()
 
@@ -52,13 +56,23 @@ class ClusterPlan:
     """What asking Serve takes."""
     gateway_s: float = 0.0
     """From the client to the decode node and back, all of it before the request is placed."""
-    contention: float | None = None
-    """Of one processor that all nodes share; None where each has its own."""
+    scaling: ScalingPlan | None = None
+    """None where the numbers of replicas stay."""
+    contention: tuple[float, float] | None = None
+    """Of prefill and of decode steps, on cores that all nodes share; None where each node has its own."""
 
-    @property
-    def num_replicas(self) -> int:
-        """Of both pools."""
-        return self.num_prefill + self.num_decode
+    def of(self, num_prefill: int, num_decode: int, link_bytes_per_s: float) -> "ClusterPlan":
+        """The same with other numbers; the gateway takes as many requests as all decode nodes that may be there."""
+        pools = () if self.scaling is None else self.scaling.pools
+        most = [each.limits.max_replicas for each in pools if each.role is Role.DECODE]
+        max_requests = max([num_decode, *most]) * self.decode.max_requests
+        return replace(
+            self,
+            num_prefill=num_prefill,
+            num_decode=num_decode,
+            link_bytes_per_s=link_bytes_per_s,
+            max_requests=max_requests,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,11 +90,11 @@ class Simulated:
     """Answers in a step, on average."""
     page_use: float
     """Share of all decode nodes' pages, on average."""
+    looks: Sequence[Look] = ()
+    """Of the autoscaler."""
 
 
-def run(
-    plan: ClusterPlan, costs: Costs, requests: Iterable[SimRequest], *, seed: int, ended: Callable[[], None]
-) -> Simulated:
+def run(plan: ClusterPlan, costs: Costs, requests: Iterable[SimRequest], *, seed: int, ended: Ended) -> Simulated:
     """Simulate a workload to the end of its last request.
 
     Args:
@@ -88,25 +102,25 @@ def run(
         costs: of its engines.
         requests: by time of arrival.
         seed: of Serve's choices.
-        ended: called as each request ends.
+        ended: told of each request as it ends; what it raises ends the simulation.
     """
     return simulate(_run(plan, costs, list(requests), seed, ended))
 
 
-async def _run(
-    plan: ClusterPlan, costs: Costs, requests: Sequence[SimRequest], seed: int, ended: Callable[[], None]
-) -> Simulated:
+async def _run(plan: ClusterPlan, costs: Costs, requests: Sequence[SimRequest], seed: int, ended: Ended) -> Simulated:
     cluster = SimulatedCluster(plan, costs, Random(seed))
     loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
 
     async def one(request: SimRequest) -> None:
         await cluster.serve(request)
-        ended()
+        ended(request)
 
     all_ended = loop.create_future()
 
     def left(task: asyncio.Task[None]) -> None:
         tasks.discard(task)
+        if task.cancelled():  # one of the others has failed
+            return
         if (error := task.exception()) is not None and not all_ended.done():
             all_ended.set_exception(error)
         elif not tasks and not all_ended.done() and has_all_come[0]:
@@ -126,7 +140,8 @@ async def _run(
 
     if (first := next(coming, None)) is not None:
         loop.call_at(first.at_s, arrive, first)
-        await all_ended
+        async with cluster.scaled():
+            await all_ended
     cluster.close()
     return cluster.result(requests)
 
@@ -146,19 +161,25 @@ class SimulatedCluster:
         self._loop = asyncio.get_running_loop()
         clock = LoopClock(self._loop)
         self._gaps = Gaps()
-        shared = None if plan.contention is None else SharedProcessor(plan.contention)
-        self._new_processor: Callable[[], Processor] = OwnProcessor if shared is None else lambda: shared
+        self._cores = Cores()
         self._prefill_serve = ServeModel(max_ongoing=plan.max_streams, lease_s=plan.lease_s, rng=rng)
         self._decode_serve = ServeModel(max_ongoing=plan.decode.max_requests, lease_s=plan.lease_s, rng=rng)
         self.prefill_nodes: dict[str, PrefillModel] = {}
         self.decode_nodes: dict[str, DecodeModel] = {}
+        # The nodes that take something new, in the order in which they came, and when they did.
+        self._serving_prefill: dict[str, PrefillModel] = {}
+        self._serving_decode: dict[str, DecodeModel] = {}
+        self._since_s: dict[str, float] = {}
+        self._served_s = dict.fromkeys(Role, 0.0)
+        self._looks: list[Look] = []
         self._pools: list[ServePrefillPool] = []
-        for number in range(plan.num_prefill):
-            self._add_prefill(f"p{number}")
-        for number in range(plan.num_decode):
-            self._add_decode(f"d{number}")
+        for _ in range(plan.num_prefill):
+            self._add(Role.PREFILL)
+        for _ in range(plan.num_decode):
+            self._add(Role.DECODE)
         self._decode_pool = ServeDecodePool(self._decode_serve, max_waiting=plan.max_requests)
-        self._registry = Reports(clock, self.decode_nodes)
+        self._clock = clock
+        self._registry = Reports(clock, self._serving_prefill, self._serving_decode, has_all=plan.scaling is not None)
         self._placement = Placement(
             self._decode_pool, Calls(self._decode), self._registry, clock, RETRY, lambda _: None
         )
@@ -199,6 +220,28 @@ class SimulatedCluster:
         for pool in self._pools:
             pool.close()
 
+    @asynccontextmanager
+    async def scaled(self) -> AsyncIterator[None]:
+        """Let the pools follow their load, if they do, as long as the block lasts."""
+        if self._plan.scaling is None:
+            yield
+            return
+        numbers = SimulatedNumbers(self._num_serving, self._add, self._retire, self._plan.scaling.start_s)
+        scaling = asyncio.ensure_future(
+            scale(
+                self._plan.scaling,
+                self._registry,
+                numbers,
+                self._clock,
+                lambda: self._decode_pool.num_waiting,
+                self._looks,
+            )
+        )
+        try:
+            yield
+        finally:
+            scaling.cancel()
+
     def result(self, requests: Sequence[SimRequest]) -> Simulated:
         """What has come of it; every page is free again.
 
@@ -209,28 +252,53 @@ class SimulatedCluster:
         for node in self.decode_nodes.values():
             assert node.page_line.pool.num_free == node.page_line.pool.num_pages, "a page was lost"
             assert node.num_requests == 0, "a request was counted out wrongly"
-        seconds = self._loop.time()
+        for role, serving in ((Role.PREFILL, self._serving_prefill), (Role.DECODE, self._serving_decode)):
+            self._served_s[role] += sum(self._loop.time() - self._since_s[address] for address in serving)
         prefill, decode = list(self.prefill_nodes.values()), list(self.decode_nodes.values())
         num_steps = sum(each.counts.num_steps for each in decode)
         return Simulated(
             requests=requests,
             gaps=self._gaps,
-            seconds=seconds,
-            prefill_busy=_share(sum(each.counts.engine_s for each in prefill), seconds * len(prefill)),
-            decode_busy=_share(sum(each.counts.engine_s for each in decode), seconds * len(decode)),
+            seconds=self._loop.time(),
+            prefill_busy=_share(sum(each.counts.engine_s for each in prefill), self._served_s[Role.PREFILL]),
+            decode_busy=_share(sum(each.counts.engine_s for each in decode), self._served_s[Role.DECODE]),
             decode_batch=_share(sum(each.counts.num_tokens for each in decode), num_steps),
             page_use=_share(
-                sum(each.counts.page_s for each in decode), seconds * len(decode) * self._plan.decode.num_pages
+                sum(each.counts.page_s for each in decode), self._served_s[Role.DECODE] * self._plan.decode.num_pages
             ),
+            looks=self._looks,
         )
 
+    def _processor(self, pool: int) -> Processor:
+        contention = self._plan.contention
+        return OwnProcessor() if contention is None else SharedProcessor(self._cores, contention[pool])
+
+    def _num_serving(self, role: Role) -> int:
+        return len(self._serving_prefill if role is Role.PREFILL else self._serving_decode)
+
+    def _add(self, role: Role) -> None:
+        if role is Role.PREFILL:
+            self._add_prefill(address := f"p{len(self.prefill_nodes)}")
+        else:
+            self._add_decode(address := f"d{len(self.decode_nodes)}")
+        self._since_s[address] = self._loop.time()
+
+    def _retire(self, role: Role) -> None:
+        if role is Role.PREFILL:
+            address, _ = self._serving_prefill.popitem()
+            self._prefill_serve.retire(address)
+        else:
+            address, _ = self._serving_decode.popitem()
+            self._decode_serve.retire(address)
+        self._served_s[role] += self._loop.time() - self._since_s[address]
+
     def _add_prefill(self, address: str) -> None:
-        self.prefill_nodes[address] = PrefillModel(
+        self.prefill_nodes[address] = self._serving_prefill[address] = PrefillModel(
             address,
             self._plan.config,
             self._costs,
             self._plan.prefill,
-            processor=self._new_processor(),
+            processor=self._processor(0),
             bytes_per_s=self._plan.link_bytes_per_s,
         )
         self._prefill_serve.add(address)
@@ -243,13 +311,13 @@ class SimulatedCluster:
             is_alone=self._plan.num_decode == 1,
         )
         self._pools.append(pool)
-        self.decode_nodes[address] = DecodeModel(
+        self.decode_nodes[address] = self._serving_decode[address] = DecodeModel(
             address,
             self._costs,
             self._plan.decode,
             pool,
             self.prefill_nodes,
-            processor=self._new_processor(),
+            processor=self._processor(1),
             bytes_per_s=self._plan.link_bytes_per_s,
             gaps=self._gaps,
         )

@@ -156,8 +156,9 @@ class DecodeModel:
         self.link = Link(bytes_per_s)
         self.page_line = PageLine(PagePool(limits.num_pages), max_waiting=limits.max_requests)
         self._costs = costs
+        self.max_batch_size = limits.max_batch_size
         self._limits = limits
-        self._prefill_pool = prefill_pool
+        self.prefill_pool = prefill_pool
         self._prefill_nodes = prefill_nodes
         self._processor = processor
         self._gaps = gaps
@@ -200,7 +201,7 @@ class DecodeModel:
         num_tokens, refused = request.num_prompt_tokens - 1, list[str]()
         while True:
             try:
-                async with self._prefill_pool.lease(
+                async with self.prefill_pool.lease(
                     num_tokens=num_tokens, beat=_no_beat, preferred=None, refused_by=refused
                 ) as lease:
                     try:

@@ -1,43 +1,56 @@
 """What the real placement asks for: nodes that reported, and calls to them."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Final
 
 from bench.simulate.decode_model import DecodeModel
-from bench.simulate.virtual_time import LoopClock
+from bench.simulate.prefill_model import PrefillModel
 from cluster.front_door.placement import DecodeJob, DecodeLease
 from cluster.node_registry import NodeRegistry
-from colm.clock import Deadline
+from colm.clock import Clock, Deadline
 from colm.events import Event, Finished, FinishReason, Timings, Usage
-from colm.nodes import REPORT_INTERVAL_S, NodeReport, NodeStatus, ProcessFacts, Role
+from colm.nodes import REPORT_INTERVAL_S, NodeLoad, NodeReport, NodeStatus, ProcessFacts, Role
 
 _THIS_PROCESS: Final = ProcessFacts(pid=0, host="", resident_bytes=0)
 
 
 class Reports(NodeRegistry):
-    """What decode nodes reported within the last interval: the real registry's answer, made once an interval."""
+    """What nodes reported within the last interval: the real registry's answer, made once an interval.
 
-    def __init__(self, clock: LoopClock, nodes: dict[str, DecodeModel]) -> None:
+    Args:
+        clock: of the simulation.
+        prefill: nodes that serve, by address.
+        decode: likewise.
+        has_all: somebody asks for prefill nodes too; placement does not.
+    """
+
+    def __init__(
+        self, clock: Clock, prefill: Mapping[str, PrefillModel], decode: Mapping[str, DecodeModel], *, has_all: bool
+    ) -> None:
         super().__init__(clock)
         self._now_s = clock.now
-        self._models = nodes
+        self._prefill = prefill
+        self._decode = decode
+        self._has_all = has_all
         self._made: tuple[float, list[NodeStatus]] | None = None
 
     def nodes(self) -> list[NodeStatus]:
         """At most an interval old."""
         now_s = self._now_s()
         if self._made is None or now_s - self._made[0] >= REPORT_INTERVAL_S:
-            self._made = now_s, [NodeStatus(report=_report(each), age_s=0.0) for each in self._models.values()]
+            reports = [*map(_of_decode, self._decode.values())]
+            if self._has_all:
+                reports += map(_of_prefill, self._prefill.values())
+            self._made = now_s, [NodeStatus(report=report, age_s=0.0) for report in reports]
         return self._made[1]
 
     def count(self, role: Role) -> int:
-        """Of decode nodes; nobody asks for others."""
-        assert role is Role.DECODE
-        return len(self._models)
+        """That serve now."""
+        return len(self._decode if role is Role.DECODE else self._prefill)
 
 
-def _report(node: DecodeModel) -> NodeReport:
-    num_waiting = node.page_line.num_waiting
+def _of_decode(node: DecodeModel) -> NodeReport:
+    pool, num_waiting = node.page_line.pool, node.page_line.num_waiting
     return NodeReport(
         role=Role.DECODE,
         replica_id=node.address,
@@ -46,6 +59,27 @@ def _report(node: DecodeModel) -> NodeReport:
         num_active_requests=node.num_requests - num_waiting,
         num_queued_requests=num_waiting,
         num_leases=0,
+        num_pages_total=pool.num_pages,
+        num_pages_used=pool.num_used,
+        load=NodeLoad(
+            waiting_tokens=node.prefill_pool.waiting_tokens,
+            num_pages_wanted=sum(wanted.num_pages for _, wanted in node.page_line.waiting),
+            num_places=node.max_batch_size,
+        ),
+        process=_THIS_PROCESS,
+    )
+
+
+def _of_prefill(node: PrefillModel) -> NodeReport:
+    return NodeReport(
+        role=Role.PREFILL,
+        replica_id=node.address,
+        ray_node_id=node.address,
+        address=node.address,
+        num_active_requests=node.num_begun,
+        num_queued_requests=node.num_waiting,
+        num_leases=0,
+        load=NodeLoad(work_s=node.remaining_s, engine_s=node.counts.engine_s, prompt_cost=node.costs.prompt_cost()),
         process=_THIS_PROCESS,
     )
 

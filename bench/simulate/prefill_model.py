@@ -66,7 +66,7 @@ class PrefillTask:
         self._num_steps = 0
         self._end = KvPosition(node.shape.num_layers, 0)
         self._position = KV_START
-        self._work_left = node.shape.work(num_tokens)
+        self._work_left = self._works.all
         self._window: deque[Tile] = deque()
         self._window_bytes = 0
         self._begun_bytes = node.begun_bytes(num_tokens)
@@ -139,7 +139,7 @@ class PrefillTask:
         self._num_steps += len(tiles)
         layer, number = divmod(self._num_steps, self._works.num_tiles)
         self._position = KvPosition(layer, number * shape.tile_tokens)
-        left = shape.work(self.num_tokens) - shape.work_before(self._position, self.num_tokens)
+        left = self._works.all - shape.work_before(self._position, self.num_tokens)
         work, self._work_left = self._work_left - left, left
         self._window.extend(tiles)
         self._window_bytes += sum(tile.num_bytes for tile in tiles)
@@ -159,6 +159,7 @@ class _Works:
     first: tuple[Work, ...]
     between: tuple[Work, ...]
     last: tuple[Work, ...]
+    all: Work
     num_layers: int
 
     @property
@@ -182,7 +183,7 @@ def _works(shape: PrefillShape, num_tokens: int) -> _Works:
         return tuple(works)
 
     last = shape.num_layers - 1
-    return _Works(of_layer(0), of_layer(min(1, last)), of_layer(last), shape.num_layers)
+    return _Works(of_layer(0), of_layer(min(1, last)), of_layer(last), shape.work(num_tokens), shape.num_layers)
 
 
 @dataclass(slots=True)
@@ -247,6 +248,11 @@ class PrefillModel:
     def num_waiting(self) -> int:
         """Prompts that have not begun."""
         return sum(not task.is_started for task in self._tasks)
+
+    @property
+    def num_begun(self) -> int:
+        """Prompts that have begun, and are not all there."""
+        return len(self._tasks) - self.num_waiting
 
     def begun_bytes(self, num_tokens: int) -> int:
         """What a prompt holds once it has begun, as `prefill_node.prefill_job.job_bytes` counts it."""

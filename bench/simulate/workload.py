@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 
 from bench.simulate.requests import SimRequest
 
-Pattern = Literal["poisson", "bursts"]
+Pattern = Literal["poisson", "bursts", "steps"]
 PATTERNS: Final[tuple[Pattern, ...]] = get_args(Pattern)
+
+STEP: Final = 4.0
+"""Of the rate, in the middle half of the requests of `steps`."""
 
 Rng = np.random.Generator
 
@@ -42,7 +45,8 @@ class Workload:
     """Requests that are independent of each other.
 
     A Poisson process has exponential times between arrivals. With bursts, so many requests arrive in one moment, and
-    the moments are a Poisson process of the same rate of requests.
+    the moments are a Poisson process of the same rate of requests. With steps, the rate rises to `STEP` times as much
+    and falls again.
     """
 
     rate_per_s: float
@@ -61,6 +65,8 @@ class Workload:
         num_together = self.burst_size if self.pattern == "bursts" else 1
         count = self.num_requests
         gaps = rng.exponential(num_together / self.rate_per_s, -(-count // num_together))
+        if self.pattern == "steps":
+            gaps[count // 4 : 3 * count // 4] /= STEP
         moments = [at_s for at_s in accumulate(gaps.tolist()) for _ in range(num_together)][:count]
         answers = np.minimum(self.answers.draw(count, rng), self.max_context - 1)
         prompts = np.minimum(self.prompts.draw(count, rng), self.max_context - answers)

@@ -12,17 +12,23 @@ from hypothesis import strategies as st
 
 from bench.roofline.machine import machine
 from bench.roofline.model import Prompt, first_step_s, prefill_s
+from bench.serving.outcome import Answered
 from bench.serving.trace import LogNormal
+from bench.simulate.check import pairs
 from bench.simulate.cluster import ClusterPlan, Simulated, run
 from bench.simulate.costs import Costs, DecodeWork, MachineCosts
 from bench.simulate.decode_model import DecodeLimits
 from bench.simulate.network import Link, send
 from bench.simulate.prefill_model import PrefillLimits, PrefillModel
-from bench.simulate.processor import OwnProcessor, SharedProcessor
+from bench.simulate.processor import Cores, OwnProcessor, SharedProcessor
 from bench.simulate.requests import SimRequest
+from bench.simulate.scaling import ScalingPlan
 from bench.simulate.virtual_time import NothingLeft, simulate
 from bench.simulate.workload import Always, Workload
+from cluster.autoscaling.policy import ScalingLimits
+from cluster.autoscaling.signals import PoolScaling
 from colm.model.presets import preset
+from colm.nodes import Role
 from decode_node.step_budget import StepBudget
 from prefill_node.cost_model import CostModel, PrefillShape, Work
 from tests.tiny import tiny_config
@@ -73,7 +79,7 @@ def plan(*, num_prefill: int = 1, num_decode: int = 1, **decode: int) -> Cluster
 
 
 def simulated(plan: ClusterPlan, costs: Costs, requests: Iterator[SimRequest], seed: int = 0) -> Simulated:
-    return run(plan, costs, requests, seed=seed, ended=lambda: None)
+    return run(plan, costs, requests, seed=seed, ended=lambda _: None)
 
 
 class Geometric:
@@ -131,21 +137,22 @@ def test_a_tile_passes_both_links_at_once_and_waits_for_the_slower() -> None:
     assert (slow.num_bytes, fast.num_bytes) == (30, 30)
 
 
-def test_a_shared_processor_slows_all_its_users_alike() -> None:
+def test_users_of_shared_cores_slow_each_other_down() -> None:
     async def main() -> list[tuple[str, float]]:
         loop, ended = asyncio.get_running_loop(), list[tuple[str, float]]()
 
         def note(name: str) -> None:
             ended.append((name, loop.time()))
 
-        processor = SharedProcessor(contention=1.0)
-        processor.run([2.0, 2.0], partial(note, "long"))
+        cores = Cores()
+        SharedProcessor(cores, 1.0).run([2.0, 2.0], partial(note, "long"))
         await asyncio.sleep(1.0)
-        processor.run([1.0], partial(note, "short"))  # both at half speed: until 3, when the long one has 2 left
+        # Until 4, when it has ended and the long one has 1.5 left: one at half speed, the other at a third.
+        SharedProcessor(cores, 2.0).run([1.0], partial(note, "short"))
         await asyncio.sleep(10.0)
         return ended
 
-    assert simulate(main()) == [("short", pytest.approx(3.0)), ("long", pytest.approx(5.0))]
+    assert simulate(main()) == [("short", pytest.approx(4.0)), ("long", pytest.approx(5.5))]
 
 
 @pytest.mark.parametrize("name", ["cpu", "h100"])
@@ -235,7 +242,7 @@ def test_steps_that_are_planned_alike_may_be_counted_together() -> None:
     """Against the same run step by step, as a shared processor makes it."""
     costs, load = StubCosts(token_s=1e-4, context_s=1e-6), workload(rate_per_s=20.0)
     whole = simulated(plan(num_decode=2, max_batch_size=3), costs, load.requests(5))
-    steps = simulated(replace(plan(num_decode=2, max_batch_size=3), contention=0.0), costs, load.requests(5))
+    steps = simulated(replace(plan(num_decode=2, max_batch_size=3), contention=(0.0, 0.0)), costs, load.requests(5))
     for together, alone in zip(whole.requests, steps.requests, strict=True):
         assert together.first_token_s == pytest.approx(alone.first_token_s, abs=1e-6)
         assert together.last_token_s == pytest.approx(alone.last_token_s, abs=1e-6)
@@ -287,3 +294,42 @@ def test_equal_prompts_wait_for_one_prefill_node_as_in_a_queue_of_constant_servi
     waits_s = [each.prefilled_s - each.at_s - service_s for each in found.requests]
     assert waits_s == pytest.approx(in_line(found, [service_s] * count), abs=1e-6)
     assert abs(sum(waits_s) / count - rho * service_s / (2 * (1 - rho))) < 4 * deviation(rho, count) * service_s
+
+
+def test_a_pool_follows_its_load_and_what_it_has_when_it_shrinks_goes_on() -> None:
+    """The real autoscaler, of a load that rises to four times as much and falls again."""
+    limits = ScalingLimits(min_replicas=1, max_replicas=6, up_s=5.0, down_s=20.0)
+    pools = tuple(PoolScaling(role=role, limits=limits, target=target) for role, target in _TARGETS.items())
+    growing = replace(
+        plan(max_batch_size=2, max_requests=8), scaling=ScalingPlan(pools=pools, start_s=3.0), max_requests=48
+    )
+    load = workload(pattern="steps", rate_per_s=4.0, num_requests=600, answers=Always(30), prompts=Always(40))
+    found = simulated(growing, StubCosts(token_s=5e-3), load.requests(1))
+    for role in _TARGETS:
+        wanted = [pool.num_wanted for look in found.looks for pool in look.pools if pool.role is role]
+        present = [pool.num_present for look in found.looks for pool in look.pools if pool.role is role]
+        assert wanted[0] == present[0] == 1
+        assert max(wanted) == max(present) > 1
+        # Nobody is there before its start is over.
+        assert present.index(2) >= next(n for n, each in enumerate(wanted) if each > 1) + 3
+        assert wanted[-1] < max(wanted)
+    first, last = found.requests[200:250], found.requests[-50:]
+    assert sum(each.ttft_s or 9.0 for each in last) < sum(each.ttft_s or 9.0 for each in first)
+
+
+_TARGETS = {Role.PREFILL: 0.5, Role.DECODE: 0.8}
+
+
+def test_a_real_and_a_simulated_window_are_compared_figure_by_figure() -> None:
+    def answered(ttft_s: float, tpot_s: float) -> Answered:
+        request = SimRequest(number=0, at_s=1.0, num_prompt_tokens=9, num_new_tokens=11, num_chains=1)
+        request.first_token_s = 1.0 + ttft_s
+        request.last_token_s = request.first_token_s + 10 * tpot_s
+        return request.answered()
+
+    found = {each.name: each for each in pairs([answered(1.0, 0.1)], [answered(1.1, 0.2)])}
+    assert found["ttft_s p50"].ratio == pytest.approx(1.1)
+    assert found["ttft_s p50"].is_within
+    assert found["tpot_s mean"].ratio == pytest.approx(2.0)
+    assert not found["tpot_s mean"].is_within
+    assert found["new tokens/s"].ratio == pytest.approx(3.0 / 4.1)

@@ -3,6 +3,7 @@
 from tests.mutation.mutant import Mutant
 
 _SIMULATE = "tests/unit/test_simulate.py::"
+_PLAN = "tests/unit/test_simulate_plan.py::"
 
 MUTANTS = (
     Mutant(
@@ -25,5 +26,26 @@ MUTANTS = (
         "            self.num_requests -= 1\n",
         "            self.num_requests -= lease is not None\n",
         _SIMULATE + "test_every_request_ends_once_and_every_page_returns",
+    ),
+    Mutant(
+        "a simulated replica serves as soon as it is wanted",
+        "bench/simulate/scaling.py",
+        "loop.call_later(self.start_s, self._started, role)",
+        "loop.call_later(0.0, self._started, role)",
+        _SIMULATE + "test_a_pool_follows_its_load_and_what_it_has_when_it_shrinks_goes_on",
+    ),
+    Mutant(
+        "a plan stops at the fewest decode replicas",
+        "bench/simulate/planner.py",
+        "_MORE_DECODE: Final = 2\n",
+        "_MORE_DECODE: Final = 0\n",
+        _PLAN + "test_the_cheapest_of_all_near_the_fewest_decode_replicas_is_found",
+    ),
+    Mutant(
+        "an answer's mean gap counts its tokens",
+        "bench/simulate/calibrate.py",
+        "/ (len(times_s) - 1)",
+        "/ len(times_s)",
+        _PLAN + "test_calibration_finds_the_costs_of_a_cluster_that_are_known",
     ),
 )
