@@ -57,7 +57,7 @@ async def take(folder: Path, num_asks: int) -> None:
 def main() -> None:
     """Take them."""
     parser = argparse.ArgumentParser(prog="python -m tests.status_picture", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("docs/plots"), help="where they go; docs/plots")
+    parser.add_argument("--folder", type=Path, default=Path("docs/pictures"), help="where they go; docs/pictures")
     parser.add_argument("--asks", type=int, default=12, help="of each caller before the pictures; 12")
     options = parser.parse_args()
     asyncio.run(take(options.folder, options.asks))

@@ -28,7 +28,7 @@ _FIGURE: Final = re.compile(
     r"\d\s?(?:tokens/s|[MGT]B/s|[GT]FLOP/s)"
     r"|(?<![\w.])\d+(?:\.\d+)?x(?!\w)"
     r"|(?<![\w.])\d+\.\d+ (?:s|ms|us|µs)(?!\w)"
-    r"|!\[[^]]*\]\([^)]+\)"
+    r"|!\[[^]]*\]\([^)]*plots/[^)]+\)"
 )
 _RECORD: Final = re.compile(r"bench/results/[\w./-]+\.jsonl?|bench/roofline/machines/[\w-]+\.toml")
 _ENTRY: Final = re.compile(r"\((?:docs/)?log\.md#([\w-]+)\)")

@@ -117,13 +117,16 @@ def checked(tmp_path: Path, readme: str, log: str = LOG) -> list[str]:
         "1.5x as fast ([measured](docs/log.md#an-entry-of-20x)).",
         "8 KiB, 10 s, 4 replicas, 16x64 tiles, v2x and `--rounds 3`",
         "```\n# 12 tokens/s\n```\n`bench/results/a.json`",
+        "![A page of a program](docs/pictures/page.png)",
     ],
 )
 def test_figures_with_records_and_numbers_that_are_none_pass(tmp_path: Path, text: str) -> None:
     assert checked(tmp_path, f"# Title\n\n## Part\n\n{text}\n") == []
 
 
-@pytest.mark.parametrize("figure", ["12 tokens/s", "1.0 GB/s", "300 GFLOP/s", "1.1x", "| 3x |", "11.88 s", "0.5 ms"])
+@pytest.mark.parametrize(
+    "figure", ["12 tokens/s", "1.0 GB/s", "300 GFLOP/s", "1.1x", "| 3x |", "11.88 s", "0.5 ms", "![](docs/plots/a.svg)"]
+)
 def test_a_figure_without_a_record_is_named_with_its_section(tmp_path: Path, figure: str) -> None:
     (found,) = checked(tmp_path, f"# Title\n\n## First\n\n`bench/results/a.json`\n\n## Part\n\nIt is {figure}.\n")
     assert found.startswith("README.md:7: ")
