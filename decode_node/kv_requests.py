@@ -58,7 +58,7 @@ class KvRequests:
         """Tell the node that nobody wants its work any more.
 
         Returns:
-            False if nothing is told: the prompt is still being sent, or the stream has ended.
+            False if nothing is told: the prompt's end is still to be sent, or the stream has ended.
         """
         with self._changed:
             if not self._is_sent or self._is_closed:
@@ -92,6 +92,9 @@ class KvRequests:
         )
         for piece in token_id_pieces(transfer.token_ids):
             yield pb.PullKvRequest(token_ids=piece)
+        # From its last message on, the node may begin: then whoever breaks off without a word leaves it a job to keep.
+        with self._changed:
+            self._is_sent = True
         yield pb.PullKvRequest(end_of_prompt=end_of_prompt(transfer.token_ids))
         while (request := self._next()) is not None:
             yield request
@@ -104,7 +107,6 @@ class KvRequests:
     def _next(self) -> pb.PullKvRequest | None:
         """Wait for the next thing to say; None once the stream is given up or closed."""
         with self._changed:
-            self._is_sent = True
             self._changed.wait_for(
                 lambda: (
                     self._stored != self._said or self._is_mapped is not None or self._is_given_up or self._is_closed

@@ -1,7 +1,7 @@
-"""`make test`: all tests in three processes at once: those on real clusters, the fuzzer, and all others.
+"""`make test`: all tests in four processes at once: on real clusters, the fuzzer, faults and numerics, and all others.
 
-A cluster's tests wait for processes that start and stop, while the others compute, most of them with one thread. The
-fuzzer has the lowest priority, and takes what the two leave.
+A cluster's tests wait for processes that start and stop, and nodes under faults for each other, while the others
+compute, most of them with one thread. The fuzzer has the lowest priority, and takes what they leave.
 """
 
 import os
@@ -12,8 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-CLUSTERS, FUZZER = "tests/e2e", "tests/fuzz"
-PARTS = {"clusters": (CLUSTERS,), "fuzzer": (FUZZER,), "all others": (f"--ignore={CLUSTERS}", f"--ignore={FUZZER}")}
+_FOLDERS = {
+    "clusters": ("tests/e2e",),
+    "fuzzer": ("tests/fuzz",),
+    "faults and numerics": ("tests/fault", "tests/numerics"),
+}
+PARTS = _FOLDERS | {"all others": tuple(f"--ignore={each}" for named in _FOLDERS.values() for each in named)}
 """Pytest's arguments, by name: together all tests, each once."""
 LOWEST_PRIORITY = 19
 

@@ -97,6 +97,14 @@ def test_giving_up_is_said_and_a_node_that_does_not_end_the_stream_is_broken_off
     assert said.num_silences == (not ends)
 
 
+def test_a_prompt_whose_end_is_on_its_way_is_given_up_by_a_word(said: Said) -> None:
+    """Bug: until gRPC asked for the next message the call was broken off, and the node kept what it had begun."""
+    said.prompt()
+    assert said.requests.give_up()
+    said.requests.close()
+    assert said.rest() == ["give_up"]
+
+
 def test_there_is_nothing_to_give_up_before_the_prompt_is_there_nor_after_the_end(said: Said) -> None:
     assert not said.requests.give_up()
     said.prompt()

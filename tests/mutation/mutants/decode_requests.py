@@ -101,6 +101,13 @@ MUTANTS = (
         _WAITING + "test_a_call_without_a_lease_is_told_to_get_a_new_one",
     ),
     Mutant(
+        "a prompt whose end is on its way is broken off",
+        "decode_node/kv_requests.py",
+        "            self._is_sent = True\n",
+        "            pass\n",
+        "tests/unit/test_kv_requests.py::test_a_prompt_whose_end_is_on_its_way_is_given_up_by_a_word",
+    ),
+    Mutant(
         "a decode node sends no checksum of the prompt",
         "decode_node/kv_requests.py",
         "end_of_prompt(transfer.token_ids)",
