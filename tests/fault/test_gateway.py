@@ -252,7 +252,7 @@ async def test_an_upload_that_falls_silent_does_not_keep_its_place(checkpoint: C
         await may_go_on.wait()
 
     pool = TakingTurns(["127.0.0.1:1"])
-    async with gateway(checkpoint.config, pool, max_requests=1, upload_idle_s=0.05) as address:
+    async with gateway(checkpoint.config, pool, max_requests=1, upload_idle_s=1.0) as address:
         async with open_channel(address, Security()) as channel:
             call = GenerationServiceStub(channel).Generate(silent(), timeout=LIMIT_S)
             with pytest.raises(DeadlineExceeded, match="next piece of the prompt"), Outcome(call).errors("gateway"):
