@@ -10,8 +10,9 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from cluster.application import APPLICATION, DECODE_RESOURCE, GATEWAY, PREFILL_RESOURCE, SUCCESSOR, build
 from cluster.options import ClusterConfig, RaySection
@@ -316,11 +317,20 @@ def _wait_until_running(name: str, timeout_s: float) -> None:
             for role, deployment in application.deployments.items()
             if deployment.message
         )
-        if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+        if has_failed(application):
             raise ClusterError(f"the replicas did not start: {problems or application.message}")
         if time.monotonic() > give_up_s:
             raise ClusterError(f"the replicas were not ready within ray.ready_timeout_s={timeout_s:g}: {problems}")
         time.sleep(_POLL_S)
+
+
+def has_failed(application: ApplicationStatusOverview) -> bool:
+    """Whether it will not come up. Serve says the same where a replica was lost meanwhile, and replaces that one."""
+    if application.status not in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+        return False
+    bad = (DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY)
+    causes = {each.status_trigger for each in application.deployments.values() if each.status in bad}
+    return causes != {DeploymentStatusTrigger.HEALTH_CHECK_FAILED}
 
 
 def _reason(message: str) -> str:
