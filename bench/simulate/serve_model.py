@@ -47,10 +47,6 @@ class ServeModel:
         """A replica takes no more calls; those that it has go on."""
         self._addresses.remove(address)
 
-    def num_ongoing(self, address: str) -> int:
-        """Calls that a replica has."""
-        return self._num_ongoing[address]
-
     def remote(self, again: bool) -> "_Lease":  # noqa: ARG002 - a lender that is not alone asks no call for more
         """Call some replica."""
         call = _Lease(self)

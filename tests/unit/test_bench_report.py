@@ -1,6 +1,5 @@
 """The comparison with the paper from stored records, byte for byte, and figures of pages that name their records."""
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,7 +84,6 @@ def test_a_file_without_records_says_how_they_are_made(tmp_path: Path) -> None:
         load(tmp_path / "none.jsonl")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs the extra `bench`")
 def test_plots_are_written_for_families_that_have_records(tmp_path: Path) -> None:
     found = load(RECORDS)
     drawn = plots.write(compare(found), found, tmp_path)
