@@ -11,7 +11,7 @@ from colm.errors import ColmError
 from colm.events import Event, Finished, Token
 from colm.generation import AsyncGeneration, Generation
 from colm.nodes import ClusterStatus
-from colm.reconnect import Attempts
+from colm.reconnect import Attempts, KnownGateway
 from colm.scale import Changing, ScaleWish
 from colm.upload import Document, GenerateOptions, in_thread
 from colm.wire.endpoint import open_blocking_channel, open_channel
@@ -65,6 +65,7 @@ class Client:
     ) -> None:
         self.address = address
         self._reconnects = reconnects
+        self._gateway = KnownGateway()
         self._closed = threading.Event()
         self._peer = f"gateway {address}"
         self._security = security or Security()
@@ -100,7 +101,9 @@ class Client:
         scale: Changing[ScaleWish | None] = Changing(None)
 
         def events() -> Generator[Event]:
-            attempts = Attempts(document, prompt, options, scale=scale, reconnects=self._reconnects)
+            attempts = Attempts(
+                document, prompt, options, scale=scale, reconnects=self._reconnects, gateway=self._gateway
+            )
             while not (yield from self._call(attempts)):
                 pass
 
@@ -140,6 +143,7 @@ class Client:
             message = self._stub.GetClusterStatus(
                 pb.GetClusterStatusRequest(), metadata=self._security.metadata(), timeout=_STATUS_TIMEOUT_S
             )
+        self._gateway.was_there = True
         return cluster_status_from_pb(message)
 
 
@@ -151,6 +155,7 @@ class AsyncClient:
     ) -> None:
         self.address = address
         self._reconnects = reconnects
+        self._gateway = KnownGateway()
         self._is_closed = False
         self._peer = f"gateway {address}"
         self._security = security or Security()
@@ -181,7 +186,7 @@ class AsyncClient:
         self, document: Document, prompt: str, options: GenerateOptions, scale: Changing[ScaleWish | None]
     ) -> AsyncGenerator[Event]:
         attempts = await asyncio.to_thread(
-            Attempts, document, prompt, options, scale=scale, reconnects=self._reconnects
+            Attempts, document, prompt, options, scale=scale, reconnects=self._reconnects, gateway=self._gateway
         )
 
         async def messages(changes: AsyncIterator[object]) -> AsyncIterator[pb.GenerateRequest]:
@@ -219,4 +224,5 @@ class AsyncClient:
         )
         with Outcome(call).errors(self._peer):
             message = await call
+        self._gateway.was_there = True
         return cluster_status_from_pb(message)

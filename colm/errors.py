@@ -62,6 +62,10 @@ class GoingAway(ConnectionLost):
     """The gateway stops, or gives way to another one; the same call may be made again, and finds whoever is there."""
 
 
+class CallDropped(ConnectionLost):
+    """The process that was called stopped before it had taken the call; the same call may be made again."""
+
+
 class PeerRefused(PeerUnavailable):
     """Another process of the cluster does not admit this one, by its token or its certificate; another one may."""
 

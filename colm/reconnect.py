@@ -3,13 +3,15 @@
 import secrets
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 from colm.clock import Clock, Deadline, MonotonicClock
 from colm.errors import (
+    CallDropped,
     CapacityExceeded,
     ColmError,
     ConnectionLost,
+    DeadlineExceeded,
     GoingAway,
     PeerUnavailable,
     PrefillUnavailable,
@@ -26,6 +28,14 @@ RECONNECT = RetryPolicy(max_attempts=40, first_pause_s=0.05, last_pause_s=1.0)
 _DEADLINE_SLACK_S = 5.0
 # gRPC counts nanoseconds in 64 bits; a deadline that overflows them is over at once.
 _LONGEST_CALL_S = 1e9
+
+
+@dataclass(slots=True)
+class KnownGateway:
+    """What a client has learnt of its gateway, by all its calls."""
+
+    was_there: bool = False
+    """It was reached once, so it may be there again."""
 
 
 class Attempts:
@@ -46,6 +56,7 @@ class Attempts:
         *,
         scale: Changing[ScaleWish | None],
         reconnects: bool,
+        gateway: KnownGateway,
         clock: Clock | None = None,
         retry: RetryPolicy = RECONNECT,
     ) -> None:
@@ -53,6 +64,7 @@ class Attempts:
         self.scale = scale
         """What the caller has asked for since; None until then."""
         self._reconnects = reconnects
+        self._gateway = gateway
         self._clock = clock or MonotonicClock()
         self._retry = retry
         timeout_s = self._upload.request.timeout_s
@@ -64,8 +76,6 @@ class Attempts:
         self._is_accepted = False
         self._was_accepted = False
         """By any call; the caller hears it once."""
-        self._was_taken = False
-        """The gateway was there once, so it may be there again."""
         self._was_lost = False
         self._resumes = False
         if reconnects:
@@ -96,6 +106,7 @@ class Attempts:
 
     def see(self, event: Event) -> bool:
         """Note an event; returns whether it is news to the caller."""
+        self._gateway.was_there = True
         if isinstance(event, Accepted):
             if not self._token_ids:
                 self._revision = event.revision
@@ -113,12 +124,15 @@ class Attempts:
 
         Raises:
             ColmError: the error; another call would not help.
+            DeadlineExceeded: another call would, but the request's time is over.
         """
-        self._was_taken = self._was_taken or self._upload.is_taken or isinstance(error, GoingAway)
+        self._gateway.was_there |= self._upload.is_taken or isinstance(error, GoingAway | CallDropped)
         self._num_failures += 1
         pause_s = self._retry.pause_s(self._num_failures)
         if not self._reconnects or pause_s is None or not self._helps(error):
             raise error
+        if self._deadline is not None and self._deadline.remaining_s() <= 0:
+            raise DeadlineExceeded(f"the request's time is over, and its gateway is not back: {error}") from error
         if isinstance(error, ConnectionLost):
             self._was_lost = True
             self._resumes = self._is_accepted
@@ -133,7 +147,7 @@ class Attempts:
             case PrefillUnavailable():
                 return False
             case ConnectionLost():
-                return self._was_taken
+                return self._gateway.was_there
             case UnknownAnswer() | PeerUnavailable():
                 return self._resumes  # of a submitted request it is the gateway's last word
             case CapacityExceeded():

@@ -9,6 +9,7 @@ from typing import NoReturn
 import grpc
 
 from colm.errors import (
+    CallDropped,
     CapacityExceeded,
     ColmError,
     ConnectionLost,
@@ -131,7 +132,8 @@ def error_of(error: grpc.RpcError, peer: str) -> ColmError:
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return Unauthenticated(message)
     if code == grpc.StatusCode.CANCELLED:
-        return PeerUnavailable(f"{peer} cancelled the call: {message}")
+        # A server that stops drops the calls that have come and that nobody has taken yet; gRPC calls that so.
+        return CallDropped(f"{peer} dropped the call: {message}")
     return PeerFailed(f"{peer}: {code.name}: {message}")
 
 

@@ -176,6 +176,42 @@ async def test_a_gateway_that_stops_hands_its_answer_to_one_that_listens_beside_
     assert site.pools[-1].lent == [], "the request was submitted again"
 
 
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+async def test_a_request_that_begins_while_a_known_gateway_is_gone_waits_for_the_next_one(
+    make: Callable[..., Any], kind: str
+) -> None:
+    """Bug: only a request that had reached the gateway itself looked for the next one, not one of a client that had."""
+    site = await make()
+    is_gone, events = asyncio.Event(), list[Event]()
+
+    def blocking(loop: asyncio.AbstractEventLoop) -> None:
+        with Client(site.address) as client:
+            list(client.generate(**OPTIONS))
+            asyncio.run_coroutine_threadsafe(site.kill(), loop).result(LIMIT_S)
+            for event in client.generate(**OPTIONS):
+                loop.call_soon_threadsafe(is_gone.set)
+                events.append(event)
+
+    async def ask_twice() -> None:
+        if kind == "blocking":
+            return await asyncio.to_thread(blocking, asyncio.get_running_loop())
+        async with AsyncClient(site.address) as client:
+            _ = [event async for event in client.generate(**OPTIONS)]
+            await site.kill()
+            async for event in client.generate(**OPTIONS):
+                is_gone.set()
+                events.append(event)
+
+    async with asyncio.timeout(LIMIT_S):
+        asking = asyncio.create_task(ask_twice())
+        await asyncio.wait([asking, waiting := asyncio.create_task(is_gone.wait())], return_when="FIRST_COMPLETED")
+        waiting.cancel()
+        await site.start()
+        await asking
+    assert isinstance(events[0], Reconnecting)
+    assert_same_answer(events, await ask("async", site.address))
+
+
 async def test_a_gateway_that_is_lost_during_the_prefill_costs_no_work(make: Callable[..., Any]) -> None:
     site = await make(orphan_s=FOR_EVER_S)
     with gate_before(PrefillEngine, "step") as gate:

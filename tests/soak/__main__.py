@@ -74,7 +74,7 @@ class Counts:
             if end in (End.WRONG, End.LOST) and len(self.bad) < 20:
                 self.bad.append(f"request {question.number} ({fault or 'no fault'}) {end.value}: {why}")
             if end is End.UNAVAILABLE and not fault:
-                self.unavailable[why.partition(":")[0][:80]] += 1
+                self.unavailable[why[:160]] += 1
 
     def line(self) -> str:
         """All of it in a line."""

@@ -15,7 +15,7 @@ import pytest
 
 from colm.client import AsyncClient, Client
 from colm.errors import InvalidRequest, PeerUnavailable
-from colm.events import Event, Finished
+from colm.events import Event, Finished, Reconnecting
 from colm.sampling import SamplingParams
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
@@ -43,12 +43,16 @@ class Gateway(GenerationServiceServicer):
         self.has_begun = threading.Event()
         self.may_answer = asyncio.Event()
         self.may_answer.set()
+        self.num_dropped = 0
+        """First calls that end without a word."""
         self._broken_off = asyncio.Event()
 
     async def Generate(
-        self, request_iterator: AsyncIterator[pb.GenerateRequest], _: grpc.aio.ServicerContext
+        self, request_iterator: AsyncIterator[pb.GenerateRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         self.num_calls += 1
+        if self.num_calls <= self.num_dropped:
+            await context.abort(grpc.StatusCode.CANCELLED)
         try:
             async for request in request_iterator:
                 self.parts.append(request.WhichOneof("part"))
@@ -388,3 +392,12 @@ async def test_closing_the_client_ends_a_running_call_with_an_error(gateway: Gat
         await client.close()
     with pytest.raises(PeerUnavailable):
         await reading
+
+
+@CLIENTS
+async def test_a_call_that_a_stopping_gateway_has_not_taken_is_made_again(gateway: Gateway, kind: str) -> None:
+    """Bug: gRPC's server drops such calls as it stops, and their CANCELLED seemed to be the gateway's last word."""
+    gateway.num_dropped = 1
+    events = await ask(kind, gateway, document=DOCUMENT)
+    assert [type(event) for event in events] == [Reconnecting, Finished]
+    assert gateway.document.decode() == DOCUMENT

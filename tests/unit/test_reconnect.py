@@ -19,7 +19,7 @@ from colm.errors import (
     UnknownAnswer,
 )
 from colm.events import Accepted, Reconnecting, Token
-from colm.reconnect import Attempts
+from colm.reconnect import Attempts, KnownGateway
 from colm.retry import RetryPolicy
 from colm.scale import Changing, ScaleWish
 from colm.wire.v1 import common_pb2
@@ -35,9 +35,14 @@ def token(token_id: int) -> Token:
     return Token(token_id=token_id, text="", logprob=0.0, num_chains=1)
 
 
-def attempts(document: Any = b"abc", *, reconnects: bool = True, **options: Any) -> tuple[Attempts, FakeClock]:
-    clock, scale = FakeClock(), Changing[ScaleWish | None](None)
-    return Attempts(document, "?", options, scale=scale, reconnects=reconnects, clock=clock, retry=RETRY), clock
+def attempts(
+    document: Any = b"abc", *, reconnects: bool = True, gateway: KnownGateway | None = None, **options: Any
+) -> tuple[Attempts, FakeClock]:
+    clock, scale, gateway = FakeClock(), Changing[ScaleWish | None](None), gateway or KnownGateway()
+    made = Attempts(
+        document, "?", options, scale=scale, reconnects=reconnects, gateway=gateway, clock=clock, retry=RETRY
+    )
+    return made, clock
 
 
 def sent(request: Attempts) -> list[pb.GenerateRequest]:
@@ -60,6 +65,24 @@ def test_a_gateway_that_was_never_there_is_not_looked_for_again() -> None:
     request, _ = attempts()
     next(iter(request.messages))
     with pytest.raises(ConnectionLost):
+        request.after(LOST)
+
+
+def test_a_gateway_that_an_earlier_request_has_reached_is_looked_for_again() -> None:
+    """Bug: a request that began while the gateway was being replaced failed at once."""
+    gateway = KnownGateway()
+    earlier, _ = attempts(gateway=gateway)
+    earlier.see(ACCEPTED)
+    request, _ = attempts(gateway=gateway)
+    request.after(LOST)
+    assert document_of(sent(request)) == b"abc"
+
+
+def test_a_gateway_is_not_looked_for_beyond_the_requests_deadline() -> None:
+    """Bug: calls went on for half a minute, and the next gateway refused a `timeout_s` below zero."""
+    request, clock, _ = begun(timeout_s=20.0)
+    clock.now_s += 20.0
+    with pytest.raises(DeadlineExceeded, match="lost"):
         request.after(LOST)
 
 

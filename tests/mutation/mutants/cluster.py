@@ -104,9 +104,23 @@ MUTANTS = (
     Mutant(
         "a client's first call to a gateway that stops is its last",
         "colm/reconnect.py",
-        " or isinstance(error, GoingAway)",
+        " or isinstance(error, GoingAway | CallDropped)",
         "",
         "tests/unit/test_reconnect.py::test_a_gateway_that_stops_is_asked_again_where_its_successor_may_be",
+    ),
+    Mutant(
+        "a call that a stopping gateway dropped is not made again",
+        "colm/wire/status.py",
+        "        return CallDropped(",
+        "        return PeerUnavailable(",
+        "tests/unit/test_client.py::test_a_call_that_a_stopping_gateway_has_not_taken_is_made_again",
+    ),
+    Mutant(
+        "what an earlier request learnt of the gateway is forgotten",
+        "colm/client.py",
+        "                document, prompt, options, scale=scale, reconnects=self._reconnects, gateway=self._gateway\n",
+        "                document, prompt, options, scale=scale, reconnects=self._reconnects, gateway=KnownGateway()\n",
+        _GATEWAYS + "test_a_request_that_begins_while_a_known_gateway_is_gone_waits_for_the_next_one",
     ),
     Mutant(
         "an answer goes on with another checkpoint's weights",
