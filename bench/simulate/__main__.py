@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     add("model", type=Path, help="a checkpoint's directory")
     add("--state-dir", type=Path, metavar="DIR", help="of a cluster that runs; without, one is started and stopped")
     add("--load", type=above_zero, default=0.6, help="share of the machine that the requests need one by one; 0.6")
-    add("--seconds", type=above_zero, default=60.0, help="in which they arrive; 60")
+    add("--seconds", type=above_zero, default=150.0, help="in which they arrive; 150")
     add("--seed", type=int, default=0, help="of arrivals, lengths and texts; 0")
     add("--json", action="store_true", help="end with one JSON object")
     return parser
@@ -199,11 +199,11 @@ def check_once(options: CheckOptions) -> None:
         seed=options.seed,
         tell=err.print,
     )
-    table = Table("figure", "real", "simulated", "ratio", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table("figure", "real", "simulated", "ratio", "95% of it", "", box=SIMPLE_HEAD, pad_edge=False)
     for each in found.pairs:
         show = duration if each.name.split()[0].endswith("_s") else digits
-        mark = "" if each.is_within else " *"
-        table.add_row(each.name, show(each.real), show(each.simulated), f"{each.ratio:.2f}{mark}")
+        interval = f"{each.low:.2f} .. {each.high:.2f}"
+        table.add_row(each.name, show(each.real), show(each.simulated), f"{each.ratio:.2f}", interval, each.verdict)
     out = Console(highlight=False)
     out.print(table)
     num_within = sum(each.is_within for each in found.pairs)
@@ -218,7 +218,7 @@ def check_once(options: CheckOptions) -> None:
             "rate_per_s": found.rate_per_s,
             "num_requests": found.num_requests,
             "costs": asdict(found.costs),
-            "pairs": [asdict(each) | {"ratio": each.ratio} for each in found.pairs],
+            "pairs": [asdict(each) | {"ratio": each.ratio, "verdict": each.verdict} for each in found.pairs],
         }
         sys.stdout.write(json.dumps(record) + "\n")
 

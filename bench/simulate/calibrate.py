@@ -1,8 +1,11 @@
 """Costs of both engines of a small cluster that runs, as its clients see them, alone and beside each other.
 
 One request after the other gives prompts' times by length; a few at once give a decode step's time by answers and
-contexts; a long prompt beside an answer says how much each slows the other down. Everything is fitted to the form that
+contexts; prompts beside answers say how much each slows the other down. All of it is seen by a client, through the
+gateway, so the work of other processes on the same cores is in it. Everything is fitted to the form that
 `prefill_node.cost_model` and `bench.simulate.costs` have, and nothing of it is seen under load.
+
+Medians of a few rounds, not the best of them: users have what is usual.
 """
 
 import asyncio
@@ -10,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import isnan, nan
+from statistics import median
 from time import perf_counter
 from typing import Final
 
@@ -17,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.serving.trace import Text
+from bench.simulate.beside import Gaps, RunningAnswers
 from bench.simulate.costs import DecodeWork
+from bench.simulate.processor import Contention
 from colm.client import AsyncClient
 from colm.errors import ColmError
 from colm.events import Token
@@ -25,11 +31,17 @@ from colm.model.config import ChainConfig
 from colm.sampling import SamplingParams
 from prefill_node.cost_model import CostModel, PrefillShape, Work
 
-PROMPTS: Final = (65, 129, 257, 513, 1025, 2049)
+PROMPTS: Final = (65, 129, 257, 513, 1025)
 """Tokens; the last of each is the decode node's."""
 ANSWERS: Final = (1, 3, 6)
 """At once."""
-_ROUNDS: Final = 2
+BESIDE: Final = (1, 3)
+"""Answers beside which prompts are computed."""
+_PROMPTS_BESIDE: Final = (129, 513, 129, 513)
+"""One after the other."""
+_ANSWER_BESIDE_TOKENS: Final = 600
+"""More than come before all those prompts are there; then the answers are given up."""
+_ROUNDS: Final = 3
 _STEADY_TOKENS: Final = 24
 """Of an answer, while all run; before that, each waits for the others' prompts."""
 _WAIT_TOKENS: Final = 10
@@ -49,10 +61,7 @@ class MeasuredCosts:
     """For each key that they attend to."""
     overhead_s: float
     """Of a request: what of its time to the first token neither engine takes."""
-    decode_contention: float
-    """A decode step beside a prefill takes 1 + so many times as long."""
-    prefill_contention: float
-    """And a prefill beside decode steps."""
+    contention: Contention
 
     def prefill_step_s(self, work: Work) -> float:
         """As fitted."""
@@ -102,7 +111,7 @@ class Calibration:
         tell("decode steps")
         seen: list[tuple[DecodeWork, float]] = []
         for num_answers, num_tokens in [*((each, PROMPTS[0]) for each in ANSWERS), (1, PROMPTS[-1])]:
-            gap_s = min([await self._gap_s(num_answers, num_tokens) for _ in range(_ROUNDS)])
+            gap_s = median([await self._gap_s(num_answers, num_tokens) for _ in range(_ROUNDS)])
             contexts = num_answers * (num_tokens + _STEADY_TOKENS // 2)
             seen.append((DecodeWork(num_tokens={1: num_answers}, num_context_tokens=contexts), gap_s))
         step_s, answer_s, context_s = nonnegative_fit(
@@ -115,28 +124,27 @@ class Calibration:
             answer_s=answer_s,
             context_s=context_s,
             overhead_s=0.0,
-            decode_contention=0.0,
-            prefill_contention=0.0,
+            contention=_NONE,
         )
         ttfts_s, works = [], []
         for num_tokens in PROMPTS:
-            ttft_s = min([(await self._times(num_tokens, 1))[0] for _ in range(_ROUNDS)])
+            ttft_s = median([(await self._times(num_tokens, 1))[0] for _ in range(_ROUNDS)])
             ttfts_s.append(ttft_s - alone.decode_step_s(DecodeWork(num_tokens={1: 1}, num_context_tokens=num_tokens)))
             works.append(self._shape.work(num_tokens - 1))
         overhead_s, linear, attention, of_step_s = nonnegative_fit(
             [[1, each.linear_flops, each.attention_flops, each.num_steps] for each in works], ttfts_s
         )
-        tell("both at once")
-        slower_decode, slower_prefill = await self._beside(ttfts_s[-1] - overhead_s)
-        return replace(
+        alone = replace(
             alone,
             prefill=CostModel(
                 shape=self._shape, linear_flop_s=linear, attention_flop_s=attention, step_s=max(of_step_s, 1e-9)
             ),
             overhead_s=overhead_s,
-            decode_contention=max(0.0, slower_decode - 1),
-            prefill_contention=max(0.0, slower_prefill - 1),
         )
+        tell("both at once")
+        beside = [await self._beside(num_answers, alone) for num_answers in BESIDE]
+        decode, prefill = (tuple(max(0.0, each - 1) for each in side) for side in zip(*beside, strict=True))
+        return replace(alone, contention=Contention(BESIDE, decode, prefill))
 
     async def _times(
         self, num_tokens: int, num_new_tokens: int, on_token: Callable[[], None] = lambda: None
@@ -171,30 +179,41 @@ class Calibration:
             num_running -= 1
 
         await asyncio.gather(*(one() for _ in range(num_answers)))
-        steady = [[at_s for at_s in times_s if not isnan(at_s)] for times_s in seen]
-        if min(map(len, steady)) < 2:
+        steady = [Gaps.of([at_s for at_s in times_s if not isnan(at_s)]) for times_s in seen]
+        if min(each.count for each in steady) < 1:
             raise ColmError(f"{num_answers} answers never ran at once; the machine is too busy to be measured")
-        return max(map(_mean_gap_s, steady))
+        return max(each.mean_s for each in steady)
 
-    async def _beside(self, prefill_s: float) -> tuple[float, float]:
-        """How many times as long a decode step takes beside a prefill, and a prefill beside steps."""
-        times_s: list[float] = []
-        answer = asyncio.ensure_future(self._times(PROMPTS[0], 400, lambda: times_s.append(self._now_s())))
-        while len(times_s) < _STEADY_TOKENS // 2 and not answer.done():
-            await asyncio.sleep(0.01)
-        alone_s, began_s = _mean_gap_s(times_s), self._now_s()
-        (ttft_s,) = await self._times(PROMPTS[-1], 1)
-        beside = [each for each in times_s if began_s <= each < began_s + ttft_s]
-        answer.cancel()
-        await asyncio.wait([answer])
-        if len(beside) < 2:
-            return 1.0, 1.0
-        return _mean_gap_s(beside) / alone_s, ttft_s / prefill_s
+    async def _beside(self, num_answers: int, alone: MeasuredCosts) -> tuple[float, float]:
+        """How many times as long as alone decode steps of so many answers take beside prompts, and prompts beside them.
+
+        Alone and beside take turns: a machine that is slower for some seconds is so for both.
+        """
+        alone_s = await self._prompts_s()
+        async with RunningAnswers(
+            lambda note: self._times(PROMPTS[0], _ANSWER_BESIDE_TOKENS, note), num_answers, self._now_s
+        ) as answers:
+            await answers.make(_WAIT_TOKENS)
+            between, beside, took_s = Gaps(), Gaps(), 0.0
+            for num_tokens in _PROMPTS_BESIDE:
+                began_s = self._now_s()
+                await answers.make(_STEADY_TOKENS)
+                between += answers.gaps(began_s, asked_s := self._now_s())
+                (ttft_s,) = await self._times(num_tokens, 1)
+                # The prompt's own first step is beside no prefill, and waits for the end of another one.
+                beside += answers.gaps(asked_s, asked_s + ttft_s - between.mean_s)
+                took_s += ttft_s - 1.5 * between.mean_s - alone.overhead_s
+        alone_s = (alone_s + await self._prompts_s()) / 2
+        first_s = alone.decode_step_s(DecodeWork(num_tokens={1: 1}, num_context_tokens=PROMPTS[0]))
+        alone_s -= len(_PROMPTS_BESIDE) * (first_s + alone.overhead_s)
+        return beside.mean_s / between.mean_s, took_s / alone_s
+
+    async def _prompts_s(self) -> float:
+        """To the first tokens of all prompts that are asked beside answers, of each alone."""
+        return sum([(await self._times(num_tokens, 1))[0] for num_tokens in _PROMPTS_BESIDE])
 
 
-def _mean_gap_s(times_s: Sequence[float]) -> float:
-    """Not the median: a client that is late reads several tokens at once."""
-    return (times_s[-1] - times_s[0]) / (len(times_s) - 1)
+_NONE: Final = Contention((1,), (0.0,), (0.0,))
 
 
 def nonnegative_fit(rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from bench.simulate.costs import Costs
 from bench.simulate.decode_model import DecodeLimits, DecodeModel, Gaps
 from bench.simulate.gateway_model import Calls, Reports, emit_nothing
 from bench.simulate.prefill_model import PrefillLimits, PrefillModel
-from bench.simulate.processor import Cores, OwnProcessor, Processor, SharedProcessor
+from bench.simulate.processor import Contention, Cores, OwnProcessor, Processor, SharedProcessor
 from bench.simulate.requests import SimRequest
 from bench.simulate.scaling import Look, ScalingPlan, SimulatedNumbers, scale
 from bench.simulate.serve_model import ServeModel
@@ -58,8 +58,8 @@ class ClusterPlan:
     """From the client to the decode node and back, all of it before the request is placed."""
     scaling: ScalingPlan | None = None
     """None where the numbers of replicas stay."""
-    contention: tuple[float, float] | None = None
-    """Of prefill and of decode steps, on cores that all nodes share; None where each node has its own."""
+    contention: Contention | None = None
+    """On cores that all nodes share; None where each node has its own."""
 
     def of(self, num_prefill: int, num_decode: int, link_bytes_per_s: float) -> "ClusterPlan":
         """The same with other numbers; the gateway takes as many requests as all decode nodes that may be there."""
@@ -269,9 +269,9 @@ class SimulatedCluster:
             looks=self._looks,
         )
 
-    def _processor(self, pool: int) -> Processor:
+    def _processor(self) -> Processor:
         contention = self._plan.contention
-        return OwnProcessor() if contention is None else SharedProcessor(self._cores, contention[pool])
+        return OwnProcessor() if contention is None else SharedProcessor(self._cores, contention)
 
     def _num_serving(self, role: Role) -> int:
         return len(self._serving_prefill if role is Role.PREFILL else self._serving_decode)
@@ -298,7 +298,7 @@ class SimulatedCluster:
             self._plan.config,
             self._costs,
             self._plan.prefill,
-            processor=self._processor(0),
+            processor=self._processor(),
             bytes_per_s=self._plan.link_bytes_per_s,
         )
         self._prefill_serve.add(address)
@@ -317,7 +317,7 @@ class SimulatedCluster:
             self._plan.decode,
             pool,
             self.prefill_nodes,
-            processor=self._processor(1),
+            processor=self._processor(),
             bytes_per_s=self._plan.link_bytes_per_s,
             gaps=self._gaps,
         )

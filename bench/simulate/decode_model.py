@@ -239,7 +239,7 @@ class DecodeModel:
             slope_s = (self._costs.decode_step_s(_work(rows, num_steps - 1)) - first_s) / (num_steps - 1)
         self._run = run = _Run(step, self._loop.time(), num_steps, first_s, slope_s)
         if self._processor.is_shared:
-            self._processor.run([first_s], self._ended)
+            self._processor.run([first_s], self._ended, num_answers=len({*answers}))
         else:
             run.timer = self._loop.call_later(run.seconds(num_steps), self._ended)
 
