@@ -50,6 +50,8 @@ class KvTransfer:
     codec: KvCodec = "raw"
     cache_salt: bytes = b""
     """The prefill node shares what it keeps among prompts of the same one alone."""
+    held_tile_tokens: int = 0
+    """Of the prefill node's tiles that brought what lies before the ledger's first token, bit by bit; 0: not so."""
 
 
 class Receiver(Protocol):
@@ -87,6 +89,14 @@ class KvOrder:
     """What the prefill node's tiles are taken to be."""
     cache_salt: bytes = b""
     """The prefill node shares what it keeps among prompts of the same one alone."""
+    is_prefix_exact: bool = True
+    """Prefill nodes of `tile_tokens` have brought what lies before `first_token`."""
+
+    @property
+    def held_tile_tokens(self) -> int:
+        """Of the tiles before `first_token` whose bits are those of the engine that computed them; 0 for none."""
+        is_offered = self.first_token > 0 and self.is_prefix_exact
+        return self.tile_tokens if is_offered and (self.attention, self.codec) == ("dense", "raw") else 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -223,6 +233,7 @@ class KvFetcher:
             attention=order.attention,
             codec=order.codec,
             cache_salt=order.cache_salt,
+            held_tile_tokens=order.held_tile_tokens,
         )
         receiver = self._receive(transfer, lease)
         thread = self._start(receiver, order.pages)

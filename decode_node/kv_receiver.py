@@ -24,6 +24,7 @@ from decode_node.kv_fetch import KvTransfer
 from decode_node.kv_requests import KvRequests
 from decode_node.kv_store import KvStore
 from decode_node.prefill_pool import PrefillLease
+from decode_node.prefix_sender import PrefixSender
 from decode_node.transfer_ledger import Arrival
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ class KvReceiver:
         self.tile_tokens: int | None = None
         """What the node's tiles are, once it has begun; 0 from one that cannot leave out a prefix."""
         self._ledger = transfer.ledger
-        self._requests = KvRequests(transfer, lease.lease_id, self._break_off, host)
+        held = PrefixSender.of(transfer, store)
+        self._requests = KvRequests(transfer, lease.lease_id, self._break_off, host, held)
         self._memory: SharedReader | None = None
 
     def run(self) -> None:
@@ -139,6 +141,8 @@ class KvReceiver:
                         self._store_tile(header, payload)
                 case "shared_memory":
                     self._requests.answer(is_mapped=self._open(message.shared_memory))
+                case "prefix_wanted":
+                    self._requests.want(message.prefix_wanted)
                 case "reached":
                     self._ledger.reach(KvPosition(message.reached.layer, message.reached.token))
                 case _:

@@ -1,14 +1,19 @@
-"""The messages of a decode node on a KV stream: `open`, the prompt, then acknowledgements or `give_up`."""
+"""The messages of a decode node on a KV stream: `open`, the prompt, then acknowledgements or `give_up`.
+
+Where the prefill node asks for keys and values of the prompt's beginning, they go up before the first acknowledgement.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
 
+from colm.errors import PeerUnavailable
 from colm.kv_position import KvPosition
 from colm.wire.endpoint import KEEPALIVE
 from colm.wire.messages import CODECS, attention_to_pb, end_of_prompt, token_id_pieces
-from colm.wire.tile_codec import ACKNOWLEDGE_BYTES
+from colm.wire.tile_codec import ACKNOWLEDGE_BYTES, encode_tile
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_fetch import KvTransfer
+from decode_node.prefix_sender import PrefixSender
 
 _GIVE_UP_S = KEEPALIVE.timeout_ms / 1e3
 """How long a node that lives may take to end a stream that is given up: as long as to answer a ping."""
@@ -24,10 +29,19 @@ class KvRequests:
         lease_id: the prefill node's lease for the stream.
         on_silence: called if the node does not end the stream within `_GIVE_UP_S` of `give_up`.
         host: `host_id()`, if payloads may come through shared memory.
+        held: sends what lies before the transfer's first token; None where that cannot be sent.
     """
 
-    def __init__(self, transfer: KvTransfer, lease_id: str, on_silence: Callable[[], None], host: str = "") -> None:
+    def __init__(
+        self,
+        transfer: KvTransfer,
+        lease_id: str,
+        on_silence: Callable[[], None],
+        host: str = "",
+        held: PrefixSender | None = None,
+    ) -> None:
         self._transfer = transfer
+        self._held = held
         self._lease_id = lease_id
         self._host = host
         self._on_silence = on_silence
@@ -43,6 +57,18 @@ class KvRequests:
         """Say whether the node's shared memory could be opened."""
         with self._changed:
             self._is_mapped = is_mapped
+            self._changed.notify()
+
+    def want(self, wanted: pb.PrefixWanted) -> None:
+        """Send what the node asks for of the prompt's beginning.
+
+        Raises:
+            PeerUnavailable: it was not offered.
+        """
+        if self._held is None:
+            raise PeerUnavailable("the KV stream broke its format: a beginning was asked for that nobody offered")
+        with self._changed:
+            self._held.want(wanted.first_token, wanted.end_token, wanted.refusal)
             self._changed.notify()
 
     def stored(self, position: KvPosition, num_bytes: int, *, is_last: bool) -> None:
@@ -88,6 +114,7 @@ class KvRequests:
                 host_id=self._host,
                 first_token=ledger.first_token,
                 cache_salt=transfer.cache_salt,
+                held_tile_tokens=0 if self._held is None else transfer.held_tile_tokens,
             )
         )
         for piece in token_id_pieces(transfer.token_ids):
@@ -104,12 +131,20 @@ class KvRequests:
                 if not self._changed.wait_for(lambda: self._is_closed, _GIVE_UP_S):
                     self._on_silence()
 
+    @property
+    def _sends_held(self) -> bool:
+        return self._held is not None and self._held.is_due and not self._is_closed
+
     def _next(self) -> pb.PullKvRequest | None:
         """Wait for the next thing to say; None once the stream is given up or closed."""
         with self._changed:
             self._changed.wait_for(
                 lambda: (
-                    self._stored != self._said or self._is_mapped is not None or self._is_given_up or self._is_closed
+                    self._stored != self._said
+                    or self._is_mapped is not None
+                    or self._is_given_up
+                    or self._is_closed
+                    or self._sends_held
                 )
             )
             if self._is_given_up:
@@ -117,6 +152,12 @@ class KvRequests:
             if (is_mapped := self._is_mapped) is not None:
                 self._is_mapped = None
                 return pb.PullKvRequest(shared_memory=pb.SharedMemoryAnswer(is_mapped=is_mapped, takes_several=True))
+            # Inside the lock: the pages may be another's once the stream is closed.
+            if self._held is not None and self._sends_held:
+                ledger = self._transfer.ledger
+                message = encode_tile(self._held.take(), transfer_id=ledger.transfer_id, epoch=ledger.epoch)
+                # A response with a tile has the same bytes.
+                return pb.PullKvRequest(held_tile=pb.HeldTile.FromString(message))
             if self._stored == self._said:
                 return None
             self._said = self._stored

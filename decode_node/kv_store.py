@@ -64,6 +64,12 @@ class KvStore:
                 # On a device, the copies of all threads go to its default stream, ahead of the steps that read them.
                 cache.write_run(slot, here_KTD[:, part], None if scales is None else scales[index, :, part])
 
+    def read(self, table_M: NDArray[np.int32], layer: int, first_token: int, num_tokens: int) -> KvTile:
+        """A tile copied out of its pages onto the host, in the calling thread alone; of pages in the model's dtype."""
+        rows = [slice(slot, slot + count) for _, count, slot in self._runs(table_M, first_token, num_tokens)]
+        k_KTD, v_KTD = (_gathered(of_layer[layer].rows_SKD, rows) for of_layer in (self._k_rows, self._v_rows))
+        return KvTile(layer, first_token, k_KTD, v_KTD)
+
     def copy_page(self, source: int, target: int) -> None:
         """Copy a page, in all layers. What is written into it meanwhile may or may not be in the copy."""
         for of_pages in (self.k_pages_LBPKD, self.v_pages_LBPKD, self.k_scales_LBPK, self.v_scales_LBPK):
@@ -144,6 +150,14 @@ class KvStore:
         else:
             keys.write_tokens(slot_mapping_T, rotate_(k_TKD, cos_TD, sin_TD))
             values.write_tokens(slot_mapping_T, v_TKD)
+
+
+def _gathered(rows_SKD: Tensor, slices: Iterable[slice]) -> Tensor:
+    """Rows as a tile's tensor: x_KTD, contiguous."""
+    # NumPy knows no bfloat16; PyTorch would copy with all threads.
+    as_ints = {2: torch.int16, 4: torch.int32}[rows_SKD.element_size()]
+    parts = [rows_SKD[rows].cpu().view(as_ints).numpy().swapaxes(0, 1) for rows in slices]
+    return torch.from_numpy(np.concatenate(parts, axis=1)).view(rows_SKD.dtype)
 
 
 def _two_empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Iterable[Tensor]:

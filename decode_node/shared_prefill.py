@@ -8,6 +8,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from colm.errors import InvalidRequest, PeerUnavailable
 from colm.events import PrefillProgress, Queued
@@ -49,6 +50,8 @@ class _Prefill:
     ) -> None:
         self.copies: set[tuple[int, int]] = set()
         """Pages to copy once all is there, for requests that still want them."""
+        self.is_exact = False
+        """All is there, and came in the tiles by which it is named."""
         self._give_up = give_up
         self._end = end
         self._num_users = 0
@@ -149,8 +152,9 @@ class SharedPrefills:
         async def fetch(emit: Emit) -> None:
             for source in sources:  # a prefill node has by then computed what this prompt begins with
                 await source.follow(emit)
+            is_exact = all(source.is_exact for source in sources)
             try:
-                await self._fetcher.fetch(order, account, emit)
+                await self._fetcher.fetch(replace(order, is_prefix_exact=is_exact), account, emit)
             except InvalidRequest as err:
                 if not order.first_token:
                     raise
@@ -165,7 +169,8 @@ class SharedPrefills:
                 for copy in prefill.copies:
                     self._store.copy_page(*copy)
             # Cut into other tiles than was thought, its tokens stand under wrong names.
-            if has_come and account.tile_tokens == {order.tile_tokens}:
+            prefill.is_exact = has_come and account.tile_tokens == {order.tile_tokens}
+            if prefill.is_exact:
                 page_line.cache.arrived(lease)
             else:
                 page_line.cache.abandon(lease)

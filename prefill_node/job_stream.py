@@ -9,6 +9,7 @@ from colm.kv_position import KvPosition
 from colm.line import wait_at_most
 from colm.wire.shared_memory import SharedMemory
 from prefill_node.encoded_tile import EncodedTile
+from prefill_node.prefix_uplink import PrefixUplink
 
 if TYPE_CHECKING:
     from prefill_node.prefill_job import PrefillJob, PrefillOrder
@@ -35,6 +36,8 @@ class JobStream:
         """The reader has opened the job's shared memory."""
         self.takes_several = False
         """The reader takes several tiles of that memory in one message."""
+        self.uplink: PrefixUplink | None = None
+        """Brings up what the job lacks of its prompt's beginning; None where it lacks nothing, or computes it."""
         self._epoch = order.epoch
         self._read = order.resume_from
         self._told = order.resume_from

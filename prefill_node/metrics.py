@@ -7,6 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from prefill_node.prefill_loop import PrefillLoop
+from prefill_node.prefix_uplink import OUTCOMES
 
 
 class PrefillMetrics(Collector):
@@ -62,3 +63,18 @@ class PrefillMetrics(Collector):
             "Tiles that made way for those of later prompts.",
             prefixes.counts.num_evicted_tiles,
         )
+        up = loop.uplinks.counts
+        yield CounterMetricFamily(
+            "colm_prefix_uplink_bytes", "Keys and values that came up from decode nodes.", up.num_bytes
+        )
+        yield CounterMetricFamily(
+            "colm_prefix_uplink_tokens",
+            "Tokens of prompts that were not computed since their keys and values came up.",
+            up.num_tokens,
+        )
+        uplinks = CounterMetricFamily(
+            "colm_prefix_uplinks_ended", "Beginnings of prompts that were asked for, by what came.", labels=["outcome"]
+        )
+        for outcome in OUTCOMES:
+            uplinks.add_metric([outcome], up.ended[outcome])
+        yield uplinks

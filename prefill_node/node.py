@@ -96,6 +96,7 @@ class PrefillNode:
                 tile_tokens=settings.tile_tokens,
                 budget_bytes=loaded.prefix_cache_bytes,
                 fingerprint=loaded.fingerprint,
+                device=options.placement.device,
             ),
         )
         loop = self._loop
@@ -109,6 +110,7 @@ class PrefillNode:
             audit=settings.audit_policy,
             leases=self._leases,
             shares_memory=settings.shared_memory == "auto",
+            takes_prefixes=(tls := self._security.current_tls) is not None and tls.caller_name is not None,
         )
         PrefillMetrics(self._loop, self.metrics)
         self.service.add_to(self._server)

@@ -46,6 +46,8 @@ class PrefillOrder:
     """What lies before it is not sent, in any layer; whole tiles."""
     cache_salt: bytes = b""
     """Prompts of other salts share nothing with this one."""
+    held_tokens: int = 0
+    """Of the prompt, the first ones, whose keys and values the caller can send up; whole tiles."""
 
 
 class PrefillJob:
@@ -145,8 +147,8 @@ class PrefillJob:
 
     @property
     def has_reader(self) -> bool:
-        """A stream is attached."""
-        return self.stream is not None
+        """A stream is attached that takes tiles: it brings up no beginning of the prompt, or does no longer."""
+        return self.stream is not None and (self.stream.uplink is None or self.stream.uplink.is_over)
 
     @property
     def has_room(self) -> bool:

@@ -3,24 +3,21 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
 from colm.clock import Clock
 from colm.errors import CapacityExceeded, InvalidRequest, PeerUnavailable, ReaderStalled, TransferSuperseded
-from colm.kv import KvTile
-from colm.kv_position import KV_START, KvPosition
 from colm.line import BEAT_INTERVAL_S, wait_at_most
 from colm.nodes import PromptCost
-from colm.wire.shared_memory import SharedMemory
 from prefill_node.cost_model import CostModel, Work
-from prefill_node.encoded_tile import EncodedTile, TileEncoder
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait, job_in_the_way, wait_of
 from prefill_node.job_stream import JobStream
+from prefill_node.making import Making, Steps, make_steps
 from prefill_node.prefill_job import PrefillJob, PrefillOrder, job_bytes
-from prefill_node.prefill_run import PrefillRun
 from prefill_node.prefix_cache import PrefixCache, PrefixHold
+from prefill_node.prefix_uplink import PrefixUplinks
 from prefill_node.quantum import next_quantum
 from prefill_node.sparse.prompt_plans import PromptPlans
 
@@ -95,6 +92,7 @@ class PrefillLoop:
         self.prefixes = prefixes or PrefixCache(engine.kv_format, tile_tokens=engine.tile_tokens, budget_bytes=0)
         self._costs = costs
         self._clock = clock
+        self.uplinks = PrefixUplinks(self.prefixes, costs, engine.kv_format, clock)
         self._max_queued = max_queued
         self._max_queued_s = max_queued_s
         self._memory_bytes = memory_bytes
@@ -202,6 +200,7 @@ class PrefillLoop:
     def detach(self, stream: JobStream) -> None:
         """The stream reads no more; its job, unless another one reads it or it is over, is kept for its lease."""
         job = stream.job
+        _end_uplink(stream)
         if job.stream is stream:
             job.stream, job.lease_ends_s = None, self._clock.now() + self._lease_s
             self.look_again()
@@ -222,11 +221,12 @@ class PrefillLoop:
             if job.is_over or job.error is not None or has_expired:
                 self.counts.num_leases_expired += has_expired and job.error is None and not job.is_over
                 self._forget(job)
+        uplinks_end_s = self._expire_uplinks(now_s)
         stalls_end_s = self._drop_stalled(now_s)
         if not self._stepping:
             self._step_next()
         self._count_wait_for_readers(now_s)
-        self._look_again_when(stalls_end_s, now_s)
+        self._look_again_when(stalls_end_s + uplinks_end_s, now_s)
 
     async def stop(self) -> None:
         """End every job and the thread."""
@@ -239,9 +239,36 @@ class PrefillLoop:
         await asyncio.to_thread(self._executor.shutdown)
 
     def _attached(self, job: PrefillJob, order: PrefillOrder) -> JobStream:
+        _end_uplink(job.stream)
         stream = job.attach(order)
+        if not (job.is_started or job.is_over):
+            stream.uplink = self.uplinks.begin(
+                job.hold,
+                num_tokens=len(order.token_ids),
+                held_tokens=order.held_tokens,
+                transfer_id=order.transfer_id,
+                epoch=order.epoch,
+                on_change=lambda: self._came_up(job),
+            )
         self.look_again()
         return stream
+
+    def _came_up(self, job: PrefillJob) -> None:
+        """More of a job's prompt has come up, or will not."""
+        job.find_more(self._begun_bytes(job, job.hold))
+        self._share_kept()
+        self.look_again()
+
+    def _expire_uplinks(self, now_s: float) -> list[float]:
+        """End those that have taken too long; returns when the others will have."""
+        ends_s = []
+        for job in self._waiting():
+            if job.stream is not None and not job.has_reader and (uplink := job.stream.uplink) is not None:
+                if uplink.ends_s > now_s:
+                    ends_s.append(uplink.ends_s)
+                else:
+                    uplink.expire()
+        return ends_s
 
     def _waiting(self) -> list[PrefillJob]:
         return [job for job in self._jobs.values() if not job.is_started]
@@ -271,11 +298,11 @@ class PrefillLoop:
                 self.prefixes.abandon(each.hold)
         self._stepping = stepping
         step = self._executor.submit(
-            _steps, self._engine, [_Making.of(each) for each in stepping], quantum.num_steps, self._clock
+            make_steps, self._engine, [Making.of(each) for each in stepping], quantum.num_steps, self._clock
         )
         step.add_done_callback(lambda done: self._events.call_soon_threadsafe(self._stepped, done))
 
-    def _stepped(self, done: "Future[_Steps]") -> None:
+    def _stepped(self, done: "Future[Steps]") -> None:
         jobs, self._stepping = self._stepping, ()
         error = done.exception()
         makings = [None] * len(jobs) if error is not None else done.result().makings
@@ -307,12 +334,17 @@ class PrefillLoop:
     def _keep(self, computed: PrefillJob) -> None:
         """What a job has computed is there for those that wait."""
         self.prefixes.close(computed.hold)
+        self._share_kept()
+
+    def _share_kept(self) -> None:
+        """Those that wait find what is kept by now."""
         for job in self._waiting():
             if self.prefixes.look_again(job.hold):
                 job.find_more(self._begun_bytes(job, job.hold))
 
     def _remove(self, job: PrefillJob) -> None:
         del self._jobs[job.transfer_id]
+        _end_uplink(job.stream)
         if job not in self._stepping:  # else the engine reads and fills what it holds until the step has ended
             self.prefixes.close(job.hold)
 
@@ -355,83 +387,13 @@ class PrefillLoop:
         return ends_s
 
     def _look_again_when(self, stalls_end_s: list[float], now_s: float) -> None:
-        """Look again when the next stall or lease is over."""
+        """Look again when the next stall, uplink or lease is over."""
         if self._timer is not None:
             self._timer.cancel()
         ends_s = stalls_end_s + [job.lease_ends_s for job in self._jobs.values() if job.lease_ends_s is not None]
         self._timer = self._events.call_later(min(ends_s) - now_s, self.look_again) if ends_s else None
 
 
-@dataclass(kw_only=True, slots=True)
-class _Making:
-    """What the engine's thread makes for one job, and what it has made; nobody else's while it does."""
-
-    run: PrefillRun
-    encoder: TileEncoder
-    hold: PrefixHold
-    epoch: int
-    since: KvPosition
-    """Messages begin here."""
-    num_pauses: int
-    """Steps without a tile since the last tile."""
-    last: KvPosition
-    """Where the job ends."""
-    room_bytes: int
-    """Messages that fill the window."""
-    memory: SharedMemory | None
-    """Where payloads go, if their reader reads there."""
-    tiles: list[EncodedTile] = field(default_factory=list)
-    end: KvPosition = KV_START
-    """Of the last tile."""
-
-    @classmethod
-    def of(cls, job: PrefillJob) -> "_Making":
-        """Nothing yet."""
-        assert job.run is not None
-        return cls(
-            run=job.run,
-            encoder=job.encoder,
-            hold=job.hold,
-            epoch=job.epoch,
-            since=job.acknowledged,
-            num_pauses=job.num_pauses,
-            last=job.end,
-            room_bytes=job.room_bytes,
-            memory=job.read_memory,
-        )
-
-    @property
-    def must_stop(self) -> bool:
-        """There is nothing more to make, or no room for it."""
-        return self.run.error is not None or self.room_bytes <= 0 or self.end == self.last
-
-    def keep(self, tile: KvTile) -> None:
-        """Make the tile's messages."""
-        self.end = KvPosition(tile.layer, tile.first_token).after(tile.num_tokens, self.encoder.num_tokens)
-        self.num_pauses = 0 if tile.num_tokens else self.num_pauses + 1
-        encoded = self.encoder.encode(tile, epoch=self.epoch, since=self.since, memory=self.memory)
-        self.hold.keep(tile)
-        self.tiles += encoded
-        self.room_bytes -= sum(each.held_bytes for each in encoded)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Steps:
-    """What the engine's thread has done."""
-
-    makings: Sequence[_Making]
-    took_s: float
-
-
-def _steps(engine: PrefillEngine, makings: Sequence[_Making], num_steps: int, clock: Clock) -> _Steps:
-    """Compute tiles and make their messages, until there are enough or one of the jobs must stop."""
-    began_s = clock.now()
-    for _ in range(num_steps):
-        for making, tile in zip(makings, engine.step([each.run for each in makings]), strict=True):
-            if tile is not None:
-                with making.run.own_errors():
-                    making.keep(tile)
-        # A plan's tiles may be longer than those that were counted.
-        if any(making.must_stop for making in makings):
-            break
-    return _Steps(makings=makings, took_s=clock.now() - began_s)
+def _end_uplink(stream: JobStream | None) -> None:
+    if stream is not None and stream.uplink is not None:
+        stream.uplink.close()

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from colm.kv import KvFormat, KvTile
+from colm.placement import CPU
 from colm.prefix import block_digests, root_digest
 from colm.segmented_lru import SegmentedLru
 
@@ -87,9 +88,19 @@ class PrefixCache:
         tile_tokens: of the engine.
         budget_bytes: for everything that is kept, or is being filled; 0 keeps nothing.
         fingerprint: of what the engine serves.
+        device: of the engine, where all of it lies.
     """
 
-    def __init__(self, kv_format: KvFormat, *, tile_tokens: int, budget_bytes: int, fingerprint: str = "") -> None:
+    def __init__(
+        self,
+        kv_format: KvFormat,
+        *,
+        tile_tokens: int,
+        budget_bytes: int,
+        fingerprint: str = "",
+        device: torch.device = CPU,
+    ) -> None:
+        self.device = device
         self._kv_format = kv_format
         self._tile_tokens = tile_tokens
         self._budget_bytes = budget_bytes
@@ -130,7 +141,28 @@ class PrefixCache:
             return
         self.counts.num_queried_tokens += hold.num_tokens
         self.counts.num_hit_tokens += hold.num_cached_tokens
-        for number in range(len(hold.read), len(hold.keys) if is_alone else 0):
+        self._fill(hold, len(hold.keys) if is_alone else 0)
+
+    def expect(self, hold: PrefixHold, end_token: int) -> None:
+        """Make room for whole tiles up to a token that come from elsewhere before the job begins, if there is any.
+
+        Each is `arrived` once it is whole; `abandon` ends it.
+        """
+        self._fill(hold, end_token // self._tile_tokens)
+
+    def arrived(self, hold: PrefixHold) -> None:
+        """The first of the tiles that a hold fills is whole: it is kept, and the hold reads it."""
+        kept = hold.filled.pop(0)
+        if kept.key in self._tiles:  # another job has filled the same one meanwhile
+            self.held_bytes -= kept.num_bytes
+        else:
+            self._tiles[kept.key] = kept
+            self._lru.add(kept.key, kept.num_bytes)
+        self.look_again(hold)
+
+    def _fill(self, hold: PrefixHold, end: int) -> None:
+        """Make room for a hold's tiles up to a number, behind those that it reads."""
+        for number in range(len(hold.read), end):
             first = number * self._tile_tokens
             num_tokens = min(self._tile_tokens, hold.num_tokens - first)
             num_bytes = num_tokens * self._kv_format.token_bytes

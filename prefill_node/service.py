@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colm import tracing
-from colm.errors import FingerprintMismatch, InvalidRequest
+from colm.errors import ColmError, FingerprintMismatch, InvalidRequest
 from colm.events import Queued, WaitsFor
 from colm.kv_position import KV_START, KvPosition
 from colm.leases import LeaseTable
@@ -22,13 +22,14 @@ from colm.wire.messages import CODECS, attention_from_pb, queued_to_pb, sparse_r
 from colm.wire.prompt_stream import check_id, check_salt, read_open, read_token_ids
 from colm.wire.shared_memory import host_id
 from colm.wire.status import answering
-from colm.wire.tile_codec import encode_event, join_shared, pull_kv_handlers
+from colm.wire.tile_codec import decode_tile, encode_event, join_shared, pull_kv_handlers
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait
 from prefill_node.job_stream import JobStream
 from prefill_node.prefill_job import PrefillOrder
 from prefill_node.prefill_loop import PrefillLoad, PrefillLoop
+from prefill_node.prefix_uplink import PrefixUplink
 from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.prompt_plans import PromptPlans
@@ -56,6 +57,8 @@ class PrefillService:
         metrics: counts the streams.
         leases: where a stream must hold a lease, the table of them; None serves any caller.
         shares_memory: offer shared memory to callers on this host.
+        takes_prefixes: take keys and values of prompts' beginnings from callers: where each has shown a decode node's
+            certificate.
     """
 
     def __init__(
@@ -69,7 +72,9 @@ class PrefillService:
         audit: AuditPolicy | None = None,
         leases: LeaseTable | None = None,
         shares_memory: bool = False,
+        takes_prefixes: bool = False,
     ) -> None:
+        self.takes_prefixes = takes_prefixes
         self._engine = engine
         self._loop = loop
         self._fingerprint = fingerprint
@@ -144,7 +149,12 @@ class PrefillService:
             codec=codec,
             first_token=opened.first_token,
             cache_salt=opened.cache_salt,
+            held_tokens=opened.first_token if self._takes_prefix(opened) else 0,
         )
+
+    def _takes_prefix(self, opened: pb.OpenKvTransfer) -> bool:
+        """Whether what the caller holds has the bits that this node would compute."""
+        return self.takes_prefixes and opened.held_tile_tokens == self._engine.tile_tokens
 
     def _check_start(self, opened: pb.OpenKvTransfer) -> None:
         """Refuse a prefix that this node cannot leave out, and a salt that is too long."""
@@ -173,16 +183,36 @@ class PrefillService:
                 case "shared_memory":
                     answer = request.shared_memory
                     stream.answer(is_mapped=answer.is_mapped, takes_several=answer.takes_several)
+                case "held_tile" if stream.uplink is not None:
+                    self._take_held(stream.uplink, request.held_tile)
+                case "held_end" if stream.uplink is not None:
+                    stream.uplink.withdraw()
                 case "give_up":
                     self._loop.give_up(stream)
                     raise _GivenUp
                 case part:
-                    raise InvalidRequest("part", part, "no such part may follow `end_of_prompt`")
+                    raise InvalidRequest("part", part, "must not follow `end_of_prompt`, or nobody asked for it")
+
+    def _take_held(self, uplink: PrefixUplink, held: pb.HeldTile) -> None:
+        try:
+            tile = decode_tile(held.tile, memoryview(held.payload), self._engine.kv_format)
+        except ColmError as damage:  # a fault of the caller's, for which its prompt is computed instead
+            uplink.refuse(str(damage))
+        else:
+            uplink.take(tile, transfer_id=held.tile.transfer_id, epoch=held.tile.epoch)
 
     async def _send(
         self, opened: pb.OpenKvTransfer, stream: JobStream, count: StreamCount, context: grpc.aio.ServicerContext
     ) -> None:
+        async def ask_for_prefix() -> None:
+            if stream.uplink is not None and (wanted := stream.uplink.take_word()) is not None:
+                word = pb.PrefixWanted(
+                    first_token=wanted.first_token, end_token=wanted.end_token, refusal=wanted.refusal
+                )
+                await context.write(encode_event(pb.PullKvResponse(prefix_wanted=word)))
+
         async def beat(wait: Wait) -> None:
+            await ask_for_prefix()
             queued = Queued(
                 waits_for=WaitsFor.PREFILL_NODE, num_ahead=wait.num_ahead, estimated_wait_s=wait.estimated_s
             )
@@ -197,6 +227,7 @@ class PrefillService:
         try:
             with tracing.span("wait_for_engine"):
                 await self._loop.turn(stream, beat)
+                await ask_for_prefix()
             started_s = time.monotonic()
             await context.write(encode_event(pb.PullKvResponse(started=started)))
             if self._host_id and opened.host_id == self._host_id:

@@ -156,6 +156,7 @@ class PrefillEnd:
             fingerprint=FINGERPRINT,
             planner=cast(Any, None),
             metrics=KvStreamMetrics(CollectorRegistry()),
+            takes_prefixes=True,
         )
         self.wires: list[Wire] = []
 
@@ -271,8 +272,24 @@ class Wire:
         """The decode node has something to say."""
         r = self._requests
         return self.is_open and (
-            self._num_said < 3 or (self._num_said < 1000 and (r._stored != r._said or r._is_given_up or r._is_closed))
+            self._num_said < 3
+            or (self._num_said < 1000 and (r._stored != r._said or r._is_given_up or r._is_closed or r._sends_held))
         )
+
+    @property
+    def brings_up(self) -> bool:
+        """The decode node's next message holds a piece of the prompt's beginning."""
+        return self.is_open and 3 <= self._num_said < 1000 and self._requests._sends_held and not self._has_given_up
+
+    @property
+    def _has_given_up(self) -> bool:
+        return self._requests._is_given_up
+
+    def bring_up(self, change: Callable[[pb.PullKvRequest], list[pb.PullKvRequest]]) -> None:
+        """Bring other messages to the prefill node than the decode node's next one."""
+        for request in change(next(self._words)):
+            self._num_said += 1
+            self._heard.put_nowait(request)
 
     def say(self, change: Callable[[pb.PullKvRequest], None] = lambda _: None) -> None:
         """Bring the decode node's next message to the prefill node."""

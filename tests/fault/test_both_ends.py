@@ -8,10 +8,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -21,9 +23,9 @@ from prometheus_client import CollectorRegistry
 from colm.errors import CapacityExceeded, FingerprintMismatch, InvalidRequest, PeerUnavailable
 from colm.kv import KvTile
 from colm.metrics.kv_stream import KvStreamMetrics
-from colm.wire import prompt_stream
+from colm.wire import prompt_stream, tile_codec
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
-from decode_node import kv_requests
+from decode_node import kv_requests, prefix_sender
 from decode_node.kv_fetch import KvAccount, KvFetcher, KvOrder, KvTransfer, RetryPolicy
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
@@ -31,7 +33,7 @@ from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease, PagePool
 from decode_node.prefill_pool import PrefillLease, StaticPrefillPool
 from decode_node.prefix_cache import PagesWanted
-from prefill_node import prefill_job
+from prefill_node import prefill_job, prefix_uplink
 from tests.both_ends import FINGERPRINT, FORMAT, MAX_CONTEXT, ManualThreads, PrefillEnd, Wire, truth_of
 from tests.clock import FakeClock
 from tests.unit.test_line import settle
@@ -44,6 +46,7 @@ TILES = {"a": 5, "b": 3}
 WINDOW_BYTES = 400
 """Two tiles or three."""
 LARGEST_TILE_BYTES = 5 * FORMAT.layer_token_bytes + 100
+FAULTS = int(os.environ.get("COLM_FAULTS", "1"))
 SELDOM = st.sampled_from([False, False, True])
 LENGTHS = [1, 2, 5, 11, 16, MAX_CONTEXT]
 WHOLE_TILES = 15
@@ -68,12 +71,19 @@ class Request:
 class BothEnds(RuleBasedStateMachine):
     """One decode node and two prefill nodes, of which each may be killed and started again."""
 
+    lengths: ClassVar = LENGTHS
+    holds_prefix: ClassVar = st.booleans()
+
     def __init__(self) -> None:
         super().__init__()
         self.events = asyncio.new_event_loop()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(prefill_job, "WINDOW_BYTES", WINDOW_BYTES)
         self.patch.setattr(kv_requests, "ACKNOWLEDGE_BYTES", 1)
+        # A tile at a time comes up, two tokens a message, however slow streams were.
+        self.patch.setattr(prefix_uplink, "WINDOW_BYTES", 1)
+        self.patch.setattr(prefix_sender, "_MESSAGE_BYTES", 2 * FORMAT.layer_token_bytes)
+        self.patch.setattr(prefix_uplink, "FLOOR_BYTES_S", 1e15)
         # The fake clock does not move these, and a busy machine is slow.
         for name in ("OPEN_TIMEOUT_S", "UPLOAD_IDLE_S"):
             self.patch.setattr(prompt_stream, name, 1e6)
@@ -134,12 +144,14 @@ class BothEnds(RuleBasedStateMachine):
     # The decode node's callers.
 
     @rule(
-        length=st.sampled_from(LENGTHS),
-        holds_prefix=st.booleans(),
+        data=st.data(),
+        of_tiles=st.sampled_from(sorted(TILES.values())),
         document=st.integers(0, 2),
         salt=st.sampled_from([b"", b"s"]),
     )
-    def ask(self, length: int, holds_prefix: bool, document: int, salt: bytes) -> None:
+    def ask(self, data: st.DataObject, of_tiles: int, document: int, salt: bytes) -> None:
+        length = data.draw(st.sampled_from(self.lengths))
+        holds_prefix = data.draw(self.holds_prefix)
         reservation = self.page_line.reserve_now("r", PagesWanted(num_pages=self.layout.pages(length)))
         if reservation is None:
             return
@@ -161,6 +173,7 @@ class BothEnds(RuleBasedStateMachine):
             pages=pages,
             table_M=table_M,
             first_token=first_token,
+            tile_tokens=of_tiles,
             cache_salt=salt,
         )
 
@@ -226,6 +239,35 @@ class BothEnds(RuleBasedStateMachine):
             request.token_ids.ids[0] ^= 1
 
         self.settle(lambda: wire.say(damage))
+
+    @precondition(lambda self: any(wire.brings_up for wire in self.wires))
+    @rule(fault=st.sampled_from(["flip", "place", "epoch", "not finite", "lose", "repeat", "end"]))
+    def bring_up_spoilt(self, fault: str) -> None:
+        """The prefill node computes instead, and nobody is given what came up wrong."""
+        wire = next(wire for wire in self.wires if wire.brings_up)
+
+        def spoil(request: pb.PullKvRequest) -> list[pb.PullKvRequest]:
+            held = request.held_tile
+            match fault:
+                case "flip":
+                    held.payload = bytes([held.payload[0] ^ 1]) + held.payload[1:]
+                case "place":
+                    held.tile.first_token += 1
+                case "epoch":
+                    held.tile.epoch += 1
+                case "not finite":
+                    held.payload = np.full(len(held.payload) // 4, np.nan, dtype=np.float32).tobytes()
+                    held.tile.checksum = xxhash.xxh3_64_intdigest(held.payload)
+                case "lose":
+                    return []
+                case "repeat":
+                    return [request, request]
+                case "end":
+                    return [pb.PullKvRequest(held_end=pb.HeldEnd())]
+            tile_codec.seal(held.tile)
+            return [request]
+
+        self.settle(lambda: wire.bring_up(spoil))
 
     @precondition(lambda self: any(wire.coming for wire in self.open_wires()))
     @rule(data=st.data(), fault=st.sampled_from(["flip", "truncate", "lose", "repeat", "swap", "replay"]))
@@ -355,9 +397,20 @@ class BothEnds(RuleBasedStateMachine):
 
 
 BothEnds.TestCase.settings = settings(
-    max_examples=50 * int(os.environ.get("COLM_FAULTS", "1")),
+    max_examples=50 * FAULTS,
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 TestBothEnds = BothEnds.TestCase
+
+
+class BothEndsOfPrefixes(BothEnds):
+    """The decode node holds the beginning of every prompt; either prefill node may ask for it."""
+
+    lengths = (16, 20, MAX_CONTEXT)
+    holds_prefix = st.just(True)
+
+
+BothEndsOfPrefixes.TestCase.settings = settings(BothEnds.TestCase.settings, max_examples=20 * FAULTS)
+TestBothEndsOfPrefixes = BothEndsOfPrefixes.TestCase

@@ -13,7 +13,8 @@ from colm.kv import KvFormat, KvTile
 from colm.wire.tile_codec import decode_message
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
-from prefill_node import prefill_job, prefill_loop
+from prefill_node import making as making_module
+from prefill_node import prefill_job
 from prefill_node.engine import PrefillEngine
 from prefill_node.node import PrefillNode
 from tests.callers import Caller
@@ -40,16 +41,16 @@ def token_bytes(checkpoint: Checkpoint) -> int:
 def counted_tiles(gate: Gate | None = None, num_before_gate: int = 0) -> Iterator[list[KvTile]]:
     """Every tile that any engine computes for a job; after so many it waits at the gate."""
     tiles: list[KvTile] = []
-    keep = prefill_loop._Making.keep
+    keep = making_module.Making.keep
 
-    def counting(making: prefill_loop._Making, tile: KvTile) -> None:
+    def counting(making: making_module.Making, tile: KvTile) -> None:
         if gate is not None and len(tiles) == num_before_gate:
             gate.pass_through()
         tiles.append(tile)
         keep(making, tile)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefill_loop._Making, "keep", counting)
+        patch.setattr(making_module.Making, "keep", counting)
         yield tiles
 
 

@@ -80,6 +80,10 @@ def test_a_tile_lands_bit_for_bit_and_touches_nothing_else(
 
     assert torch.equal(bits(store.k_pages_LBPKD), expected_k)
     assert torch.equal(bits(store.v_pages_LBPKD), expected_v)
+    read = store.read(table_M, layer, first_token, num_tokens)
+    assert (read.layer, read.first_token) == (layer, first_token)
+    assert torch.equal(bits(read.k_KTD), bits(k_KTD))
+    assert torch.equal(bits(read.v_KTD), bits(v_KTD))
 
 
 @pytest.mark.parametrize("layer", range(NUM_LAYERS))

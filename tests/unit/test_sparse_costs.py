@@ -13,9 +13,8 @@ from colm.kv import KvFormat
 from colm.kv_position import KV_START, KvPosition
 from prefill_node.cost_model import CostModel, PrefillShape, Work
 from prefill_node.engine import PrefillEngine
+from prefill_node.making import Making, make_steps
 from prefill_node.prefill_job import PrefillJob, PrefillOrder
-from prefill_node.prefill_loop import _Making as Making
-from prefill_node.prefill_loop import _steps as make_steps
 from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.policy import ROW_BLOCK, SparsePolicy

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from colm.wire.v1 import common_pb2 as colm_dot_wire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&colm/wire/v1/kv_transfer_service.proto\x12\x0c\x63olm.wire.v1\x1a\x19\x63olm/wire/v1/common.proto\"\xe6\x02\n\rPullKvRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.colm.wire.v1.OpenKvTransferH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.colm.wire.v1.TokenIdsH\x00\x12\x32\n\rend_of_prompt\x18\x03 \x01(\x0b\x32\x19.colm.wire.v1.EndOfPromptH\x00\x12\x30\n\x0c\x61\x63knowledged\x18\x04 \x01(\x0b\x32\x18.colm.wire.v1.KvPositionH\x00\x12\'\n\x07give_up\x18\x05 \x01(\x0b\x32\x14.colm.wire.v1.GiveUpH\x00\x12\x39\n\rshared_memory\x18\x06 \x01(\x0b\x32 .colm.wire.v1.SharedMemoryAnswerH\x00\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x01\x88\x01\x01\x42\x06\n\x04partB\x0b\n\t_checksumJ\x04\x08\x07\x10\n\"*\n\nKvPosition\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\r\"\x08\n\x06GiveUp\"\xb3\x02\n\x0eOpenKvTransfer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x10\n\x08lease_id\x18\x05 \x01(\t\x12-\n\x0bresume_from\x18\x06 \x01(\x0b\x32\x18.colm.wire.v1.KvPosition\x12#\n\x06\x63odecs\x18\x07 \x03(\x0e\x32\x13.colm.wire.v1.Codec\x12.\n\tattention\x18\x0c \x01(\x0e\x32\x1b.colm.wire.v1.AttentionMode\x12\x0f\n\x07host_id\x18\r \x01(\t\x12\x13\n\x0b\x66irst_token\x18\x0e \x01(\r\x12\x12\n\ncache_salt\x18\x0f \x01(\x0cJ\x04\x08\x08\x10\x0c\">\n\x12SharedMemoryAnswer\x12\x11\n\tis_mapped\x18\x01 \x01(\x08\x12\x15\n\rtakes_several\x18\x02 \x01(\x08\"\xa1\x03\n\x0ePullKvResponse\x12(\n\x04tile\x18\x01 \x01(\x0b\x32\x18.colm.wire.v1.TileHeaderH\x00\x12\x32\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1e.colm.wire.v1.TransferCompleteH\x00\x12&\n\x06queued\x18\x03 \x01(\x0b\x32\x14.colm.wire.v1.QueuedH\x00\x12\x30\n\x07started\x18\x04 \x01(\x0b\x32\x1d.colm.wire.v1.TransferStartedH\x00\x12+\n\x07reached\x18\x05 \x01(\x0b\x32\x18.colm.wire.v1.KvPositionH\x00\x12\x33\n\rshared_memory\x18\x06 \x01(\x0b\x32\x1a.colm.wire.v1.SharedMemoryH\x00\x12\x31\n\x0cshared_tiles\x18\x07 \x01(\x0b\x32\x19.colm.wire.v1.SharedTilesH\x00\x12\x15\n\x08\x63hecksum\x18\x0e \x01(\x06H\x01\x88\x01\x01\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05\x65ventB\x0b\n\t_checksumJ\x04\x08\x08\x10\x0e\"H\n\x0cSharedMemory\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0b\n\x03key\x18\x04 \x01(\x0c\"6\n\x0bSharedTiles\x12\'\n\x05tiles\x18\x01 \x03(\x0b\x32\x18.colm.wire.v1.TileHeader\"8\n\rSharedPayload\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"J\n\x0fTransferStarted\x12\"\n\x05\x63odec\x18\x01 \x01(\x0e\x32\x13.colm.wire.v1.Codec\x12\x13\n\x0btile_tokens\x18\x02 \x01(\r\"\x83\x02\n\nTileHeader\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\"\n\x05\x63odec\x18\x06 \x01(\x0e\x32\x13.colm.wire.v1.Codec\x12\x10\n\x08\x63hecksum\x18\x07 \x01(\x06\x12+\n\x06shared\x18\x0c \x01(\x0b\x32\x1b.colm.wire.v1.SharedPayload\x12\x1c\n\x0fheader_checksum\x18\r \x01(\x06H\x00\x88\x01\x01\x42\x12\n\x10_header_checksumJ\x04\x08\x08\x10\x0c\"\xda\x01\n\x10TransferComplete\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\tnum_tiles\x18\x03 \x01(\r\x12\x15\n\rpayload_bytes\x18\x04 \x01(\x04\x12*\n\x06sparse\x18\x05 \x01(\x0b\x32\x1a.colm.wire.v1.SparseReport\x12\x14\n\x0cshared_bytes\x18\x06 \x01(\x04\x12\x1b\n\x13num_computed_tokens\x18\x07 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\r2\\\n\x11KvTransferService\x12G\n\x06PullKv\x12\x1b.colm.wire.v1.PullKvRequest\x1a\x1c.colm.wire.v1.PullKvResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&colm/wire/v1/kv_transfer_service.proto\x12\x0c\x63olm.wire.v1\x1a\x19\x63olm/wire/v1/common.proto\"\xbe\x03\n\rPullKvRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.colm.wire.v1.OpenKvTransferH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.colm.wire.v1.TokenIdsH\x00\x12\x32\n\rend_of_prompt\x18\x03 \x01(\x0b\x32\x19.colm.wire.v1.EndOfPromptH\x00\x12\x30\n\x0c\x61\x63knowledged\x18\x04 \x01(\x0b\x32\x18.colm.wire.v1.KvPositionH\x00\x12\'\n\x07give_up\x18\x05 \x01(\x0b\x32\x14.colm.wire.v1.GiveUpH\x00\x12\x39\n\rshared_memory\x18\x06 \x01(\x0b\x32 .colm.wire.v1.SharedMemoryAnswerH\x00\x12+\n\theld_tile\x18\x08 \x01(\x0b\x32\x16.colm.wire.v1.HeldTileH\x00\x12)\n\x08held_end\x18\t \x01(\x0b\x32\x15.colm.wire.v1.HeldEndH\x00\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x01\x88\x01\x01\x42\x06\n\x04partB\x0b\n\t_checksumJ\x04\x08\x07\x10\x08\"*\n\nKvPosition\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\r\"\x08\n\x06GiveUp\"C\n\x08HeldTile\x12&\n\x04tile\x18\x01 \x01(\x0b\x32\x18.colm.wire.v1.TileHeader\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\t\n\x07HeldEnd\"\xcd\x02\n\x0eOpenKvTransfer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x10\n\x08lease_id\x18\x05 \x01(\t\x12-\n\x0bresume_from\x18\x06 \x01(\x0b\x32\x18.colm.wire.v1.KvPosition\x12#\n\x06\x63odecs\x18\x07 \x03(\x0e\x32\x13.colm.wire.v1.Codec\x12.\n\tattention\x18\x0c \x01(\x0e\x32\x1b.colm.wire.v1.AttentionMode\x12\x0f\n\x07host_id\x18\r \x01(\t\x12\x13\n\x0b\x66irst_token\x18\x0e \x01(\r\x12\x12\n\ncache_salt\x18\x0f \x01(\x0c\x12\x18\n\x10held_tile_tokens\x18\x12 \x01(\rJ\x04\x08\x08\x10\x0c\">\n\x12SharedMemoryAnswer\x12\x11\n\tis_mapped\x18\x01 \x01(\x08\x12\x15\n\rtakes_several\x18\x02 \x01(\x08\"\xe2\x03\n\x0ePullKvResponse\x12(\n\x04tile\x18\x01 \x01(\x0b\x32\x18.colm.wire.v1.TileHeaderH\x00\x12\x32\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1e.colm.wire.v1.TransferCompleteH\x00\x12&\n\x06queued\x18\x03 \x01(\x0b\x32\x14.colm.wire.v1.QueuedH\x00\x12\x30\n\x07started\x18\x04 \x01(\x0b\x32\x1d.colm.wire.v1.TransferStartedH\x00\x12+\n\x07reached\x18\x05 \x01(\x0b\x32\x18.colm.wire.v1.KvPositionH\x00\x12\x33\n\rshared_memory\x18\x06 \x01(\x0b\x32\x1a.colm.wire.v1.SharedMemoryH\x00\x12\x31\n\x0cshared_tiles\x18\x07 \x01(\x0b\x32\x19.colm.wire.v1.SharedTilesH\x00\x12\x33\n\rprefix_wanted\x18\n \x01(\x0b\x32\x1a.colm.wire.v1.PrefixWantedH\x00\x12\x15\n\x08\x63hecksum\x18\x0e \x01(\x06H\x01\x88\x01\x01\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05\x65ventB\x0b\n\t_checksumJ\x04\x08\x08\x10\tJ\x04\x08\t\x10\nJ\x04\x08\x0b\x10\x0e\"G\n\x0cPrefixWanted\x12\x13\n\x0b\x66irst_token\x18\x01 \x01(\r\x12\x11\n\tend_token\x18\x02 \x01(\r\x12\x0f\n\x07refusal\x18\x03 \x01(\t\"H\n\x0cSharedMemory\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x0b\n\x03key\x18\x04 \x01(\x0c\"6\n\x0bSharedTiles\x12\'\n\x05tiles\x18\x01 \x03(\x0b\x32\x18.colm.wire.v1.TileHeader\"8\n\rSharedPayload\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"J\n\x0fTransferStarted\x12\"\n\x05\x63odec\x18\x01 \x01(\x0e\x32\x13.colm.wire.v1.Codec\x12\x13\n\x0btile_tokens\x18\x02 \x01(\r\"\x83\x02\n\nTileHeader\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x04 \x01(\r\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\"\n\x05\x63odec\x18\x06 \x01(\x0e\x32\x13.colm.wire.v1.Codec\x12\x10\n\x08\x63hecksum\x18\x07 \x01(\x06\x12+\n\x06shared\x18\x0c \x01(\x0b\x32\x1b.colm.wire.v1.SharedPayload\x12\x1c\n\x0fheader_checksum\x18\r \x01(\x06H\x00\x88\x01\x01\x42\x12\n\x10_header_checksumJ\x04\x08\x08\x10\x0c\"\xda\x01\n\x10TransferComplete\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x11\n\tnum_tiles\x18\x03 \x01(\r\x12\x15\n\rpayload_bytes\x18\x04 \x01(\x04\x12*\n\x06sparse\x18\x05 \x01(\x0b\x32\x1a.colm.wire.v1.SparseReport\x12\x14\n\x0cshared_bytes\x18\x06 \x01(\x04\x12\x1b\n\x13num_computed_tokens\x18\x07 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\r2\\\n\x11KvTransferService\x12G\n\x06PullKv\x12\x1b.colm.wire.v1.PullKvRequest\x1a\x1c.colm.wire.v1.PullKvResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,29 +33,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'colm.wire.v1.kv_transfer_se
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PULLKVREQUEST']._serialized_start=84
-  _globals['_PULLKVREQUEST']._serialized_end=442
-  _globals['_KVPOSITION']._serialized_start=444
-  _globals['_KVPOSITION']._serialized_end=486
-  _globals['_GIVEUP']._serialized_start=488
-  _globals['_GIVEUP']._serialized_end=496
-  _globals['_OPENKVTRANSFER']._serialized_start=499
-  _globals['_OPENKVTRANSFER']._serialized_end=806
-  _globals['_SHAREDMEMORYANSWER']._serialized_start=808
-  _globals['_SHAREDMEMORYANSWER']._serialized_end=870
-  _globals['_PULLKVRESPONSE']._serialized_start=873
-  _globals['_PULLKVRESPONSE']._serialized_end=1290
-  _globals['_SHAREDMEMORY']._serialized_start=1292
-  _globals['_SHAREDMEMORY']._serialized_end=1364
-  _globals['_SHAREDTILES']._serialized_start=1366
-  _globals['_SHAREDTILES']._serialized_end=1420
-  _globals['_SHAREDPAYLOAD']._serialized_start=1422
-  _globals['_SHAREDPAYLOAD']._serialized_end=1478
-  _globals['_TRANSFERSTARTED']._serialized_start=1480
-  _globals['_TRANSFERSTARTED']._serialized_end=1554
-  _globals['_TILEHEADER']._serialized_start=1557
-  _globals['_TILEHEADER']._serialized_end=1816
-  _globals['_TRANSFERCOMPLETE']._serialized_start=1819
-  _globals['_TRANSFERCOMPLETE']._serialized_end=2037
-  _globals['_KVTRANSFERSERVICE']._serialized_start=2039
-  _globals['_KVTRANSFERSERVICE']._serialized_end=2131
+  _globals['_PULLKVREQUEST']._serialized_end=530
+  _globals['_KVPOSITION']._serialized_start=532
+  _globals['_KVPOSITION']._serialized_end=574
+  _globals['_GIVEUP']._serialized_start=576
+  _globals['_GIVEUP']._serialized_end=584
+  _globals['_HELDTILE']._serialized_start=586
+  _globals['_HELDTILE']._serialized_end=653
+  _globals['_HELDEND']._serialized_start=655
+  _globals['_HELDEND']._serialized_end=664
+  _globals['_OPENKVTRANSFER']._serialized_start=667
+  _globals['_OPENKVTRANSFER']._serialized_end=1000
+  _globals['_SHAREDMEMORYANSWER']._serialized_start=1002
+  _globals['_SHAREDMEMORYANSWER']._serialized_end=1064
+  _globals['_PULLKVRESPONSE']._serialized_start=1067
+  _globals['_PULLKVRESPONSE']._serialized_end=1549
+  _globals['_PREFIXWANTED']._serialized_start=1551
+  _globals['_PREFIXWANTED']._serialized_end=1622
+  _globals['_SHAREDMEMORY']._serialized_start=1624
+  _globals['_SHAREDMEMORY']._serialized_end=1696
+  _globals['_SHAREDTILES']._serialized_start=1698
+  _globals['_SHAREDTILES']._serialized_end=1752
+  _globals['_SHAREDPAYLOAD']._serialized_start=1754
+  _globals['_SHAREDPAYLOAD']._serialized_end=1810
+  _globals['_TRANSFERSTARTED']._serialized_start=1812
+  _globals['_TRANSFERSTARTED']._serialized_end=1886
+  _globals['_TILEHEADER']._serialized_start=1889
+  _globals['_TILEHEADER']._serialized_end=2148
+  _globals['_TRANSFERCOMPLETE']._serialized_start=2151
+  _globals['_TRANSFERCOMPLETE']._serialized_end=2369
+  _globals['_KVTRANSFERSERVICE']._serialized_start=2371
+  _globals['_KVTRANSFERSERVICE']._serialized_end=2463
 # @@protoc_insertion_point(module_scope)

@@ -8,13 +8,15 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PullKvRequest(_message.Message):
-    __slots__ = ("open", "token_ids", "end_of_prompt", "acknowledged", "give_up", "shared_memory", "checksum")
+    __slots__ = ("open", "token_ids", "end_of_prompt", "acknowledged", "give_up", "shared_memory", "held_tile", "held_end", "checksum")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     END_OF_PROMPT_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
     GIVE_UP_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    HELD_TILE_FIELD_NUMBER: _ClassVar[int]
+    HELD_END_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     open: OpenKvTransfer
     token_ids: _common_pb2.TokenIds
@@ -22,8 +24,10 @@ class PullKvRequest(_message.Message):
     acknowledged: KvPosition
     give_up: GiveUp
     shared_memory: SharedMemoryAnswer
+    held_tile: HeldTile
+    held_end: HeldEnd
     checksum: int
-    def __init__(self, open: _Optional[_Union[OpenKvTransfer, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., acknowledged: _Optional[_Union[KvPosition, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemoryAnswer, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[OpenKvTransfer, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., acknowledged: _Optional[_Union[KvPosition, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemoryAnswer, _Mapping]] = ..., held_tile: _Optional[_Union[HeldTile, _Mapping]] = ..., held_end: _Optional[_Union[HeldEnd, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class KvPosition(_message.Message):
     __slots__ = ("layer", "token")
@@ -37,8 +41,20 @@ class GiveUp(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class HeldTile(_message.Message):
+    __slots__ = ("tile", "payload")
+    TILE_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    tile: TileHeader
+    payload: bytes
+    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class HeldEnd(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class OpenKvTransfer(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id", "resume_from", "codecs", "attention", "host_id", "first_token", "cache_salt")
+    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id", "resume_from", "codecs", "attention", "host_id", "first_token", "cache_salt", "held_tile_tokens")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +66,7 @@ class OpenKvTransfer(_message.Message):
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    HELD_TILE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     fingerprint: str
@@ -61,7 +78,8 @@ class OpenKvTransfer(_message.Message):
     host_id: str
     first_token: int
     cache_salt: bytes
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.Codec, str]]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., host_id: _Optional[str] = ..., first_token: _Optional[int] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
+    held_tile_tokens: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.Codec, str]]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., host_id: _Optional[str] = ..., first_token: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., held_tile_tokens: _Optional[int] = ...) -> None: ...
 
 class SharedMemoryAnswer(_message.Message):
     __slots__ = ("is_mapped", "takes_several")
@@ -72,7 +90,7 @@ class SharedMemoryAnswer(_message.Message):
     def __init__(self, is_mapped: _Optional[bool] = ..., takes_several: _Optional[bool] = ...) -> None: ...
 
 class PullKvResponse(_message.Message):
-    __slots__ = ("tile", "complete", "queued", "started", "reached", "shared_memory", "shared_tiles", "checksum", "payload")
+    __slots__ = ("tile", "complete", "queued", "started", "reached", "shared_memory", "shared_tiles", "prefix_wanted", "checksum", "payload")
     TILE_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +98,7 @@ class PullKvResponse(_message.Message):
     REACHED_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     SHARED_TILES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_WANTED_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     tile: TileHeader
@@ -89,9 +108,20 @@ class PullKvResponse(_message.Message):
     reached: KvPosition
     shared_memory: SharedMemory
     shared_tiles: SharedTiles
+    prefix_wanted: PrefixWanted
     checksum: int
     payload: bytes
-    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., started: _Optional[_Union[TransferStarted, _Mapping]] = ..., reached: _Optional[_Union[KvPosition, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., shared_tiles: _Optional[_Union[SharedTiles, _Mapping]] = ..., checksum: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., started: _Optional[_Union[TransferStarted, _Mapping]] = ..., reached: _Optional[_Union[KvPosition, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., shared_tiles: _Optional[_Union[SharedTiles, _Mapping]] = ..., prefix_wanted: _Optional[_Union[PrefixWanted, _Mapping]] = ..., checksum: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class PrefixWanted(_message.Message):
+    __slots__ = ("first_token", "end_token", "refusal")
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    END_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    first_token: int
+    end_token: int
+    refusal: str
+    def __init__(self, first_token: _Optional[int] = ..., end_token: _Optional[int] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
     __slots__ = ("pid", "fd", "size_bytes", "key")

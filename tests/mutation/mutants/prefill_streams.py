@@ -74,14 +74,14 @@ MUTANTS = (
     ),
     Mutant(
         "a quantum goes on although the window is full",
-        "prefill_node/prefill_loop.py",
+        "prefill_node/making.py",
         "self.room_bytes <= 0 or self.end == self.last",
         "self.end == self.last",
         _PREFILL + "test_a_full_window_ends_a_quantum",
     ),
     Mutant(
         "a quantum goes on behind the last tile",
-        "prefill_node/prefill_loop.py",
+        "prefill_node/making.py",
         " or self.end == self.last",
         "",
         _PREFILL + "test_a_quantum_ends_with_the_last_tile_however_many_were_counted",
@@ -145,7 +145,7 @@ MUTANTS = (
     ),
     Mutant(
         "pauses of a plan are not counted",
-        "prefill_node/prefill_loop.py",
+        "prefill_node/making.py",
         "self.num_pauses = 0 if tile.num_tokens else self.num_pauses + 1",
         "self.num_pauses = 0",
         "tests/unit/test_sparse_costs.py::test_a_sparse_job_takes_less_and_less_while_it_is_planned",

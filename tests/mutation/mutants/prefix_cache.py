@@ -2,6 +2,7 @@
 
 from tests.mutation.mutant import Mutant
 
+_UPLINK = "tests/fault/test_prefix_uplink.py::"
 _TOKEN = "tests/fault/test_streams_from_a_token.py::"
 
 MUTANTS = (
@@ -48,6 +49,48 @@ MUTANTS = (
         "for kept in reversed(filled):",
         "for kept in filled:",
         "tests/unit/test_prefix_cache.py::test_a_document_loses_its_end_first",
+    ),
+    Mutant(
+        "a wrong tile that comes up is kept where it was to lie",
+        "prefill_node/prefix_uplink.py",
+        "if (tile.layer, tile.first_token) != self._next:",
+        "if False:",
+        _UPLINK + "test_a_wrong_tile_is_refused_by_name_and_its_prompt_computed",
+    ),
+    Mutant(
+        "all of a prompt's beginning comes up at once",
+        "prefill_node/prefix_uplink.py",
+        "end_token = min(self._stored_token + self._window_tokens, self._end_token)",
+        "end_token = self._end_token",
+        _UPLINK + "test_the_rest_has_the_same_bits_and_a_window_bounds_what_comes_up",
+    ),
+    Mutant(
+        "a stream that goes on forgets what had come up",
+        "prefill_node/prefix_cache.py",
+        "        if kept.key in self._tiles:  # another job",
+        "        if True:  # another job",
+        _UPLINK + "test_what_came_before_a_stream_broke_does_not_come_again",
+    ),
+    Mutant(
+        "a beginning in int8 pages is offered",
+        "decode_node/prefix_sender.py",
+        ' and store.layout.cache_dtype == "model" else None',
+        " else None",
+        _UPLINK + "test_what_was_ever_int8_is_not_offered",
+    ),
+    Mutant(
+        "a beginning of other tiles than it is named by is offered",
+        "decode_node/shared_prefill.py",
+        "is_exact = all(source.is_exact for source in sources)",
+        "is_exact = True",
+        _UPLINK + "test_a_beginning_of_other_tiles_than_it_is_named_by_is_not_offered",
+    ),
+    Mutant(
+        "keys and values are taken from whoever calls in plaintext",
+        "prefill_node/node.py",
+        "takes_prefixes=(tls := self._security.current_tls) is not None and tls.caller_name is not None,",
+        "takes_prefixes=True,",
+        _UPLINK + "test_callers_that_show_no_certificate_of_a_decode_node_are_asked_for_nothing",
     ),
     Mutant(
         "what was computed in company is kept",
