@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -11,11 +10,12 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from cluster.front_door.plan import GatewayLimits
-from cluster.options import ClusterConfig, DecodeSection, PrefillSection
+from cluster.options import ClusterConfig, DecodeSection, PrefillSection, VariantSection
 from cluster.replicas.decode import DecodeReplica
 from cluster.replicas.gateway import GatewayOptions, GatewayReplica
 from cluster.replicas.prefill import PrefillReplica
 from cluster.secret_files import SecretFiles
+from colm.nodes import Role, pool_name
 from colm.placement import Placement
 from decode_node.node import DecodeOptions
 from decode_node.settings import DecodeSettings
@@ -27,7 +27,7 @@ _Settings = TypeVar("_Settings", PrefillSettings, DecodeSettings)
 APPLICATION = "colm"
 SUCCESSOR = "colm-successor"
 """The two names that an application of ours may have: a model takes the place of another one in the other (ADR 55)."""
-GATEWAY, DECODE, PREFILL = "gateway", "decode", "prefill"
+GATEWAY = "gateway"
 # A role's custom resource: each replica takes one, so replicas go to the nodes that carry it.
 PREFILL_RESOURCE, DECODE_RESOURCE = "prefill", "decode"
 _HEAD_RESOURCE = "node:__internal_head__"
@@ -47,13 +47,14 @@ def build(
     beside: bool = False,
     is_open: bool = True,
     kept: Mapping[str, int] = MappingProxyType({}),
+    leaving: Mapping[str, VariantSection] = MappingProxyType({}),
 ) -> serve.Application:
-    """Bind the three deployments together. Ray keeps what they are bound to, so no secret is among it.
+    """Bind the gateway and all pools together. Ray keeps what they are bound to, so no secret is among it.
 
     A deployment's version is a digest of its options, so where an application is replaced, Serve restarts the replicas
     of those alone whose options have changed; with `beside`, the next ones start before the last ones go. `kept` has
     how many replicas a deployment has: where the load says how many, it goes on with these. The gateway listens where
-    `is_open`.
+    `is_open`. It serves no variant that is `leaving`, whose decode replicas go on.
     """
     dtype = config.resolved_dtype
     model = str(model_path)
@@ -70,50 +71,35 @@ def build(
     prefill_rest = (secrets, report_to, metrics_host, traces)
     prefill = _deployment(
         PrefillReplica,
-        name=PREFILL,
-        replicas=_number(config.prefill, kept.get(PREFILL)),
+        name=(prefill_name := pool_name(Role.PREFILL)),
+        replicas=_number(config.prefill, kept.get(prefill_name)),
         max_ongoing=config.prefill.max_streams,
         actor=_actor(PREFILL_RESOURCE, config.prefill.num_gpus),
         version=_version(prefill_options, prefill_rest),
         surge=surge,
     ).bind(prefill_options, *prefill_rest)
-    decode_options = DecodeOptions(
-        model_path=model,
-        placement=Placement.of(config.decode.resolved_device, dtype, config.decode.num_threads),
-        settings=_of_node(config.decode, DecodeSettings),
-        prefill_tile_tokens=config.prefill.tile_tokens,
-    )
-    decode_rest = (
-        config.prefill.most_replicas,
-        config.prefill.max_queued,
-        config.num_decode_replicas == 1,
-        report_to,
-        metrics_host,
-        traces,
-    )
-    decode = _deployment(
-        DecodeReplica,
-        name=DECODE,
-        replicas=_number(config.decode, kept.get(DECODE)),
-        max_ongoing=config.decode.max_requests,
-        actor=_actor(DECODE_RESOURCE, config.decode.num_gpus),
-        version=_version(decode_options, secrets, decode_rest),
-        surge=surge,
-    ).bind(decode_options, secrets, prefill, *decode_rest)
-    variants = {each: str(path.absolute()) for each, path in config.model.variants.items()}
-    further = []
-    for each, path in variants.items():
-        of_variant = replace(decode_options, model_path=path)
-        variant = _deployment(
+    further = {**config.model.variants, **leaving}
+    paths = {"": model} | {variant: str(section.path.absolute()) for variant, section in further.items()}
+    sections: dict[str, DecodeSection] = {"": config.decode, **further}
+    pools = []
+    for variant, section in sections.items():
+        decode_options = DecodeOptions(
+            model_path=paths[variant],
+            placement=Placement.of(section.resolved_device, dtype, section.num_threads),
+            settings=_of_node(section, DecodeSettings),
+            prefill_tile_tokens=config.prefill.tile_tokens,
+        )
+        decode_rest = (config.prefill.max_queued, report_to, metrics_host, traces, variant)
+        decode = _deployment(
             DecodeReplica,
-            name=f"{DECODE}-{each}",
-            replicas=config.decode.num_replicas,
-            max_ongoing=config.decode.max_requests,
-            actor=_actor(DECODE_RESOURCE, config.decode.num_gpus),
-            version=_version(of_variant, secrets, decode_rest),
+            name=(decode_name := pool_name(Role.DECODE, variant)),
+            replicas=_number(section, kept.get(decode_name)),
+            max_ongoing=section.max_requests,
+            actor=_actor(DECODE_RESOURCE, section.num_gpus),
+            version=_version(decode_options, secrets, decode_rest),
             surge=surge,
         )
-        further.append(variant.bind(of_variant, secrets, prefill, *decode_rest, each))
+        pools.append(decode.bind(decode_options, secrets, prefill, *decode_rest))
     gateway = config.gateway
     gateway_options = GatewayOptions(
         model_path=model,
@@ -129,7 +115,7 @@ def build(
         metrics_port=metrics.port,
         traces=traces,
         num_decode_nodes=config.num_decode_replicas,
-        variants=tuple(variants.items()),
+        variants=tuple((variant, paths[variant]) for variant in config.model.variants),
         scalings=config.scalings,
         drain_s=gateway.drain_s,
         limits=GatewayLimits(
@@ -155,7 +141,7 @@ def build(
         surge=100,  # it listens on the ports of the last one, beside it
         shutdown_s=gateway.drain_s + 2 * _SHUTDOWN_S,
         user_config={"is_open": is_open},
-    ).bind(gateway_options, secrets, decode, *further)
+    ).bind(gateway_options, secrets, *pools)
 
 
 def _number(section: PrefillSection | DecodeSection, kept: int | None) -> int:

@@ -6,8 +6,9 @@ from typing import Any
 import psutil
 from pydantic import ByteSize
 
-from cluster.options import ClusterConfig
-from colm.errors import ConfigError
+from cluster.options import ClusterConfig, DecodeSection, VariantSection
+from colm.checkpoint import Checkpoint
+from colm.errors import ClusterError, ConfigError
 
 _FIXED_SECTIONS = ("security",)
 _FIXED = ("ray.address", "ray.insecure", "gateway.host", "gateway.tls_certificate", "gateway.tls_key")
@@ -24,17 +25,24 @@ def as_kept(config: ClusterConfig) -> dict[str, Any]:
     known = {
         "path": _whole(config.model.path),
         "name": config.model.served_name,
-        "variants": {name: path.resolve() for name, path in config.model.variants.items()},
+        "variants": {
+            name: section.model_copy(update={"path": section.path.resolve()})
+            for name, section in config.model.variants.items()
+        },
     }
     kept = config.model_copy(update={"model": config.model.model_copy(update=known)})
     return kept.model_dump(mode="json")
 
 
 def changed(kept: dict[str, Any], config: ClusterConfig) -> dict[str, tuple[Any, Any]]:
-    """Options that differ from those of the running cluster: (what it has, what is wanted), by dotted name."""
+    """Options that differ from those of the running cluster: (what it has, what is wanted), by dotted name.
+
+    A variant that comes or goes is its path alone.
+    """
     wanted = as_kept(config)
-    names = [f"{section}.{name}" for section, options in wanted.items() for name in options]
-    pairs = {name: (_at(kept, name), _at(wanted, name)) for name in names}
+    known = [set(options["model"].get("variants", {})) for options in (kept, wanted)]
+    has, wants = (_by_name(options, known[0] & known[1]) for options in (kept, wanted))
+    pairs = {name: (has.get(name), wants.get(name)) for name in wants | has}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -66,14 +74,46 @@ def weights_stamp(path: Path) -> str:
     return f"{found.st_size}.{found.st_mtime_ns}"
 
 
+def weights_stamps(config: ClusterConfig, checkpoint: Checkpoint) -> dict[str, str]:
+    """Those of all models' weights, by their files."""
+    variants = (Checkpoint.open(section.path) for section in config.model.variants.values())
+    files = (each.weights_path.resolve() for each in (checkpoint, *variants))
+    return {str(path): weights_stamp(path) for path in files}
+
+
+def require_same_weights(known: dict[str, str], config: ClusterConfig, checkpoint: Checkpoint) -> None:
+    """Refuse weights that were written anew since a running cluster read them.
+
+    Args:
+        known: stamps of what it read.
+        config: what is wanted.
+        checkpoint: of the model itself.
+
+    Raises:
+        ClusterError: names the file and the way out.
+    """
+    for path, stamp in weights_stamps(config, checkpoint).items():
+        if known.get(path, stamp) != stamp:
+            raise ClusterError(
+                f"{path} was written anew since this cluster read it, and answers that run cannot go on "
+                "with other weights; write a new checkpoint beside it and name that, or run `colm down` first"
+            )
+
+
 def is_another_model(before: ClusterConfig, config: ClusterConfig) -> bool:
     """Whether the other options are of another model: no answer of the one could go on at replicas of the other.
 
-    A further variant is none, but one that goes or changes has answers too.
+    A variant that comes or goes is none, but one of another checkpoint has a pool of the same name.
     """
-    paths = {_whole(each.model.path) for each in (before, config)}
-    kept, wanted = (as_kept(each)["model"]["variants"] for each in (before, config))
-    return len(paths) > 1 or before.resolved_dtype != config.resolved_dtype or not kept.items() <= wanted.items()
+    paths = [_paths(each) for each in (before, config)]
+    is_same = all(paths[0][name] == paths[1][name] for name in paths[0].keys() & paths[1].keys())
+    return not is_same or before.resolved_dtype != config.resolved_dtype
+
+
+def _paths(config: ClusterConfig) -> dict[str, Path | None]:
+    """Of all models, by variant."""
+    further = {variant: section.path.resolve() for variant, section in config.model.variants.items()}
+    return {"": _whole(config.model.path), **further}
 
 
 def has_room_for_both(config: ClusterConfig, weights: Path) -> bool:
@@ -107,16 +147,29 @@ def require_room_for_both(config: ClusterConfig, weights: Path) -> None:
 
 def _needed_bytes(config: ClusterConfig, weights: Path) -> int:
     """Memory of all replicas that compute on the CPU, at most."""
-    on_cpu = [section for section in config.placed.values() if section.resolved_device == "cpu"]
-    num_decode = config.num_decode_replicas if config.decode in on_cpu else 0
-    num_replicas = num_decode + (config.prefill.most_replicas if config.prefill in on_cpu else 0)
-    pages = num_decode * config.decode.kv_cache_bytes
-    return num_replicas * (2 * weights.stat().st_size + _REPLICA_BYTES) + pages
+    needed = 0
+    for section in config.placed.values():
+        if section.resolved_device == "cpu":
+            of_pool = Checkpoint.open(section.path).weights_path if isinstance(section, VariantSection) else weights
+            pages = section.kv_cache_bytes if isinstance(section, DecodeSection) else 0
+            needed += section.most_replicas * (2 * of_pool.stat().st_size + _REPLICA_BYTES + pages)
+    return needed
 
 
 def _at(options: dict[str, Any], name: str) -> Any:
     section, _, option = name.partition(".")
     return options.get(section, {}).get(option)
+
+
+def _by_name(options: dict[str, Any], in_both: set[str]) -> dict[str, Any]:
+    """Every option by its dotted name; of variants that are not in both, their paths."""
+    found: dict[str, Any] = {}
+    for section, given in options.items():
+        found |= {f"{section}.{name}": value for name, value in given.items()}
+    for variant, given in found.pop("model.variants", {}).items():
+        told = given if variant in in_both else {"path": given["path"]}
+        found |= {f"model.variants.{variant}.{name}": value for name, value in told.items()}
+    return found
 
 
 def _whole(path: Path | None) -> Path | None:

@@ -5,17 +5,18 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger
+from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from cluster.application import APPLICATION, DECODE_RESOURCE, GATEWAY, PREFILL_RESOURCE, SUCCESSOR, build
-from cluster.options import ClusterConfig, RaySection
+from cluster.options import ClusterConfig, RaySection, VariantSection
 from cluster.ray_guard import check_token_mode
 from cluster.replicas.replica_numbers import kept_numbers, tell_numbers
 from cluster.secret_files import SecretFiles
@@ -72,11 +73,18 @@ def deploy(
 
 
 def change(
-    name: str, config: ClusterConfig, checkpoint: Checkpoint, secrets: SecretFiles, ray_address: str, *, beside: bool
+    name: str,
+    config: ClusterConfig,
+    checkpoint: Checkpoint,
+    secrets: SecretFiles,
+    ray_address: str,
+    *,
+    beside: bool,
+    leaving: Mapping[str, VariantSection] = MappingProxyType({}),
 ) -> None:
     """Replace the running application by one of other options, and wait until every replica has them.
 
-    Serve replaces the replicas of each role in turn. Those that go finish what they have, or hand it over.
+    Serve replaces the replicas of each pool in turn. Those that go finish what they have, or hand it over.
 
     Args:
         name: of the application.
@@ -85,6 +93,7 @@ def change(
         secrets: likewise.
         ray_address: where it runs.
         beside: start the next replicas before the last ones go, where there is room for both.
+        leaving: variants that are not among the options any more; their answers have the gateway's `drain_s` to end.
 
     Raises:
         ClusterError: Ray cannot be reached, lacks a role's resource, runs no such application, or a replica did not
@@ -98,8 +107,11 @@ def change(
         told = kept_numbers(name)
         tell_numbers(
             name,
-            {role: each.num_replicas for role, each in config.placed.items() if role in told and each.scaling is None},
+            {pool: each.num_replicas for pool, each in config.pools.items() if pool in told and each.scaling is None},
         )
+        if leaving:
+            _run(name, config, checkpoint, secrets, gcs_address, beside=beside, leaving=leaving)
+            _wait_for_last_gateway(name, config.gateway.drain_s)
         _run(name, config, checkpoint, secrets, gcs_address, beside=beside)
     finally:
         ray.shutdown()
@@ -236,14 +248,23 @@ def _run(
     beside: bool = False,
     is_open: bool = True,
     after: str = "",
+    leaving: Mapping[str, VariantSection] = MappingProxyType({}),
 ) -> Deployed:
     """Run an application, and wait until every replica serves and, if it is open, the gateway listens.
 
-    Where the load says how many replicas there are, it begins with as many as the one has that it comes `after`.
+    Where the load says how many replicas there are, it begins with as many as the one has that it comes `after`. The
+    decode replicas of variants that are `leaving` go on, for the last gateway.
     """
     kept = kept_numbers(name) or kept_numbers(after) if config.scalings else {}
     application = build(
-        config, checkpoint.path.absolute(), secrets, name=name, beside=beside, is_open=is_open, kept=kept
+        config,
+        checkpoint.path.absolute(),
+        secrets,
+        name=name,
+        beside=beside,
+        is_open=is_open,
+        kept=kept,
+        leaving=leaving,
     )
     # Serve's own wait has no timeout and hides the cause of a failure; ours has the one and reports the other.
     target = serve.RunTarget(
@@ -256,6 +277,16 @@ def _run(
         return Deployed("", "", gcs_address)
     address, http_address = handle.addresses.remote().result(timeout_s=_CALL_TIMEOUT_S)
     return Deployed(address, http_address, gcs_address)
+
+
+def _wait_for_last_gateway(name: str, drain_s: float) -> None:
+    """Wait until the gateway that another one has replaced has ended, and with it its answers."""
+    give_up_s = time.monotonic() + drain_s + _CALL_TIMEOUT_S
+    while time.monotonic() < give_up_s:
+        states = serve.status().applications[name].deployments[GATEWAY].replica_states
+        if not states.get(ReplicaState.STOPPING):
+            return
+        time.sleep(_POLL_S)
 
 
 def _connect(ray_address: str) -> None:
@@ -290,7 +321,7 @@ def check_resources(config: ClusterConfig, carried: Mapping[str, float], has: st
     """
     for resource, replicas in (
         (PREFILL_RESOURCE, config.prefill.num_replicas),
-        (DECODE_RESOURCE, (1 + len(config.model.variants)) * config.decode.num_replicas),
+        (DECODE_RESOURCE, sum(section.num_replicas for section in config.decode_pools.values())),
     ):
         if carried.get(resource, 0) < replicas:
             raise ClusterError(

@@ -16,7 +16,8 @@ from cluster.change import (
     is_another_model,
     require_changeable,
     require_room_for_both,
-    weights_stamp,
+    require_same_weights,
+    weights_stamps,
     with_its_ports,
 )
 from cluster.client_tokens import TOKENS_FILE, read_clients
@@ -33,6 +34,7 @@ from colm.clock import utc_now
 from colm.dtypes import parse_dtype
 from colm.errors import ClusterError, ConfigError
 from colm.kv import KvFormat
+from colm.nodes import Role
 from colm.placement import parse_device, why_unusable
 from colm.wire.endpoint import is_loopback, why_not
 from colm.wire.tls_files import CA_FILE
@@ -103,11 +105,8 @@ def _change(
     require_changeable(changes)
     before = ClusterConfig.model_validate(running.options)
     is_another = is_another_model(before, config)
-    if not is_another and weights_stamp(checkpoint.weights_path) != running.weights_stamp:
-        raise ClusterError(
-            f"{checkpoint.weights_path} was written anew since this cluster read it, and answers that run cannot go on "
-            "with other weights; write a new checkpoint beside it and name that, or run `colm down` first"
-        )
+    if not is_another:
+        require_same_weights(running.weights_stamps, config, checkpoint)
     if not changes:
         say("the cluster is up with these options already")
         return running
@@ -126,13 +125,16 @@ def _change(
     beside = has_room_for_both(config, checkpoint.weights_path)
     say(f"replacing replicas, {'beside those that run' if beside else 'one by one'}; answers go on")
     application, address = running.application, running.ray_address
+    leaving = {each: section for each, section in before.model.variants.items() if each not in config.model.variants}
+    for variant in leaving:
+        say(f"{variant} goes; its answers have {config.gateway.drain_s:g} s to end")
     try:
-        deployment.change(application, config, checkpoint, secrets, address, beside=beside)
+        deployment.change(application, config, checkpoint, secrets, address, beside=beside, leaving=leaving)
     except BaseException as err:
         say(f"taking the change back: {str(err) or 'interrupted'}")
         deployment.change(application, before, checkpoint, secrets, address, beside=beside)
         raise
-    state = replace(running, options=as_kept(config))
+    state = replace(running, options=as_kept(config), weights_stamps=weights_stamps(config, checkpoint))
     state.write(state_dir)
     return state
 
@@ -161,7 +163,7 @@ def _succeed(
             running,
             application=application,
             options=as_kept(config),
-            weights_stamp=weights_stamp(checkpoint.weights_path),
+            weights_stamps=weights_stamps(config, checkpoint),
         )
         state.write(state_dir)
         say(f"new requests go to {name}; answers of the last model have {config.gateway.drain_s:g} s to end")
@@ -223,8 +225,8 @@ def _remove(ray_address: str, say: Say, state: ClusterState | None) -> None:
 def _check_kv(config: ClusterConfig, checkpoint: Checkpoint) -> None:
     """Check the KV cache's size as the replicas will, before anything starts."""
     kv_format = KvFormat.of(checkpoint.config, parse_dtype(config.resolved_dtype))
-    section = config.decode
-    KvLayout(kv_format, section.page_tokens, section.kv_cache_dtype).pages_within(section.kv_cache_bytes)
+    for section in config.decode_pools.values():
+        KvLayout(kv_format, section.page_tokens, section.kv_cache_dtype).pages_within(section.kv_cache_bytes)
 
 
 def _check_prefill(config: ClusterConfig, checkpoint: Checkpoint) -> None:
@@ -309,7 +311,7 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
     if ray_address is None:
         config = _with_ports(config)
         say("starting Ray on this machine")
-        roles = dict.fromkeys(config.placed, _MOST_REPLICAS)
+        roles = dict.fromkeys((role.value for role in Role), _MOST_REPLICAS)
         ray_address, ray_pid = start_ray(roles, new_ray_root(state_dir), state_dir / _RAY_TOKEN, state_dir / "ray.log")
     # Ray reads these as it is imported; a user's own setting wins.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -321,7 +323,8 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
 
     for danger in _dangers(config):
         say(f"insecure: {danger}")
-    say(f"loading {checkpoint.path.name}: {config.prefill.num_replicas} prefill, {config.decode.num_replicas} decode")
+    pools = ", ".join(f"{section.num_replicas} {pool}" for pool, section in config.pools.items())
+    say(f"loading {checkpoint.path.name}: {pools}")
     deployed = deployment.deploy(config, checkpoint, secrets, ray_address, note_address)
     own = secrets.own_certificate
     if (advice := advice_to_clients(config, secrets)) is not None:
@@ -335,5 +338,5 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
         ca_file=str(Path(secrets.folder) / CA_FILE) if secrets.has_tls else None,
         own_certificate=None if own is None else own.certificate,
         options=as_kept(config),
-        weights_stamp=weights_stamp(checkpoint.weights_path),
+        weights_stamps=weights_stamps(config, checkpoint),
     )

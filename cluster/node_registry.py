@@ -1,7 +1,7 @@
 """The nodes of the cluster: those that reported lately."""
 
 from colm.clock import Clock
-from colm.nodes import REPORT_INTERVAL_S, NodeReport, NodeStatus, PoolStatus, Role
+from colm.nodes import REPORT_INTERVAL_S, NodeCounts, NodeReport, NodeStatus, PoolStatus, Role
 
 _EXPIRES_S = 10 * REPORT_INTERVAL_S
 
@@ -11,6 +11,7 @@ class NodeRegistry:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._began_s = clock.now()
         self._seen: dict[str, tuple[NodeReport, float]] = {}
         self.pools: tuple[PoolStatus, ...] = ()
         """Those whose size follows their load, as their scaler sees them."""
@@ -29,6 +30,12 @@ class NodeRegistry:
     def count(self, role: Role) -> int:
         """Number of nodes of a role that reported lately."""
         return sum(node.report.role is role for node in self.nodes())
+
+    def counts(self) -> NodeCounts | None:
+        """How many nodes there are; None until each has had time to report."""
+        if self._clock.now() - self._began_s < _EXPIRES_S:
+            return None
+        return NodeCounts(num_prefill=self.count(Role.PREFILL), num_decode=self.count(Role.DECODE))
 
     def serving(self, variant: str) -> "NodeRegistry":
         """What is known of the nodes of one model: its decode nodes, and the prefill nodes of all.

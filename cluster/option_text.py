@@ -91,7 +91,7 @@ def _values(option: Option) -> str:
     if "pattern" in schema:
         return "text"
     if schema.get("type") == "object":
-        return 'a path for each name, as in `{legal = "models/legal"}`'
+        return "sections"
     kind = {"boolean": "`true`, `false`", "integer": "whole number", "number": "number"}.get(schema["type"])
     if kind is None:
         return "path" if schema.get("format") == "path" else "text"

@@ -1,37 +1,31 @@
 """The options of a cluster, read from TOML. Every option but the model's path has a working default."""
 
+import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    ByteSize,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from cluster.autoscaling.policy import ScalingLimits
 from cluster.autoscaling.signals import PoolScaling
 from colm import defaults
 from colm.errors import ConfigError
-from colm.nodes import Role
+from colm.nodes import Role, pool_name
 from colm.settings import DtypeSettings, PlacementSettings, Settings, explain
 from colm.tracing import TraceFiles
 from decode_node.settings import DecodeSettings, PrefillPoolSettings
 from prefill_node.settings import PrefillSettings
-
-
-class ModelSection(DtypeSettings):
-    """Section [model]."""
-
-    path: Path | None = None
-    """Checkpoint directory, at the same path on every machine; required here or as --model."""
-    name: str | None = None
-    """Name of the model in clients' requests; by default the directory's name."""
-    variants: dict[str, Path] = Field(default_factory=dict)
-    """Further models by name, with their checkpoints: fine-tunes that have this model's chain 1, and so share its
-    prefill replicas. Each has as many decode replicas of its own as `replicas` and `standby` in [decode] say."""
-
-    @property
-    def served_name(self) -> str:
-        """The name that clients say; empty without a path."""
-        return self.name or ("" if self.path is None else self.path.absolute().name)
 
 
 class _ReplicaSettings(PlacementSettings):
@@ -100,6 +94,31 @@ class DecodeSection(DecodeSettings, _ReplicaSettings):
     def scaling(self) -> PoolScaling | None:
         """How their number follows the load; None where it stays."""
         return self._scaling(Role.DECODE, self.target_use)
+
+
+class VariantSection(DecodeSection):
+    """Section [model.variants.NAME]: a further model, and the options of its own decode replicas."""
+
+    path: Path
+    """Checkpoint directory, at the same path on every machine."""
+
+
+class ModelSection(DtypeSettings):
+    """Section [model]."""
+
+    path: Path | None = None
+    """Checkpoint directory, at the same path on every machine; required here or as --model."""
+    name: str | None = None
+    """Name of the model in clients' requests; by default the directory's name."""
+    variants: dict[str, VariantSection] = Field(default_factory=dict)
+    """Further models, each a section of its own, e.g. [model.variants.legal]: fine-tunes that have this model's chain
+    1, so that its prefill replicas serve them too. Clients say their names. A section has the checkpoint's `path` and,
+    for its own decode replicas, what shall not be as in [decode], e.g. `replicas`, `max_replicas`, `weights`."""
+
+    @property
+    def served_name(self) -> str:
+        """The name that clients say; empty without a path."""
+        return self.name or ("" if self.path is None else self.path.absolute().name)
 
 
 class GatewaySection(Settings):
@@ -230,20 +249,48 @@ class ClusterConfig(Settings):
     tracing: TracingSection = TracingSection()
     ray: RaySection = RaySection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _variants_are_whole(cls, values: Any) -> Any:
+        """What a variant's section does not say is as [decode] says."""
+        match values:
+            case {"model": {"variants": dict(variants), **rest}}:
+                decode = values.get("decode", {})
+                whole = {name: _whole_variant(name, given, decode) for name, given in variants.items()}
+                return values | {"model": rest | {"variants": whole}}
+        return values
+
     @property
-    def placed(self) -> "dict[str, PrefillSection | DecodeSection]":
-        """The sections of the roles that compute, by their names."""
-        return {"prefill": self.prefill, "decode": self.decode}
+    def decode_pools(self) -> dict[str, DecodeSection]:
+        """The sections of all models' decode pools, by variant; the model's own has none."""
+        return {"": self.decode, **self.model.variants}
+
+    @property
+    def placed(self) -> dict[str, PrefillSection | DecodeSection]:
+        """The sections of all that compute, by their names in the file."""
+        variants = {f"model.variants.{name}": section for name, section in self.model.variants.items()}
+        return {"prefill": self.prefill, "decode": self.decode, **variants}
+
+    @property
+    def pools(self) -> dict[str, PrefillSection | DecodeSection]:
+        """The same by the names of their pools."""
+        decode = {pool_name(Role.DECODE, variant): section for variant, section in self.decode_pools.items()}
+        return {pool_name(Role.PREFILL): self.prefill, **decode}
 
     @property
     def num_decode_replicas(self) -> int:
         """Decode replicas of all models, at most."""
-        return self.decode.most_replicas + len(self.model.variants) * self.decode.num_replicas
+        return sum(section.most_replicas for section in self.decode_pools.values())
 
     @property
     def scalings(self) -> tuple[PoolScaling, ...]:
-        """Of the roles whose number of replicas follows their load."""
-        return tuple(scaling for section in self.placed.values() if (scaling := section.scaling) is not None)
+        """Of the pools whose number of replicas follows their load."""
+        decode = [
+            replace(scaling, variant=variant)
+            for variant, section in self.decode_pools.items()
+            if (scaling := section.scaling) is not None
+        ]
+        return (*filter(None, [self.prefill.scaling]), *decode)
 
     @property
     def resolved_dtype(self) -> str:
@@ -256,6 +303,14 @@ class ClusterConfig(Settings):
 
         fastest = {fastest_dtype(parse_device(section.resolved_device)) for section in self.placed.values()}
         return dtype_name(fastest.pop()) if len(fastest) == 1 else "float32"
+
+
+def _whole_variant(name: str, given: Any, decode: Any) -> Any:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):  # it becomes part of names in Ray Serve, and of files'
+        raise ValueError(f"model.variants: {name!r} is no name; use letters, digits, '.', '_' and '-'")
+    if isinstance(given, str):
+        raise ValueError(f"model.variants.{name}={given!r} must be a section: [model.variants.{name}] path = {given!r}")
+    return decode | given if isinstance(given, dict) and isinstance(decode, dict) else given
 
 
 def load_config(path: Path | None, overrides: dict[str, Any]) -> ClusterConfig:

@@ -65,12 +65,13 @@ def application(args: dict[str, dict[str, Any]]) -> Any:
 def _check(config: ClusterConfig) -> tuple[Path, Path]:
     """The folders of the model and of the secrets, which must be at the same place on every machine."""
     found = {"model.path": config.model.path, "security.folder": config.security.folder}
+    found |= {f"model.variants.{variant}.path": each.path for variant, each in config.model.variants.items()}
     for name, path in found.items():
         if path is None:
             raise ConfigError(f"{name} is not set; Serve's config is for a Ray of several machines, which needs it")
         if not path.is_absolute():
             raise ConfigError(f"{name}={str(path)!r} must be a whole path, the same on every machine")
-    model, folder = found.values()
+    model, folder, *_ = found.values()
     assert model is not None
     assert folder is not None
     return model, folder

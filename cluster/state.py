@@ -94,8 +94,8 @@ class ClusterState:
     """What it was brought up with, by section."""
     application: str = "colm"
     """Name of its Serve application."""
-    weights_stamp: str = ""
-    """Of the checkpoint, as its replicas read it."""
+    weights_stamps: dict[str, str] = field(default_factory=dict)
+    """Of all models' weights as their replicas read them, by file."""
 
     @property
     def drain_s(self) -> float:

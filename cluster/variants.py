@@ -19,12 +19,12 @@ def require_one_chain_1(config: ClusterConfig, checkpoint: Checkpoint) -> None:
     def of(model: Checkpoint) -> str:
         return fingerprint(model, KvFormat.of(model.config, dtype))
 
-    for name, path in config.model.variants.items():
-        if name in ("", config.model.served_name):
+    for name, section in config.model.variants.items():
+        if name == config.model.served_name:
             raise ConfigError(f"model.variants: {name!r} is no name of its own; choose one that clients can tell apart")
-        if (has := of(Checkpoint.open(path))) != (wants := of(checkpoint)):
+        if (has := of(Checkpoint.open(section.path))) != (wants := of(checkpoint)):
             raise ConfigError(
-                f"model.variants.{name}={str(path)!r} has another chain 1 than {checkpoint.path} (KV fingerprint "
-                f"{has[:12]}, not {wants[:12]}), and its prefill replicas hold that alone; a model of another chain 1 "
-                "needs a cluster of its own"
+                f"model.variants.{name}.path={str(section.path)!r} has another chain 1 than {checkpoint.path} "
+                f"(KV fingerprint {has[:12]}, not {wants[:12]}), and its prefill replicas hold that alone; "
+                "a model of another chain 1 needs a cluster of its own"
             )

@@ -17,6 +17,16 @@ class Role(Enum):
     DECODE = "decode"
 
 
+def pool_name(role: Role, variant: str = "") -> str:
+    """The name of all nodes that serve the same: the prefill pool's, or that of one model's decode pool.
+
+    Args:
+        role: of its nodes.
+        variant: as `NodeReport` has it.
+    """
+    return f"{role.value}-{variant}" if variant else role.value
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessFacts:
     """The process behind a node."""
@@ -94,6 +104,15 @@ class NodeReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NodeCounts:
+    """How many nodes serve, as the gateway answers to a report."""
+
+    num_prefill: int
+    num_decode: int
+    """Of all models."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NodeStatus:
     """A node's last report."""
 
@@ -107,6 +126,8 @@ class PoolStatus:
     """A pool whose size follows its load."""
 
     role: Role
+    variant: str = ""
+    """Of which further model, as `NodeReport` has it."""
     num_present: int
     num_wanted: int
     min_replicas: int
@@ -115,6 +136,11 @@ class PoolStatus:
     """Replicas that would carry its load at its target: the mean of the look-back."""
     queued_s: float
     """Engine time of the prompts on prefill nodes and in line for one, as estimated; 0 for decode nodes."""
+
+    @property
+    def name(self) -> str:
+        """As `pool_name` makes it."""
+        return pool_name(self.role, self.variant)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,6 +58,8 @@ def _explained(found: dict[str, Any], name_of: Callable[[str], str]) -> str:
     option = ".".join(str(part) for part in found["loc"])
     if found["type"] == "value_error":  # a check of ours, whose message begins with an option's name
         return name_of(".".join(filter(None, (option, str(found["ctx"]["error"])))))
+    if found["type"] == "missing":
+        return f"{name_of(option)} is not set"
     if found["type"] == "extra_forbidden":
         return f"{name_of(option)} is not an option; `colm config` lists them"
     return f"{name_of(option)}={found['input']!r}: {found['msg']}"

@@ -29,7 +29,7 @@ from cluster.replicas.gateway import ServeDecodePool
 from colm.clock import Deadline
 from colm.errors import CapacityExceeded
 from colm.model.config import ChainConfig
-from colm.nodes import Role
+from colm.nodes import NodeCounts, Role
 from colm.sampling import SamplingParams
 from colm.scale import Changing, Scale
 
@@ -304,12 +304,8 @@ class SimulatedCluster:
         self._prefill_serve.add(address)
 
     def _add_decode(self, address: str) -> None:
-        pool = ServePrefillPool(
-            self._prefill_serve,
-            num_replicas=self._plan.num_prefill,
-            max_waiting=self._plan.prefill.max_queued,
-            is_alone=self._plan.num_decode == 1,
-        )
+        pool = ServePrefillPool(self._prefill_serve, max_waiting=self._plan.prefill.max_queued)
+        pool.hear(NodeCounts(num_prefill=self._plan.num_prefill, num_decode=self._plan.num_decode))
         self._pools.append(pool)
         self.decode_nodes[address] = self._serving_decode[address] = DecodeModel(
             address,

@@ -61,12 +61,13 @@ class SimulatedNumbers:
     _wanted: dict[Role, int] = field(default_factory=dict)
     _num_starting: dict[Role, int] = field(default_factory=lambda: dict.fromkeys(Role, 0))
 
-    async def now(self) -> Mapping[Role, int]:
+    async def now(self) -> Mapping[str, int]:
         """Those that serve; asked before anything is told."""
-        return {role: self.present(role) for role in Role}
+        return {role.value: self.present(role) for role in Role}
 
-    async def tell(self, role: Role, num_replicas: int) -> None:
+    async def tell(self, pool: str, num_replicas: int) -> None:
         """Start what is missing; retire what is too many, at once."""
+        role = Role(pool)
         self._wanted[role] = num_replicas
         while self.present(role) > num_replicas:
             self.retire(role)
@@ -90,7 +91,7 @@ async def scale(
     looks: list[Look],
 ) -> None:
     """Run the real autoscaler until cancelled, and note what it says at each look."""
-    scaler = Autoscaler(plan.pools, registry, numbers, clock, num_waiting)
+    scaler = Autoscaler(plan.pools, registry, numbers, clock, lambda _: num_waiting())
     while True:
         await scaler.look()
         looks.append(Look(clock.now(), registry.pools))

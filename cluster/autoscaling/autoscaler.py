@@ -10,7 +10,7 @@ from cluster.autoscaling.signals import PoolScaling, Signal, signal_of
 from cluster.node_registry import NodeRegistry
 from colm.clock import Clock
 from colm.errors import ClusterError
-from colm.nodes import PoolStatus, Role
+from colm.nodes import PoolStatus, pool_name
 
 logger = logging.getLogger(__name__)
 
@@ -23,15 +23,15 @@ _AGAIN_S = 60.0
 class ReplicaNumbers(Protocol):
     """How many replicas run, as whoever runs them is told."""
 
-    async def now(self) -> Mapping[Role, int]:
-        """The numbers that were told last.
+    async def now(self) -> Mapping[str, int]:
+        """The numbers that were told last, by pool.
 
         Raises:
             ClusterError: there is no answer.
         """
 
-    async def tell(self, role: Role, num_replicas: int) -> None:
-        """Run so many.
+    async def tell(self, pool: str, num_replicas: int) -> None:
+        """Run so many of a pool.
 
         Raises:
             ClusterError: there is no answer.
@@ -39,8 +39,8 @@ class ReplicaNumbers(Protocol):
 
 
 class _Pool:
-    def __init__(self, role: Role, scaler: PoolScaler, signal: Signal) -> None:
-        self.role = role
+    def __init__(self, scaling: PoolScaling, scaler: PoolScaler, signal: Signal) -> None:
+        self.scaling = scaling
         self.scaler = scaler
         self.signal = signal
         self.told: int | None = None
@@ -57,7 +57,7 @@ class Autoscaler:
         registry: has the nodes' reports, and is given the pools' state for whoever asks.
         numbers: runs the replicas.
         clock: times the looks.
-        num_waiting: requests that wait for a decode node.
+        num_waiting: requests that wait for a decode node, by variant.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Autoscaler:
         registry: NodeRegistry,
         numbers: ReplicaNumbers,
         clock: Clock,
-        num_waiting: Callable[[], int],
+        num_waiting: Callable[[str], int],
     ) -> None:
         self._scalings = scalings
         self._num_waiting = num_waiting
@@ -98,23 +98,24 @@ class Autoscaler:
             numbers, now_s = await self._numbers.now(), self._clock.now()
             self._pools = [
                 _Pool(
-                    each.role,
-                    PoolScaler(each.limits, now_s, numbers.get(each.role)),
+                    each,
+                    PoolScaler(each.limits, now_s, numbers.get(each.name)),
                     signal_of(each, self._num_waiting),
                 )
                 for each in self._scalings
             ]
             return
-        now_s, reports = self._clock.now(), [node.report for node in self._registry.serving("").nodes()]
+        now_s, reports = self._clock.now(), [node.report for node in self._registry.nodes()]
         states = []
         for pool in self._pools:
-            load, scaler = pool.signal.look(reports, now_s), pool.scaler
-            num_present, before = sum(report.role is pool.role for report in reports), scaler.num_wanted
+            load, scaler, scaling = pool.signal.look(reports, now_s), pool.scaler, pool.scaling
+            num_present = sum(pool_name(report.role, report.variant) == scaling.name for report in reports)
+            before = scaler.num_wanted
             wanted = scaler.observe(now_s, demand=load.demand, num_present=num_present)
             if wanted != before:
                 logger.info(
-                    "pool.scaled role=%s from=%d to=%d present=%d demand=%.2f queued_s=%.1f",
-                    pool.role.value,
+                    "pool.scaled pool=%s from=%d to=%d present=%d demand=%.2f queued_s=%.1f",
+                    scaling.name,
                     before,
                     wanted,
                     num_present,
@@ -123,7 +124,8 @@ class Autoscaler:
                 )
             states.append(
                 PoolStatus(
-                    role=pool.role,
+                    role=scaling.role,
+                    variant=scaling.variant,
                     num_present=num_present,
                     num_wanted=wanted,
                     min_replicas=scaler.limits.min_replicas,
@@ -139,5 +141,5 @@ class Autoscaler:
     async def _tell(self, pool: _Pool, now_s: float) -> None:
         wanted = pool.scaler.num_wanted
         if wanted != pool.told or now_s - pool.told_s >= _AGAIN_S:
-            await self._numbers.tell(pool.role, wanted)
+            await self._numbers.tell(pool.scaling.name, wanted)
             pool.told, pool.told_s = wanted, now_s

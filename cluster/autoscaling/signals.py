@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.autoscaling.policy import ScalingLimits, decode_demand, prefill_demand
-from colm.nodes import NodeReport, PromptCost, Role
+from colm.nodes import NodeReport, PromptCost, Role, pool_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,9 +13,16 @@ class PoolScaling:
     """How a pool is scaled."""
 
     role: Role
+    variant: str = ""
+    """Of which further model, as `NodeReport` has it."""
     limits: ScalingLimits
     target: float
     """Of its signal: seconds of queued work on a prefill replica, or share of a decode replica in use."""
+
+    @property
+    def name(self) -> str:
+        """Of the pool."""
+        return pool_name(self.role, self.variant)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +42,7 @@ class Signal(Protocol):
         """The load now.
 
         Args:
-            nodes: last reports of all nodes, whatever their role.
+            nodes: last reports of all nodes, whatever their role and model.
             now_s: on any clock, later than at the last look.
         """
 
@@ -78,7 +85,7 @@ class PrefillSignal:
 
 
 class DecodeSignal:
-    """Pages that are reserved or waited for, and places in the batch.
+    """Pages that are reserved or waited for, and places in the batch, of one model's decode nodes.
 
     What a request holds while its prompt stands in line for an engine is the prefill pool's load: more decode nodes
     would only lengthen that line. So is, in the same share, what waits for what such requests hold.
@@ -86,17 +93,20 @@ class DecodeSignal:
     Args:
         target_use: share of both that a replica should have in use.
         num_waiting: requests that wait for a decode node, at the gateway.
+        variant: which model's, as `NodeReport` has it.
     """
 
-    def __init__(self, target_use: float, num_waiting: Callable[[], int]) -> None:
+    def __init__(self, target_use: float, num_waiting: Callable[[], int], variant: str = "") -> None:
         self._target_use = target_use
+        self._variant = variant
         self._num_waiting = num_waiting
         self._capacity: tuple[int, int] | None = None
         """Pages and places of a node, as the last one told."""
 
     def look(self, nodes: Sequence[NodeReport], now_s: float) -> PoolLoad:  # noqa: ARG002 - as every signal
         """What requests hold and wait for."""
-        decode = [node for node in nodes if node.role is Role.DECODE]
+        of_all = [node for node in nodes if node.role is Role.DECODE]
+        decode = [node for node in of_all if node.variant == self._variant]
         if decode:
             self._capacity = decode[0].num_pages_total, decode[0].load.num_places
         if self._capacity is None:
@@ -105,7 +115,9 @@ class DecodeSignal:
         num_active = sum(node.num_active_requests for node in decode)
         num_queued = sum(node.num_queued_requests for node in decode)
         num_prefilling = sum(node.load.num_prefilling for node in decode)
-        in_line = min(1.0, _num_in_line(nodes) / num_prefilling) if num_prefilling else 0.0
+        # All models' prompts stand in the one line, so the share that does is of all of them.
+        all_prefilling = sum(node.load.num_prefilling for node in of_all)
+        in_line = min(1.0, _num_in_line(nodes) / all_prefilling) if all_prefilling else 0.0
         demand = decode_demand(
             num_pages=_own(
                 held=sum(node.num_pages_used for node in decode),
@@ -138,8 +150,8 @@ def _own(*, held: float, of_line: float, waited_for: float) -> float:
     return own + waited_for * (own / held if held else 1.0)
 
 
-def signal_of(scaling: PoolScaling, num_waiting: Callable[[], int]) -> Signal:
-    """The signal of a pool's role; `num_waiting` as for `DecodeSignal`."""
+def signal_of(scaling: PoolScaling, num_waiting: Callable[[str], int]) -> Signal:
+    """The signal of a pool; `num_waiting` as for `DecodeSignal`, by variant."""
     if scaling.role is Role.PREFILL:
         return PrefillSignal(scaling.target)
-    return DecodeSignal(scaling.target, num_waiting)
+    return DecodeSignal(scaling.target, lambda: num_waiting(scaling.variant), scaling.variant)

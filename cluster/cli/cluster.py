@@ -15,7 +15,7 @@ from cluster.options import load_config
 from cluster.serve_config import serve_config
 from cluster.state import ClusterState
 from colm.client import Client
-from colm.nodes import NodeStatus
+from colm.nodes import NodeStatus, pool_name
 
 _NOTHING_LEFT = "interrupted; nothing is left running"
 
@@ -149,15 +149,17 @@ def status(state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> N
         )
     for pool in answer.pools:
         console.print(
-            f"{pool.role.value}: {pool.num_present} of {pool.num_wanted} replicas wanted, {pool.min_replicas} to "
+            f"{pool.name}: {pool.num_present} of {pool.num_wanted} replicas wanted, {pool.min_replicas} to "
             f"{pool.max_replicas} allowed; the load asks for {pool.demand:.2f}",
             soft_wrap=True,
         )
-    table = Table("role", Column("address", no_wrap=True), "pid", "active", "queued", "KV pages", "memory")
+    table = Table(
+        Column("role", no_wrap=True), Column("address", no_wrap=True), "pid", "active", "queued", "KV pages", "memory"
+    )
     for node in answer.nodes:
         report = node.report
         table.add_row(
-            f"{report.role.value} {report.variant}".rstrip(),
+            pool_name(report.role, report.variant),
             report.address,
             str(report.process.pid),
             str(report.num_active_requests),

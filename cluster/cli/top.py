@@ -112,7 +112,7 @@ def _screen(view: ClusterView) -> Group:
     pools = Table("pool", "replicas", "wanted", "limits", "load asks for", "queue")
     for pool in view.pools:
         pools.add_row(
-            pool.role.value,
+            pool.name,
             str(pool.num_present),
             str(pool.num_wanted),
             f"{pool.min_replicas} to {pool.max_replicas}",

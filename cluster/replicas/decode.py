@@ -11,7 +11,7 @@ from cluster.replicas.node import NodeReplica
 from cluster.secret_files import SecretFiles
 from colm.errors import PeerFailed, PeerUnavailable
 from colm.line import Beat
-from colm.nodes import NodeLoad, NodeReport, Role
+from colm.nodes import NodeCounts, NodeLoad, NodeReport, Role
 from colm.tracing import TraceFiles
 from colm.wire.members import Member
 from decode_node.node import DecodeNode, DecodeOptions
@@ -24,9 +24,9 @@ MAX_KNOWN_NODES: Final = 256
 class ServePrefillPool:
     """Lends the prefill nodes that Ray Serve runs."""
 
-    def __init__(self, handle: Any, *, num_replicas: int, max_waiting: int, is_alone: bool) -> None:
-        self._lender = ServeLender(handle, Role.PREFILL, max_waiting=max_waiting, is_alone=is_alone)
-        self._num_replicas = num_replicas
+    def __init__(self, handle: Any, *, max_waiting: int) -> None:
+        self._lender = ServeLender(handle, Role.PREFILL, max_waiting=max_waiting, is_alone=False)
+        self._num_nodes: int | None = None
         self._known: dict[str, None] = {}
         """Addresses of nodes that have not failed since they were lent, the last one lent at the end."""
         self._num_streams = Counter[str]()
@@ -36,6 +36,11 @@ class ServePrefillPool:
     def waiting_tokens(self) -> tuple[int, ...]:
         """Lengths of the prompts that wait for a node."""
         return tuple(self._waiting_tokens.elements())
+
+    def hear(self, counts: NodeCounts) -> None:
+        """Take how many nodes there are, and whether anybody else borrows from them; nothing is known before."""
+        self._num_nodes = counts.num_prefill
+        self._lender.set_alone(counts.num_decode == 1)
 
     def close(self) -> None:
         """Give back the nodes that nobody uses."""
@@ -55,7 +60,7 @@ class ServePrefillPool:
         refused_by: Collection[str],
     ) -> AsyncIterator[PrefillLease]:
         """Borrow a node from Serve."""
-        if len(refused_by) >= self._num_replicas:
+        if self._num_nodes is not None and refused_by and len(refused_by) >= self._num_nodes:
             raise no_other()
         async with AsyncExitStack() as stack:
             with self._waiting_for(num_tokens):
@@ -96,9 +101,7 @@ class DecodeReplica(NodeReplica):
     Args:
         options: host is replaced by this machine's address.
         prefill: handle of the prefill deployment.
-        num_prefill: its replicas.
         max_waiting_for_prefill: prompts of this node that may wait for a prefill node.
-        is_alone: there is no other decode replica.
         gateway: (deployment, application) to which this node reports.
         metrics_host: where Prometheus reads its metrics; None for nowhere.
         traces: where it records spans; None for nowhere.
@@ -112,9 +115,7 @@ class DecodeReplica(NodeReplica):
         options: DecodeOptions,
         secrets: SecretFiles,
         prefill: Any,
-        num_prefill: int,
         max_waiting_for_prefill: int,
-        is_alone: bool,
         gateway: tuple[str, str],
         metrics_host: str | None,
         traces: TraceFiles | None,
@@ -122,9 +123,7 @@ class DecodeReplica(NodeReplica):
     ) -> None:
         super().__init__()
         self.variant = variant
-        self._prefill_pool = ServePrefillPool(
-            prefill, num_replicas=num_prefill, max_waiting=max_waiting_for_prefill, is_alone=is_alone
-        )
+        self._prefill_pool = ServePrefillPool(prefill, max_waiting=max_waiting_for_prefill)
         security = secrets.of_nodes(Member.DECODE)
         self._node = DecodeNode(replace(options, host=self._host), security, self._prefill_pool, self._leases)
         await self._start(self._node, secrets, gateway, metrics_host, traces)
@@ -132,6 +131,9 @@ class DecodeReplica(NodeReplica):
     async def __del__(self) -> None:
         await super().__del__()
         self._prefill_pool.close()
+
+    def _hear(self, counts: NodeCounts) -> None:
+        self._prefill_pool.hear(counts)
 
     def _report(self) -> NodeReport:
         load = self._node.load

@@ -46,7 +46,7 @@ from colm.dtypes import parse_dtype
 from colm.kv import KvFormat, fingerprint
 from colm.line import Beat
 from colm.metrics.endpoint import MetricsEndpoint
-from colm.nodes import ClusterStatus, NodeReport, Role
+from colm.nodes import ClusterStatus, NodeCounts, NodeReport, Role
 from colm.text.tokenizer import Tokenizer
 from colm.tracing import TraceFiles, trace_to
 from colm.wire.endpoint import bind, create_server, dial_address
@@ -139,12 +139,14 @@ class GatewayReplica:
         if options.traces is not None:
             self._end_traces = trace_to(options.traces, "gateway")
         model = await asyncio.to_thread(_load, options.model_name, options.model_path, options.dtype)
-        self._decode_pool, *pools = self._pools = [
-            ServeDecodePool(handle, max_waiting=options.limits.max_requests) for handle in (decode, *variants)
-        ]
+        # The handles of variants that are about to go come last, and nobody is lent these.
+        self._pools = {
+            name: ServeDecodePool(handle, max_waiting=options.limits.max_requests)
+            for name, handle in zip(["", *dict(options.variants)], (decode, *variants), strict=False)
+        }
         further = [
-            Variant(model=await asyncio.to_thread(_load, name, path, options.dtype), decode_pool=pool)
-            for (name, path), pool in zip(options.variants, pools, strict=True)
+            Variant(model=await asyncio.to_thread(_load, name, path, options.dtype), decode_pool=self._pools[name])
+            for name, path in options.variants
         ]
         self._registry = NodeRegistry(MonotonicClock())
         self._decode_calls = GrpcDecodeCalls(secrets.of_nodes(Member.GATEWAY))
@@ -153,7 +155,7 @@ class GatewayReplica:
         self._front_door = front_door = FrontDoor(
             model=model,
             limits=options.limits,
-            decode_pool=self._decode_pool,
+            decode_pool=self._pools[""],
             calls=self._decode_calls,
             registry=self._registry,
             clock=MonotonicClock(),
@@ -209,7 +211,11 @@ class GatewayReplica:
             PoolMetrics(self._registry, registry)
             numbers = ServeReplicaNumbers(serve.get_replica_context().app_name)
             scaler = Autoscaler(
-                options.scalings, self._registry, numbers, MonotonicClock(), lambda: self._decode_pool.num_waiting
+                options.scalings,
+                self._registry,
+                numbers,
+                MonotonicClock(),
+                lambda variant: self._pools[variant].num_waiting,
             )
             self._scaling = asyncio.create_task(scaler.run())
         self._bind = partial(bind, self._server, options.host, options.port, client_security, shares_port=True)
@@ -251,9 +257,10 @@ class GatewayReplica:
         await self._opened.wait()
         return self._address, self._http.address
 
-    async def report(self, report: NodeReport) -> None:
-        """Take a node's report."""
+    async def report(self, report: NodeReport) -> NodeCounts | None:
+        """Take a node's report; returns how many nodes there are, once that is known."""
         self._registry.report(report)
+        return self._registry.counts()
 
     async def drain(self, bound_s: float, gives_way: bool) -> None:
         """Take no new request, say so to health checks, and return once those that are inside have ended.
@@ -279,7 +286,7 @@ class GatewayReplica:
             await self._server.stop(defaults.STOP_GRACE_S)  # whoever watches its health has no end
             assert self._closing is not None
             await self._closing
-            for pool in self._pools:
+            for pool in self._pools.values():
                 pool.close()
             await self._decode_calls.close()
         if self._end_traces is not None:

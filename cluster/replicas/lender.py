@@ -91,6 +91,12 @@ class ServeLender:
         self._kept: dict[_Call, str] = {}
         """Calls that nobody uses, with the addresses of their replicas."""
 
+    def set_alone(self, is_alone: bool) -> None:
+        """Somebody else borrows from now on, or nobody; one that is not alone any more gives back what it keeps."""
+        self._is_alone = is_alone
+        if not is_alone:
+            self.close()
+
     @property
     def num_waiting(self) -> int:
         """Who waits in line."""

@@ -16,7 +16,7 @@ from cluster.secret_files import SecretFiles
 from colm.leases import LeaseTable
 from colm.metrics.endpoint import MetricsEndpoint
 from colm.node_cli import Node
-from colm.nodes import NodeLoad, NodeReport, ProcessFacts, Role
+from colm.nodes import NodeCounts, NodeLoad, NodeReport, ProcessFacts, Role
 from colm.tracing import TraceFiles, trace_to
 from colm.wire.endpoint import is_loopback
 
@@ -60,7 +60,7 @@ class NodeReplica:
             await self._metrics.start()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         handle: Any = serve.get_deployment_handle(*gateway)
-        self._reporting = asyncio.create_task(keep_reporting(handle.report.remote, self._report))
+        self._reporting = asyncio.create_task(keep_reporting(handle.report.remote, self._report, self._hear))
         self._looking_after = asyncio.create_task(keep_looking_after(secrets))
 
     async def lease(self, again: bool) -> AsyncIterator[tuple[str, str]]:
@@ -86,6 +86,9 @@ class NodeReplica:
             await self._running.stop()
         if self._end_traces is not None:
             self._end_traces()
+
+    def _hear(self, counts: NodeCounts) -> None:
+        """Take the gateway's answer to a report."""
 
     @abstractmethod
     def _report(self) -> NodeReport:

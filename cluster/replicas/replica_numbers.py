@@ -10,7 +10,6 @@ from ray.serve._private.common import DeploymentID
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from colm.errors import ClusterError
-from colm.nodes import Role
 
 _TIMEOUT_S = 10.0
 
@@ -38,7 +37,7 @@ def tell_numbers(application: str, numbers: Mapping[str, int]) -> None:
 
 
 class ServeReplicaNumbers:
-    """Those of an application's roles, whose deployments have their names.
+    """Those of an application's pools, whose deployments have their names.
 
     Serve has this call for scalers outside of it, `POST .../scale` of its REST API; it takes it where the application
     was run with `external_scaler_enabled`.
@@ -47,14 +46,13 @@ class ServeReplicaNumbers:
     def __init__(self, application: str) -> None:
         self._application = application
 
-    async def now(self) -> Mapping[Role, int]:
+    async def now(self) -> Mapping[str, int]:
         """The numbers that Serve keeps."""
-        kept = await asyncio.to_thread(kept_numbers, self._application)
-        return {role: kept[role.value] for role in Role if role.value in kept}
+        return await asyncio.to_thread(kept_numbers, self._application)
 
-    async def tell(self, role: Role, num_replicas: int) -> None:
+    async def tell(self, pool: str, num_replicas: int) -> None:
         """Have Serve keep so many."""
-        await asyncio.to_thread(tell_numbers, self._application, {role.value: num_replicas})
+        await asyncio.to_thread(tell_numbers, self._application, {pool: num_replicas})
 
 
 def _ask(method: str, *arguments: object) -> Any:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from colm.nodes import REPORT_INTERVAL_S, NodeReport
+from colm.nodes import REPORT_INTERVAL_S, NodeCounts, NodeReport
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +20,24 @@ def log_beside(other: str) -> None:
         ours.propagate = False
 
 
-async def keep_reporting(send: Callable[[NodeReport], Awaitable[object]], look: Callable[[], NodeReport]) -> None:
-    """Report now and every `REPORT_INTERVAL_S` seconds, until cancelled. A report that fails is dropped."""
+async def keep_reporting(
+    send: Callable[[NodeReport], Awaitable[NodeCounts | None]],
+    look: Callable[[], NodeReport],
+    hear: Callable[[NodeCounts], None],
+) -> None:
+    """Report now and every `REPORT_INTERVAL_S` seconds, until cancelled. A report that fails is dropped.
+
+    Args:
+        send: gives a report to the gateway, which may answer how many nodes there are.
+        look: makes a report.
+        hear: takes the answers.
+    """
     while True:
         try:
             async with asyncio.timeout(_SEND_TIMEOUT_S):
-                await send(look())
+                counts = await send(look())
+            if counts is not None:
+                hear(counts)
         except Exception as err:  # noqa: BLE001 - whatever hinders a report must not stop the node
             logger.info("report.dropped error=%r", err)
         await asyncio.sleep(REPORT_INTERVAL_S)

@@ -13,6 +13,7 @@ from openai import DefaultHttpxClient, OpenAI
 
 from cluster.state import ClusterState
 from colm.client import Client, collect
+from colm.errors import UnknownModel
 from colm.nodes import PoolStatus, Role
 from colm.sampling import SamplingParams
 from tests.e2e.conftest import RunningCluster, run_colm, until
@@ -201,7 +202,8 @@ def test_another_checkpoint_takes_over_under_requests_and_no_answer_is_of_both(
     before = pids(cluster)
     with asking(cluster) as asked:
         third = toml(folder, "third", batch=3, requests=63, model="next")
-        third.write_text(f'{third.read_text()}[model.variants]\ntuned = "{folder / "tuned"}"\n')
+        tuned = f'[model.variants.tuned]\npath = "{folder / "tuned"}"\nmax_replicas = 2\nmax_batch_size = 2\n'
+        third.write_text(third.read_text() + tuned)
         said = cluster.colm("up", "--config", str(third)).stderr
         num_answers = len(asked.grpc), len(asked.http)
         until(lambda: len(asked.grpc) > num_answers[0] + 2 and len(asked.http) > num_answers[1] + 1, 60)
@@ -216,4 +218,19 @@ def test_another_checkpoint_takes_over_under_requests_and_no_answer_is_of_both(
     with cluster.client() as client:
         events = client.generate(token_ids=PROMPT, max_new_tokens=40, sampling=GREEDY, model="tuned")
         assert tuple(token.token_id for token in collect(events).tokens) not in {*asked.grpc}
+        assert [(pool.name, pool.max_replicas) for pool in client.cluster_status().pools] == [("decode-tuned", 2)]
     assert ClusterState.require(cluster.state_dir).options["model"]["path"] == str(folder / "next")
+
+
+def test_a_variant_goes_and_the_others_requests_and_replicas_go_on(cluster: RunningCluster, folder: Path) -> None:
+    before = pids(cluster)
+    with asking(cluster):
+        alone = toml(folder, "alone", batch=3, requests=63, model="next")
+        said = cluster.colm("up", "--config", str(alone)).stderr
+        until(lambda: len(cluster.nodes(Role.DECODE)) == 1, 60)
+    assert f"model.variants.tuned.path: {folder / 'tuned'} -> None" in said
+    after = pids(cluster)
+    assert after[Role.PREFILL] == before[Role.PREFILL]
+    assert after[Role.DECODE] < before[Role.DECODE]
+    with cluster.client() as client, pytest.raises(UnknownModel, match="this cluster serves 'tiny'"):
+        collect(client.generate(token_ids=PROMPT, max_new_tokens=4, model="tuned"))

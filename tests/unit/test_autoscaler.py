@@ -56,29 +56,31 @@ class Numbers:
     """Serve, as far as it is told numbers."""
 
     def __init__(self, **kept: int) -> None:
-        self.kept = {Role(name): number for name, number in kept.items()}
-        self.told: list[tuple[Role, int]] = []
+        self.kept = kept
+        self.told: list[tuple[str, int]] = []
         self.is_deaf = False
 
-    async def now(self) -> Mapping[Role, int]:
+    async def now(self) -> Mapping[str, int]:
         if self.is_deaf:
             raise ClusterError("Ray Serve does not answer")
         return self.kept
 
-    async def tell(self, role: Role, num_replicas: int) -> None:
+    async def tell(self, pool: str, num_replicas: int) -> None:
         if self.is_deaf:
             raise ClusterError("Ray Serve does not answer")
-        self.told.append((role, num_replicas))
+        self.told.append((pool, num_replicas))
 
 
 class Cluster:
     """A registry, a scaler before it, and a second between two looks."""
 
-    def __init__(self, *scalings: PoolScaling, numbers: Numbers, num_waiting: int = 0) -> None:
+    def __init__(self, *scalings: PoolScaling, numbers: Numbers, num_waiting: Mapping[str, int] = {}) -> None:
         self.clock = FakeClock()
         self.registry = NodeRegistry(self.clock)
         self.numbers = numbers
-        self.scaler = Autoscaler(scalings, self.registry, numbers, self.clock, lambda: num_waiting)
+        self.scaler = Autoscaler(
+            scalings, self.registry, numbers, self.clock, lambda variant: num_waiting.get(variant, 0)
+        )
 
     async def look(self, *reports: NodeReport, seconds: int = 1) -> None:
         for _ in range(seconds):
@@ -91,17 +93,17 @@ class Cluster:
 async def test_a_queue_brings_replicas_and_its_end_takes_them_away() -> None:
     cluster = Cluster(PREFILL, numbers=Numbers(prefill=1, decode=1))
     await cluster.look(prefill(active=5, work_s=25.0), seconds=7)
-    assert cluster.numbers.told == [(Role.PREFILL, 1), (Role.PREFILL, 2), (Role.PREFILL, 3)]
+    assert cluster.numbers.told == [("prefill", 1), ("prefill", 2), ("prefill", 3)]
     (pool,) = cluster.registry.pools
     assert (pool.num_present, pool.num_wanted, pool.demand, pool.queued_s) == (1, 3, 2.5, 25.0)
     await cluster.look(prefill("p"), prefill("q"), prefill("r"), seconds=26)
-    assert cluster.numbers.told[-1] == (Role.PREFILL, 1)
+    assert cluster.numbers.told[-1] == ("prefill", 1)
 
 
 async def test_a_new_gateway_goes_on_with_the_replicas_that_there_are() -> None:
     cluster = Cluster(PREFILL, numbers=Numbers(prefill=3))
     await cluster.look(prefill("p"), prefill("q"), prefill("r"), seconds=19)
-    assert cluster.numbers.told == [(Role.PREFILL, 3)]
+    assert cluster.numbers.told == [("prefill", 3)]
 
 
 async def test_serve_that_does_not_answer_is_told_at_a_later_look() -> None:
@@ -118,10 +120,10 @@ async def test_serve_that_does_not_answer_is_told_at_a_later_look() -> None:
             await cluster.look(busy)
     cluster.numbers.is_deaf = False
     await cluster.look(busy)
-    assert cluster.numbers.told[-1] == (Role.PREFILL, 4)
+    assert cluster.numbers.told[-1] == ("prefill", 4)
     cluster.numbers.told.clear()
     await cluster.look(busy, seconds=60)
-    again = {(Role.PREFILL, 4), (Role.DECODE, 1)}
+    again = {("prefill", 4), ("decode", 1)}
     assert set(cluster.numbers.told) == again, "whatever else may have changed it"
 
 
@@ -140,6 +142,32 @@ def test_engines_that_work_hold_their_replicas() -> None:
     load = signal.look([prefill("p", engine_s=51.5), prefill("new", engine_s=7.0)], 102.0)
     assert load.demand == pytest.approx(0.75)
     assert signal.look([prefill("p", engine_s=0.0), prefill("new", engine_s=99.0)], 104.0).demand == 1.0
+
+
+async def test_each_models_decode_pool_follows_its_own_load_and_the_prefill_pool_that_of_all() -> None:
+    """Bug: prompts of further models that waited for a prefill node brought none."""
+    legal = replace(DECODE, variant="legal")
+    numbers = Numbers(**{"prefill": 1, "decode": 1, "decode-legal": 2})
+    cluster = Cluster(PREFILL, DECODE, legal, numbers=numbers, num_waiting={"legal": 6})
+    own = decode(used=90, active=1, load=NodeLoad(num_places=10))
+    of_legal = replace(decode("l", active=4, load=NodeLoad(num_places=4, waiting_tokens=(1000, 1000))), variant="legal")
+    await cluster.look(own, of_legal, prefill(), seconds=7)
+    pools = {pool.name: pool for pool in cluster.registry.pools}
+    assert {name: pool.num_present for name, pool in pools.items()} == {"prefill": 1, "decode": 1, "decode-legal": 1}
+    assert pools["prefill"].queued_s == pytest.approx(2 * COST.seconds(1000))
+    assert (pools["decode"].demand, pools["decode-legal"].demand) == pytest.approx((90 / 100 / 0.5, 10 / 4 / 0.5))
+    assert ("decode-legal", 4) in numbers.told
+    assert ("decode", 2) in numbers.told
+
+
+def test_the_line_for_prefill_is_shared_by_the_models_whose_prompts_stand_in_it() -> None:
+    signal = DecodeSignal(0.5, lambda: 0, "legal")
+    load = NodeLoad(num_places=10, num_prefilling=4, num_pages_prefilling=80)
+    own = replace(decode(used=80, load=load), variant="legal")
+    # 8 prompts of two models for 2 engines: 6 of 8 of each model's stand in line.
+    engines = [prefill(name, active=4) for name in ("p", "q")]
+    found = signal.look([own, decode("other", used=80, load=load), *engines], 1.0)
+    assert found.demand == pytest.approx((80 - 6 / 8 * 80) / 100 / 0.5)
 
 
 def test_pages_that_are_waited_for_and_requests_in_the_gateways_line_ask_for_decode_nodes() -> None:
@@ -167,7 +195,7 @@ def test_what_stands_in_line_for_prefill_is_no_load_of_the_decode_pool() -> None
 
 async def test_a_decode_node_tells_which_prompts_wait_for_a_prefill_node() -> None:
     handle = ScriptedHandle()
-    pool = ServePrefillPool(handle, num_replicas=2, max_waiting=8, is_alone=False)
+    pool = ServePrefillPool(handle, max_waiting=8)
 
     async def beat(num_ahead: int) -> None: ...
 
@@ -183,18 +211,26 @@ async def test_a_decode_node_tells_which_prompts_wait_for_a_prefill_node() -> No
 
 
 STATUS = PoolStatus(
-    role=Role.PREFILL, num_present=1, num_wanted=3, min_replicas=1, max_replicas=4, demand=2.25, queued_s=41.5
+    role=Role.DECODE,
+    variant="legal",
+    num_present=1,
+    num_wanted=3,
+    min_replicas=1,
+    max_replicas=4,
+    demand=2.25,
+    queued_s=0.0,
 )
+QUEUE = replace(STATUS, role=Role.PREFILL, variant="", queued_s=41.5)
 
 
 def test_pools_cross_the_wire_and_are_shown() -> None:
-    status = ClusterStatus(models=(), nodes=(), num_active_requests=0, pools=(STATUS,))
+    status = ClusterStatus(models=(), nodes=(), num_active_requests=0, pools=(STATUS, QUEUE))
     assert cluster_status_from_pb(cluster_status_to_pb(status)) == status
     console = Console(width=160)
     with console.capture() as shown_text:
         console.print(_screen(Watch(lambda: status, lambda _: None).look()))
     shown = shown_text.get()
-    assert all(word in shown for word in ("1 to 4", "2.25", "41.5 s"))
+    assert all(word in shown for word in ("decode-legal", "1 to 4", "2.25", "41.5 s"))
 
 
 @pytest.mark.parametrize(
@@ -205,6 +241,14 @@ def test_pools_cross_the_wire_and_are_shown() -> None:
             "prefill.max_replicas=2 is below prefill.replicas=2",
         ),
         ("[decode]\nscale_up_s = 60\nscale_down_s = 30", "decode.scale_down_s=30 is below decode.scale_up_s=60"),
+        (
+            '[decode]\nreplicas = 3\n[model.variants.legal]\npath = "l"\nmax_replicas = 2',
+            "model.variants.legal.max_replicas=2 is below model.variants.legal.replicas=3",
+        ),
+        ("[model.variants.legal]\nreplicas = 2", "model.variants.legal.path is not set"),
+        ('[model]\nvariants = {legal = "l"}', r"model.variants.legal='l' must be a section: \[model.variants.legal\]"),
+        ('[model.variants."a/b"]\npath = "l"', "model.variants: 'a/b' is no name"),
+        ('[model.variants.legal]\npath = "l"\nspeed = 1', "model.variants.legal.speed is not an option"),
         ("[decode]\ntarget_use = 1.5", "decode.target_use=1.5"),
         ("[prefill]\ntarget_queue_s = 0", "prefill.target_queue_s=0"),
     ],
@@ -225,3 +269,20 @@ def test_nothing_is_scaled_unless_more_replicas_are_allowed() -> None:
     )
     assert on.decode.scaling is not None
     assert on.decode.scaling.target == 0.8
+
+
+def test_a_variant_is_scaled_as_decode_is_unless_its_section_says_otherwise() -> None:
+    sections = {
+        "legal": {"path": "l"},
+        "code": {"path": "c", "max_replicas": 5, "target_use": 0.5},
+        "one": {"path": "o"},
+    }
+    sections["one"]["max_replicas"] = 1
+    config = load_config(None, {"decode.max_replicas": 2, "decode.weights": "int8", "model.variants": sections})
+    assert [(each.name, each.limits.max_replicas, each.target) for each in config.scalings] == [
+        ("decode", 2, 0.8),
+        ("decode-legal", 2, 0.8),
+        ("decode-code", 5, 0.5),
+    ]
+    assert {section.weights for section in config.decode_pools.values()} == {"int8"}
+    assert config.num_decode_replicas == 2 + 2 + 5 + 1

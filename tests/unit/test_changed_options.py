@@ -85,8 +85,9 @@ def test_a_role_whose_options_stay_has_the_version_that_it_had(tmp_path: Path) -
         ({"gateway.max_requests": 9}, {"gateway"}),
         ({"metrics.enabled": False}, {"prefill", "decode", "gateway"}),
         # Bug: a prefill replica began anew, without what it had kept, since there was to be another one.
-        ({"prefill.replicas": 2}, {"decode"}),
-        ({"prefill.max_replicas": 3}, {"decode", "gateway"}),
+        ({"prefill.replicas": 2}, set()),
+        ({"prefill.max_replicas": 3}, {"gateway"}),
+        ({"decode.replicas": 2}, {"gateway"}),
         ({"decode.scale_down_s": 900.0, "prefill.target_queue_s": 3.0}, set()),
     ):
         other = versions(**option)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from cluster.node_registry import NodeRegistry
-from colm.nodes import REPORT_INTERVAL_S, NodeReport, ProcessFacts, Role
+from colm.nodes import REPORT_INTERVAL_S, NodeCounts, NodeReport, ProcessFacts, Role
 from tests.clock import FakeClock
 
 
@@ -78,3 +78,15 @@ def test_nodes_are_counted_by_role() -> None:
     for name, role in (("a", Role.DECODE), ("b", Role.DECODE), ("c", Role.PREFILL)):
         registry.report(report(name, role))
     assert (registry.count(Role.DECODE), registry.count(Role.PREFILL)) == (2, 1)
+
+
+def test_how_many_nodes_there_are_is_said_once_each_has_had_time_to_report() -> None:
+    """A gateway that has just begun knows of few, and whoever believed that would take one node for all."""
+    clock = FakeClock()
+    registry = NodeRegistry(clock)
+    registry.report(report("p", Role.PREFILL))
+    assert registry.counts() is None
+    clock.now_s += 5
+    for each in (report("p", Role.PREFILL), report("d", Role.DECODE), report("e", Role.DECODE)):
+        registry.report(each)
+    assert registry.counts() == NodeCounts(num_prefill=1, num_decode=2)

@@ -94,6 +94,11 @@ def test_a_path_that_depends_on_where_it_is_read_is_refused(name: str) -> None:
         serve_config(load_config(None, OPTIONS | {name: "some/where"}))
 
 
+def test_a_variants_path_too_is_the_same_on_every_machine() -> None:
+    with pytest.raises(ConfigError, match=r"model.variants.legal.path='some/where' must be a whole path"):
+        serve_config(load_config(None, OPTIONS | {"model.variants": {"legal": {"path": "some/where"}}}))
+
+
 def test_serve_refuses_what_up_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     args = json.loads(serve_config(load_config(None, OPTIONS)))["applications"][0]["args"]
     with pytest.raises(ConfigError, match="in plaintext"):

@@ -459,3 +459,17 @@ def check(handle: ScriptedHandle, came: list[Borrower]) -> None:
     taken = [borrower.granted for borrower in came]
     assert not num_asking or all(call.granted[-1] in taken for call in unused)
     assert sum(holds(present, call) for call in opened) == len(held)
+
+
+async def test_a_lender_that_is_not_alone_any_more_gives_back_what_it_keeps(handle: ScriptedHandle) -> None:
+    lender = ServeLender(handle, Role.PREFILL, max_waiting=2, is_alone=True)
+    async with coming(lender, handle) as come:
+        first = come()
+        await settle()
+        await grant(handle.calls[0], "host:1", "first")
+        await leave(first)
+        assert not handle.calls[0].is_cancelled
+        lender.set_alone(True)
+        assert not handle.calls[0].is_cancelled
+        lender.set_alone(False)
+        assert handle.calls[0].is_cancelled

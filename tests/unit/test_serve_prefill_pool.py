@@ -10,6 +10,7 @@ from cluster.replicas import decode, lender
 from cluster.replicas.decode import ServePrefillPool
 from cluster.replicas.lender import MAX_PASSED_OVER
 from colm.errors import CapacityExceeded, PeerUnavailable
+from colm.nodes import NodeCounts
 from decode_node.prefill_pool import PrefillLease
 
 
@@ -54,7 +55,9 @@ async def no_beat(_: int) -> None:
 
 
 def pool_of(handle: TakingTurns) -> ServePrefillPool:
-    return ServePrefillPool(handle, num_replicas=3, max_waiting=4, is_alone=False)
+    pool = ServePrefillPool(handle, max_waiting=4)
+    pool.hear(NodeCounts(num_prefill=3, num_decode=2))
+    return pool
 
 
 def borrow(
@@ -116,6 +119,26 @@ async def test_whoever_was_refused_gets_another_than_those_that_refused_whatever
         assert lease.address == "a"
     with pytest.raises(CapacityExceeded, match="no other prefill node is free"):
         await borrow(pool, "b", refused_by=["a", "b", "c"]).__aenter__()
+
+
+async def test_a_pool_that_has_become_smaller_knows_that_all_its_nodes_have_refused() -> None:
+    """Bug: it took the most that the pool may have, and asked Serve again and again for those that did not run."""
+    handle = TakingTurns("a")
+    pool = pool_of(handle)
+    with pytest.raises(CapacityExceeded):
+        await borrow(pool, refused_by=["a"]).__aenter__()
+    num_calls = handle.num_calls
+    pool.hear(NodeCounts(num_prefill=1, num_decode=2))
+    with pytest.raises(CapacityExceeded, match="no other prefill node is free"):
+        await borrow(pool, refused_by=["a"]).__aenter__()
+    assert (handle.num_calls, handle.num_open) == (num_calls, 0)
+    assert num_calls == MAX_PASSED_OVER
+
+
+async def test_before_it_knows_how_many_nodes_there_are_serve_is_asked() -> None:
+    handle = TakingTurns("a", "b")
+    async with borrow(ServePrefillPool(handle, max_waiting=4), refused_by=["a"]) as lease:
+        assert lease.address == "b"
 
 
 async def test_the_nodes_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
 """A model that takes the place of a running one: in which order, and what is left where that fails."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from ray.serve._private.common import ReplicaState
 
 from cluster import deployment
 from cluster.application import APPLICATION, SUCCESSOR
@@ -38,9 +39,11 @@ class Site:
             last, CONFIG, nothing, nothing, "ray", when_open=lambda name: self.steps.append(("state", name))
         )
 
-    def _run(self, name: str, *_: object, is_open: bool = True, after: str = "") -> None:
+    def _run(
+        self, name: str, *_: object, is_open: bool = True, after: str = "", leaving: Any = (), **__: object
+    ) -> None:
         assert after in ("", self.there[-1])
-        self.steps.append(("run", name, is_open))
+        self.steps.append(("run", name, is_open, *leaving))
         if is_open is self.fails_when_open:
             raise ClusterError("the replicas did not start")
 
@@ -100,3 +103,22 @@ def test_down_lets_answers_end_before_any_node_is_told_to_stop(monkeypatch: pyte
     site = Site(monkeypatch)
     deployment.remove("ray", APPLICATION, 7.0)
     assert site.steps == ["shutdown"]
+
+
+def test_a_variant_goes_when_the_gateway_that_knew_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    site, nothing = Site(monkeypatch, APPLICATION), cast(Any, None)
+    monkeypatch.setattr(deployment, "check_resources", lambda *_: None)
+    monkeypatch.setattr(deployment.ray, "cluster_resources", lambda: None)
+    monkeypatch.setattr(deployment, "kept_numbers", lambda _: {})
+    states = iter([{ReplicaState.RUNNING: 1, ReplicaState.STOPPING: 1}, {ReplicaState.RUNNING: 1}])
+
+    def status() -> Any:
+        gateway = SimpleNamespace(replica_states=next(states))
+        site.steps.append("look")
+        return SimpleNamespace(applications={APPLICATION: SimpleNamespace(deployments={"gateway": gateway})})
+
+    monkeypatch.setattr(deployment.serve, "status", status)
+    monkeypatch.setattr(deployment, "_POLL_S", 0.0)
+    leaving: Any = {"legal": None}
+    deployment.change(APPLICATION, CONFIG, nothing, nothing, "ray", beside=True, leaving=leaving)
+    assert site.steps == [("run", APPLICATION, True, "legal"), "look", "look", ("run", APPLICATION, True)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ import pytest
 from openai import AsyncOpenAI
 
 from cluster.application import build
-from cluster.change import as_kept, is_another_model
+from cluster.change import as_kept, changed, is_another_model, require_same_weights, weights_stamps
 from cluster.front_door.front_door import FrontDoor, Variant
 from cluster.node_registry import NodeRegistry
 from cluster.options import ClusterConfig, load_config
 from cluster.variants import require_one_chain_1
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
-from colm.errors import ConfigError
+from colm.errors import ClusterError, ConfigError
 from colm.events import Accepted, Event, Resumed
 from colm.nodes import Role
 from tests.clock import FakeClock
@@ -132,38 +133,79 @@ async def test_an_answer_of_a_lost_gateway_is_the_models_whose_node_holds_it() -
     assert [registry.serving(name).count(Role.DECODE) for name in ("", "legal")] == [0, 1]
 
 
-def options(base: Checkpoint, *variants: Path) -> ClusterConfig:
-    known = {path.name: str(path) for path in variants}
+def options(base: Checkpoint, *variants: Path, **own: Any) -> ClusterConfig:
+    """With further models in these folders, and options of their own by name."""
+    known = {path.name: {"path": path} | own.get(path.name, {}) for path in variants}
     return load_config(None, {"model.path": base.path, "model.dtype": "float32", "model.variants": known})
 
 
 def test_each_variant_has_a_decode_pool_and_all_have_one_prefill_pool(
     base: Checkpoint, legal: Checkpoint, tmp_path: Path
 ) -> None:
-    config, found = options(base, legal.path), {}
-    waiting: list[Any] = [build(config, base.path, secret_files(tmp_path))._bound_deployment]
-    while waiting:
-        deployment = waiting.pop()
-        found[deployment.name] = deployment.num_replicas
-        waiting += [each._bound_deployment for each in deployment.init_args if hasattr(each, "_bound_deployment")]
-    assert found == {"gateway": 1, "decode": 1, "decode-legal": 1, "prefill": 1}
-    assert config.num_decode_replicas == 2
+    secrets = secret_files(tmp_path)
+
+    def deployed(config: ClusterConfig, **more: Any) -> dict[str, Any]:
+        found = {}
+        waiting: list[Any] = [build(config, base.path, secrets, **more)._bound_deployment]
+        while waiting:
+            deployment = waiting.pop()
+            found[deployment.name] = deployment
+            waiting += [each._bound_deployment for each in deployment.init_args if hasattr(each, "_bound_deployment")]
+        return found
+
+    config = options(base, legal.path, legal={"replicas": 2, "max_replicas": 4, "weights": "int8"})
+    found = deployed(config)
+    numbers = {name: deployment.num_replicas for name, deployment in found.items()}
+    assert numbers == {"gateway": 1, "decode": 1, "decode-legal": 2, "prefill": 1}
+    kept = deployed(config, kept={"decode": 3, "decode-legal": 3})
+    assert [kept[name].num_replicas for name in ("decode", "decode-legal")] == [1, 3]
+    assert config.num_decode_replicas == 5
+    weights = {name: found[name].init_args[0].settings.weights for name in ("decode", "decode-legal")}
+    assert weights == {"decode": "stored", "decode-legal": "int8"}
+    # A change of its options is its own, and where it goes its replicas stay as they are for the last gateway.
+    other = deployed(options(base, legal.path, legal={"replicas": 2, "max_replicas": 4}))
+    assert {name for name in found if found[name].version != other[name].version} == {"decode-legal"}
+    without = options(base)
+    leaving = deployed(without, leaving=config.model.variants)
+    assert {name for name in found if found[name].version != leaving[name].version} == {"gateway"}
+    gone = deployed(without)
+    assert {name: each.version for name, each in gone.items()} == {name: leaving[name].version for name in gone}
+    assert set(found) - set(gone) == {"decode-legal"}
 
 
 def test_a_variant_of_another_chain_1_is_refused_by_name(base: Checkpoint, legal: Checkpoint, tmp_path: Path) -> None:
     require_one_chain_1(options(base, legal.path), base)
     other = tiny_checkpoint(tmp_path / "other", seed=1)
-    with pytest.raises(ConfigError, match=r"model.variants.other=.* has another chain 1 .* a cluster of its own"):
+    with pytest.raises(ConfigError, match=r"model.variants.other.path=.* has another chain 1 .* a cluster of its own"):
         require_one_chain_1(options(base, legal.path, other.path), base)
     with pytest.raises(ConfigError, match="'tiny' is no name of its own"):
         require_one_chain_1(options(base, base.path), base)
 
 
-def test_a_further_variant_comes_in_place_and_one_that_goes_needs_a_successor(
+def test_a_variant_comes_and_goes_in_place_and_another_checkpoint_of_its_name_needs_a_successor(
     base: Checkpoint, legal: Checkpoint, tmp_path: Path
 ) -> None:
     alone, both = options(base), options(base, legal.path)
     assert not is_another_model(alone, both)
-    assert is_another_model(both, alone)
+    assert not is_another_model(both, alone)
     assert is_another_model(both, options(base, tmp_path / "elsewhere" / "legal"))
-    assert ClusterConfig.model_validate(as_kept(both)).model.variants == {"legal": legal.path.resolve()}
+    assert ClusterConfig.model_validate(as_kept(both)).model.variants == both.model.variants
+    assert changed(as_kept(both), alone) == {"model.variants.legal.path": (str(legal.path), None)}
+    assert changed(as_kept(alone), both) == {"model.variants.legal.path": (None, str(legal.path))}
+    own = {"legal": {"weights": "int8", "replicas": 2}}
+    assert changed(as_kept(both), options(base, legal.path, **own)) == {
+        "model.variants.legal.weights": ("stored", "int8"),
+        "model.variants.legal.replicas": (1, 2),
+    }
+
+
+def test_weights_of_a_variant_that_are_written_anew_are_refused(base: Checkpoint, tmp_path: Path) -> None:
+    """Bug: those of the model alone were looked at, and a variant's replica that restarted would read others."""
+    variant = fine_tuned(tmp_path / "variant", base)
+    config = options(base, variant.path)
+    known = weights_stamps(config, base)
+    require_same_weights(known, config, base)
+    os.utime(variant.weights_path, ns=(1, 1))
+    with pytest.raises(ClusterError, match=f"{variant.weights_path} was written anew"):
+        require_same_weights(known, config, base)
+    require_same_weights(known, options(base), base)

@@ -160,7 +160,7 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., chains: _Optional[_Iterable[int]] = ..., max_context_tokens: _Optional[int] = ..., fingerprint: _Optional[str] = ..., reads_text: _Optional[bool] = ...) -> None: ...
 
 class Pool(_message.Message):
-    __slots__ = ("role", "num_present", "num_wanted", "min_replicas", "max_replicas", "demand", "queued_s")
+    __slots__ = ("role", "num_present", "num_wanted", "min_replicas", "max_replicas", "demand", "queued_s", "variant")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NUM_PRESENT_FIELD_NUMBER: _ClassVar[int]
     NUM_WANTED_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +168,7 @@ class Pool(_message.Message):
     MAX_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     DEMAND_FIELD_NUMBER: _ClassVar[int]
     QUEUED_S_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
     role: Role
     num_present: int
     num_wanted: int
@@ -175,7 +176,8 @@ class Pool(_message.Message):
     max_replicas: int
     demand: float
     queued_s: float
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., num_present: _Optional[int] = ..., num_wanted: _Optional[int] = ..., min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ..., demand: _Optional[float] = ..., queued_s: _Optional[float] = ...) -> None: ...
+    variant: str
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., num_present: _Optional[int] = ..., num_wanted: _Optional[int] = ..., min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ..., demand: _Optional[float] = ..., queued_s: _Optional[float] = ..., variant: _Optional[str] = ...) -> None: ...
 
 class Node(_message.Message):
     __slots__ = ("role", "replica_id", "address", "pid", "host", "num_active_requests", "num_queued_requests", "num_pages_total", "num_pages_used", "resident_bytes", "age_s", "ray_node_id", "num_leases", "metrics_address", "variant")

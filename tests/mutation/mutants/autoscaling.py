@@ -30,7 +30,7 @@ MUTANTS = (
     Mutant(
         "a new gateway begins with the fewest replicas",
         "cluster/autoscaling/autoscaler.py",
-        "PoolScaler(each.limits, now_s, numbers.get(each.role))",
+        "PoolScaler(each.limits, now_s, numbers.get(each.name))",
         "PoolScaler(each.limits, now_s)",
         _SCALER + "test_a_new_gateway_goes_on_with_the_replicas_that_there_are",
     ),
@@ -47,5 +47,33 @@ MUTANTS = (
         "max(min(queued_s / target_queue_s, num_prompts), num_busy)",
         "min(queued_s / target_queue_s, num_prompts)",
         _POLICY + "test_a_steady_load_is_risen_to_and_then_settled_into",
+    ),
+    Mutant(
+        "prompts of a further model bring no prefill replica",
+        "cluster/autoscaling/autoscaler.py",
+        "[node.report for node in self._registry.nodes()]",
+        '[node.report for node in self._registry.serving("").nodes()]',
+        _SCALER + "test_each_models_decode_pool_follows_its_own_load_and_the_prefill_pool_that_of_all",
+    ),
+    Mutant(
+        "a variant has the defaults and not the options of decode",
+        "cluster/options.py",
+        "return decode | given if",
+        "return given if",
+        _SCALER + "test_a_variant_is_scaled_as_decode_is_unless_its_section_says_otherwise",
+    ),
+    Mutant(
+        "a gateway that has just begun counts nodes",
+        "cluster/node_registry.py",
+        "if self._clock.now() - self._began_s < _EXPIRES_S:",
+        "if False:",
+        "tests/unit/test_node_registry.py::test_how_many_nodes_there_are_is_said_once_each_has_had_time_to_report",
+    ),
+    Mutant(
+        "replicas of a variant that goes end before its answers",
+        "cluster/deployment.py",
+        "            _wait_for_last_gateway(name, config.gateway.drain_s)\n",
+        "",
+        "tests/unit/test_succession.py::test_a_variant_goes_when_the_gateway_that_knew_it_has_ended",
     ),
 )

@@ -146,8 +146,8 @@ MUTANTS = (
     Mutant(
         "a variant of another chain 1 is let in",
         "cluster/variants.py",
-        "if (has := of(Checkpoint.open(path))) != (wants := of(checkpoint)):",
-        "if (has := of(Checkpoint.open(path))) != (wants := has):",
+        "if (has := of(Checkpoint.open(section.path))) != (wants := of(checkpoint)):",
+        "if (has := of(Checkpoint.open(section.path))) != (wants := has):",
         "tests/unit/test_variants.py::test_a_variant_of_another_chain_1_is_refused_by_name",
     ),
     Mutant(
@@ -469,7 +469,7 @@ MUTANTS = (
     Mutant(
         "another model's replicas take the places of the running one's",
         "cluster/change.py",
-        "    return len(paths) > 1 or before.",
+        "    return not is_same or before.",
         "    return before.",
         "tests/unit/test_changed_options.py::test_a_model_is_another_one_by_its_path_or_by_the_dtype_it_is_computed_in",
     ),
