@@ -5,6 +5,7 @@
 # make picture  take the status page's pictures for the docs
 # make fuzz     try damaged files, templates, tokenizers and messages; FUZZ="--cases 20000 --seed 7 --seconds 600"
 # make attack   attack a local cluster over its sockets, beside an honest client; ATTACK="--state-dir DIR" for one of yours
+# make load-client  let guidellm put a local cluster under load, and hold its counts against ours; LOAD="--streams 1 8"
 # make soak     ask a local cluster for 10 minutes, with faults and killed replicas; SOAK="--seconds 90 --seed 7 --json"
 # make bench    time kernels and codec, and compare with the stored times of the same machine; BENCH=--store keeps these
 # make bench-quick    a first look at what this machine makes of it, in some minutes
@@ -31,8 +32,9 @@ CUDA := requirements-cuda.txt
 AUDITOR := build/audit
 BROWSER := build/browser
 SPHINX := build/sphinx
+LOADCLIENT := build/loadclient
 
-.PHONY: setup model demo browser picture test audit site fuzz attack soak mutants test-variants test-sanitize lint type format proto bench bench-quick clean
+.PHONY: setup model demo browser picture test audit site fuzz attack load-client soak mutants test-variants test-sanitize lint type format proto bench bench-quick clean
 .DELETE_ON_ERROR:
 
 # Every replica is a process of its own: compiled bytecode is what makes them start quickly.
@@ -108,6 +110,17 @@ fuzz: setup
 
 attack: model
 	$(BIN)/python -m tests.attack --model $(EXPANDED) $(ATTACK)
+
+# It needs PyTorch and transformers too: those of the serving environment stand behind its own packages.
+$(LOADCLIENT)/.installed: requirements-loadclient.txt | $(INSTALLED)
+	test -x $(LOADCLIENT)/bin/python || $(PYTHON) -m venv $(LOADCLIENT)
+	@for each in $(BIN) $(LOADCLIENT)/bin; do $$each/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done | \
+		{ read -r ours && read -r its && echo "$$ours" >"$$its/serving.pth"; }
+	$(LOADCLIENT)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement $<
+	@touch $@
+
+load-client: model $(LOADCLIENT)/.installed
+	@$(BIN)/python -m bench.load_client --guidellm $(LOADCLIENT)/bin/guidellm --model $(EXPANDED) $(LOAD)
 
 soak: setup
 	$(BIN)/python -m tests.soak $(SOAK)

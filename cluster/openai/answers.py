@@ -15,6 +15,7 @@ class Choice:
     """One answer as it grows."""
 
     index: int
+    num_prompt_tokens: int = 0
     text: list[str] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     finished: Finished | None = None
@@ -28,12 +29,16 @@ class Shape:
         model: its name.
         tokenizer: of the model; None for one that serves token ids.
         wants_logprobs: each token's goes with it.
+        counts_along: each chunk says how many tokens its answer has so far.
     """
 
-    def __init__(self, *, is_chat: bool, model: str, tokenizer: Tokenizer | None, wants_logprobs: bool) -> None:
+    def __init__(
+        self, *, is_chat: bool, model: str, tokenizer: Tokenizer | None, wants_logprobs: bool, counts_along: bool
+    ) -> None:
         self._is_chat = is_chat
         self._tokenizer = tokenizer
         self._wants_logprobs = wants_logprobs
+        self._counts_along = counts_along
         self._head: dict[str, Any] = {
             "id": ("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12),
             "created": int(time.time()),
@@ -50,29 +55,29 @@ class Shape:
             "colm": details_of(choices),
         }
 
-    def first(self, index: int) -> dict[str, Any] | None:
+    def first(self, choice: Choice) -> dict[str, Any] | None:
         """The chunk that begins a streamed message; completions have none."""
-        return self._chunk(index, {"role": "assistant", "content": ""}) if self._is_chat else None
+        return self._chunk(choice, {"role": "assistant", "content": ""}) if self._is_chat else None
 
-    def token(self, index: int, token: Token, num_chars: int) -> dict[str, Any] | None:
+    def token(self, choice: Choice, token: Token, num_chars: int) -> dict[str, Any] | None:
         """The chunk of a token; None if it has completed no text and nobody wants its logprob.
 
         Args:
-            index: of the answer.
-            token: the token.
+            choice: the answer so far.
+            token: its last one.
             num_chars: of the answer's text before it.
         """
         if not token.text and not self._wants_logprobs:
             return None
         logprobs = self._logprobs([token], num_chars) if self._wants_logprobs else None
-        chunk = self._chunk(index, self._delta(token.text), logprobs=logprobs)
+        chunk = self._chunk(choice, self._delta(token.text), logprobs=logprobs)
         chunk["choices"][0]["num_chains"] = token.num_chains
         return chunk
 
-    def last(self, index: int, finished: Finished) -> list[dict[str, Any]]:
+    def last(self, choice: Choice, finished: Finished) -> list[dict[str, Any]]:
         """The chunks that end an answer: what was held back, and why it has ended."""
-        held = [self._chunk(index, self._delta(finished.text))] if finished.text else []
-        return [*held, self._chunk(index, {} if self._is_chat else {"text": ""}, reason=finished.reason.value)]
+        held = [self._chunk(choice, self._delta(finished.text))] if finished.text else []
+        return [*held, self._chunk(choice, {} if self._is_chat else {"text": ""}, reason=finished.reason.value)]
 
     def usage(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The chunk behind the last one, for those who asked for it."""
@@ -92,11 +97,12 @@ class Shape:
         return {"content": text} if self._is_chat else {"text": text}
 
     def _chunk(
-        self, index: int, delta: dict[str, Any], *, logprobs: Any = None, reason: str | None = None
+        self, choice: Choice, delta: dict[str, Any], *, logprobs: Any = None, reason: str | None = None
     ) -> dict[str, Any]:
         said = {"delta": delta} if self._is_chat else delta
-        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
-        return {**self._head, "object": self._chunk_object, "choices": [choice]}
+        body = {"index": choice.index, **said, "logprobs": logprobs, "finish_reason": reason}
+        usage = {"usage": _counts(choice.num_prompt_tokens, len(choice.tokens))} if self._counts_along else {}
+        return {**self._head, "object": self._chunk_object, "choices": [body], **usage}
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         assert choice.finished is not None
@@ -149,11 +155,13 @@ def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
     num_cached = usages[0].num_cached_tokens + usages[0].num_prefill_cached_tokens if usages else 0
     num_new = sum(usage.num_new_tokens for usage in usages)
     return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_new,
-        "total_tokens": num_prompt + num_new,
+        **_counts(num_prompt, num_new),
         "prompt_tokens_details": {"cached_tokens": num_cached},
     }
+
+
+def _counts(num_prompt: int, num_new: int) -> dict[str, int]:
+    return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
 
 
 def details_of(choices: Sequence[Choice]) -> list[dict[str, Any]]:

@@ -118,6 +118,7 @@ class OpenAiApp:
             model=model.name,
             tokenizer=model.tokenizer,
             wants_logprobs=ask.wants_logprobs,
+            counts_along=ask.counts_along,
         )
         return Call(self._desk, client, ask, document, shape)
 

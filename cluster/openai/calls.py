@@ -149,9 +149,6 @@ class Call:
     ) -> None:
         named = [(name.encode(), value.encode()) for name, value in _trace_header()]
         await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *named]})
-        for choice in choices:
-            if (chunk := self._shape.first(choice.index)) is not None:
-                await _send(send, _event(chunk))
         for number, event in first:
             await self._send_event(send, choices[number], event)
         async for number, event in events:
@@ -164,11 +161,14 @@ class Call:
         num_chars = sum(map(len, choice.text)) if self._ask.wants_logprobs else 0
         _note(choice, event)
         match event:
+            case Accepted():
+                if (chunk := self._shape.first(choice)) is not None:
+                    await _send(send, _event(chunk))
             case Token():
-                if (chunk := self._shape.token(choice.index, event, num_chars)) is not None:
+                if (chunk := self._shape.token(choice, event, num_chars)) is not None:
                     await _send(send, _event(chunk))
             case Finished():
-                for chunk in self._shape.last(choice.index, event):
+                for chunk in self._shape.last(choice, event):
                     await _send(send, _event(chunk))
             # Comments: clients pass over them, and see that the connection lives.
             case PrefillProgress():
@@ -187,6 +187,8 @@ async def _until_placed(events: AsyncIterator[Numbered]) -> AsyncIterator[Number
 
 def _note(choice: Choice, event: Event) -> None:
     match event:
+        case Accepted():
+            choice.num_prompt_tokens = event.num_prompt_tokens
         case Token():
             choice.tokens.append(event)
             choice.text.append(event.text)

@@ -136,6 +136,7 @@ def _answers() -> Schema:
             status={"const": "processed"},
         ),
         "Usage": _object(
+            ("prompt_tokens", "completion_tokens", "total_tokens"),
             prompt_tokens=_COUNT,
             completion_tokens=_COUNT,
             total_tokens=_COUNT,

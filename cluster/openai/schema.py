@@ -54,6 +54,8 @@ class StreamOptions(_Strict):
     """Of a streamed answer."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """As vLLM has it: each chunk counts the tokens so far."""
     include_obfuscation: bool = False
 
 
@@ -252,6 +254,8 @@ class Ask:
     is_chat: bool
     is_streamed: bool
     includes_usage: bool
+    counts_along: bool
+    """Each chunk of a stream says how many tokens there are so far."""
     wants_logprobs: bool
 
 
@@ -323,6 +327,7 @@ def _ask(
     text: str = "",
     token_ids: tuple[int, ...] = (),
 ) -> Ask:
+    options = call.stream_options or StreamOptions()
     return Ask(
         requests=requests,
         text=text,
@@ -330,7 +335,8 @@ def _ask(
         documents=tuple(call.documents),
         is_chat=is_chat,
         is_streamed=call.stream,
-        includes_usage=call.stream_options is not None and call.stream_options.include_usage,
+        includes_usage=options.include_usage,
+        counts_along=options.continuous_usage_stats,
         wants_logprobs=wants_logprobs,
     )
 

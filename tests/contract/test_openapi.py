@@ -117,7 +117,7 @@ async def test_answers_are_as_it_says(asker: Asker) -> None:
         body = CHAT | options
         body_schema("/v1/chat/completions").validate(body)
         await asker.ask("POST", "/v1/chat/completions", json=body)
-        stream = {"stream": True, "stream_options": {"include_usage": True}}
+        stream = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         await asker.ask("POST", "/v1/chat/completions", json=body | stream)
     for options in ({}, {"logprobs": 2}, {"prompt": [5, 6, 7], "logit_bias": {"5": 1}}):
         body = TEXT | options

@@ -27,10 +27,11 @@ from colm.wire.security import Tls, new_tls
 from decode_node.auto_scale import AutoScale
 from decode_node.engine import DecodeEngine
 from decode_node.node import DecodeNode
+from prefill_node.engine import PrefillEngine
 from prefill_node.node import PrefillNode
 from tests.gates import LIMIT_S, gate_before
 from tests.gateway import TakingTurns, http_gateway
-from tests.nodes import TILE_TOKENS, decode, decode_node, prefill_node, until_idle
+from tests.nodes import TILE_TOKENS, decode, decode_node, prefill_node, until_idle, until_prefill_idle
 from tests.tiny import tiny_checkpoint
 
 TOKEN = "the operator's"
@@ -112,7 +113,27 @@ async def test_a_stream_brings_the_same_text_its_usage_and_its_end(client: Async
     assert "".join(each.delta.content or "" for each in deltas) == whole.choices[0].message.content
     assert [each.finish_reason for each in deltas if each.finish_reason] == ["length"]
     assert chunks[-1].usage == whole.usage
+    assert {chunk.usage for chunk in chunks[:-1]} == {None}
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_each_chunk_counts_the_tokens_so_far_for_those_who_ask(client: AsyncOpenAI, n: int) -> None:
+    """Bug: `continuous_usage_stats` was refused, and with it every request of guidellm."""
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    # With log probabilities every token has a chunk, whether it completes some text or not.
+    stream = await client.chat.completions.create(
+        messages=QUESTION, max_tokens=5, n=n, logprobs=True, stream=True, stream_options=options, **GREEDY
+    )
+    *chunks, last = [chunk async for chunk in stream]
+    assert last.usage is not None
+    for number in range(n):
+        usages = [chunk.usage for chunk in chunks if chunk.choices[0].index == number]
+        assert all(usage is not None and usage.prompt_tokens == last.usage.prompt_tokens for usage in usages)
+        counts = [usage.completion_tokens for usage in usages if usage is not None]
+        assert counts == sorted(counts)
+        assert set(counts) == set(range(6))
+    assert last.usage.completion_tokens == 5 * n
 
 
 async def test_a_conversation_is_read_whole(client: AsyncOpenAI, tokenizer: Tokenizer, node: DecodeNode) -> None:
@@ -425,8 +446,11 @@ async def until_cancelled(node: DecodeNode) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_client_that_goes_away_ends_its_request_everywhere(client: AsyncOpenAI, node: DecodeNode) -> None:
-    with gate_before(DecodeEngine, "step") as gate:
+@pytest.mark.parametrize("engine", [PrefillEngine, DecodeEngine])
+async def test_a_client_that_goes_away_ends_its_request_everywhere(
+    client: AsyncOpenAI, prefill: PrefillNode, node: DecodeNode, engine: type
+) -> None:
+    with gate_before(engine, "step") as gate:
         create = client.chat.completions.create
         asking = asyncio.create_task(create(messages=QUESTION, max_tokens=300, **GREEDY))
         await gate.until_reached()
@@ -436,6 +460,7 @@ async def test_a_client_that_goes_away_ends_its_request_everywhere(client: Async
         await until_cancelled(node)
         gate.open()
         await until_idle(node)
+        await until_prefill_idle(prefill)
 
 
 async def test_a_reader_of_a_stream_that_goes_away_ends_it_everywhere(client: AsyncOpenAI, node: DecodeNode) -> None:

@@ -4,9 +4,17 @@ from tests.mutation.mutant import Mutant
 
 _QUALITY = "tests/unit/test_bench_quality.py::"
 _SERVING = "tests/unit/test_bench_serving.py::"
+_LOAD_CLIENT = "tests/unit/test_bench_load_client.py::"
 _DOCS = "tests/architecture/test_docs.py::"
 
 MUTANTS = (
+    Mutant(
+        "a load client's counts are not held against the gateway's",
+        "bench/load_client.py",
+        "if (ours := counted.increase(metric)) != seen:",
+        "if (ours := counted.increase(metric)) is None:",
+        _LOAD_CLIENT + "test_what_fails_or_is_counted_otherwise_is_said",
+    ),
     Mutant(
         "a prefill has the memory that other models' weights take",
         "bench/prefill/memory.py",

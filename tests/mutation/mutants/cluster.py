@@ -488,6 +488,13 @@ MUTANTS = (
         "tests/unit/test_serve_config.py::test_serve_has_no_proxies_and_no_route",
     ),
     Mutant(
+        "a stream that counts along counts the prompt alone",
+        "cluster/openai/answers.py",
+        "_counts(choice.num_prompt_tokens, len(choice.tokens))",
+        "_counts(choice.num_prompt_tokens, 0)",
+        "tests/unit/test_openai.py::test_each_chunk_counts_the_tokens_so_far_for_those_who_ask",
+    ),
+    Mutant(
         "over HTTP what a prefill node had kept is not counted",
         "cluster/openai/answers.py",
         "usages[0].num_cached_tokens + usages[0].num_prefill_cached_tokens if",
