@@ -7,6 +7,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -16,6 +17,7 @@ from colm.events import (
     Finished,
     LayerRecall,
     PrefillProgress,
+    ProvisionalToken,
     Queued,
     Reconnecting,
     Token,
@@ -44,6 +46,10 @@ class AnswerView:
         self._bar: TaskID | None = None
         self._started_s = time.monotonic()
         self._prefill_began_s: float | None = None
+        self._provisional_token_s: float | None = None
+        self._provisional: ProvisionalToken | None = None
+        self._num_shown_cells = 0
+        """Of a provisional token, on the terminal."""
         self._first_token_s: float | None = None
         self._accepted: Accepted | None = None
         self._finished: Finished | None = None
@@ -75,6 +81,10 @@ class AnswerView:
             case Reconnecting():
                 self._num_reconnects += 1
                 self._note(f"the gateway was lost; asking for the rest of the answer ({event.cause})")
+            case ProvisionalToken():
+                self._provisional, self._provisional_token_s = event, time.monotonic() - self._started_s
+                self._progress.stop()
+                self._show(event.text)
             case Token():
                 self._is_held_up = False
                 if self._first_token_s is None:
@@ -114,6 +124,7 @@ class AnswerView:
             "accepted_tokens": usage.num_accepted_tokens,
             "finish_reason": finished.reason.value,
             "ttft_s": round(self._first_token_s or 0.0, 4),
+            **self._of_provisional(),
             "queue_s": round(timings.queue_s, 4),
             "prefill_s": round(timings.prefill_s, 4),
             "decode_s": round(timings.decode_s, 4),
@@ -135,10 +146,13 @@ class AnswerView:
         num_kept = usage.num_cached_tokens + usage.num_prefill_cached_tokens
         kept = f", {num_kept} of them kept" if num_kept else ""
         drafts = f"; {accepted} of {drafted} drafts accepted" if drafted else ""
+        guess = ""
+        if self._provisional_token_s is not None:
+            guess = f" (a provisional one after {self._provisional_token_s:.2f} s, {record['provisional_token']})"
         # A short prompt has no prefill, and one new token no rate.
         prefill, decode = (record[f"{what}_tokens_per_s"] for what in ("prefill", "decode"))
         Console(stderr=True, highlight=False).print(
-            f"\n{record['prompt_tokens']} prompt tokens{kept}, first token after {record['ttft_s']:.2f} s"
+            f"\n{record['prompt_tokens']} prompt tokens{kept}, first token after {record['ttft_s']:.2f} s{guess}"
             f"{'' if prefill is None else f' (prefill {prefill} tokens/s)'}; {record['new_tokens']} new tokens"
             f"{'' if decode is None else f' at {decode} tokens/s'} on {record['num_chains']} chains, ended by "
             f"{record['finish_reason']}{drafts}",
@@ -168,13 +182,38 @@ class AnswerView:
             speed = f"{event.num_tokens_done / elapsed_s:.0f} tokens/s"
             self._progress.update(self._bar, description="prefill", completed=event.num_tokens_done, speed=speed)
 
+    def _of_provisional(self) -> dict[str, object]:
+        """When a provisional token came, and what became of it; nothing where none did."""
+        if self._provisional is None or self._provisional_token_s is None:
+            return {}
+        outcome = "confirmed" if self._tokens and self._tokens[0].confirms_provisional else "replaced"
+        return {
+            "provisional_token_s": round(self._provisional_token_s, 4),
+            "provisional_token": outcome,
+            "provisional_text": self._provisional.text,
+        }
+
     def _note(self, text: str) -> None:
         """Say once on stderr why an answer that has begun does not go on."""
+        self._take_back()
         if not self._is_held_up:
             self._is_held_up = True
             Console(stderr=True, highlight=False).print(f"\n{text}", style="dim", soft_wrap=True)
 
+    def _show(self, text: str) -> None:
+        """Show a provisional word, dimmed, where it can be taken back: on a terminal, within its line."""
+        if self._stream_text and sys.stdout.isatty() and text.isprintable():
+            self._num_shown_cells = cell_len(text)
+            sys.stdout.write(f"\x1b[2m{text}\x1b[22m")
+            sys.stdout.flush()
+
+    def _take_back(self) -> None:
+        if self._num_shown_cells:
+            sys.stdout.write("\b" * self._num_shown_cells + "\x1b[K")
+            self._num_shown_cells = 0
+
     def _write(self, text: str) -> None:
+        self._take_back()
         self._text.append(text)
         if self._stream_text:
             sys.stdout.write(text)

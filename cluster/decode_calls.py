@@ -73,6 +73,7 @@ class GrpcDecodeCalls:
             max_draft_tokens=job.max_draft_tokens,
             answer_key=job.answer_key,
             cache_salt=job.cache_salt,
+            provisional_first_token=job.provisional_first_token,
         )
 
         async def requests(changes: AsyncIterator[Scale]) -> AsyncIterator[pb.DecodeRequest]:

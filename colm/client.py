@@ -124,7 +124,7 @@ class Client:
             try:
                 with attempts.errors(), rpc_errors(self._peer):
                     for message in call:
-                        if attempts.see(event := event_from_pb(message)):
+                        if (event := attempts.see(event_from_pb(message))) is not None:
                             yield event
                 return True
             except ColmError as err:
@@ -205,7 +205,7 @@ class AsyncClient:
                 try:
                     with attempts.errors(), outcome.errors(self._peer):
                         async for message in call:
-                            if attempts.see(event := event_from_pb(message)):
+                            if (event := attempts.see(event_from_pb(message))) is not None:
                                 yield event
                     return
                 except ColmError as err:

@@ -82,6 +82,20 @@ class Token:
     num_chains: int
     top_logprobs: tuple[tuple[int, float], ...] = ()
     """(token id, logprob) of the likeliest tokens, likeliest first."""
+    confirms_provisional: bool | None = None
+    """Of the first token, where a `ProvisionalToken` came before it: whether it is the same; else None."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProvisionalToken:
+    """Chain 1's own most likely next token, before the answer's first, which confirms or replaces it.
+
+    It is no part of the answer. At most one comes.
+    """
+
+    token_id: int
+    text: str = ""
+    """As if the answer began with it."""
 
 
 def tokens_by_scale(tokens: Iterable[Token]) -> dict[str, int]:
@@ -149,6 +163,8 @@ class Timings:
     """From the request's arrival to the first token."""
     decode_s: float
     """From the first token to the last."""
+    provisional_token_s: float | None = None
+    """From the request's arrival to the provisional token; None where none was sent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,4 +219,15 @@ class Reconnecting:
     cause: str
 
 
-Event = Accepted | Resumed | Queued | Reserved | PrefillProgress | Token | ScaleChanged | Finished | Reconnecting
+Event = (
+    Accepted
+    | Resumed
+    | Queued
+    | Reserved
+    | PrefillProgress
+    | ProvisionalToken
+    | Token
+    | ScaleChanged
+    | Finished
+    | Reconnecting
+)

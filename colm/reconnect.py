@@ -18,6 +18,7 @@ from colm.errors import (
     UnknownAnswer,
 )
 from colm.events import Accepted, Event, Reconnecting, Token
+from colm.provisional import ProvisionalOnce
 from colm.retry import RetryPolicy
 from colm.scale import Changing, ScaleWish
 from colm.upload import Change, Document, GenerateOptions, Message, Resume, Upload
@@ -70,6 +71,7 @@ class Attempts:
         timeout_s = self._upload.request.timeout_s
         self._deadline = None if timeout_s is None else Deadline.after(self._clock, timeout_s)
         self._token_ids: list[int] = []
+        self._provisional = ProvisionalOnce()
         self._revision = ""
         """Of the weights that those are of."""
         self._num_failures = 0
@@ -104,20 +106,22 @@ class Attempts:
         """See `Upload.errors`."""
         return self._upload.errors()
 
-    def see(self, event: Event) -> bool:
-        """Note an event; returns whether it is news to the caller."""
+    def see(self, heard: Event) -> Event | None:
+        """Note an event; returns it as the caller shall have it, or None if that is no news."""
         self._gateway.was_there = True
+        if (event := self._provisional.see(heard)) is None:
+            return None
         if isinstance(event, Accepted):
             if not self._token_ids:
                 self._revision = event.revision
             if self._deadline is None and event.timeout_s > 0:
                 self._deadline = Deadline.after(self._clock, event.timeout_s)
             is_news, self._is_accepted, self._was_accepted = not self._was_accepted, True, True
-            return is_news
+            return event if is_news else None
         if isinstance(event, Token):
             self._token_ids.append(event.token_id)
             self._num_failures = 0
-        return True
+        return event
 
     def after(self, error: ColmError) -> Reconnecting:
         """Prepare the next call after one that failed.

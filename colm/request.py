@@ -73,6 +73,8 @@ class GenerateRequest:
     max_draft_tokens: int | None = None
     """Tokens that chain 1 may draft before all chains verify them, which changes no token; 0 for none. None, and above
     it: the decode node's own limit."""
+    provisional_first_token: bool = False
+    """Send chain 1's own next token before the answer's first, where that comes sooner; it changes no token."""
     answer_key: str = ""
     """Under it the client may take the answer up again, should the call break: 32 hex digits, made at random."""
     answer_token_ids: tuple[int, ...] = ()
@@ -107,6 +109,7 @@ class GenerateRequest:
             raise InvalidRequest("answer_key", self.answer_key, "must be 32 lower-case hex digits, made at random")
         for token_id in self.answer_token_ids:
             checks.integer("answer_token_ids", token_id, TOKEN_IDS, "each must be an integer from 0 to 2^32 - 1")
+        checks.flag("provisional_first_token", self.provisional_first_token)
         checks.choice("attention", self.attention, ATTENTION_MODES)
         checks.choice("kv_codec", self.kv_codec, KV_CODECS)
         if self.max_draft_tokens is not None:

@@ -58,6 +58,9 @@ class GenerateOptions(TypedDict, total=False):
     max_draft_tokens: int | None
     """Tokens that chain 1 may draft before all chains verify them; no token changes, and 0 drafts none. Default: the
     decode node's limit."""
+    provisional_first_token: bool
+    """Send chain 1's own next token as a `ProvisionalToken` before the first `Token`, where that comes sooner; no token
+    changes. Default: no."""
 
 
 @dataclass(kw_only=True)

@@ -52,6 +52,10 @@ class KvTransfer:
     """The prefill node shares what it keeps among prompts of the same one alone."""
     held_tile_tokens: int = 0
     """Of the prefill node's tiles that brought what lies before the ledger's first token, bit by bit; 0: not so."""
+    last_token_id: int | None = None
+    """The token behind the prompt, if the prefill node shall say what chain 1 says next."""
+    on_next_token: Callable[[], None] = lambda: None
+    """Called in the receiving thread once it has."""
 
 
 class Receiver(Protocol):
@@ -63,6 +67,7 @@ class Receiver(Protocol):
     sparse: SparseReport | None
     num_cached_tokens: int
     tile_tokens: int | None
+    next_token_id: int | None
 
     def run(self) -> None:
         """Receive everything; called in a thread. Once it has returned, nothing is written any more."""
@@ -97,6 +102,11 @@ class KvOrder:
         """Of the tiles before `first_token` whose bits are those of the engine that computed them; 0 for none."""
         is_offered = self.first_token > 0 and self.is_prefix_exact
         return self.tile_tokens if is_offered and (self.attention, self.codec) == ("dense", "raw") else 0
+
+    last_token_id: int | None = None
+    """The token behind the prompt, if what chain 1 says next is wanted."""
+    on_next_token: Callable[[int], Awaitable[None]] | None = None
+    """Told of that, at most once, and before the fetch ends."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -225,6 +235,11 @@ class KvFetcher:
     ) -> None:
         ledger = holder.ledger
         account.num_kv_streams = ledger.begin()
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake(*_: object) -> None:
+            loop.call_soon_threadsafe(woken.set)
+
         transfer = KvTransfer(
             ledger=ledger,
             fingerprint=self._fingerprint,
@@ -234,13 +249,16 @@ class KvFetcher:
             codec=order.codec,
             cache_salt=order.cache_salt,
             held_tile_tokens=order.held_tile_tokens,
+            last_token_id=None if holder.has_next_token else order.last_token_id,
+            on_next_token=wake,
         )
         receiver = self._receive(transfer, lease)
         thread = self._start(receiver, order.pages)
+        thread.add_done_callback(wake)
         try:
             with self._metrics.stream(is_resumed=ledger.position > KV_START) as count:
                 try:
-                    await self._follow(thread, receiver, ledger, len(order.token_ids), emit)
+                    await self._follow(thread, woken, receiver, holder, order, emit)
                 finally:
                     count.num_tiles, count.payload_bytes = ledger.num_tiles, ledger.payload_bytes
                     count.shared_bytes = ledger.shared_bytes
@@ -269,28 +287,42 @@ class KvFetcher:
         return thread
 
     async def _follow(
-        self, thread: "Future[None]", receiver: Receiver, ledger: TransferLedger, num_tokens: int, emit: Emit
+        self,
+        thread: "Future[None]",
+        woken: asyncio.Event,
+        receiver: Receiver,
+        holder: "_Holder",
+        order: KvOrder,
+        emit: Emit,
     ) -> None:
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-        thread.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
         reported: PrefillProgress | Queued | None = None
         next_beat_s = 0.0
-        while not ended.is_set():
-            news = _news(receiver, ledger, num_tokens)
+        while True:
+            woken.clear()
+            has_ended = thread.done()  # before what it has left is looked at
+            if (token_id := receiver.next_token_id) is not None and not holder.has_next_token:
+                holder.has_next_token = True
+                if order.on_next_token is not None:
+                    await order.on_next_token(token_id)
+            if has_ended:
+                break
+            news = _news(receiver, holder.ledger, len(order.token_ids))
             if news is not None and (news != reported or self._clock.now() >= next_beat_s):
                 await emit(news)
                 reported, next_beat_s = news, self._clock.now() + BEAT_INTERVAL_S
-            await wait_at_most(ended, _LOOK_INTERVAL_S)
+            await wait_at_most(woken, _LOOK_INTERVAL_S)
         thread.result()
 
 
 @dataclass(slots=True)
 class _Holder:
-    """Remembers which prefill node may still hold a transfer's job after a failed attempt."""
+    """Remembers of a transfer's attempts what the next one must know."""
 
     ledger: TransferLedger
     address: str | None = None
+    """Of the prefill node that may still hold the transfer's job."""
+    has_next_token: bool = False
+    """A prefill node has said what chain 1 says next."""
 
     def note(self, address: str, silence_s: float | None) -> None:
         """Note that an attempt at an address has ended, `silence_s` after its last message; None if none came.

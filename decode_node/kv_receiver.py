@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 class KvReceiver:
     """Runs one transfer in a thread of its own: a blocking reader moves three times what an event loop can.
 
-    `num_ahead`, `started_s` and `heard_s` may be read from any thread.
+    `queued`, `started_s`, `heard_s` and `next_token_id` may be read from any thread.
 
     Args:
         transfer: what to fetch.
@@ -76,6 +76,8 @@ class KvReceiver:
         """Prompt tokens that the node had kept from an earlier prompt, once it has said it."""
         self.tile_tokens: int | None = None
         """What the node's tiles are, once it has begun; 0 from one that cannot leave out a prefix."""
+        self.next_token_id: int | None = None
+        """What chain 1 says behind the prompt, once the node has said it."""
         self._ledger = transfer.ledger
         held = PrefixSender.of(transfer, store)
         self._requests = KvRequests(transfer, lease.lease_id, self._break_off, host, held)
@@ -143,6 +145,8 @@ class KvReceiver:
                     self._requests.answer(is_mapped=self._open(message.shared_memory))
                 case "prefix_wanted":
                     self._requests.want(message.prefix_wanted)
+                case "provisional_token":
+                    self._hear_next_token(message.provisional_token.token_id)
                 case "reached":
                     self._ledger.reach(KvPosition(message.reached.layer, message.reached.token))
                 case _:
@@ -166,6 +170,12 @@ class KvReceiver:
             return queued_from_pb(message)
         except ValueError as err:
             raise PeerUnavailable(f"the KV stream broke its format: {err}") from err
+
+    def _hear_next_token(self, token_id: int) -> None:
+        if self._transfer.last_token_id is None or self.next_token_id is not None:
+            raise PeerUnavailable("the KV stream broke its format: a provisional token that was not asked for")
+        self.next_token_id = token_id
+        self._transfer.on_next_token()
 
     def _see_off(self, call: Iterator[bytes]) -> None:
         """Read until the node ends the call, so that the last acknowledgement reaches it; errors no longer matter."""

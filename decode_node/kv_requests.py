@@ -115,6 +115,7 @@ class KvRequests:
                 first_token=ledger.first_token,
                 cache_salt=transfer.cache_salt,
                 held_tile_tokens=0 if self._held is None else transfer.held_tile_tokens,
+                last_token_id=transfer.last_token_id,
             )
         )
         for piece in token_id_pieces(transfer.token_ids):

@@ -10,6 +10,7 @@ from decode_node.decode_loop import DecodeLoop
 from decode_node.held_answers import HeldAnswers
 from decode_node.kv_layout import KvLayout
 from decode_node.page_line import PageLine
+from decode_node.provisional import ProvisionalOutcome
 from decode_node.requests import RequestOwner, Stage
 
 _NOW = {Stage.WAITING: "waiting", Stage.PREFILLING: "prefilling", Stage.DECODING: "decoding"}
@@ -99,6 +100,14 @@ class DecodeMetrics(Collector):
         yield GaugeMetricFamily(
             "colm_decode_auto_chains", "Most chains of answers that leave it to this node.", self._loop.auto_scale.level
         )
+        provisional = CounterMetricFamily(
+            "colm_decode_provisional_tokens",
+            "Provisional first tokens that prefill nodes were asked for, by what became of them.",
+            labels=["outcome"],
+        )
+        for outcome in ProvisionalOutcome:
+            provisional.add_metric([outcome.value], self._owner.provisional[outcome])
+        yield provisional
         yield CounterMetricFamily(
             "colm_decode_draft_tokens", "Tokens drafted by chain 1 and verified.", counts.num_draft_tokens
         )

@@ -31,6 +31,7 @@ from decode_node.page_pool import PageLease
 from decode_node.page_wait import PrefillPace, page_wait_s
 from decode_node.prefix_cache import PagesWanted, Reservation
 from decode_node.prompt_blocks import PromptBlocks
+from decode_node.provisional import Provisional, ProvisionalOutcome
 from decode_node.running_answer import RunningAnswer
 from decode_node.shared_prefill import SharedPrefills
 
@@ -64,6 +65,18 @@ class DecodeJob:
     """The answer so far, where another node began it; it goes on behind them."""
     cache_salt: bytes = b""
     """Whose prompt it is; it shares pages with prompts of the same alone."""
+    provisional_first_token: bool = False
+    """Tell what chain 1 says first, as soon as the prefill node knows it."""
+
+    @property
+    def wants_provisional(self) -> bool:
+        """Whether a provisional token is worth asking for.
+
+        At one chain the answer's own first token is about as soon, and a grammar seldom lets it begin as chain 1 would.
+        """
+        has_one_chain = self.scale.value.num_chains == 1
+        is_held = self.sampling.constraint is not None or bool(self.made_token_ids)
+        return self.provisional_first_token and not (has_one_chain or is_held)
 
 
 class Stage(Enum):
@@ -81,6 +94,7 @@ class Stage(Enum):
 class _Request:
     job: DecodeJob
     arrived_s: float
+    provisional: Provisional
     stage: Stage = Stage.WAITING
     pages: PageLease | None = None
     num_found_tokens: int = 0
@@ -147,6 +161,8 @@ class RequestOwner:
         self.ended = Counter[Stage]()
         """Requests that have ended, by how they did."""
         self.prefix = PrefixCounts()
+        self.provisional = Counter[ProvisionalOutcome]()
+        """Provisional tokens that prefill nodes were asked for, by what became of them."""
         self._prefill_pace = PrefillPace()
 
     def stages(self) -> Counter[Stage]:
@@ -167,10 +183,15 @@ class RequestOwner:
         """
         request = self._admit(job)
         outcome = Stage.FAILED
+
+        async def tell(event: Event) -> None:
+            if (news := request.provisional.see(event)) is not None:
+                await emit(news)
+
         try:
             async with asyncio.timeout(None if job.deadline is None else job.deadline.remaining_s()):
                 with tracing.span("decode", request=job.request_id, chains=job.scale.value.num_chains):
-                    await self._serve(request, emit)
+                    await self._serve(request, tell)
             outcome = Stage.FINISHED
         except TimeoutError as err:
             raise DeadlineExceeded(f"the deadline passed while the request was {request.stage.value}") from err
@@ -193,7 +214,8 @@ class RequestOwner:
             )
         if len(self._requests) >= self._max_requests:
             raise CapacityExceeded(f"{self._max_requests} requests are on this decode node already; try again later")
-        request = _Request(job, self._clock.now())
+        provisional = Provisional(has_begun=bool(job.made_token_ids), clock=self._clock, outcomes=self.provisional)
+        request = _Request(job, self._clock.now(), provisional)
         self._requests[job.request_id] = request
         return request
 
@@ -236,6 +258,8 @@ class RequestOwner:
                 self._page_line.cache.abandon(pages)
         if answer.finish_reason is None:
             order = self._order(request, wanted, reservation, table_M, tile_tokens)
+        if order is not None and job.wants_provisional:
+            order = request.provisional.asked_with(order, int(job.token_ids[-1]), answer, emit)
         with self._prefills.of(reservation, order, request.account) as follow:
             logger.info(
                 "request.reserved request=%s pages=%d found_tokens=%d",
@@ -368,7 +392,7 @@ class RequestOwner:
         )
 
     async def _decode(self, request: _Request, pages: PageLease, answer: RunningAnswer, emit: Emit) -> None:
-        job, account = request.job, request.account
+        job, account, provisional_s = request.job, request.account, request.provisional.token_s
         num_prefill_tokens = self._num_prefill_tokens(job)
         if answer.finish_reason is None:
             first_token_s = last_token_s = None
@@ -404,6 +428,7 @@ class RequestOwner:
                     prefill_s=account.prefill_s,
                     first_token_s=first_token_s - request.arrived_s,
                     decode_s=last_token_s - first_token_s,
+                    provisional_token_s=None if provisional_s is None else provisional_s - request.arrived_s,
                 ),
                 text=answer.tail,
                 sparse=account.sparse,

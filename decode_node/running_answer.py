@@ -109,6 +109,12 @@ class RunningAnswer:
         """Tokens behind the newest that chain 1 has drafted and nothing has verified."""
         return len(self._draft_token_ids)
 
+    def text_of(self, token_id: int) -> str:
+        """The text of an answer that begins with a token which it may not get; nothing changes."""
+        if self._text_stream is None or token_id in self._stop_token_ids:
+            return ""
+        return self._text_stream.peek(token_id)
+
     def draft_row(self, num_answers: int) -> PlanRow | None:
         """The row with which chain 1 drafts one more token; None where the answer wants no more of them, or none.
 

@@ -100,6 +100,7 @@ class DecodeService(DecodeServiceServicer):
             max_draft_tokens=opened.max_draft_tokens if opened.HasField("max_draft_tokens") else None,
             made_token_ids=tuple(token_ids[num_prompt_tokens:].tolist()),
             cache_salt=check_salt(opened.cache_salt),
+            provisional_first_token=opened.provisional_first_token,
         )
 
     def _check(self, opened: pb.OpenDecode) -> Scale:

@@ -18,10 +18,10 @@ from colm_kernels.sparse_prefill_attention import sparse_prefill_attention
 from numpy.typing import NDArray
 from torch import Tensor
 
-from colm.checkpoint import WeightSource, assign, prefill_tensor_names
+from colm.checkpoint import WeightSource, assign
 from colm.errors import InvalidRequest
 from colm.kv import KvFormat, KvTile, require_shared_kv
-from colm.model import ChainTransformer
+from colm.model import ChainTransformer, parameter_shapes
 from colm.model.block import ChainBlock, Rows
 from colm.model.one_call import step_layers
 from colm.model.rope import Rope
@@ -39,7 +39,7 @@ class PrefillEngine:
     """Holds chain 1's weights; a run holds one layer's keys and values and the hidden states.
 
     Args:
-        source: only the tensors that a prefill needs are read from it.
+        source: only chain 1's tensors are read from it.
         kv_format: what the keys and values shall be; its dtype is also that of the computation.
         tile_tokens: tokens computed and sent at a time.
         device: where weights, hidden states, keys and values lie.
@@ -68,7 +68,7 @@ class PrefillEngine:
         self._attention_backend = attention_backend
         with torch.device("meta"):
             self._model = ChainTransformer(source.config, 1)
-        assign(self._model, source.tensors(prefill_tensor_names(source.config)), kv_format.dtype, device)
+        assign(self._model, source.tensors(parameter_shapes(source.config, 1)), kv_format.dtype, device)
         self._rope = Rope(source.config, device)
         self._layers: PrefillLayers | None = None
         if in_one_call and (layers := step_layers(self._model, device)) is not None:
@@ -82,6 +82,7 @@ class PrefillEngine:
         sparse: PromptPlans | None = None,
         cancelled: CancelFlag | None = None,
         prefix: Sequence[KeptTile] = (),
+        last_token_id: int | None = None,
     ) -> PrefillRun:
         """A run of a prompt, before its first step; it takes no memory yet.
 
@@ -92,6 +93,8 @@ class PrefillEngine:
             cancelled: looked at inside attention and plans, and between a tile's operations; once it is set, the run
                 ends with `Cancelled`. Says how far the attention of the present step is, and 0 between steps.
             prefix: the prompt's first tiles, where another run of this engine has computed them; dense alone.
+            last_token_id: the token behind the prompt, if the run shall find chain 1's most likely one behind that: its
+                `next_token_id`, with the last tile. Tiles have the same bits without it.
 
         Raises:
             InvalidRequest: no tokens, more than the model's context, or an id outside the vocabulary.
@@ -106,6 +109,7 @@ class PrefillEngine:
             sparse=sparse,
             cancelled=cancelled or CancelFlag(),
             prefix=prefix,
+            last_token_id=last_token_id,
         )
 
     @torch.inference_mode()
@@ -142,9 +146,13 @@ class PrefillEngine:
                 tiles = self._read_kept(*left)
             else:
                 tiles = self._plan_tile(*left) if left[0].is_second_pass else self._write_keys_values(left)
+        for run, tile in tiles.items():
+            if run.last_token_id is not None and tile.first_token + tile.num_tokens == run.num_tokens:
+                with run.own_errors():
+                    self._read_last_token(run, tile.layer)
         for run in runs:
             run.cancelled.rewind()
-        return [tiles.get(run) for run in runs]
+        return [None if run.error is not None else tiles.get(run) for run in runs]
 
     def run(
         self,
@@ -169,20 +177,24 @@ class PrefillEngine:
 
     def _allocate(self, run: PrefillRun) -> None:
         run.has_begun = True
-        if (num_cached := run.num_cached_tokens) == run.num_tokens:
-            return
-        kv_format, device = self.kv_format, self._device
-        run.hidden_ND = self._model.embedding.embed(torch.from_numpy(run.token_ids[num_cached:]).to(device), 1)
-        shape = (kv_format.num_kv_heads, run.num_tokens, kv_format.head_dim)
-        run.k_KNE = torch.empty(shape, dtype=kv_format.dtype, device=device)
-        run.v_KNE = torch.empty_like(run.k_KNE)
+        kv_format, device, embed = self.kv_format, self._device, self._model.embedding.embed
+        if (num_cached := run.num_cached_tokens) < run.num_tokens:
+            run.hidden_ND = embed(torch.from_numpy(run.token_ids[num_cached:]).to(device), 1)
+        if run.last_token_id is not None:
+            run.last_x_1D = embed(torch.tensor([run.last_token_id], device=device), 1)
+        if run.attends_to_kept:
+            num_rows = run.num_tokens + (run.last_token_id is not None)
+            shape = (kv_format.num_kv_heads, num_rows, kv_format.head_dim)
+            run.k_KNE = torch.empty(shape, dtype=kv_format.dtype, device=device)
+            run.v_KNE = torch.empty_like(run.k_KNE)
 
     def _read_kept(self, run: PrefillRun) -> dict[PrefillRun, KvTile]:
         """A tile that was kept, laid where the attention of those behind it will read it."""
         with run.own_errors():
-            start, stop, is_read = run.start, run.stop, not run.is_last_layer
+            start, stop = run.start, run.stop
+            is_read = run.attends_to_kept and not (run.is_last_layer and run.last_token_id is None)
             tile = run.take_kept()
-            if is_read and run.num_cached_tokens < run.num_tokens:
+            if is_read:
                 run.k_KNE[:, start:stop] = tile.k_KTD
                 run.v_KNE[:, start:stop] = tile.v_KTD
             return {run: tile}
@@ -246,12 +258,32 @@ class PrefillEngine:
             if run.start == 0 and run.planning is None:
                 assert run.sparse is not None
                 queries_of = partial(self._queries, self._model.blocks[run.layer], run.hidden_ND)
-                run.planning = run.sparse.plan(run.layer, queries_of, run.k_KNE)
+                run.planning = run.sparse.plan(run.layer, queries_of, run.k_KNE[:, : run.num_tokens])
             more = KvTile(run.layer + 1, 0, run.k_KNE[:, :0], run.v_KNE[:, :0])
             if run.start > 0 or run.is_planned():
                 run.after_planned()
             return {run: more}
         raise NobodyLeft
+
+    def _read_last_token(self, run: PrefillRun, index: int) -> None:
+        """Run the token behind the prompt through a layer whose keys and values are all there; the last says the next.
+
+        By itself, whatever shares the step: in a tile's products it would change how many rows they have, and with that
+        the bits of what is sent.
+        """
+        start, stop, x_1D = run.num_tokens, run.num_tokens + 1, run.last_x_1D
+        pack = Pack(1, start, x_1D, Rows((1,), *self._rope.range(start, stop)))
+        if (few := self._few_rows([run], pack)) is not None:
+            layers, row, variant = few
+            x_1D += layers.attend(index, x_1D, layers.write_keys_values(index, x_1D, row, variant), row, variant)
+        else:
+            layer = self._model.blocks[index]
+            normed_1D = layer.attention_norm(x_1D, 1)
+            x_1D += layer.step(x_1D, normed_1D, pack.rows, self._cache(run, start, stop, None))
+        if run.is_over:
+            logits_V = self._model.output_table.logits(self._model.final_norm(x_1D, 1), (1,))[0]
+            best = logits_V.argmax()
+            run.next_token_id = int(best) if bool(logits_V[best].isfinite()) else None
 
     def _cache(self, run: PrefillRun, start: int, stop: int, plan: LayerPlan | None) -> TileCache:
         attention = partial(self._dense if plan is None else partial(_sparse, plan=plan), cancelled=run.cancelled)
@@ -288,7 +320,14 @@ class PrefillEngine:
         out_THE, _ = prefill_attention(q_THE, k_KSE, v_KSE, backend=self._attention_backend)
         out_THE.cpu()
 
-    def memory_bytes(self, num_tokens: int, sparse: PromptPlans | None = None, *, num_cached_tokens: int = 0) -> int:
+    def memory_bytes(
+        self,
+        num_tokens: int,
+        sparse: PromptPlans | None = None,
+        *,
+        num_cached_tokens: int = 0,
+        reads_last_token: bool = False,
+    ) -> int:
         """Predicted peak of a `run` over so many tokens, beside weights and cache; see `prefill_node.memory`."""
         dense = run_bytes(
             self.config,
@@ -296,6 +335,7 @@ class PrefillEngine:
             num_tokens=num_tokens,
             tile_tokens=self.tile_tokens,
             num_cached_tokens=num_cached_tokens,
+            reads_last_token=reads_last_token,
         )
         return dense + (0 if sparse is None else sparse.memory_bytes(num_tokens, self.tile_tokens))
 

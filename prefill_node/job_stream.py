@@ -38,6 +38,8 @@ class JobStream:
         """The reader takes several tiles of that memory in one message."""
         self.uplink: PrefixUplink | None = None
         """Brings up what the job lacks of its prompt's beginning; None where it lacks nothing, or computes it."""
+        # Asked of this job, and not of one that another stream had begun for less.
+        self._wants_next_token = order.last_token_id is not None and order.last_token_id == job.last_token_id
         self._epoch = order.epoch
         self._read = order.resume_from
         self._told = order.resume_from
@@ -100,6 +102,13 @@ class JobStream:
             if (tile := self.take()) is not None:
                 taken.append(tile)
         return taken
+
+    def take_next_token(self) -> int | None:
+        """What chain 1 says behind the prompt's last token: once it is there, once, and if this stream wants it."""
+        if not self._wants_next_token or self.job.next_token_id is None:
+            return None
+        self._wants_next_token = False
+        return self.job.next_token_id
 
     async def tiles(self, progress: Progress | None = None) -> AsyncIterator[EncodedTile]:
         """Read to the end.

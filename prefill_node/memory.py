@@ -17,7 +17,13 @@ FREE_SHARE = 0.5
 
 
 def run_bytes(
-    config: ChainConfig, dtype: torch.dtype, *, num_tokens: int, tile_tokens: int, num_cached_tokens: int = 0
+    config: ChainConfig,
+    dtype: torch.dtype,
+    *,
+    num_tokens: int,
+    tile_tokens: int,
+    num_cached_tokens: int = 0,
+    reads_last_token: bool = False,
 ) -> int:
     """Peak of one `PrefillEngine.run`; an upper bound, and a close one for long prompts.
 
@@ -26,8 +32,11 @@ def run_bytes(
     none were let go before the end, and the widest once more in fp32.
 
     Of tokens that were kept from an earlier prompt, only one layer's keys and values, for the others to attend to.
+
+    Of the token behind the prompt, where it is read: a row, one layer's keys and values, and its logits, twice, since
+    the library makes them in fp32.
     """
-    if num_cached_tokens == num_tokens:
+    if num_cached_tokens == num_tokens and not reads_last_token:
         return 8 * num_tokens
     chain1 = slice_config(config, 1)
     query_dim = chain1.num_heads * chain1.head_dim
@@ -37,6 +46,8 @@ def run_bytes(
     of_tile = features * dtype.itemsize + 4 * in_fp32
     tables = 4 * 4 * chain1.head_dim
     of_prompt = num_tokens * whole + num_new * chain1.dim * dtype.itemsize
+    if reads_last_token:
+        of_prompt += whole + of_tile + config.vocab_size * (dtype.itemsize + 4)
     return of_prompt + min(num_tokens, KEPT_POSITIONS) * tables + min(num_new, tile_tokens) * of_tile
 
 

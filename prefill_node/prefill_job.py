@@ -48,6 +48,8 @@ class PrefillOrder:
     """Prompts of other salts share nothing with this one."""
     held_tokens: int = 0
     """Of the prompt, the first ones, whose keys and values the caller can send up; whole tiles."""
+    last_token_id: int | None = None
+    """The token behind the prompt, if the stream shall bring what chain 1 says next; a job keeps that of its first."""
 
 
 class PrefillJob:
@@ -90,6 +92,9 @@ class PrefillJob:
             first_token=order.first_token,
         )
         self.cache_salt = order.cache_salt
+        self.last_token_id = order.last_token_id
+        self.next_token_id: int | None = None
+        """What chain 1 says behind it, once all is computed."""
         self.memory: SharedMemory | None = None
         """Holds the window's payloads that were made while their reader read there; None before it is offered."""
         self.run: PrefillRun | None = None
@@ -249,6 +254,7 @@ class PrefillJob:
         self._work_left = self._work_from(produced, num_pauses)
         self._step_share = self._share_of_step()
         if self.is_computed:
+            self.next_token_id = None if self.run is None else self.run.next_token_id
             self.run = None
         for tile in tiles:
             # A step that had begun before a newer stream came may bring what that one has from elsewhere.
@@ -385,10 +391,17 @@ class PrefillJob:
 
 
 def job_bytes(
-    engine: PrefillEngine, num_tokens: int, sparse: PromptPlans | None = None, num_cached_tokens: int = 0
+    engine: PrefillEngine,
+    num_tokens: int,
+    sparse: PromptPlans | None = None,
+    num_cached_tokens: int = 0,
+    *,
+    reads_last_token: bool = False,
 ) -> int:
     """What a job of so many tokens holds at most once it has begun: a run, a pack's rows, and a full window."""
     kv_format, tile_bytes = engine.kv_format, min(num_tokens, engine.tile_tokens) * engine.kv_format.layer_token_bytes
     window_bytes = min(num_tokens * kv_format.token_bytes, WINDOW_BYTES + tile_bytes)
-    run_bytes = engine.memory_bytes(num_tokens, sparse, num_cached_tokens=num_cached_tokens)
+    run_bytes = engine.memory_bytes(
+        num_tokens, sparse, num_cached_tokens=num_cached_tokens, reads_last_token=reads_last_token
+    )
     return run_bytes + engine.pack_bytes(num_tokens) + window_bytes

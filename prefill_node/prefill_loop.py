@@ -126,13 +126,14 @@ class PrefillLoop:
         """What the engine's work changes, inside a step too; None while it makes none."""
         return (self.counts.engine_s, *(job.cancelled.done_share for job in self._stepping)) if self._stepping else None
 
-    def check(self, num_tokens: int, sparse: PromptPlans | None = None) -> None:
+    def check(self, num_tokens: int, sparse: PromptPlans | None = None, *, reads_last_token: bool = False) -> None:
         """Refuse a prompt that could never begin.
 
         Raises:
             InvalidRequest: it needs more memory than there is.
         """
-        if (needed_bytes := job_bytes(self._engine, num_tokens, sparse)) > self._memory_bytes:
+        needed_bytes = job_bytes(self._engine, num_tokens, sparse, reads_last_token=reads_last_token)
+        if needed_bytes > self._memory_bytes:
             raise InvalidRequest(
                 "num_tokens",
                 num_tokens,
@@ -288,7 +289,13 @@ class PrefillLoop:
                 self.prefixes.begin(each.hold, is_alone=len(stepping) == 1)
                 prefix = tuple(each.hold.read)
                 each.start(
-                    self._engine.begin(each.token_ids, sparse=each.sparse, cancelled=each.cancelled, prefix=prefix)
+                    self._engine.begin(
+                        each.token_ids,
+                        sparse=each.sparse,
+                        cancelled=each.cancelled,
+                        prefix=prefix,
+                        last_token_id=each.last_token_id,
+                    )
                 )
             for other in self._waiting():
                 if other.stream is not None:
@@ -329,7 +336,8 @@ class PrefillLoop:
         self.look_again()
 
     def _begun_bytes(self, job: PrefillJob | PrefillOrder, hold: PrefixHold) -> int:
-        return job_bytes(self._engine, len(job.token_ids), job.sparse, hold.num_cached_tokens)
+        is_read = job.last_token_id is not None
+        return job_bytes(self._engine, len(job.token_ids), job.sparse, hold.num_cached_tokens, reads_last_token=is_read)
 
     def _keep(self, computed: PrefillJob) -> None:
         """What a job has computed is there for those that wait."""

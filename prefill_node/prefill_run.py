@@ -43,6 +43,9 @@ class PrefillRun:
 
     Tiles that were kept from an earlier prompt are not computed: their steps hand out what was kept.
 
+    A token behind the prompt may follow it through the layers, one row that runs whenever all tiles of a layer are
+    there, for the token that chain 1 would say next. No tile depends on it.
+
     Args:
         token_ids: the prompt.
         num_layers: of the model.
@@ -50,13 +53,16 @@ class PrefillRun:
         prefix: the prompt's first tiles, as far as they were kept; none with sparse attention.
         sparse: plans its attention; None attends to everything.
         cancelled: ends it from any thread.
+        last_token_id: the token behind the prompt; None for none.
     """
 
     hidden_ND: Tensor
     """The residual stream of what is computed; of several whole prompts in a pack, rows of one tensor."""
     k_KNE: Tensor
-    """Of one layer, as the next one."""
+    """Of one layer, as the next one; with a place behind the prompt where a token follows it."""
     v_KNE: Tensor
+    last_x_1D: Tensor
+    """The residual stream of the token behind the prompt."""
 
     def __init__(
         self,
@@ -67,8 +73,12 @@ class PrefillRun:
         sparse: PromptPlans | None,
         cancelled: CancelFlag,
         prefix: Sequence[KeptTile] = (),
+        last_token_id: int | None = None,
     ) -> None:
         self.token_ids = token_ids
+        self.last_token_id = last_token_id
+        self.next_token_id: int | None = None
+        """What chain 1 says behind `last_token_id`; None before its last layer, and of numbers that are none."""
         self.prefix = prefix
         self.num_cached_tokens = sum(kept.num_tokens for kept in prefix)
         """Of the prompt, those of `prefix`."""
@@ -108,8 +118,13 @@ class PrefillRun:
         return self.start < self.num_cached_tokens
 
     @property
+    def attends_to_kept(self) -> bool:
+        """Something is computed that reads the keys and values of what was kept."""
+        return self.num_cached_tokens < self.num_tokens or self.last_token_id is not None
+
+    @property
     def is_last_layer(self) -> bool:
-        """Nothing attends to this layer's keys: its output would only feed the head, the decode node's work."""
+        """No tile attends to this layer's keys: their output would only feed the head, the decode node's work."""
         return self.layer == self._num_layers - 1
 
     @property

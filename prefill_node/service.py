@@ -23,6 +23,7 @@ from colm.wire.prompt_stream import check_id, check_salt, read_open, read_token_
 from colm.wire.shared_memory import host_id
 from colm.wire.status import answering
 from colm.wire.tile_codec import decode_tile, encode_event, join_shared, pull_kv_handlers
+from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait
@@ -113,7 +114,9 @@ class PrefillService:
             if not 1 <= opened.num_tokens <= limit:
                 raise InvalidRequest("num_tokens", opened.num_tokens, f"must be between 1 and {limit}")
             self._check_start(opened)
-            self._loop.check(opened.num_tokens, self._plans(opened))
+            self._check_last_token(opened)
+            reads_last_token = opened.HasField("last_token_id")
+            self._loop.check(opened.num_tokens, self._plans(opened), reads_last_token=reads_last_token)
             token_ids = await read_token_ids(requests, opened.num_tokens)
             self._engine.check(token_ids)
             order = self._order(opened, token_ids, codec)
@@ -150,6 +153,7 @@ class PrefillService:
             first_token=opened.first_token,
             cache_salt=opened.cache_salt,
             held_tokens=opened.first_token if self._takes_prefix(opened) else 0,
+            last_token_id=opened.last_token_id if opened.HasField("last_token_id") else None,
         )
 
     def _takes_prefix(self, opened: pb.OpenKvTransfer) -> bool:
@@ -169,6 +173,16 @@ class PrefillService:
             limit = "must be 0 with sparse attention, whose plans depend on the whole prompt"
             raise InvalidRequest("first_token", first_token, limit)
         check_salt(opened.cache_salt)
+
+    def _check_last_token(self, opened: pb.OpenKvTransfer) -> None:
+        if not opened.HasField("last_token_id"):
+            return
+        config, token_id = self._engine.config, opened.last_token_id
+        if token_id >= config.vocab_size:
+            raise InvalidRequest("last_token_id", token_id, f"must be below the vocabulary size {config.vocab_size}")
+        if opened.num_tokens == config.max_context:
+            limit = f"has no place behind num_tokens={opened.num_tokens}, the model's context"
+            raise InvalidRequest("last_token_id", token_id, limit)
 
     def _plans(self, opened: pb.OpenKvTransfer) -> PromptPlans | None:
         is_sparse = attention_from_pb(opened.attention) == "sparse"
@@ -222,6 +236,11 @@ class PrefillService:
             position = pb.KvPosition(layer=reached.layer, token=reached.token)
             await context.write(encode_event(pb.PullKvResponse(reached=position)))
 
+        async def say_next_token() -> None:
+            if (token_id := stream.take_next_token()) is not None:
+                said = common_pb2.ProvisionalToken(token_id=token_id)
+                await context.write(encode_event(pb.PullKvResponse(provisional_token=said)))
+
         started = pb.TransferStarted(codec=CODECS[stream.job.encoder.codec], tile_tokens=self._engine.tile_tokens)
         started_s, ended = time.monotonic(), "cancelled"
         try:
@@ -233,6 +252,8 @@ class PrefillService:
             if self._host_id and opened.host_id == self._host_id:
                 await self._offer_memory(stream, context)
             async for tile in stream.tiles(progress):
+                # Before the tiles that were made with it: it is a few bytes, and a word that somebody waits for.
+                await say_next_token()
                 tiles = [tile] if tile.slot is None else [tile, *stream.take_shared()]
                 await context.write(tile.message if len(tiles) == 1 else join_shared([each.message for each in tiles]))
                 count.num_tiles += len(tiles)

@@ -40,6 +40,7 @@ FORMAT = KvFormat(num_layers=2, num_kv_heads=2, head_dim=2, dtype=torch.float32)
 END = KvPosition(FORMAT.num_layers, 0)
 FINGERPRINT = "f"
 MAX_CONTEXT = 32
+VOCABULARY = 320
 JOB_BYTES = 1000
 """Of a prompt, whatever its length."""
 CACHE_BYTES = 40 * FORMAT.token_bytes
@@ -55,6 +56,11 @@ def truth_of(token_ids: NDArray[np.int64]) -> Tensor:
         FORMAT.num_layers, 2, FORMAT.num_kv_heads, 1, FORMAT.head_dim
     )
     return torch.from_numpy((prefix[:, None] + 10_000 * (place + 1)).astype(np.float32))
+
+
+def next_of(token_ids: NDArray[np.int64], last_token_id: int) -> int:
+    """What follows a prompt and the token behind it."""
+    return int(np.append(token_ids, last_token_id).cumsum()[-1] % VOCABULARY)
 
 
 class ManualThreads:
@@ -83,7 +89,7 @@ class TableEngine:
     kv_format = FORMAT
 
     def __init__(self, tile_tokens: int) -> None:
-        self.config = type("Config", (), {"max_context": MAX_CONTEXT})
+        self.config = type("Config", (), {"max_context": MAX_CONTEXT, "vocab_size": VOCABULARY})
         self.tile_tokens = tile_tokens
         self.num_computed: dict[PrefillRun, int] = {}
         """Tokens of layers; a job has one run."""
@@ -98,7 +104,13 @@ class TableEngine:
         return 0
 
     def begin(
-        self, token_ids: NDArray[np.int64], *, sparse: None, cancelled: Any, prefix: Sequence[KeptTile]
+        self,
+        token_ids: NDArray[np.int64],
+        *,
+        sparse: None,
+        cancelled: Any,
+        prefix: Sequence[KeptTile],
+        last_token_id: int | None,
     ) -> PrefillRun:
         return PrefillRun(
             token_ids,
@@ -107,10 +119,15 @@ class TableEngine:
             sparse=sparse,
             cancelled=cancelled,
             prefix=prefix,
+            last_token_id=last_token_id,
         )
 
     def step(self, runs: Sequence[PrefillRun]) -> list[KvTile | None]:
-        return [self._step(run) for run in runs]
+        tiles = [self._step(run) for run in runs]
+        for run in runs:
+            if run.is_over and run.last_token_id is not None:
+                run.next_token_id = next_of(run.token_ids, run.last_token_id)
+        return tiles
 
     def _step(self, run: PrefillRun) -> KvTile | None:
         with run.own_errors():
@@ -215,7 +232,7 @@ class Wire:
     # What the fetcher reads and calls.
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("queued", "started_s", "heard_s", "sparse", "num_cached_tokens", "tile_tokens"):
+        if name in ("queued", "started_s", "heard_s", "sparse", "num_cached_tokens", "tile_tokens", "next_token_id"):
             return getattr(self._receiver, name)
         raise AttributeError(name)
 

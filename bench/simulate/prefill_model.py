@@ -259,8 +259,10 @@ class PrefillModel:
         tile_tokens = self.shape.tile_tokens
         tile_bytes = min(num_tokens, tile_tokens) * self._layer_token_bytes
         window_bytes = min(num_tokens * self._layer_token_bytes * self.shape.num_layers, WINDOW_BYTES + tile_bytes)
-        sizes = {"num_tokens": num_tokens, "tile_tokens": tile_tokens}
-        return run_bytes(self._config, KV_DTYPE, **sizes) + pack_bytes(self._config, KV_DTYPE, **sizes) + window_bytes
+        job_bytes = sum(
+            of(self._config, KV_DTYPE, num_tokens=num_tokens, tile_tokens=tile_tokens) for of in (run_bytes, pack_bytes)
+        )
+        return job_bytes + window_bytes
 
     async def prefill(self, num_tokens: int, receiver: Link) -> None:
         """Compute a prompt and bring it to a decode node's link.

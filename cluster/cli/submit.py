@@ -76,6 +76,13 @@ def submit(
         int | None,
         typer.Option(help="Tokens that chain 1 may draft for all chains to verify; 0 drafts none. Changes no token."),
     ] = None,
+    provisional_first_token: Annotated[
+        bool,
+        typer.Option(
+            "--provisional-first-token",
+            help="Show chain 1's own next word, dimmed, before the first one, which confirms or replaces it.",
+        ),
+    ] = False,
     model: Annotated[str, typer.Option(help="Model name; the cluster's only one by default.")] = "",
     address: Annotated[str | None, typer.Option(help="Gateway host:port; this machine's cluster by default.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="With --address: file with the client token.")] = None,
@@ -132,6 +139,7 @@ def submit(
                 attention=attention,
                 kv_codec=kv_codec,
                 max_draft_tokens=max_draft_tokens,
+                provisional_first_token=provisional_first_token,
             )
             with closing(answer) as events:  # leaving early cancels the request on every node
                 for event in events:

@@ -275,6 +275,7 @@ class FrontDoor:
             max_draft_tokens=plan.max_draft_tokens,
             # How long a prompt takes must tell nobody what others have asked.
             cache_salt=hashlib.sha256(f"cache\0{owner}".encode()).digest(),
+            provisional_first_token=plan.provisional_first_token,
             made_token_ids=plan.answer_token_ids,
         )
 

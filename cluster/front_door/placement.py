@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from cluster.node_registry import NodeRegistry
 from colm.clock import Clock, Deadline
 from colm.errors import CapacityExceeded, ColmError, PeerFailed, PeerRefused, PeerUnavailable, PrefillUnavailable
-from colm.events import Event, Finished, Queued, Reserved, ScaleChanged, Token, WaitsFor
+from colm.events import Event, Finished, ProvisionalToken, Queued, Reserved, ScaleChanged, Token, WaitsFor
 from colm.line import Beat
 from colm.nodes import Role
 from colm.prefix_routes import PrefixRoutes
+from colm.provisional import ProvisionalOnce
 from colm.request import AttentionMode, KvCodec
 from colm.retry import RetryPolicy
 from colm.sampling import SamplingParams
@@ -73,6 +74,8 @@ class DecodeJob:
     """Whose prompt it is; it shares keys and values with prompts of the same alone."""
     made_token_ids: tuple[int, ...] = ()
     """The answer so far; the node goes on behind it."""
+    provisional_first_token: bool = False
+    """Tell what chain 1 says first, where that comes sooner."""
     answer_key: str = ""
     """Under it another gateway can find the request, after this one is lost."""
 
@@ -124,10 +127,12 @@ class _Relayed:
     token_ids: list[int]
     lost: list[str]
     """Addresses of the nodes that were lost after they had begun."""
+    provisional: ProvisionalOnce
     shunned: set[str] = field(default_factory=set)
     """Addresses of those, and of nodes that failed or do not admit this gateway; asked if no other is free."""
     has_failed: bool = False
     """A node has failed by a defect of its own."""
+    provisional_token_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float = 0.0
     num_failures: int = 0
@@ -147,6 +152,8 @@ class _Relayed:
         usage, timings = replace(finished.usage, num_decode_nodes=1 + len(self.lost)), finished.timings
         if (first_s := self.first_token_s) is not None:
             timings = replace(timings, first_token_s=first_s - self.begun_s, decode_s=self.last_token_s - first_s)
+        if (provisional_s := self.provisional_token_s) is not None:
+            timings = replace(timings, provisional_token_s=provisional_s - self.begun_s)
         return replace(finished, usage=usage, timings=timings)
 
 
@@ -193,7 +200,12 @@ class Placement:
         async def beat(num_ahead: int) -> None:
             await emit(Queued(waits_for=WaitsFor.DECODE_NODE, num_ahead=num_ahead))
 
-        relayed = _Relayed(begun_s=self._clock.now(), token_ids=[*job.made_token_ids], lost=[])
+        relayed = _Relayed(
+            begun_s=self._clock.now(),
+            token_ids=[*job.made_token_ids],
+            lost=[],
+            provisional=ProvisionalOnce(has_begun=bool(job.made_token_ids)),
+        )
         refusals_left = self._num_others()
         num_calls_lost = 0
         keys = self._routes.keys(job.token_ids, job.cache_salt) if self._num_others() else ()
@@ -285,10 +297,14 @@ class Placement:
             await beat(0)
         await asyncio.sleep(pause_s)
 
-    async def _relay(self, event: Event, relayed: _Relayed, emit: Emit) -> None:
+    async def _relay(self, heard: Event, relayed: _Relayed, emit: Emit) -> None:
+        if (event := relayed.provisional.see(heard)) is None:
+            return
         match event:
             case Reserved() | ScaleChanged():  # between nodes, not for clients
                 return
+            case ProvisionalToken():
+                relayed.provisional_token_s = self._clock.now()
             case Token():
                 relayed.see(event, self._clock.now())
             case Finished():

@@ -61,6 +61,7 @@ class Plan:
     max_draft_tokens: int | None
     """None: the decode node's limit."""
     answer_token_ids: tuple[int, ...]
+    provisional_first_token: bool
 
     @classmethod
     def of(
@@ -127,4 +128,5 @@ class Plan:
             kv_codec=request.kv_codec,
             max_draft_tokens=request.max_draft_tokens,
             answer_token_ids=request.answer_token_ids,
+            provisional_first_token=request.provisional_first_token,
         )

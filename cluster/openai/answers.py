@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from colm.events import Finished, Token, tokens_by_scale
+from colm.events import Finished, ProvisionalToken, Token, tokens_by_scale
 from colm.text.tokenizer import Tokenizer
 
 
@@ -60,19 +60,27 @@ class Shape:
         return self._chunk(choice, {"role": "assistant", "content": ""}) if self._is_chat else None
 
     def token(self, choice: Choice, token: Token, num_chars: int) -> dict[str, Any] | None:
-        """The chunk of a token; None if it has completed no text and nobody wants its logprob.
+        """The chunk of a token; None if it has completed no text and says nothing else that somebody wants.
 
         Args:
             choice: the answer so far.
             token: its last one.
             num_chars: of the answer's text before it.
         """
-        if not token.text and not self._wants_logprobs:
+        says_more = self._wants_logprobs or token.confirms_provisional is not None
+        if not (token.text or says_more):
             return None
         logprobs = self._logprobs([token], num_chars) if self._wants_logprobs else None
         chunk = self._chunk(choice, self._delta(token.text), logprobs=logprobs)
         chunk["choices"][0]["num_chains"] = token.num_chains
+        if token.confirms_provisional is not None:
+            chunk["choices"][0]["confirms_provisional"] = token.confirms_provisional
         return chunk
+
+    def provisional(self, choice: Choice, token: ProvisionalToken) -> dict[str, Any]:
+        """The chunk of a provisional token: without choices, since clients add up what stands there."""
+        said = {"index": choice.index, "token_id": token.token_id, "text": token.text}
+        return {**self._head, "object": self._chunk_object, "choices": [], "provisional_token": said}
 
     def last(self, choice: Choice, finished: Finished) -> list[dict[str, Any]]:
         """The chunks that end an answer: what was held back, and why it has ended."""
@@ -173,6 +181,7 @@ def details_of(choices: Sequence[Choice]) -> list[dict[str, Any]]:
             "queue_s": choice.finished.timings.queue_s,
             "prefill_s": choice.finished.timings.prefill_s,
             "first_token_s": choice.finished.timings.first_token_s,
+            "provisional_token_s": choice.finished.timings.provisional_token_s,
             "decode_s": choice.finished.timings.decode_s,
             "kv_received_bytes": choice.finished.usage.kv_received_bytes,
         }

@@ -21,7 +21,7 @@ from cluster.openai.answers import Choice, Shape
 from cluster.openai.errors import answer_of, body_of
 from cluster.openai.schema import Ask
 from colm import tracing
-from colm.events import Accepted, Event, Finished, PrefillProgress, Queued, Token
+from colm.events import Accepted, Event, Finished, PrefillProgress, ProvisionalToken, Queued, Token
 from colm.request import GenerateRequest
 
 Numbered = tuple[int, Event]
@@ -164,6 +164,8 @@ class Call:
             case Accepted():
                 if (chunk := self._shape.first(choice)) is not None:
                     await _send(send, _event(chunk))
+            case ProvisionalToken():
+                await _send(send, _event(self._shape.provisional(choice, event)))
             case Token():
                 if (chunk := self._shape.token(choice, event, num_chars)) is not None:
                     await _send(send, _event(chunk))

@@ -109,7 +109,7 @@ _UPLOAD: Schema = {
 
 def _answers() -> Schema:
     named = _object(token=_TEXT, logprob=_LOGPROB, bytes=_array({"type": "integer", "minimum": 0, "maximum": 255}))
-    of_token = _object(**named["properties"], top_logprobs=_array(_ref("NamedToken")))
+    logprobs = _object(**named["properties"], top_logprobs=_array(_ref("NamedToken")))
     choice = {"index": _COUNT, "finish_reason": _REASON}
     chunk = {"index": _COUNT, "finish_reason": _or_null(_REASON)}
     chats, texts = _or_null(_ref("ChatLogprobs")), _or_null(_ref("CompletionLogprobs"))
@@ -117,6 +117,8 @@ def _answers() -> Schema:
     delta = _object((), role={"const": "assistant"}, content=_TEXT)
     ends = {"usage": _ref("Usage"), "colm": _array(_ref("Details"))}
     scale = {"num_chains": {"type": "integer", "minimum": 1}}
+    of_token: Schema = {**scale, "confirms_provisional": {"type": "boolean"}}
+    of_chunk: Schema = {**ends, "provisional_token": _object(index=_COUNT, token_id=_COUNT, text=_TEXT)}
     return {
         "Error": _object(error=_object(message=_TEXT, type=_TEXT, param=_or_null(_TEXT), code=_or_null(_TEXT))),
         "Model": _object(
@@ -148,11 +150,12 @@ def _answers() -> Schema:
             queue_s=_SECONDS,
             prefill_s=_SECONDS,
             first_token_s=_SECONDS,
+            provisional_token_s=_or_null(_SECONDS),
             decode_s=_SECONDS,
             kv_received_bytes=_COUNT,
         ),
         "NamedToken": named,
-        "ChatLogprobs": _object(content=_array(of_token), refusal=_NULL),
+        "ChatLogprobs": _object(content=_array(logprobs), refusal=_NULL),
         "CompletionLogprobs": _object(
             tokens=_array(_TEXT),
             token_logprobs=_array(_LOGPROB),
@@ -162,10 +165,10 @@ def _answers() -> Schema:
         "ChatCompletion": _answer("chat.completion", _object(**choice, message=message, logprobs=chats), **ends),
         "Completion": _answer("text_completion", _object(**choice, text=_TEXT, logprobs=texts), **ends),
         "ChatCompletionChunk": _answer(
-            "chat.completion.chunk", _open(_object(**chunk, delta=delta, logprobs=chats), **scale), optional=ends
+            "chat.completion.chunk", _open(_object(**chunk, delta=delta, logprobs=chats), **of_token), optional=of_chunk
         ),
         "CompletionChunk": _answer(
-            "text_completion", _open(_object(**chunk, text=_TEXT, logprobs=texts), **scale), optional=ends
+            "text_completion", _open(_object(**chunk, text=_TEXT, logprobs=texts), **of_token), optional=of_chunk
         ),
     }
 

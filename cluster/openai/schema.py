@@ -2,9 +2,9 @@
 
 Fields that this system has are read; fields that it lacks are accepted with the value that changes nothing, and refused
 by name with any other; fields that nobody knows are refused, as OpenAI does. Beside OpenAI's own there are `scale` (or
-`num_chains`), `min_chains`, `attention`, `document` and `timeout_s`, and of the sampling fields that vLLM has `top_k`,
-`min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`, `guided_json` and `guided_regex`. Its
-Python package sends them as `extra_body`.
+`num_chains`), `min_chains`, `attention`, `provisional_first_token`, `document` and `timeout_s`, and of the sampling
+fields that vLLM has `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`, `guided_json`
+and `guided_regex`. Its Python package sends them as `extra_body`.
 """
 
 import json
@@ -101,7 +101,7 @@ def _without(reason: str) -> AfterValidator:
 
 _NO_PROMPT_LOGPROBS = _without(
     "a prompt is neither sent back nor given log probabilities: the prefill node computes its keys and values with "
-    "chain 1 alone, and has no output head"
+    "chain 1 alone, and runs no output head over it"
 )
 _NO_TOOLS = _without(
     "tools are not served: each model's template writes them and its calls in a form of its own; describe them in the "
@@ -130,6 +130,7 @@ class _Request(_Strict):
     num_chains: int | None = None
     min_chains: int | None = None
     attention: AttentionMode = "dense"
+    provisional_first_token: bool = False
     document: str | Annotated[list[str], Field(max_length=MAX_DOCUMENTS)] | None = None
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = Field(default=(), strict=False)
@@ -152,6 +153,12 @@ class _Request(_Strict):
     def _one_name_of_scale(self) -> "_Request":
         if self.scale not in (None, "auto") and self.num_chains not in (None, self.scale):
             raise ValueError("scale and num_chains are the same and differ; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _provisional_is_streamed(self) -> "_Request":
+        if self.provisional_first_token and not self.stream:
+            raise ValueError("provisional_first_token needs stream=true; a whole answer has nothing provisional")
         return self
 
     @property
@@ -313,6 +320,7 @@ def _requests(
             sampling=call.sampling(number, top_logprobs),
             timeout_s=call.timeout_s,
             attention=call.attention,
+            provisional_first_token=call.provisional_first_token,
         )
         for number in range(call.n)
     )

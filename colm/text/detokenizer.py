@@ -93,6 +93,14 @@ class TextStream:
                 data = data.removeprefix(b" ")
         return self._utf8.decode(data)
 
+    def peek(self, token_id: int) -> str:
+        """What `push` would return; nothing changes."""
+        at_start, state = self._at_start, self._utf8.getstate()
+        text = self.push(token_id)
+        self._at_start = at_start
+        self._utf8.setstate(state)
+        return text
+
     def flush(self) -> str:
         """End the text; a character that was never completed becomes a replacement character."""
         return self._utf8.decode(b"", final=True)

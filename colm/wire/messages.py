@@ -17,6 +17,7 @@ from colm.events import (
     FinishReason,
     LayerRecall,
     PrefillProgress,
+    ProvisionalToken,
     Queued,
     Reconnecting,
     Reserved,
@@ -147,10 +148,7 @@ def scale_to_pb(scale: Scale | ScaleWish) -> pb.Scale:
 
 def scale_wish_from_pb(message: pb.Scale) -> ScaleWish:
     """Wire to domain."""
-    return ScaleWish(
-        num_chains=message.num_chains if message.HasField("num_chains") else None,
-        min_chains=message.min_chains if message.HasField("min_chains") else None,
-    )
+    return _from_pb(ScaleWish, message)
 
 
 def attention_to_pb(mode: AttentionMode) -> pb.AttentionMode:
@@ -202,7 +200,13 @@ def _to_pb(message_type: type[_Message], record: "DataclassInstance") -> _Messag
 
 
 def _from_pb(record_type: type[_Record], message: Message) -> _Record:
-    return record_type(**{field.name: getattr(message, field.name) for field in fields(record_type)})
+    return record_type(**{field.name: _optional(message, field.name) for field in fields(record_type)})
+
+
+def _optional(message: Message, name: str) -> Any:
+    """A field's value; None of one that may be unset, and is."""
+    is_unset = message.DESCRIPTOR.fields_by_name[name].has_presence and not message.HasField(name)
+    return None if is_unset else getattr(message, name)
 
 
 def queued_to_pb(event: Queued) -> pb.Queued:
@@ -220,6 +224,7 @@ def token_to_pb(event: Token) -> pb.Token:
         logprob=event.logprob,
         num_chains=event.num_chains,
         top_logprobs=[pb.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in event.top_logprobs],
+        confirms_provisional=event.confirms_provisional,
     )
 
 
@@ -248,6 +253,7 @@ def generate_request_to_pb(request: GenerateRequest) -> generation_pb.OpenGenera
         revision=request.revision,
         num_chains=request.num_chains,
         min_chains=request.min_chains,
+        provisional_first_token=request.provisional_first_token,
     )
     if request.chat is not None:
         message.chat = request.chat
@@ -281,6 +287,7 @@ def generate_request_from_pb(message: generation_pb.OpenGenerate) -> GenerateReq
         answer_key=message.answer_key,
         answer_token_ids=tuple(message.answer_token_ids),
         revision=message.revision,
+        provisional_first_token=message.provisional_first_token,
         **chosen,
     )
 
@@ -303,6 +310,8 @@ def _event_to_pb(event: Event) -> dict[str, Any]:
             return {"reserved": _to_pb(decode_pb.Reserved, event)}
         case PrefillProgress():
             return {"prefill_progress": _to_pb(pb.PrefillProgress, event)}
+        case ProvisionalToken():
+            return {"provisional_token": _to_pb(pb.ProvisionalToken, event)}
         case Token():
             return {"token": token_to_pb(event)}
         case ScaleChanged():
@@ -394,6 +403,8 @@ def event_from_pb(received: generation_pb.GenerateResponse | decode_pb.DecodeRes
             return _from_pb(Reserved, body)
         case "prefill_progress":
             return _from_pb(PrefillProgress, body)
+        case "provisional_token":
+            return _from_pb(ProvisionalToken, body)
         case "token":
             return _token(body)
         case "scale_changed":
@@ -413,18 +424,12 @@ def queued_from_pb(queued: pb.Queued) -> Queued:
     waits_for = {value: key for key, value in _WAITS_FOR.items()}
     if queued.waits_for not in waits_for:
         raise ValueError(f"the server queued the request for an unknown thing {queued.waits_for}")
-    estimated_wait_s = queued.estimated_wait_s if queued.HasField("estimated_wait_s") else None
-    return Queued(waits_for=waits_for[queued.waits_for], num_ahead=queued.num_ahead, estimated_wait_s=estimated_wait_s)
+    return replace(_from_pb(Queued, queued), waits_for=waits_for[queued.waits_for])
 
 
 def _token(token: pb.Token) -> Token:
-    return Token(
-        token_id=token.token_id,
-        text=token.text,
-        logprob=token.logprob,
-        num_chains=token.num_chains,
-        top_logprobs=tuple((entry.token_id, entry.logprob) for entry in token.top_logprobs),
-    )
+    top_logprobs = tuple((entry.token_id, entry.logprob) for entry in token.top_logprobs)
+    return replace(_from_pb(Token, token), top_logprobs=top_logprobs)
 
 
 def _finished(finished: pb.Finished) -> Finished:

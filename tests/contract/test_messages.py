@@ -41,6 +41,7 @@ from colm.events import (
     FinishReason,
     LayerRecall,
     PrefillProgress,
+    ProvisionalToken,
     Queued,
     Reserved,
     ScaleChanged,
@@ -112,7 +113,14 @@ USAGES = st.builds(
     num_accepted_tokens=U32,
     num_prefill_cached_tokens=U32,
 )
-TIMINGS = st.builds(Timings, queue_s=SECONDS, prefill_s=SECONDS, first_token_s=SECONDS, decode_s=SECONDS)
+TIMINGS = st.builds(
+    Timings,
+    queue_s=SECONDS,
+    prefill_s=SECONDS,
+    first_token_s=SECONDS,
+    decode_s=SECONDS,
+    provisional_token_s=st.none() | SECONDS,
+)
 ACCEPTED = st.builds(
     Accepted, request_id=TEXT, model=TEXT, num_prompt_tokens=U32, num_chains=U32, max_new_tokens=U32, timeout_s=SECONDS
 )
@@ -126,7 +134,9 @@ TOKENS = st.builds(
     logprob=NUMBERS,
     num_chains=U32,
     top_logprobs=st.lists(st.tuples(U32, NUMBERS), max_size=4).map(tuple),
+    confirms_provisional=st.none() | st.booleans(),
 )
+PROVISIONAL = st.builds(ProvisionalToken, token_id=U32, text=TEXT)
 SCALES = st.builds(ScaleChanged, num_chains=U32, min_chains=U32)
 REPORTS = st.builds(
     SparseReport,
@@ -188,6 +198,7 @@ REQUESTS = st.builds(
     attention=st.sampled_from(ATTENTION_MODES),
     kv_codec=st.sampled_from(KV_CODECS),
     max_draft_tokens=st.none() | U32,
+    provisional_first_token=st.booleans(),
 )
 MESSAGES = st.builds(ChatMessage, role=st.sampled_from(CHAT_ROLES), content=TEXT)
 CONVERSATIONS = st.builds(replace, REQUESTS, chat=st.none(), history=st.lists(MESSAGES, max_size=3).map(tuple))
@@ -198,12 +209,12 @@ def sent(message: M) -> M:
     return type(message).FromString(message.SerializeToString())
 
 
-@given(ACCEPTED | QUEUED | PROGRESS | TOKENS | SCALES | FINISHED)
+@given(ACCEPTED | QUEUED | PROGRESS | PROVISIONAL | TOKENS | SCALES | FINISHED)
 def test_an_event_of_the_gateway_reaches_the_client(event: Event) -> None:
     assert event_from_pb(sent(gateway_response(event))) == event
 
 
-@given(QUEUED | RESERVED | PROGRESS | TOKENS | SCALES | FINISHED)
+@given(QUEUED | RESERVED | PROGRESS | PROVISIONAL | TOKENS | SCALES | FINISHED)
 def test_an_event_of_a_decode_node_reaches_the_gateway(event: Event) -> None:
     assert event_from_pb(sent(decode_response(event))) == event
 

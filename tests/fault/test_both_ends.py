@@ -34,7 +34,17 @@ from decode_node.page_pool import PageLease, PagePool
 from decode_node.prefill_pool import PrefillLease, StaticPrefillPool
 from decode_node.prefix_cache import PagesWanted
 from prefill_node import prefill_job, prefix_uplink
-from tests.both_ends import FINGERPRINT, FORMAT, MAX_CONTEXT, ManualThreads, PrefillEnd, Wire, truth_of
+from tests.both_ends import (
+    FINGERPRINT,
+    FORMAT,
+    MAX_CONTEXT,
+    VOCABULARY,
+    ManualThreads,
+    PrefillEnd,
+    Wire,
+    next_of,
+    truth_of,
+)
 from tests.clock import FakeClock
 from tests.unit.test_line import settle
 
@@ -64,6 +74,10 @@ class Request:
     """What lies before it is in the pages from the start."""
     account: KvAccount = field(default_factory=KvAccount)
     task: "asyncio.Task[None] | None" = None
+    last_token_id: int | None = None
+    """The token behind the prompt, if chain 1's next one is wanted."""
+    told: list[int] = field(default_factory=list)
+    """What was said of that."""
     is_whole: bool = False
     """It ended well; its pages are read and given back when the machine says so."""
 
@@ -148,8 +162,9 @@ class BothEnds(RuleBasedStateMachine):
         of_tiles=st.sampled_from(sorted(TILES.values())),
         document=st.integers(0, 2),
         salt=st.sampled_from([b"", b"s"]),
+        last_token_id=st.none() | st.integers(0, VOCABULARY - 1),
     )
-    def ask(self, data: st.DataObject, of_tiles: int, document: int, salt: bytes) -> None:
+    def ask(self, data: st.DataObject, of_tiles: int, document: int, salt: bytes, last_token_id: int | None) -> None:
         length = data.draw(st.sampled_from(self.lengths))
         holds_prefix = data.draw(self.holds_prefix)
         reservation = self.page_line.reserve_now("r", PagesWanted(num_pages=self.layout.pages(length)))
@@ -161,12 +176,19 @@ class BothEnds(RuleBasedStateMachine):
         token_ids = np.random.default_rng(document).integers(0, 320, length)
         table_M = self.store.page_table(pages)
         first_token = WHOLE_TILES if holds_prefix and length > WHOLE_TILES else 0
-        request = Request(token_ids, pages, table_M, first_token)
+        has_room = length < MAX_CONTEXT
+        request = Request(token_ids, pages, table_M, first_token, last_token_id=last_token_id if has_room else None)
         # Others' keys and values lie in the pages, and must not be taken for the prompt's.
         self.store.k_pages_LBPKD[:, table_M] = self.store.v_pages_LBPKD[:, table_M] = -1.0
         if first_token:
             for layer, both in enumerate(truth_of(token_ids)[:, :, :, :first_token]):
                 self.store.write(table_M, KvTile(layer, 0, *both))
+
+        async def tell(token_id: int) -> None:
+            assert request.task is not None
+            assert not request.task.done()
+            request.told.append(token_id)
+
         order = KvOrder(
             request_id=str(number),
             token_ids=token_ids,
@@ -175,6 +197,8 @@ class BothEnds(RuleBasedStateMachine):
             first_token=first_token,
             tile_tokens=of_tiles,
             cache_salt=salt,
+            last_token_id=request.last_token_id,
+            on_next_token=tell,
         )
 
         async def nobody(_: object) -> None:
@@ -332,6 +356,8 @@ class BothEnds(RuleBasedStateMachine):
             if wire.handler.done() and not wire.handler.cancelled():
                 wire.handler.result()
         for request in self.requests:
+            last = request.last_token_id
+            assert request.told in ([], [] if last is None else [next_of(request.token_ids, last)]), "at most one"
             if request.task is not None and request.task.done():
                 request.task.result()
             if request.is_whole:

@@ -1,9 +1,33 @@
 """What a terminal shows of an answer while it waits."""
 
+import sys
+
 import pytest
 
 from cluster.answer_view import AnswerView
-from colm.events import Accepted, Event, Finished, FinishReason, Queued, Timings, Usage, WaitsFor
+from colm.events import (
+    Accepted,
+    Event,
+    Finished,
+    FinishReason,
+    ProvisionalToken,
+    Queued,
+    Timings,
+    Token,
+    Usage,
+    WaitsFor,
+)
+
+USAGE = Usage(
+    num_prompt_tokens=9,
+    num_prefill_tokens=8,
+    num_decode_prompt_tokens=1,
+    num_new_tokens=1,
+    kv_received_bytes=0,
+    kv_effective_bytes=0,
+    num_kv_streams=1,
+)
+TIMINGS = Timings(queue_s=0.0, prefill_s=0.5, first_token_s=0.6, decode_s=0.0)
 
 
 @pytest.mark.parametrize(
@@ -69,3 +93,35 @@ def test_the_last_line_has_no_speed_of_what_did_not_happen(
     view.see(Finished(reason=FinishReason.LENGTH, usage=usage, timings=timings, text=""))
     view.print_summary()
     assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_provisional_word_is_shown_dimmed_and_taken_back_by_the_first_one(
+    is_same: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = AnswerView(stream_text=True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    word = "same" if is_same else "other"
+    for event in (
+        Accepted(request_id="r", model="m", num_prompt_tokens=9, num_chains=2, max_new_tokens=3, timeout_s=1.0),
+        ProvisionalToken(token_id=4, text="same"),
+        Token(token_id=4 if is_same else 5, text=word, logprob=0.0, num_chains=2, confirms_provisional=is_same),
+        Finished(reason=FinishReason.LENGTH, usage=USAGE, timings=TIMINGS, text="."),
+    ):
+        view.see(event)
+    assert capsys.readouterr().out == f"\x1b[2msame\x1b[22m\b\b\b\b\x1b[K{word}."
+    record = view.record()
+    assert (record["text"], record["provisional_text"]) == (f"{word}.", "same")
+    assert record["provisional_token"] == ("confirmed" if is_same else "replaced")
+    assert isinstance(record["provisional_token_s"], float)
+
+
+@pytest.mark.parametrize(("is_terminal", "text"), [(False, "same"), (True, "two\nlines")])
+def test_a_provisional_word_that_could_not_be_taken_back_is_not_shown(
+    is_terminal: bool, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = AnswerView(stream_text=True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    view.see(ProvisionalToken(token_id=4, text=text))
+    view.see(Token(token_id=5, text="word", logprob=0.0, num_chains=2, confirms_provisional=False))
+    assert capsys.readouterr().out == "word"

@@ -61,6 +61,7 @@ class ScriptedReceiver:
         self.sparse: SparseReport | None = None
         self.num_cached_tokens = 0
         self.tile_tokens: int | None = None
+        self.next_token_id: int | None = None
         self.ledger: TransferLedger | None = None
         self.was_cancelled = threading.Event()
 

@@ -310,6 +310,31 @@ async def test_a_streamed_answer_that_leaves_its_scale_to_the_node_says_each_tok
         assert bodies[-1]["colm"][0]["tokens_by_scale"] == {str(scale): 6}
 
 
+async def test_a_provisional_token_stands_beside_a_streams_choices_and_adds_nothing_to_them(
+    client: AsyncOpenAI, tokenizer: Tokenizer
+) -> None:
+    """A client that knows nothing of it adds up the same text."""
+    question: Any = [{"role": "user", "content": "what is the word that nobody says? " * 9}]
+    streamed: Any = {"messages": question, "max_tokens": 5, "stream": True, "model": "tiny", "temperature": 0}
+    asked = {"ignore_eos": True, "provisional_first_token": True}
+    told, plain = [
+        [chunk async for chunk in await client.chat.completions.create(**streamed, extra_body=body)]
+        for body in (asked, {"ignore_eos": True})
+    ]
+    guesses = [chunk for chunk in told if "provisional_token" in (chunk.model_extra or {})]
+    assert [chunk.choices for chunk in guesses] == [[]]
+    extra = (guesses[0].model_extra or {})["provisional_token"]
+    assert extra == {"index": 0, "token_id": extra["token_id"], "text": tokenizer.decode([extra["token_id"]])}
+    texts = ["".join(chunk.choices[0].delta.content or "" for chunk in each if chunk.choices) for each in (told, plain)]
+    assert texts[0] == texts[1]
+    says = [(each.choices[0].model_extra or {}).get("confirms_provisional") for each in told if each.choices]
+    assert sum(each is not None for each in says) == 1
+    assert told.index(guesses[0]) < says.index(next(each for each in says if each is not None)) + 1
+    with pytest.raises(openai.BadRequestError, match=r"needs stream=true") as refusal:
+        await client.chat.completions.create(**streamed | {"stream": False}, extra_body=asked)
+    assert refusal.value.status_code == 400
+
+
 async def test_a_document_is_uploaded_once_and_asked_about_by_its_owner_alone(
     checkpoint: Checkpoint, tokenizer: Tokenizer, node: DecodeNode, tmp_path: Path
 ) -> None:
@@ -394,7 +419,7 @@ async def test_what_cannot_be_served_is_refused_by_name(
 
 
 async def test_a_prompt_is_not_sent_back_and_the_refusal_says_why(client: AsyncOpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="has no output head") as refusal:
+    with pytest.raises(openai.BadRequestError, match="runs no output head over it") as refusal:
         await client.completions.create(model="tiny", prompt="x", echo=True)
     assert refusal.value.param == "echo"
 

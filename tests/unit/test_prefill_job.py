@@ -413,3 +413,17 @@ def test_positions_follow_the_order_of_travel() -> None:
         places.append(places[-1].after(4, NUM_TOKENS))
     assert places == [(0, 0), (0, 4), (0, 8), (1, 0), (1, 4), (1, 8), (2, 0)]
     assert all(one < other for one, other in pairwise(places))
+
+
+def test_what_chain_1_says_next_is_taken_once_a_stream_by_those_that_asked_it_of_this_job() -> None:
+    first = replace(order(1), last_token_id=7)
+    job = new_job(first)
+    begin(job)
+    stream = job.attach(first)
+    assert job.run is not None
+    assert stream.take_next_token() is None
+    job.run.next_token_id = 4
+    job.produce([], END)
+    assert [stream.take_next_token() for _ in range(2)] == [4, None]
+    others = [replace(order(epoch + 2), last_token_id=last) for epoch, last in enumerate((7, None, 8))]
+    assert [job.attach(other).take_next_token() for other in others] == [4, None, None]

@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63olm/wire/v1/common.proto\x12\x0c\x63olm.wire.v1\"\xab\x03\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x02\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x18\n\x10presence_penalty\x18\t \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\x03\x88\x01\x01\x12\r\n\x05min_p\x18\x0c \x01(\x01\x12+\n\nlogit_bias\x18\r \x03(\x0b\x32\x17.colm.wire.v1.LogitBias\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12\x15\n\x0bjson_schema\x18\x0f \x01(\tH\x00\x12\x0f\n\x05regex\x18\x10 \x01(\tH\x00\x42\x0c\n\nconstraintB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"W\n\x05Scale\x12\x17\n\nnum_chains\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_chains\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\r\n\x0b_num_chainsB\r\n\x0b_min_chains\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"1\n\x0b\x45ndOfPrompt\x12\x15\n\x08\x63hecksum\x18\x01 \x01(\x06H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"~\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x30\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x1a.colm.wire.v1.TokenLogprob\x12\x12\n\nnum_chains\x18\x05 \x01(\r\"z\n\x06Queued\x12)\n\twaits_for\x18\x01 \x01(\x0e\x32\x16.colm.wire.v1.WaitsFor\x12\x11\n\tnum_ahead\x18\x02 \x01(\r\x12\x1d\n\x10\x65stimated_wait_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_estimated_wait_s\"D\n\x0fPrefillProgress\x12\x17\n\x0fnum_tokens_done\x18\x01 \x01(\r\x12\x18\n\x10num_tokens_total\x18\x02 \x01(\r\"m\n\x0bLayerRecall\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0e\n\x06recall\x18\x03 \x01(\x01\x12\x14\n\x0crecall_bound\x18\x04 \x01(\x01\x12\x17\n\x0fnum_dense_heads\x18\x05 \x01(\r\"9\n\x0cSparseReport\x12)\n\x06layers\x18\x01 \x03(\x0b\x32\x19.colm.wire.v1.LayerRecall\"\xef\x02\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1a\n\x12num_prefill_tokens\x18\x02 \x01(\r\x12 \n\x18num_decode_prompt_tokens\x18\x03 \x01(\r\x12\x16\n\x0enum_new_tokens\x18\x04 \x01(\r\x12\x19\n\x11kv_received_bytes\x18\x05 \x01(\x04\x12\x16\n\x0enum_kv_streams\x18\x06 \x01(\r\x12\x17\n\x0fkv_shared_bytes\x18\x07 \x01(\x04\x12\x1a\n\x12kv_effective_bytes\x18\t \x01(\x04\x12\x18\n\x10num_draft_tokens\x18\x10 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x11 \x01(\r\x12!\n\x19num_prefill_cached_tokens\x18\x12 \x01(\r\x12\x18\n\x10num_decode_nodes\x18\x08 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\n \x01(\r\"V\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x03 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x04 \x01(\x01\"\xbc\x01\n\x08\x46inished\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.colm.wire.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.colm.wire.v1.Usage\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.colm.wire.v1.Timings\x12\x0c\n\x04text\x18\x04 \x01(\t\x12*\n\x06sparse\x18\x05 \x01(\x0b\x32\x1a.colm.wire.v1.SparseReport\"\xae\x04\n\x0b\x45rrorDetail\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.colm.wire.v1.ErrorDetail.Kind\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\t\x12\r\n\x05limit\x18\x04 \x01(\t\x12\x14\n\x0c\x63lient_limit\x18\x05 \x01(\t\x12\x1a\n\rretry_after_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\"\xff\x02\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14KIND_INVALID_REQUEST\x10\x01\x12\x16\n\x12KIND_UNKNOWN_MODEL\x10\x02\x12\x18\n\x14KIND_UNAUTHENTICATED\x10\x03\x12\x1a\n\x16KIND_CAPACITY_EXCEEDED\x10\x04\x12\x19\n\x15KIND_PEER_UNAVAILABLE\x10\x05\x12\x1d\n\x19KIND_FINGERPRINT_MISMATCH\x10\x06\x12\x1a\n\x16KIND_DEADLINE_EXCEEDED\x10\x07\x12\x11\n\rKIND_INTERNAL\x10\x08\x12\x16\n\x12KIND_LEASE_EXPIRED\x10\t\x12\x13\n\x0fKIND_NOT_FINITE\x10\n\x12\x1c\n\x18KIND_PREFILL_UNAVAILABLE\x10\x0c\x12\x17\n\x13KIND_UNKNOWN_ANSWER\x10\r\x12\x13\n\x0fKIND_GOING_AWAY\x10\x0e\x12\x17\n\x13KIND_MODEL_REPLACED\x10\x0f\x42\x10\n\x0e_retry_after_s*d\n\rAttentionMode\x12\x1e\n\x1a\x41TTENTION_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41TTENTION_MODE_DENSE\x10\x01\x12\x19\n\x15\x41TTENTION_MODE_SPARSE\x10\x02*C\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\r\n\tCODEC_RAW\x10\x01\x12\x0e\n\nCODEC_INT8\x10\x02\"\x04\x08\x03\x10\x07*\x86\x01\n\x08WaitsFor\x12\x19\n\x15WAITS_FOR_UNSPECIFIED\x10\x00\x12\x19\n\x15WAITS_FOR_DECODE_NODE\x10\x01\x12\x13\n\x0fWAITS_FOR_PAGES\x10\x02\x12\x1a\n\x16WAITS_FOR_PREFILL_NODE\x10\x03\x12\x13\n\x0fWAITS_FOR_BATCH\x10\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63olm/wire/v1/common.proto\x12\x0c\x63olm.wire.v1\"\xab\x03\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x02\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x18\n\x10presence_penalty\x18\t \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x01H\x03\x88\x01\x01\x12\r\n\x05min_p\x18\x0c \x01(\x01\x12+\n\nlogit_bias\x18\r \x03(\x0b\x32\x17.colm.wire.v1.LogitBias\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12\x15\n\x0bjson_schema\x18\x0f \x01(\tH\x00\x12\x0f\n\x05regex\x18\x10 \x01(\tH\x00\x42\x0c\n\nconstraintB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penalty\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"W\n\x05Scale\x12\x17\n\nnum_chains\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_chains\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\r\n\x0b_num_chainsB\r\n\x0b_min_chains\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"1\n\x0b\x45ndOfPrompt\x12\x15\n\x08\x63hecksum\x18\x01 \x01(\x06H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xba\x01\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x30\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x1a.colm.wire.v1.TokenLogprob\x12\x12\n\nnum_chains\x18\x05 \x01(\r\x12!\n\x14\x63onfirms_provisional\x18\x06 \x01(\x08H\x00\x88\x01\x01\x42\x17\n\x15_confirms_provisional\"2\n\x10ProvisionalToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\"z\n\x06Queued\x12)\n\twaits_for\x18\x01 \x01(\x0e\x32\x16.colm.wire.v1.WaitsFor\x12\x11\n\tnum_ahead\x18\x02 \x01(\r\x12\x1d\n\x10\x65stimated_wait_s\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_estimated_wait_s\"D\n\x0fPrefillProgress\x12\x17\n\x0fnum_tokens_done\x18\x01 \x01(\r\x12\x18\n\x10num_tokens_total\x18\x02 \x01(\r\"m\n\x0bLayerRecall\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0e\n\x06recall\x18\x03 \x01(\x01\x12\x14\n\x0crecall_bound\x18\x04 \x01(\x01\x12\x17\n\x0fnum_dense_heads\x18\x05 \x01(\r\"9\n\x0cSparseReport\x12)\n\x06layers\x18\x01 \x03(\x0b\x32\x19.colm.wire.v1.LayerRecall\"\xef\x02\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1a\n\x12num_prefill_tokens\x18\x02 \x01(\r\x12 \n\x18num_decode_prompt_tokens\x18\x03 \x01(\r\x12\x16\n\x0enum_new_tokens\x18\x04 \x01(\r\x12\x19\n\x11kv_received_bytes\x18\x05 \x01(\x04\x12\x16\n\x0enum_kv_streams\x18\x06 \x01(\r\x12\x17\n\x0fkv_shared_bytes\x18\x07 \x01(\x04\x12\x1a\n\x12kv_effective_bytes\x18\t \x01(\x04\x12\x18\n\x10num_draft_tokens\x18\x10 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x11 \x01(\r\x12!\n\x19num_prefill_cached_tokens\x18\x12 \x01(\r\x12\x18\n\x10num_decode_nodes\x18\x08 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\n \x01(\r\"\x90\x01\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x03 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x04 \x01(\x01\x12 \n\x13provisional_token_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x16\n\x14_provisional_token_s\"\xbc\x01\n\x08\x46inished\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.colm.wire.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.colm.wire.v1.Usage\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.colm.wire.v1.Timings\x12\x0c\n\x04text\x18\x04 \x01(\t\x12*\n\x06sparse\x18\x05 \x01(\x0b\x32\x1a.colm.wire.v1.SparseReport\"\xae\x04\n\x0b\x45rrorDetail\x12,\n\x04kind\x18\x01 \x01(\x0e\x32\x1e.colm.wire.v1.ErrorDetail.Kind\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\t\x12\r\n\x05limit\x18\x04 \x01(\t\x12\x14\n\x0c\x63lient_limit\x18\x05 \x01(\t\x12\x1a\n\rretry_after_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\"\xff\x02\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14KIND_INVALID_REQUEST\x10\x01\x12\x16\n\x12KIND_UNKNOWN_MODEL\x10\x02\x12\x18\n\x14KIND_UNAUTHENTICATED\x10\x03\x12\x1a\n\x16KIND_CAPACITY_EXCEEDED\x10\x04\x12\x19\n\x15KIND_PEER_UNAVAILABLE\x10\x05\x12\x1d\n\x19KIND_FINGERPRINT_MISMATCH\x10\x06\x12\x1a\n\x16KIND_DEADLINE_EXCEEDED\x10\x07\x12\x11\n\rKIND_INTERNAL\x10\x08\x12\x16\n\x12KIND_LEASE_EXPIRED\x10\t\x12\x13\n\x0fKIND_NOT_FINITE\x10\n\x12\x1c\n\x18KIND_PREFILL_UNAVAILABLE\x10\x0c\x12\x17\n\x13KIND_UNKNOWN_ANSWER\x10\r\x12\x13\n\x0fKIND_GOING_AWAY\x10\x0e\x12\x17\n\x13KIND_MODEL_REPLACED\x10\x0f\x42\x10\n\x0e_retry_after_s*d\n\rAttentionMode\x12\x1e\n\x1a\x41TTENTION_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41TTENTION_MODE_DENSE\x10\x01\x12\x19\n\x15\x41TTENTION_MODE_SPARSE\x10\x02*C\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\r\n\tCODEC_RAW\x10\x01\x12\x0e\n\nCODEC_INT8\x10\x02\"\x04\x08\x03\x10\x07*\x86\x01\n\x08WaitsFor\x12\x19\n\x15WAITS_FOR_UNSPECIFIED\x10\x00\x12\x19\n\x15WAITS_FOR_DECODE_NODE\x10\x01\x12\x13\n\x0fWAITS_FOR_PAGES\x10\x02\x12\x1a\n\x16WAITS_FOR_PREFILL_NODE\x10\x03\x12\x13\n\x0fWAITS_FOR_BATCH\x10\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'colm.wire.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ATTENTIONMODE']._serialized_start=2436
-  _globals['_ATTENTIONMODE']._serialized_end=2536
-  _globals['_CODEC']._serialized_start=2538
-  _globals['_CODEC']._serialized_end=2605
-  _globals['_WAITSFOR']._serialized_start=2608
-  _globals['_WAITSFOR']._serialized_end=2742
-  _globals['_FINISHREASON']._serialized_start=2744
-  _globals['_FINISHREASON']._serialized_end=2839
+  _globals['_ATTENTIONMODE']._serialized_start=2608
+  _globals['_ATTENTIONMODE']._serialized_end=2708
+  _globals['_CODEC']._serialized_start=2710
+  _globals['_CODEC']._serialized_end=2777
+  _globals['_WAITSFOR']._serialized_start=2780
+  _globals['_WAITSFOR']._serialized_end=2914
+  _globals['_FINISHREASON']._serialized_start=2916
+  _globals['_FINISHREASON']._serialized_end=3011
   _globals['_SAMPLING']._serialized_start=44
   _globals['_SAMPLING']._serialized_end=471
   _globals['_LOGITBIAS']._serialized_start=473
@@ -51,24 +51,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENDOFPROMPT']._serialized_end=681
   _globals['_TOKENLOGPROB']._serialized_start=683
   _globals['_TOKENLOGPROB']._serialized_end=732
-  _globals['_TOKEN']._serialized_start=734
-  _globals['_TOKEN']._serialized_end=860
-  _globals['_QUEUED']._serialized_start=862
-  _globals['_QUEUED']._serialized_end=984
-  _globals['_PREFILLPROGRESS']._serialized_start=986
-  _globals['_PREFILLPROGRESS']._serialized_end=1054
-  _globals['_LAYERRECALL']._serialized_start=1056
-  _globals['_LAYERRECALL']._serialized_end=1165
-  _globals['_SPARSEREPORT']._serialized_start=1167
-  _globals['_SPARSEREPORT']._serialized_end=1224
-  _globals['_USAGE']._serialized_start=1227
-  _globals['_USAGE']._serialized_end=1594
-  _globals['_TIMINGS']._serialized_start=1596
-  _globals['_TIMINGS']._serialized_end=1682
-  _globals['_FINISHED']._serialized_start=1685
-  _globals['_FINISHED']._serialized_end=1873
-  _globals['_ERRORDETAIL']._serialized_start=1876
-  _globals['_ERRORDETAIL']._serialized_end=2434
-  _globals['_ERRORDETAIL_KIND']._serialized_start=2033
-  _globals['_ERRORDETAIL_KIND']._serialized_end=2416
+  _globals['_TOKEN']._serialized_start=735
+  _globals['_TOKEN']._serialized_end=921
+  _globals['_PROVISIONALTOKEN']._serialized_start=923
+  _globals['_PROVISIONALTOKEN']._serialized_end=973
+  _globals['_QUEUED']._serialized_start=975
+  _globals['_QUEUED']._serialized_end=1097
+  _globals['_PREFILLPROGRESS']._serialized_start=1099
+  _globals['_PREFILLPROGRESS']._serialized_end=1167
+  _globals['_LAYERRECALL']._serialized_start=1169
+  _globals['_LAYERRECALL']._serialized_end=1278
+  _globals['_SPARSEREPORT']._serialized_start=1280
+  _globals['_SPARSEREPORT']._serialized_end=1337
+  _globals['_USAGE']._serialized_start=1340
+  _globals['_USAGE']._serialized_end=1707
+  _globals['_TIMINGS']._serialized_start=1710
+  _globals['_TIMINGS']._serialized_end=1854
+  _globals['_FINISHED']._serialized_start=1857
+  _globals['_FINISHED']._serialized_end=2045
+  _globals['_ERRORDETAIL']._serialized_start=2048
+  _globals['_ERRORDETAIL']._serialized_end=2606
+  _globals['_ERRORDETAIL_KIND']._serialized_start=2205
+  _globals['_ERRORDETAIL_KIND']._serialized_end=2588
 # @@protoc_insertion_point(module_scope)

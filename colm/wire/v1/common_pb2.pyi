@@ -120,18 +120,28 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Token(_message.Message):
-    __slots__ = ("token_id", "text", "logprob", "top_logprobs", "num_chains")
+    __slots__ = ("token_id", "text", "logprob", "top_logprobs", "num_chains", "confirms_provisional")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     NUM_CHAINS_FIELD_NUMBER: _ClassVar[int]
+    CONFIRMS_PROVISIONAL_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     text: str
     logprob: float
     top_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
     num_chains: int
-    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., num_chains: _Optional[int] = ...) -> None: ...
+    confirms_provisional: bool
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., num_chains: _Optional[int] = ..., confirms_provisional: _Optional[bool] = ...) -> None: ...
+
+class ProvisionalToken(_message.Message):
+    __slots__ = ("token_id", "text")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    text: str
+    def __init__(self, token_id: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Queued(_message.Message):
     __slots__ = ("waits_for", "num_ahead", "estimated_wait_s")
@@ -202,16 +212,18 @@ class Usage(_message.Message):
     def __init__(self, num_prompt_tokens: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_decode_prompt_tokens: _Optional[int] = ..., num_new_tokens: _Optional[int] = ..., kv_received_bytes: _Optional[int] = ..., num_kv_streams: _Optional[int] = ..., kv_shared_bytes: _Optional[int] = ..., kv_effective_bytes: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_prefill_cached_tokens: _Optional[int] = ..., num_decode_nodes: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("queue_s", "prefill_s", "first_token_s", "decode_s")
+    __slots__ = ("queue_s", "prefill_s", "first_token_s", "decode_s", "provisional_token_s")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    PROVISIONAL_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     prefill_s: float
     first_token_s: float
     decode_s: float
-    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., decode_s: _Optional[float] = ...) -> None: ...
+    provisional_token_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., first_token_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., provisional_token_s: _Optional[float] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("reason", "usage", "timings", "text", "sparse")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from colm.wire.v1 import common_pb2 as colm_dot_wire_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!colm/wire/v1/decode_service.proto\x12\x0c\x63olm.wire.v1\x1a\x19\x63olm/wire/v1/common.proto\"\xa7\x02\n\rDecodeRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.colm.wire.v1.OpenDecodeH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.colm.wire.v1.TokenIdsH\x00\x12\x32\n\rend_of_prompt\x18\x03 \x01(\x0b\x32\x19.colm.wire.v1.EndOfPromptH\x00\x12,\n\x06resume\x18\x04 \x01(\x0b\x32\x1a.colm.wire.v1.ResumeDecodeH\x00\x12+\n\x0c\x63hange_scale\x18\x05 \x01(\x0b\x32\x13.colm.wire.v1.ScaleH\x00\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x01\x88\x01\x01\x42\x06\n\x04partB\x0b\n\t_checksumJ\x04\x08\x06\x10\n\"\xbb\x03\n\nOpenDecode\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnum_chains\x18\x02 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.colm.wire.v1.Sampling\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12\x10\n\x08lease_id\x18\x06 \x01(\t\x12\x14\n\x0conly_if_room\x18\x07 \x01(\x08\x12\x19\n\x11num_answer_tokens\x18\x08 \x01(\r\x12\x12\n\nanswer_key\x18\t \x01(\t\x12.\n\tattention\x18\x0c \x01(\x0e\x32\x1b.colm.wire.v1.AttentionMode\x12%\n\x08kv_codec\x18\r \x01(\x0e\x32\x13.colm.wire.v1.Codec\x12\x12\n\ncache_salt\x18\x0e \x01(\x0c\x12\x1d\n\x10max_draft_tokens\x18\x10 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_chains\x18\x14 \x01(\rH\x01\x88\x01\x01\x42\x13\n\x11_max_draft_tokensB\r\n\x0b_min_chainsJ\x04\x08\n\x10\x0bJ\x04\x08\x0b\x10\x0c\"\x82\x03\n\x0e\x44\x65\x63odeResponse\x12*\n\x08reserved\x18\x01 \x01(\x0b\x32\x16.colm.wire.v1.ReservedH\x00\x12\x39\n\x10prefill_progress\x18\x02 \x01(\x0b\x32\x1d.colm.wire.v1.PrefillProgressH\x00\x12$\n\x05token\x18\x03 \x01(\x0b\x32\x13.colm.wire.v1.TokenH\x00\x12*\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x16.colm.wire.v1.FinishedH\x00\x12&\n\x06queued\x18\x05 \x01(\x0b\x32\x14.colm.wire.v1.QueuedH\x00\x12(\n\x07resumed\x18\x06 \x01(\x0b\x32\x15.colm.wire.v1.ResumedH\x00\x12,\n\rscale_changed\x18\x07 \x01(\x0b\x32\x13.colm.wire.v1.ScaleH\x00\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x01\x88\x01\x01\x42\x07\n\x05\x65ventB\x0b\n\t_checksumJ\x04\x08\x08\x10\tJ\x04\x08\t\x10\n\"6\n\x0cResumeDecode\x12\x12\n\nanswer_key\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"y\n\x07Resumed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_chains\x18\x03 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\r\x12\x13\n\x0bremaining_s\x18\x05 \x01(\x01\"a\n\x13\x43\x61ncelDecodeRequest\x12\x12\n\nanswer_key\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x00\x88\x01\x01\x42\x0b\n\t_checksum\":\n\x14\x43\x61ncelDecodeResponse\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"\x1d\n\x08Reserved\x12\x11\n\tnum_pages\x18\x01 \x01(\x04\x32\xaf\x01\n\rDecodeService\x12G\n\x06\x44\x65\x63ode\x12\x1b.colm.wire.v1.DecodeRequest\x1a\x1c.colm.wire.v1.DecodeResponse(\x01\x30\x01\x12U\n\x0c\x43\x61ncelDecode\x12!.colm.wire.v1.CancelDecodeRequest\x1a\".colm.wire.v1.CancelDecodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!colm/wire/v1/decode_service.proto\x12\x0c\x63olm.wire.v1\x1a\x19\x63olm/wire/v1/common.proto\"\xa7\x02\n\rDecodeRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.colm.wire.v1.OpenDecodeH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.colm.wire.v1.TokenIdsH\x00\x12\x32\n\rend_of_prompt\x18\x03 \x01(\x0b\x32\x19.colm.wire.v1.EndOfPromptH\x00\x12,\n\x06resume\x18\x04 \x01(\x0b\x32\x1a.colm.wire.v1.ResumeDecodeH\x00\x12+\n\x0c\x63hange_scale\x18\x05 \x01(\x0b\x32\x13.colm.wire.v1.ScaleH\x00\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x01\x88\x01\x01\x42\x06\n\x04partB\x0b\n\t_checksumJ\x04\x08\x06\x10\n\"\xdc\x03\n\nOpenDecode\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnum_chains\x18\x02 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.colm.wire.v1.Sampling\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12\x10\n\x08lease_id\x18\x06 \x01(\t\x12\x14\n\x0conly_if_room\x18\x07 \x01(\x08\x12\x19\n\x11num_answer_tokens\x18\x08 \x01(\r\x12\x12\n\nanswer_key\x18\t \x01(\t\x12.\n\tattention\x18\x0c \x01(\x0e\x32\x1b.colm.wire.v1.AttentionMode\x12%\n\x08kv_codec\x18\r \x01(\x0e\x32\x13.colm.wire.v1.Codec\x12\x12\n\ncache_salt\x18\x0e \x01(\x0c\x12\x1d\n\x10max_draft_tokens\x18\x10 \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x17provisional_first_token\x18\x11 \x01(\x08\x12\x17\n\nmin_chains\x18\x14 \x01(\rH\x01\x88\x01\x01\x42\x13\n\x11_max_draft_tokensB\r\n\x0b_min_chainsJ\x04\x08\n\x10\x0bJ\x04\x08\x0b\x10\x0c\"\xb9\x03\n\x0e\x44\x65\x63odeResponse\x12*\n\x08reserved\x18\x01 \x01(\x0b\x32\x16.colm.wire.v1.ReservedH\x00\x12\x39\n\x10prefill_progress\x18\x02 \x01(\x0b\x32\x1d.colm.wire.v1.PrefillProgressH\x00\x12$\n\x05token\x18\x03 \x01(\x0b\x32\x13.colm.wire.v1.TokenH\x00\x12*\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x16.colm.wire.v1.FinishedH\x00\x12&\n\x06queued\x18\x05 \x01(\x0b\x32\x14.colm.wire.v1.QueuedH\x00\x12(\n\x07resumed\x18\x06 \x01(\x0b\x32\x15.colm.wire.v1.ResumedH\x00\x12,\n\rscale_changed\x18\x07 \x01(\x0b\x32\x13.colm.wire.v1.ScaleH\x00\x12;\n\x11provisional_token\x18\x08 \x01(\x0b\x32\x1e.colm.wire.v1.ProvisionalTokenH\x00\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x01\x88\x01\x01\x42\x07\n\x05\x65ventB\x0b\n\t_checksumJ\x04\x08\t\x10\n\"6\n\x0cResumeDecode\x12\x12\n\nanswer_key\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\"y\n\x07Resumed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x12\n\nnum_chains\x18\x03 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\r\x12\x13\n\x0bremaining_s\x18\x05 \x01(\x01\"a\n\x13\x43\x61ncelDecodeRequest\x12\x12\n\nanswer_key\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x00\x88\x01\x01\x42\x0b\n\t_checksum\":\n\x14\x43\x61ncelDecodeResponse\x12\x15\n\x08\x63hecksum\x18\x0f \x01(\x06H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"\x1d\n\x08Reserved\x12\x11\n\tnum_pages\x18\x01 \x01(\x04\x32\xaf\x01\n\rDecodeService\x12G\n\x06\x44\x65\x63ode\x12\x1b.colm.wire.v1.DecodeRequest\x1a\x1c.colm.wire.v1.DecodeResponse(\x01\x30\x01\x12U\n\x0c\x43\x61ncelDecode\x12!.colm.wire.v1.CancelDecodeRequest\x1a\".colm.wire.v1.CancelDecodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,19 +35,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST']._serialized_start=79
   _globals['_DECODEREQUEST']._serialized_end=374
   _globals['_OPENDECODE']._serialized_start=377
-  _globals['_OPENDECODE']._serialized_end=820
-  _globals['_DECODERESPONSE']._serialized_start=823
-  _globals['_DECODERESPONSE']._serialized_end=1209
-  _globals['_RESUMEDECODE']._serialized_start=1211
-  _globals['_RESUMEDECODE']._serialized_end=1265
-  _globals['_RESUMED']._serialized_start=1267
-  _globals['_RESUMED']._serialized_end=1388
-  _globals['_CANCELDECODEREQUEST']._serialized_start=1390
-  _globals['_CANCELDECODEREQUEST']._serialized_end=1487
-  _globals['_CANCELDECODERESPONSE']._serialized_start=1489
-  _globals['_CANCELDECODERESPONSE']._serialized_end=1547
-  _globals['_RESERVED']._serialized_start=1549
-  _globals['_RESERVED']._serialized_end=1578
-  _globals['_DECODESERVICE']._serialized_start=1581
-  _globals['_DECODESERVICE']._serialized_end=1756
+  _globals['_OPENDECODE']._serialized_end=853
+  _globals['_DECODERESPONSE']._serialized_start=856
+  _globals['_DECODERESPONSE']._serialized_end=1297
+  _globals['_RESUMEDECODE']._serialized_start=1299
+  _globals['_RESUMEDECODE']._serialized_end=1353
+  _globals['_RESUMED']._serialized_start=1355
+  _globals['_RESUMED']._serialized_end=1476
+  _globals['_CANCELDECODEREQUEST']._serialized_start=1478
+  _globals['_CANCELDECODEREQUEST']._serialized_end=1575
+  _globals['_CANCELDECODERESPONSE']._serialized_start=1577
+  _globals['_CANCELDECODERESPONSE']._serialized_end=1635
+  _globals['_RESERVED']._serialized_start=1637
+  _globals['_RESERVED']._serialized_end=1666
+  _globals['_DECODESERVICE']._serialized_start=1669
+  _globals['_DECODESERVICE']._serialized_end=1844
 # @@protoc_insertion_point(module_scope)

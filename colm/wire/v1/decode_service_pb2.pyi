@@ -23,7 +23,7 @@ class DecodeRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[OpenDecode, _Mapping]] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., resume: _Optional[_Union[ResumeDecode, _Mapping]] = ..., change_scale: _Optional[_Union[_common_pb2.Scale, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class OpenDecode(_message.Message):
-    __slots__ = ("request_id", "num_chains", "max_new_tokens", "sampling", "num_prompt_tokens", "lease_id", "only_if_room", "num_answer_tokens", "answer_key", "attention", "kv_codec", "cache_salt", "max_draft_tokens", "min_chains")
+    __slots__ = ("request_id", "num_chains", "max_new_tokens", "sampling", "num_prompt_tokens", "lease_id", "only_if_room", "num_answer_tokens", "answer_key", "attention", "kv_codec", "cache_salt", "max_draft_tokens", "provisional_first_token", "min_chains")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_CHAINS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class OpenDecode(_message.Message):
     KV_CODEC_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROVISIONAL_FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     MIN_CHAINS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     num_chains: int
@@ -51,11 +52,12 @@ class OpenDecode(_message.Message):
     kv_codec: _common_pb2.Codec
     cache_salt: bytes
     max_draft_tokens: int
+    provisional_first_token: bool
     min_chains: int
-    def __init__(self, request_id: _Optional[str] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., num_prompt_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., only_if_room: _Optional[bool] = ..., num_answer_tokens: _Optional[int] = ..., answer_key: _Optional[str] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., kv_codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., cache_salt: _Optional[bytes] = ..., max_draft_tokens: _Optional[int] = ..., min_chains: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., num_prompt_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., only_if_room: _Optional[bool] = ..., num_answer_tokens: _Optional[int] = ..., answer_key: _Optional[str] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., kv_codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., cache_salt: _Optional[bytes] = ..., max_draft_tokens: _Optional[int] = ..., provisional_first_token: _Optional[bool] = ..., min_chains: _Optional[int] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("reserved", "prefill_progress", "token", "finished", "queued", "resumed", "scale_changed", "checksum")
+    __slots__ = ("reserved", "prefill_progress", "token", "finished", "queued", "resumed", "scale_changed", "provisional_token", "checksum")
     RESERVED_FIELD_NUMBER: _ClassVar[int]
     PREFILL_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +65,7 @@ class DecodeResponse(_message.Message):
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     SCALE_CHANGED_FIELD_NUMBER: _ClassVar[int]
+    PROVISIONAL_TOKEN_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     reserved: Reserved
     prefill_progress: _common_pb2.PrefillProgress
@@ -71,8 +74,9 @@ class DecodeResponse(_message.Message):
     queued: _common_pb2.Queued
     resumed: Resumed
     scale_changed: _common_pb2.Scale
+    provisional_token: _common_pb2.ProvisionalToken
     checksum: int
-    def __init__(self, reserved: _Optional[_Union[Reserved, _Mapping]] = ..., prefill_progress: _Optional[_Union[_common_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_common_pb2.Finished, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., scale_changed: _Optional[_Union[_common_pb2.Scale, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, reserved: _Optional[_Union[Reserved, _Mapping]] = ..., prefill_progress: _Optional[_Union[_common_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_common_pb2.Finished, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., scale_changed: _Optional[_Union[_common_pb2.Scale, _Mapping]] = ..., provisional_token: _Optional[_Union[_common_pb2.ProvisionalToken, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class ResumeDecode(_message.Message):
     __slots__ = ("answer_key", "num_tokens")

@@ -36,7 +36,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[OpenGenerate, _Mapping]] = ..., document: _Optional[bytes] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., end_of_prompt: _Optional[_Union[_common_pb2.EndOfPrompt, _Mapping]] = ..., resume: _Optional[_Union[ResumeGenerate, _Mapping]] = ..., change_scale: _Optional[_Union[_common_pb2.Scale, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class OpenGenerate(_message.Message):
-    __slots__ = ("model", "prompt", "chat", "num_chains", "max_new_tokens", "sampling", "timeout_s", "answer_key", "answer_token_ids", "revision", "attention", "history", "kv_codec", "max_draft_tokens", "min_chains")
+    __slots__ = ("model", "prompt", "chat", "num_chains", "max_new_tokens", "sampling", "timeout_s", "answer_key", "answer_token_ids", "revision", "attention", "history", "kv_codec", "max_draft_tokens", "provisional_first_token", "min_chains")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,7 @@ class OpenGenerate(_message.Message):
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     KV_CODEC_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROVISIONAL_FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     MIN_CHAINS_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
@@ -66,8 +67,9 @@ class OpenGenerate(_message.Message):
     history: _containers.RepeatedCompositeFieldContainer[ChatMessage]
     kv_codec: _common_pb2.Codec
     max_draft_tokens: int
+    provisional_first_token: bool
     min_chains: int
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[bool] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., answer_key: _Optional[str] = ..., answer_token_ids: _Optional[_Iterable[int]] = ..., revision: _Optional[str] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., history: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., kv_codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., max_draft_tokens: _Optional[int] = ..., min_chains: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., chat: _Optional[bool] = ..., num_chains: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., answer_key: _Optional[str] = ..., answer_token_ids: _Optional[_Iterable[int]] = ..., revision: _Optional[str] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., history: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ..., kv_codec: _Optional[_Union[_common_pb2.Codec, str]] = ..., max_draft_tokens: _Optional[int] = ..., provisional_first_token: _Optional[bool] = ..., min_chains: _Optional[int] = ...) -> None: ...
 
 class ChatMessage(_message.Message):
     __slots__ = ("role", "content")
@@ -86,13 +88,14 @@ class ResumeGenerate(_message.Message):
     def __init__(self, answer_key: _Optional[str] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("accepted", "prefill_progress", "token", "finished", "queued", "scale_changed", "checksum")
+    __slots__ = ("accepted", "prefill_progress", "token", "finished", "queued", "scale_changed", "provisional_token", "checksum")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     PREFILL_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     SCALE_CHANGED_FIELD_NUMBER: _ClassVar[int]
+    PROVISIONAL_TOKEN_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     accepted: Accepted
     prefill_progress: _common_pb2.PrefillProgress
@@ -100,8 +103,9 @@ class GenerateResponse(_message.Message):
     finished: _common_pb2.Finished
     queued: _common_pb2.Queued
     scale_changed: _common_pb2.Scale
+    provisional_token: _common_pb2.ProvisionalToken
     checksum: int
-    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., prefill_progress: _Optional[_Union[_common_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_common_pb2.Finished, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., scale_changed: _Optional[_Union[_common_pb2.Scale, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., prefill_progress: _Optional[_Union[_common_pb2.PrefillProgress, _Mapping]] = ..., token: _Optional[_Union[_common_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_common_pb2.Finished, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., scale_changed: _Optional[_Union[_common_pb2.Scale, _Mapping]] = ..., provisional_token: _Optional[_Union[_common_pb2.ProvisionalToken, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("request_id", "model", "num_prompt_tokens", "num_chains", "max_new_tokens", "timeout_s", "trace_id", "revision")

@@ -54,7 +54,7 @@ class HeldEnd(_message.Message):
     def __init__(self) -> None: ...
 
 class OpenKvTransfer(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id", "resume_from", "codecs", "attention", "host_id", "first_token", "cache_salt", "held_tile_tokens")
+    __slots__ = ("transfer_id", "epoch", "fingerprint", "num_tokens", "lease_id", "resume_from", "codecs", "attention", "host_id", "first_token", "cache_salt", "last_token_id", "held_tile_tokens")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +66,7 @@ class OpenKvTransfer(_message.Message):
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    LAST_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     HELD_TILE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
@@ -78,8 +79,9 @@ class OpenKvTransfer(_message.Message):
     host_id: str
     first_token: int
     cache_salt: bytes
+    last_token_id: int
     held_tile_tokens: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.Codec, str]]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., host_id: _Optional[str] = ..., first_token: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., held_tile_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., num_tokens: _Optional[int] = ..., lease_id: _Optional[str] = ..., resume_from: _Optional[_Union[KvPosition, _Mapping]] = ..., codecs: _Optional[_Iterable[_Union[_common_pb2.Codec, str]]] = ..., attention: _Optional[_Union[_common_pb2.AttentionMode, str]] = ..., host_id: _Optional[str] = ..., first_token: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., last_token_id: _Optional[int] = ..., held_tile_tokens: _Optional[int] = ...) -> None: ...
 
 class SharedMemoryAnswer(_message.Message):
     __slots__ = ("is_mapped", "takes_several")
@@ -90,7 +92,7 @@ class SharedMemoryAnswer(_message.Message):
     def __init__(self, is_mapped: _Optional[bool] = ..., takes_several: _Optional[bool] = ...) -> None: ...
 
 class PullKvResponse(_message.Message):
-    __slots__ = ("tile", "complete", "queued", "started", "reached", "shared_memory", "shared_tiles", "prefix_wanted", "checksum", "payload")
+    __slots__ = ("tile", "complete", "queued", "started", "reached", "shared_memory", "shared_tiles", "provisional_token", "prefix_wanted", "checksum", "payload")
     TILE_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +100,7 @@ class PullKvResponse(_message.Message):
     REACHED_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     SHARED_TILES_FIELD_NUMBER: _ClassVar[int]
+    PROVISIONAL_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PREFIX_WANTED_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
@@ -108,10 +111,11 @@ class PullKvResponse(_message.Message):
     reached: KvPosition
     shared_memory: SharedMemory
     shared_tiles: SharedTiles
+    provisional_token: _common_pb2.ProvisionalToken
     prefix_wanted: PrefixWanted
     checksum: int
     payload: bytes
-    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., started: _Optional[_Union[TransferStarted, _Mapping]] = ..., reached: _Optional[_Union[KvPosition, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., shared_tiles: _Optional[_Union[SharedTiles, _Mapping]] = ..., prefix_wanted: _Optional[_Union[PrefixWanted, _Mapping]] = ..., checksum: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, tile: _Optional[_Union[TileHeader, _Mapping]] = ..., complete: _Optional[_Union[TransferComplete, _Mapping]] = ..., queued: _Optional[_Union[_common_pb2.Queued, _Mapping]] = ..., started: _Optional[_Union[TransferStarted, _Mapping]] = ..., reached: _Optional[_Union[KvPosition, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., shared_tiles: _Optional[_Union[SharedTiles, _Mapping]] = ..., provisional_token: _Optional[_Union[_common_pb2.ProvisionalToken, _Mapping]] = ..., prefix_wanted: _Optional[_Union[PrefixWanted, _Mapping]] = ..., checksum: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class PrefixWanted(_message.Message):
     __slots__ = ("first_token", "end_token", "refusal")

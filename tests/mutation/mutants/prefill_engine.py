@@ -220,4 +220,11 @@ MUTANTS = (
         "(self.counts.engine_s,)",
         "tests/unit/test_prefill_loop.py::test_what_the_engine_does_can_be_seen_inside_a_step_too",
     ),
+    Mutant(
+        "the last token's row reads a layer before all of its tiles are there",
+        "prefill_node/engine.py",
+        "tile.first_token + tile.num_tokens == run.num_tokens",
+        "tile.first_token == 0 and tile.num_tokens",
+        "tests/numerics/test_provisional_token.py::test_the_next_token_is_the_plain_models_and_tiles_keep_their_bits",
+    ),
 )

@@ -207,4 +207,20 @@ MUTANTS = (
         "is_held_up = any(",
         "tests/unit/test_prefill_stalls.py::test_only_time_in_which_full_windows_alone_hinder_the_engine_is_counted",
     ),
+    Mutant(
+        "a provisional token comes with every tile that is left",
+        "prefill_node/job_stream.py",
+        "        self._wants_next_token = False\n",
+        "",
+        "tests/unit/test_prefill_job.py::"
+        "test_what_chain_1_says_next_is_taken_once_a_stream_by_those_that_asked_it_of_this_job",
+    ),
+    Mutant(
+        "a provisional token of a second node is passed on",
+        "colm/provisional.py",
+        "if self._has_begun or self._token_id is not None:",
+        "if self._has_begun:",
+        "tests/unit/test_provisional.py::"
+        "test_at_most_one_comes_before_the_first_token_which_alone_says_what_became_of_it",
+    ),
 )
