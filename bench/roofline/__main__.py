@@ -34,7 +34,8 @@ def main() -> None:
     if options.calibrate:
         from bench.roofline.calibrate import calibrate  # brings in the nodes and gRPC
 
-        sys.stdout.write(calibrate(DTYPES[options.dtype]).dump())
+        measured = calibrate(DTYPES[options.dtype], tell=lambda what: sys.stderr.write(f"{what}\n"))
+        sys.stdout.write(measured.dump())
     elif options.fit:
         fitted = fit(machine("a100-paper"))
         sys.stdout.writelines(f"{name} = {getattr(fitted, name)}\n" for name in FITTED)

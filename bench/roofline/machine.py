@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 
 FOLDER: Final = Path(__file__).parent / "machines"
 _NUMBERS: Final = ("gemm_gflops_per_s", "attention_gflops_per_s", "memory_gb_per_s", "step_s")
-_OPTIONAL: Final = ("stream_gb_per_s",)
+_OPTIONAL: Final = ("decode_step_s", "stream_gb_per_s")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +42,8 @@ class Machine:
     """Of the host, for one tile of one layer: the interpreter, launches, whatever does not depend on the rows."""
     overlaps_host: bool
     """Whether the host prepares a step while the device computes another, as beside a GPU."""
+    decode_step_s: float | None = None
+    """Of the host, for one layer of a decode step, where all layers run in one call; None where each takes `step_s`."""
     stream_gb_per_s: float | None = None
     """Of one KV stream between two processes of this machine; None where it was not measured."""
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -63,7 +65,14 @@ class Machine:
 
     def step_seconds(self, device_s: float) -> float:
         """A step's time: the longer of the host's and the device's where they overlap, else both."""
-        return max(self.step_s, device_s) if self.overlaps_host else self.step_s + device_s
+        return self._with_host(self.step_s, device_s)
+
+    def decode_layer_seconds(self, device_s: float) -> float:
+        """Likewise, of one layer of a decode step."""
+        return self._with_host(self.step_s if self.decode_step_s is None else self.decode_step_s, device_s)
+
+    def _with_host(self, host_s: float, device_s: float) -> float:
+        return max(host_s, device_s) if self.overlaps_host else host_s + device_s
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -148,7 +148,7 @@ def first_step_s(machine: Machine, config: ChainConfig, num_tokens: int) -> floa
     weights = _decode_weight_bytes(config)
     kept = num_tokens * KvFormat.of(config, torch.bfloat16).token_bytes
     device_s = (weights + kept) / (machine.memory_gb_per_s * 1e9)
-    return config.num_layers * machine.step_seconds(device_s / config.num_layers)
+    return config.num_layers * machine.decode_layer_seconds(device_s / config.num_layers)
 
 
 @cache

@@ -24,7 +24,7 @@ ANSWER_TOKENS: Final = 256
 PROMPTS: Final = (8 << 10, 128 << 10)
 BASES: Final = tuple(name for name in PRESETS if len(preset(name).chains) == 1)
 """A model in chains has the same keys and values: its first chain makes them."""
-_MACHINES: Final = ("a100", "h100")
+_MACHINES: Final = ("cpu", "a100", "h100")
 
 
 def prefill_weight_bytes(config: ChainConfig) -> int:
@@ -69,12 +69,12 @@ def page_table() -> str:
 
 def time_table(target: Machine) -> str:
     """Seconds of a prompt token and of a new token, one request alone."""
-    rows = []
+    rows, tile_tokens = [], GPU_TILE_TOKENS if target.overlaps_host else defaults.TILE_TOKENS
     for name in PRESETS:
         config = preset(name)
         cells = []
         for num_tokens in PROMPTS:
-            prompt = Prompt(config=config, num_tokens=num_tokens, tile_tokens=GPU_TILE_TOKENS)
+            prompt = Prompt(config=config, num_tokens=num_tokens, tile_tokens=tile_tokens)
             cells += [
                 duration(prefill_s(target, prompt) / num_tokens),
                 duration(first_step_s(target, slice_config(config, 1), num_tokens)),
@@ -89,7 +89,7 @@ def page() -> str:
     """docs/sizing.md, whole."""
     targets = [machine(name) for name in _MACHINES]
     times = "\n".join(f"### {target.name}\n\n{time_table(target)}" for target in targets)
-    files = " and ".join(f"[{name}.toml](../bench/roofline/machines/{name}.toml)" for name in _MACHINES)
+    files = ", ".join(f"[{name}.toml](../bench/roofline/machines/{name}.toml)" for name in _MACHINES)
     return f"""# Sizing, model by model
 
 For the paper's models; `colm inspect MODEL` prints what the sums need of another one.
@@ -110,9 +110,19 @@ alike share their first pages.
 {page_table()}
 ## Seconds a token
 
-Modelled, as [machines.md](machines.md) says; this project has run on no GPU. Two CPU cores are measured in the
-[README](../README.md#benchmarks). One request alone: a batch of answers reads the weights once for all of them, and
-prompts take turns. A new token's time is that of its step at that context.
+Modelled, as [machines.md](machines.md) says; this project has run on no GPU. One request alone: a batch of answers
+reads the weights once for all of them, and prompts take turns. A new token's time is that of its step at that context.
+
+The CPU's rates are measured, on the one processor that its table names. A prompt's times by them are within 15% of
+[the record](../bench/results/prefill.jsonl) of prefills on it. A new token takes what reading memory takes, whose rate
+on that virtual machine changes by 2x within an hour. For another processor, on a machine that does nothing else:
+
+```
+python -m bench.roofline --calibrate > cpu.toml && mv cpu.toml bench/roofline/machines/
+python -m bench.roofline --write-docs
+```
+
+It says on stderr if others took part of the cores; all rates are then too low.
 
 {times}
 ## From load to replicas

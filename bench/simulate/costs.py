@@ -78,7 +78,7 @@ class MachineCosts:
         # Two operations for each weight, which has two bytes.
         flops = sum(num * scale_bytes(self.config, scale) for scale, num in work.num_tokens.items())
         device_s = max(read / (machine.memory_gb_per_s * 1e9), flops / (machine.gemm_gflops_per_s * 1e9))
-        return num_layers * machine.step_seconds(device_s / num_layers)
+        return num_layers * machine.decode_layer_seconds(device_s / num_layers)
 
     def believed(self) -> CostModel:
         """As calibration would find it: the rates, and a step of no work."""

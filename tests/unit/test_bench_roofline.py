@@ -1,5 +1,6 @@
 """The model of other machines: its arithmetic by hand, its errors against the paper, and its page."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from bench import paper
-from bench.roofline import sizing
+from bench.roofline import calibrate, sizing
 from bench.roofline.__main__ import PAGES
 from bench.roofline.fit import FITTED, LONG_TOKENS, Prediction, fit, mean_error, predictions
 from bench.roofline.machine import FOLDER, Machine, Work, machine
@@ -21,6 +22,7 @@ from colm.model.transformer import num_parameters
 from tests.tiny import tiny_checkpoint, tiny_config
 
 TINY = tiny_config()
+PREFILL_RECORD = Path(sizing.__file__).parents[1] / "results" / "prefill.jsonl"
 GPU = Machine(
     name="gpu",
     gemm_gflops_per_s=4.0,
@@ -113,6 +115,54 @@ def test_the_machine_file_has_what_the_fit_finds() -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_the_pages_are_what_the_command_writes(path: Path) -> None:
     assert path.read_text(encoding="utf-8") == PAGES[path]()
+
+
+def test_the_cpus_file_says_what_its_processor_has_been_measured_to_take() -> None:
+    """It said half of that: it had been measured beside other work, with slower products. Dense prefills, 15% each."""
+    of_cpu = machine("cpu")
+    cells = [
+        cell
+        for cell in map(json.loads, PREFILL_RECORD.read_text(encoding="utf-8").splitlines())
+        if "family {cpu_family}, model {cpu_model}), {threads} threads".format(**cell["environment"]) in of_cpu.name
+        and (cell.get("attention"), cell["dtype"]) == ("dense", "bf16")
+        and cell["measured"] != "modelled"
+    ]
+    assert len(cells) > 20, (
+        f"{PREFILL_RECORD} and cpu.toml are of different processors: calibrate on that of the record"
+    )
+    ratios = [
+        prefill_s(of_cpu, prompt(cell["num_tokens"], cell["tile_tokens"], preset(cell["preset"])))
+        / cell["seconds"]["value"]
+        for cell in cells
+    ]
+    assert min(ratios) > 0.85
+    assert max(ratios) < 1.15
+
+
+@pytest.mark.parametrize(("decode_step_s", "wanted_s"), [(None, 4.0), (0.5, 1.5)])
+def test_a_decode_step_has_a_host_of_its_own_where_all_layers_run_in_one_call(
+    decode_step_s: float | None, wanted_s: float
+) -> None:
+    target = replace(CPU, step_s=3.0, decode_step_s=decode_step_s)
+    assert target.decode_layer_seconds(1.0) == wanted_s
+    assert target.step_seconds(1.0) == 4.0
+
+
+def test_a_calibration_says_that_others_used_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes on all cores, each thread has half of its core. The clocks are the test's."""
+    monkeypatch.setattr(calibrate, "ROUNDS", 1)
+    monkeypatch.setattr(calibrate, "preset", lambda _: TINY)
+    monkeypatch.setattr(calibrate, "NARROW", TINY)
+    monkeypatch.setattr(calibrate, "_attention", lambda *_: lambda: 1.0)
+    monkeypatch.setattr(calibrate, "read_ceiling", lambda: lambda: {"gb_per_s": 10.0})
+    for share, is_told in ((1.0, False), (0.5, True)):
+        moments = iter((0.0, share * torch.get_num_threads()))
+        monkeypatch.setattr(calibrate, "_processor_s", lambda moments=moments: next(moments))
+        told = list[str]()
+        measured = calibrate.calibrate(torch.float32, with_stream=False, tell=told.append)
+        assert [f"{share:.0%}" in each for each in told] == [True] * is_told
+        assert f"threads that had {share:.0%} of their cores" in measured.sources["memory_gb_per_s"]
+        assert measured.memory_gb_per_s == 10.0
 
 
 def test_a_cluster_is_sized_by_what_its_nodes_take() -> None:

@@ -145,6 +145,20 @@ MUTANTS = (
         "test_a_sampled_sparse_tile_leaves_the_hidden_states_that_the_engine_computes",
     ),
     Mutant(
+        "a calibration beside other work is taken for one of an idle machine",
+        "bench/roofline/calibrate.py",
+        "if (share := used_s / had_s) < UNDISTURBED:",
+        "if (share := used_s / had_s) < 0:",
+        "tests/unit/test_bench_roofline.py::test_a_calibration_says_that_others_used_the_machine",
+    ),
+    Mutant(
+        "the host's time of a decode step is that of a prefill's",
+        "bench/roofline/machine.py",
+        "self.step_s if self.decode_step_s is None else self.decode_step_s",
+        "self.step_s",
+        "tests/unit/test_bench_roofline.py::test_a_decode_step_has_a_host_of_its_own_where_all_layers_run_in_one_call",
+    ),
+    Mutant(
         "a modelled stream has no window",
         "bench/roofline/model.py",
         "                computed_s = max(computed_s, arrived_s)\n",
