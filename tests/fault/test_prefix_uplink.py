@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,22 +16,27 @@ import xxhash
 from colm.checkpoint import Checkpoint
 from colm.clock import MonotonicClock
 from colm.kv import KvFormat
+from colm.retry import RetryPolicy
 from colm.segmented_lru import SegmentedLru
+from colm.wire import endpoint
 from colm.wire.authority import Authority
+from colm.wire.endpoint import Keepalive
 from colm.wire.kv_codec import read_payload
 from colm.wire.members import Member
 from colm.wire.security import Security, new_tls
 from colm.wire.tile_codec import encode_tile, seal
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
+from decode_node import node as node_module
 from decode_node.node import DecodeNode
 from decode_node.prefill_pool import StaticPrefillPool
 from prefill_node import prefix_uplink
 from prefill_node.node import PrefillNode
-from prefill_node.prefix_uplink import UplinkCounts
+from prefill_node.prefix_uplink import PrefixUplinks, UplinkCounts
 from tests.callers import Caller, pulled
 from tests.gates import LIMIT_S, gate_before
 from tests.nodes import PAGE_TOKENS, decode, decode_node, prefill_node, until_prefill_idle
+from tests.relay import ByteFault, Mishap, relay
 from tests.tiny import tiny_checkpoint
 
 TILE_TOKENS = 2 * PAGE_TOKENS
@@ -49,7 +55,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(autouse=True)
 def _no_test_depends_on_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_uplink, "FLOOR_BYTES_S", 1e15)
+    monkeypatch.setattr(PrefixUplinks, "_compute_s", lambda *_: 1e6)
     monkeypatch.setattr(prefix_uplink, "IDLE_S", 1e6)
 
 
@@ -118,6 +124,39 @@ async def test_a_prefill_node_without_the_beginning_computes_the_rest_alone(chec
     assert (moved.token_ids, moved.logprobs) == (plain.token_ids, plain.logprobs)
 
 
+async def test_bytes_that_are_spoilt_on_their_way_up_change_no_answer(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection ends, or a bit changes, in the middle of what comes up: another stream goes on from there."""
+    monkeypatch.setattr(node_module, "RetryPolicy", lambda: RetryPolicy(first_pause_s=0.001, last_pause_s=0.01))
+    monkeypatch.setattr(endpoint, "KEEPALIVE", Keepalive(interval_ms=500, timeout_ms=1_500))
+    up_bytes = NUM_SHARED * token_bytes(checkpoint)
+    async with (
+        taking(checkpoint, job_lease_s=0.1) as fresh,
+        relay(fresh.address) as line,
+        asked_once(checkpoint, fresh) as node,
+    ):
+        ask_of(node, line.address)
+        num_streams = 0
+        for number, (share, mishap) in enumerate(product((0.1, 0.5, 0.9), (Mishap.BREAK, Mishap.FLIP))):
+            question = [*DOCUMENT, 30 + number, 31]
+            plain = await decode(node.address, question, request_id=f"p{number}", cache_salt=b"other")
+            await until_prefill_idle(fresh)
+            forget(fresh)
+            await line.break_off()
+            line.fault = ByteFault(mishap=mishap, at_byte=int(1000 + share * up_bytes), is_from_server=False)
+            moved = await decode(node.address, question, request_id=f"m{number}")
+            assert (moved.token_ids, moved.logprobs) == (plain.token_ids, plain.logprobs)
+            assert moved.usage.num_cached_tokens == NUM_SHARED
+            num_streams += moved.usage.num_kv_streams
+        assert line.num_spoilt == 6
+        assert num_streams > 6
+        ended = came_up(fresh).ended
+        assert ended["lost"], "a stream broke while tiles came up"
+        assert ended.keys() <= {"lost", "complete", "refused"}
+        await until_prefill_idle(fresh)
+
+
 @pytest.mark.parametrize("options", [{"kv_cache_dtype": "int8"}, {}], ids=["int8 pages", "int8 stream"])
 async def test_what_was_ever_int8_is_not_offered(checkpoint: Checkpoint, options: dict[str, object]) -> None:
     codec = common_pb2.CODEC_RAW if options else common_pb2.CODEC_INT8
@@ -140,7 +179,7 @@ async def test_a_beginning_of_other_tiles_than_it_is_named_by_is_not_offered(che
                 second = asyncio.create_task(decode(node.address, OTHER, request_id="second"))
                 async with asyncio.timeout(LIMIT_S):
                     while len(node.owner._prefills._running) < 2:
-                        await asyncio.sleep(0)
+                        await asyncio.sleep(0.005)
                 ask_of(node, fresh.address)
                 gate.open()
                 await asyncio.gather(first, second)
@@ -326,11 +365,6 @@ async def test_a_caller_that_sends_nothing_is_waited_for_no_longer_than_is_said(
         assert refusal == f"tokens 0 to {NUM_SHARED - 1} did not come up in time"
         assert tiles == rest_of(right)
         assert counted(complete) == (len(OTHER), 0)
-        # A second of nothing at all: the next prompt is computed at once.
-        node.service._loop.uplinks._measure(0, 1e12)
-        holder = Holder(node, right, transfer_id="next", cache_salt=b"s")
-        tiles, complete, refusals = await holder.rest()
-        assert (tiles, counted(complete), refusals) == (rest_of(right), (len(OTHER), 0), [])
         assert came_up(node).ended == Counter(late=1)
 
 
