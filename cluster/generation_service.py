@@ -78,6 +78,7 @@ class GenerationService(GenerationServiceServicer):
             else:
                 if first.open.answer_token_ids:
                     self._metrics.continued.inc()
+                seen.asks(door.model_of(first.open.model).name)
                 prompt = usage.counted(_prompt(request_iterator, self._upload_idle_s))
                 answer = door.generate(generate_request_from_pb(first.open), prompt, changes=changes, **of_caller)
             async for event in await stack.enter_async_context(answer):

@@ -62,47 +62,42 @@ class Window:
     after: Scrape
 
     def now(self, name: str, **labels: str) -> float | None:
-        """A sample of the second reading; None where there is none."""
-        return self.after.samples.get((name, frozenset(labels.items())))
+        """The sum of the samples of the second reading that have these labels; None where there is none."""
+        found = [self.after.samples[key] for key in self._found(name, labels)]
+        return sum(found) if found else None
 
     def increase(self, name: str, **labels: str) -> float | None:
-        """By how much a counter grew; None where it is not there, or began anew with its process."""
-        key = (name, frozenset(labels.items()))
-        after = self.after.samples.get(key)
-        if after is None:
-            return None
-        grown = after - self.before.samples.get(key, 0.0)
-        return grown if grown >= 0 else None
+        """By how much a counter's samples with these labels grew; None where there are none, or with a new process."""
+        grown = [self.after.samples[key] - self.before.samples.get(key, 0.0) for key in self._found(name, labels)]
+        return sum(grown) if grown and min(grown) >= 0 else None
 
     def increases(self, name: str, label: str) -> dict[str, float]:
-        """By how much a counter of this one label grew, for each of its values by which it did."""
-        values = [dict(labels)[label] for found, labels in self.after.samples if found == name]
+        """The same for each value of a label for which it grew."""
+        values = dict.fromkeys(dict(labels)[label] for found, labels in self.after.samples if found == name)
         grown = {value: self.increase(name, **{label: value}) for value in values}
         return {value: each for value, each in grown.items() if each}
 
     def rate(self, name: str, **labels: str) -> float | None:
-        """The same, each second."""
+        """`increase`, each second."""
         seconds, grown = self.after.taken_s - self.before.taken_s, self.increase(name, **labels)
         return None if grown is None or seconds <= 0 else grown / seconds
 
-    def total_rate(self, name: str) -> float | None:
-        """Each second, over all labels of a counter; None where it has none."""
-        rates = [self.rate(found, **dict(labels)) for found, labels in self.after.samples if found == name]
-        known = [rate for rate in rates if rate is not None]
-        return sum(known) if known else None
+    def _found(self, name: str, labels: Mapping[str, str]) -> list[Key]:
+        wanted = labels.items()
+        return [key for key in self.after.samples if key[0] == name and wanted <= dict(key[1]).items()]
 
-    def quantile(self, name: str, share: float) -> float | None:
+    def quantile(self, name: str, share: float, **labels: str) -> float | None:
         """A quantile of what a histogram saw meanwhile, straight between its bounds; None where it saw nothing.
 
-        As Prometheus' `histogram_quantile`: beyond the last finite bound it is that bound.
+        Its series with these labels count as one. As Prometheus' `histogram_quantile`: beyond the last finite bound it
+        is that bound.
         """
-        buckets: list[tuple[float, float]] = []
-        for found, labels in self.after.samples:
-            if found == f"{name}_bucket":
-                count = self.increase(found, **dict(labels))
-                if count is None:
-                    return None
-                buckets.append((float(dict(labels)["le"]), count))
+        buckets = []
+        for le in {dict(found)["le"] for _, found in self._found(f"{name}_bucket", labels)}:
+            count = self.increase(f"{name}_bucket", **labels, le=le)
+            if count is None:
+                return None
+            buckets.append((float(le), count))
         buckets.sort()
         if not buckets or not buckets[-1][1]:
             return None

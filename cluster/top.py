@@ -18,11 +18,13 @@ class GatewayView:
     """What clients get. Rates and times are of the time since the last look; None where nothing happened in it."""
 
     num_active: int
+    num_waiting: int | None = None
+    """Of these, requests without a token yet."""
     requests_per_s: float | None = None
     errors_per_s: float | None = None
     """Requests that ended in an error; those that clients cancelled are none."""
     errors: tuple[tuple[str, int], ...] = ()
-    """How many ended with each error."""
+    """How many ended with each error; of all models alone."""
     prompt_tokens_per_s: float | None = None
     new_tokens_per_s: float | None = None
     first_token_p50_s: float | None = None
@@ -55,6 +57,8 @@ class DecodeView:
     """A decode replica."""
 
     address: str
+    model: str
+    """That it serves."""
     num_active: int
     num_queued: int
     num_pages_used: int
@@ -76,6 +80,8 @@ class ClusterView:
     """All of it."""
 
     gateway: GatewayView
+    models: dict[str, GatewayView]
+    """The same for each model, by its name."""
     prefill: tuple[PrefillView, ...]
     decode: tuple[DecodeView, ...]
     pools: tuple[PoolStatus, ...]
@@ -111,9 +117,13 @@ class Watch:
         self._last = scrapes
         reports = [node.report for node in status.nodes]
         return ClusterView(
-            gateway=_gateway(status.num_active_requests, windows.get("gateway", _UNREAD)),
+            gateway=_gateway(windows.get("gateway", _UNREAD), num_active=status.num_active_requests),
+            models={model.name: _gateway(windows.get("gateway", _UNREAD), model=model.name) for model in status.models},
             prefill=tuple(_prefill(each, windows.get(each.address, _UNREAD)) for each in _of(reports, Role.PREFILL)),
-            decode=tuple(_decode(each, windows.get(each.address, _UNREAD)) for each in _of(reports, Role.DECODE)),
+            decode=tuple(
+                _decode(each, status.model_of(each), windows.get(each.address, _UNREAD))
+                for each in _of(reports, Role.DECODE)
+            ),
             pools=status.pools,
             unread=tuple(name for name in places if name not in windows),
         )
@@ -129,21 +139,24 @@ def _of(reports: Iterable[NodeReport], role: Role) -> list[NodeReport]:
     return sorted((each for each in reports if each.role is role), key=lambda each: each.address)
 
 
-def _gateway(num_active: int, seen: Window) -> GatewayView:
-    ended = seen.total_rate("colm_requests_ended_total")
-    well = sum(seen.rate("colm_requests_ended_total", outcome=outcome) or 0.0 for outcome in _WELL)
-    by_outcome = seen.increases("colm_requests_ended_total", "outcome")
+def _gateway(seen: Window, *, num_active: int | None = None, **model: str) -> GatewayView:
+    """What clients get of all models, or of one; `num_active` where it is known better than by the metrics."""
+    ended = seen.rate("colm_requests_ended_total", **model)
+    well = sum(seen.rate("colm_requests_ended_total", outcome=outcome, **model) or 0.0 for outcome in _WELL)
+    by_outcome = {} if model else seen.increases("colm_requests_ended_total", "outcome")
+    waiting = seen.now("colm_requests_active", stage="waiting", **model)
     return GatewayView(
-        num_active=num_active,
+        num_active=round(seen.now("colm_requests_active", **model) or 0) if num_active is None else num_active,
+        num_waiting=None if waiting is None else round(waiting),
         requests_per_s=ended,
         errors_per_s=None if ended is None else ended - well,
         errors=tuple((outcome, round(count)) for outcome, count in by_outcome.items() if outcome not in _WELL),
-        prompt_tokens_per_s=seen.rate("colm_prompt_tokens_total"),
-        new_tokens_per_s=seen.rate("colm_new_tokens_total"),
-        first_token_p50_s=seen.quantile("colm_time_to_first_token_seconds", 0.5),
-        first_token_p95_s=seen.quantile("colm_time_to_first_token_seconds", 0.95),
-        inter_token_p50_s=seen.quantile("colm_inter_token_seconds", 0.5),
-        inter_token_p95_s=seen.quantile("colm_inter_token_seconds", 0.95),
+        prompt_tokens_per_s=seen.rate("colm_prompt_tokens_total", **model),
+        new_tokens_per_s=seen.rate("colm_new_tokens_total", **model),
+        first_token_p50_s=seen.quantile("colm_time_to_first_token_seconds", 0.5, **model),
+        first_token_p95_s=seen.quantile("colm_time_to_first_token_seconds", 0.95, **model),
+        inter_token_p50_s=seen.quantile("colm_inter_token_seconds", 0.5, **model),
+        inter_token_p95_s=seen.quantile("colm_inter_token_seconds", 0.95, **model),
     )
 
 
@@ -164,10 +177,11 @@ def _prefill(report: NodeReport, seen: Window) -> PrefillView:
     )
 
 
-def _decode(report: NodeReport, seen: Window) -> DecodeView:
+def _decode(report: NodeReport, model: str, seen: Window) -> DecodeView:
     steps_s = seen.increase("colm_decode_step_seconds_total")
     return DecodeView(
         address=report.address,
+        model=model,
         num_active=report.num_active_requests,
         num_queued=report.num_queued_requests,
         num_pages_used=report.num_pages_used,
@@ -180,7 +194,7 @@ def _decode(report: NodeReport, seen: Window) -> DecodeView:
         ),
         busy=seen.rate("colm_decode_step_seconds_total"),
         step_s=_ratio(steps_s, seen.increase("colm_decode_steps_total")),
-        tokens_per_s=seen.total_rate("colm_decode_tokens_total"),
+        tokens_per_s=seen.rate("colm_decode_tokens_total"),
         accepted=_ratio(
             seen.increase("colm_decode_accepted_tokens_total"), seen.increase("colm_decode_draft_tokens_total")
         ),

@@ -161,6 +161,7 @@ class ClusterStatus:
     """A cluster, as its gateway sees it."""
 
     models: tuple[ModelStatus, ...]
+    """The one that requests without a name get comes first."""
     nodes: tuple[NodeStatus, ...]
     num_active_requests: int
     """Requests inside the gateway."""
@@ -168,6 +169,11 @@ class ClusterStatus:
     """host:port at which Prometheus reads the gateway's metrics, and /targets; empty where it does not."""
     pools: tuple[PoolStatus, ...] = ()
     """Those whose size follows their load."""
+
+    def model_of(self, report: NodeReport) -> str:
+        """Name of the model that a decode node serves; empty of other nodes, and where nothing is served."""
+        own = self.models[0].name if self.models else ""
+        return (report.variant or own) if report.role is Role.DECODE else ""
 
     def without_places(self) -> "ClusterStatus":
         """The same without what only an operator needs: addresses, processes and names of machines."""

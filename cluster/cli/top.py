@@ -55,15 +55,16 @@ def _screen(view: ClusterView) -> Group:
     gateway = Table(
         "gateway", "requests/s", "errors/s", "prompt tok/s", "new tok/s", "first token", "p95", "token", "p95"
     )
-    it = view.gateway
-    gateway.add_row(
-        f"{it.num_active} active",
-        _number(it.requests_per_s),
-        _number(it.errors_per_s),
-        _number(it.prompt_tokens_per_s),
-        _number(it.new_tokens_per_s),
-        *map(_seconds, (it.first_token_p50_s, it.first_token_p95_s, it.inter_token_p50_s, it.inter_token_p95_s)),
-    )
+    several = view.models if len(view.models) > 1 else {}
+    for name, it in {"": view.gateway, **several}.items():
+        gateway.add_row(
+            f"{name} {it.num_active} active, {_number(it.num_waiting)} waiting".lstrip(),
+            _number(it.requests_per_s),
+            _number(it.errors_per_s),
+            _number(it.prompt_tokens_per_s),
+            _number(it.new_tokens_per_s),
+            *map(_seconds, (it.first_token_p50_s, it.first_token_p95_s, it.inter_token_p50_s, it.inter_token_p95_s)),
+        )
     address = Column("prefill", no_wrap=True)
     prefill = Table(
         address, "active", "queued", "work to do", "busy", "tok/s", "prefix hits", "KV/s", "unread KV", "memory"
@@ -97,7 +98,7 @@ def _screen(view: ClusterView) -> Group:
     )
     for each in view.decode:
         decode.add_row(
-            each.address,
+            f"{each.address} {each.model}" if several else each.address,
             str(each.num_active),
             str(each.num_queued),
             _number(each.num_decoding),
@@ -120,7 +121,11 @@ def _screen(view: ClusterView) -> Group:
             _seconds(pool.queued_s) if pool.role is Role.PREFILL else "-",
         )
     unread = f"no metrics from here of: {', '.join(view.unread)}" if view.unread else ""
-    errors = "errors: " + ", ".join(f"{outcome} {count}" for outcome, count in it.errors) if it.errors else ""
+    errors = (
+        "errors: " + ", ".join(f"{outcome} {count}" for outcome, count in found)
+        if (found := view.gateway.errors)
+        else ""
+    )
     return Group(gateway, prefill, decode, *([pools] if view.pools else []), *filter(None, (errors, unread)))
 
 

@@ -64,6 +64,7 @@ class Desk:
 
         async def one(number: int, request: GenerateRequest) -> None:
             with self._metrics.request(client.name) as seen, self._accounts.open(client) as usage:
+                seen.asks(self._front_door.model_of(request.model).name)
                 prompt = usage.counted(_parts(ask, document))
                 answer = self._front_door.generate(request, prompt, owner=client.name)
                 async with self._clients.while_admitted(client), answer as events:

@@ -208,7 +208,7 @@ class GatewayReplica:
         reflection.enable_server_reflection(names, self._server)
         self._looking_after = asyncio.create_task(keep_looking_after(secrets))
         if options.scalings:
-            PoolMetrics(self._registry, registry)
+            PoolMetrics(self._registry, options.model_name, registry)
             numbers = ServeReplicaNumbers(serve.get_replica_context().app_name)
             scaler = Autoscaler(
                 options.scalings,
@@ -245,7 +245,7 @@ class GatewayReplica:
             registry,
             host=host,
             port=options.metrics_port,
-            targets=lambda: targets(metrics.address, self._registry.nodes()),
+            targets=lambda: targets(metrics.address, self._registry.nodes(), options.model_name),
             shares_port=True,
             is_ready=lambda: all(self._registry.count(role) for role in (Role.PREFILL, Role.DECODE)),
         )

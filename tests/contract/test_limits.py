@@ -16,7 +16,7 @@ from cluster.accounts import Accounts
 from cluster.client_tokens import OPERATOR, Client, Clients, TokenLimits, create_token, revoke_token
 from cluster.front_door.front_door import FrontDoor
 from cluster.generation_service import GenerationService
-from cluster.metrics import RequestMetrics
+from cluster.metrics import UNKNOWN, RequestMetrics
 from cluster.openai.app import OpenAiApp
 from cluster.openai.calls import Desk
 from colm.client import AsyncClient
@@ -168,7 +168,10 @@ async def test_what_is_refused_as_it_is_read_is_counted_as_over_grpc(doors: TwoD
         with pytest.raises(InvalidRequest, match="max_new_tokens"):
             async for _ in client.generate(token_ids=[1], max_new_tokens=401):
                 pass
-    assert doors.count("colm_requests_ended_total", outcome="invalid_request") == 3
+    by_model = [
+        doors.count("colm_requests_ended_total", model=model, outcome="invalid_request") for model in (UNKNOWN, "tiny")
+    ]
+    assert by_model == [2, 1], "what cannot be read says no model"
     assert doors.count("colm_client_requests_ended_total", client=OPERATOR, outcome="invalid_request") == 3
 
 

@@ -15,7 +15,8 @@ METRICS = {
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "colm-serve.json").read_text())
 ALERTS = (ROOT / "deploy" / "prometheus" / "alerts.yaml").read_text()
 KINDS = {"counter", "gauge", "histogram", ""}
-OF_PROMETHEUS = {"role", "instance", "job", "le"}
+OF_TARGETS = {"role", "model"}
+OF_PROMETHEUS = OF_TARGETS | {"instance", "job", "le"}
 
 
 def expressions() -> Iterator[str]:

@@ -14,7 +14,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from cluster.client_tokens import OPERATOR, Clients
-from cluster.metrics import PoolMetrics, RequestMetrics, targets
+from cluster.metrics import UNKNOWN, PoolMetrics, RequestMetrics, targets
 from colm.checkpoint import Checkpoint
 from colm.errors import CapacityExceeded, ConfigError
 from colm.events import Accepted, Finished, FinishReason, Timings, Token, Usage
@@ -101,12 +101,19 @@ def test_the_gateway_counts_a_request_by_how_it_ended() -> None:
     registry = CollectorRegistry()
     metrics = RequestMetrics(registry, Clients(None))
     token = Token(token_id=1, text="a", logprob=0.0, num_chains=1, top_logprobs=())
-    accepted = Accepted(request_id="r", model="m", num_prompt_tokens=9, num_chains=1, max_new_tokens=2, timeout_s=1.0)
+    accepted = Accepted(
+        request_id="r", model="legal", num_prompt_tokens=9, num_chains=1, max_new_tokens=2, timeout_s=1.0
+    )
     with metrics.request(OPERATOR) as seen:
-        assert value(registry, "colm_requests_active") == 1
-        for event in (accepted, token, token, token, finished()):
+        assert active(registry) == {(UNKNOWN, "waiting"): 1}
+        seen.asks("legal")
+        seen.see(accepted)
+        assert active(registry) == {("legal", "waiting"): 1}
+        for event in (token, token, token, finished()):
             seen.see(event)
-    with pytest.raises(CapacityExceeded), metrics.request(OPERATOR):
+        assert active(registry) == {("legal", "answering"): 1}
+    with suppress(CapacityExceeded), metrics.request(OPERATOR) as seen:
+        seen.asks("base")
         raise CapacityExceeded("full")
     with pytest.raises(asyncio.CancelledError), metrics.request(OPERATOR):
         raise asyncio.CancelledError
@@ -114,17 +121,30 @@ def test_the_gateway_counts_a_request_by_how_it_ended() -> None:
         raise ZeroDivisionError
     with metrics.request(OPERATOR):
         pass
-    ends = ("complete", "capacity_exceeded", "cancelled", "failed", "lost")
-    assert [value(registry, "colm_requests_ended_total", outcome=each) for each in ends] == [1] * len(ends)
-    assert value(registry, "colm_requests_active") == 0
-    assert value(registry, "colm_time_to_first_token_seconds_count") == 1
-    assert value(registry, "colm_inter_token_seconds_count") == 2
-    assert value(registry, "colm_prompt_tokens_total") == 9
-    assert value(registry, "colm_new_tokens_total") == 3
+    ends = {"complete": "legal", "capacity_exceeded": "base", "cancelled": UNKNOWN, "failed": UNKNOWN, "lost": UNKNOWN}
+    counted = [value(registry, "colm_requests_ended_total", model=model, outcome=end) for end, model in ends.items()]
+    assert counted == [1] * len(ends)
+    assert active(registry) == {}
+    assert value(registry, "colm_time_to_first_token_seconds_count", model="legal") == 1
+    assert value(registry, "colm_inter_token_seconds_count", model="legal") == 2
+    assert value(registry, "colm_prompt_tokens_total", model="legal") == 9
+    assert value(registry, "colm_new_tokens_total", model="legal") == 3
+    assert value(registry, "colm_request_seconds_count", model=UNKNOWN) == 3
+
+
+def active(registry: CollectorRegistry) -> dict[tuple[str, str], float]:
+    """Requests inside, by model and stage, where there are any."""
+    (family,) = (each for each in registry.collect() if each.name == "colm_requests_active")
+    return {(it.labels["model"], it.labels["stage"]): it.value for it in family.samples if it.value}
 
 
 async def test_the_endpoint_serves_metrics_and_targets_and_nothing_else() -> None:
-    registry, places = CollectorRegistry(), targets("127.0.0.1:1", [])
+    nodes = decode_nodes(2).nodes()
+    decoding = [
+        replace(node, report=replace(node.report, metrics_address=f"127.0.0.1:{2 + number}", variant=variant))
+        for number, (node, variant) in enumerate(zip(nodes, ("", "legal"), strict=True))
+    ]
+    registry, places = CollectorRegistry(), targets("127.0.0.1:1", decoding, "base")
     KvStreamMetrics(registry)
     with_targets = MetricsEndpoint(registry, host="127.0.0.1", port=0, targets=lambda: places)
     without = MetricsEndpoint(registry, host="127.0.0.1", port=0)
@@ -138,7 +158,9 @@ async def test_the_endpoint_serves_metrics_and_targets_and_nothing_else() -> Non
     assert status == 200
     assert "colm_kv_bytes_total 0.0" in body
     assert json.loads((await ask(with_targets, "/targets"))[1]) == [
-        {"targets": ["127.0.0.1:1"], "labels": {"role": "gateway"}}
+        {"targets": ["127.0.0.1:1"], "labels": {"role": "gateway"}},
+        {"targets": ["127.0.0.1:2"], "labels": {"role": "decode", "model": "base"}},
+        {"targets": ["127.0.0.1:3"], "labels": {"role": "decode", "model": "legal"}},
     ]
     assert (await ask(without, "/targets"))[0] == 404
     assert (await ask(without, "/"))[0] == 404
@@ -183,7 +205,7 @@ async def test_the_documentation_lists_every_metric_and_its_labels(checkpoint: C
             role=Role.PREFILL, num_present=1, num_wanted=2, min_replicas=1, max_replicas=2, demand=1.5, queued_s=9.0
         ),
     )
-    PoolMetrics(pools, gateway)
+    PoolMetrics(pools, "base", gateway)
     with suppress(CapacityExceeded), metrics.request(OPERATOR) as seen:
         seen.is_resumed = True
         raise CapacityExceeded("full")

@@ -11,10 +11,12 @@ import numpy as np
 import openai
 import pytest
 from openai import AsyncOpenAI
+from prometheus_client import CollectorRegistry
 
 from cluster.application import build
 from cluster.change import as_kept, changed, is_another_model, require_same_weights, weights_stamps
 from cluster.front_door.front_door import FrontDoor, Variant
+from cluster.metrics import UNKNOWN
 from cluster.node_registry import NodeRegistry
 from cluster.options import ClusterConfig, load_config
 from cluster.variants import require_one_chain_1
@@ -49,6 +51,7 @@ async def test_a_question_to_another_model_finds_the_document_that_the_first_one
     base: Checkpoint, legal: Checkpoint
 ) -> None:
     question = [*DOCUMENT, 7, 8, 9, 10, 11]
+    counted = CollectorRegistry()
 
     async with (
         prefill_node(str(base.path), prefix_cache_bytes=16 << 20) as prefill,
@@ -58,6 +61,7 @@ async def test_a_question_to_another_model_finds_the_document_that_the_first_one
             base.config,
             TakingTurns([node.address]),
             variants=[Variant(model=LEGAL, decode_pool=TakingTurns([other.address]))],
+            metrics=counted,
         ) as address,
         AsyncOpenAI(base_url=f"http://{address}/v1", api_key="-", max_retries=0) as client,
     ):
@@ -87,6 +91,15 @@ async def test_a_question_to_another_model_finds_the_document_that_the_first_one
         assert list((await decode(node.address, [*DOCUMENT, 5, 6], **plain)).token_ids) == of_base
         with pytest.raises(openai.NotFoundError, match="this cluster serves 'tiny', 'legal'"):
             await ask("huge", question)
+        with pytest.raises(openai.BadRequestError, match="must be between"):
+            await client.completions.create(model="legal", prompt=question, max_tokens=10**6)
+
+    def ended(model: str, outcome: str) -> float | None:
+        return counted.get_sample_value("colm_requests_ended_total", {"model": model, "outcome": outcome})
+
+    assert [ended(name, "complete") for name in ("tiny", "legal")] == [1, 1]
+    assert ended(UNKNOWN, "unknown_model") == 1
+    assert ended("legal", "invalid_request") == 1, "refused before it was accepted"
 
 
 class Held:

@@ -448,16 +448,31 @@ MUTANTS = (
     Mutant(
         "a process that began anew has counted backwards",
         "cluster/scrape.py",
-        "return grown if grown >= 0 else None",
-        "return grown",
+        "return sum(grown) if grown and min(grown) >= 0 else None",
+        "return sum(grown) if grown else None",
         "tests/unit/test_top.py::test_a_counter_is_a_rate_and_a_process_that_began_anew_has_none",
     ),
     Mutant(
         "quantiles are of all time",
         "cluster/scrape.py",
-        "count = self.increase(found, **dict(labels))",
-        "count = self.now(found, **dict(labels))",
+        'count = self.increase(f"{name}_bucket", **labels, le=le)',
+        'count = self.now(f"{name}_bucket", **labels, le=le)',
         "tests/unit/test_top.py::test_a_quantile_lies_in_the_bucket_of_the_true_one",
+    ),
+    Mutant(
+        "a request that has found no room is nobody's model's",
+        "cluster/openai/calls.py",
+        "                seen.asks(self._front_door.model_of(request.model).name)\n",
+        "",
+        "tests/unit/test_variants.py::"
+        "test_a_question_to_another_model_finds_the_document_that_the_first_one_had_computed",
+    ),
+    Mutant(
+        "a histogram of one model is that of all",
+        "cluster/scrape.py",
+        "wanted <= dict(key[1]).items()]",
+        "True]",
+        "tests/unit/test_top.py::test_what_several_series_tell_is_summed_and_what_one_model_got_is_told_apart",
     ),
     Mutant(
         "a change restarts every replica",
