@@ -38,6 +38,10 @@ class JobStream:
         """The reader takes several tiles of that memory in one message."""
         self.uplink: PrefixUplink | None = None
         """Brings up what the job lacks of its prompt's beginning; None where it lacks nothing, or computes it."""
+        self.awaited: PrefixUplink | None = None
+        """Another stream's, which brings the same."""
+        self.held_tokens = order.held_tokens
+        """Of the prompt, what the caller can send up."""
         # Asked of this job, and not of one that another stream had begun for less.
         self._wants_next_token = order.last_token_id is not None and order.last_token_id == job.last_token_id
         self._epoch = order.epoch
@@ -47,6 +51,11 @@ class JobStream:
         self._is_asked = False
         self._has_ended = False
         self._error: BaseException | None = None
+
+    @property
+    def awaits_prefix(self) -> bool:
+        """The prompt's beginning is on its way up."""
+        return any(each is not None and not each.is_over for each in (self.uplink, self.awaited))
 
     def end(self, error: BaseException | None) -> None:
         """The reader acknowledges nothing more; with an error, it gets nothing more either."""

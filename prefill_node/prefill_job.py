@@ -152,8 +152,8 @@ class PrefillJob:
 
     @property
     def has_reader(self) -> bool:
-        """A stream is attached that takes tiles: it brings up no beginning of the prompt, or does no longer."""
-        return self.stream is not None and (self.stream.uplink is None or self.stream.uplink.is_over)
+        """A stream is attached that takes tiles: none of its prompt's beginning is on its way up any more."""
+        return self.stream is not None and not self.stream.awaits_prefix
 
     @property
     def has_room(self) -> bool:

@@ -201,7 +201,7 @@ class PrefillLoop:
     def detach(self, stream: JobStream) -> None:
         """The stream reads no more; its job, unless another one reads it or it is over, is kept for its lease."""
         job = stream.job
-        _end_uplink(stream)
+        self._end_uplink(stream)
         if job.stream is stream:
             job.stream, job.lease_ends_s = None, self._clock.now() + self._lease_s
             self.look_again()
@@ -240,19 +240,32 @@ class PrefillLoop:
         await asyncio.to_thread(self._executor.shutdown)
 
     def _attached(self, job: PrefillJob, order: PrefillOrder) -> JobStream:
-        _end_uplink(job.stream)
+        self._end_uplink(job.stream)
         stream = job.attach(order)
         if not (job.is_started or job.is_over):
-            stream.uplink = self.uplinks.begin(
-                job.hold,
-                num_tokens=len(order.token_ids),
-                held_tokens=order.held_tokens,
-                transfer_id=order.transfer_id,
-                epoch=order.epoch,
-                on_change=lambda: self._came_up(job),
-            )
+            self._bring_up(stream)
         self.look_again()
         return stream
+
+    def _bring_up(self, stream: JobStream) -> None:
+        """Ask for what a job lacks of its prompt's beginning, or wait for another one's that brings it."""
+        job = stream.job
+        stream.awaited = self.uplinks.bringing(job.hold)
+        if stream.awaited is None and stream.uplink is None:
+            stream.uplink = self.uplinks.begin(
+                job.hold,
+                num_tokens=len(job.token_ids),
+                held_tokens=stream.held_tokens,
+                transfer_id=job.transfer_id,
+                epoch=job.epoch,
+                on_change=lambda: self._came_up(job),
+            )
+            stream.news.set()  # there is something to say
+
+    def _end_uplink(self, stream: JobStream | None) -> None:
+        if stream is not None and stream.uplink is not None and not stream.uplink.is_over:
+            stream.uplink.close()
+            self._share_kept()
 
     def _came_up(self, job: PrefillJob) -> None:
         """More of a job's prompt has come up, or will not."""
@@ -264,7 +277,8 @@ class PrefillLoop:
         """End those that have taken too long; returns when the others will have."""
         ends_s = []
         for job in self._waiting():
-            if job.stream is not None and not job.has_reader and (uplink := job.stream.uplink) is not None:
+            uplink = None if job.stream is None else job.stream.uplink
+            if uplink is not None and not uplink.is_over:
                 if uplink.ends_s > now_s:
                     ends_s.append(uplink.ends_s)
                 else:
@@ -349,10 +363,12 @@ class PrefillLoop:
         for job in self._waiting():
             if self.prefixes.look_again(job.hold):
                 job.find_more(self._begun_bytes(job, job.hold))
+            if job.stream is not None and job.stream.awaited is not None:
+                self._bring_up(job.stream)
 
     def _remove(self, job: PrefillJob) -> None:
         del self._jobs[job.transfer_id]
-        _end_uplink(job.stream)
+        self._end_uplink(job.stream)
         if job not in self._stepping:  # else the engine reads and fills what it holds until the step has ended
             self.prefixes.close(job.hold)
 
@@ -400,8 +416,3 @@ class PrefillLoop:
             self._timer.cancel()
         ends_s = stalls_end_s + [job.lease_ends_s for job in self._jobs.values() if job.lease_ends_s is not None]
         self._timer = self._events.call_later(min(ends_s) - now_s, self.look_again) if ends_s else None
-
-
-def _end_uplink(stream: JobStream | None) -> None:
-    if stream is not None and stream.uplink is not None:
-        stream.uplink.close()

@@ -135,6 +135,10 @@ class PrefixUplink:
         """When nobody waits any more, by the clock."""
         return min(self._heard_s + IDLE_S, self._began_s + self._limit_s)
 
+    def brings(self, key: bytes) -> bool:
+        """A tile of that key is still to come."""
+        return any(kept.key == key for kept in self._hold.filled)
+
     def take_word(self) -> Wanted | None:
         """What the decode node has to be told now; None for nothing new."""
         end_token = min(self._stored_token + self._window_tokens, self._end_token)
@@ -262,6 +266,7 @@ class PrefixUplinks:
         self._clock = clock
         # A second at the floor, until something is measured.
         self._moved_bytes, self._moved_s = FLOOR_BYTES_S, 1.0
+        self._running: list[PrefixUplink] = []
         self.counts = UplinkCounts()
 
     def begin(
@@ -294,7 +299,7 @@ class PrefixUplinks:
         self._prefixes.expect(hold, held_tokens)
         if not hold.filled:
             return None
-        return PrefixUplink(
+        uplink = PrefixUplink(
             hold,
             self._prefixes,
             transfer_id=transfer_id,
@@ -305,6 +310,15 @@ class PrefixUplinks:
             on_change=on_change,
             note=self._ended,
         )
+        self._running.append(uplink)
+        return uplink
+
+    def bringing(self, hold: PrefixHold) -> PrefixUplink | None:
+        """The uplink that brings the next tile that a hold lacks, for a prompt that begins alike; None for none."""
+        if len(hold.read) == len(hold.keys):
+            return None
+        key = hold.keys[len(hold.read)]
+        return next((uplink for uplink in self._running if uplink.brings(key)), None)
 
     def _compute_s(self, num_tokens: int, num_cached_tokens: int, held_tokens: int) -> float:
         shape = self._costs.shape
@@ -314,6 +328,7 @@ class PrefixUplinks:
 
     def _ended(self, uplink: PrefixUplink) -> None:
         assert uplink.outcome is not None
+        self._running.remove(uplink)
         self.counts.ended[uplink.outcome] += 1
         self.counts.num_bytes += uplink.num_bytes
         self.counts.num_tokens += uplink.num_tokens

@@ -202,7 +202,7 @@ class Holder:
     def __init__(self, node: PrefillNode, tiles: dict[tuple[int, int], bytes], **options: Any) -> None:
         fields = {"first_token": NUM_SHARED, "held_tile_tokens": TILE_TOKENS, "transfer_id": "t", "epoch": 1} | options
         self.node = node
-        self.epoch = fields["epoch"]
+        self.epoch, self.transfer_id = fields["epoch"], fields["transfer_id"]
         self.caller = Caller(node, OTHER, **fields)
         self._tiles = tiles
 
@@ -211,7 +211,7 @@ class Holder:
         kv_format = self.node.service._engine.kv_format
         where = {"layer": layer, "first_token": first_token, "num_tokens": TILE_TOKENS}
         tile = read_payload(memoryview(self._tiles[layer, first_token]), "raw", kv_format, **where)
-        message = pb.HeldTile.FromString(encode_tile(tile, transfer_id="t", epoch=self.epoch))
+        message = pb.HeldTile.FromString(encode_tile(tile, transfer_id=self.transfer_id, epoch=self.epoch))
         for name, value in changes.items():
             setattr(message.tile, name, value)
         seal(message.tile)
@@ -302,6 +302,56 @@ async def test_what_came_before_a_stream_broke_does_not_come_again(
         assert tiles == rest_of(right)
         assert counted(complete) == (NUM_REST + 1, NUM_SHARED)
         assert came_up(node).ended == Counter(lost=1, complete=1)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+async def test_questions_that_come_together_have_one_beginning_brought_up(
+    checkpoint: Checkpoint, right: dict[tuple[int, int], bytes], breaks: bool
+) -> None:
+    """Those that wait ask for what is missing when the first one's stream breaks."""
+    async with taking(checkpoint) as node:
+        first = Holder(node, right)
+        await first.wanted()
+        second = Holder(node, right, transfer_id="u")
+        (queued,) = await second.caller.read(1)
+        assert queued.WhichOneof("event") == "queued"
+        first.send(*first.pieces(0, TILE_TOKENS))
+        if breaks:
+            async with asyncio.timeout(LIMIT_S):
+                while node.service._loop._jobs["t"].num_cached_tokens < TILE_TOKENS:
+                    await asyncio.sleep(0.005)
+            first.caller._call.cancel()
+            assert (await second.wanted()).first_token == TILE_TOKENS
+            second.send(*second.pieces(TILE_TOKENS))
+        else:
+            first.send(*first.pieces(TILE_TOKENS))
+            tiles, complete, _ = await first.rest()
+            assert (tiles, counted(complete)) == (rest_of(right), (NUM_REST + 1, NUM_SHARED))
+        tiles, complete, _ = await second.rest()
+        assert tiles == rest_of(right)
+        # The first one's rest may be kept by now, too.
+        assert complete.num_cached_tokens >= NUM_SHARED
+        assert came_up(node).num_tokens == NUM_SHARED
+        assert came_up(node).ended == (Counter(lost=1, complete=1) if breaks else Counter(complete=1))
+        first.caller.close()
+
+
+async def test_a_prompt_waits_for_another_ones_beginning_no_longer_than_they_are_alike(
+    checkpoint: Checkpoint, right: dict[tuple[int, int], bytes]
+) -> None:
+    async with taking(checkpoint) as node:
+        first = Holder(node, right)
+        await first.wanted()
+        begins_alike = asyncio.create_task(pulled(node, [*OTHER[: TILE_TOKENS + 3], 1, 2], "alike"))
+        async with asyncio.timeout(LIMIT_S):
+            while "alike" not in node.service._loop._jobs:
+                await asyncio.sleep(0.005)
+        assert node.service._loop._jobs["alike"].stream.awaits_prefix
+        first.send(*first.pieces(0, TILE_TOKENS))
+        _, complete = await begins_alike
+        assert counted(complete) == (5, TILE_TOKENS)
+        assert not came_up(node).ended
+        first.caller.close()
 
 
 WRONG: dict[str, tuple[Callable[[Holder], pb.HeldTile], str]] = {

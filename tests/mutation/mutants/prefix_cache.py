@@ -72,6 +72,20 @@ MUTANTS = (
         _UPLINK + "test_what_came_before_a_stream_broke_does_not_come_again",
     ),
     Mutant(
+        "a prompt computes what another one brings up",
+        "prefill_node/job_stream.py",
+        "for each in (self.uplink, self.awaited))",
+        "for each in (self.uplink,))",
+        _UPLINK + "test_questions_that_come_together_have_one_beginning_brought_up",
+    ),
+    Mutant(
+        "a slow stream is held against all later ones",
+        "prefill_node/prefix_uplink.py",
+        "            self._measure(FLOOR_BYTES_S, 1.0)  # a slow stream is not held against later ones for ever\n",
+        "",
+        "tests/unit/test_prefix_uplinks.py::test_a_slow_stream_stops_the_next_one_and_is_forgotten",
+    ),
+    Mutant(
         "a beginning in int8 pages is offered",
         "decode_node/prefix_sender.py",
         ' and store.layout.cache_dtype == "model" else None',
