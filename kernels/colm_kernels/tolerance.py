@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from colm_kernels.chain_linear import chain_linear_reference
 from colm_kernels.decode_attention import decode_attention_reference
@@ -40,9 +41,17 @@ SCORE_STEPS = 4.0
 """Roundings of an exponent, each relative to the row's largest score. One each: the factor (scale times log2(e)), its
 products with score and maximum, and their difference."""
 
-QUERY_STEPS = 3.1
-"""Of a query feature that multiplies int8 keys, in u times the query's largest. The library writes it in units of
-2 u * 128 / 127 times that; factor, product and the rounding to a whole number may each be off by half a unit."""
+QUERY_STEPS = {torch.float32: 3.1, torch.bfloat16: 260.2}
+"""Of a query feature that multiplies int8 keys, in u times the query's largest, by the query's dtype. The library
+writes it in units of 2 u * 128 / 127 times that, or 256 times as much of bf16: the rounding to a whole number may be
+off by half a unit, factor and product by u each."""
+
+WEIGHT_STEPS = {torch.float32: 3.6, torch.bfloat16: 131.6}
+"""Of a weight times its value's scale, where values are int8, in u times the largest of a block of `WEIGHT_BLOCK`
+tokens, by the query's dtype: half of a unit of 2 u * 128 / 255, or 256 times as much, and u each for product, factor
+and their product."""
+
+WEIGHT_BLOCK = 64
 
 EXP_ERROR, CUBIC_EXP_ERROR = 2.6e-6, 2e-4
 """Relative errors of exponentials.
@@ -254,7 +263,6 @@ def decode_attention(
     weights_dtype: torch.dtype = torch.float32,
 ) -> Expected:
     """Budget of `decode_attention`, from its arguments. A GPU rounds the weights to `weights_dtype`."""
-    query_steps = 0.0 if k_scales_BPK is None else QUERY_STEPS
 
     def widen(pages: Tensor, scales: Tensor | None) -> Tensor:
         return pages.double() if scales is None else pages.double() * scales.double().unsqueeze(-1)
@@ -272,9 +280,38 @@ def decode_attention(
             past = slice(context_len - (bounds[request + 1] - 1 - query))
             heads, seen = q[query].flatten(0, 1)[None], torch.tensor(True)
             keys_values = k_KSD[:, past], v_KSD[:, past]
-            of_heads, _ = _attention_errors(heads, *keys_values, seen, EXP_ERROR, weights_dtype, query_steps)
+            values = None
+            if v_scales_BPK is not None:
+                of_tokens = (pages[page_ids].flatten(0, 1).transpose(0, 1) for pages in (v_pages_BPKD, v_scales_BPK))
+                values = _Int8Values(dtype, *(each[:, past].double() for each in of_tokens))
+            of_heads, _ = _attention_errors(heads, *keys_values, seen, EXP_ERROR, weights_dtype, values)
             error[query] = of_heads[0].view_as(error[query])
     return _rounded(exact, error, dtype)
+
+
+def _of_dtype(steps: dict[torch.dtype, float], dtype: torch.dtype) -> float:
+    return steps.get(dtype, steps[torch.float32])
+
+
+@dataclass(frozen=True)
+class _Int8Values:
+    """Values in int8, as a query of some dtype meets them."""
+
+    query_dtype: torch.dtype
+    codes_KSD: Tensor
+    scales_KS: Tensor
+
+    def weight_errors(self, p_HTS: Tensor) -> Tensor:
+        """What the digits of the weights, block by block, may add to the output: error_HTD."""
+        num_groups, last = len(p_HTS) // len(self.codes_KSD), -p_HTS.shape[2] % WEIGHT_BLOCK
+        of_groups = (self.scales_KS, self.codes_KSD.abs())
+        scales_HS, sizes_HSD = (each.repeat_interleave(num_groups, dim=0) for each in of_groups)
+        weights_HTS = F.pad(p_HTS * scales_HS.abs().unsqueeze(1), (0, last))
+        largest_HTB = weights_HTS.unflatten(2, (-1, WEIGHT_BLOCK)).amax(dim=3)
+        sizes_HBD = F.pad(sizes_HSD, (0, 0, 0, last)).unflatten(1, (-1, WEIGHT_BLOCK)).sum(dim=2)
+        step: float = _of_dtype(WEIGHT_STEPS, self.query_dtype) * unit_roundoff(torch.float32)
+        error_HTD: Tensor = largest_HTB @ sizes_HBD * step
+        return error_HTD
 
 
 def _attention_errors(
@@ -284,7 +321,7 @@ def _attention_errors(
     seen_TS: Tensor,
     exp_error: float,
     weights_dtype: torch.dtype,
-    query_steps: float = 0.0,
+    int8_values: _Int8Values | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Errors of the output before it is rounded, and of the log-sum-exp.
 
@@ -304,14 +341,16 @@ def _attention_errors(
     largest_HT1 = size_HTS.amax(dim=-1, keepdim=True)
     u = unit_roundoff(torch.float32)
     e_HTS = sum_error(head_dim) * size_HTS + SCORE_STEPS * u * largest_HT1 + exp_error
-    if query_steps:
-        of_query_HT1 = query_steps * u * q_HTD.abs().amax(dim=-1, keepdim=True)
+    if int8_values is not None:
+        of_query_HT1 = _of_dtype(QUERY_STEPS, int8_values.query_dtype) * u * q_HTD.abs().amax(dim=-1, keepdim=True)
         e_HTS += of_query_HT1 * k_HSD.abs().sum(dim=-1).unsqueeze(1).where(weighs_HTS, 0)
     mean_HT1 = (p_HTS * e_HTS).sum(dim=-1, keepdim=True)
     v_HSD = v_HSD.abs()
     # The sums of numerator and denominator.
     of_sums = 2 * of_sum_HT1 * (p_HTS @ v_HSD)
     error_HTD = (p_HTS * ((1 - 2 * p_HTS) * e_HTS + mean_HT1)) @ v_HSD + of_sums
+    if int8_values is not None:
+        error_HTD += int8_values.weight_errors(p_HTS)
     if weights_dtype != torch.float32:
         # Roundings of the weights, and of SDPA's outputs over prefix and tile before they are joined.
         at_random, at_most = SIGMAS * (p_HTS.square() @ v_HSD.square()).sqrt(), 2 * (p_HTS @ v_HSD)

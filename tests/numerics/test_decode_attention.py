@@ -195,6 +195,34 @@ def test_scales_that_are_not_finite_give_what_the_definition_gives(name, value):
 
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [-1.0, 0.0, 1e-34])
+def test_values_with_scales_that_no_digits_hold_match(factor, dtype):
+    """Negative ones, and blocks in which all are tiny or zero, beside rows and blocks of ordinary ones."""
+    arguments, options = case([3 * TOKEN_BLOCK + 9, 90], [3, 1], 2, 3, 64, dtype, torch.int8)
+    pages = arguments[3][0, TOKEN_BLOCK // 16 : 2 * TOKEN_BLOCK // 16]
+    options["v_scales_BPK"][pages.long(), :, 0] *= factor
+    options["v_scales_BPK"][arguments[3][0, 0], 5, 1] *= factor
+    assert_matches_definition(arguments, options)
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_light_int8_values_count_beside_a_heavy_one(dtype):
+    """A weight is held to the largest one of its block, its value's scale included, and not to its row's."""
+    arguments, options = case([9 * TOKEN_BLOCK], [1], 1, 2, 64, dtype, torch.int8)
+    q, k_pages, _, block_table, _ = arguments
+    first = block_table[0, 0]
+    # Scores of 16 and 0: the others have exp(-16) of the weight each.
+    q.fill_(1.0)
+    k_pages.fill_(0)
+    k_pages[first, 0] = 2
+    options["k_scales_BPK"].fill_(1.0)
+    options["v_scales_BPK"][first, 0] = 0.0
+    assert_matches_definition(arguments, options)
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_one_key_far_above_all_others_takes_all_the_weight(dtype):
     q, k_pages, v_pages, block_table, context_lens = inputs([200], 1, 2, 64, dtype)
     q[:] = 1.0

@@ -360,7 +360,7 @@ struct RowsKernel {
 struct Variant {
     PrefillKernel (*prefill)(int32_t dtype, int64_t head_dim);
     RowScoresKernel (*row_scores)(int32_t dtype, int64_t head_dim);
-    DecodeKernel (*decode)(int32_t page_dtype, int64_t head_dim);
+    DecodeKernel (*decode)(int32_t dtype, int32_t page_dtype, int64_t head_dim);
     LinearKernel (*linear)(int32_t dtype);
     LinearKernel (*panel)(int32_t dtype);
     LinearKernel (*quantised)(int32_t dtype, int64_t format);

@@ -108,6 +108,14 @@ struct DecodeSplit {
         }
         firsts.push_back(static_cast<int64_t>(spans.size()));
     }
+
+    int64_t num_items() const { return static_cast<int64_t>(firsts.size()) - 1; }
+
+    // The item that is taken at a turn: neighbours by one thread, which has asked for the second one's memory by the end of
+    // the first, as long as threads take turns.
+    int64_t item(int64_t turn, int64_t threads) const {
+        return num_items() % threads == 0 ? turn % threads * (num_items() / threads) + turn / threads : turn;
+    }
 };
 
 }  // namespace
@@ -116,7 +124,7 @@ COLM_EXPORT
 int32_t colm_decode_attention(const DecodeArgs* given, int32_t variant, int32_t num_threads) try {
     const DecodeArgs& args = *given;
     const auto kernel =
-        select<DecodeKernel>(variant, [&](const Variant& v) { return v.decode(args.page_dtype, args.head_dim); });
+        select<DecodeKernel>(variant, [&](const Variant& v) { return v.decode(args.dtype, args.page_dtype, args.head_dim); });
     if (kernel.run == nullptr) return kUnsupported;
     if (!fits(args)) return kBadTable;
 
@@ -141,13 +149,14 @@ int32_t colm_decode_attention(const DecodeArgs* given, int32_t variant, int32_t 
         const DecodeArgs& args;
         const DecodeKernel& kernel;
         const DecodeSplit& split;
-        int64_t workspace_bytes;
+        int64_t threads, workspace_bytes;
         std::atomic<int32_t> status{kOk};
-    } context{args, kernel, split, kernel.workspace_bytes(args.num_kv_heads, most_rows)};
+    } context{args, kernel, split, threads, kernel.workspace_bytes(args.num_kv_heads, most_rows)};
     run_items(
-        static_cast<int64_t>(split.firsts.size()) - 1, static_cast<int>(threads),
-        [](void* opaque, int64_t item) {
+        split.num_items(), static_cast<int>(threads),
+        [](void* opaque, int64_t turn) {
             auto& c = *static_cast<Context*>(opaque);
+            const int64_t item = c.split.item(turn, c.threads);
             unsigned char* memory = workspace(c.workspace_bytes);
             if (memory == nullptr) {
                 c.status = kOutOfMemory;

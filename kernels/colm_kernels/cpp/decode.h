@@ -2,9 +2,11 @@
 // vec_*.h.
 //
 // Memory bounds the work, so a key or value is read once for all query heads and query tokens of its kv head. Meanwhile
-// the next block is prefetched, a little with every token, in the order of its addresses, so that hardware can prefetch
-// too: prefetching head by head, as the arithmetic goes, was a fifth slower. Keys are transposed, and widened unless they
-// are multiplied as pairs of bf16, so that scores come out a vector of tokens at a time and no sum runs across lanes.
+// the next block is prefetched, in the order of its addresses, so that hardware can prefetch too: head by head, as the
+// arithmetic goes, was a fifth slower, keys and values in turn took twice the time. Its keys are asked for while scores
+// are computed, which read no new memory, a little with every token. Keys are transposed, and widened unless they are
+// multiplied as pairs of bf16 or as bytes, so that scores come out a vector of tokens at a time and no sum runs across
+// lanes.
 //
 // The terms of a row's sums and their order depend on its own context only, not on the rows beside it nor on where an
 // item begins or ends. So a query's result has the same bits alone, among drafts and in any batch.
@@ -13,43 +15,55 @@
 #include <cstring>
 #include "abi.h"
 #include "byte_scores.h"
+#include "byte_values.h"
+#include "page_block.h"
 #include "softmax.h"
 #include "tile.h"
 
 namespace {
 
-// Op is the arithmetic of the scores: fp32, products of bf16 pairs if pages and queries are bf16, or products of bytes if
-// pages are int8.
+// Op is the arithmetic: fp32, products of bf16 pairs for the scores if pages and queries are bf16, or products of bytes
+// if pages are int8.
 template <class Op, class In, int D>
 struct Decode {
     static constexpr bool kPairs = Op::kPerWord == 2;
     static constexpr bool kBytes = Op::kPerWord == 4;
     static constexpr bool kScaled = sizeof(In) == 1;
+    static constexpr int kDigits = [] { if constexpr (kBytes) return Op::kDigits; else return 3; }();
+    static constexpr bool kByteValues = kBytes && D % 64 == 0;
     static constexpr int kBlock = 64;  // tokens; keys and values of one head, widened, are 32 KiB at head dim 64
     static constexpr int kKeyVecs = sizeof(Vec) == 64 ? 4 : 2;
     static constexpr int kPanel = kKeyVecs * kLanes;  // keys of one transposed panel
     static constexpr int kPerWord = sizeof(float) / sizeof(In);
     static constexpr int kWords = D / kPerWord;
     static constexpr int kDepth = kPairs ? kWords : D;  // of the product of queries and keys, in its words
-    static constexpr int kLine = 64 / sizeof(In);  // elements of a cache line
     static constexpr int kValueVecs = sizeof(Vec) == 64 ? (D % 64 == 0 ? 4 : D % 80 == 0 ? 5 : D % 48 == 0 ? 3 : 1) : 2;
     static constexpr int kRowTile = 4;  // by 4 or 5 vectors
     static_assert(kBlock % kPanel == 0 && kBlock % (2 * kLanes) == 0, "panels and the softmax cover the block");
+
+    using Block = PageBlock<In, D, kBlock>;
+    using RowsAhead = Ahead<In, D, kBlock>;
+#ifdef __AVX512VNNI__
+    using Scores = ByteScores<D, kDigits>;
+    using Values = ByteValues<D, kDigits, kBlock>;
+#endif
 
     struct Workspace {
         float* queries;  // num_kv_heads, rows, D; as bf16 for pairs, as digits for bytes
         float* keys;     // kBlock / kPanel panels of (kDepth, kPanel); of words for bytes
         float* values;   // kBlock, D
-        float* scores;   // rows, kBlock; overwritten in place by the weights
-        float* decay;    // padded rows
-        float* maxima;   // num_kv_heads, padded rows
-        float* sums;     // num_kv_heads, padded rows
+        float* scores;   // rows of the heads at once, kBlock; overwritten in place by the weights
+        float* decay;    // rows of the heads at once, kLanes more
+        float* maxima;   // num_kv_heads, rows; kLanes more
+        float* sums;     // num_kv_heads, rows; kLanes more
     };
 
-    static int64_t padded(int64_t rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
+    // The softmax takes kLanes rows at once, of several heads where one has fewer, and writes as many states.
+    static int64_t most_scores(int64_t rows) { return rows < kLanes ? kLanes : rows; }
 
     static int64_t workspace_bytes(int64_t num_kv_heads, int64_t rows) {
-        return 4 * (num_kv_heads * (rows * D + 2 * padded(rows)) + 2 * kBlock * D + rows * kBlock + padded(rows));
+        const int64_t num_rows = num_kv_heads * rows;
+        return 4 * (num_rows * D + 2 * (num_rows + kLanes) + 2 * kBlock * D + most_scores(rows) * (kBlock + 1) + kLanes);
     }
 
     static Workspace carve(unsigned char* memory, int64_t num_kv_heads, int64_t rows) {
@@ -57,54 +71,12 @@ struct Decode {
         ws.keys = reinterpret_cast<float*>(memory);
         ws.values = ws.keys + kBlock * D;
         ws.scores = ws.values + kBlock * D;
-        ws.queries = ws.scores + rows * kBlock;
+        ws.queries = ws.scores + most_scores(rows) * kBlock;
         ws.decay = ws.queries + num_kv_heads * rows * D;
-        ws.maxima = ws.decay + padded(rows);
-        ws.sums = ws.maxima + num_kv_heads * padded(rows);
+        ws.maxima = ws.decay + most_scores(rows) + kLanes;
+        ws.sums = ws.maxima + num_kv_heads * rows + kLanes;
         return ws;
     }
-
-    // Where tokens of the context lie in a pool: (page * P + position in the page) * stride. Entries past the last
-    // repeat it.
-    struct Block {
-        int count;
-        int64_t offsets[kBlock];
-        int64_t scales[kScaled ? kBlock : 1];  // of the first head
-    };
-
-    static void locate(const DecodeArgs& args, int64_t request, int64_t begin, int64_t end, int64_t stride,
-                       Block* block) {
-        const int32_t* table = args.block_table + request * args.table_columns;
-        block->count = static_cast<int>(end - begin < kBlock ? end - begin : kBlock);
-        int64_t column = begin / args.page_tokens, position = begin % args.page_tokens, at = 0;
-        for (int i = 0; i < block->count; ++column, position = 0) {
-            at = (table[column] * args.page_tokens + position) * stride;
-            for (; i < block->count && position < args.page_tokens; ++position, at += stride) block->offsets[i++] = at;
-        }
-        for (int i = block->count; i < kBlock; ++i) block->offsets[i] = at - stride;
-        for (int i = 0; kScaled && i < kBlock; ++i) block->scales[i] = block->offsets[i] / D;
-    }
-
-    // Prefetches a block of one pool, all its heads, in the order of its addresses, so that hardware can prefetch too.
-    // One step prefetches as much as one head of one token.
-    struct Ahead {
-        const In* pool;
-        const Block* block;
-        int64_t stride;
-        int token = 0;
-        int64_t within = 0;
-
-        void step() {
-            if (token >= block->count) return;
-            const In* from = pool + block->offsets[token] + within;
-            for (int d = 0; d < D; d += kLine) _mm_prefetch(reinterpret_cast<const char*>(from + d), _MM_HINT_T1);
-            within += D;
-            if (within == stride) {
-                within = 0;
-                ++token;
-            }
-        }
-    };
 
     // Transposes the keys of one head, by words; widens them where they are not multiplied in pairs.
     static void pack_keys(const In* keys, const Block& block, float* packed) {
@@ -229,20 +201,6 @@ struct Decode {
         }
     }
 
-    // Of one head, for each token of the block.
-    static void load_scales(const uint16_t* from, const Block& block, int64_t head, float* scales) {
-        for (int i = 0; i < kBlock; ++i) {
-            const uint32_t bits = static_cast<uint32_t>(from[block.scales[i] + head]) << 16;
-            memcpy(scales + i, &bits, sizeof bits);
-        }
-    }
-
-    static void prefetch_scales(const uint16_t* from, const Block& block) {
-        for (int i = 0; i < block.count; i += 8) {
-            _mm_prefetch(reinterpret_cast<const char*>(from + block.scales[i]), _MM_HINT_T1);
-        }
-    }
-
     // A scale that is not finite multiplies every element before the sum, since infinities of both signs must give NaN.
     static void apply_unusual_scales(float* packed, int count, float* scales) {
         for (int i = 0; i < count; ++i) {
@@ -292,16 +250,16 @@ struct Decode {
 
     static void run(const DecodeArgs& args, const DecodeSpan* span, const DecodeSpan* last, unsigned char* memory) {
         const int64_t request = span->request, item_begin = span->begin, item_end = last[-1].end;
-        const int64_t num_heads = args.num_kv_heads, group = args.group, stride = num_heads * D;
+        const int64_t num_heads = args.num_kv_heads, group = args.group;
         const int64_t first_query = args.cu_seqlens_q[request];
         const int64_t num_queries = args.cu_seqlens_q[request + 1] - first_query;
-        const int64_t rows = num_queries * group, padded_rows = padded(rows);
+        const int64_t rows = num_queries * group, heads_at_once = rows < kLanes ? kLanes / rows : 1;
         const int64_t num_common = args.context_lens[request] - num_queries + 1;  // tokens that every query sees
         const float scale_log2 = args.scale * 1.44269504088896340736f;
         const Workspace ws = carve(memory, num_heads, rows);
 #ifdef __AVX512VNNI__
-        static_assert(sizeof(typename ByteScores<D>::Query) <= D * sizeof(float), "digits take the place of a query");
-        auto* const byte_queries = reinterpret_cast<typename ByteScores<D>::Query*>(ws.queries);
+        static_assert(sizeof(typename Scores::Query) <= D * sizeof(float), "digits take the place of a query");
+        auto* const byte_queries = reinterpret_cast<typename Scores::Query*>(ws.queries);
 #endif
 
         for (int64_t head = 0; head < num_heads; ++head) {
@@ -314,7 +272,7 @@ struct Decode {
 #ifdef __AVX512VNNI__
                     float query[D];
                     read_query(args, first_query, head, row, query);
-                    ByteScores<D>::prepare(query, byte_queries + head * rows + row);
+                    Scores::prepare(query, byte_queries + head * rows + row);
 #endif
                 } else {
                     read_query(args, first_query, head, row, ws.queries + (head * rows + row) * D);
@@ -322,124 +280,149 @@ struct Decode {
             }
         }
 
-        float k_scales[kBlock], v_scales[kBlock];
+        float scales[kBlock];
         Block blocks[2];
-        locate(args, request, item_begin, item_end, stride, &blocks[0]);
-        // All of the first block at once: whoever read what is before it was another thread.
-        const auto fetch_first = [&](const void* pool) {
-            Ahead ahead{static_cast<const In*>(pool), &blocks[0], stride};
-            for (int64_t i = 0; i < blocks[0].count * num_heads; ++i) ahead.step();
-        };
-        fetch_first(args.k_pages);
-        fetch_first(args.v_pages);
+        blocks[0].locate(args, request, item_begin, item_end);
+        // All keys of the first block at once: whoever read what is before it may have been another thread.
+        for (RowsAhead ahead(args.k_pages, blocks[0]); ahead.row();) {}
         for (int64_t begin = item_begin, turn = 0; begin < item_end; begin += kBlock, turn ^= 1) {
             float* const output = span->partial;
             if (begin == span->begin) {
                 for (int64_t i = 0; i < num_heads * rows * D; i += kLanes) store(output + i, zero());
-                for (int64_t i = 0; i < num_heads * padded_rows; ++i) {
+                for (int64_t i = 0; i < num_heads * rows + kLanes; ++i) {
                     ws.maxima[i] = -FLT_MAX;  // not -infinity, whose difference with itself is NaN
                     ws.sums[i] = 0.0f;
                 }
             }
             const Block& block = blocks[turn];
             Block& next = blocks[turn ^ 1];
-            if (begin + kBlock < item_end) {
-                locate(args, request, begin + kBlock, item_end, stride, &next);
-            } else {
-                next = block;
-            }
+            // Behind the item lies what this thread most likely takes next, if it is of the same request.
+            const int64_t next_begin = begin + kBlock < item_end ? begin + kBlock : item_end;
+            next.locate(args, request, next_begin, next_begin < item_end ? item_end : args.context_lens[request]);
             const int num_padded = (block.count + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
             const bool all_visible = begin + block.count <= num_common;
             auto visible = [&](int64_t row) {
                 const int64_t count = num_common + row / group - begin;
                 return static_cast<int>(count < 0 ? 0 : count < block.count ? count : block.count);
             };
-            Ahead keys_ahead{static_cast<const In*>(args.k_pages), &next, stride};
-            Ahead values_ahead{static_cast<const In*>(args.v_pages), &next, stride};
+            RowsAhead keys_ahead(args.k_pages, next), values_ahead(args.v_pages, next);
+            RowsAhead first_values(args.v_pages, block);
             if constexpr (kScaled) {
-                prefetch_scales(args.k_scales, next);
-                prefetch_scales(args.v_scales, next);
+                next.prefetch_scales(args.k_scales);
+                next.prefetch_scales(args.v_scales);
             }
-            for (int64_t head = 0; head < num_heads; ++head) {
-                const In* keys = static_cast<const In*>(args.k_pages) + head * D;
-                const In* values = static_cast<const In*>(args.v_pages) + head * D;
-                if constexpr (kScaled) {
-                    load_scales(args.k_scales, block, head, k_scales);
-                    load_scales(args.v_scales, block, head, v_scales);
-                }
-                if constexpr (kBytes) {
-#ifdef __AVX512VNNI__
-                    ByteScores<D>::pack(keys, block.offsets, num_padded, reinterpret_cast<int32_t*>(ws.keys),
-                                        [&] { keys_ahead.step(); });
-#endif
-                } else {
-                    pack_keys(keys, block, ws.keys);
-                    if constexpr (kScaled) apply_unusual_scales(ws.keys, block.count, k_scales);
-                }
-                in_tiles(0, rows, [&]<int kRows>(int64_t row) {
-                    const auto ask = [&] {
-                        if (row == 0) keys_ahead.step();
-                    };
+            for (int64_t first = 0, num_softened; first < num_heads; first += num_softened) {
+                num_softened = num_heads - first < heads_at_once ? num_heads - first : heads_at_once;
+                for (int64_t head = first; head < first + num_softened; ++head) {
+                    const In* keys = static_cast<const In*>(args.k_pages) + head * D;
+                    float* const scores = ws.scores + (head - first) * rows * kBlock;
+                    // Nobody has asked for the first block's values either: one head's share of them.
+                    for (int i = 0; begin == item_begin && i < block.count; ++i) first_values.row();
+                    if constexpr (kScaled) block.load_scales(args.k_scales, head, scales);
                     if constexpr (kBytes) {
 #ifdef __AVX512VNNI__
-                        ByteScores<D>::template score<kRows, kBlock>(
-                            byte_queries + head * rows + row, reinterpret_cast<const int32_t*>(ws.keys), k_scales,
-                            num_padded, ws.scores + row * kBlock);
+                        Scores::pack(keys, block.offsets, num_padded, reinterpret_cast<int32_t*>(ws.keys));
 #endif
                     } else {
-                        score<kRows>(ws.queries + (head * rows + row) * kDepth, ws.keys, num_padded,
-                                     ws.scores + row * kBlock, ask);
+                        pack_keys(keys, block, ws.keys);
+                        if constexpr (kScaled) apply_unusual_scales(ws.keys, block.count, scales);
                     }
-                });
-                if constexpr (kBytes) {
+                    in_tiles(0, rows, [&]<int kRows>(int64_t row) {
+                        const auto ask = [&] {
+                            if (row == 0) keys_ahead.row();
+                        };
+                        if constexpr (kBytes) {
 #ifdef __AVX512VNNI__
-                    score_unusual_scales(args, first_query, head, rows, keys, block, k_scales, ws.scores);
+                            Scores::template score<kRows, kBlock>(
+                                byte_queries + head * rows + row, reinterpret_cast<const int32_t*>(ws.keys), scales,
+                                num_padded, scores + row * kBlock, ask);
 #endif
-                } else if constexpr (kScaled) {
-                    for (int64_t row = 0; row < rows; ++row) scale_row(ws.scores + row * kBlock, visible(row), k_scales);
-                }
-                for (int64_t row = 0; row < rows; row += kLanes) {
-                    const int count = static_cast<int>(rows - row < kLanes ? rows - row : kLanes);
-                    int num_visible[kLanes];
-                    for (int i = 0; i < count; ++i) num_visible[i] = visible(row + i);
-                    const int64_t at = head * padded_rows + row;
-                    soften<FloatWords, kBytes || sizeof(In) == 2>(ws.scores + row * kBlock, kBlock, count, num_visible, num_padded,
-                                                        scale_log2, ws.maxima + at, ws.sums + at, ws.decay + row);
-                }
-                if constexpr (kScaled) {
-                    for (int64_t row = 0; row < rows; ++row) scale_row(ws.scores + row * kBlock, visible(row), v_scales);
-                }
-                float* to = output + head * rows * D;
-                const auto ask_values = [&] { values_ahead.step(); };
-                const bool packed = rows > kRowTile;
-                if (packed) pack_values(values, block, ask_values, ws.values);
-                for (int64_t row = 0; row < rows;) {
-                    // Rows of one query token see the same tokens. A weight of zero times infinity would be NaN.
-                    const int64_t end = all_visible ? rows : row + group;
-                    const int count = visible(row);
-                    in_tiles(row, end, [&]<int kRows>(int64_t r) {
-                        const float* weights = ws.scores + r * kBlock;
-                        if (packed) {
-                            gather<kRows>(weights, [&](int token) { return ws.values + token * D; }, count, ws.decay + r,
-                                          to + r * D);
                         } else {
-                            auto value = [&](int token) {
-                                ask_values();
-                                return values + block.offsets[token];
-                            };
-                            gather<kRows>(weights, value, count, ws.decay + r, to + r * D);
+                            score<kRows>(ws.queries + (head * rows + row) * kDepth, ws.keys, num_padded,
+                                         scores + row * kBlock, ask);
                         }
                     });
-                    row = end;
+                    if constexpr (kBytes) {
+#ifdef __AVX512VNNI__
+                        score_unusual_scales(args, first_query, head, rows, keys, block, scales, scores);
+#endif
+                    } else if constexpr (kScaled) {
+                        for (int64_t row = 0; row < rows; ++row) scale_row(scores + row * kBlock, visible(row), scales);
+                    }
+                }
+                for (int64_t row = 0; row < num_softened * rows; row += kLanes) {
+                    const int64_t left = num_softened * rows - row, at = first * rows + row;
+                    const int count = static_cast<int>(left < kLanes ? left : kLanes);
+                    int num_visible[kLanes];
+                    for (int i = 0; i < count; ++i) num_visible[i] = visible((row + i) % rows);
+                    soften<FloatWords, kBytes || sizeof(In) == 2>(ws.scores + row * kBlock, kBlock, count, num_visible,
+                                                                  num_padded, scale_log2, ws.maxima + at, ws.sums + at,
+                                                                  ws.decay + row);
+                }
+                for (int64_t head = first; head < first + num_softened; ++head) {
+                    const In* values = static_cast<const In*>(args.v_pages) + head * D;
+                    float* const scores = ws.scores + (head - first) * rows * kBlock;
+                    float* const decay = ws.decay + (head - first) * rows;
+                    if constexpr (kScaled) {
+                        block.load_scales(args.v_scales, head, scales);
+                        for (int64_t row = 0; !kByteValues && row < rows; ++row) {
+                            scale_row(scores + row * kBlock, visible(row), scales);
+                        }
+                    }
+                    float* to = output + head * rows * D;
+                    const auto ask_values = [&] { values_ahead.row(); };
+                    if constexpr (kByteValues) {
+#ifdef __AVX512VNNI__
+                        for (int64_t row = 0; row < rows; ++row) {
+                            if (Values::prepare(scores + row * kBlock, scales, visible(row))) continue;
+                            Values::arrange(to + row * D);
+                            gather<1>(scores + row * kBlock, [&](int token) { return values + block.offsets[token]; },
+                                      visible(row), decay + row, to + row * D);
+                            Values::arrange(to + row * D);
+                            decay[row] = 1.0f;
+                            memset(scores + row * kBlock, 0, kBlock * sizeof(float));
+                        }
+                        in_tiles(0, rows, [&]<int kRows>(int64_t row) {
+                            auto value = [&](int token) {
+                                if (row == 0) ask_values();
+                                return values + block.offsets[token];
+                            };
+                            Values::template add<kRows>(scores + row * kBlock, value, (block.count + 3) / 4 * 4, decay + row,
+                                                        to + row * D);
+                        });
+#endif
+                        continue;
+                    }
+                    const bool packed = rows > kRowTile;
+                    if (packed) pack_values(values, block, ask_values, ws.values);
+                    for (int64_t row = 0; row < rows;) {
+                        // Rows of one query token see the same tokens. A weight of zero times infinity would be NaN.
+                        const int64_t end = all_visible ? rows : row + group;
+                        const int count = visible(row);
+                        in_tiles(row, end, [&]<int kRows>(int64_t r) {
+                            const float* weights = scores + r * kBlock;
+                            if (packed) {
+                                gather<kRows>(weights, [&](int token) { return ws.values + token * D; }, count, decay + r,
+                                              to + r * D);
+                            } else {
+                                auto value = [&](int token) {
+                                    ask_values();
+                                    return values + block.offsets[token];
+                                };
+                                gather<kRows>(weights, value, count, decay + r, to + r * D);
+                            }
+                        });
+                        row = end;
+                    }
                 }
             }
             if (begin + kBlock < span->end) continue;
             join_parts(output, num_heads * rows);
-            for (int64_t row = 0; row < num_heads * rows; ++row) {
-                const int64_t at = row / rows * padded_rows + row % rows;
-                output[num_heads * rows * D + row] = ws.maxima[at];
-                output[num_heads * rows * (D + 1) + row] = ws.sums[at];
-            }
+#ifdef __AVX512VNNI__
+            for (int64_t row = 0; kByteValues && row < num_heads * rows; ++row) Values::arrange(output + row * D);
+#endif
+            memcpy(output + num_heads * rows * D, ws.maxima, num_heads * rows * sizeof(float));
+            memcpy(output + num_heads * rows * (D + 1), ws.sums, num_heads * rows * sizeof(float));
             ++span;
         }
     }

@@ -21,7 +21,11 @@ struct Bf16Words {
     static __m512bh broadcast(const Word* p) {
         return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int32_t>(*p)));
     }
-    static __m512bh load_words(const Word* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+    static __m512bh load_words(const Word* p) {
+        __m512i words = _mm512_loadu_si512(p);
+        asm("" : "+v"(words));  // or GCC loads them again for every row
+        return reinterpret_cast<__m512bh>(words);
+    }
     static Vec multiply_add(Vec acc, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(acc, a, b); }
 };
 #endif

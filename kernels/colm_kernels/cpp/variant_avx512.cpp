@@ -22,7 +22,7 @@ RowScoresKernel row_scores(int32_t dtype, int64_t head_dim) {
                               : row_scores_of_dim<FloatWords, float>(head_dim);
 }
 
-DecodeKernel decode(int32_t page_dtype, int64_t head_dim) {
+DecodeKernel decode(int32_t, int32_t page_dtype, int64_t head_dim) {
     switch (page_dtype) {
         case kBfloat16: return decode_of_dim<FloatWords, uint16_t>(head_dim);
         case kInt8: return decode_of_dim<FloatWords, int8_t>(head_dim);

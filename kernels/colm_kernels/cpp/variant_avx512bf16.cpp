@@ -20,10 +20,12 @@ RowScoresKernel row_scores(int32_t dtype, int64_t head_dim) {
     return dtype == kBfloat16 ? row_scores_of_dim<Bf16Words, uint16_t>(head_dim) : RowScoresKernel{nullptr, nullptr};
 }
 
-DecodeKernel decode(int32_t page_dtype, int64_t head_dim) {
+DecodeKernel decode(int32_t dtype, int32_t page_dtype, int64_t head_dim) {
     switch (page_dtype) {
         case kBfloat16: return decode_of_dim<Bf16Words, uint16_t>(head_dim);
-        case kInt8: return decode_of_dim<ByteWords, int8_t>(head_dim);
+        case kInt8:
+            return dtype == kBfloat16 ? decode_of_dim<ByteWords<2>, int8_t>(head_dim)
+                                      : decode_of_dim<ByteWords<3>, int8_t>(head_dim);
         default: return {nullptr, nullptr};
     }
 }

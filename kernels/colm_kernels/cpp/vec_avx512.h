@@ -109,8 +109,10 @@ inline void store_from_float(uint16_t* p, Vec x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bf16(x));
 }
 
-// Only the first `count` lanes, at most all of them. Memory past them is not touched; a load fills the rest with zeros.
-inline __mmask16 first(int64_t count) { return count < kLanes ? static_cast<__mmask16>((1u << count) - 1) : 0xffff; }
+// Only the first `count` lanes, at least none and at most all of them. Memory past them is not touched; a load fills the rest with zeros.
+inline __mmask16 first(int64_t count) {
+    return count <= 0 ? 0 : count < kLanes ? static_cast<__mmask16>((1u << count) - 1) : 0xffff;
+}
 inline Vec load_some(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
 inline Vec load_some(const uint16_t* p, int64_t count) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), p));
