@@ -3,10 +3,11 @@
 Where the prefill node asks for keys and values of the prompt's beginning, they go up before the first acknowledgement.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 
-from colm.errors import PeerUnavailable
+from colm.errors import NotFinite, PeerUnavailable
 from colm.kv_position import KvPosition
 from colm.wire.endpoint import KEEPALIVE
 from colm.wire.messages import CODECS, attention_to_pb, end_of_prompt, token_id_pieces
@@ -14,6 +15,8 @@ from colm.wire.tile_codec import ACKNOWLEDGE_BYTES, encode_tile
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.kv_fetch import KvTransfer
 from decode_node.prefix_sender import PrefixSender
+
+logger = logging.getLogger(__name__)
 
 _GIVE_UP_S = KEEPALIVE.timeout_ms / 1e3
 """How long a node that lives may take to end a stream that is given up: as long as to answer a ping."""
@@ -132,6 +135,18 @@ class KvRequests:
                 if not self._changed.wait_for(lambda: self._is_closed, _GIVE_UP_S):
                     self._on_silence()
 
+    def _piece(self, held: PrefixSender) -> pb.PullKvRequest:
+        """The next piece of the prompt's beginning, or that no more of it can be sent."""
+        ledger = self._transfer.ledger
+        try:
+            message = encode_tile(held.take(), transfer_id=ledger.transfer_id, epoch=ledger.epoch)
+        except NotFinite as damage:
+            logger.warning("prefix.withdrawn request=%s cause=%s", ledger.transfer_id, damage)
+            held.stop()
+            return pb.PullKvRequest(held_end=pb.HeldEnd())
+        # A response with a tile has the same bytes.
+        return pb.PullKvRequest(held_tile=pb.HeldTile.FromString(message))
+
     @property
     def _sends_held(self) -> bool:
         return self._held is not None and self._held.is_due and not self._is_closed
@@ -155,10 +170,7 @@ class KvRequests:
                 return pb.PullKvRequest(shared_memory=pb.SharedMemoryAnswer(is_mapped=is_mapped, takes_several=True))
             # Inside the lock: the pages may be another's once the stream is closed.
             if self._held is not None and self._sends_held:
-                ledger = self._transfer.ledger
-                message = encode_tile(self._held.take(), transfer_id=ledger.transfer_id, epoch=ledger.epoch)
-                # A response with a tile has the same bytes.
-                return pb.PullKvRequest(held_tile=pb.HeldTile.FromString(message))
+                return self._piece(self._held)
             if self._stored == self._said:
                 return None
             self._said = self._stored

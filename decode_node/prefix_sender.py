@@ -44,8 +44,7 @@ class PrefixSender:
         ledger, tile_tokens = self._transfer.ledger, self._transfer.held_tile_tokens
         if refusal:
             logger.warning("prefix.refused request=%s cause=%s", ledger.transfer_id, refusal)
-            self._end_token = 0
-            return
+            return self.stop()
         is_offered = first_token < end_token <= ledger.first_token and self._end_token <= end_token
         if not is_offered or first_token % tile_tokens or end_token % tile_tokens:
             raise PeerUnavailable(
@@ -56,6 +55,10 @@ class PrefixSender:
             self._pieces = self._places(first_token)
             self._next = next(self._pieces)
         self._end_token = end_token
+
+    def stop(self) -> None:
+        """Send nothing more, whatever is wanted."""
+        self._pieces, self._next = iter(()), None
 
     @property
     def is_due(self) -> bool:

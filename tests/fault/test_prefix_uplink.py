@@ -236,12 +236,17 @@ class Holder:
 
     async def rest(self) -> tuple[dict[tuple[int, int], bytes], pb.TransferComplete, list[str]]:
         """Payloads of the tiles that come, the last message, and why the node took no more."""
+        messages = await self.messages()
+        tiles = {(e.tile.layer, e.tile.first_token): e.payload for e in messages if e.WhichOneof("event") == "tile"}
+        return tiles, messages[-1].complete, [e.prefix_wanted.refusal for e in messages if e.prefix_wanted.refusal]
+
+    async def messages(self) -> list[pb.PullKvResponse]:
+        """All that still come."""
         messages = await self.caller.read(1)
         while messages[-1].WhichOneof("event") != "complete":
             messages += await self.caller.read(1)
         self.caller.close()
-        tiles = {(e.tile.layer, e.tile.first_token): e.payload for e in messages if e.WhichOneof("event") == "tile"}
-        return tiles, messages[-1].complete, [e.prefix_wanted.refusal for e in messages if e.prefix_wanted.refusal]
+        return messages
 
 
 @pytest.fixture
@@ -278,6 +283,22 @@ async def test_the_rest_has_the_same_bits_and_a_window_bounds_what_comes_up(
         assert counted(complete) == (0, len(OTHER))
         _, complete = await pulled(node, OTHER, "other salt", cache_salt=b"s")
         assert counted(complete) == (len(OTHER), 0)
+
+
+async def test_chain_1s_own_word_is_the_same_behind_a_beginning_that_came_up(
+    checkpoint: Checkpoint, right: dict[tuple[int, int], bytes]
+) -> None:
+    words = []
+    for held_tile_tokens in (0, TILE_TOKENS):
+        async with taking(checkpoint) as node:
+            holder = Holder(node, right, held_tile_tokens=held_tile_tokens, last_token_id=5)
+            if held_tile_tokens:
+                await holder.wanted()
+                holder.send(*holder.pieces())
+            words += [each.provisional_token for each in await holder.messages() if each.HasField("provisional_token")]
+            assert came_up(node).num_tokens == (NUM_SHARED if held_tile_tokens else 0)
+    without, with_it = words
+    assert without == with_it
 
 
 async def test_what_came_before_a_stream_broke_does_not_come_again(

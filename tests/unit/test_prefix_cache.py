@@ -81,10 +81,27 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.look_again(job.hold) == (job.hold.num_cached_tokens > before)
             self.check(job)
 
+    @rule(job=jobs)
+    def expect(self, job: Job) -> None:
+        """What comes from elsewhere gets room, of a job that has not begun."""
+        if job in self.open and not job.has_begun and not job.hold.filled:
+            self.cache.expect(job.hold, len(job.token_ids) // TILE_TOKENS * TILE_TOKENS)
+
+    @rule(job=jobs, num_tiles=st.integers(1, 3))
+    def come_up(self, job: Job, num_tiles: int) -> None:
+        for _ in range(num_tiles):
+            if job in self.open and not job.has_begun and job.hold.filled:
+                kept = job.hold.filled[0]
+                tiles = [tile_of(job.salt, job.token_ids, each, kept.first_token) for each in range(FORMAT.num_layers)]
+                kept.layers = [(tile.k_KTD, tile.v_KTD) for tile in tiles]
+                self.cache.arrived(job.hold)
+                assert job.hold.num_cached_tokens >= kept.first_token + kept.num_tokens
+
     @rule(job=jobs, is_alone=st.sampled_from([True, True, False]))
     def begin(self, job: Job, is_alone: bool) -> None:
         if job in self.open and not job.has_begun:
             job.has_begun = True
+            self.cache.abandon(job.hold)
             self.cache.begin(job.hold, is_alone=is_alone)
             assert is_alone or not job.hold.filled
 

@@ -97,6 +97,15 @@ def test_a_refusal_ends_it(said: Said) -> None:
     assert said.rest() == []
 
 
+def test_pages_that_hold_no_numbers_any_more_end_it(said: Said) -> None:
+    said.want(0, 24)
+    said.pieces(1)
+    said.store.k_pages_LBPKD[:] = torch.nan
+    assert next(said.words).WhichOneof("part") == "held_end"
+    said.want(0, 24)
+    assert said.rest() == []
+
+
 @pytest.mark.parametrize(("first_token", "end_token"), [(0, 32), (0, 0), (16, 8), (4, 8), (0, 12)])
 def test_what_was_not_offered_breaks_the_stream(said: Said, first_token: int, end_token: int) -> None:
     with pytest.raises(PeerUnavailable, match=f"tokens {first_token} to {end_token}"):
