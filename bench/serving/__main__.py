@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench.harness import records
 from bench.harness.environment import environment
 from bench.harness.suite import positive
+from bench.serving import vllm
 from bench.serving.check import check_greedy
 from bench.serving.open_loop import run_trace
 from bench.serving.outcome import Objective, Summary
@@ -82,6 +83,7 @@ class ServingOptions(argparse.Namespace):
     json: bool
     write_docs: bool
     show: bool
+    vllm_json: Path | None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -114,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     add("--docs", type=Path, default=ROOT / "docs", metavar="DIR", help="the folder of serving.md and of plots/")
     add("--write-docs", action="store_true", help="write table and plot into the docs; needs matplotlib")
     add("--show", action="store_true", help="measure nothing: show the last run in the record")
+    add("--vllm-json", type=Path, metavar="DIR", help="a file a window, in the JSON of `vllm bench serve`")
     add("--json", action="store_true", help="end with one JSON object")
     return parser
 
@@ -156,7 +159,7 @@ def main() -> None:
 
 
 def show(windows: Sequence[WindowRecord], options: ServingOptions) -> None:
-    """Print the table; write docs and JSON if asked.
+    """Print the table; write docs and files of JSON if asked.
 
     Raises:
         ConfigError: matplotlib is not there, or the page.
@@ -172,6 +175,8 @@ def show(windows: Sequence[WindowRecord], options: ServingOptions) -> None:
         write_docs(
             options.docs / "serving.md", found, windows, f"../bench/results/{options.record.name}", f"plots/{plot.name}"
         )
+    if options.vllm_json is not None:
+        vllm.write(options.vllm_json, windows)
     if options.json:
         record = windows[0].environment | {
             "run": windows[0].run,

@@ -1,4 +1,4 @@
-"""The benchmark of serving: arrivals, outcomes, goodput, the reference server, and records that a kill leaves valid."""
+"""The benchmark of serving: arrivals, what becomes of requests, the reference server, the command."""
 
 import asyncio
 import json
@@ -20,19 +20,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
-from bench.harness import records
 from bench.serving import __main__ as command
 from bench.serving.check import check_greedy
 from bench.serving.one_process import OneProcess, serving
 from bench.serving.open_loop import answer, run_trace, send_all
-from bench.serving.outcome import Answered, Objective, Percentiles, Summary
-from bench.serving.plot import write_plot
-from bench.serving.record import WindowRecord, last_run
-from bench.serving.report import BEGIN, END, rows, write_docs
+from bench.serving.outcome import Summary
+from bench.serving.record import last_run
 from bench.serving.systems import System, by_role, serve_one_process
-from bench.serving.trace import Asked, Load, LogNormal, arrivals, check_lengths, text_for, trace
+from bench.serving.trace import Asked, LogNormal, arrivals, check_lengths, text_for, trace
 from bench.serving.usage import RoleUsage, Usage
 from cluster.front_door.placement import DecodeJob, DecodeLease
 from cluster.options import load_config
@@ -60,24 +56,10 @@ from colm.sampling import SamplingParams
 from colm.scale import Changing, Scale
 from colm.wire.security import Security
 from tests import children
+from tests.serving_windows import LENGTHS, LOAD, OBJECTIVE
 from tests.tiny import tiny_checkpoint, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-LENGTHS = LogNormal(median=20, sigma=0.5, low=2, high=60)
-LOAD = Load(
-    pattern="poisson",
-    rate_per_s=5,
-    seconds=4,
-    burst_size=3,
-    documents=LENGTHS,
-    answers=LogNormal(median=4, sigma=0.5, low=1, high=8),
-    shared_fraction=0.3,
-    num_prefixes=2,
-    prefix_tokens=8,
-)
-OBJECTIVE = Objective(first_s=1, first_s_per_token=0.01, token_s=0.1)
-BURSTS = LOAD.model_copy(update={"pattern": "bursts"})
 
 
 def noise(count: int, rng: np.random.Generator) -> Any:
@@ -251,79 +233,6 @@ async def test_requests_are_sent_when_they_are_due_although_none_is_answered() -
     assert [each.outcome for each in found] == ["finished"] * 3
     assert [each.at_s for each in found] == [0.0, 0.0, 0.05]
     assert len(ended) == 3
-
-
-def answered(**changes: Any) -> Answered:
-    values = {
-        "at_s": 0.0, "sent_late_s": 0.0, "num_prompt_tokens": 100, "prefix": None, "max_new_tokens": 8,
-        "num_new_tokens": 8, "outcome": "finished", "error": "", "ttft_s": 0.5, "tpot_s": 0.05, "longest_gap_s": 0.06,
-        "total_s": 0.9, "queue_s": 0.1,
-    }  # fmt: skip
-    return Answered(**(values | changes))
-
-
-REFUSED: dict[str, Any] = {
-    "num_new_tokens": 0, "outcome": "refused", "error": "CapacityExceeded: full", "ttft_s": None, "tpot_s": None,
-    "longest_gap_s": None, "queue_s": None,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "is_met"),
-    [
-        ({}, True),
-        ({"ttft_s": 2.0}, True),  # 1 s and 10 ms for each of 100 tokens
-        ({"ttft_s": 2.001}, False),
-        ({"ttft_s": 2.0, "num_prompt_tokens": 99}, False),
-        ({"tpot_s": 0.1}, True),
-        ({"tpot_s": 0.1001}, False),
-        ({"num_new_tokens": 1, "tpot_s": None, "longest_gap_s": None}, True),
-        ({"outcome": "late", "error": "DeadlineExceeded: over"}, False),
-        (REFUSED, False),
-    ],
-)
-def test_the_objective_is_of_both_times_and_of_whole_answers(changes: dict[str, Any], is_met: bool) -> None:
-    assert OBJECTIVE.is_met(answered(**changes)) is is_met
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"outcome": "late"},
-        {"error": "PeerFailed: why"},
-        {"ttft_s": None},
-        {"num_new_tokens": 0},
-        {"num_new_tokens": 9},
-        {"tpot_s": None},
-        {"outcome": "lost", "error": "x"},
-        {"at_s": -1.0},
-        REFUSED | {"num_new_tokens": 1},
-    ],
-)
-def test_what_cannot_have_become_of_a_request_is_no_record(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        answered(**changes)
-
-
-def test_a_request_without_a_first_token_is_later_than_any_other() -> None:
-    """Left out, refusals would make the others' percentiles the better the more of them there are."""
-    found = Percentiles.of([0.4, None, 0.1, 0.2])
-    assert (found.p50, found.p95, found.p99, found.num) == (0.2, None, None, 4)
-    assert Percentiles.of([]) == Percentiles(p50=None, p95=None, p99=None, num=0)
-
-
-def test_a_summary_counts_every_request_once() -> None:
-    requests = [
-        answered(),
-        answered(ttft_s=5.0),
-        answered(**REFUSED),
-        answered(num_new_tokens=2, outcome="late", error="DeadlineExceeded: over", queue_s=None),
-    ]
-    found = Summary.of(requests, OBJECTIVE, 2.0)
-    assert found.outcomes == {"finished": 2, "refused": 1, "late": 1, "failed": 0}
-    assert (found.num_requests, found.num_met, found.goodput_per_s, found.new_tokens_per_s) == (4, 1, 0.5, 9.0)
-    assert (found.ttft_s.num, found.tpot_s.num, found.total_s.num, found.queue_s.num) == (4, 3, 4, 2)
-    assert (found.ttft_s.p50, found.ttft_s.p95, found.total_s.p50, found.total_s.p95) == (0.5, None, 0.9, None)
 
 
 # The reference server.
@@ -553,119 +462,6 @@ def test_processes_are_known_by_what_they_report_and_the_rest_is_rays() -> None:
     assert by_role([me], []) == {"ray": [me]}
 
 
-# Records.
-
-
-def window(**changes: Any) -> WindowRecord:
-    load = changes.pop("load", LOAD)
-    requests = changes.pop("requests", [answered(at_s=float(each % 4)) for each in range(load.num_requests)])
-    values = {
-        "environment": {"commit": "0123456789", "cpu": "CPU", "threads": 2, "command": "c", "date": "today"},
-        "run": "1", "system": "disaggregated", "model": "m", "dtype": "bfloat16", "round": 0, "seed": 0,
-        "timeout_s": 60.0, "load": load, "objective": OBJECTIVE, "busy_s": 5.0, "requests": requests,
-        "usage": {
-            "decode": {"cpu_s": 2.0, "peak_bytes": 100, "num_processes": 1},
-            "client": {"cpu_s": 1.0, "peak_bytes": 50, "num_processes": 1},
-        },
-        "summary": Summary.of(requests, OBJECTIVE, load.seconds),
-    }  # fmt: skip
-    return WindowRecord(**(values | changes))
-
-
-def test_a_record_comes_back_from_its_line_and_has_one_outcome_for_each_arrival(tmp_path: Path) -> None:
-    path, whole = tmp_path / "serving.jsonl", window()
-    records.append(path, [whole.model_dump(mode="json")])
-    assert last_run(path) == [whole]
-    with pytest.raises(ValidationError, match="19 requests have an outcome, and 20 arrived"):
-        window(requests=whole.requests[1:])
-    with pytest.raises(ValidationError, match="the summary is not that of the requests"):
-        window(summary=Summary.of([answered(ttft_s=9.0)], OBJECTIVE, 4.0))
-    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
-        WindowRecord.model_validate(whole.model_dump(mode="json") | {"speed": 1})
-
-
-def test_a_torn_line_is_cut_off_and_what_was_over_stays_and_only_the_last_run_is_shown(tmp_path: Path) -> None:
-    path = tmp_path / "serving.jsonl"
-    for run, system_name in (("1", "disaggregated"), ("2", "disaggregated"), ("2", "one process")):
-        records.append(path, [window(run=run, system=system_name).model_dump(mode="json")])
-    whole = path.read_bytes()
-    path.write_bytes(whole + whole[:100])
-    assert [(each.run, each.system) for each in last_run(path)] == [("2", "disaggregated"), ("2", "one process")]
-    path.write_bytes(b'{"benchmark": "bench.serving"}\n')
-    with pytest.raises(ValueError, match=r"serving\.jsonl:1 is no record of bench\.serving"):
-        last_run(path)
-
-
-def test_rounds_are_one_row_and_rows_are_in_the_order_of_arrivals_rates_and_systems() -> None:
-    slow = [answered(ttft_s=3.0)] * LOAD.num_requests
-    fast = LOAD.model_copy(update={"rate_per_s": 10.0})
-    found = rows(
-        [
-            window(system="one process"),
-            window(load=fast),
-            window(load=BURSTS, requests=[answered(**REFUSED)] * BURSTS.num_requests),
-            window(),
-            window(round=1, requests=slow),
-        ]
-    )
-    assert [(row.pattern, row.rate_per_s, row.system) for row in found] == [
-        ("poisson", 5.0, "disaggregated"),
-        ("poisson", 5.0, "one process"),
-        ("poisson", 10.0, "disaggregated"),
-        ("bursts", 5.0, "disaggregated"),
-    ]
-    first = found[0]
-    assert (first.summary.num_requests, first.summary.num_met, first.summary.goodput_per_s) == (40, 20, 2.5)
-    assert (first.cpu_s, first.peak_bytes) == (4.0, 100)  # of both rounds, without the client
-    assert first.roles["client"] == {"cpu_s": 2.0, "peak_bytes": 50}
-    assert "never" in found[3].words()
-    assert "0 of 21; 21 refused" in found[3].words()
-
-
-@pytest.mark.parametrize(
-    ("values", "shown"),
-    [
-        ([0.04121, 0.1024], "41.2 / 102 ms"),
-        ([0.5, 2.0], "0.500 / 2.00 s"),
-        ([0.5, None], "500 ms / never"),
-        ([None], "never"),
-        ([], "none"),
-    ],
-)
-def test_two_percentiles_are_shown_in_one_unit(values: list[float | None], shown: str) -> None:
-    found = rows([window()])[0]
-    of_times = found.summary.model_copy(update={"queue_s": Percentiles.of(values)})
-    assert replace(found, summary=of_times).words()[7] == shown
-
-
-def test_the_pages_part_is_replaced_and_the_rest_stays(tmp_path: Path) -> None:
-    page, windows = tmp_path / "serving.md", [window(), window(system="one process")]
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-    for _ in range(2):
-        write_docs(page, rows(windows), windows, "../bench/results/serving.jsonl", "plots/serving.svg")
-    text = page.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n![")
-    assert text.endswith(f"{END}\nafter\n")
-    assert text.count("| poisson 5/s | one process | 20 of 20 |") == 1
-    assert "old" not in text
-    for words in (
-        "log-normal, median 20, sigma 0.5, clipped to 2 .. 60",
-        "30% of the prompts",
-        "first token within 1 s",
-    ):
-        assert words in text
-    page.write_text("no place", encoding="utf-8")
-    with pytest.raises(ConfigError, match="has no place for the table"):
-        write_docs(page, rows(windows), windows, "r", "p")
-
-
-def test_the_plot_draws_what_was_measured_and_leaves_out_what_never_came(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    refused = window(load=BURSTS, requests=[answered(**REFUSED)] * BURSTS.num_requests)
-    write_plot(tmp_path / "plots" / "serving.svg", rows([window(), refused]), "the source")
-    assert (tmp_path / "plots" / "serving.svg").read_bytes().startswith(b"<?xml")
-
-
 # The command.
 
 
@@ -701,22 +497,6 @@ async def test_every_window_is_run_recorded_and_shown(
     first, second = json.loads(out.splitlines()[-1])["rows"]
     assert (first["arrivals"], first["num_requests"], second["arrivals"]) == ("poisson", 12, "bursts")
     assert "4/4 one process, bursts 20/s: 6 requests" in err
-
-
-def test_what_was_measured_is_shown_again_and_what_was_not_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "serving.jsonl"
-    monkeypatch.setattr(sys, "argv", ["serving", "--show", "--json", "--record", str(path)])
-    with pytest.raises(SystemExit):
-        command.main()
-    assert "has no run to show; leave out --show to measure one" in capsys.readouterr().err
-    records.append(path, [window().model_dump(mode="json")])
-    command.main()
-    *shown, last = capsys.readouterr().out.splitlines()
-    (row,) = json.loads(last)["rows"]
-    assert (row["system"], row["rate_per_s"], row["outcomes"]["finished"]) == ("disaggregated", 5.0, 20)
-    assert any("poisson 5/s" in line for line in shown)
 
 
 @pytest.mark.parametrize("served", ["more chains", "another dtype"])

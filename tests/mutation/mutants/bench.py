@@ -5,9 +5,17 @@ from tests.mutation.mutant import Mutant
 _QUALITY = "tests/unit/test_bench_quality.py::"
 _SERVING = "tests/unit/test_bench_serving.py::"
 _LOAD_CLIENT = "tests/unit/test_bench_load_client.py::"
+_SERVING_RECORDS = "tests/unit/test_bench_serving_records.py::"
 _DOCS = "tests/architecture/test_docs.py::"
 
 MUTANTS = (
+    Mutant(
+        "vLLM's times are of refused requests too",
+        "bench/serving/vllm.py",
+        'for each in window.requests if each.outcome == "finished"]',
+        "for each in window.requests]",
+        _SERVING_RECORDS + "test_a_window_is_what_vllm_bench_serve_would_have_saved",
+    ),
     Mutant(
         "a load client's counts are not held against the gateway's",
         "bench/load_client.py",
@@ -41,14 +49,14 @@ MUTANTS = (
         "bench/serving/outcome.py",
         "known = [math.inf if value is None else value for value in values]",
         "known = [value for value in values if value is not None]",
-        _SERVING + "test_a_request_without_a_first_token_is_later_than_any_other",
+        _SERVING_RECORDS + "test_a_request_without_a_first_token_is_later_than_any_other",
     ),
     Mutant(
         "a request may be missing from a window's record",
         "bench/serving/record.py",
         "if len(self.requests) != self.load.num_requests:",
         "if False:",
-        _SERVING + "test_a_record_comes_back_from_its_line_and_has_one_outcome_for_each_arrival",
+        _SERVING_RECORDS + "test_a_record_comes_back_from_its_line_and_has_one_outcome_for_each_arrival",
     ),
     Mutant(
         "a burst's requests arrive one by one",
