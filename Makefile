@@ -24,7 +24,9 @@ EXPANDED := models/SmolLM2-135M-Instruct-9-3
 GGUF_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 # Everything is pinned with the hashes of its files. Each list is whole, so that nothing else has to be looked for.
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-deps --require-hashes
+# Bytecode is written by the first process that imports a module: of all of it the tests import a third.
+PIP_OPTIONS := --quiet --no-deps --require-hashes --no-compile
+PIP_INSTALL = $(BIN)/python -m pip install $(PIP_OPTIONS)
 SERVING := requirements.txt
 DEVELOPMENT := requirements-dev.txt
 CPU := requirements-cpu.txt
@@ -88,7 +90,7 @@ test: model browser
 
 $(AUDITOR)/.installed: requirements-audit.txt
 	test -x $(AUDITOR)/bin/python || $(PYTHON) -m venv $(AUDITOR)
-	$(AUDITOR)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement $<
+	$(AUDITOR)/bin/python -m pip install $(PIP_OPTIONS) --requirement $<
 	@touch $@
 
 audit: $(AUDITOR)/.installed
@@ -96,7 +98,7 @@ audit: $(AUDITOR)/.installed
 
 $(SPHINX)/.installed: requirements-site.txt
 	test -x $(SPHINX)/bin/python || $(PYTHON) -m venv $(SPHINX)
-	$(SPHINX)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement $<
+	$(SPHINX)/bin/python -m pip install $(PIP_OPTIONS) --requirement $<
 	@touch $@
 
 # Warnings are errors: a link, a heading or a page that is not there.
@@ -116,7 +118,7 @@ $(LOADCLIENT)/.installed: requirements-loadclient.txt | $(INSTALLED)
 	test -x $(LOADCLIENT)/bin/python || $(PYTHON) -m venv $(LOADCLIENT)
 	@for each in $(BIN) $(LOADCLIENT)/bin; do $$each/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done | \
 		{ read -r ours && read -r its && echo "$$ours" >"$$its/serving.pth"; }
-	$(LOADCLIENT)/bin/python -m pip install --quiet --no-deps --require-hashes --requirement $<
+	$(LOADCLIENT)/bin/python -m pip install $(PIP_OPTIONS) --requirement $<
 	@touch $@
 
 load-client: model $(LOADCLIENT)/.installed
@@ -147,7 +149,7 @@ test-sanitize: $(SANITIZED)
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"; \
 	$(BIN)/python kernels/check_sanitizers.py && $(BIN)/python -m pytest -m kernels tests/numerics
 
-lint: setup
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -1,7 +1,6 @@
 """The pages in which a decode node keeps keys and values; no other node knows of them."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -9,9 +8,7 @@ from colm.dtypes import dtype_name
 from colm.errors import ConfigError
 from colm.kv import KvFormat
 from colm.wire.kv_codec import wire_token_bytes
-
-KvCacheDtype = Literal["model", "int8"]
-"""What keys and values are kept in: the model's dtype, or int8 with a bf16 scale a token and kv head (ADR 45)."""
+from decode_node.settings import KvCacheDtype
 
 
 @dataclass(frozen=True, slots=True)

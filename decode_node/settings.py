@@ -6,9 +6,11 @@ from pydantic import ByteSize, Field, NonNegativeFloat, NonNegativeInt, Positive
 
 from colm import defaults
 from colm.settings import PrefillLineSettings, Settings
-from decode_node.kv_layout import KvCacheDtype
 from decode_node.plan import MAX_DRAFT_TOKENS
 from decode_node.step_budget import MIN_STEP_TOKENS
+
+KvCacheDtype = Literal["model", "int8"]
+"""What keys and values are kept in: the model's dtype, or int8 with a bf16 scale a token and kv head (ADR 45)."""
 
 
 class DecodeSettings(Settings):

@@ -31,8 +31,8 @@ from prefill_node.job_stream import JobStream
 from prefill_node.prefill_job import PrefillOrder
 from prefill_node.prefill_loop import PrefillLoad, PrefillLoop
 from prefill_node.prefix_uplink import PrefixUplink
-from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.planner import SparsePlanner
+from prefill_node.sparse.policy import AuditPolicy
 from prefill_node.sparse.prompt_plans import PromptPlans
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,7 @@ from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from colm import defaults
 from colm.settings import PrefillLineSettings
-from prefill_node.sparse.audit import AuditPolicy
-from prefill_node.sparse.policy import SparsePolicy
+from prefill_node.sparse.policy import AuditPolicy, SparsePolicy
 
 
 class PrefillSettings(PrefillLineSettings):

@@ -27,10 +27,10 @@ from colm.wire.tile_codec import METHOD, SERVICE, decode_message, pull_kv_handle
 from colm.wire.v1 import common_pb2, decode_service_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as kv_pb
 from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
-from decode_node.kv_layout import KvCacheDtype, KvLayout
+from decode_node.kv_layout import KvLayout
 from decode_node.node import DecodeNode, DecodeOptions
 from decode_node.prefill_pool import StaticPrefillPool
-from decode_node.settings import DecodeSettings
+from decode_node.settings import DecodeSettings, KvCacheDtype
 from prefill_node.node import PrefillNode, PrefillOptions
 from prefill_node.settings import PrefillSettings
 from tests.gates import LIMIT_S

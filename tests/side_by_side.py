@@ -1,7 +1,7 @@
 """`make test`: all tests in four processes at once: on real clusters, the fuzzer, faults and numerics, and all others.
 
-A cluster's tests wait for processes that start and stop, and nodes under faults for each other, while the others
-compute, most of them with one thread. The fuzzer has the lowest priority, and takes what they leave.
+A cluster's tests wait for processes that start and stop, one after another, and are the longest chain: all others take
+what they leave, and the fuzzer what those leave. So both processors have something to do until the end.
 """
 
 import os
@@ -19,7 +19,8 @@ _FOLDERS = {
 }
 PARTS = _FOLDERS | {"all others": tuple(f"--ignore={each}" for named in _FOLDERS.values() for each in named)}
 """Pytest's arguments, by name: together all tests, each once."""
-LOWEST_PRIORITY = 19
+NICENESS = {"clusters": 0, "fuzzer": 19}
+OTHERS_NICENESS = 5
 
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -33,8 +34,8 @@ def start(name: str, arguments: Sequence[str]) -> "subprocess.Popen[str]":
         text=True,
         process_group=0,  # Ctrl-C reaches it once, from here: a second one would break off the end of a cluster
     )
-    if name == "fuzzer":
-        os.setpriority(os.PRIO_PROCESS, process.pid, LOWEST_PRIORITY)
+    niceness = os.getpriority(os.PRIO_PROCESS, 0) + NICENESS.get(name, OTHERS_NICENESS)
+    os.setpriority(os.PRIO_PROCESS, process.pid, niceness)
     return process
 
 

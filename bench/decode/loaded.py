@@ -23,9 +23,10 @@ from colm.model.config import ChainConfig
 from colm.model.presets import preset
 from colm.model.weights import WeightLayout
 from decode_node.engine import DecodeEngine
-from decode_node.kv_layout import KvCacheDtype, KvLayout
+from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.plan import PlanRow, StepPlan
+from decode_node.settings import KvCacheDtype
 
 _NOISE: Final = 1 << 20
 

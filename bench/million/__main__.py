@@ -34,8 +34,7 @@ from cluster.cli.output import human_bytes
 from colm.dtypes import dtype_name, fastest_dtype
 from colm.model.config import ChainConfig
 from colm.placement import CPU
-from prefill_node.sparse.audit import AuditPolicy
-from prefill_node.sparse.policy import SparsePolicy
+from prefill_node.sparse.policy import AuditPolicy, SparsePolicy
 
 TILE_TOKENS = 2048
 """Four times a node's default: of long prompts alone, larger tiles are faster."""

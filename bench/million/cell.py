@@ -42,8 +42,7 @@ from decode_node.transfer_ledger import TransferLedger
 from prefill_node.memory import run_bytes
 from prefill_node.node import PrefillOptions
 from prefill_node.settings import PrefillSettings
-from prefill_node.sparse.audit import AuditPolicy
-from prefill_node.sparse.policy import SparsePolicy
+from prefill_node.sparse.policy import AuditPolicy, SparsePolicy
 
 SHORT_TOKENS = 2048
 START_TIMEOUT_S = 600.0

@@ -12,9 +12,8 @@ from bench.roofline.machine import Machine
 from bench.roofline.model import Prompt
 from colm.model.config import ChainConfig
 from colm.model.transformer import slice_config
-from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.planner import SparsePlanner
-from prefill_node.sparse.policy import ROW_BLOCK, SparsePolicy
+from prefill_node.sparse.policy import ROW_BLOCK, AuditPolicy, SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans
 
 KEYS_PER_ROW: Final = 4096

@@ -17,9 +17,10 @@ from colm.defaults import PAGE_TOKENS
 from colm.kv import KvFormat, KvTile
 from colm.model.weights import WeightLayout
 from decode_node.engine import DecodeEngine
-from decode_node.kv_layout import KvCacheDtype, KvLayout
+from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.plan import PlanRow, StepPlan
+from decode_node.settings import KvCacheDtype
 
 
 class Reading:

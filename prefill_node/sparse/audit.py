@@ -14,45 +14,7 @@ from colm_kernels.steps import Steps
 from torch import Tensor
 
 from prefill_node.sparse.plan import LayerPlan
-from prefill_node.sparse.policy import KEY_BLOCK, ROW_BLOCK
-
-MAX_COST = 0.05
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AuditPolicy:
-    """What an audit promises and what it may cost."""
-
-    floor: float = 0.8
-    """Mean recall that every head must have; lists with a head below become dense. 0 only reports."""
-    confidence: float = 0.95
-    """With this probability a bound holds, for each head and for the layer's mean by itself."""
-    max_rows: int = 512
-    """Rows looked at; fewer where they would cost too much."""
-    max_cost: float = 0.02
-    """Products of the audit as a share of those of the layer's sparse attention."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.floor < 1.0:
-            raise ValueError(f"floor={self.floor} must be at least 0 and below 1")
-        if not 0.0 < self.confidence < 1.0:
-            raise ValueError(f"confidence={self.confidence} must be above 0 and below 1")
-        if self.max_rows < 2:
-            raise ValueError(f"max_rows={self.max_rows} must be at least 2: one row has no variance")
-        if not 0.0 < self.max_cost < MAX_COST:
-            raise ValueError(f"max_cost={self.max_cost} must be above 0 and below {MAX_COST}")
-
-    def num_rows(self, density: float, num_tokens: int, projected: int) -> int:
-        """Rows that may be looked at.
-
-        Args:
-            density: share of the causal pairs that the layer attends to.
-            num_tokens: of the prompt.
-            projected: what a row costs beside its products with keys, in such products.
-        """
-        # In products of one query with one key, for every head; attention makes two, with the key and with its value.
-        attention = density * num_tokens * (num_tokens + 1)
-        return min(self.max_rows, int(self.max_cost * attention / (num_tokens + projected)))
+from prefill_node.sparse.policy import KEY_BLOCK, ROW_BLOCK, AuditPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

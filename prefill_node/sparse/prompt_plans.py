@@ -13,10 +13,11 @@ from colm_kernels.steps import Steps
 from torch import Tensor
 
 from colm.events import LayerRecall, SparseReport
-from prefill_node.sparse.audit import AuditPolicy, audit
+from prefill_node.sparse.audit import audit
 from prefill_node.sparse.lines import NUM_PASSES
 from prefill_node.sparse.plan import LayerPlan
 from prefill_node.sparse.planner import ESTIMATION_ROWS, SparsePlanner
+from prefill_node.sparse.policy import AuditPolicy
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,6 +194,12 @@ def test_bookkeeping_brings_in_no_tensors_network_or_cluster() -> None:
     assert run_python(code) == ""
 
 
+def test_a_command_waits_for_neither_torch_nor_ray_before_it_needs_them() -> None:
+    """Bug: the options' types came from modules that compute, and `colm status` took two seconds to import PyTorch."""
+    code = "import sys, cluster.cli; sys.stdout.write(' '.join({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    assert run_python(code) == ""
+
+
 def test_the_nodes_and_the_client_run_without_ray() -> None:
     code = (
         "import sys, colm.client, prefill_node.node, decode_node.node, prefill_node.__main__, decode_node.__main__;"

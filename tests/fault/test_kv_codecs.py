@@ -35,9 +35,10 @@ from colm.wire.tile_codec import METHOD, SERVICE, decode_message
 from colm.wire.v1 import common_pb2
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node.engine import DecodeEngine
-from decode_node.kv_layout import KvCacheDtype, KvLayout
+from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.plan import PlanRow, StepPlan
+from decode_node.settings import KvCacheDtype
 from prefill_node.engine import PrefillEngine
 from tests.gates import LIMIT_S
 from tests.gateway import TakingTurns, gateway

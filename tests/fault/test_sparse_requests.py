@@ -25,9 +25,8 @@ from colm.wire.tile_codec import METHOD, SERVICE, decode_message, decode_tile
 from colm.wire.v1 import common_pb2
 from prefill_node.engine import PrefillEngine
 from prefill_node.settings import PrefillSettings
-from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.planner import SparsePlanner
-from prefill_node.sparse.policy import ROW_BLOCK, SparsePolicy
+from prefill_node.sparse.policy import ROW_BLOCK, AuditPolicy, SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans
 from tests.gates import LIMIT_S
 from tests.gateway import TakingTurns, gateway

@@ -1,4 +1,4 @@
-"""A minute of `make fuzz`: no damaged file or message ends in anything but a typed error, or well.
+"""Half a minute of `make fuzz`: no damaged file or message ends in anything but a typed error, or well.
 
 Each run has a seed of its own. How many cases it reaches depends on the machine, and decides nothing.
 """
@@ -10,7 +10,7 @@ import pytest
 from tests.fuzz.child import KINDS
 from tests.fuzz.runner import run
 
-CPU_S = 60.0
+CPU_S = 30.0
 MAX_S = 600.0
 """On a machine that has no time for what has the lowest priority."""
 

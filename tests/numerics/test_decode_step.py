@@ -24,9 +24,10 @@ from colm.model.one_call import all_gains, step_layers
 from colm.model.weights import WeightLayout
 from colm.placement import CPU
 from decode_node.engine import DecodeEngine
-from decode_node.kv_layout import KvCacheDtype, KvLayout
+from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.plan import PlanRow, StepPlan
+from decode_node.settings import KvCacheDtype
 from tests.tiny import tiny_checkpoint, tiny_config
 
 pytestmark = pytest.mark.kernels

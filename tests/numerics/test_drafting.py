@@ -25,13 +25,14 @@ from colm.text.detokenizer import Detokenizer, TextStream
 from decode_node.constraint import ConstrainedText
 from decode_node.drafter import Drafter, Drafting, StepTimes
 from decode_node.engine import DecodeEngine
-from decode_node.kv_layout import KvCacheDtype, KvLayout
+from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.page_pool import PageLease, PagePool
 from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import choose
 from decode_node.scheduler import Scheduler, Step
+from decode_node.settings import KvCacheDtype
 from decode_node.step_budget import StepBudget
 from tests.constraints import grammar_of
 from tests.shared_pages import SharedPages

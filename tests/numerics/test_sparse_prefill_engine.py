@@ -27,11 +27,10 @@ from prefill_node.engine import PrefillEngine
 from prefill_node.sparse import audit as audit_module
 from prefill_node.sparse import lines as lines_module
 from prefill_node.sparse import planner as planner_module
-from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.patterns import AShape, BlockSparse, HeadPattern, PatternFile, VerticalSlash
 from prefill_node.sparse.plan import LayerPlan
 from prefill_node.sparse.planner import SparsePlanner
-from prefill_node.sparse.policy import ROW_BLOCK, SparsePolicy
+from prefill_node.sparse.policy import ROW_BLOCK, AuditPolicy, SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans
 from tests.tiny import tiny_checkpoint, tiny_config
 

@@ -8,8 +8,8 @@ from colm_kernels.decode_attention import MAX_QUERY_TOKENS
 from colm_kernels.quantised import Quantisation
 from torch import Tensor
 
-from decode_node.kv_layout import KvCacheDtype
 from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
+from decode_node.settings import KvCacheDtype
 from tests.numerics.test_drafting import HAS_OWN_BITS, engine_of, model
 
 

@@ -14,9 +14,8 @@ from bench.random_weights import RandomWeights
 from colm.flops import prefill_flops
 from colm.kv import KvFormat, KvTile
 from prefill_node.engine import PrefillEngine
-from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.planner import SparsePlanner
-from prefill_node.sparse.policy import SparsePolicy
+from prefill_node.sparse.policy import AuditPolicy, SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans
 from tests.tiny import tiny_config
 

@@ -12,8 +12,7 @@ from colm.errors import ConfigError
 from colm.model import num_parameters, parameter_shapes
 from colm.model.config import ChainConfig, RopeScaling
 from colm.model.transformer import slice_config
-from prefill_node.sparse.audit import AuditPolicy
-from prefill_node.sparse.policy import SparsePolicy
+from prefill_node.sparse.policy import AuditPolicy, SparsePolicy
 from tests.tiny import tiny_config
 
 BAD_SHAPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

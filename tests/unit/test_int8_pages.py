@@ -13,8 +13,9 @@ from torch import Tensor
 
 from colm.kv import KvFormat, KvTile
 from colm.wire.kv_codec import quantised, wire_token_bytes
-from decode_node.kv_layout import KvCacheDtype, KvLayout
+from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
+from decode_node.settings import KvCacheDtype
 
 NUM_LAYERS, NUM_KV_HEADS, PAGE_TOKENS, HEAD_DIM, NUM_PAGES, LAYER = 2, 3, 4, 8, 12, 1
 TABLE_M = torch.tensor([8, 9, 10, 1, 2, 3], dtype=torch.int32).numpy()

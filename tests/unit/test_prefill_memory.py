@@ -13,9 +13,8 @@ from bench.harness.environment import in_fresh_process, peak_memory_bytes
 from bench.prefill.case import engine_of_random
 from colm.model.config import ChainConfig
 from prefill_node.engine import PrefillEngine
-from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.planner import SparsePlanner
-from prefill_node.sparse.policy import SparsePolicy
+from prefill_node.sparse.policy import AuditPolicy, SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans
 from tests.tiny import tiny_config
 

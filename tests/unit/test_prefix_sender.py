@@ -10,11 +10,12 @@ from colm.wire.tile_codec import decode_tile
 from colm.wire.v1 import kv_transfer_service_pb2 as pb
 from decode_node import prefix_sender
 from decode_node.kv_fetch import KvOrder, KvTransfer
-from decode_node.kv_layout import KvCacheDtype, KvLayout
+from decode_node.kv_layout import KvLayout
 from decode_node.kv_requests import KvRequests
 from decode_node.kv_store import KvStore
 from decode_node.page_pool import PagePool
 from decode_node.prefix_sender import PrefixSender
+from decode_node.settings import KvCacheDtype
 from decode_node.transfer_ledger import TransferLedger
 
 FORMAT = KvFormat(num_layers=2, num_kv_heads=3, head_dim=8, dtype=torch.bfloat16)

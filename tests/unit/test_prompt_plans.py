@@ -9,10 +9,9 @@ from colm_kernels.steps import all_at_once
 from torch import Tensor
 
 from colm.events import LayerRecall
-from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.patterns import AShape, PatternFile
 from prefill_node.sparse.planner import ESTIMATION_ROWS, SparsePlanner
-from prefill_node.sparse.policy import SparsePolicy
+from prefill_node.sparse.policy import AuditPolicy, SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans
 from tests.kernel_inputs import prefill_inputs
 from tests.tiny import tiny_config

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prefill_node.sparse.audit import MAX_COST, Audit, AuditPolicy, audit, lower_bound
+from prefill_node.sparse.audit import Audit, audit, lower_bound
 from prefill_node.sparse.patterns import AShape, BlockSparse, PatternFile
 from prefill_node.sparse.plan import LayerPlan
 from prefill_node.sparse.planner import ESTIMATION_ROWS, SparsePlanner
-from prefill_node.sparse.policy import ROW_BLOCK, SparsePolicy
+from prefill_node.sparse.policy import MAX_COST, ROW_BLOCK, AuditPolicy, SparsePolicy
 from tests.kernel_inputs import prefill_inputs
 from tests.tiny import tiny_config
 

@@ -15,9 +15,8 @@ from prefill_node.cost_model import CostModel, PrefillShape, Work
 from prefill_node.engine import PrefillEngine
 from prefill_node.making import Making, make_steps
 from prefill_node.prefill_job import PrefillJob, PrefillOrder
-from prefill_node.sparse.audit import AuditPolicy
 from prefill_node.sparse.planner import SparsePlanner
-from prefill_node.sparse.policy import ROW_BLOCK, SparsePolicy
+from prefill_node.sparse.policy import ROW_BLOCK, AuditPolicy, SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans
 from tests.tiny import tiny_checkpoint, tiny_config
 

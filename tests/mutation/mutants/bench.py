@@ -10,6 +10,13 @@ _DOCS = "tests/architecture/test_docs.py::"
 
 MUTANTS = (
     Mutant(
+        "a part of the tests that fails is forgotten",
+        "tests/side_by_side.py",
+        "return int(any(list(threads.map(follow, parts, processes))))",
+        "return int(all(list(threads.map(follow, parts, processes))))",
+        "tests/unit/test_side_by_side.py::test_a_failure_of_either_part_is_a_failure",
+    ),
+    Mutant(
         "vLLM's times are of refused requests too",
         "bench/serving/vllm.py",
         'for each in window.requests if each.outcome == "finished"]',
