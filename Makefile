@@ -6,7 +6,7 @@
 # make fuzz     try damaged files, templates, tokenizers and messages; FUZZ="--cases 20000 --seed 7 --seconds 600"
 # make attack   attack a local cluster over its sockets, beside an honest client; ATTACK="--state-dir DIR" for one of yours
 # make load-client  let guidellm put a local cluster under load, and hold its counts against ours; LOAD="--streams 1 8"
-# make soak     ask a local cluster for 10 minutes, with faults and killed replicas; SOAK="--seconds 90 --seed 7 --json"
+# make soak     ask a local cluster for 10 minutes, with faults, killed replicas and changes of the model; SOAK="--seconds 90 --seed 7 --json"
 # make bench    time kernels and codec, and compare with the stored times of the same machine; BENCH=--store keeps these
 # make bench-quick    a first look at what this machine makes of it, in some minutes
 # make mutants   break the serving path in many small ways, and see that a test notices each

@@ -13,12 +13,12 @@ from cluster.state import ClusterState
 from colm.client import Client
 from colm.events import Event
 from tests.relay import ByteFault, Mishap, Relay
-from tests.soak.questions import End, Question
+from tests.soak.questions import End, Outcome, Question
 
-Fault = Callable[[random.Random, Question, Client], tuple[End, str]]
+Fault = Callable[[random.Random, Question, Client], Outcome]
 
 
-def cancel(draw: random.Random, question: Question, client: Client) -> tuple[End, str]:
+def cancel(draw: random.Random, question: Question, client: Client) -> Outcome:
     """Close the call after some events."""
     num_events, events = draw.randint(1, 6), question.ask(client)
     was_cut = False
@@ -32,18 +32,18 @@ def cancel(draw: random.Random, question: Question, client: Client) -> tuple[End
                 break
 
     try:
-        end, why = question.judge(some())
+        outcome = question.judge(some())
     finally:
         events.close()  # type: ignore[attr-defined]
-    return (End.CANCELLED, "") if was_cut and end in (End.LOST, End.RIGHT) else (end, why)
+    return Outcome(End.CANCELLED) if was_cut and outcome.end in (End.LOST, End.RIGHT) else outcome
 
 
-def run_out_of_time(draw: random.Random, question: Question, client: Client) -> tuple[End, str]:
+def run_out_of_time(draw: random.Random, question: Question, client: Client) -> Outcome:
     """Have a deadline that may come at any moment."""
     return question.judge(question.ask(client, timeout_s=draw.uniform(0.01, 1.0)))
 
 
-def read_slowly(draw: random.Random, question: Question, client: Client) -> tuple[End, str]:
+def read_slowly(draw: random.Random, question: Question, client: Client) -> Outcome:
     """Pause after some events."""
     pauses = {draw.randint(1, 8) for _ in range(2)}
 
@@ -56,7 +56,7 @@ def read_slowly(draw: random.Random, question: Question, client: Client) -> tupl
     return question.judge(slowly())
 
 
-def ask_for_nothing(_: random.Random, question: Question, client: Client) -> tuple[End, str]:
+def ask_for_nothing(_: random.Random, question: Question, client: Client) -> Outcome:
     """Be refused by name."""
     return question.judge(question.ask(client, max_new_tokens=0))
 
@@ -68,7 +68,7 @@ class Lines:
         self._state = state
         self._events = events
 
-    def break_off(self, draw: random.Random, question: Question, _: Client) -> tuple[End, str]:
+    def break_off(self, draw: random.Random, question: Question, _: Client) -> Outcome:
         """Lose the connection after some bytes."""
         relay = Relay(self._state.gateway_address)
         relay.fault = ByteFault(

@@ -4,11 +4,11 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from colm.client import Client
-from colm.errors import CapacityExceeded, DeadlineExceeded, InvalidRequest, PeerUnavailable
-from colm.events import Event, Finished, Token
+from colm.errors import CapacityExceeded, DeadlineExceeded, InvalidRequest, ModelReplaced, PeerUnavailable
+from colm.events import Accepted, Event, Finished, Reconnecting, Token
 from colm.nodes import ModelStatus
 from colm.sampling import SamplingParams
 
@@ -28,8 +28,18 @@ class End(Enum):
     DEADLINE = "deadline"
     REFUSED = "refused"
     UNAVAILABLE = "unavailable"
+    REPLACED = "replaced"
     WRONG = "wrong"
     LOST = "lost"
+
+
+class Outcome(NamedTuple):
+    """How a request ended, and what there is to say about it."""
+
+    end: End
+    why: str = ""
+    revision: str = ""
+    """Of the model whose answer came, where that is right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +48,8 @@ class Question:
 
     number: int
     options: dict[str, Any]
-    expected: list[int] = field(default_factory=list)
+    expected: dict[str, list[int]] = field(default_factory=dict)
+    """Of each model, by its revision."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -49,29 +60,42 @@ class Question:
         """The answer's events."""
         return client.generate(**{"timeout_s": TIMEOUT_S, **self.options, **options})
 
-    def judge(self, events: Iterable[Event]) -> tuple[End, str]:
-        """How the request ends, and what there is to say about it. What came of an answer must be right in any case."""
+    def judge(self, events: Iterable[Event]) -> Outcome:
+        """How the request ends. What came of an answer must be right in any case, and all of it of one model.
+
+        Of the model that accepted the request, unless its gateway was lost: another one may have made the answer anew.
+        """
         got: list[int] = []
-        num_finished = 0
+        num_finished, possible = 0, self.expected
         end, why = End.LOST, "neither an answer nor an error came"
         try:
             for event in events:
-                if isinstance(event, Token):
+                if isinstance(event, Accepted):
+                    possible = {name: ids for name, ids in self.expected.items() if name == event.revision}
+                elif isinstance(event, Reconnecting):
+                    possible = self.expected
+                elif isinstance(event, Token):
                     got.append(event.token_id)
                 num_finished += isinstance(event, Finished)
-            if num_finished == 1:
-                end, why = (End.RIGHT, "") if got == self.expected else (End.WRONG, f"{got}, not {self.expected}")
         except DeadlineExceeded as error:
             end, why = End.DEADLINE, str(error)
         except (CapacityExceeded, InvalidRequest) as error:
             end, why = End.REFUSED, str(error)
         except PeerUnavailable as error:
             end, why = End.UNAVAILABLE, str(error)
+        except ModelReplaced as error:
+            end, why = End.REPLACED, str(error)
         except Exception as error:  # noqa: BLE001 - whatever else comes is no answer and no error that a client knows
             end, why = End.LOST, f"{type(error).__name__}: {error}"
-        if got != self.expected[: len(got)]:
-            end, why = End.WRONG, f"{got}, not {self.expected}"
-        return end, why
+        else:
+            if num_finished == 1:
+                for revision, ids in possible.items():
+                    if got == ids:
+                        return Outcome(End.RIGHT, "", revision)
+                end, why = End.WRONG, f"{got}, not of {possible}"
+        if all(got != ids[: len(got)] for ids in possible.values()):
+            end, why = End.WRONG, f"{got}, not of {possible}"
+        return Outcome(end, why)
 
 
 def questions(draw: random.Random, num_questions: int, model: ModelStatus) -> list[Question]:

@@ -6,8 +6,8 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import psutil
@@ -21,6 +21,8 @@ from tests.listening import family
 ROLES = ("gateway", *(role.value for role in Role))
 WHOLE = "cluster"
 """All processes together, Ray's own among them."""
+IN_CHANGE = "cluster while it changes"
+"""The same, while replicas have others beside them."""
 _RESTART_S = 120.0
 _WARM_UP_S = 30.0
 """Of a process's life: what it loads and allocates once."""
@@ -33,9 +35,10 @@ _SLACK_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """A process that was killed."""
+    """A process that was killed, or told to end."""
 
     role: str
+    signal: str
     at_s: float
     back_after_s: float | None
     """Until another one had taken its place; None if none had by the end."""
@@ -98,13 +101,19 @@ class Memory:
         except psutil.Error:
             return
 
-    def see_all(self, pid: int, now_s: float) -> None:
-        """Take a sample of a process and all its descendants."""
+    def see_all(self, pid: int, num_changes: int, now_s: float) -> None:
+        """Take a sample of a process and all its descendants.
+
+        Args:
+            pid: of the process.
+            num_changes: begun and ended: an odd number while there is one. Each leaves the cluster of another size.
+            now_s: the time.
+        """
         size = 0
         for process in family(pid):
             with suppress(psutil.Error):
                 size += process.memory_info().rss
-        self.samples[WHOLE][pid].append((now_s, size))
+        self.samples[IN_CHANGE if num_changes % 2 else WHOLE][num_changes].append((now_s, size))
 
     def summary(self, role: str, run_s: float) -> dict[str, object]:
         """Peak, last and slope of a role, and whether it is flat; None where there was too little to see."""
@@ -160,6 +169,8 @@ class Watch:
         self._say = say
         self._started_s = time.monotonic()
         self._is_over = threading.Event()
+        self._killing = threading.Lock()
+        self._num_changes = 0
         self._threads = [threading.Thread(target=self._sample, name="memory")]
         if kill_every_s:
             self._threads.append(threading.Thread(target=self._kill, name="killer"))
@@ -174,6 +185,21 @@ class Watch:
         for thread in self._threads:
             thread.join()
 
+    @contextmanager
+    def without_kills(self) -> Iterator[None]:
+        """Nothing is killed during the block, and what was killed before is back."""
+        with self._killing:
+            yield
+
+    @contextmanager
+    def during_change(self) -> Iterator[None]:
+        """The cluster changes during the block."""
+        self._num_changes += 1
+        try:
+            yield
+        finally:
+            self._num_changes += 1
+
     def _sample(self) -> None:
         processes = Processes(self._state)
         with Client(self._state.gateway_address, self._state.security) as client:
@@ -185,22 +211,28 @@ class Watch:
                     if pool.role is Role.DECODE:
                         self.most_decode = max(self.most_decode, min(pool.num_wanted, pool.num_present))
                 assert self._state.ray_pid is not None
-                self.memory.see_all(self._state.ray_pid, time.monotonic())
+                self.memory.see_all(self._state.ray_pid, self._num_changes, time.monotonic())
 
     def _kill(self) -> None:
         processes = Processes(self._state)
         with Client(self._state.gateway_address, self._state.security) as client:
             while not self._is_over.wait(self._kill_every_s):
-                role = self._draw.choice(ROLES)
-                if not (pids := processes.pids(client)[role]):
-                    self._say(f"no {role} to kill: it is not back yet")
-                    continue
-                killed = self._draw.choice(pids)
-                os.kill(killed, signal.SIGKILL)
-                killed_s = time.monotonic()
-                back_s = self._until_back(processes, client, role, {*pids}, len(pids))
-                self.kills.append(Kill(role=role, at_s=round(killed_s - self._started_s, 1), back_after_s=back_s))
-                self._say(f"killed {role}; " + ("none is back" if back_s is None else f"back after {back_s:.1f} s"))
+                with self._killing:
+                    if not self._is_over.is_set():
+                        self._kill_one(processes, client)
+
+    def _kill_one(self, processes: Processes, client: Client) -> None:
+        role = self._draw.choice(ROLES)
+        if not (pids := processes.pids(client)[role]):
+            self._say(f"no {role} to kill: it is not back yet")
+            return
+        how = self._draw.choice((signal.SIGKILL, signal.SIGTERM))
+        os.kill(self._draw.choice(pids), how)
+        killed_s = time.monotonic()
+        back_s = self._until_back(processes, client, role, {*pids}, len(pids))
+        at_s = round(killed_s - self._started_s, 1)
+        self.kills.append(Kill(role=role, signal=how.name, at_s=at_s, back_after_s=back_s))
+        self._say(f"{how.name} to {role}; " + ("none is back" if back_s is None else f"back after {back_s:.1f} s"))
 
     def _until_back(
         self, processes: Processes, client: Client, role: str, before: set[int], num_wanted: int

@@ -2,16 +2,22 @@
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
-from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, PeerFailed, PeerUnavailable
-from colm.events import Event, Finished, FinishReason, Timings, Token, Usage
+from colm.checkpoint import prefill_tensor_names
+from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded, ModelReplaced, PeerFailed, PeerUnavailable
+from colm.events import Accepted, Event, Finished, FinishReason, Reconnecting, Timings, Token, Usage
+from colm.model import parameter_shapes
 from colm.nodes import ModelStatus
+from tests.soak.changes import other_model
 from tests.soak.questions import End, Question, questions
-from tests.soak.watch import Memory, _slope
+from tests.soak.watch import IN_CHANGE, WHOLE, Memory, _slope
+from tests.tiny import tiny_checkpoint
 
-QUESTION = Question(number=0, options={"token_ids": [3]}, expected=[7, 8, 9])
+QUESTION = Question(number=0, options={"token_ids": [3]}, expected={"a": [7, 8, 9], "b": [7, 5, 6]})
 USAGE = Usage(
     num_prompt_tokens=1,
     num_prefill_tokens=0,
@@ -42,11 +48,24 @@ def answer(*events: Event, error: Exception | None = None) -> Callable[[], Itera
     return events_of
 
 
+def accepted(revision: str) -> Accepted:
+    return Accepted(
+        request_id="r", model="m", num_prompt_tokens=1, num_chains=1, max_new_tokens=3, timeout_s=9.0, revision=revision
+    )
+
+
+LOST = Reconnecting(in_s=0.1, cause="lost")
 CASES = {
     "the answer": (answer(*tokens(7, 8, 9), FINISHED), End.RIGHT),
     "another answer": (answer(*tokens(7, 8, 8), FINISHED), End.WRONG),
     "too short an answer": (answer(*tokens(7, 8), FINISHED), End.WRONG),
     "an answer twice": (answer(*tokens(7, 8, 9), FINISHED, FINISHED), End.LOST),
+    "the other model's answer": (answer(accepted("b"), *tokens(7, 5, 6), FINISHED), End.RIGHT),
+    "of another model than accepted it": (answer(accepted("a"), *tokens(7, 5, 6), FINISHED), End.WRONG),
+    "of an unknown model": (answer(accepted("c"), *tokens(7, 8, 9), FINISHED), End.WRONG),
+    "of both models": (answer(accepted("a"), *tokens(7), LOST, *tokens(5, 9), FINISHED), End.WRONG),
+    "made anew by another model": (answer(accepted("a"), LOST, *tokens(7, 5, 6), FINISHED), End.RIGHT),
+    "a model replaced": (answer(accepted("a"), *tokens(7), LOST, error=ModelReplaced("gone")), End.REPLACED),
     "no end": (answer(*tokens(7, 8, 9)), End.LOST),
     "a process lost": (answer(*tokens(7, 8), error=PeerUnavailable("lost")), End.UNAVAILABLE),
     "a wrong token, then a process lost": (answer(*tokens(7, 9), error=PeerUnavailable("lost")), End.WRONG),
@@ -61,7 +80,28 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_request_ends_in_one_way_and_a_wrong_token_is_wrong_however_it_ends(case: str) -> None:
     events, end = CASES[case]
-    assert QUESTION.judge(events())[0] is end
+    assert QUESTION.judge(events()).end is end
+
+
+def test_the_other_model_has_the_same_keys_and_values_and_other_logits(tmp_path: Path) -> None:
+    first = tiny_checkpoint(tmp_path / "first", tokenizer=True)
+    other = other_model(tmp_path / "other", first)
+    names = parameter_shapes(first.config)
+    before, after = first.tensors(names), other.tensors(names)
+    same = {name for name in names if torch.equal(before[name], after[name])}
+    assert same == prefill_tensor_names(first.config) < {*names}
+    assert (other.text, other.tokenizer_json()) == (first.text, first.tokenizer_json())
+
+
+def test_the_cluster_is_of_another_size_after_a_change_and_that_is_no_leak() -> None:
+    memory = Memory()
+    for num_changes, level in enumerate((300, 900, 500)):
+        start_s = 300.0 * num_changes
+        memory.samples[IN_CHANGE if num_changes % 2 else WHOLE][num_changes] = [
+            (start_s + t, level << 20) for t in range(300)
+        ]
+    assert memory.summary(WHOLE, run_s=900.0)["is_flat"] is True
+    assert memory.summary(IN_CHANGE, run_s=900.0)["peak_bytes"] == 900 << 20
 
 
 def test_the_same_seed_asks_the_same_of_every_kind() -> None:
