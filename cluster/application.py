@@ -12,7 +12,7 @@ from ray.serve.config import RequestRouterConfig
 from cluster.front_door.plan import GatewayLimits
 from cluster.options import ClusterConfig, DecodeSection, PrefillSection, VariantSection
 from cluster.replicas.decode import DecodeReplica
-from cluster.replicas.gateway import GatewayOptions, GatewayReplica
+from cluster.replicas.gateway import SUCCESSOR_S, GatewayOptions, GatewayReplica
 from cluster.replicas.prefill import PrefillReplica
 from cluster.secret_files import SecretFiles
 from colm.nodes import Role, pool_name
@@ -139,7 +139,7 @@ def build(
         actor={"num_cpus": 0, "resources": {_HEAD_RESOURCE: 0.001}},
         version=_version(gateway_options, secrets),
         surge=100,  # it listens on the ports of the last one, beside it
-        shutdown_s=gateway.drain_s + 2 * _SHUTDOWN_S,
+        shutdown_s=SUCCESSOR_S + gateway.drain_s + 2 * _SHUTDOWN_S,
         user_config={"is_open": is_open},
     ).bind(gateway_options, secrets, *pools)
 

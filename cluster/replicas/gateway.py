@@ -15,6 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from cluster.accounts import Accounts
 from cluster.audit_log import AuditLog
@@ -32,6 +34,7 @@ from cluster.metrics import PoolMetrics, RequestMetrics, targets
 from cluster.node_registry import NodeRegistry
 from cluster.openai.app import OpenAiApp
 from cluster.openai.calls import Desk
+from cluster.replicas.leaving import Leaving
 from cluster.replicas.lender import ServeLender
 from cluster.replicas.replica_numbers import ServeReplicaNumbers
 from cluster.replicas.reporting import log_beside
@@ -90,6 +93,10 @@ class GatewayOptions:
     """How long answers may go on when the gateway ends."""
 
 
+SUCCESSOR_S = 20.0
+"""How long a gateway that leaves goes on as before, until another one listens."""
+
+
 class ServeDecodePool:
     """Lends the decode nodes that Ray Serve runs."""
 
@@ -135,6 +142,7 @@ class GatewayReplica:
     ) -> None:
         log_beside("ray.serve")
         keep_serve_port_shut()
+        self._leaving = Leaving()
         self._opened = asyncio.Event()
         if options.traces is not None:
             self._end_traces = trace_to(options.traces, "gateway")
@@ -257,6 +265,10 @@ class GatewayReplica:
         await self._opened.wait()
         return self._address, self._http.address
 
+    async def check_health(self) -> None:
+        """Serve calls it once a second, and replaces this replica when it has raised three times in a row."""
+        self._leaving.check()
+
     async def report(self, report: NodeReport) -> NodeCounts | None:
         """Take a node's report; returns how many nodes there are, once that is known."""
         self._registry.report(report)
@@ -279,9 +291,23 @@ class GatewayReplica:
         await self._health.enter_graceful_shutdown()
         await self._front_door.drain(bound_s)
 
+    async def _until_succeeded(self) -> None:
+        """Go on until another gateway listens. Serve sends its calls to that one alone by now, once it is there."""
+        if self._scaling is not None:
+            self._scaling.cancel()  # nodes report to the successor by now
+        context = serve.get_replica_context()
+        successor: Any = serve.get_deployment_handle(context.deployment, context.app_name)
+        try:
+            async with asyncio.timeout(SUCCESSOR_S):
+                await successor.addresses.remote()
+        except (TimeoutError, RayError, RayServeException) as err:
+            logger.warning("gateway.no_successor cause=%r", err)
+
     async def __del__(self) -> None:
         if self._is_up:
             self._looking_after.cancel()
+            if self._leaving.has_begun and not self._front_door.is_going:
+                await self._until_succeeded()
             await self.drain(self._drain_s, gives_way=True)
             await self._server.stop(defaults.STOP_GRACE_S)  # whoever watches its health has no end
             assert self._closing is not None

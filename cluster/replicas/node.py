@@ -9,6 +9,7 @@ import ray
 from ray import serve
 
 from cluster.certificates import keep_looking_after
+from cluster.replicas.leaving import Leaving
 from cluster.replicas.lender import LEASE_TTL_S
 from cluster.replicas.reporting import keep_reporting, log_beside
 from cluster.replicas.serve_port import keep_serve_port_shut
@@ -34,6 +35,7 @@ class NodeReplica:
     def __init__(self) -> None:
         log_beside("ray.serve")
         keep_serve_port_shut()
+        self._leaving = Leaving()
         self._leases = LeaseTable(LEASE_TTL_S)
         self._host: str = ray.util.get_node_ip_address()
         """This machine's address."""
@@ -74,6 +76,7 @@ class NodeReplica:
 
     async def check_health(self) -> None:
         """Serve calls it once a second, and replaces this replica when it has raised three times in a row."""
+        self._leaving.check()
         if self._running is not None and not self._running.is_healthy:
             raise RuntimeError(f"the {self.role.value} node's loop has ended, or its work has stood still for a minute")
 

@@ -136,7 +136,10 @@ async def test_nodes_serve_each_other_over_ipv6(checkpoint: Checkpoint) -> None:
         assert len((await decode(node.address, range(3, 60), max_new_tokens=2)).token_ids) == 2
 
 
-async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoint: Checkpoint, tmp_path: Path) -> None:
+async def test_the_gateway_says_where_it_is_reached_that_it_serves_and_after_a_sigterm_serves_until_another_one_does(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster.replicas import gateway as module
     from cluster.replicas.gateway import GatewayOptions, GatewayReplica  # imports Ray Serve
 
     options = GatewayOptions(
@@ -182,7 +185,27 @@ async def test_the_gateway_says_where_it_is_reached_and_that_it_serves(checkpoin
         assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
         watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=60)
         assert (await watch.read()).status == SERVING
+        succeeded, asked = asyncio.get_running_loop().create_future(), asyncio.Event()
+
+        def addresses() -> asyncio.Future[None]:
+            asked.set()
+            return succeeded
+
+        there = SimpleNamespace(
+            get_replica_context=lambda: SimpleNamespace(deployment="gateway", app_name="colm"),
+            get_deployment_handle=lambda *_: SimpleNamespace(addresses=SimpleNamespace(remote=addresses)),
+        )
+        monkeypatch.setattr(module, "serve", there)
+        await gateway.check_health()
+        gateway._leaving.has_begun = True
+        with pytest.raises(RuntimeError, match="SIGTERM"):
+            await gateway.check_health()
         stopping = asyncio.create_task(GatewayReplica.__del__(gateway))
+        await asyncio.wait_for(asked.wait(), 30)
+        async with open_channel(address, stranger) as another:
+            answer = await health_pb2_grpc.HealthStub(another).Check(health_pb2.HealthCheckRequest(), timeout=30)
+        assert answer.status == SERVING
+        succeeded.set_result(None)
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         watch.cancel()
         await stopping

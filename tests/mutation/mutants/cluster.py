@@ -109,6 +109,21 @@ MUTANTS = (
         "tests/unit/test_reconnect.py::test_a_gateway_that_stops_is_asked_again_where_its_successor_may_be",
     ),
     Mutant(
+        "a replica that is told to end does not say so to Serve",
+        "cluster/replicas/leaving.py",
+        "            self.has_begun = True\n",
+        "            pass\n",
+        "tests/unit/test_leaving.py::test_the_first_sigterm_makes_a_replica_ill_and_the_second_ends_its_process",
+    ),
+    Mutant(
+        "a gateway that leaves stops listening before another one does",
+        "cluster/replicas/gateway.py",
+        "            if self._leaving.has_begun and not self._front_door.is_going:\n",
+        "            if False:\n",
+        "tests/unit/test_addresses.py::"
+        "test_the_gateway_says_where_it_is_reached_that_it_serves_and_after_a_sigterm_serves_until_another_one_does",
+    ),
+    Mutant(
         "a call that a stopping gateway dropped is not made again",
         "colm/wire/status.py",
         "        return CallDropped(",
