@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from colm_kernels import tolerance
-from colm_kernels.decode_attention import decode_attention
+import torch
+from colm_kernels import native, tolerance
+from colm_kernels.decode_attention import library_args
 
 from bench.harness.contest import Bar, Case, Contest, Run, timed
 from bench.kernels.common import read_ceiling
@@ -20,7 +21,7 @@ CACHE_BYTES: Final = 96 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase(Case):
-    """A call a layer, as many layers as no cache holds; Python's checks are part of a call, 20 us of it."""
+    """A call of the library a layer, as a step makes them, of as many layers as no cache holds."""
 
     kernel: KernelCase
 
@@ -39,18 +40,19 @@ class AttentionCase(Case):
         """The default variant over pages of bf16 and of int8."""
         kernels = {"bf16": self.kernel, "int8": replace(self.kernel, int8_pages=True)}
         layers = {
-            name: [kernel.inputs(seed + layer) for layer in range(-(-CACHE_BYTES // kernel.num_bytes))]
+            name: [_Call(kernel, seed + layer) for layer in range(-(-CACHE_BYTES // kernel.num_bytes))]
             for name, kernel in kernels.items()
         }
 
         def check() -> None:
-            for (arguments, options), *_ in layers.values():
-                tolerance.decode_attention(*arguments, **options).check(decode_attention(*arguments, **options))
+            for first, *_ in layers.values():
+                first.run()
+                tolerance.decode_attention(*first.arguments, **first.options).check(first.out_TKGD)
 
         def turn(name: str) -> Run:
             def attend() -> None:
-                for arguments, options in layers[name]:
-                    decode_attention(*arguments, **options)
+                for call in layers[name]:
+                    call.run()
 
             return timed(attend, num_calls=len(layers[name]), gb=kernels[name].num_bytes / 1e9)
 
@@ -65,6 +67,21 @@ class AttentionCase(Case):
                 for name, wanted in WANTED_OF_READING.items()
             ],
         )
+
+
+class _Call:
+    """One call of the library over tensors of its own, without the operation's checks, which no step pays."""
+
+    def __init__(self, kernel: KernelCase, seed: int) -> None:
+        self.arguments, self.options = kernel.inputs(seed)
+        self.out_TKGD = torch.empty_like(self.arguments[0])
+        self._variant = native.choose_memory_bound_variant(kernel.head_dim, self.arguments[0])
+        scales = (self.options.get("k_scales_BPK"), self.options.get("v_scales_BPK"))
+        self._args = library_args(*self.arguments, self.options["cu_seqlens_q_R1"], *scales, self.out_TKGD)
+
+    def run(self) -> None:
+        """Write `out_TKGD`."""
+        native.call("colm_decode_attention", self._args, self._variant, torch.get_num_threads())
 
 
 def attention_cases() -> list[AttentionCase]:

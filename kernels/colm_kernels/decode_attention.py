@@ -245,12 +245,31 @@ def _in_library(
     variant: Variant,
     num_threads: int,
 ) -> Tensor:
-    num_queries, num_kv_heads, group, head_dim = q_TKGD.shape
     # Small tensors: a copy costs nothing beside the pages.
     q_TKGD, block_table_RM = q_TKGD.contiguous(), block_table_RM.contiguous()
     context_lens_R, cu_seqlens_q_R1 = context_lens_R.contiguous(), cu_seqlens_q_R1.contiguous()
     out_TKGD = torch.empty(q_TKGD.shape, dtype=q_TKGD.dtype)
-    args = DecodeArgs(
+    pages = (k_pages_BPKD, v_pages_BPKD)
+    indices = (block_table_RM, context_lens_R, cu_seqlens_q_R1)
+    args = library_args(q_TKGD, *pages, *indices, k_scales_BPK, v_scales_BPK, out_TKGD)
+    call("colm_decode_attention", args, variant, num_threads)
+    return out_TKGD
+
+
+def library_args(
+    q_TKGD: Tensor,
+    k_pages_BPKD: Tensor,
+    v_pages_BPKD: Tensor,
+    block_table_RM: Tensor,
+    context_lens_R: Tensor,
+    cu_seqlens_q_R1: Tensor,
+    k_scales_BPK: Tensor | None,
+    v_scales_BPK: Tensor | None,
+    out_TKGD: Tensor,
+) -> DecodeArgs:
+    """The library's arguments; tensors as of `decode_attention`, contiguous and unchecked, which must outlive them."""
+    num_queries, num_kv_heads, group, head_dim = q_TKGD.shape
+    return DecodeArgs(
         q=q_TKGD.data_ptr(),
         k_pages=k_pages_BPKD.data_ptr(),
         v_pages=v_pages_BPKD.data_ptr(),
@@ -272,8 +291,6 @@ def _in_library(
         dtype=dtype_id(q_TKGD.dtype),
         page_dtype=dtype_id(k_pages_BPKD.dtype),
     )
-    call("colm_decode_attention", args, variant, num_threads)
-    return out_TKGD
 
 
 def _in_torch(

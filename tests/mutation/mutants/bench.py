@@ -226,6 +226,14 @@ MUTANTS = (
         "tests/unit/test_bench_decode.py::test_pages_are_as_many_as_the_largest_case_of_a_model_and_one_model_is_held_at_a_time",
     ),
     Mutant(
+        "attention is timed with the values' scales for both",
+        "bench/decode/attention.py",
+        'scales = (self.options.get("k_scales_BPK"), self.options.get("v_scales_BPK"))',
+        'scales = (self.options.get("v_scales_BPK"), self.options.get("v_scales_BPK"))',
+        "tests/unit/test_bench_decode.py::"
+        "test_the_suite_has_every_way_of_a_step_batches_and_attention_and_says_why_a_peer_is_absent",
+    ),
+    Mutant(
         "a peer that is absent is not in the record",
         "bench/decode/__main__.py",
         'absent["llama.cpp"] = reason',

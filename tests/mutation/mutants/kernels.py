@@ -13,6 +13,13 @@ MUTANTS = (
         "tests/numerics/test_decode_step.py::test_one_call_gives_the_bits_of_the_models_own_modules",
     ),
     Mutant(
+        "the library weights values by the keys' scales",
+        "kernels/colm_kernels/decode_attention.py",
+        "v_scales=None if v_scales_BPK is None else v_scales_BPK.data_ptr(),",
+        "v_scales=None if k_scales_BPK is None else k_scales_BPK.data_ptr(),",
+        "tests/numerics/test_decode_attention.py::test_every_head_dim_matches",
+    ),
+    Mutant(
         "the one call's biases are the first chain's",
         "kernels/colm_kernels/decode_step.py",
         "else _address(biases[chain])\n",
