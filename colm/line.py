@@ -12,8 +12,13 @@ _T = TypeVar("_T")
 BEAT_INTERVAL_S = 2.0
 """Longest time between two messages to a waiter."""
 
+NUM_NEAR = 16
+"""Waiters who are told of each change of their place. One who stands further back hears of it with the next beat: if
+all did at once, each departure from a line of N would take N messages."""
+
 Beat = Callable[[int], Awaitable[None]]
-"""Takes the number of waiters ahead; called as the wait begins, when that changes, and every `BEAT_INTERVAL_S`."""
+"""Takes the number of waiters ahead; called as the wait begins, every `BEAT_INTERVAL_S`, and near the front when that
+changes."""
 
 
 class Line:
@@ -75,13 +80,16 @@ class Line:
                 if not place.is_set():
                     await wait_at_most(place, BEAT_INTERVAL_S)
         finally:
+            index = self._places.index(place)
             self._places.remove(place)
-            self.look_again()
+            # The first of them may be first in line now, and something may be free.
+            for behind in self._places.some_behind(index, NUM_NEAR - index):
+                behind.set()
 
     def look_again(self) -> None:
-        """Wake the line, since something may be free now: the first in it calls `take` again."""
-        for place in self._places:
-            place.set()
+        """Wake the first in line, since something may be free now: it calls `take` again."""
+        if self._places:
+            self._places.first.set()
 
 
 async def wait_at_most(event: asyncio.Event, timeout_s: float) -> None:

@@ -29,6 +29,10 @@ class PrefixRoutes:
         """The digests by which a prompt's beginnings are remembered, shortest first; the last is the whole prompt's."""
         return tuple(block_digests(root_digest(cache_salt.hex()), token_ids, BLOCK_TOKENS))
 
+    def remembered(self, keys: Sequence[bytes]) -> str | None:
+        """The address of the node that got the longest beginning; None of a prompt that begins like no other."""
+        return next((self._addresses[key] for key in reversed(keys) if key in self._addresses), None)
+
     def find(self, keys: Sequence[bytes], loads: Mapping[str, int]) -> str | None:
         """The address of the node that got the longest beginning, unless it is gone, or others are much less busy.
 
@@ -36,7 +40,7 @@ class PrefixRoutes:
             keys: of `keys`.
             loads: requests of each node that is there, by address.
         """
-        address = next((self._addresses[key] for key in reversed(keys) if key in self._addresses), None)
+        address = self.remembered(keys)
         if address is None or address not in loads or loads[address] > 2 * min(loads.values()) + MAX_MORE_REQUESTS:
             return None
         return address

@@ -306,14 +306,14 @@ class PrefillModel:
             rooms = [room - each * self._layer_token_bytes for room, each in zip(rooms, tokens, strict=True)]
             if min(rooms) <= 0:
                 break
-        self._processor.run(steps_s, partial(self._stepped, steps_s, self.now_s))
+        tokens_of = [each[: len(steps_s)] for each in tiles]
+        self._processor.run(steps_s, partial(self._stepped, steps_s, tokens_of, self.now_s))
 
-    def _stepped(self, steps_s: Sequence[float], began_s: float) -> None:
+    def _stepped(self, steps_s: Sequence[float], tokens_of: Sequence[Sequence[int]], began_s: float) -> None:
         stepping, self._stepping = self._stepping, ()
         took_s = self.now_s - began_s
         # Where others use the processor as well, each step takes longer in proportion.
         slowdown = took_s / sum(steps_s)
-        tokens_of = [task.tile_tokens_ahead(len(steps_s)) for task in stepping]
         tiles: list[list[Tile]] = [[] for _ in stepping]
         for number, end_s in enumerate(accumulate(steps_s)):
             for task, tokens, sent in zip(stepping, tokens_of, tiles, strict=True):

@@ -254,6 +254,8 @@ class Placement:
 
     def _others(self, keys: Sequence[bytes]) -> list[str]:
         """The addresses of all nodes but the one that should have the prompt; none where it is all the same."""
+        if self._routes.remembered(keys) is None:
+            return []
         nodes = [node.report for node in self._registry.nodes() if node.report.role is Role.DECODE]
         loads = {node.address: node.num_active_requests + node.num_queued_requests for node in nodes}
         wanted = self._routes.find(keys, loads)

@@ -197,7 +197,8 @@ class ServeLender:
                     await wait_at_most(self._news, BEAT_INTERVAL_S if patience_s is None else patience_s)
                     if call.granted.done():
                         call.granted.result()
-                        asyncio.get_running_loop().call_later(_TERM_S, self._end_term, call)
+                        if self._is_alone:  # nobody else keeps a call
+                            asyncio.get_running_loop().call_later(_TERM_S, self._end_term, call)
                         taken = call
                     elif patience_s is not None:
                         raise self._no_other()
@@ -216,8 +217,9 @@ class ServeLender:
 
     def _may_keep(self, call: _Call, address: str) -> bool:
         # With others in use there it is Serve that weighs the replicas, and a call that is kept would weigh too.
-        is_unused = address not in {*self._used.values(), *self._kept.values()}
-        return self._is_alone and call.is_in_term and is_unused
+        if not self._is_alone or not call.is_in_term:
+            return False
+        return address not in {*self._used.values(), *self._kept.values()}
 
     def _no_other(self) -> CapacityExceeded:
         return CapacityExceeded(f"no other {self._role.value} node is free; try again later")

@@ -57,6 +57,44 @@ def test_who_leaves_early_moves_nobody_back(clients: list[int], data: st.DataObj
         assert list(queue) == order
 
 
+class Plain:
+    """The queue by its definition: every item's round and number of arrival, looked through each time."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, tuple[int, int, int]] = {}  # round, arrival, client
+        self.served_round = 0
+
+    def order(self) -> list[int]:
+        return sorted(self.keys, key=self.keys.__getitem__)
+
+    def add(self, item: int, client: int) -> None:
+        own = [of_round for of_round, _, each in self.keys.values() if each == client]
+        self.keys[item] = max(own, default=self.served_round) + 1, item, client
+
+    def remove(self, item: int) -> None:
+        if self.order()[0] == item:
+            self.served_round = self.keys[item][0]
+        del self.keys[item]
+
+
+@given(st.lists(st.integers(0, 3) | st.floats(0, 1, exclude_max=True), max_size=60))
+def test_arrivals_and_departures_in_any_order_leave_the_order_of_the_definition(happenings: list[float]) -> None:
+    """A whole number is the client of a newcomer, a part where in the line somebody leaves."""
+    queue, plain = FairQueue[int](), Plain()
+    for number, what in enumerate(happenings):
+        if isinstance(what, int):
+            queue.add(number, what)
+            plain.add(number, what)
+        elif plain.keys:
+            leaving = plain.order()[int(what * len(plain.keys))]
+            queue.remove(leaving)
+            plain.remove(leaving)
+        order = plain.order()
+        assert list(queue) == order
+        assert [queue.index(item) for item in order] == list(range(len(order)))
+        assert queue.some_behind(1, 2) == order[1:3]
+
+
 def test_one_client_alone_is_first_come_first_served() -> None:
     queue: FairQueue[str] = FairQueue()
     for item in "abc":

@@ -6,7 +6,7 @@ import pytest
 
 from colm import line as line_module
 from colm.errors import CapacityExceeded
-from colm.line import Line
+from colm.line import NUM_NEAR, Line
 
 LIMIT_S = 60.0
 
@@ -113,6 +113,33 @@ async def test_everybody_hears_a_place_at_once_and_again_when_it_changes() -> No
     assert seats.told[-2:] == [("b", 0), ("c", 1)]
     seats.free(2)
     await asyncio.gather(*waiting)
+
+
+async def test_a_departure_is_news_for_the_first_few_behind_it() -> None:
+    """A line of N told N places whenever somebody left: a thousand requests took half a million messages."""
+    seats = Seats(0)
+    waiting = [asyncio.create_task(seats.turn(str(number))) for number in range(5 * NUM_NEAR)]
+    await settle()
+    assert seats.told == [(str(number), number) for number in range(5 * NUM_NEAR)]
+    seats.told.clear()
+    seats.line.look_again()  # nothing is free: only the first looks
+    await settle()
+    assert seats.told == [("0", 0)]
+    seats.told.clear()
+    seats.free()
+    await settle()
+    assert seats.told == [(str(number), number - 1) for number in range(1, NUM_NEAR + 1)]
+    seats.told.clear()
+    waiting[10].cancel()
+    await settle()
+    assert seats.told == [(str(number), number - 2) for number in range(11, NUM_NEAR + 2)]
+    seats.told.clear()
+    waiting[3 * NUM_NEAR].cancel()
+    await settle()
+    assert seats.told == []
+    seats.free(5 * NUM_NEAR)
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert len(seats.taken) == 5 * NUM_NEAR - 2
 
 
 async def test_the_word_is_repeated_while_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The simulator of clusters: its clock, its models of what takes time, and whole runs against theory."""
 
 import asyncio
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -117,6 +118,16 @@ def test_time_jumps_from_timer_to_timer() -> None:
         return [*seen, loop.time()]
 
     assert simulate(main()) == pytest.approx([0.1, 7.0, 3600.0, 86_400 * 3])
+
+
+def test_garbage_is_looked_for_as_often_after_a_simulation_as_before() -> None:
+    before = gc.get_threshold()
+    assert simulate(_thresholds()) != before
+    assert gc.get_threshold() == before
+
+
+async def _thresholds() -> tuple[int, int, int]:
+    return gc.get_threshold()
 
 
 def test_who_waits_for_nothing_is_told() -> None:

@@ -204,8 +204,8 @@ MUTANTS = (
     Mutant(
         "a replica that another lender may wait for is kept unused",
         "cluster/replicas/lender.py",
-        "        return self._is_alone and call.is_in_term and is_unused\n",
-        "        return call.is_in_term and is_unused\n",
+        "        if not self._is_alone or not call.is_in_term:\n",
+        "        if not call.is_in_term:\n",
         "tests/unit/test_serve_lender.py::test_a_lender_that_is_not_alone_gives_back_at_once",
     ),
     Mutant(

@@ -8,8 +8,8 @@ MUTANTS = (
     Mutant(
         "all items of a client belong to one round",
         "colm/fair_queue.py",
-        "max(own, default=self._served_round) + 1",
-        "self._served_round + 1",
+        "= last_round + 1, self._num_arrived",
+        "= self._served_round + 1, self._num_arrived",
         "tests/unit/test_fair_queue.py::test_a_round_has_one_item_of_each_client_in_order_of_arrival",
     ),
     Mutant(
@@ -68,6 +68,13 @@ MUTANTS = (
         "inverse_frequencies(config).to(device)",
         "inverse_frequencies(config)",
         "tests/numerics/test_devices.py::test_a_prefill_engine_makes_everything_on_its_device_and_attends_as_it_is_told",
+    ),
+    Mutant(
+        "whoever leaves a line from its middle wakes its first",
+        "colm/line.py",
+        "self._places.some_behind(index, NUM_NEAR - index)",
+        "self._places.some_behind(0, NUM_NEAR)",
+        "tests/unit/test_line.py::test_a_departure_is_news_for_the_first_few_behind_it",
     ),
     Mutant(
         "whoever looks first is first",
