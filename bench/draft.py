@@ -3,23 +3,24 @@
 Answers at full scale through the decode loop, as a decode node runs it, from a cache that holds noise:
 
     plain     a node that drafts nothing (decode.max_draft_tokens = 0)
-    off       a node that may draft, and answers that do not ask for it: must cost nothing
-    drafts    chain 1 drafts as many tokens as pay, at most `--max-draft-tokens`
+    drafts    chain 1's weights in q4 draft as many tokens as pay, at most `--max-draft-tokens`
+    off       a node that may draft, and answers that do not ask for it: must cost nothing; in turns of a few tokens,
+              many of them, against plain ones
 
-Beside them are the engine's own steps: `chain1_1` and `all_1` of one token of each answer, `chain1_9` and `all_9` of
-all that a round of 8 drafts verifies. A verification computes chain 1's part anew; what `chain1_9` takes longer than
-`chain1_1` is the most that keeping it could save.
+Beside them are the engine's own steps: `draft_1`, `chain1_1` and `all_1` of one token of each answer, `all_4` and
+`all_9` of all that a round of 3 or 8 drafts verifies.
 
-By itself it runs a checkpoint and a 1B of four chains with random weights, both with the later chains' head zero, so
-that all chains choose what chain 1 chose; some drafts of the 1B are spoilt at random, so that a draft is accepted with
-that probability. And the checkpoint as it is, at 6,400 tokens. `--model` and `--preset` name others: a preset's chains
-agree, and `--acceptance` spoils some of its drafts; a checkpoint keeps its own weights. First, drafts must give the
-tokens of plain steps. All takes about four minutes; `--quick`, of the checkpoint alone, half a minute.
+By itself it runs a checkpoint whose later chains' head is zero, so that all chains choose what chain 1 chose, and
+drafts are refused only where q4 chose otherwise; and a 1B of four chains with random weights, whose logits are too even
+for that. There acceptance is given: each draft is replaced, with that probability by what plain steps have chosen, else
+by another token. And the checkpoint as it is, at 6,400 tokens. `--model` and `--preset` name others: a preset's drafts
+are replaced as `--acceptance` says; a checkpoint keeps its own weights and drafts. First, drafts must give the tokens
+of plain steps. All takes about four minutes; `--quick`, of the checkpoint alone, half a minute.
 """
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,13 +50,14 @@ from decode_node.page_pool import PagePool
 from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
 from decode_node.prefix_cache import PagesWanted
 from decode_node.running_answer import RunningAnswer
-from decode_node.sampler import Choice
 from decode_node.step_budget import StepBudget
 
 PRESET: Final = "llama-3.2-1b-8-8-8-8-air"
 MODEL: Final = Path("models/SmolLM2-135M-Instruct-9-3")
 OFF_OF_PLAIN: Final = 0.97
 """Of a plain node's tokens a second, for one that may draft and is not asked to; what is less can be measured."""
+OFF_TOKENS, OFF_TURNS = 8, 16
+"""Tokens of a turn without drafts, and turns of a round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,8 @@ class DraftCase(Case):
     """One model, batch and acceptance."""
 
     source: Source
-    acceptance: float = 1.0
+    acceptance: float | None = None
+    """Probability that a draft is what plain steps choose; None for drafts as they are."""
     wanted: float | None = None
     """Of plain steps' tokens a second."""
     batch_size: int = 1
@@ -83,9 +86,11 @@ class DraftCase(Case):
 
     @property
     def name(self) -> str:
-        """The chains, the acceptance where drafts are spoilt or all accepted, the batch and the context."""
+        """The chains, the acceptance where it is given, the batch and the context."""
         chains = "-".join(map(str, self.source.config.chains))
-        how = f"a{self.acceptance:g}" if self.source.has_agreeing_chains else "own"
+        how = "agree" if self.source.has_agreeing_chains else "own"
+        if self.acceptance is not None:
+            how = f"a{self.acceptance:g}"
         return f"draft_{chains}_{how}_b{self.batch_size}_{length(self.context_len)}"
 
     @property
@@ -104,24 +109,54 @@ class DraftCase(Case):
 
     @contextmanager
     def contest(self, seed: int) -> Iterator[Contest]:
-        """Answers without drafts, on a node that could, and with them."""
+        """Answers without drafts and with them."""
         node, config = _Node(self, seed), self.source.config
-        plain, off, drafts = _Turn(node), _Turn(node, 0), _Turn(node, self.max_draft_tokens)
+        plain, drafts = _Turn(node), _Turn(node, self.max_draft_tokens)
+        node.right_token_ids = plain.token_ids()
 
         def check() -> None:
-            assert drafts.token_ids() == plain.token_ids(), "drafts have changed the tokens"
+            assert drafts.token_ids() == node.right_token_ids, "drafts have changed the tokens"
 
-        bars = [Bar("off_of_plain", ["off"], over=["plain"], at_least=OFF_OF_PLAIN)]
-        if self.wanted is not None:
-            bars.append(Bar("drafts_of_plain", ["drafts"], over=["plain"], at_least=self.wanted))
+        wanted = self.wanted
         yield Contest(
             check=check,
-            contenders={"plain": plain, "off": off, "drafts": drafts} | node.steps(),
+            contenders={"plain": plain, "drafts": drafts} | node.steps(),
             ours="drafts",
-            against=("plain", "off"),
+            against=("plain",),
             compared_by="tokens_per_s",
-            bars=bars,
-            facts={"chain1_weights_fraction": num_step_parameters(config, 1) / num_step_parameters(config)},
+            bars=[] if wanted is None else [Bar("drafts_of_plain", ["drafts"], over=["plain"], at_least=wanted)],
+            facts={
+                "chain1_weights_fraction": num_step_parameters(config, 1) / num_step_parameters(config),
+                "draft_of_chain1_bytes_fraction": node.engine.draft_share,
+            },
+        )
+
+
+class OffCase(DraftCase):
+    """A node that may draft, for answers that do not ask for it."""
+
+    @property
+    def name(self) -> str:
+        """As of those that draft."""
+        return super().name.replace("draft_", "off_")
+
+    @contextmanager
+    def contest(self, seed: int) -> Iterator[Contest]:
+        """Short turns of both."""
+        node = _Node(self, seed)
+        plain, off = _Turn(node), _Turn(node, 0)
+
+        def check() -> None:
+            assert off.token_ids() == plain.token_ids(), "a node that may draft chose other tokens"
+
+        yield Contest(
+            check=check,
+            contenders={"plain": plain, "off": off},
+            ours="off",
+            against=("plain",),
+            compared_by="tokens_per_s",
+            bars=[Bar("off_of_plain", ["off"], over=["plain"], at_least=OFF_OF_PLAIN)],
+            turns_of_round=OFF_TURNS,
         )
 
 
@@ -131,35 +166,39 @@ class _Node:
     def __init__(self, case: DraftCase, seed: int) -> None:
         self.case, self.seed = case, seed
         loaded = case.models.loaded(case.source, case.dtype)
-        self.store, self.engine = loaded.store(), loaded.engine("one_call")
+        self.store, self.engine = loaded.store(), loaded.engine("drafting")
         self.pages_each = self.store.layout.pages(case.num_tokens)
+        self.right_token_ids: Sequence[Sequence[int]] = ()
+        """Of each answer, from plain steps."""
 
     def steps(self) -> dict[str, Run]:
-        """Steps of chain 1 and of all chains, of one token an answer and of a whole round."""
+        """Steps of the weights that draft, of chain 1 and of all chains, and those that verify a round."""
         each, case = np.arange(self.pages_each, dtype=np.int32), self.case
         tables = [number * self.pages_each + each for number in range(case.batch_size)]
 
-        def step(num_chains: int, num_tokens: int) -> Run:
+        def step(num_chains: int, num_tokens: int = 1, *, is_draft: bool = False) -> Run:
             row = partial(PlanRow, (1,) * num_tokens, case.context_len - 1, num_chains, num_logits=num_tokens)
-            return timed(partial(self.engine.step, StepPlan(tuple(row(table_M) for table_M in tables))))
+            plan = StepPlan(tuple(row(table_M, is_draft=is_draft) for table_M in tables))
+            return timed(partial(self.engine.step, plan))
 
-        return {
-            f"{name}_{num_tokens}": step(num_chains, num_tokens)
-            for num_tokens in (1, 1 + case.max_draft_tokens)
-            for name, num_chains in (("chain1", 1), ("all", case.source.config.num_chains))
-        }
+        num_chains = case.source.config.num_chains
+        of_one = {"draft_1": step(1, is_draft=True), "chain1_1": step(1)}
+        sizes = sorted({1, 4, 1 + case.max_draft_tokens})
+        return of_one | {f"all_{num_tokens}": step(num_chains, num_tokens) for num_tokens in sizes}
 
 
-class _Spoilt(RunningAnswer):
-    """Some of its drafts are wrong."""
+class _Judged(RunningAnswer):
+    """Each of its drafts is right with a given probability."""
 
-    acceptance = 1.0
+    acceptance: float
+    right_token_ids: Sequence[int]
     rng: np.random.Generator
 
-    def add_draft(self, outcome: Choice | ColmError) -> None:
-        if isinstance(outcome, Choice) and self.rng.random() >= self.acceptance:
-            outcome = Choice(outcome.token_id ^ 1, outcome.logprob, ())
-        super().add_draft(outcome)
+    def add_draft(self, token_id: int | ColmError) -> None:
+        if isinstance(token_id, int):
+            right = self.right_token_ids[self.num_new_tokens + self.num_drafts]
+            token_id = right if self.rng.random() < self.acceptance else right ^ 1
+        super().add_draft(token_id)
 
 
 class _Turn:
@@ -174,7 +213,9 @@ class _Turn:
         self._node = node
         self._drafting: Drafting | None = None
         if max_draft_tokens is not None:
-            times = StepTimes.of(node.case.source.config, max_tokens=node.engine.max_exact_tokens)
+            times = StepTimes.of(
+                node.case.source.config, max_tokens=node.engine.max_exact_tokens, draft_share=node.engine.draft_share
+            )
             self._drafting = Drafting(times, MAX_DRAFT_TOKENS)
         self._max_draft_tokens = max_draft_tokens
         self._num_turns = 0
@@ -220,7 +261,8 @@ class _Turn:
             reservation = page_line.reserve_now(str(number), PagesWanted(num_pages=node.pages_each))
             assert reservation is not None
             pages = reservation.lease
-            answer = _Spoilt(
+            kind = RunningAnswer if case.acceptance is None else _Judged
+            answer = kind(
                 unread_token_ids=(1 + number,),
                 position=case.context_len - 1,
                 num_chains=num_chains,
@@ -231,8 +273,9 @@ class _Turn:
                 text_stream=None,
                 drafter=self._drafting.drafter(self._max_draft_tokens) if self._drafting else None,
             )
-            answer.acceptance = case.acceptance
-            answer.rng = np.random.default_rng((node.seed, self._num_turns, number))
+            if isinstance(answer, _Judged) and case.acceptance is not None and self._drafting is not None:
+                answer.acceptance, answer.right_token_ids = case.acceptance, node.right_token_ids[number]
+                answer.rng = np.random.default_rng((node.seed, self._num_turns, number))
             answers.append(answer)
             async with aclosing(loop.events(answer, pages, scale)) as events:
                 found = [event.token_id async for event in events if isinstance(event, Token)]
@@ -260,24 +303,31 @@ class DraftOptions(Options):
 
 def suite(*, quick: bool) -> list[DraftCase]:
     """What is run where no model is named."""
-    small, large = (
-        Source(str(MODEL), has_agreeing_chains=True),
-        Source(PRESET, is_preset=True, has_agreeing_chains=True),
-    )
+    agreeing, own = Source(str(MODEL), has_agreeing_chains=True), Source(str(MODEL))
+    large = Source(PRESET, is_preset=True, has_agreeing_chains=True)
     models = Models()
     cases = [
-        DraftCase(source=small, wanted=1.15, models=models),
+        DraftCase(source=agreeing, wanted=1.15, models=models),
         # Where drafts cannot pay they must cost nothing: chain 1 reads as many keys and values as all chains do.
-        DraftCase(source=Source(str(MODEL)), context_len=6400, wanted=OFF_OF_PLAIN, models=models),
+        DraftCase(source=own, context_len=6400, wanted=OFF_OF_PLAIN, models=models),
+        OffCase(source=own, new_tokens=OFF_TOKENS, models=models),
     ]
-    spoilt = [] if quick else [(1.0, 2.5), (0.7, 1.7), (0.2, None)]
-    return cases + [DraftCase(source=large, acceptance=a, wanted=wanted, models=models) for a, wanted in spoilt]
+    if quick:
+        return cases
+    judged = [(1.0, 2.5), (0.7, 1.7), (0.2, None)]
+    return [
+        *cases,
+        *(DraftCase(source=large, acceptance=a, wanted=wanted, models=models) for a, wanted in judged),
+        OffCase(source=large, new_tokens=OFF_TOKENS, models=models),
+    ]
 
 
 def named(options: DraftOptions) -> list[DraftCase]:
     """The preset at every acceptance, then the checkpoints as they are; every batch."""
     preset = Source(options.preset, is_preset=True, has_agreeing_chains=True) if options.preset else None
-    sources = [(preset, acceptance) for acceptance in options.acceptance] if preset else []
+    sources: list[tuple[Source, float | None]] = []
+    if preset is not None:
+        sources = [(preset, acceptance) for acceptance in options.acceptance]
     models = Models()
     return [
         DraftCase(
@@ -289,7 +339,7 @@ def named(options: DraftOptions) -> list[DraftCase]:
             max_draft_tokens=min(options.max_draft_tokens, MAX_DRAFT_TOKENS),
             models=models,
         )
-        for source, acceptance in [*sources, *((Source(str(model)), 1.0) for model in options.model)]
+        for source, acceptance in [*sources, *((Source(str(model)), None) for model in options.model)]
         for batch_size in options.batch
     ]
 

@@ -167,20 +167,25 @@ class Checkpoint:
         assign(model, self.tensors(name for name, _ in model.named_parameters()), dtype, device)
         return model
 
-    def load_in_panels(self, layout: WeightLayout) -> ChainTransformer:
-        """Build the whole model for few rows on the CPU: what multiplies them lies in panels, copied from the file.
+    def load_in_panels(self, layout: WeightLayout, num_chains: int | None = None) -> ChainTransformer:
+        """Build the model for few rows on the CPU: what multiplies them lies in panels, copied from the file.
 
         Args:
-            layout: what becomes of the weights; as they are, in a dtype for which `colm_kernels.panels.pays`.
+            layout: what becomes of the weights; as they are, in a dtype for which `colm_kernels.panels.pays`. Those of
+                drafts come without an embedding, unless it is the head: drafts are looked up in the whole model's.
+            num_chains: 1..n; None for all.
 
         Raises:
             ConfigError: a matrix cannot be quantised.
         """
         with torch.device("meta"):
-            model = ChainTransformer(self.config)
+            model = ChainTransformer(self.config, num_chains)
         # Each by a reader of its own, with which its pages go.
         laid_out = frozenset(lay_out_in_panels(model.multiplied, lambda name: self.tensors([name])[name], layout))
-        assign(model, self.tensors(name for name, _ in model.named_parameters() if name not in laid_out), layout.dtype)
+        others = [name for name, _ in model.named_parameters() if name not in laid_out]
+        if layout.only_drafts:
+            others = [name for name in others if not name.startswith("embedding.")]
+        assign(model, self.tensors(others), layout.dtype)
         return model
 
     def _metadata(self) -> dict[str, str]:

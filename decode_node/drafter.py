@@ -1,13 +1,14 @@
 """Decides how many tokens an answer drafts with chain 1 before all its chains verify them; no tensors, no threads.
 
-A round of k drafts is k steps of chain 1 and a step that verifies k + 1 tokens of each answer. It gives an answer
+A round of k drafts is k steps of chain 1, whose weights may be quantised for it, and a step that verifies k + 1 tokens
+of each answer. It gives an answer
 
     1 + a + a^2 + .. + a^k tokens,
 
 where a is the probability that a draft is accepted once those before it were: the share of the answer's own drafts that
 was, and until it has some, of the answers' before it. What a round takes is measured, with B answers in the batch:
 
-    k * (seconds of a step of chain 1 of B tokens) + (seconds of a step of all chains of B * (k + 1) tokens).
+    k * (seconds of a step that drafts B tokens) + (seconds of a step of all chains of B * (k + 1) tokens).
 
 An answer wants the k of most tokens a second, and none where that is not faster than k = 0 by a margin. A step drafts
 only while every answer in it wants another draft (`decode_node/scheduler.py`), so the shortest wish holds for all. Each
@@ -27,6 +28,8 @@ from colm.model.config import ChainConfig
 from decode_node.plan import MAX_DRAFT_TOKENS, StepPlan
 from decode_node.step_budget import StepBudget
 
+_DRAFTS: Final = 0
+"""Stands for the scale of steps that draft: answers at scale 1 may take part in them, or not."""
 _MARGIN: Final = 1.03
 """How much faster drafts must promise to be: what is measured is not exact."""
 _STALE_STEPS: Final = 128
@@ -63,10 +66,19 @@ class StepTimes:
         num_weights: that a step reads, for each scale; their ratio is what a step of chain 1 takes until it is seen.
         max_tokens: largest verification to plan.
         budget: of steps, within which verifications stay as well; None for any.
+        draft_share: of chain 1's bytes, what a draft reads.
     """
 
-    def __init__(self, num_weights: Sequence[int], *, max_tokens: int, budget: StepBudget | None = None) -> None:
+    def __init__(
+        self,
+        num_weights: Sequence[int],
+        *,
+        max_tokens: int,
+        budget: StepBudget | None = None,
+        draft_share: float = 1.0,
+    ) -> None:
         self.num_weights = num_weights
+        self._draft_share = draft_share
         self._max_tokens = max_tokens
         self._budget = budget
         self._measured: dict[tuple[int, int], _Measured] = {}
@@ -76,10 +88,12 @@ class StepTimes:
         self._rounds: dict[int, list[float]] = {}
 
     @classmethod
-    def of(cls, config: ChainConfig, *, max_tokens: int, budget: StepBudget | None = None) -> Self:
+    def of(
+        cls, config: ChainConfig, *, max_tokens: int, budget: StepBudget | None = None, draft_share: float = 1.0
+    ) -> Self:
         """Of a model."""
-        scales = range(1, config.num_chains + 1)
-        return cls([num_step_parameters(config, scale) for scale in scales], max_tokens=max_tokens, budget=budget)
+        num_weights = [num_step_parameters(config, scale) for scale in range(1, config.num_chains + 1)]
+        return cls(num_weights, max_tokens=max_tokens, budget=budget, draft_share=draft_share)
 
     def note(self, plan: StepPlan, seconds: float) -> None:
         """Remember a step; prompts make it another kind of step, and are passed over."""
@@ -88,7 +102,8 @@ class StepTimes:
         self._num_steps += 1
         self._num_cached = sum(row.position for row in plan.rows)
         self._rounds.clear()
-        scale = plan.rows[0].num_chains
+        is_draft = any(row.is_draft for row in plan.rows)
+        scale = _DRAFTS if is_draft else plan.rows[0].num_chains
         if scale > 1:
             self._scale = scale
         key = scale, sum(len(row.token_ids) for row in plan.rows)
@@ -109,8 +124,8 @@ class StepTimes:
         if num_answers not in verify:
             return [1.0]
         plain_s = verify[num_answers]
-        draft = self._of_scale(1)
-        share = self.num_weights[0] / self.num_weights[self._scale - 1]
+        draft = self._of_scale(_DRAFTS)
+        share = self._draft_share * self.num_weights[0] / self.num_weights[self._scale - 1]
         draft_s = _between(draft, num_answers) if draft else share * plain_s
         max_tokens = self._max_tokens
         if self._budget is not None:

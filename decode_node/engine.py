@@ -5,10 +5,12 @@ page, M page table columns, D active model features, K kv heads, G query heads o
 dim, V vocabulary.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import is_not
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from colm_kernels import panels
 from colm_kernels.decode_attention import MAX_QUERY_TOKENS, decode_attention
 from colm_kernels.decode_step import DecodeStep, StepRows
 from colm_kernels.few_rows_linear import MAX_ROWS_OF_PAIRS, library_variant
+from colm_kernels.quantised import Quantisation
 from colm_kernels.staircase import memory_of
 from numpy.typing import NDArray
 from torch import Tensor
@@ -31,6 +34,8 @@ from colm.model.weights import WeightLayout
 from decode_node.kv_store import KvStore
 from decode_node.plan import PlanRow, StepPlan
 
+logger = logging.getLogger(__name__)
+
 
 class DecodeEngine:
     """Runs decode steps: all chains' weights over a store of pages, on the store's device.
@@ -41,13 +46,22 @@ class DecodeEngine:
         in_one_call: run all layers in one call of the kernels' library where it can; else, and on GPUs, the model's
             modules run one by one. Both give the same bits.
         weights: how they lie, in the dtype of the pages; None leaves them as stored.
+        draft_weights: what a copy of chain 1's is quantised to, for steps of which nothing lasts; None makes none. Nor
+            is one made where `weights` are quantised, on a GPU, without the kernels' library, of one chain, or of a
+            model that cannot be quantised: chain 1's own then draft.
 
     Raises:
         ConfigError: the weights cannot be quantised, or not for this device.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, store: KvStore, *, in_one_call: bool = True, weights: WeightLayout | None = None
+        self,
+        checkpoint: Checkpoint,
+        store: KvStore,
+        *,
+        in_one_call: bool = True,
+        weights: WeightLayout | None = None,
+        draft_weights: Quantisation | None = None,
     ) -> None:
         require_shared_kv(checkpoint.config)
         self.config = checkpoint.config
@@ -55,18 +69,21 @@ class DecodeEngine:
         self._table = _BatchTable(store.device)
         layout = weights or WeightLayout(dtype=store.layout.kv_format.dtype)
         self._is_in_panels = _wants_panels(layout, store.device)
-        self._model = _load(checkpoint, layout, store.device)
         self._rope = Rope(checkpoint.config, store.device)
-        self._one_call: DecodeStep | None = None
-        if in_one_call and (layers := step_layers(self._model, store.device)) is not None:
-            pages = store.k_pages_LBPKD, store.v_pages_LBPKD, store.k_scales_LBPK, store.v_scales_LBPK
-            gains, config = all_gains(self._model.final_norm), checkpoint.config
-            self._one_call = DecodeStep(layers, gains, config.chains, *pages, eps=config.norm_eps)
+        self._all = _Weights.of(_load(checkpoint, layout, store.device), store, in_one_call=in_one_call)
+        self._embedding = self._all.model.embedding
+        quantised = None if layout.quantisation else draft_weights
+        drafting = _load_drafting(checkpoint, layout.dtype, store.device, quantised)
+        self._drafting = _Weights.of(drafting, store, in_one_call=in_one_call) if drafting else self._all
 
     def weight_bytes(self, num_chains: int) -> int:
         """What a step at a scale reads of the matrices."""
-        modules = self._model.multiplied.values()
-        return sum(memory_of(weight).nbytes for module in modules for weight in module.weights(num_chains))
+        return self._all.num_bytes(num_chains)
+
+    @property
+    def draft_share(self) -> float:
+        """What a step of drafts reads of the matrices, of what one of chain 1 reads."""
+        return self._drafting.num_bytes(1) / self._all.num_bytes(1)
 
     @property
     def max_exact_tokens(self) -> int:
@@ -109,31 +126,25 @@ class DecodeEngine:
             context_lens_R=context_lens_R.to(torch.int32),
             cu_seqlens_q_R1=cu_seqlens_q_R1.to(torch.int32),
         )
-        x_TD = self._model.embedding.embed(token_ids_T, num_chains)
-        one_call = self._one_call
-        if one_call is not None and (variant := one_call.variant_for(len(x_TD))) != "torch":
-            return self._logits(plan, one_call.run(x_TD, step, variant))
-        return self._logits(plan, self._by_modules(x_TD, step))
+        x_TD = self._embedding.embed(token_ids_T, num_chains)
+        weights = self._drafting if plan.only_drafts else self._all
+        if weights.one_call is not None and (variant := weights.one_call.variant_for(len(x_TD))) != "torch":
+            normed_TD = weights.one_call.run(x_TD, step, variant)
+        else:
+            normed_TD = self._by_modules(weights.model, x_TD, step)
+        return _logits(weights.model, plan, normed_TD)
 
-    def _by_modules(self, x_TD: Tensor, step: StepRows) -> Tensor:
+    def _by_modules(self, model: ChainTransformer, x_TD: Tensor, step: StepRows) -> Tensor:
         """All layers and the final norm."""
         rows, num_chains = Rows(step.chain_rows, step.cos_TE, step.sin_TE), len(step.chain_rows)
-        blocks = self._model.blocks
-        next_norms = [*(layer.attention_norm for layer in blocks[1:]), self._model.final_norm]
+        blocks = model.blocks
+        next_norms = [*(layer.attention_norm for layer in blocks[1:]), model.final_norm]
         normed_TD: Tensor = blocks[0].attention_norm(x_TD, num_chains)
         for index, (layer, next_norm) in enumerate(zip(blocks, next_norms, strict=True)):
             delta_TD = layer.step(x_TD, normed_TD, rows, _LayerPages(self._store, index, step))
             # Added to x by the norm that reads the sum: one pass over the rows in place of two.
             normed_TD = next_norm.add_(x_TD, delta_TD, num_chains)
         return normed_TD
-
-    def _logits(self, plan: StepPlan, normed_TD: Tensor) -> Tensor:
-        num_logits_R = [row.num_logits for row in plan.rows]
-        ends_R = accumulate(len(row.token_ids) for row in plan.rows)
-        asked_Q = [token for end, count in zip(ends_R, num_logits_R, strict=True) for token in range(end - count, end)]
-        if len(asked_Q) < len(normed_TD):
-            normed_TD = normed_TD[asked_Q]
-        return self._model.output_table.logits(normed_TD, _chain_rows(plan, num_logits_R))
 
     def _slots(self, row: PlanRow) -> Iterator[int]:
         """Where a row's tokens are written, in every layer: page * P + slot."""
@@ -146,6 +157,53 @@ class DecodeEngine:
         numbers = torch.tensor([number for each in lists for number in each], dtype=torch.int64)
         moved: tuple[Tensor, ...] = numbers.to(self._store.device).split([len(each) for each in lists])
         return moved
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """A model's, or its first chain's."""
+
+    model: ChainTransformer
+    one_call: DecodeStep | None
+    """All layers, where the library can run them so."""
+
+    @classmethod
+    def of(cls, model: ChainTransformer, store: KvStore, *, in_one_call: bool) -> Self:
+        """With the pages that they write and read."""
+        if not in_one_call or (layers := step_layers(model, store.device)) is None:
+            return cls(model, None)
+        pages = store.k_pages_LBPKD, store.v_pages_LBPKD, store.k_scales_LBPK, store.v_scales_LBPK
+        chain_heads, eps = model.config.chains[: model.num_chains], model.config.norm_eps
+        return cls(model, DecodeStep(layers, all_gains(model.final_norm), chain_heads, *pages, eps=eps))
+
+    def num_bytes(self, num_chains: int) -> int:
+        """Of the matrices that a step at a scale reads."""
+        modules = self.model.multiplied.values()
+        return sum(memory_of(weight).nbytes for module in modules for weight in module.weights(num_chains))
+
+
+def _logits(model: ChainTransformer, plan: StepPlan, normed_TD: Tensor) -> Tensor:
+    num_logits_R = [row.num_logits for row in plan.rows]
+    ends_R = accumulate(len(row.token_ids) for row in plan.rows)
+    asked_Q = [token for end, count in zip(ends_R, num_logits_R, strict=True) for token in range(end - count, end)]
+    if len(asked_Q) < len(normed_TD):
+        normed_TD = normed_TD[asked_Q]
+    return model.output_table.logits(normed_TD, _chain_rows(plan, num_logits_R))
+
+
+def _load_drafting(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantisation: Quantisation | None
+) -> ChainTransformer | None:
+    """Chain 1, quantised, with nothing that drafts look up in the whole model; None where it would not pay."""
+    can_multiply = device.type == "cpu" and panels.library_variant(dtype) != "torch"
+    if quantisation is None or checkpoint.config.num_chains == 1 or not can_multiply:
+        return None
+    layout = WeightLayout(dtype=dtype, quantisation=quantisation, only_drafts=True)
+    try:
+        return checkpoint.load_in_panels(layout, 1)
+    except ConfigError as err:
+        logger.warning("decode.draft_weights as stored: %s", err)
+        return None
 
 
 def _load(checkpoint: Checkpoint, layout: WeightLayout, device: torch.device) -> ChainTransformer:

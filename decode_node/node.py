@@ -146,7 +146,9 @@ class DecodeNode:
             max_idle_pages=settings.prefix_cache_bytes // layout.page_bytes,
         )
         budget = StepBudget(step_tokens=step_tokens, max_tokens=engine.max_exact_tokens)
-        times = StepTimes.of(checkpoint.config, max_tokens=engine.max_exact_tokens, budget=budget)
+        times = StepTimes.of(
+            checkpoint.config, max_tokens=engine.max_exact_tokens, budget=budget, draft_share=engine.draft_share
+        )
         drafting = Drafting(times, settings.max_draft_tokens) if settings.max_draft_tokens else None
         loop = DecodeLoop(
             engine,
@@ -241,7 +243,11 @@ def _load(options: DecodeOptions) -> tuple[Checkpoint, Tokenizer | None, KvStore
         quantisation=None if settings.weights == "stored" else settings.weights,
         quantise_kv_projections=settings.quantise_kv_projections,
     )
-    return checkpoint, Tokenizer.load(checkpoint), store, DecodeEngine(checkpoint, store, weights=weights)
+    draft_weights = None if settings.draft_weights == "stored" else settings.draft_weights
+    if settings.max_draft_tokens == 0:
+        draft_weights = None
+    engine = DecodeEngine(checkpoint, store, weights=weights, draft_weights=draft_weights)
+    return checkpoint, Tokenizer.load(checkpoint), store, engine
 
 
 def _measured_step_tokens(engine: DecodeEngine, store: KvStore, clock: Clock) -> int:

@@ -28,6 +28,8 @@ class PlanRow:
     num_logits: int = 1
     """How many of the last tokens get logits: 0 where the cache only catches up, 1 for the next token, all of them to
     verify a draft."""
+    is_draft: bool = False
+    """Whether what it writes and chooses will be verified: another row will read its token again, and write over it."""
 
     @property
     def chosen_positions(self) -> range:
@@ -51,3 +53,8 @@ class StepPlan:
         # Each chain's weights are then read once, for a leading run of rows.
         scales = [row.num_chains for row in self.rows]
         assert scales == sorted(scales, reverse=True), f"rows at scales {scales}, expected larger ones first"
+
+    @property
+    def only_drafts(self) -> bool:
+        """Whether nothing of it lasts: the weights need not be those of the answers."""
+        return all(row.is_draft for row in self.rows)

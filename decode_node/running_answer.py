@@ -118,8 +118,8 @@ class RunningAnswer:
     def draft_row(self, num_answers: int) -> PlanRow | None:
         """The row with which chain 1 drafts one more token; None where the answer wants no more of them, or none.
 
-        Keys and values are chain 1's at every scale, so a draft writes what its verification would write there. None
-        lies behind the last token that the answer may have.
+        Its verification writes keys and values over those of the draft, which may be of other weights. None lies behind
+        the last token that the answer may have.
 
         Args:
             num_answers: in the batch.
@@ -134,13 +134,13 @@ class RunningAnswer:
         if len(drafts) >= self._num_to_draft:
             return None
         (last,) = drafts[-1:] or self._unread_token_ids
-        return PlanRow((last,), self._position + len(drafts), 1, self._table_M)
+        return PlanRow((last,), self._position + len(drafts), 1, self._table_M, is_draft=True)
 
-    def add_draft(self, outcome: Choice | ColmError) -> None:
+    def add_draft(self, token_id: int | ColmError) -> None:
         """Take what chain 1 chose at `draft_row`. No draft follows an end of the answer, nor logits that failed."""
-        if isinstance(outcome, Choice):
-            self._draft_token_ids.append(outcome.token_id)
-        if isinstance(outcome, ColmError) or outcome.token_id in self._stop_token_ids:
+        if not isinstance(token_id, ColmError):
+            self._draft_token_ids.append(token_id)
+        if isinstance(token_id, ColmError) or token_id in self._stop_token_ids:
             self._num_to_draft = 0
 
     def next_rows(self, max_tokens: int | None = None) -> list[PlanRow]:

@@ -30,9 +30,10 @@ from decode_node.settings import KvCacheDtype
 
 _NOISE: Final = 1 << 20
 
-Way = Literal["one_call", "modules", "int8", "q4", "int8_pages"]
+Way = Literal["one_call", "modules", "int8", "q4", "int8_pages", "drafting"]
 """How a step runs: all layers in one call or the model's modules one by one, with weights as stored; in one call with
-quantised weights; in one call with weights as stored, over pages of int8."""
+quantised weights; in one call with weights as stored, over pages of int8, or but for drafts, as a node has them by
+default."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,13 @@ class Loaded:
             quantisation: Quantisation | None = way if way in ("int8", "q4") else None
             store = self.store(_cache_dtype(way))
             layout = WeightLayout(dtype=self._dtype, quantisation=quantisation)
-            self._engines[way] = DecodeEngine(self._checkpoint, store, in_one_call=way != "modules", weights=layout)
+            self._engines[way] = DecodeEngine(
+                self._checkpoint,
+                store,
+                in_one_call=way != "modules",
+                weights=layout,
+                draft_weights="q4" if way == "drafting" else None,
+            )
         return self._engines[way]
 
     def token_bytes(self, way: Way) -> int:

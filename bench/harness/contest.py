@@ -49,6 +49,8 @@ class Contest:
     """By the compared metric; the best contender is that of the best median."""
     facts: Mapping[str, float] = field(default_factory=dict)
     """Metrics that need no clock."""
+    turns_of_round: int = 1
+    """Of each contender: many short ones tell apart what a busy machine would hide between long ones."""
 
     def __post_init__(self) -> None:
         barred = {name for bar in self.bars for name in (*bar.best_of, *bar.over)}
@@ -57,6 +59,10 @@ class Contest:
             raise ValueError(f"{sorted(unknown)} are compared but do not run; contenders: {list(self.contenders)}")
         for metric in self.facts:
             unit_of(metric)
+
+    def num_turns(self, num_rounds: int) -> int:
+        """Of each contender, with the one that warms up."""
+        return 1 + num_rounds * self.turns_of_round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +164,7 @@ def measure(contest: Contest, num_rounds: int, after_turn: Callable[[], None] = 
     """
     contest.check()
     turns: dict[str, list[Mapping[str, float]]] = {name: [] for name in contest.contenders}
-    for _ in range(1 + num_rounds):
+    for _ in range(contest.num_turns(num_rounds)):
         for name, run in contest.contenders.items():
             turns[name].append(seen := run())
             for metric in seen:

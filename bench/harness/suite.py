@@ -75,7 +75,7 @@ def run(cases: Sequence[Case], options: Options, **extra: object) -> None:
     for place, case in enumerate(cases, start=1):
         result = _measure(case, options, f"{place}/{len(cases)} {case.name}")
         measured.append(_entry(case, result))
-        _print(out, case, result, options.rounds)
+        _print(out, case, result)
     record = environment_and_options | extra | {"peak_memory_bytes": peak_memory_bytes(), "cases": measured}
     if options.output is not None:
         _write(record, options.output)
@@ -97,7 +97,7 @@ def _measure(case: Case, options: Options, label: str) -> Result:
             disable=not stderr.is_terminal,
         ) as progress,
     ):
-        bar = progress.add_task(label, total=(1 + options.rounds) * len(contest.contenders))
+        bar = progress.add_task(label, total=contest.num_turns(options.rounds) * len(contest.contenders))
         progress.refresh()
 
         def after_turn() -> None:
@@ -112,7 +112,7 @@ def _entry(case: Case, result: Result) -> dict[str, Any]:
     return what | ({"ours": result.ours} if result.ours else {}) | {"metrics": result.metrics()}
 
 
-def _print(out: Console, case: Case, result: Result, num_rounds: int) -> None:
+def _print(out: Console, case: Case, result: Result) -> None:
     metrics = list(dict.fromkeys(metric for each in result.seen.values() for metric in each))
     facts = [f"{name} {show(name, value)}" for name, value in result.facts.items()]
     table = Table(Column("", no_wrap=True), box=SIMPLE_HEAD)
@@ -123,7 +123,8 @@ def _print(out: Console, case: Case, result: Result, num_rounds: int) -> None:
     for name, each in result.seen.items():
         ratio = [_cell("x", result.ratios.get(name))] if result.ratios else []
         table.add_row(name, *(_cell(metric, each.get(metric)) for metric in metrics), *ratio)
-    out.print(f"{case.name}: measured {case.measured}, median (min .. max) of {num_rounds}", markup=False)
+    num_turns = max(spread.n for each in result.seen.values() for spread in each.values())
+    out.print(f"{case.name}: measured {case.measured}, median (min .. max) of {num_turns}", markup=False)
     out.print("; ".join([show_shape("", case.shape), *facts]), markup=False)
     out.print(table)
     for bar, seen in result.bars.items():

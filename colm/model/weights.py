@@ -29,9 +29,14 @@ class WeightLayout:
     """Of the matrices that a step multiplies by, each chain's apart; None leaves them as they are."""
     quantise_kv_projections: bool = False
     """Those too that make keys and values; else they are left, since whoever prefills has them unquantised."""
+    only_drafts: bool = False
+    """Nothing that is computed with them lasts: all matrices are quantised alike, tables and those that make keys and
+    values too, and q4 takes each group's span, which is found in a quarter of the time."""
 
     def quantisation_of(self, module_name: str) -> Quantisation | None:
-        """Of the matrices of a module. A table is never below int8: each logit is one of its rows."""
+        """Of the matrices of a module. A table is below int8 in drafts only: each logit is one of its rows."""
+        if self.only_drafts:
+            return self.quantisation
         if module_name.endswith(KV_PROJECTIONS) and not self.quantise_kv_projections:
             return None
         return "int8" if self.quantisation and module_name in TABLES else self.quantisation
@@ -112,7 +117,7 @@ def _laid_out(
     if quantisation is None:
         return in_panels(weight_OI, place)
     try:
-        return in_quantised_panels(weight_OI, place, layout.dtype, quantisation)
+        return in_quantised_panels(weight_OI, place, layout.dtype, quantisation, fits=not layout.only_drafts)
     except ValueError as err:
         raise ConfigError(
             f"weights={layout.quantisation!r}: tensor {name!r}: {err}; leave the weights as stored"

@@ -30,7 +30,7 @@ PROMPT = (20, 9, 300, 41)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Later chains change what chain 1 chooses here and there."""
-    config = tiny_config()
+    config = tiny_config(hidden_dim=8 * 32)  # in whole groups, so that quantised weights draft
     tensors = random_tensors(config)
     for name, tensor in tensors.items():
         if name.startswith("head.") and name != "head.chain1":
@@ -146,6 +146,30 @@ async def test_an_answer_that_leaves_in_mid_draft_leaves_its_neighbour_alone_and
         gate.open()
         assert (await neighbour).token_ids == plain.token_ids
     await until_idle(node)
+
+
+async def test_drafts_stop_for_whoever_comes_and_else_follow_each_other(
+    node: DecodeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_drafts, step = list[bool](), DecodeEngine.step
+
+    def spied(engine: DecodeEngine, plan: StepPlan) -> torch.Tensor:
+        only_drafts.append(plan.only_drafts)
+        return step(engine, plan)
+
+    monkeypatch.setattr(DecodeEngine, "step", spied)
+    ask: dict[str, Any] = {"num_chains": 3, "max_new_tokens": 12}
+    first = asyncio.create_task(decode(node.address, PROMPT, request_id="first", **ask))
+    with gate_before(DecodeEngine, "step", is_draft) as gate:
+        await gate.until_reached()
+        second = asyncio.create_task(decode(node.address, PROMPT, request_id="second", **ask))
+        while node.owner._loop._scheduler.num_waiting == 0:
+            await asyncio.sleep(0)
+        gate.open()
+        await asyncio.gather(first, second)
+    assert only_drafts[:3] == [False, True, False], "the first's prompt, one draft, the newcomer's prompt"
+    assert any(only_drafts[at : at + 3] == [True] * 3 for at in range(len(only_drafts)))
+    assert node.owner._loop.counts.num_steps == len(only_drafts)
 
 
 async def test_a_deadline_in_mid_draft_ends_the_call_and_frees_the_pages(node: DecodeNode) -> None:

@@ -37,10 +37,10 @@ def test_answers_with_and_without_drafts_take_turns_and_spoilt_drafts_are_refuse
     assert [case["name"] for case in record["cases"]] == [f"draft_4-2-2_{each}_b2_9" for each in ("a1", "a0.5", "own")]
     right, spoilt, _ = record["cases"]
     for case in record["cases"]:
-        assert {"plain_tokens_per_s", "off_token_cpu_s", "over_plain_x", "over_off_x", "chain1_1_s", "all_9_s"} <= set(
+        assert {"plain_tokens_per_s", "drafts_token_cpu_s", "over_plain_x", "draft_1_s", "all_9_s"} <= set(
             case["metrics"]
         )
-        assert "off_drafted_fraction" not in case["metrics"]
+        assert "plain_drafted_fraction" not in case["metrics"]
     accepted, drafted = (
         [case["metrics"][f"drafts_{what}_fraction"]["median"] for case in (right, spoilt)]
         for what in ("accepted", "drafted")
@@ -56,11 +56,13 @@ def test_the_suite_has_a_bar_for_each_model_whose_chains_agree_and_drafts_that_a
     monkeypatch.setattr(draft, "DraftCase", partial(draft.DraftCase, new_tokens=9))
     monkeypatch.setattr(sys, "argv", ["bench.draft", "--quick", "--json"])
     draft.main()
-    agreeing, own = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
-    assert [case["name"] for case in (agreeing, own)] == ["draft_4-2-2_a1_b1_512", "draft_4-2-2_own_b1_6,400"]
+    agreeing, own, off = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
+    names = ["draft_4-2-2_agree_b1_512", "draft_4-2-2_own_b1_6,400", "off_4-2-2_own_b1_512"]
+    assert [case["name"] for case in (agreeing, own, off)] == names
     for case, wanted in ((agreeing, 1.15), (own, draft.OFF_OF_PLAIN)):
         assert case["metrics"]["drafts_of_plain_bar_x"] == wanted
-        assert case["metrics"]["off_of_plain_bar_x"] == draft.OFF_OF_PLAIN
+    assert off["metrics"]["off_of_plain_bar_x"] == draft.OFF_OF_PLAIN
+    assert off["metrics"]["off_of_plain_x"]["n"] == draft.OFF_TURNS
     wanted = {(case.source.name, case.acceptance): case.wanted for case in draft.suite(quick=False)}
     assert wanted[draft.PRESET, 1.0] == 2.5
     assert wanted[draft.PRESET, 0.7] == 1.7

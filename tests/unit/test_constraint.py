@@ -77,7 +77,7 @@ def chosen(sequence: RunningAnswer, positions: Sequence[int], seed: int) -> list
 def step(sequence: RunningAnswer, seed: int, drafts: Sequence[int] = ()) -> list[Token]:
     """One step of an answer behind some drafts."""
     for draft in drafts:
-        sequence.add_draft(Choice(draft, 0.0, ()))
+        sequence.add_draft(draft)
     first = len(PROMPT) + sequence.num_new_tokens
     return sequence.advance(chosen(sequence, range(first, first + len(drafts) + 1), seed))
 

@@ -20,7 +20,8 @@ Cost = Callable[[int, int], float]
 
 def plan(num_chains: int, num_tokens: int, *, num_answers: int = 1, position: int = 1000) -> StepPlan:
     each = num_tokens // num_answers
-    row = PlanRow((5,) * each, position // num_answers, num_chains, TABLE_M, num_logits=each)
+    is_draft = num_chains == 1
+    row = PlanRow((5,) * each, position // num_answers, num_chains, TABLE_M, num_logits=each, is_draft=is_draft)
     return StepPlan((row,) * num_answers)
 
 
@@ -70,6 +71,14 @@ def test_until_chain_1_was_seen_alone_its_steps_are_taken_by_its_weights() -> No
     assert times.rounds(1) == pytest.approx([2.0 + 0.5 * k for k in range(16)])
     times.note(plan(1, 1), 0.1)
     assert times.rounds(1) == pytest.approx([2.0 + 0.1 * k for k in range(16)])
+
+
+def test_weights_that_draft_may_be_a_part_of_chain_1s_bytes_and_answers_of_chain_1_are_no_drafts() -> None:
+    times = StepTimes([1, 4], max_tokens=64, draft_share=0.5)
+    times.note(plan(2, 1), 2.0)
+    assert times.rounds(1)[1] == pytest.approx(2.0 + 0.25)
+    times.note(StepPlan((PlanRow((5,), 1000, 1, TABLE_M),)), 1.9)
+    assert times.rounds(1)[1] == pytest.approx(2.0 + 0.25)
 
 
 def test_between_two_sizes_a_step_takes_what_lies_between_and_beyond_them_what_the_last_takes() -> None:

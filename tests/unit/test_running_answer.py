@@ -91,7 +91,7 @@ def advance(sequence: RunningAnswer, token_ids: Sequence[int]) -> list[Token]:
 def verified(sequence: RunningAnswer, token_ids: Sequence[int]) -> list[Token]:
     """Take a step's tokens, of which all but the last were drafted."""
     for token_id in token_ids[:-1]:
-        sequence.add_draft(chosen(token_id))
+        sequence.add_draft(token_id)
     return sequence.advance([chosen(token_id) for token_id in token_ids])
 
 
@@ -275,7 +275,7 @@ def draft(sequence: RunningAnswer, token_ids: Sequence[int]) -> None:
     """Draft these tokens, as long as the answer asks for drafts."""
     for token_id in token_ids:
         if sequence.draft_row(1) is not None:
-            sequence.add_draft(chosen(token_id))
+            sequence.add_draft(token_id)
 
 
 def test_the_first_token_comes_without_drafts_and_then_chain_1_drafts_token_by_token() -> None:
@@ -287,7 +287,7 @@ def test_the_first_token_comes_without_drafts_and_then_chain_1_drafts_token_by_t
         assert row is not None
         assert (row.token_ids, row.position, row.num_chains, row.num_logits) == ((last,), 10 + place, 1, 1)
         assert row.table_M is TABLE_M
-        sequence.add_draft(chosen(next_draft))
+        sequence.add_draft(next_draft)
     assert sequence.draft_row(1) is None
     (row,) = sequence.next_rows()
     assert (row.token_ids, row.position, row.num_chains, row.num_logits) == ((40, 50, 60, 70), 10, 2, 4)
@@ -333,13 +333,13 @@ def test_no_draft_lies_behind_the_last_token_that_the_answer_may_have() -> None:
 
 
 def test_nothing_is_drafted_behind_a_draft_that_would_end_the_answer_nor_where_chain_1_chose_nothing() -> None:
-    for outcome in (chosen(EOS), NotFinite("overflow")):
+    for outcome in (EOS, NotFinite("overflow")):
         sequence = answer(num_drafts=9)
         advance(sequence, [40])
         draft(sequence, [50])
         sequence.add_draft(outcome)
         assert sequence.draft_row(1) is None
-        assert len(sequence.next_rows()[0].token_ids) == 2 + isinstance(outcome, Choice)
+        assert len(sequence.next_rows()[0].token_ids) == 2 + isinstance(outcome, int)
         sequence.advance([chosen(51)])
         assert sequence.draft_row(1) is not None
 

@@ -4,8 +4,10 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from colm_kernels import native
 from colm_kernels.panels import Panels
 from colm_kernels.quantised import Quantisation, QuantisedPanels, quantise
 from torch import Tensor
@@ -18,6 +20,7 @@ from colm.model.weights import WeightLayout, lay_out_in_panels
 from decode_node.engine import DecodeEngine
 from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
+from decode_node.plan import PlanRow, StepPlan
 from tests.tiny import tiny_checkpoint, tiny_config
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -142,3 +145,56 @@ def test_quantised_weights_are_refused_where_there_is_no_kernel_for_them(tmp_pat
     store = KvStore(KvLayout(KvFormat.of(checkpoint.config, torch.float32), 4), 4, torch.device("meta"))
     with pytest.raises(ConfigError, match=r"weights='int8' is for CPUs, and this node computes on meta"):
         DecodeEngine(checkpoint, store, weights=WeightLayout(dtype=torch.float32, quantisation="int8"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_drafts_have_chain_1_alone_in_one_format_and_the_whole_models_embedding(tmp_path: Path, *, tied: bool) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", tiny_config(tie_embeddings=tied, **OF_WHOLE_GROUPS))
+    layout = WeightLayout(dtype=torch.float32, quantisation="q4", only_drafts=True)
+    model = checkpoint.load_in_panels(layout, 1)
+    stored = checkpoint.load().state_dict()
+    for module_name, module in model.multiplied.items():
+        assert list(module.names) == ["chain1"]
+        (weight,) = module.weights(1)
+        assert isinstance(weight, QuantisedPanels)
+        expected = quantise(stored[f"{module_name}.chain1"], "q4", fits=False)
+        assert torch.equal(weight.rows(), expected.weight().float())
+    assert model.embedding.get_parameter("chain1").is_meta
+    assert torch.equal(model.final_norm.gains(1)[0], stored["final_norm.chain1"])
+
+
+def test_a_step_of_drafts_alone_reads_quantised_weights_and_any_other_step_the_stored_ones(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", tiny_config(**OF_WHOLE_GROUPS))
+    store = KvStore(KvLayout(KvFormat.of(checkpoint.config, torch.float32), 4), 4)
+    engine, exact = DecodeEngine(checkpoint, store, draft_weights="q4"), DecodeEngine(checkpoint, store)
+    table_M = np.arange(4, dtype=np.int32)
+    draft, read = (PlanRow((7,), 0, 1, table_M, is_draft=is_draft) for is_draft in (True, False))
+    drafted_V, read_V = (exact.step(StepPlan((row,)))[0] for row in (draft, read))
+    assert torch.equal(drafted_V, read_V)
+    assert torch.equal(engine.step(StepPlan((read,)))[0], read_V)
+    if native.default_variant(torch.float32) == "torch":
+        assert engine.draft_share == 1.0
+        return
+    assert engine.draft_share == 5 / 32
+    assert not torch.equal(engine.step(StepPlan((draft,)))[0], read_V)
+    beside_V = engine.step(StepPlan((PlanRow((9,), 4, 3, table_M), draft)))[1]
+    assert torch.equal(beside_V, read_V), "an answer beside it has its own weights"
+
+
+def test_drafts_use_chain_1s_own_weights_where_no_copy_can_be_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = tiny_checkpoint(tmp_path / "odd", tiny_config(**MODELS["odd widths"]))
+    whole = tiny_checkpoint(tmp_path / "whole", tiny_config(**OF_WHOLE_GROUPS))
+
+    def draft_share(checkpoint: Checkpoint, **options: Any) -> float:
+        store = KvStore(KvLayout(KvFormat.of(checkpoint.config, torch.float32), 4), 4)
+        return DecodeEngine(checkpoint, store, **options).draft_share
+
+    assert draft_share(whole) == 1.0
+    quantised = WeightLayout(dtype=torch.float32, quantisation="int8")
+    assert draft_share(whole, draft_weights="q4", weights=quantised) == 1.0
+    assert not caplog.messages
+    assert draft_share(odd, draft_weights="q4") == 1.0
+    if native.default_variant(torch.float32) != "torch":
+        assert ["inputs, not a multiple of 32" in message for message in caplog.messages] == [True]

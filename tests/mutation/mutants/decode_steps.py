@@ -2,6 +2,7 @@
 
 from tests.mutation.mutant import Mutant
 
+_DRAFTS_ON_A_NODE = "tests/fault/test_drafts.py::"
 _DRAFTS = "tests/unit/test_running_answer.py::"
 _DEADLINES = "tests/fault/test_deadlines.py::"
 _ENGINE = "tests/numerics/test_decode_engine.py::"
@@ -184,9 +185,32 @@ MUTANTS = (
     Mutant(
         "an answer drafts on behind its end",
         "decode_node/running_answer.py",
-        "if isinstance(outcome, ColmError) or outcome.token_id in self._stop_token_ids:",
-        "if isinstance(outcome, ColmError):",
+        "if isinstance(token_id, ColmError) or token_id in self._stop_token_ids:",
+        "if isinstance(token_id, ColmError):",
         _DRAFTS + "test_nothing_is_drafted_behind_a_draft_that_would_end_the_answer_nor_where_chain_1_chose_nothing",
+    ),
+    Mutant(
+        "an answer beside drafts gets the weights that draft",
+        "decode_node/plan.py",
+        "all(row.is_draft for row in self.rows)",
+        "any(row.is_draft for row in self.rows)",
+        "tests/unit/test_weights_in_panels.py"
+        "::test_a_step_of_drafts_alone_reads_quantised_weights_and_any_other_step_the_stored_ones",
+    ),
+    Mutant(
+        "whoever comes waits for a round of drafts",
+        "decode_node/decode_loop.py",
+        "if self._scheduler.num_waiting:",
+        "if False:",
+        _DRAFTS_ON_A_NODE + "test_drafts_stop_for_whoever_comes_and_else_follow_each_other",
+    ),
+    Mutant(
+        "until drafts were seen they are taken for as slow as chain 1",
+        "decode_node/drafter.py",
+        "share = self._draft_share * self.num_weights[0]",
+        "share = self.num_weights[0]",
+        "tests/unit/test_drafter.py"
+        "::test_weights_that_draft_may_be_a_part_of_chain_1s_bytes_and_answers_of_chain_1_are_no_drafts",
     ),
     Mutant(
         "a step drafts for some while others read all chains",
