@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from bench.harness.contest import Case, Contest
 from bench.harness.suite import Options, arguments, positive, run
-from bench.head_of_line.case import first_token
+from bench.head_of_line.case import First, first_token
 from bench.head_of_line.clusters import running
 from cluster.options import load_config
 from cluster.state import ClusterState
@@ -139,28 +140,36 @@ class _Asked:
         self.ask_each()
 
     def ask(self) -> Mapping[str, float]:
-        """Each length's time as the client saw it, and of it the decode node's, from the request to the token."""
+        """Each length's time as the client saw it, and of it the decode node's, from the request to the token.
+
+        Where a provisional token comes when it is asked for, its time too, and that of the token behind it.
+        """
         seen: dict[str, float] = {}
-        for length, (time_s, decode_node_s) in self.ask_each().items():
+        for length, first in self.ask_each(asks_provisional=True).items():
+            if first.provisional_s < inf:
+                seen[f"tokens{length}_provisional_s"] = first.provisional_s
+                seen[f"tokens{length}_behind_provisional_s"] = first.time_s
+        for length, first in self.ask_each().items():
             plain_s = self.plain.prefill_s[length]
             bar_s = BAR_S if length <= SMALL_TOKENS else BAR_X * plain_s + BAR_S
             seen |= {
-                f"tokens{length}_s": time_s,
-                f"tokens{length}_decode_node_s": decode_node_s,
-                f"tokens{length}_of_bar_fraction": time_s / bar_s,
+                f"tokens{length}_s": first.time_s,
+                f"tokens{length}_decode_node_s": first.decode_node_s,
+                f"tokens{length}_of_bar_fraction": first.time_s / bar_s,
             }
         return seen
 
-    def ask_each(self) -> dict[int, tuple[float, float]]:
+    def ask_each(self, *, asks_provisional: bool = False) -> dict[int, First]:
         """By length."""
 
-        async def ask() -> dict[int, tuple[float, float]]:
+        async def ask() -> dict[int, First]:
             seen = {}
             async with AsyncClient(self.state.gateway_address, self.state.security) as client:
                 for length in self.case.lengths:
-                    first = await first_token(client, self.rng.integers(0, self.vocab_size, length))
+                    prompt = self.rng.integers(0, self.vocab_size, length)
+                    first = await first_token(client, prompt, asks_provisional=asks_provisional)
                     assert first.num_tokens == length, f"the cluster read {first.num_tokens} of {length} tokens"
-                    seen[length] = first.time_s, first.decode_node_s
+                    seen[length] = first
             return seen
 
         return asyncio.run(ask())

@@ -10,7 +10,9 @@ from functools import partial
 
 import numpy as np
 import torch
-from colm_kernels.native import CancelFlag, Variant
+from colm_kernels.few_rows_linear import library_variant
+from colm_kernels.native import HEAD_DIMS, CancelFlag, Variant
+from colm_kernels.packed_linear import takes as packed_takes
 from colm_kernels.prefill_attention import Backend, prefill_attention
 from colm_kernels.prefill_layer import PrefillLayers, PrefillTile
 from colm_kernels.rotary import rotate_
@@ -23,6 +25,7 @@ from colm.errors import InvalidRequest
 from colm.kv import KvFormat, KvTile, require_shared_kv
 from colm.model import ChainTransformer, parameter_shapes
 from colm.model.block import ChainBlock, Rows
+from colm.model.linear import ChainLinear
 from colm.model.one_call import step_layers
 from colm.model.rope import Rope
 from colm.placement import CPU
@@ -70,6 +73,7 @@ class PrefillEngine:
             self._model = ChainTransformer(source.config, 1)
         assign(self._model, source.tensors(parameter_shapes(source.config, 1)), kv_format.dtype, device)
         self._rope = Rope(source.config, device)
+        self._is_packed = device.type == "cpu" and all(map(_is_packed, self._model.blocks))
         self._layers: PrefillLayers | None = None
         if in_one_call and (layers := step_layers(self._model, device)) is not None:
             heads = {"num_heads": source.config.chains[0], "num_kv_heads": kv_format.num_kv_heads}
@@ -110,7 +114,22 @@ class PrefillEngine:
             cancelled=cancelled or CancelFlag(),
             prefix=prefix,
             last_token_id=last_token_id,
+            rides=last_token_id is not None and sparse is None and self._may_ride(len(token_ids), prefix),
         )
+
+    def _may_ride(self, num_tokens: int, prefix: Sequence[KeptTile]) -> bool:
+        """Whether a prompt's last tile has the same bits beside one more row; False if it is not computed.
+
+        The library's products and its attention give a row the same bits in any company, as long as the same ones are
+        used.
+        """
+        if self._device.type != "cpu" or self.kv_format.head_dim not in HEAD_DIMS:
+            return False
+        if sum(kept.num_tokens for kept in prefix) == num_tokens:
+            return False
+        num_rows = (num_tokens - 1) % self.tile_tokens + 1
+        few, one_more = (library_variant(rows, self.kv_format.dtype) for rows in (num_rows, num_rows + 1))
+        return few == one_more and (few != "torch" or self._is_packed)
 
     @torch.inference_mode()
     def step(self, runs: Sequence[PrefillRun]) -> list[KvTile | None]:
@@ -178,10 +197,12 @@ class PrefillEngine:
     def _allocate(self, run: PrefillRun) -> None:
         run.has_begun = True
         kv_format, device, embed = self.kv_format, self._device, self._model.embedding.embed
+        last = np.array([] if run.last_token_id is None else [run.last_token_id], dtype=np.int64)
         if (num_cached := run.num_cached_tokens) < run.num_tokens:
-            run.hidden_ND = embed(torch.from_numpy(run.token_ids[num_cached:]).to(device), 1)
-        if run.last_token_id is not None:
-            run.last_x_1D = embed(torch.tensor([run.last_token_id], device=device), 1)
+            read = np.append(run.token_ids[num_cached:], last[: run.rides])
+            run.hidden_ND = embed(torch.from_numpy(read).to(device), 1)
+        if run.last_token_id is not None and not run.rides:
+            run.own_x_1D = embed(torch.from_numpy(last).to(device), 1)
         if run.attends_to_kept:
             num_rows = run.num_tokens + (run.last_token_id is not None)
             shape = (kv_format.num_kv_heads, num_rows, kv_format.head_dim)
@@ -213,7 +234,7 @@ class PrefillEngine:
             with runs[0].own_errors():
                 pack.x_RD += layers.attend(first.layer, pack.x_RD, pack.normed_RD, tile, variant)
         else:
-            members = [(run, self._cache(run, each.start, each.stop, each.plan)) for run, each in due]
+            members = [(run, self._cache(run, each.start, run.row_stop(each.stop), each.plan)) for run, each in due]
             pack.x_RD += layer.attend(pack.x_RD, pack.normed_RD, pack.rows, PackCache(members))
         for run in runs:
             run.due = None
@@ -229,7 +250,7 @@ class PrefillEngine:
         else:
             layer = self._model.blocks[index]
             pack.normed_RD = layer.attention_norm(pack.x_RD, 1)
-            cache = PackCache([(run, self._cache(run, run.start, run.stop, None)) for run in runs])
+            cache = PackCache([(run, self._cache(run, run.start, run.row_stop(run.stop), None)) for run in runs])
             layer.write_keys_values(pack.normed_RD, pack.rows, cache)
         tiles = {}
         for run in _left(runs):
@@ -268,9 +289,10 @@ class PrefillEngine:
     def _read_last_token(self, run: PrefillRun, index: int) -> None:
         """Run the token behind the prompt through a layer whose keys and values are all there; the last says the next.
 
-        By itself, whatever shares the step: in a tile's products it would change how many rows they have, and with that
-        the bits of what is sent.
+        By itself; where it rides on the last tile, that was done but for the last layer's end, which no tile has.
         """
+        if run.rides and not run.is_over:
+            return
         start, stop, x_1D = run.num_tokens, run.num_tokens + 1, run.last_x_1D
         pack = Pack(1, start, x_1D, Rows((1,), *self._rope.range(start, stop)))
         if (few := self._few_rows([run], pack)) is not None:
@@ -293,7 +315,7 @@ class PrefillEngine:
         """The rows of one run's tile, or of whole prompts, with their rotation."""
         if (pack := Pack.kept(runs, start)) is not None:
             return pack
-        tiles = [(start, stop)] if len(runs) == 1 else [(0, run.num_tokens) for run in runs]
+        tiles = [(start, runs[0].row_stop(stop))] if len(runs) == 1 else [(0, run.num_rows) for run in runs]
         tables = [self._rope.range(*tile) for tile in tiles]
         cos_RE, sin_RE = tables[0] if len(tables) == 1 else (torch.cat(each) for each in zip(*tables, strict=True))
         return Pack.join(runs, start, stop, Rows((len(cos_RE),), cos_RE, sin_RE))
@@ -361,6 +383,16 @@ def _left(runs: Sequence[PrefillRun]) -> list[PrefillRun]:
     if not left:
         raise NobodyLeft
     return left
+
+
+def _is_packed(layer: ChainBlock) -> bool:
+    """Whether the library makes the products of many rows, whichever they are."""
+    linears = [module for module in layer.modules() if isinstance(module, ChainLinear)]
+    return all(
+        packed_takes(torch.empty(1, weight.shape[1], dtype=weight.dtype), [weight], [])
+        for linear in linears
+        for weight in linear.matrices(1)
+    )
 
 
 def _sparse(q_THE: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, plan: LayerPlan, cancelled: CancelFlag) -> Tensor:

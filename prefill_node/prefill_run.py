@@ -43,8 +43,8 @@ class PrefillRun:
 
     Tiles that were kept from an earlier prompt are not computed: their steps hand out what was kept.
 
-    A token behind the prompt may follow it through the layers, one row that runs whenever all tiles of a layer are
-    there, for the token that chain 1 would say next. No tile depends on it.
+    A token behind the prompt may follow it through the layers, for the token that chain 1 would say next. It is one row
+    more of the last tile, or runs by itself whenever all tiles of a layer are there. No tile depends on it.
 
     Args:
         token_ids: the prompt.
@@ -54,6 +54,7 @@ class PrefillRun:
         sparse: plans its attention; None attends to everything.
         cancelled: ends it from any thread.
         last_token_id: the token behind the prompt; None for none.
+        rides: it is a row of the last tile, which is computed.
     """
 
     hidden_ND: Tensor
@@ -61,8 +62,8 @@ class PrefillRun:
     k_KNE: Tensor
     """Of one layer, as the next one; with a place behind the prompt where a token follows it."""
     v_KNE: Tensor
-    last_x_1D: Tensor
-    """The residual stream of the token behind the prompt."""
+    own_x_1D: Tensor
+    """The residual stream of the token behind the prompt, where it runs by itself."""
 
     def __init__(
         self,
@@ -74,9 +75,11 @@ class PrefillRun:
         cancelled: CancelFlag,
         prefix: Sequence[KeptTile] = (),
         last_token_id: int | None = None,
+        rides: bool = False,
     ) -> None:
         self.token_ids = token_ids
         self.last_token_id = last_token_id
+        self.rides = rides
         self.next_token_id: int | None = None
         """What chain 1 says behind `last_token_id`; None before its last layer, and of numbers that are none."""
         self.prefix = prefix
@@ -106,6 +109,20 @@ class PrefillRun:
     def num_tokens(self) -> int:
         """Of the prompt."""
         return len(self.token_ids)
+
+    @property
+    def last_x_1D(self) -> Tensor:
+        """The residual stream of the token behind the prompt."""
+        return self.hidden_ND[-1:] if self.rides else self.own_x_1D
+
+    @property
+    def num_rows(self) -> int:
+        """Of the prompt, and of the token behind it where that rides."""
+        return self.row_stop(self.num_tokens)
+
+    def row_stop(self, stop: int) -> int:
+        """Where the rows end of a tile that ends at `stop`."""
+        return stop + (self.rides and stop == self.num_tokens)
 
     @property
     def stop(self) -> int:
@@ -201,12 +218,13 @@ class Pack:
         if len(runs) == 1:
             (run,) = runs
             first = run.num_cached_tokens
+            stop = run.row_stop(stop)
             pack = cls(1, start, run.hidden_ND[start - first : stop - first], rows)
             run.pack, run.pack_rows = pack, slice(0, stop - start)
             return pack
         pack = cls(len(runs), start, torch.cat([run.hidden_ND for run in runs]), rows)
         for run, (first, last) in zip(
-            runs, pairwise(accumulate((run.num_tokens for run in runs), initial=0)), strict=True
+            runs, pairwise(accumulate((run.num_rows for run in runs), initial=0)), strict=True
         ):
             run.pack, run.pack_rows = pack, slice(first, last)
             # Views, so that the rows need not be copied back and may go on in another pack.

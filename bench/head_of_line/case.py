@@ -21,7 +21,7 @@ from cluster.state import ClusterState
 from colm.checkpoint import Checkpoint
 from colm.client import AsyncClient
 from colm.defaults import TILE_TOKENS
-from colm.events import Finished, Token
+from colm.events import Finished, ProvisionalToken, Token
 from colm.model.config import ChainConfig
 
 _T = TypeVar("_T")
@@ -48,6 +48,8 @@ class First:
     """Of the prefill node, as the decode node saw it."""
     decode_node_s: float
     """From the request's arrival at the decode node to the first token there."""
+    provisional_s: float = math.inf
+    """From the call to the provisional token; infinite where none came."""
 
 
 @dataclass(slots=True)
@@ -198,14 +200,18 @@ class _Measured:
             return await ask(client)
 
 
-async def first_token(client: AsyncClient, token_ids: NDArray[np.int64]) -> First:
-    """Ask for one token of a prompt's answer."""
-    began_s, time_s = perf_counter(), math.inf
-    async with aclosing(client.generate(token_ids=token_ids, max_new_tokens=1)) as events:
+async def first_token(client: AsyncClient, token_ids: NDArray[np.int64], *, asks_provisional: bool = False) -> First:
+    """Ask for one token of a prompt's answer, and for a provisional one before it if that is wanted."""
+    began_s, time_s, provisional_s = perf_counter(), math.inf, math.inf
+    asked = client.generate(token_ids=token_ids, max_new_tokens=1, provisional_first_token=asks_provisional)
+    async with aclosing(asked) as events:
         async for event in events:
+            if isinstance(event, ProvisionalToken):
+                provisional_s = perf_counter() - began_s
             if isinstance(event, Token | Finished):  # an answer may end at once
                 time_s = min(time_s, perf_counter() - began_s)
             if isinstance(event, Finished):
                 timings = event.timings
-                return First(event.usage.num_prompt_tokens, began_s, time_s, timings.prefill_s, timings.first_token_s)
+                num_tokens = event.usage.num_prompt_tokens
+                return First(num_tokens, began_s, time_s, timings.prefill_s, timings.first_token_s, provisional_s)
     raise AssertionError("a stream of events ends with Finished or raises")

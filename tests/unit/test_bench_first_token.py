@@ -32,3 +32,5 @@ async def test_lengths_are_asked_of_the_cluster_beside_what_computes_them_alone(
         cluster_s = seen[f"cluster_tokens{length}_s"]
         assert 0 < seen[f"cluster_tokens{length}_decode_node_s"] < cluster_s
         assert seen[f"cluster_tokens{length}_of_bar_fraction"] == pytest.approx(cluster_s / bar_s, rel=1e-3)
+    assert 0 < seen[f"cluster_tokens{longer}_provisional_s"] < seen[f"cluster_tokens{longer}_behind_provisional_s"]
+    assert f"cluster_tokens{short}_provisional_s" not in seen, "the decode node reads it"

@@ -227,4 +227,11 @@ MUTANTS = (
         "tile.first_token == 0 and tile.num_tokens",
         "tests/numerics/test_provisional_token.py::test_the_next_token_is_the_plain_models_and_tiles_keep_their_bits",
     ),
+    Mutant(
+        "the last token's row makes other products of the last tile's rows",
+        "prefill_node/engine.py",
+        "return few == one_more and (few",
+        "return (few",
+        "tests/numerics/test_provisional_token.py::test_a_row_that_rides_on_the_last_tile_changes_no_bit_of_it",
+    ),
 )
