@@ -93,7 +93,7 @@ class GatewayOptions:
     """How long answers may go on when the gateway ends."""
 
 
-SUCCESSOR_S = 20.0
+SUCCESSOR_S = 60.0
 """How long a gateway that leaves goes on as before, until another one listens."""
 
 
