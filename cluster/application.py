@@ -24,12 +24,7 @@ from prefill_node.settings import PrefillSettings
 
 _Settings = TypeVar("_Settings", PrefillSettings, DecodeSettings)
 
-APPLICATION = "colm"
-SUCCESSOR = "colm-successor"
-"""The two names that an application of ours may have: a model takes the place of another one in the other (ADR 55)."""
 GATEWAY = "gateway"
-# A role's custom resource: each replica takes one, so replicas go to the nodes that carry it.
-PREFILL_RESOURCE, DECODE_RESOURCE = "prefill", "decode"
 _HEAD_RESOURCE = "node:__internal_head__"
 
 # How often Serve looks for a replica that has become free, where all are full.
@@ -38,18 +33,29 @@ _HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 30.0}
 _SHUTDOWN_S = 8.0
 
 
+def names_of(cluster: str) -> tuple[str, str]:
+    """The two names that a cluster's application may have: a model takes another one's place in the other (ADR 55).
+
+    Args:
+        cluster: `ray.application`.
+    """
+    return cluster, f"{cluster}-successor"
+
+
 def build(
     config: ClusterConfig,
     model_path: Path,
     secrets: SecretFiles,
     *,
-    name: str = APPLICATION,
+    name: str | None = None,
     beside: bool = False,
     is_open: bool = True,
     kept: Mapping[str, int] = MappingProxyType({}),
     leaving: Mapping[str, VariantSection] = MappingProxyType({}),
 ) -> serve.Application:
-    """Bind the gateway and all pools together. Ray keeps what they are bound to, so no secret is among it.
+    """Bind the gateway and all pools together, by default under the cluster's name.
+
+    Ray keeps what they are bound to, so no secret is among it.
 
     A deployment's version is a digest of its options, so where an application is replaced, Serve restarts the replicas
     of those alone whose options have changed; with `beside`, the next ones start before the last ones go. `kept` has
@@ -58,7 +64,7 @@ def build(
     """
     dtype = config.resolved_dtype
     model = str(model_path)
-    report_to = (GATEWAY, name)
+    report_to = (GATEWAY, config.ray.application if name is None else name)
     metrics = config.metrics
     metrics_host = metrics.host if metrics.enabled else None
     traces = config.tracing.files
@@ -74,7 +80,7 @@ def build(
         name=(prefill_name := pool_name(Role.PREFILL)),
         replicas=_number(config.prefill, kept.get(prefill_name)),
         max_ongoing=config.prefill.max_streams,
-        actor=_actor(PREFILL_RESOURCE, config.prefill.num_gpus),
+        actor=_actor(config.prefill),
         version=_version(prefill_options, prefill_rest),
         surge=surge,
     ).bind(prefill_options, *prefill_rest)
@@ -95,7 +101,7 @@ def build(
             name=(decode_name := pool_name(Role.DECODE, variant)),
             replicas=_number(section, kept.get(decode_name)),
             max_ongoing=section.max_requests,
-            actor=_actor(DECODE_RESOURCE, section.num_gpus),
+            actor=_actor(section),
             version=_version(decode_options, secrets, decode_rest),
             surge=surge,
         )
@@ -195,6 +201,6 @@ def _deployment(
     ).options(version=version, _internal=True)  # otherwise each run restarts every replica, changed or not
 
 
-def _actor(resource: str, num_gpus: int) -> dict[str, Any]:
-    # CPU threads are our own to share out: the role's resource alone decides the place.
-    return {"num_cpus": 0, "num_gpus": num_gpus, "resources": {resource: 1}}
+def _actor(section: PrefillSection | DecodeSection) -> dict[str, Any]:
+    # CPU threads are our own to share out: the custom resource alone decides the place.
+    return {"num_cpus": 0, "num_gpus": section.num_gpus, "resources": {section.resource: 1}}

@@ -11,7 +11,14 @@ from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError, ConfigError
 
 _FIXED_SECTIONS = ("security",)
-_FIXED = ("ray.address", "ray.insecure", "gateway.host", "gateway.tls_certificate", "gateway.tls_key")
+_FIXED = (
+    "ray.address",
+    "ray.application",
+    "ray.insecure",
+    "gateway.host",
+    "gateway.tls_certificate",
+    "gateway.tls_key",
+)
 """Options that replicas in turn cannot take on: clients, files and the other replicas rely on them."""
 _PORTS = ("gateway.port", "gateway.http_port")
 

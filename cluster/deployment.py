@@ -3,6 +3,7 @@
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,13 +16,14 @@ from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger,
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
-from cluster.application import APPLICATION, DECODE_RESOURCE, GATEWAY, PREFILL_RESOURCE, SUCCESSOR, build
+from cluster.application import GATEWAY, build, names_of
 from cluster.options import ClusterConfig, RaySection, VariantSection
 from cluster.ray_guard import check_token_mode
 from cluster.replicas.replica_numbers import kept_numbers, tell_numbers
 from cluster.secret_files import SecretFiles
 from colm.checkpoint import Checkpoint
 from colm.errors import ClusterError
+from colm.nodes import Role
 from colm.wire.endpoint import join_address
 
 logger = logging.getLogger(__name__)
@@ -61,12 +63,20 @@ def deploy(
     """
     try:
         _connect(ray_address)
-        gcs_address = _check(config)
+        gcs_address, name = check_is_closed(config.ray), config.ray.application
+        if ours := _ours(name):
+            raise ClusterError(
+                f"Ray at {ray_address} runs a {ours[0]!r} application already; run `colm down` there, or choose "
+                "another ray.application for a cluster beside it"
+            )
+        if others := serve.status().applications:
+            _require_own_ports(config, others)
+            check_resources(config, ray.available_resources(), f"beside {', '.join(others)}, the Ray cluster has free")
+        else:
+            check_resources(config, ray.cluster_resources())
         serve.start(proxy_location="Disabled")
-        if ours := _ours():
-            raise ClusterError(f"Ray at {ray_address} runs a {ours[0]!r} application already; run `colm down` there")
         before_placing(gcs_address)
-        return _run(APPLICATION, config, checkpoint, secrets, gcs_address)
+        return _run(name, config, checkpoint, secrets, gcs_address)
     finally:
         # Ray kills a driver that is still connected when Ray stops.
         ray.shutdown()
@@ -101,8 +111,9 @@ def change(
     """
     try:
         _connect(ray_address)
-        gcs_address = _check(config)
-        _keep_only(name, ray_address)
+        gcs_address = check_is_closed(config.ray)
+        check_resources(config, ray.cluster_resources())
+        _keep_only(name, config, ray_address)
         # Serve keeps a number that it was told, where nothing else about a deployment changes.
         told = kept_numbers(name)
         tell_numbers(
@@ -146,9 +157,9 @@ def succeed(
     try:
         _connect(ray_address)
         gcs_address = check_is_closed(config.ray)
-        _keep_only(last, ray_address)
+        _keep_only(last, config, ray_address)
         check_resources(config, ray.available_resources(), "beside the model that runs, the Ray cluster has free")
-        name = SUCCESSOR if last == APPLICATION else APPLICATION
+        (name,) = {*names_of(config.ray.application)} - {last}
         try:
             _run(name, config, checkpoint, secrets, gcs_address, is_open=False, after=last)
             _run(name, config, checkpoint, secrets, gcs_address)
@@ -162,11 +173,12 @@ def succeed(
         ray.shutdown()
 
 
-def remove(ray_address: str, name: str | None = None, drain_s: float = 0.0) -> None:
-    """Remove what is ours from a Ray cluster; shut Serve down as well if no other application runs.
+def remove(ray_address: str, cluster: str, name: str | None = None, drain_s: float = 0.0) -> None:
+    """Remove a cluster of ours from a Ray cluster; shut Serve down as well if no other application runs.
 
     Args:
         ray_address: where it runs.
+        cluster: `ray.application`.
         name: of the application that serves clients; None where none ever came up.
         drain_s: how long its gateway lets answers go on before the nodes end.
 
@@ -175,7 +187,7 @@ def remove(ray_address: str, name: str | None = None, drain_s: float = 0.0) -> N
     """
     try:
         _connect(ray_address)
-        ours = _ours()
+        ours = _ours(cluster)
         if name is not None and name in ours:
             _drain(name, drain_s)
         for each in ours:
@@ -188,15 +200,35 @@ def remove(ray_address: str, name: str | None = None, drain_s: float = 0.0) -> N
         ray.shutdown()
 
 
-def _ours() -> list[str]:
-    """Names of our applications that are there."""
+def _ours(cluster: str) -> list[str]:
+    """Names of a cluster's applications that are there."""
     there = serve.status().applications
-    return [name for name in (APPLICATION, SUCCESSOR) if name in there]
+    return [name for name in names_of(cluster) if name in there]
 
 
-def _keep_only(name: str, ray_address: str) -> None:
+def _require_own_ports(config: ClusterConfig, others: Mapping[str, ApplicationStatusOverview]) -> None:
+    """Refuse the ports of another cluster's gateway: both would listen there, and each get some of the calls."""
+    for other, application in others.items():
+        if not application.deployments.keys() >= {GATEWAY, *(role.value for role in Role)}:
+            continue  # somebody else's
+        gateway: Any = serve.get_deployment_handle(GATEWAY, other)
+        try:
+            addresses = gateway.addresses.remote().result(timeout_s=_CALL_TIMEOUT_S)
+        except (RayError, RayServeException, TimeoutError) as err:
+            raise ClusterError(
+                f"the gateway of the application {other!r} on this Ray does not say its ports: {err}"
+            ) from err
+        taken = {int(address.rpartition(":")[2]) for address in addresses}
+        for option, port in (("port", config.gateway.port), ("http_port", config.gateway.wanted_http_port)):
+            if port in taken:
+                raise ClusterError(
+                    f"gateway.{option}={port} is a port of the application {other!r} on this Ray; choose another one"
+                )
+
+
+def _keep_only(name: str, config: ClusterConfig, ray_address: str) -> None:
     """Remove what a change of the model left that was killed; refuse a Ray without that application."""
-    ours = _ours()
+    ours = _ours(config.ray.application)
     if name not in ours:
         raise ClusterError(f"Ray at {ray_address} runs no {name!r} application; run `colm down`, then `up`")
     for each in ours:
@@ -211,13 +243,6 @@ def _drain(name: str, drain_s: float, *, gives_way: bool = False) -> None:
         gateway.drain.remote(drain_s, gives_way).result(timeout_s=drain_s + _CALL_TIMEOUT_S)
     except (RayError, RayServeException, TimeoutError) as err:
         logger.warning("gateway.not_drained cause=%r", err)
-
-
-def _check(config: ClusterConfig) -> str:
-    """Refuse a Ray that is open to everybody, or lacks resources; returns its own address."""
-    gcs_address = check_is_closed(config.ray)
-    check_resources(config, ray.cluster_resources())
-    return gcs_address
 
 
 def check_is_closed(section: RaySection) -> str:
@@ -319,10 +344,10 @@ def check_resources(config: ClusterConfig, carried: Mapping[str, float], has: st
     Raises:
         ClusterError: names the resource and the way out.
     """
-    for resource, replicas in (
-        (PREFILL_RESOURCE, config.prefill.num_replicas),
-        (DECODE_RESOURCE, sum(section.num_replicas for section in config.decode_pools.values())),
-    ):
+    needed = Counter[str]()
+    for section in config.placed.values():
+        needed[section.resource] += section.num_replicas
+    for resource, replicas in needed.items():
         if carried.get(resource, 0) < replicas:
             raise ClusterError(
                 f"{has} {carried.get(resource, 0):g} of resource {resource!r} and needs {replicas}; "

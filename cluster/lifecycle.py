@@ -27,14 +27,13 @@ from cluster.local_ray import free_port, is_left, is_running, show_token, start_
 from cluster.options import ClusterConfig
 from cluster.ray_files import new_ray_root, remove_ray_root
 from cluster.secret_files import SecretFiles, write_secrets
-from cluster.state import SECRETS, ClusterState, alone, make_state_dir, note_joined, read_joined
+from cluster.state import SECRETS, ClusterState, Joined, alone, make_state_dir, note_joined, read_joined
 from cluster.variants import require_one_chain_1
 from colm.checkpoint import Checkpoint
 from colm.clock import utc_now
 from colm.dtypes import parse_dtype
 from colm.errors import ClusterError, ConfigError
 from colm.kv import KvFormat
-from colm.nodes import Role
 from colm.placement import parse_device, why_unusable
 from colm.wire.endpoint import is_loopback, why_not
 from colm.wire.tls_files import CA_FILE
@@ -78,7 +77,7 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
             return _change(config, checkpoint, running, state_dir, say)
         if (joined := read_joined(state_dir)) is not None:
             raise ClusterError(
-                f"a `colm up` on Ray at {joined} was killed and left its replicas; run `colm down` first"
+                f"a `colm up` on Ray at {joined.ray_address} was killed and left its replicas; run `colm down` first"
             )
         try:
             if is_left(state_dir / _RAY_TOKEN):
@@ -194,7 +193,8 @@ def down(state_dir: Path, say: Say) -> bool:
             say("stopping the replicas" + ("" if state is None else f"; answers that run have {state.drain_s:g} s"))
         if state is not None and is_running(state_dir / _RAY_TOKEN):
             show_token(state_dir / _RAY_TOKEN)
-            _remove(state.ray_address, say, state)  # an orderly stop; without it their Ray would just kill them
+            # An orderly stop; without it their Ray would just kill them.
+            _remove(Joined(state.ray_address, state.cluster), say, state)
         _clear(state_dir, say, state)
     return may_run or state is not None
 
@@ -210,14 +210,14 @@ def _clear(state_dir: Path, say: Say, state: ClusterState | None = None) -> None
     ClusterState.forget(state_dir)
 
 
-def _remove(ray_address: str, say: Say, state: ClusterState | None) -> None:
+def _remove(joined: Joined, say: Say, state: ClusterState | None) -> None:
     from cluster import deployment  # imports ray, which reads the environment once: after the token is there
 
     try:
         if state is None:
-            deployment.remove(ray_address)
+            deployment.remove(*joined)
         else:
-            deployment.remove(ray_address, state.application, state.drain_s)
+            deployment.remove(*joined, state.application, state.drain_s)
     except ClusterError as err:
         say(str(err))
 
@@ -311,15 +311,17 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
     if ray_address is None:
         config = _with_ports(config)
         say("starting Ray on this machine")
-        roles = dict.fromkeys((role.value for role in Role), _MOST_REPLICAS)
-        ray_address, ray_pid = start_ray(roles, new_ray_root(state_dir), state_dir / _RAY_TOKEN, state_dir / "ray.log")
+        resources = dict.fromkeys((section.resource for section in config.placed.values()), _MOST_REPLICAS)
+        ray_address, ray_pid = start_ray(
+            resources, new_ray_root(state_dir), state_dir / _RAY_TOKEN, state_dir / "ray.log"
+        )
     # Ray reads these as it is imported; a user's own setting wins.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from cluster import deployment
 
     def note_address(address: str) -> None:
         if ray_pid is None:
-            note_joined(state_dir, address)
+            note_joined(state_dir, Joined(address, config.ray.application))
 
     for danger in _dangers(config):
         say(f"insecure: {danger}")
@@ -330,6 +332,7 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
     if (advice := advice_to_clients(config, secrets)) is not None:
         say(advice)
     return ClusterState(
+        application=config.ray.application,
         gateway_address=deployed.gateway_address,
         http_address=deployed.http_address,
         ray_address=deployed.ray_address,

@@ -4,7 +4,7 @@ import re
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     ByteSize,
@@ -32,7 +32,7 @@ class _ReplicaSettings(PlacementSettings):
     """How many replicas there are, and where."""
 
     replicas: PositiveInt = 1
-    """Number of replicas; each takes 1 of Ray's custom resource of this section's name."""
+    """Number of replicas; each takes 1 of Ray's custom resource that `resource` names."""
     standby: NonNegativeInt = 0
     """Replicas besides these, so that while one restarts as many as `replicas` are there; they serve as well."""
     max_replicas: PositiveInt | None = None
@@ -71,10 +71,15 @@ class _ReplicaSettings(PlacementSettings):
         return "cuda" if self.device == "auto" and self.num_gpus else super().resolved_device
 
 
+_Resource = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+
+
 # Of several bases, the last one's options come first in the file.
 class PrefillSection(PrefillSettings, PrefillPoolSettings, _ReplicaSettings):
     """Section [prefill]."""
 
+    resource: _Resource = "prefill"
+    """Ray's custom resource of the machines that these replicas go to, as `ray start --resources` names it."""
     target_queue_s: PositiveFloat = 10.0
     """Seconds of engine time, as estimated, that may be queued for each replica before the load wants one more."""
 
@@ -87,6 +92,8 @@ class PrefillSection(PrefillSettings, PrefillPoolSettings, _ReplicaSettings):
 class DecodeSection(DecodeSettings, _ReplicaSettings):
     """Section [decode]."""
 
+    resource: _Resource = "decode"
+    """Ray's custom resource of the machines that these replicas go to, as `ray start --resources` names it."""
     target_use: float = Field(default=0.8, gt=0, le=1)
     """Share of its KV pages and of max_batch_size that each replica may have in use before the load wants one more."""
 
@@ -171,6 +178,8 @@ class GatewaySection(Settings):
         return (self.port + 1) % (1 << 16) if self.port else 0
 
 
+_RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+
 # Options of the gateway, and those that limit them.
 _LIMITED = {
     "default_max_new_tokens": "max_new_tokens",
@@ -231,6 +240,9 @@ class RaySection(Settings):
 
     address: str | None = None
     """Running Ray cluster to join, e.g. "auto" or "10.0.0.1:6379"; by default `colm up` starts one here."""
+    application: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = "colm"
+    """Name of this cluster among those that share a joined Ray, in a-z, 0-9 and _; each also has a state directory,
+    secrets and ports of its own."""
     insecure: bool = False
     """Join a Ray that demands no token: whoever reaches its ports can then run code on every machine of it."""
     ready_timeout_s: PositiveFloat = 300.0
@@ -374,8 +386,10 @@ def _check_scaling(config: ClusterConfig) -> None:
 
 
 def _check_devices(config: ClusterConfig) -> None:
-    """Refuse a GPU that its replica would leave idle, and an attention backend without a GPU."""
+    """Refuse Ray's own resources, a GPU that its replica would leave idle, and an attention backend without a GPU."""
     for name, section in config.placed.items():
+        if section.resource in _RAYS_OWN:
+            raise ConfigError(f"{name}.resource={section.resource!r} is Ray's own; name one of yours")
         if section.num_gpus and section.device == "cpu":
             raise ConfigError(
                 f"{name}.device='cpu' leaves idle the GPU that {name}.num_gpus={section.num_gpus} sets aside; "

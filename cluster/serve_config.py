@@ -12,7 +12,6 @@ from cluster.options import ClusterConfig, load_config
 from colm.errors import ConfigError
 
 _IMPORT_PATH: Final = "cluster.serve_config:application"
-_APPLICATION: Final = "colm"
 
 
 def serve_config(config: ClusterConfig) -> str:
@@ -26,7 +25,7 @@ def serve_config(config: ClusterConfig) -> str:
         "proxy_location": "Disabled",  # clients come to the gateway, which has its own ports (ADR 4)
         "applications": [
             {
-                "name": _APPLICATION,
+                "name": config.ray.application,
                 "route_prefix": None,
                 "import_path": _IMPORT_PATH,
                 "args": config.model_dump(mode="json", exclude_unset=True),
@@ -59,7 +58,7 @@ def application(args: dict[str, dict[str, Any]]) -> Any:
     # Its files are on the gateway's machine, which need not be this one: the gateway looks at them.
     own = None if certificate is None or key is None else OwnCertificate(certificate=str(certificate), key=str(key))
     secrets = SecretFiles.of(config.security, folder, clients_folder=folder, own_certificate=own)
-    return build(config, path, secrets, kept=kept_numbers(_APPLICATION) if config.scalings else {})
+    return build(config, path, secrets, kept=kept_numbers(config.ray.application) if config.scalings else {})
 
 
 def _check(config: ClusterConfig) -> tuple[Path, Path]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from colm.errors import ClusterError
 from colm.wire.certificates import dialled_name, pem_of, read_certificates
@@ -59,15 +59,23 @@ def alone(state_dir: Path) -> Iterator[None]:
         yield
 
 
-def note_joined(state_dir: Path, ray_address: str) -> None:
-    """Record the address of a joined Ray cluster, on which a replica of ours may run from now on."""
-    write_private(state_dir / _JOINED_FILE, ray_address)
+class Joined(NamedTuple):
+    """A joined Ray cluster, on which replicas of ours may run."""
+
+    ray_address: str
+    application: str
+    """`ray.application`, by which they are told from those of other clusters."""
 
 
-def read_joined(state_dir: Path) -> str | None:
-    """Address of the joined Ray cluster on which replicas of ours may run; None without one."""
+def note_joined(state_dir: Path, joined: Joined) -> None:
+    """Record a joined Ray cluster, on which a replica of ours may run from now on."""
+    write_private(state_dir / _JOINED_FILE, "\n".join(joined))
+
+
+def read_joined(state_dir: Path) -> Joined | None:
+    """The joined Ray cluster on which replicas of ours may run; None without one."""
     path = state_dir / _JOINED_FILE
-    return path.read_text() if path.exists() else None
+    return Joined(*path.read_text().split("\n")) if path.exists() else None
 
 
 def default_state_dir() -> Path:
@@ -96,6 +104,11 @@ class ClusterState:
     """Name of its Serve application."""
     weights_stamps: dict[str, str] = field(default_factory=dict)
     """Of all models' weights as their replicas read them, by file."""
+
+    @property
+    def cluster(self) -> str:
+        """Its name among those that share a joined Ray."""
+        return str(self.options.get("ray", {}).get("application", "colm"))
 
     @property
     def drain_s(self) -> float:

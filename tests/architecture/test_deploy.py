@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.application import DECODE_RESOURCE, PREFILL_RESOURCE
 from cluster.options import ClusterConfig, load_config
 from cluster.serve_config import serve_config
 from colm.wire.members import Member
@@ -35,10 +34,10 @@ def mounts(pod: dict[str, Any]) -> set[str]:
 def test_each_role_has_as_many_pods_as_replicas(tmp_path: Path) -> None:
     found = {group["groupName"]: group for group in CLUSTER["workerGroupSpecs"]}
     options = config(tmp_path)
-    for resource, section in ((PREFILL_RESOURCE, options.prefill), (DECODE_RESOURCE, options.decode)):
-        group = found[resource]
+    for section in options.placed.values():
+        group = found[section.resource]
         # A shell reads it: quoted once for that.
-        assert json.loads(json.loads(group["rayStartParams"]["resources"])) == {resource: 1}
+        assert json.loads(json.loads(group["rayStartParams"]["resources"])) == {section.resource: 1}
         assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == section.num_replicas
 
 

@@ -247,6 +247,8 @@ def test_pools_cross_the_wire_and_are_shown() -> None:
         ),
         ("[model.variants.legal]\nreplicas = 2", "model.variants.legal.path is not set"),
         ('[model]\nvariants = {legal = "l"}', r"model.variants.legal='l' must be a section: \[model.variants.legal\]"),
+        ('[decode]\nresource = "GPU"', "decode.resource='GPU' is Ray's own"),
+        ('[ray]\napplication = "A b"', "ray.application='A b'"),
         ('[model.variants."a/b"]\npath = "l"', "model.variants: 'a/b' is no name"),
         ('[model.variants.legal]\npath = "l"\nspeed = 1', "model.variants.legal.speed is not an option"),
         ("[decode]\ntarget_use = 1.5", "decode.target_use=1.5"),

@@ -56,6 +56,7 @@ def test_what_differs_is_named_with_both_values() -> None:
         ("gateway.host", "0.0.0.0"),
         ("gateway.port", 5000),
         ("ray.insecure", True),
+        ("ray.application", "other"),
     ],
 )
 def test_what_others_rely_on_is_refused(option: str, value: object) -> None:

@@ -17,7 +17,7 @@ from prefill_node.sparse.policy import SparsePolicy
 
 COMMANDS = {"prefill": prefill_command.main, "decode": decode_command.main}
 _SCALING = {"max_replicas", "scale_up_s", "scale_down_s", "target_queue_s", "target_use"}
-OF_POOLS = {"replicas", "standby", "num_gpus"} | _SCALING
+OF_POOLS = {"replicas", "standby", "resource", "num_gpus"} | _SCALING
 """Options of how many nodes there are: a node knows nothing of them."""
 OF_BORROWERS = {"max_queued", "max_streams"}
 """Options of [prefill] for those who borrow a prefill node: a decode node by hand takes them."""

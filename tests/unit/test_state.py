@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.state import ClusterState, make_state_dir, write_private
+from cluster.state import ClusterState, Joined, make_state_dir, note_joined, read_joined, write_private
 from colm.errors import ClusterError
 from colm.wire.security import Security, Tls, new_tls
 
@@ -79,6 +79,14 @@ def test_a_directory_into_which_others_may_write_is_refused(tmp_path: Path) -> N
         make_state_dir(shared)
     shared.chmod(0o755)
     make_state_dir(shared)
+
+
+def test_of_a_joined_ray_it_is_known_which_application_there_is_ours(tmp_path: Path) -> None:
+    """Bug: `down` behind a killed `up` took the application of whoever else had joined that Ray."""
+    assert read_joined(tmp_path) is None
+    note_joined(tmp_path, Joined("10.0.0.1:6379", "other"))
+    assert read_joined(tmp_path) == Joined("10.0.0.1:6379", "other")
+    assert replace(STATE, options={"ray": {"application": "other"}}).cluster == "other"
 
 
 def test_writing_leaves_no_partial_file(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ import pytest
 from ray.serve._private.common import ReplicaState
 
 from cluster import deployment
-from cluster.application import APPLICATION, SUCCESSOR
+from cluster.application import names_of
 from cluster.options import load_config
 from colm.errors import ClusterError
 
+APPLICATION, SUCCESSOR = names_of("colm")
 CONFIG = load_config(None, {"gateway.drain_s": 7.0})
 
 
@@ -24,7 +25,9 @@ class Site:
         """Whether it is the closed or the open gateway that does not come up."""
         monkeypatch.setattr(deployment, "_connect", lambda _: None)
         monkeypatch.setattr(deployment, "check_is_closed", lambda _: "gcs")
-        monkeypatch.setattr(deployment, "_ours", lambda: [*self.there])
+        monkeypatch.setattr(
+            deployment, "_ours", lambda cluster: [name for name in names_of(cluster) if name in self.there]
+        )
         monkeypatch.setattr(deployment, "_run", self._run)
         monkeypatch.setattr(deployment, "_drain", self._drain)
         monkeypatch.setattr(deployment.serve, "delete", self._delete)
@@ -98,10 +101,10 @@ def test_a_ray_without_room_for_both_is_refused_before_anything_starts(monkeypat
 
 def test_down_lets_answers_end_before_any_node_is_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(monkeypatch, APPLICATION, SUCCESSOR)
-    deployment.remove("ray", SUCCESSOR, 7.0)
+    deployment.remove("ray", "colm", SUCCESSOR, 7.0)
     assert site.steps == [("drain", SUCCESSOR, 7.0, False), ("delete", APPLICATION), ("delete", SUCCESSOR)]
     site = Site(monkeypatch)
-    deployment.remove("ray", APPLICATION, 7.0)
+    deployment.remove("ray", "colm", APPLICATION, 7.0)
     assert site.steps == ["shutdown"]
 
 
@@ -122,3 +125,43 @@ def test_a_variant_goes_when_the_gateway_that_knew_it_has_ended(monkeypatch: pyt
     leaving: Any = {"legal": None}
     deployment.change(APPLICATION, CONFIG, nothing, nothing, "ray", beside=True, leaving=leaving)
     assert site.steps == [("run", APPLICATION, True, "legal"), "look", "look", ("run", APPLICATION, True)]
+
+
+OTHER = load_config(None, {"ray.application": "other", "gateway.port": 6000, "prefill.resource": "big"})
+
+
+def beside(site: Site, monkeypatch: pytest.MonkeyPatch, *, resources: dict[str, float]) -> None:
+    """Bring up another cluster on the Ray of one whose gateway listens at 5000 and 5001."""
+    nothing = cast(Any, None)
+    there = {name: SimpleNamespace(deployments={"gateway": 1, "prefill": 1, "decode": 1}) for name in site.there}
+    foreign = {"stranger": SimpleNamespace(deployments={"gateway": 1})}
+    monkeypatch.setattr(deployment.serve, "status", lambda: SimpleNamespace(applications=there | foreign))
+    said = SimpleNamespace(result=lambda timeout_s: ("host:5000", "host:5001"))  # noqa: ARG005
+    handle = SimpleNamespace(addresses=SimpleNamespace(remote=lambda: said))
+    monkeypatch.setattr(deployment.serve, "get_deployment_handle", lambda _, name: {APPLICATION: handle}[name])
+    monkeypatch.setattr(deployment.serve, "start", lambda **_: site.steps.append("start"))
+    monkeypatch.setattr(deployment.ray, "available_resources", lambda: resources)
+    deployment.deploy(OTHER, nothing, nothing, "ray", lambda address: site.steps.append(("note", address)))
+
+
+def test_a_cluster_beside_another_takes_what_is_free_and_leaves_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(monkeypatch, APPLICATION)
+    beside(site, monkeypatch, resources={"big": 1, "decode": 1})
+    assert site.steps == ["start", ("note", "gcs"), ("run", "other", True)]
+    site = Site(monkeypatch, APPLICATION, "other", "other-successor")
+    deployment.remove("ray", "other", "other", 7.0)
+    assert site.steps == [("drain", "other", 7.0, False), ("delete", "other"), ("delete", "other-successor")]
+
+
+def test_a_cluster_beside_another_is_refused_what_that_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(monkeypatch, APPLICATION)
+    with pytest.raises(ClusterError, match="beside colm, stranger, the Ray cluster has free 0 of resource 'big'"):
+        beside(site, monkeypatch, resources={"prefill": 1, "decode": 1})
+    for option, value in (("gateway.port", 5000), ("gateway.http_port", 5001)):
+        monkeypatch.setitem(globals(), "OTHER", load_config(None, {"ray.application": "other", option: value}))
+        with pytest.raises(ClusterError, match=f"{option}={value} is a port of the application 'colm' on this Ray"):
+            beside(site, monkeypatch, resources={"prefill": 1, "decode": 1})
+    monkeypatch.setitem(globals(), "OTHER", CONFIG)
+    with pytest.raises(ClusterError, match="runs a 'colm' application already; run `colm down` there, or choose"):
+        beside(site, monkeypatch, resources={"prefill": 1, "decode": 1})
+    assert site.steps == []

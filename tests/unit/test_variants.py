@@ -166,7 +166,7 @@ def test_each_variant_has_a_decode_pool_and_all_have_one_prefill_pool(
             waiting += [each._bound_deployment for each in deployment.init_args if hasattr(each, "_bound_deployment")]
         return found
 
-    config = options(base, legal.path, legal={"replicas": 2, "max_replicas": 4, "weights": "int8"})
+    config = options(base, legal.path, legal={"replicas": 2, "max_replicas": 4, "weights": "int8", "resource": "big"})
     found = deployed(config)
     numbers = {name: deployment.num_replicas for name, deployment in found.items()}
     assert numbers == {"gateway": 1, "decode": 1, "decode-legal": 2, "prefill": 1}
@@ -175,6 +175,8 @@ def test_each_variant_has_a_decode_pool_and_all_have_one_prefill_pool(
     assert config.num_decode_replicas == 5
     weights = {name: found[name].init_args[0].settings.weights for name in ("decode", "decode-legal")}
     assert weights == {"decode": "stored", "decode-legal": "int8"}
+    placed = {name: found[name].ray_actor_options["resources"] for name in ("prefill", "decode", "decode-legal")}
+    assert placed == {"prefill": {"prefill": 1}, "decode": {"decode": 1}, "decode-legal": {"big": 1}}
     # A change of its options is its own, and where it goes its replicas stay as they are for the last gateway.
     other = deployed(options(base, legal.path, legal={"replicas": 2, "max_replicas": 4}))
     assert {name for name in found if found[name].version != other[name].version} == {"decode-legal"}

@@ -490,6 +490,20 @@ MUTANTS = (
         "tests/unit/test_top.py::test_what_several_series_tell_is_summed_and_what_one_model_got_is_told_apart",
     ),
     Mutant(
+        "two gateways on one Ray share their callers",
+        "cluster/deployment.py",
+        "            if port in taken:\n",
+        "            if False:\n",
+        "tests/unit/test_succession.py::test_a_cluster_beside_another_is_refused_what_that_one_has",
+    ),
+    Mutant(
+        "a variant's replicas go where those of decode go",
+        "cluster/application.py",
+        '"resources": {section.resource: 1}',
+        '"resources": {"prefill" if isinstance(section, PrefillSection) else "decode": 1}',
+        "tests/unit/test_variants.py::test_each_variant_has_a_decode_pool_and_all_have_one_prefill_pool",
+    ),
+    Mutant(
         "a change restarts every replica",
         "cluster/application.py",
         "return hashlib.sha256(repr(options).encode()).hexdigest()[:16]",
