@@ -44,6 +44,7 @@ OPTIONS: Final = {"decode.max_draft_tokens": 0, "decode.prefix_cache_bytes": 0, 
 """Of the cluster: what the simulator leaves out is off."""
 BLOCK: Final = 10
 """Requests that are drawn together; about as many as come while one is served and waits."""
+MIN_BLOCKS: Final = 10
 _DRAWS: Final = 1000
 _FAST: Final = 1e10
 """Bytes a second of a link inside a machine; no bound."""
@@ -63,6 +64,7 @@ class Pair:
     low: float
     """Of the ratio's interval."""
     high: float
+    num_requests: int
 
     @property
     def ratio(self) -> float:
@@ -71,7 +73,12 @@ class Pair:
 
     @property
     def is_known(self) -> bool:
-        """Whether the interval is narrow enough to tell a ratio that is wanted from one that is not."""
+        """Whether the interval is narrow enough to tell a ratio that is wanted from one that is not.
+
+        Of a few blocks all draws are alike, and their interval is narrow for that.
+        """
+        if self.num_requests < MIN_BLOCKS * BLOCK:
+            return False
         return max(self.high - self.ratio, self.ratio - self.low) <= WITHIN
 
     @property
@@ -204,17 +211,17 @@ def pairs(real: Sequence[Answered], simulated: Sequence[Answered]) -> list[Pair]
     """Mean, median and 95th percentile of both times, and the rate of tokens."""
     found = []
     for name in ("ttft_s", "tpot_s"):
-        both = ((getattr(one, name), getattr(other, name)) for one, other in zip(real, simulated, strict=True))
-        known = np.array([each for each in both if None not in each], dtype=np.float64).reshape(-1, 2)
+        values = ((getattr(one, name), getattr(other, name)) for one, other in zip(real, simulated, strict=True))
+        known = np.array([each for each in values if None not in each], dtype=np.float64).reshape(-1, 2)
         for which, figure in _FIGURES.items() if len(known) else ():
             of_real, of_simulated = figure(known)
             low, high = ratio_interval(known, figure)
-            found.append(
-                Pair(name=f"{name} {which}", real=float(of_real), simulated=float(of_simulated), low=low, high=high)
-            )
+            both = {"real": float(of_real), "simulated": float(of_simulated), "low": low, "high": high}
+            found.append(Pair(name=f"{name} {which}", num_requests=len(known), **both))
     rates = _tokens_per_s(real), _tokens_per_s(simulated)
     ratio = rates[1] / rates[0]  # the arrivals say what it is: there is nothing to draw
-    found.append(Pair(name="new tokens/s", real=rates[0], simulated=rates[1], low=ratio, high=ratio))
+    of_rate = {"real": rates[0], "simulated": rates[1], "low": ratio, "high": ratio}
+    found.append(Pair(name="new tokens/s", num_requests=len(real), **of_rate))
     return found
 
 
