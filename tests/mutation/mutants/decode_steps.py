@@ -190,10 +190,10 @@ MUTANTS = (
         _DRAFTS + "test_nothing_is_drafted_behind_a_draft_that_would_end_the_answer_nor_where_chain_1_chose_nothing",
     ),
     Mutant(
-        "an answer beside drafts gets the weights that draft",
-        "decode_node/plan.py",
-        "all(row.is_draft for row in self.rows)",
-        "any(row.is_draft for row in self.rows)",
+        "drafts read the stored weights",
+        "decode_node/engine.py",
+        "weights = self._drafting if plan.only_drafts else self._all",
+        "weights = self._all",
         "tests/unit/test_weights_in_panels.py"
         "::test_a_step_of_drafts_alone_reads_quantised_weights_and_any_other_step_the_stored_ones",
     ),
