@@ -2,6 +2,9 @@
 
 from ray._private import worker
 
+_END = worker.raise_sys_exit_with_custom_error_message
+"""Ray's own."""
+
 
 class Leaving:
     """Whether a SIGTERM has come. Make it in a replica's `__init__`, and `check` it whenever Serve asks for its health.
@@ -13,10 +16,9 @@ class Leaving:
 
     def __init__(self) -> None:
         self.has_begun = False
-        end = worker.raise_sys_exit_with_custom_error_message
 
         def begin(_message: str, exit_code: int = 0) -> None:  # noqa: ARG001 - as Ray calls it
-            worker.raise_sys_exit_with_custom_error_message = end
+            worker.raise_sys_exit_with_custom_error_message = _END
             self.has_begun = True
 
         worker.raise_sys_exit_with_custom_error_message = begin

@@ -12,7 +12,10 @@ from cluster.replicas.leaving import Leaving
 
 
 def test_the_first_sigterm_makes_a_replica_ill_and_the_second_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug: the first one ended it, with all that it had in hand."""
+    """Bug: the first one ended it, with all that it had in hand. A process may have had a replica before, as here."""
+    name = "raise_sys_exit_with_custom_error_message"
+    monkeypatch.setattr(worker, name, getattr(worker, name))
+    Leaving()
     seen = []
 
     def run() -> None:
@@ -25,8 +28,6 @@ def test_the_first_sigterm_makes_a_replica_ill_and_the_second_ends_its_process(m
             seen[0].check()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    name = "raise_sys_exit_with_custom_error_message"
-    monkeypatch.setattr(worker, name, getattr(worker, name))
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as ended:
