@@ -1,4 +1,5 @@
-"""`make test`: all tests in four processes at once: on real clusters, the fuzzer, faults and numerics, and all others.
+"""`make test`: all tests in five processes at once: on real clusters, the fuzzer, faults and numerics, half of the unit
+tests, and all others.
 
 A cluster's tests wait for processes that start and stop, one after another, and are the longest chain: all others take
 what they leave, and the fuzzer what those leave. So both processors have something to do until the end.
@@ -11,13 +12,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-_FOLDERS = {
+_UNITS = tuple(sorted(map(str, Path(__file__).with_name("unit").glob("test_*.py"))))
+_NAMED = {
     "clusters": ("tests/e2e",),
     "fuzzer": ("tests/fuzz",),
     "faults and numerics": ("tests/fault", "tests/numerics"),
+    "units": _UNITS[::2],  # as one part with the others they would end long after the rest
 }
-PARTS = _FOLDERS | {"all others": tuple(f"--ignore={each}" for named in _FOLDERS.values() for each in named)}
+PARTS = _NAMED | {"all others": tuple(f"--ignore={each}" for named in _NAMED.values() for each in named)}
 """Pytest's arguments, by name: together all tests, each once."""
 NICENESS = {"clusters": 0, "fuzzer": 19}
 OTHERS_NICENESS = 5
