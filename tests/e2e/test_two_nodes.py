@@ -55,21 +55,28 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     folder = tmp_path_factory.mktemp("two-nodes")
     checkpoint = tiny_checkpoint(folder / "tiny", tiny_config(max_context=32768, num_layers=4))
     config = folder / "colm.toml"
-    config.write_text('[model]\ndtype = "float32"\n[gateway]\nport = 0\n[decode]\nkv_cache_bytes = "256MiB"\n')
+    text = '[model]\ndtype = "float32"\n[gateway]\nport = 0\n[decode]\nkv_cache_bytes = "256MiB"\n'
+    config.write_text(text)
+    other = folder / "other.toml"
+    other.write_text(f'{text}resource = "other"\n[prefill]\nresource = "other"\n[ray]\napplication = "other"\n')
     state_dir = folder / "state"
     write_secrets(folder / "secrets")
-    with ray_nodes({"prefill": 2}, {"decode": 1}, demands_token=True) as nodes, pytest.MonkeyPatch.context() as patch:
+    with (
+        ray_nodes({"prefill": 2}, {"decode": 1, "other": 2}, demands_token=True) as nodes,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         for name, value in nodes.environment.items():
             patch.setenv(name, value)
         carriers = nodes.ids()
         ids = {role: carriers[role] for role in ("prefill", "decode")}
-        words = ("--config", str(config), "--model", str(checkpoint.path), "--ray-address", nodes.address)
-        words += ("--secrets", str(folder / "secrets"))
-        too_many = run_colm(state_dir, "up", *words, "--prefill", "3", check=False)
+        words = ("--model", str(checkpoint.path), "--ray-address", nodes.address, "--secrets", str(folder / "secrets"))
+        of_config = ("--config", str(config))
+        too_many = run_colm(state_dir, "up", *of_config, *words, "--prefill", "3", check=False)
         assert too_many.returncode == 1
-        assert_a_killed_up_is_known_to_down(state_dir, words)
-        run_colm(state_dir, "up", *words, "--prefill", "2")
+        run_colm(state_dir, "up", *of_config, *words, "--prefill", "2")
         try:
+            # What runs must not notice: all tests are of a Ray that another cluster has shared.
+            assert_a_killed_up_is_known_to_down(folder / "beside", ("--config", str(other), *words))
             running = RunningCluster(state_dir, ClusterState.require(state_dir))
             yield TwoNodes(checkpoint, ids, too_many.stderr, running, nodes)
         finally:
