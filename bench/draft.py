@@ -3,7 +3,7 @@
 Answers at full scale through the decode loop, as a decode node runs it, from a cache that holds noise:
 
     plain     a node that drafts nothing (decode.max_draft_tokens = 0)
-    drafts    chain 1's weights in q4 draft as many tokens as pay, at most `--max-draft-tokens`
+    drafts    chain 1's weights in int8 draft as many tokens as pay, at most `--max-draft-tokens`
     off       a node that may draft, and answers that do not ask for it: must cost nothing; in turns of a few tokens,
               many of them, against plain ones
 
@@ -11,11 +11,11 @@ Beside them are the engine's own steps: `draft_1`, `chain1_1` and `all_1` of one
 `all_9` of all that a round of 3 or 8 drafts verifies.
 
 By itself it runs a checkpoint whose later chains' head is zero, so that all chains choose what chain 1 chose, and
-drafts are refused only where q4 chose otherwise; and a 1B of four chains with random weights, whose logits are too even
-for that. There acceptance is given: each draft is replaced, with that probability by what plain steps have chosen, else
-by another token. And the checkpoint as it is, at 6,400 tokens. `--model` and `--preset` name others: a preset's drafts
-are replaced as `--acceptance` says; a checkpoint keeps its own weights and drafts. First, drafts must give the tokens
-of plain steps. All takes about four minutes; `--quick`, of the checkpoint alone, half a minute.
+drafts are refused only where int8 chose otherwise; and a 1B of four chains with random weights, whose logits are too
+even for that. There acceptance is given: each draft is replaced, with that probability by what plain steps have chosen,
+else by another token. And the checkpoint as it is, at 6,400 tokens. `--model` and `--preset` name others: a preset's
+drafts are replaced as `--acceptance` says; a checkpoint keeps its own weights and drafts. First, drafts must give the
+tokens of plain steps. All takes about four minutes; `--quick`, of the checkpoint alone, half a minute.
 """
 
 import asyncio

@@ -1,5 +1,7 @@
 """Defaults shared by the cluster's options, the nodes' own commands, and the options classes of both in Python."""
 
+from typing import Final
+
 PAGE_TOKENS = 64
 """Tokens in a KV page."""
 TILE_TOKENS = 512
@@ -18,6 +20,8 @@ MAX_LOCAL_PREFILL_TOKENS = 32
 """Longest prompt that a decode node computes without a prefill node."""
 MAX_DRAFT_TOKENS = 8
 """Tokens that chain 1 may draft before all chains of an answer verify them."""
+DRAFT_WEIGHTS: Final = "int8"
+"""How the weights lie that draft on a decode node."""
 MAX_QUEUED = 64
 """Prompts that may wait for a prefill node."""
 MAX_STREAMS = 16

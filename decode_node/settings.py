@@ -44,7 +44,7 @@ class DecodeSettings(Settings):
     max_draft_tokens: NonNegativeInt = Field(default=defaults.MAX_DRAFT_TOKENS, le=MAX_DRAFT_TOKENS)
     """Tokens that chain 1 may draft before all chains of an answer verify them, which changes how fast tokens come and
     never which. How many it drafts follows from what steps take and how many drafts are accepted; 0 drafts none."""
-    draft_weights: Literal["stored", "int8", "q4"] = "q4"
+    draft_weights: Literal["stored", "int8", "q4"] = defaults.DRAFT_WEIGHTS
     """How the weights lie that draft, where `weights` is "stored": a copy of chain 1's in 8.5 or 5 bits each, which is
     faster to read and takes as much memory on top, or "stored" for chain 1's own. Changes no token; on CPUs only."""
     orphan_s: NonNegativeFloat = defaults.ORPHAN_S

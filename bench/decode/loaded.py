@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.peers.weights import RepeatedWeights
 from bench.random_weights import RandomCheckpoint
 from colm.checkpoint import Checkpoint, WeightSource
-from colm.defaults import PAGE_TOKENS
+from colm.defaults import DRAFT_WEIGHTS, PAGE_TOKENS
 from colm.kv import KvFormat
 from colm.model.config import ChainConfig
 from colm.model.presets import preset
@@ -118,7 +118,7 @@ class Loaded:
                 store,
                 in_one_call=way != "modules",
                 weights=layout,
-                draft_weights="q4" if way == "drafting" else None,
+                draft_weights=DRAFT_WEIGHTS if way == "drafting" else None,
             )
         return self._engines[way]
 
