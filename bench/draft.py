@@ -10,12 +10,12 @@ Answers at full scale through the decode loop, as a decode node runs it, from a 
 Beside them are the engine's own steps: `draft_1`, `chain1_1` and `all_1` of one token of each answer, `all_4` and
 `all_9` of all that a round of 3 or 8 drafts verifies.
 
-By itself it runs a checkpoint whose later chains' head is zero, so that all chains choose what chain 1 chose, and
-drafts are refused only where int8 chose otherwise; and a 1B of four chains with random weights, whose logits are too
-even for that. There acceptance is given: each draft is replaced, with that probability by what plain steps have chosen,
-else by another token. And the checkpoint as it is, at 6,400 tokens. `--model` and `--preset` name others: a preset's
-drafts are replaced as `--acceptance` says; a checkpoint keeps its own weights and drafts. First, drafts must give the
-tokens of plain steps. All takes about four minutes; `--quick`, of the checkpoint alone, half a minute.
+By itself it runs a checkpoint whose later chains' head is zero, and a 1B of four chains with random weights. Behind a
+cache of noise logits are too even for an int8 copy to choose as chain 1 does, which it does of real text; so there
+acceptance is given: each draft is replaced, with that probability by what plain steps have chosen, else by another
+token. And the checkpoint as it is, at 6,400 tokens. `--model` and `--preset` name others: a preset's drafts are
+replaced as `--acceptance` says; a checkpoint keeps its own weights and drafts. First, drafts must give the tokens of
+plain steps. All takes about four minutes; `--quick`, of the checkpoint alone, half a minute.
 """
 
 import asyncio
@@ -307,7 +307,7 @@ def suite(*, quick: bool) -> list[DraftCase]:
     large = Source(PRESET, is_preset=True, has_agreeing_chains=True)
     models = Models()
     cases = [
-        DraftCase(source=agreeing, wanted=1.15, models=models),
+        DraftCase(source=agreeing, acceptance=1.0, wanted=1.15, models=models),
         # Where drafts cannot pay they must cost nothing: chain 1 reads as many keys and values as all chains do.
         DraftCase(source=own, context_len=6400, wanted=OFF_OF_PLAIN, models=models),
         OffCase(source=own, new_tokens=OFF_TOKENS, models=models),
