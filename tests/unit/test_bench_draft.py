@@ -57,7 +57,7 @@ def test_the_suite_has_a_bar_for_each_model_whose_chains_agree_and_drafts_that_a
     monkeypatch.setattr(sys, "argv", ["bench.draft", "--quick", "--json"])
     draft.main()
     agreeing, own, off = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
-    names = ["draft_4-2-2_agree_b1_512", "draft_4-2-2_own_b1_6,400", "off_4-2-2_own_b1_512"]
+    names = ["draft_4-2-2_a1_b1_512", "draft_4-2-2_own_b1_6,400", "off_4-2-2_own_b1_512"]
     assert [case["name"] for case in (agreeing, own, off)] == names
     for case, wanted in ((agreeing, 1.15), (own, draft.OFF_OF_PLAIN)):
         assert case["metrics"]["drafts_of_plain_bar_x"] == wanted
