@@ -11,11 +11,12 @@ Beside them are the engine's own steps: `draft_1`, `chain1_1` and `all_1` of one
 `all_9` of all that a round of 3 or 8 drafts verifies.
 
 By itself it runs a checkpoint whose later chains' head is zero, and a 1B of four chains with random weights. Behind a
-cache of noise logits are too even for an int8 copy to choose as chain 1 does, which it does of real text; so there
-acceptance is given: each draft is replaced, with that probability by what plain steps have chosen, else by another
-token. And the checkpoint as it is, at 6,400 tokens. `--model` and `--preset` name others: a preset's drafts are
-replaced as `--acceptance` says; a checkpoint keeps its own weights and drafts. First, drafts must give the tokens of
-plain steps. All takes about four minutes; `--quick`, of the checkpoint alone, half a minute.
+cache of noise attention turns at the least difference, and an int8 copy of chain 1 chooses as chain 1 does half the
+time, where in real text it does almost always; so there acceptance is given: each draft is replaced, with that
+probability by what plain steps have chosen, else by another token. And the checkpoint as it is, at 6,400 tokens.
+`--model` and `--preset` name others: a preset's drafts are replaced as `--acceptance` says; a checkpoint keeps its own
+weights and drafts. First, drafts must give the tokens of plain steps. All takes about four minutes; `--quick`, of the
+checkpoint alone, half a minute.
 """
 
 import asyncio
