@@ -38,7 +38,7 @@ from cluster.decode_calls import GrpcDecodeCalls
 from cluster.front_door.placement import DecodeJob, DecodeLease
 from colm.checkpoint import Checkpoint
 from colm.clock import Deadline, MonotonicClock
-from colm.errors import CapacityExceeded, DeadlineExceeded
+from colm.errors import CapacityExceeded, ColmError, DeadlineExceeded
 from colm.events import Token
 from colm.placement import Placement
 from colm.sampling import SamplingParams
@@ -49,6 +49,8 @@ from decode_node.prefill_pool import StaticPrefillPool
 from decode_node.settings import DecodeSettings
 
 REFUSED_PAUSE_S = 0.25
+_MOST_SPANS = 100
+"""Of a turn's seconds, before it is given up."""
 _KV_CACHE_BYTES = 1 << 28
 _NOBODY = "127.0.0.1:9"
 """The discard port: prompts are short, so no prefill node is asked."""
@@ -179,12 +181,21 @@ class _Served:
         assert alone == together, "an answer beside others is another than alone"
 
     async def turn(self, scale: Scale) -> Mapping[str, float]:
-        """Ask for some seconds, and leave nothing behind."""
+        """Ask for some seconds, for as many again while nothing was seen, and leave nothing behind.
+
+        Raises:
+            ColmError: nothing was seen.
+        """
         seen, case = _Seen(), self._case
         clients = [asyncio.create_task(self._ask_on(scale, seen)) for _ in range(case.num_clients)]
         began_s = perf_counter()
-        for client in (await asyncio.wait(clients, timeout=case.seconds))[0]:
-            client.result()  # they end by errors alone
+        for _ in range(_MOST_SPANS):
+            for client in (await asyncio.wait(clients, timeout=case.seconds))[0]:
+                client.result()  # they end by errors alone
+            if seen.gaps_s:
+                break
+        else:
+            raise ColmError(f"seconds={case.seconds:g}: no answer came to its second token in {_MOST_SPANS} times that")
         seen_s = perf_counter() - began_s
         metrics = seen.metrics(seen_s, self._all_chains)
         for client in clients:

@@ -23,6 +23,7 @@ from decode_node.node import DecodeNode
 from decode_node.plan import PlanRow, StepPlan
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice
+from decode_node.step_budget import StepBudget
 from tests.clock import FakeClock
 from tests.gates import gate_before
 from tests.nodes import decode, decode_node, prefill_node, until_idle
@@ -203,7 +204,8 @@ async def test_short_prompts_that_come_together_are_each_answered_as_if_alone(
             answers = await asyncio.gather(*calls)
             monkeypatch.undo()
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in alone]
-    assert most == 64
+    budget = StepBudget(step_tokens=64, max_tokens=64)
+    assert budget.tokens(0) <= most <= budget.tokens(len(prompts)), "who goes on first is not said"
 
 
 async def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_an_answer_that_goes_on(
