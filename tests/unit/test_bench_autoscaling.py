@@ -78,7 +78,6 @@ def test_what_never_came_and_who_failed_are_told() -> None:
 
 
 def test_the_plot_is_drawn_of_the_record_alone(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     record = {
         "model": "m",
         "cpu": "c",

@@ -311,7 +311,6 @@ def test_the_table_replaces_what_is_between_the_markers_and_nothing_else(tmp_pat
 
 
 def test_the_plot_has_a_column_for_each_length(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     from bench.quality.plot import write_plot
 
     audited = replace(KEYS, is_audited=True)

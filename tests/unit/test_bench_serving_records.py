@@ -167,7 +167,6 @@ def test_the_pages_part_is_replaced_and_the_rest_stays(tmp_path: Path) -> None:
 
 
 def test_the_plot_draws_what_was_measured_and_leaves_out_what_never_came(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     refused = window(load=BURSTS, requests=[answered(**REFUSED)] * BURSTS.num_requests)
     write_plot(tmp_path / "plots" / "serving.svg", rows([window(), refused]), "the source")
     assert (tmp_path / "plots" / "serving.svg").read_bytes().startswith(b"<?xml")
