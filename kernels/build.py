@@ -24,11 +24,13 @@ def build(compiler: str, target: Path) -> None:
         subprocess.CalledProcessError: the compiler refused.
     """
     sources = sorted(native.SOURCE_DIR.glob("*.cpp"))
-    base = [compiler, *native.COMPILE_FLAGS, f'-DCOLM_SOURCE_HASH="{native.source_hash()}"']
+    base = [compiler, *native.COMPILE_FLAGS]
+    # For the one source that says it: a compiler's cache then knows all others again.
+    own = native.TARGET_FLAGS | {"library.cpp": (f'-DCOLM_SOURCE_HASH="{native.source_hash()}"',)}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as threads:
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
         commands = [
-            [*base, *native.TARGET_FLAGS.get(source.name, ()), "-c", str(source), "-o", output]
+            [*base, *own.get(source.name, ()), "-c", str(source), "-o", output]
             for source, output in zip(sources, objects, strict=True)
         ]
         list(threads.map(lambda command: subprocess.run(command, check=True), commands))
