@@ -42,8 +42,8 @@ def window(**changes: Any) -> WindowRecord:
     requests = changes.pop("requests", [answered(at_s=float(each % 4)) for each in range(load.num_requests)])
     values = {
         "environment": {"commit": "0123456789", "cpu": "CPU", "threads": 2, "command": "c", "date": "today"},
-        "run": "1", "system": "disaggregated", "model": "m", "dtype": "bfloat16", "round": 0, "seed": 0,
-        "timeout_s": 60.0, "load": load, "objective": OBJECTIVE, "busy_s": 5.0, "requests": requests,
+        "run": "2026-11-25T12:00:00+00:00", "system": "disaggregated", "model": "m", "dtype": "bfloat16", "round": 0,
+        "seed": 0, "timeout_s": 60.0, "load": load, "objective": OBJECTIVE, "busy_s": 5.0, "requests": requests,
         "usage": {
             "decode": {"cpu_s": 2.0, "peak_bytes": 100, "num_processes": 1},
             "client": {"cpu_s": 1.0, "peak_bytes": 50, "num_processes": 1},

@@ -16,6 +16,7 @@ and its systems stop by themselves.
 import argparse
 import asyncio
 import json
+import math
 import shlex
 import sys
 from collections.abc import Generator, Iterator, Sequence
@@ -33,6 +34,7 @@ from bench.harness import records
 from bench.harness.environment import environment
 from bench.harness.suite import positive
 from bench.serving import vllm
+from bench.serving.arrivals import MIN_BURSTINESS
 from bench.serving.check import check_greedy
 from bench.serving.open_loop import run_trace
 from bench.serving.outcome import Objective, Summary
@@ -67,6 +69,7 @@ class ServingOptions(argparse.Namespace):
     rates: list[float]
     seconds: float
     burst: int
+    burstiness: float
     documents: LogNormal
     answers: LogNormal
     shared_fraction: float
@@ -100,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rates", type=above_zero, nargs="+", default=[0.5, 1.0, 2.0], metavar="R", help="requests a second; 0.5 1 2")
     add("--seconds", type=above_zero, default=30.0, help="in which requests arrive, at each rate; 30")
     add("--burst", type=positive, default=5, help="requests that arrive together in a burst; 5")
+    add_burstiness(parser)
     what = "log-normal MEDIAN,SIGMA,LOW,HIGH of"
     add("--documents", type=log_normal, default="256,0.9,32,2048", help=f"{what} prompt tokens; 256,0.9,32,2048")
     add("--answers", type=log_normal, default="24,0.6,4,64", help=f"{what} new tokens; 24,0.6,4,64")
@@ -119,6 +123,20 @@ def parser() -> argparse.ArgumentParser:
     add("--vllm-json", type=Path, metavar="DIR", help="a file a window, in the JSON of `vllm bench serve`")
     add("--json", action="store_true", help="end with one JSON object")
     return parser
+
+
+def add_burstiness(parser: argparse.ArgumentParser) -> None:
+    """The option of everything that has arrivals."""
+    what = "shape of the gamma distribution between arrivals, as vLLM has it: 1 is Poisson, less comes in clusters; 1"
+    parser.add_argument("--burstiness", type=burstiness, default=1.0, metavar="B", help=what)
+
+
+def burstiness(text: str) -> float:
+    """Parse that option."""
+    value = float(text)
+    if not MIN_BURSTINESS <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from {MIN_BURSTINESS:g} on")
+    return value
 
 
 def above_zero(text: str) -> float:
@@ -223,6 +241,7 @@ def plan(options: ServingOptions) -> tuple[list[Load], Objective]:
                 rate_per_s=rate,
                 seconds=options.seconds,
                 burst_size=options.burst,
+                burstiness=options.burstiness,
                 documents=options.documents,
                 answers=options.answers,
                 shared_fraction=options.shared_fraction,

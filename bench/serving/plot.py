@@ -14,7 +14,7 @@ from colm.errors import ConfigError
 
 _COLOURS: Final[dict[Name, str]] = {"disaggregated": "#1f5fa8", "one process": "#b3531d"}
 _GROUND: Final = "#fbfbf9"
-_TITLES: Final = {"poisson": "Poisson arrivals", "bursts": "bursts"}
+_TITLES: Final = {"poisson": "Poisson arrivals"}
 _LABELS: Final = (
     "time to the first token, s",
     "time per token after the first, ms",
@@ -49,7 +49,7 @@ def write_plot(path: Path, found: Sequence[Row], source: str) -> None:
         axes = figure.subplots(3, len(patterns), squeeze=False, sharex=True, sharey="row")
         for column, pattern in enumerate(patterns):
             of_pattern = [row for row in found if row.pattern == pattern]
-            axes[0][column].set_title(_TITLES[pattern], fontsize=10)
+            axes[0][column].set_title(_TITLES.get(of_pattern[0].arrivals, of_pattern[0].arrivals), fontsize=10)
             for name in NAMES:
                 mine = [row for row in of_pattern if row.system == name]
                 _times(axes[0][column], mine, lambda each: each.ttft_s)

@@ -29,6 +29,8 @@ class Row:
     """A system under one load, over all rounds."""
 
     pattern: Pattern
+    arrivals: str
+    """The pattern in words, with how its moments are distributed."""
     rate_per_s: float
     system: Name
     summary: Summary
@@ -46,7 +48,7 @@ class Row:
         answered = f"{found.outcomes['finished']} of {found.num_requests}"
         times = (found.ttft_s, found.tpot_s, found.longest_gap_s, found.total_s, found.queue_s)
         return (
-            f"{self.pattern} {self.rate_per_s:g}/s",
+            f"{self.arrivals} {self.rate_per_s:g}/s",
             self.system,
             f"{answered}; {others}" if others else answered,
             *map(_pair, times),
@@ -58,7 +60,7 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         """For programs."""
         return {
-            "arrivals": self.pattern,
+            "arrivals": self.arrivals,
             "rate_per_s": self.rate_per_s,
             "system": self.system,
             **self.summary.model_dump(mode="json"),
@@ -100,6 +102,7 @@ def _row(group: Sequence[WindowRecord]) -> Row:
     }
     return Row(
         pattern=first.load.pattern,
+        arrivals=first.load.arrivals,
         rate_per_s=first.load.rate_per_s,
         system=first.system,
         summary=pooled(group),

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from bench.quality.text import Corpus, paragraphs
+from bench.serving.arrivals import MIN_BURSTINESS, gaps, in_words
 from colm.checkpoint import Checkpoint
 from colm.errors import ConfigError
 from colm.text.tokenizer import Tokenizer
@@ -76,6 +77,8 @@ class Load(Strict):
     """The window in which requests arrive; answers may end after it."""
     burst_size: PositiveInt
     """Requests that arrive in one moment, where the pattern is bursts."""
+    burstiness: float = Field(default=1.0, ge=MIN_BURSTINESS, allow_inf_nan=False)
+    """Of the moments at which requests arrive; 1 is a Poisson process."""
     documents: LogNormal
     """Prompt tokens."""
     answers: LogNormal
@@ -85,6 +88,11 @@ class Load(Strict):
     num_prefixes: PositiveInt
     prefix_tokens: PositiveInt
     """Of each shared prefix; a shorter prompt is a part of it."""
+
+    @property
+    def arrivals(self) -> str:
+        """In words."""
+        return in_words(self.pattern, self.burstiness)
 
     @property
     def num_together(self) -> int:
@@ -112,10 +120,12 @@ class Asked:
 def arrivals(load: Load, rng: Rng) -> list[float]:
     """When requests arrive, ascending.
 
-    A Poisson process, given its number of points, is that many times drawn uniformly. The number is fixed so that
-    every system and round is offered the same rate, not one that varies by its root.
+    The number is fixed, so that every system and round is offered the same rate, not one that varies by its root: the
+    gaps from the window's beginning to its end, the one after the last arrival among them, are scaled to its length. Of
+    a Poisson process this is its distribution given its number of points.
     """
-    moments = np.sort(rng.uniform(0, load.seconds, load.num_requests // load.num_together))
+    ends = np.cumsum(gaps(load.num_requests // load.num_together + 1, load.burstiness, rng))
+    moments = load.seconds * (ends[:-1] / ends[-1])
     return [float(each) for each in np.repeat(moments, load.num_together)]
 
 

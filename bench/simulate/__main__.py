@@ -24,6 +24,7 @@ from bench.harness.environment import environment
 from bench.harness.suite import positive
 from bench.harness.units import digits, duration
 from bench.serving.__main__ import above_zero
+from bench.serving.arrivals import in_words
 from bench.serving.plot import check_plots
 from bench.simulate.cluster import Ended
 from bench.simulate.figures import Figures, print_figures
@@ -164,6 +165,7 @@ def plan_all(options: PlanOptions) -> None:
             )
     prompts, answers = lengths(options)
     of_trace = f"lengths of {options.shape}" if options.shape else f"prompt tokens {prompts}, new tokens {answers}"
+    arrivals = in_words(options.pattern, options.burstiness)
     environs = environment()
     record = PlanRecord(
         command=command(),
@@ -171,7 +173,7 @@ def plan_all(options: PlanOptions) -> None:
         dirty=environs["dirty"],
         question=(
             f"{options.preset} on replicas of {question.costs.machine.name}, {options.rate:g} requests a second "
-            f"({options.pattern}), {of_trace}, {question.workload.num_chains} chains, seed {options.seed}."
+            f"({arrivals}), {of_trace}, {question.workload.num_chains} chains, seed {options.seed}."
         ),
         rows=rows,
     )

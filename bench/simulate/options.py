@@ -8,7 +8,7 @@ from typing import Final
 
 from bench.harness.suite import positive
 from bench.roofline.machine import FOLDER, machine
-from bench.serving.__main__ import above_zero, log_normal
+from bench.serving.__main__ import above_zero, add_burstiness, log_normal
 from bench.serving.trace import LogNormal
 from bench.simulate.cluster import ClusterPlan, Ended, Simulated, run
 from bench.simulate.costs import MachineCosts
@@ -39,6 +39,7 @@ class SimulateOptions(argparse.Namespace):
     requests: int
     pattern: Pattern
     burst: int
+    burstiness: float
     shape: str | None
     prompts: LogNormal
     answers: LogNormal
@@ -61,6 +62,7 @@ def add_common(parser: ArgumentParser, *, num_requests: int) -> None:
     add("--requests", type=positive, default=num_requests, metavar="N", help=f"that arrive; {num_requests}")
     add("--pattern", choices=PATTERNS, default="poisson", help="of arrivals; poisson")
     add("--burst", type=positive, default=8, metavar="N", help="requests that arrive together in a burst; 8")
+    add_burstiness(parser)
     add("--shape", choices=sorted(SHAPES), help="lengths of a published trace, in place of the next two")
     what = "log-normal MEDIAN,SIGMA,LOW,HIGH of"
     prompts, answers = "1024,1,16,32768", "128,0.8,1,2048"
@@ -116,6 +118,7 @@ class Question:
             max_context=min(config.max_context, decode.num_pages * decode.page_tokens),
             pattern=options.pattern,
             burst_size=options.burst,
+            burstiness=options.burstiness,
         )
         costs = MachineCosts(machine=machine(options.machine), config=config, tile_tokens=options.tile_tokens)
         return cls(config=config, costs=costs, workload=workload, template=template, seed=options.seed)

@@ -8,6 +8,7 @@ from typing import Final, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.serving.arrivals import gaps
 from bench.simulate.requests import SimRequest
 
 Pattern = Literal["poisson", "bursts", "steps"]
@@ -44,9 +45,9 @@ class Always:
 class Workload:
     """Requests that are independent of each other.
 
-    A Poisson process has exponential times between arrivals. With bursts, so many requests arrive in one moment, and
-    the moments are a Poisson process of the same rate of requests. With steps, the rate rises to `STEP` times as much
-    and falls again.
+    A Poisson process has exponential times between arrivals; another burstiness has others, as
+    `bench.serving.arrivals` describes. With bursts, so many requests arrive in one moment, and the moments are such a
+    process of the same rate of requests. With steps, the rate rises to `STEP` times as much and falls again.
     """
 
     rate_per_s: float
@@ -58,16 +59,17 @@ class Workload:
     """Longer prompts are cut, so that the answer has room; as a client would have to."""
     pattern: Pattern = "poisson"
     burst_size: int = 1
+    burstiness: float = 1.0
 
     def requests(self, seed: int) -> Iterator[SimRequest]:
         """The requests, in the order of arrival; the same for the same seed."""
         rng = np.random.default_rng(seed)
         num_together = self.burst_size if self.pattern == "bursts" else 1
         count = self.num_requests
-        gaps = rng.exponential(num_together / self.rate_per_s, -(-count // num_together))
+        gaps_s = num_together / self.rate_per_s * gaps(-(-count // num_together), self.burstiness, rng)
         if self.pattern == "steps":
-            gaps[count // 4 : 3 * count // 4] /= STEP
-        moments = [at_s for at_s in accumulate(gaps.tolist()) for _ in range(num_together)][:count]
+            gaps_s[count // 4 : 3 * count // 4] /= STEP
+        moments = [at_s for at_s in accumulate(gaps_s.tolist()) for _ in range(num_together)][:count]
         answers = np.minimum(self.answers.draw(count, rng), self.max_context - 1)
         prompts = np.minimum(self.prompts.draw(count, rng), self.max_context - answers)
         for number, (at_s, prompt, answer) in enumerate(zip(moments, prompts.tolist(), answers.tolist(), strict=True)):

@@ -22,14 +22,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.serving import __main__ as command
+from bench.serving.arrivals import MIN_BURSTINESS
 from bench.serving.check import check_greedy
 from bench.serving.one_process import OneProcess, serving
 from bench.serving.open_loop import answer, run_trace, send_all
 from bench.serving.outcome import Summary
 from bench.serving.record import last_run
 from bench.serving.systems import System, by_role, serve_one_process
-from bench.serving.trace import Asked, LogNormal, arrivals, check_lengths, text_for, trace
+from bench.serving.trace import Asked, Load, LogNormal, arrivals, check_lengths, text_for, trace
 from bench.serving.usage import RoleUsage, Usage
+from bench.simulate.workload import Always, Workload
 from cluster.front_door.placement import DecodeJob, DecodeLease
 from cluster.options import load_config
 from cluster.state import ClusterState
@@ -79,18 +81,39 @@ def test_gaps_between_poisson_arrivals_are_exponential() -> None:
     assert np.abs(seen - (1 - np.exp(-20 * gaps))).max() < 1.63 / math.sqrt(len(gaps))
 
 
+@pytest.mark.parametrize("burstiness", [0.2, 0.5, 1.0, 4.0])
+def test_both_generators_have_the_mean_and_the_variance_of_gamma_arrivals(burstiness: float) -> None:
+    """Of the shape k the mean is 1 and the variance 1/k, of a sample of N with deviations of sqrt(1 / (k N)) and
+    sqrt((2 + 6/k) / N) of itself: 5 of them are passed by 1 in a million samples."""
+    count = 20_000
+    load = LOAD.model_copy(update={"rate_per_s": 20.0, "seconds": count / 20.0, "burstiness": burstiness})
+    of_window = np.diff(arrivals(load, np.random.default_rng(1)))
+    workload = Workload(
+        rate_per_s=20.0, num_requests=count, prompts=Always(1), answers=Always(1), num_chains=1, max_context=8,
+        burstiness=burstiness,
+    )  # fmt: skip
+    simulated = np.diff([request.at_s for request in workload.requests(seed=1)])
+    for gaps_s in (of_window, simulated):
+        gaps = 20.0 * gaps_s
+        assert gaps.mean() == pytest.approx(1, abs=5 * math.sqrt(1 / (burstiness * count)))
+        assert gaps.var() * burstiness == pytest.approx(1, abs=5 * math.sqrt((2 + 6 / burstiness) / count))
+
+
 @given(
     st.sampled_from(["poisson", "bursts"]),
     st.floats(0.01, 50),
     st.floats(0.1, 100),
     st.integers(1, 7),
+    st.sampled_from([MIN_BURSTINESS, 1.0, 30.0]),
     st.integers(0, 3),
 )
 def test_as_many_requests_arrive_as_the_rate_says_and_none_outside_the_window(
-    pattern: str, rate_per_s: float, seconds: float, burst_size: int, seed: int
+    pattern: str, rate_per_s: float, seconds: float, burst_size: int, burstiness: float, seed: int
 ) -> None:
-    load = LOAD.model_copy(
-        update={"pattern": pattern, "rate_per_s": rate_per_s, "seconds": seconds, "burst_size": burst_size}
+    load = Load.model_validate(
+        LOAD.model_dump()
+        | {"pattern": pattern, "rate_per_s": rate_per_s, "seconds": seconds, "burst_size": burst_size}
+        | {"burstiness": burstiness}
     )
     times = arrivals(load, np.random.default_rng(seed))
     together = burst_size if pattern == "bursts" else 1

@@ -197,7 +197,25 @@ def test_a_window_is_what_vllm_bench_serve_would_have_saved(tmp_path: Path) -> N
     assert found["std_tpot_ms"] == pytest.approx(1e3 * math.sqrt(2 / 9) * 0.1)
     assert (found["median_e2el_ms"], found["p95_e2el_ms"]) == (900.0, 4900.0)
     assert (found["request_rate"], found["burstiness"]) == (5.0, 1.0)
+    assert (found["date"], found["endpoint_type"], found["label"]) == ("20261125-120000", "disaggregated", None)
     assert json.loads((tmp_path / "new" / names[2]).read_text())["burstiness"] is None
+
+
+def test_gamma_arrivals_are_named_and_their_shape_is_vllms_burstiness(tmp_path: Path) -> None:
+    load = LOAD.model_copy(update={"burstiness": 0.5})
+    assert vllm.as_vllm(window(load=load))["burstiness"] == 0.5
+    vllm.write(tmp_path, [window(load=load)])
+    assert [path.name for path in tmp_path.iterdir()] == ["disaggregated-gamma_0.5-5qps-m-round0.json"]
+    (row,) = rows([window(load=load)])
+    assert (row.words()[0], row.as_json()["arrivals"]) == ("gamma 0.5 5/s", "gamma 0.5")
+    assert BURSTS.model_copy(update={"burstiness": 2.0}).arrivals == "bursts, gamma 2"
+
+
+def test_requests_at_once_are_counted_second_by_second_as_vllm_counts_them() -> None:
+    """Seconds begin with the first arrival, and who was there for a part of one was there: three until 0.9 s after it,
+    four from then on."""
+    requests = [answered(at_s=0.4)] * 3 + [answered(at_s=1.3)] * 4 + [answered(at_s=1.3, **REFUSED)] * 13
+    assert vllm.as_vllm(window(requests=requests))["max_concurrent_requests"] == 7
 
 
 def test_nothing_that_finished_is_a_time_of_zero_as_vllm_has_it() -> None:

@@ -66,6 +66,13 @@ MUTANTS = (
         _SERVING_RECORDS + "test_a_record_comes_back_from_its_line_and_has_one_outcome_for_each_arrival",
     ),
     Mutant(
+        "gaps between arrivals are exponential, whatever the burstiness",
+        "bench/serving/arrivals.py",
+        "return rng.gamma(burstiness, 1 / burstiness, count)",
+        "return rng.exponential(1.0, count)",
+        _SERVING + "test_both_generators_have_the_mean_and_the_variance_of_gamma_arrivals",
+    ),
+    Mutant(
         "a burst's requests arrive one by one",
         "bench/serving/trace.py",
         "np.repeat(moments, load.num_together)",
