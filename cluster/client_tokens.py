@@ -91,6 +91,16 @@ class Clients:
         self.num_refused += found is None
         return found
 
+    def require(self, token: str) -> Client:
+        """Who shows this token.
+
+        Raises:
+            Unauthenticated: it is empty, or nobody's.
+        """
+        if (found := self.of(token)) is None:
+            raise Unauthenticated("the token is wrong" if token else "a token is needed (`Authorization: Bearer`)")
+        return found
+
     def names(self) -> set[str]:
         """Of everybody who is admitted now."""
         self._look()

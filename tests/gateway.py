@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from cluster.accounts import Accounts
 from cluster.audit_log import AuditLog
+from cluster.client_requests import ClientRequests
 from cluster.client_tokens import Clients
 from cluster.decode_calls import GrpcDecodeCalls
 from cluster.front_door.front_door import FrontDoor, Variant
@@ -21,7 +22,6 @@ from cluster.generation_service import GenerationService
 from cluster.metrics import RequestMetrics
 from cluster.node_registry import NodeRegistry
 from cluster.openai.app import OpenAiApp
-from cluster.openai.calls import Desk
 from cluster.state import ClusterState
 from cluster.status_page.board import Board
 from cluster.status_page.routes import StatusPage
@@ -30,7 +30,7 @@ from colm.clock import MonotonicClock
 from colm.errors import CapacityExceeded
 from colm.line import Beat
 from colm.model.config import ChainConfig
-from colm.nodes import ClusterStatus, NodeReport, ProcessFacts, Role
+from colm.nodes import NodeReport, ProcessFacts, Role
 from colm.retry import RetryPolicy
 from colm.text.tokenizer import Tokenizer
 from colm.wire.endpoint import bind, create_server
@@ -166,13 +166,8 @@ async def killable_gateway(
         retry=RETRY,
         on_resubmit=metrics.resubmitted,
     )
-    GenerationService(
-        front_door,
-        upload_idle_s=chosen.upload_idle_s,
-        clients=clients,
-        accounts=Accounts(MonotonicClock(), audit_log),
-        metrics=metrics,
-    ).add_to(server)
+    requests = ClientRequests(front_door, clients, Accounts(MonotonicClock(), audit_log), metrics)
+    GenerationService(requests, upload_idle_s=chosen.upload_idle_s).add_to(server)
     port = bind(server, "127.0.0.1", port, Security(), shares_port=True)
     await server.start()
     try:
@@ -217,21 +212,14 @@ async def http_gateway(
         registry=nodes or decode_nodes(1),
         variants=variants,
         clock=clock,
+        metrics_address=metrics_address,
     )
     if doors is not None:
         doors.append(front_door)
-    app = OpenAiApp(
-        front_door=front_door,
-        desk=Desk(front_door, known, Accounts(clock, audit_log), RequestMetrics(metrics or CollectorRegistry(), known)),
-        clients=known,
-        limits=chosen,
-        max_files_bytes=max_files_bytes,
-    )
-
-    def status() -> ClusterStatus:
-        return replace(front_door.status(), metrics_address=metrics_address)
-
-    page = StatusPage(Board(status, clock), known)
+    counts = RequestMetrics(metrics or CollectorRegistry(), known)
+    requests = ClientRequests(front_door, known, Accounts(clock, audit_log), counts)
+    app = OpenAiApp(requests, limits=chosen, max_files_bytes=max_files_bytes)
+    page = StatusPage(Board(front_door.status, clock), known)
     server = HttpServer(app.asgi(*page.routes()), host="127.0.0.1", port=0, max_connections=64, tls=tls)
     await server.start()
     try:

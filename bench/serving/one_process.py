@@ -23,6 +23,7 @@ from colm_kernels.native import CancelFlag, Cancelled
 from prometheus_client import CollectorRegistry
 
 from cluster.accounts import Accounts
+from cluster.client_requests import ClientRequests
 from cluster.client_tokens import Clients
 from cluster.front_door.front_door import FrontDoor
 from cluster.front_door.placement import DecodeJob, DecodeLease
@@ -313,13 +314,9 @@ async def serving(model: Path, config: ClusterConfig, security: Security) -> Asy
     )
     server: grpc.aio.Server = create_server(security)
     clients = Clients(None)
-    GenerationService(
-        front_door,
-        upload_idle_s=gateway.upload_idle_s,
-        clients=clients,
-        accounts=Accounts(clock, None),
-        metrics=RequestMetrics(CollectorRegistry(), clients),
-    ).add_to(server)
+    counts = RequestMetrics(CollectorRegistry(), clients)
+    requests = ClientRequests(front_door, clients, Accounts(clock), counts)
+    GenerationService(requests, upload_idle_s=gateway.upload_idle_s).add_to(server)
     port = bind(server, gateway.host, gateway.port, security)
     await server.start()
     try:

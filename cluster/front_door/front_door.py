@@ -50,6 +50,7 @@ class FrontDoor:
         variants: further models, whose nodes report their names.
         retry: how often a decode node is called in vain.
         on_resubmit: told why a request is given to a decode node again.
+        metrics_address: where Prometheus reads the gateway; empty where it does not.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class FrontDoor:
         variants: Sequence[Variant] = (),
         retry: RetryPolicy = RETRY,
         on_resubmit: Callable[[ColmError], None] = lambda _: None,
+        metrics_address: str = "",
     ) -> None:
         self._limits = limits
         self._prompts = PromptReader(
@@ -86,6 +88,7 @@ class FrontDoor:
         self._registry = registry
         self._clock = clock
         self._calls = calls
+        self._metrics_address = metrics_address
         self._running: set[asyncio.Timeout] = set()
         """One of each request that is inside, which ends it when it is rescheduled."""
         self._is_going = False
@@ -238,7 +241,11 @@ class FrontDoor:
         )
         nodes = tuple(self._registry.nodes())
         return ClusterStatus(
-            models=models, nodes=nodes, num_active_requests=len(self._running), pools=self._registry.pools
+            models=models,
+            nodes=nodes,
+            num_active_requests=len(self._running),
+            metrics_address=self._metrics_address,
+            pools=self._registry.pools,
         )
 
     @asynccontextmanager

@@ -12,13 +12,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cluster.client_tokens import Client, Clients
-from cluster.front_door.front_door import FrontDoor
+from cluster.client_requests import ClientRequests
+from cluster.client_tokens import Client
 from cluster.front_door.plan import GatewayLimits
 from cluster.openai.answers import Shape
 from cluster.openai.bodies import OVERHEAD_BYTES, Bodies
-from cluster.openai.callers import caller_of
-from cluster.openai.calls import Call, Desk
+from cluster.openai.calls import Call
 from cluster.openai.errors import answer_of
 from cluster.openai.files import FileStore
 from cluster.openai.openapi import document
@@ -27,6 +26,7 @@ from colm import tracing
 from colm.errors import GoingAway, InvalidRequest
 from colm.nodes import ModelStatus
 from colm.text.tokenizer import SEPARATOR
+from colm.wire.security import shown_token
 
 _SMALL_BYTES = 64 << 10
 """Of a body that is parsed at once; a larger one is parsed in a thread."""
@@ -37,25 +37,13 @@ class OpenAiApp:
     """Makes the ASGI application.
 
     Args:
-        front_door: serves the requests.
-        desk: the same front door, with accounts and metrics.
-        clients: who calls.
+        requests: lets clients' requests in.
         limits: of requests.
         max_files_bytes: of documents that are kept.
     """
 
-    def __init__(
-        self,
-        *,
-        front_door: FrontDoor,
-        desk: Desk,
-        clients: Clients,
-        limits: GatewayLimits,
-        max_files_bytes: int,
-    ) -> None:
-        self._front_door = front_door
-        self._desk = desk
-        self._clients = clients
+    def __init__(self, requests: ClientRequests, *, limits: GatewayLimits, max_files_bytes: int) -> None:
+        self._requests = requests
         self._bodies = Bodies(
             max_bytes=limits.max_document_bytes + OVERHEAD_BYTES,
             max_held_bytes=limits.max_upload_bytes,
@@ -93,14 +81,15 @@ class OpenAiApp:
             with self._bodies.counted(Request(scope, receive)) as request:
                 response: ASGIApp
                 try:
-                    with self._desk.reading(client := caller_of(request, self._clients)):
-                        body = await request.body()
+                    with self._requests.reading(client := self._caller(request)):
+                        try:
+                            body = await request.body()
+                        except ClientDisconnect:  # it has asked for nothing yet
+                            return
                         is_small = len(body) <= _SMALL_BYTES
                         ask = read(body) if is_small else await asyncio.to_thread(read, body)
                         del body
                         response = self._call(client, ask)
-                except ClientDisconnect:
-                    return
                 except Exception as error:  # noqa: BLE001 - whatever it is, it becomes the call's one answer
                     response = answer_of(error)
                 with tracing.continued(request.headers.items()), tracing.span("openai"):
@@ -108,11 +97,14 @@ class OpenAiApp:
 
         return _Endpoint(answer)
 
+    def _caller(self, request: Request) -> Client:
+        return self._requests.clients.require(shown_token(request.headers))
+
     def _call(self, client: Client, ask: Ask) -> Call:
         documents = [self._files.get(file_id, client.name).content for file_id in ask.documents]
         separator = SEPARATOR.encode()
         document = separator.join([*documents, *([text] if (text := _utf8(ask.text)) else [])])
-        model = self._front_door.model_of(ask.requests[0].model)
+        model = self._requests.front_door.model_of(ask.requests[0].model)
         shape = Shape(
             is_chat=ask.is_chat,
             model=model.name,
@@ -120,19 +112,19 @@ class OpenAiApp:
             wants_logprobs=ask.wants_logprobs,
             counts_along=ask.counts_along,
         )
-        return Call(self._desk, client, ask, document, shape)
+        return Call(self._requests, client, ask, document, shape)
 
     def _guarded(self, handle: Callable[[Request, Client], Awaitable[Response]]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
             try:
-                return await handle(request, caller_of(request, self._clients))
+                return await handle(request, self._caller(request))
             except Exception as error:  # noqa: BLE001 - whatever it is, it becomes the request's one answer
                 return answer_of(error)
 
         return answer
 
     async def _health(self, _: Request) -> Response:
-        if self._front_door.is_going:
+        if self._requests.front_door.is_going:
             return answer_of(GoingAway("the gateway is stopping"))
         return JSONResponse({"status": "ok"})
 
@@ -140,11 +132,12 @@ class OpenAiApp:
         return JSONResponse(document())
 
     async def _models(self, request: Request, client: Client) -> Response:  # noqa: ARG002 - the handlers' contract
-        return JSONResponse({"object": "list", "data": [_as_json(each) for each in self._front_door.status().models]})
+        models = self._requests.front_door.status().models
+        return JSONResponse({"object": "list", "data": [_as_json(each) for each in models]})
 
     async def _one_model(self, request: Request, client: Client) -> Response:  # noqa: ARG002 - as above
-        name = self._front_door.model_of(request.path_params["name"]).name
-        (model,) = (each for each in self._front_door.status().models if each.name == name)
+        name = self._requests.front_door.model_of(request.path_params["name"]).name
+        (model,) = (each for each in self._requests.front_door.status().models if each.name == name)
         return JSONResponse(_as_json(model))
 
     async def _list_files(self, _: Request, client: Client) -> Response:

@@ -1,22 +1,18 @@
-"""One call: its answers from the front door, and what is sent of them, whole or as server-sent events."""
+"""One call of OpenAI's protocol: what is sent of its answers, whole or as server-sent events."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import numpy as np
-from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from cluster.accounts import Accounts
-from cluster.client_tokens import Client, Clients
-from cluster.front_door.front_door import FrontDoor
+from cluster.client_requests import ClientRequests
+from cluster.client_tokens import Client
 from cluster.front_door.prompt import PromptPart
 from cluster.front_door.pulled import pulled
-from cluster.metrics import RequestMetrics
 from cluster.openai.answers import Choice, Shape
 from cluster.openai.errors import answer_of, body_of
 from cluster.openai.schema import Ask
@@ -30,76 +26,19 @@ Numbered = tuple[int, Event]
 _HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 
 
-class Desk:
-    """Serves calls of clients.
-
-    Args:
-        front_door: serves the requests.
-        clients: who calls, and whose tokens are still valid.
-        accounts: what each client may take.
-        metrics: counts the requests.
-    """
-
-    def __init__(self, front_door: FrontDoor, clients: Clients, accounts: Accounts, metrics: RequestMetrics) -> None:
-        self._front_door = front_door
-        self._clients = clients
-        self._accounts = accounts
-        self._metrics = metrics
-
-    @contextmanager
-    def reading(self, client: Client) -> Iterator[None]:
-        """Read a call; one that cannot be is counted and written down as a request that has ended so."""
-        try:
-            yield
-        except ClientDisconnect:  # it has asked for nothing yet
-            raise
-        except Exception:
-            with self._metrics.request(client.name), self._accounts.open(client):
-                raise
-
-    async def serve(
-        self, client: Client, ask: Ask, document: bytes, emit: Callable[[Numbered], Awaitable[None]]
-    ) -> None:
-        """Emit the events of all answers as they come; the first error ends them all."""
-
-        async def one(number: int, request: GenerateRequest) -> None:
-            with self._metrics.request(client.name) as seen, self._accounts.open(client) as usage:
-                seen.asks(self._front_door.model_of(request.model).name)
-                prompt = usage.counted(_parts(ask, document))
-                answer = self._front_door.generate(request, prompt, owner=client.name)
-                async with self._clients.while_admitted(client), answer as events:
-                    async for event in events:
-                        usage.see(event)
-                        seen.see(event)
-                        await emit((number, event))
-                        if not isinstance(event, Accepted | Queued):
-                            is_placed.set()
-
-        # Answers to one prompt share its prefill, on the node that the first has got.
-        is_placed = asyncio.Event()
-        try:
-            async with asyncio.TaskGroup() as group:
-                for number, request in enumerate(ask.requests):
-                    if number == 1:
-                        await is_placed.wait()
-                    group.create_task(one(number, request))
-        except BaseExceptionGroup as several:
-            raise several.exceptions[0] from None
-
-
 class Call:
     """An ASGI response that runs a call, and ends it everywhere if the client goes away.
 
     Args:
-        desk: serves it.
+        requests: lets in the request for each of its answers.
         client: who calls.
         ask: what is asked.
         document: before the prompt, and the prompt's text.
         shape: of its answers.
     """
 
-    def __init__(self, desk: Desk, client: Client, ask: Ask, document: bytes, shape: Shape) -> None:
-        self._desk = desk
+    def __init__(self, requests: ClientRequests, client: Client, ask: Ask, document: bytes, shape: Shape) -> None:
+        self._requests = requests
         self._client = client
         self._ask = ask
         self._document = document
@@ -119,12 +58,9 @@ class Call:
             working.result()
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def run(emit: Callable[[Numbered], Awaitable[None]]) -> None:
-            await self._desk.serve(self._client, self._ask, self._document, emit)
-
         is_begun = False
         try:
-            async with pulled(run) as events:
+            async with pulled(self._answer) as events:
                 # What is wrong with a request shows before its second event: a status can still say it.
                 first = [each async for each in _until_placed(events)]
                 choices = [Choice(number) for number in range(len(self._ask.requests))]
@@ -138,6 +74,30 @@ class Call:
             if not is_begun:
                 return await answer_of(error)(scope, receive, send)
             await _send(send, _event(body_of(error)), more=False)
+
+    async def _answer(self, emit: Callable[[Numbered], Awaitable[None]]) -> None:
+        """Emit the events of all answers as they come; the first error ends them all."""
+
+        async def one(number: int, request: GenerateRequest) -> None:
+            async with (
+                self._requests.open(self._client) as opened,
+                opened.generate(request, _parts(self._ask, self._document)) as events,
+            ):
+                async for event in events:
+                    await emit((number, event))
+                    if not isinstance(event, Accepted | Queued):
+                        is_placed.set()
+
+        # Answers to one prompt share its prefill, on the node that the first has got.
+        is_placed = asyncio.Event()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number, request in enumerate(self._ask.requests):
+                    if number == 1:
+                        await is_placed.wait()
+                    group.create_task(one(number, request))
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
 
     async def _read(self, first: list[Numbered], events: AsyncIterator[Numbered], choices: list[Choice]) -> None:
         for number, event in first:

@@ -5,7 +5,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from cluster.autoscaling.autoscaler import Autoscaler
 from cluster.autoscaling.signals import PoolScaling
 from cluster.certificates import keep_looking_after
 from cluster.change import weights_stamp
-from cluster.client_tokens import Clients
+from cluster.client_requests import ClientRequests
 from cluster.decode_calls import GrpcDecodeCalls
 from cluster.front_door.front_door import FrontDoor, Variant
 from cluster.front_door.placement import DecodeLease
@@ -33,7 +33,6 @@ from cluster.generation_service import GenerationService
 from cluster.metrics import PoolMetrics, RequestMetrics, targets
 from cluster.node_registry import NodeRegistry
 from cluster.openai.app import OpenAiApp
-from cluster.openai.calls import Desk
 from cluster.replicas.leaving import Leaving
 from cluster.replicas.lender import ServeLender
 from cluster.replicas.replica_numbers import ServeReplicaNumbers
@@ -49,7 +48,7 @@ from colm.dtypes import parse_dtype
 from colm.kv import KvFormat, fingerprint
 from colm.line import Beat
 from colm.metrics.endpoint import MetricsEndpoint
-from colm.nodes import ClusterStatus, NodeCounts, NodeReport, Role
+from colm.nodes import NodeCounts, NodeReport, Role
 from colm.text.tokenizer import Tokenizer
 from colm.tracing import TraceFiles, trace_to
 from colm.wire.endpoint import bind, create_server, dial_address
@@ -170,8 +169,8 @@ class GatewayReplica:
             num_decode_nodes=options.num_decode_nodes,
             variants=further,
             on_resubmit=metrics.resubmitted,
+            metrics_address=await self._serve_metrics(registry, options),
         )
-        metrics_address = await self._serve_metrics(registry, options)
         client_security = secrets.of_clients()
         # The gateway that takes this one's place begins to listen before this one ends.
         self._drain_s = options.drain_s
@@ -180,30 +179,18 @@ class GatewayReplica:
         )
         folder, keep_days = options.audit_folder, options.audit_keep_days
         audit_log = None if folder is None else AuditLog(Path(folder), keep_days=keep_days)
-        accounts = Accounts(MonotonicClock(), audit_log)
-        app = OpenAiApp(
-            front_door=front_door,
-            desk=Desk(front_door, clients, accounts, metrics),
-            clients=clients,
-            limits=options.limits,
-            max_files_bytes=options.max_files_bytes,
-        )
+        requests = ClientRequests(front_door, clients, Accounts(MonotonicClock(), audit_log), metrics)
+        app = OpenAiApp(requests, limits=options.limits, max_files_bytes=options.max_files_bytes)
+        page = StatusPage(Board(front_door.status, MonotonicClock()), clients)
         self._http = HttpServer(
-            app.asgi(*self._status_page(clients, metrics_address).routes()),
+            app.asgi(*page.routes()),
             host=options.host,
             port=options.http_port,
             max_connections=2 * options.limits.max_requests,
             tls=client_security.tls,
             shares_port=True,
         )
-        GenerationService(
-            front_door,
-            upload_idle_s=options.limits.upload_idle_s,
-            clients=clients,
-            accounts=accounts,
-            metrics=metrics,
-            metrics_address=metrics_address,
-        ).add_to(self._server)
+        GenerationService(requests, upload_idle_s=options.limits.upload_idle_s).add_to(self._server)
         self._health = BoundedHealth()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for name in ("", _SERVICE):
@@ -239,12 +226,6 @@ class GatewayReplica:
             self._address = dial_address(self._host, port)
             self._opened.set()
             logger.info("gateway.ready address=%s http=%s", self._address, self._http.address)
-
-    def _status_page(self, clients: Clients, metrics_address: str) -> StatusPage:
-        def status() -> ClusterStatus:
-            return replace(self._front_door.status(), metrics_address=metrics_address)
-
-        return StatusPage(Board(status, MonotonicClock()), clients)
 
     async def _serve_metrics(self, registry: CollectorRegistry, options: GatewayOptions) -> str:
         if (host := options.metrics_host) is None:

@@ -11,10 +11,10 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.client_tokens import Clients
-from cluster.openai.callers import caller_of
 from cluster.openai.errors import answer_of
 from cluster.status_page.board import Board, Shown
 from colm.errors import Unauthenticated
+from colm.wire.security import shown_token
 
 PAGE = Path(__file__).with_name("page.html")
 _AS_JSON = TypeAdapter(Shown)
@@ -65,7 +65,7 @@ class StatusPage:
 
     async def _figures(self, request: Request) -> Response:
         try:
-            if not caller_of(request, self._clients).is_operator:
+            if not self._clients.require(shown_token(request.headers)).is_operator:
                 raise Unauthenticated("this token is a client's; only the operator's shows the cluster")
             shown = _AS_JSON.dump_python(await self._board.look(), mode="json")
             return JSONResponse(shown, headers={"Cache-Control": "no-store"})

@@ -13,12 +13,12 @@ from httpx2 import Response
 from prometheus_client import CollectorRegistry
 
 from cluster.accounts import Accounts
+from cluster.client_requests import ClientRequests
 from cluster.client_tokens import OPERATOR, Client, Clients, TokenLimits, create_token, revoke_token
 from cluster.front_door.front_door import FrontDoor
 from cluster.generation_service import GenerationService
 from cluster.metrics import UNKNOWN, RequestMetrics
 from cluster.openai.app import OpenAiApp
-from cluster.openai.calls import Desk
 from colm.client import AsyncClient
 from colm.clock import MonotonicClock
 from colm.errors import CapacityExceeded, ColmError, InvalidRequest
@@ -84,12 +84,10 @@ async def doors(tmp_path: Path) -> AsyncIterator[TwoDoors]:
         clock=MonotonicClock(),
     )
     server = create_server(Security(token=OPERATOR_TOKEN), lambda token: two.clients.of(token) is not None)
-    GenerationService(
-        door, upload_idle_s=LIMITS.upload_idle_s, clients=two.clients, accounts=two.accounts, metrics=two.metrics
-    ).add_to(server)
+    requests = ClientRequests(door, two.clients, two.accounts, two.metrics)
+    GenerationService(requests, upload_idle_s=LIMITS.upload_idle_s).add_to(server)
     two.grpc = f"127.0.0.1:{bind(server, '127.0.0.1', 0, Security())}"
-    desk = Desk(door, two.clients, two.accounts, two.metrics)
-    app = OpenAiApp(front_door=door, desk=desk, clients=two.clients, limits=LIMITS, max_files_bytes=1 << 20)
+    app = OpenAiApp(requests, limits=LIMITS, max_files_bytes=1 << 20)
     http = HttpServer(app.asgi(), host="127.0.0.1", port=0, max_connections=8)
     await server.start()
     await http.start()

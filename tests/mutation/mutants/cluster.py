@@ -33,7 +33,7 @@ MUTANTS = (
     ),
     Mutant(
         "a request that cannot be read over HTTP is in no count",
-        "cluster/openai/calls.py",
+        "cluster/client_requests.py",
         "            with self._metrics.request(client.name), self._accounts.open(client):\n                raise\n",
         "            raise\n",
         _LIMITS + "test_what_is_refused_as_it_is_read_is_counted_as_over_grpc",
@@ -55,8 +55,8 @@ MUTANTS = (
     Mutant(
         "every client sees the cluster's figures",
         "cluster/status_page/routes.py",
-        "if not caller_of(request, self._clients).is_operator:",
-        "if not caller_of(request, self._clients):",
+        "if not self._clients.require(shown_token(request.headers)).is_operator:",
+        "if not self._clients.require(shown_token(request.headers)):",
         "tests/unit/test_status_page.py::test_a_pool_that_follows_its_load_is_shown_to_the_operator_alone",
     ),
     Mutant(
@@ -476,8 +476,8 @@ MUTANTS = (
     ),
     Mutant(
         "a request that has found no room is nobody's model's",
-        "cluster/openai/calls.py",
-        "                seen.asks(self._front_door.model_of(request.model).name)\n",
+        "cluster/client_requests.py",
+        "        self._seen.asks(self._front_door.model_of(request.model).name)\n",
         "",
         "tests/unit/test_variants.py::"
         "test_a_question_to_another_model_finds_the_document_that_the_first_one_had_computed",
