@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from colm.errors import ClusterError
+from colm.errors import ClusterError, StateVersionMismatch
 from colm.wire.certificates import dialled_name, pem_of, read_certificates
 from colm.wire.security import Security, Tls
 
 _FILE = "cluster.json"
+VERSION = 1
+"""Of the state file. Another set of fields, or another meaning of one, is another version; files before 1 had none."""
 _JOINED_FILE = "joined"
 _LOCK_FILE = "lock"
 SECRETS = "secrets"
@@ -144,7 +146,8 @@ class ClusterState:
     def write(self, state_dir: Path) -> None:
         """Write the state file, which only this user can read."""
         make_state_dir(state_dir)
-        body = json.dumps({name: getattr(self, name) for name in self.__slots__}, indent=2)
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        body = json.dumps({"version": VERSION} | fields, indent=2)
         write_private(state_dir / _FILE, body + "\n")
 
     @classmethod
@@ -152,11 +155,20 @@ class ClusterState:
         """Read the state file; None if there is none.
 
         Raises:
+            StateVersionMismatch: another version of colm-serve wrote it.
             ClusterError: the file is damaged.
         """
         path = state_dir / _FILE
         try:
-            body: dict[str, Any] = json.loads(path.read_text())
+            body = json.loads(path.read_text())
+            if not isinstance(body, dict):
+                raise TypeError("it is no JSON object")
+            if (version := body.pop("version", 0)) != VERSION:
+                raise StateVersionMismatch(
+                    f"{path} was written by another version of colm-serve (state version {version!r}, this one's is "
+                    f"{VERSION}); run `colm down` with that one, or remove the file and run `colm down` with this one, "
+                    "which ends the cluster without letting its answers end"
+                )
             return cls(**body)
         except FileNotFoundError:
             return None

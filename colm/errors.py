@@ -120,3 +120,7 @@ class ConfigError(ColmError):
 
 class ClusterError(ColmError):
     """The cluster could not be started, found or stopped; the message says what to do."""
+
+
+class StateVersionMismatch(ClusterError):
+    """A cluster's state file was written by another version of colm-serve, which knows other fields."""

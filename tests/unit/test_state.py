@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.state import ClusterState, Joined, make_state_dir, note_joined, read_joined, write_private
-from colm.errors import ClusterError
+from cluster.state import VERSION, ClusterState, Joined, make_state_dir, note_joined, read_joined, write_private
+from colm.errors import ClusterError, StateVersionMismatch
 from colm.wire.security import Security, Tls, new_tls
 
 STATE = ClusterState(
@@ -118,13 +118,13 @@ def test_a_forgotten_cluster_is_not_known(tmp_path: Path) -> None:
     assert ClusterState.read(tmp_path) is None
 
 
-WHOLE: dict[str, Any] = json.loads(json.dumps({name: getattr(STATE, name) for name in STATE.__slots__}))
+WHOLE: dict[str, Any] = {"version": VERSION} | {name: getattr(STATE, name) for name in STATE.__slots__}
 DAMAGES = {
     "empty": b"",
     "cut": json.dumps(WHOLE).encode()[:40],
     "not text": b"\xff\xfe",
     "not an object": b"[]",
-    "a field missing": json.dumps({key: WHOLE[key] for key in list(WHOLE)[1:]}).encode(),
+    "a field missing": json.dumps({key: WHOLE[key] for key in list(WHOLE) if key != "ray_pid"}).encode(),
     "a field too many": json.dumps(WHOLE | {"colour": "red"}).encode(),
 }
 
@@ -134,6 +134,36 @@ def test_a_damaged_file_is_named_with_the_way_out(tmp_path: Path, data: bytes) -
     (tmp_path / "cluster.json").write_bytes(data)
     with pytest.raises(ClusterError, match=r"cluster\.json is damaged .*remove it and run `colm up` again"):
         ClusterState.read(tmp_path)
+
+
+FIELDS = (
+    "gateway_address",
+    "http_address",
+    "ray_address",
+    "ray_pid",
+    "client_token",
+    "ca_file",
+    "own_certificate",
+    "options",
+    "application",
+    "weights_stamps",
+)
+
+
+def test_a_version_stands_for_these_fields() -> None:
+    """Who changes this list changes `VERSION`, too: a build that reads the file knows no others."""
+    assert (VERSION, tuple(STATE.__slots__)) == (1, FIELDS)
+
+
+@pytest.mark.parametrize("version", [None, 0, VERSION + 1, "x"])
+def test_a_file_of_another_version_says_so_and_the_way_out(tmp_path: Path, version: object) -> None:
+    """Bug: it was called damaged, and `colm up` was to be run again, beside the cluster that ran."""
+    body = {name: value for name, value in WHOLE.items() if name not in ("version", "weights_stamps")}
+    body |= {} if version is None else {"version": version}
+    (tmp_path / "cluster.json").write_text(json.dumps(body))
+    for read in (ClusterState.read, ClusterState.require):
+        with pytest.raises(StateVersionMismatch, match=r"another version of colm-serve.*run `colm down` with that one"):
+            read(tmp_path)
 
 
 def test_a_state_shows_no_token_when_printed() -> None:
