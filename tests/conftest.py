@@ -10,6 +10,7 @@ from hypothesis import settings
 
 from colm.checkpoint import Checkpoint
 from colm.convert import from_gguf
+from tests.library import why_no_library
 
 # No deadline for an example: its time depends on the machine more than on the code.
 settings.register_profile("no deadline", deadline=None)
@@ -17,6 +18,13 @@ settings.load_profile("no deadline")
 
 # Triton's kernels are interpreted on CPU tensors. It reads this when it is first imported, so it stands here.
 os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure() -> None:
+    """Without the library, tests would pass that never ran the kernels."""
+    if (reason := why_no_library()) is not None:
+        raise pytest.UsageError(reason)
+
 
 MODEL_FILE = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from colm_kernels import native
 
 from colm.wire.endpoint import open_channel
 from colm.wire.security import Security
@@ -15,13 +14,14 @@ from colm.wire.v1.decode_service_pb2_grpc import DecodeServiceStub
 from prefill_node import engine as engine_module
 from prefill_node import job_stream
 from tests.gates import LIMIT_S
+from tests.library import needs_library
 from tests.nodes import decode_node, decode_requests, prefill_node
 from tests.tiny import tiny_checkpoint, tiny_config
 
 NUM_TOKENS, NUM_LAYERS = 2000, 2  # one tile
 
 
-@pytest.mark.skipif(native.default_variant(torch.float32) == "torch", reason="PyTorch does not say how far it is")
+@needs_library  # PyTorch does not say how far it is
 async def test_a_request_hears_how_far_the_tile_is_that_is_being_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,11 +15,11 @@ from colm_kernels.native import use_variant
 from torch import Tensor
 
 from tests.kernel_inputs import staircase_inputs as inputs
+from tests.library import VARIANTS
 
 pytestmark = pytest.mark.kernels
 
 DTYPES = (torch.bfloat16, torch.float32)
-LIBRARY = [name for name in native.available_variants() if name != "torch"]
 OUTS, SEGMENT = 4, 2048  # linear.h: outputs of one tile, inputs of one segment
 
 
@@ -29,7 +29,7 @@ def variant(request: pytest.FixtureRequest) -> Iterator[native.Variant]:
         yield request.param
 
 
-@pytest.fixture(params=LIBRARY)
+@pytest.fixture(params=VARIANTS)
 def library(request: pytest.FixtureRequest) -> Iterator[native.Variant]:
     with use_variant(request.param):
         yield request.param

@@ -10,13 +10,14 @@ from colm_kernels.decode_attention import decode_attention, decode_attention_ref
 from colm_kernels.native import use_variant
 from torch import Tensor
 
+from tests.library import VARIANTS
+
 pytestmark = pytest.mark.kernels
 
 TOKEN_BLOCK, SPAN, LONGER_SPANS = 64, 128, 2048  # decode.h, decode.cpp: of SPAN tokens before LONGER_SPANS
 DTYPES = (torch.bfloat16, torch.float32)
 FORMATS = ((torch.bfloat16,) * 2, (torch.float32,) * 2, (torch.bfloat16, torch.int8), (torch.float32, torch.int8))
 """Of queries and of pages."""
-LIBRARY_VARIANTS = [name for name in native.available_variants() if name != "torch"]
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Options = dict[str, Tensor]
 
@@ -143,7 +144,7 @@ def test_contexts_split_over_threads_match(num_threads, split):
     expected.check(decode_attention(*arguments, **options, num_threads=num_threads))
 
 
-@pytest.mark.parametrize("name", LIBRARY_VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("formats", FORMATS)
 @pytest.mark.parametrize("group", [1, 4])
 def test_a_query_gives_the_same_bits_alone_among_drafts_and_in_any_batch(group, formats, name):

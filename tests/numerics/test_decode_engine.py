@@ -31,6 +31,7 @@ from decode_node.plan import PlanRow, StepPlan
 from decode_node.running_answer import RunningAnswer
 from prefill_node.engine import PrefillEngine
 from tests.covering import pairs
+from tests.library import needs_library
 from tests.tiny import tiny_checkpoint, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -292,7 +293,7 @@ def test_rows_of_several_tokens_give_every_token_the_oracles_logits_and_write_wh
     assert next(logits, None) is None
 
 
-@pytest.mark.skipif(native.default_variant(torch.float32) == "torch", reason="PyTorch's bits depend on the rows beside")
+@needs_library  # PyTorch's bits depend on the rows beside
 def test_few_tokens_of_several_rows_give_the_bits_that_each_gives_alone(tiny: Checkpoint) -> None:
     together, apart = Machine(tiny), Machine(tiny)
     shapes = [(3, 3, 9), (2, 1, 6), (2, 8, 8), (1, 4, 17)]

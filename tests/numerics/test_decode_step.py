@@ -28,12 +28,12 @@ from decode_node.kv_layout import KvLayout
 from decode_node.kv_store import KvStore
 from decode_node.plan import PlanRow, StepPlan
 from decode_node.settings import KvCacheDtype
+from tests.library import VARIANTS, needs_library
 from tests.tiny import tiny_checkpoint, tiny_config
 
 pytestmark = pytest.mark.kernels
 
 DTYPES = (torch.bfloat16, torch.float32)
-LIBRARY = [name for name in native.available_variants() if name != "torch"]
 PAGE_TOKENS, NUM_PAGES = 4, 96
 MODELS = {
     "three chains": {},
@@ -113,7 +113,8 @@ def outcome(
     return logits_QV, store.k_pages_LBPKD, store.v_pages_LBPKD, *scales
 
 
-@pytest.mark.parametrize("variant", LIBRARY)
+@needs_library
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
@@ -129,7 +130,8 @@ def test_one_call_gives_the_bits_of_the_models_own_modules(
         assert torch.equal(one_call, one_by_one)
 
 
-@pytest.mark.parametrize("variant", LIBRARY)
+@needs_library
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
@@ -150,7 +152,7 @@ def test_one_call_gives_the_bits_of_the_modules_with_quantised_weights_too(
         assert torch.equal(one_call, one_by_one)
 
 
-@pytest.mark.skipif(not LIBRARY, reason="without the library there is no such call")
+@needs_library
 def test_steps_that_the_library_takes_run_in_one_call(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = list[Variant]()
     run = DecodeStep.run
@@ -169,7 +171,8 @@ def test_steps_that_the_library_takes_run_in_one_call(tiny: Checkpoint, monkeypa
     assert len(runs) == 2, f"weights in panels take {MAX_ROWS + 1} tokens too"
 
 
-@pytest.mark.parametrize("variant", LIBRARY)
+@needs_library
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_how_many_tokens_one_call_takes_is_what_linear_takes(tiny: Checkpoint, variant: Variant) -> None:
     step = step_of(tiny, store_of(tiny, torch.bfloat16), torch.bfloat16)
     most = MAX_ROWS_OF_PAIRS if variant == "avx512_bf16" else MAX_ROWS
@@ -205,7 +208,7 @@ def test_pages_of_another_dtype_than_int8_beside_scales_are_refused(tiny: Checkp
         step_of(tiny, store, torch.float32)
 
 
-@pytest.mark.skipif(not LIBRARY, reason="without the library there is no such call")
+@needs_library
 @pytest.mark.parametrize("cache_dtype", ["model", "int8"])
 @pytest.mark.parametrize("slot", [-1, NUM_PAGES * PAGE_TOKENS])
 def test_a_slot_outside_the_pages_is_refused(tiny: Checkpoint, slot: int, cache_dtype: KvCacheDtype) -> None:

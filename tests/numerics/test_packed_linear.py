@@ -21,7 +21,7 @@ pytestmark = pytest.mark.kernels
 BF16 = torch.bfloat16
 MIN_ROWS = MAX_ROWS_OF_PAIRS + 1  # fewer are few_rows_linear's
 PANEL, TILE_ROWS, DEPTH = 64, 6, 2048  # packed.h: outputs, rows and inputs taken at once
-NEEDS_LIBRARY = pytest.mark.skipif(
+NEEDS_BF16_UNIT = pytest.mark.skipif(
     "avx512_bf16" not in native.available_variants(), reason="this CPU or build has no avx512_bf16 variant"
 )
 
@@ -89,7 +89,7 @@ def test_work_divided_over_threads_matches():
     assert_matches_definition(*inputs(1031, [96, 64], [200, 130])[:2], None, (1031, 700))
 
 
-@NEEDS_LIBRARY
+@NEEDS_BF16_UNIT
 @pytest.mark.usefixtures("library")
 def test_the_number_of_threads_and_the_other_rows_do_not_change_a_bit():
     x_RI, weights, biases = inputs(1500, [DEPTH, 64], [200, 130])
@@ -169,7 +169,7 @@ def test_gate_and_up_that_differ_are_refused_by_name():
         swiglu_linear(x_RI, ([weights[0][:, :32]], biases, (80,)), up)
 
 
-@NEEDS_LIBRARY
+@NEEDS_BF16_UNIT
 @pytest.mark.usefixtures("library")
 def test_what_the_library_does_not_take_runs_in_pytorch():
     x_RI, weights, biases = inputs(80, [64], [33])

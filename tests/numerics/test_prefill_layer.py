@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from colm_kernels import native
 from colm_kernels.native import CancelFlag, Cancelled, Variant, use_variant
 from colm_kernels.prefill_layer import PrefillLayers, PrefillTile
 from hypothesis import given, settings
@@ -20,12 +19,12 @@ from colm.kv import KvFormat
 from colm.model.one_call import step_layers
 from colm.placement import CPU
 from prefill_node.engine import PrefillEngine
+from tests.library import VARIANTS, needs_library
 from tests.tiny import tiny_checkpoint, tiny_config
 
 pytestmark = pytest.mark.kernels
 
 DTYPES = (torch.bfloat16, torch.float32)
-LIBRARY = [name for name in native.available_variants() if name != "torch"]
 MODELS = {
     "three chains": {},
     "biases": {"bias": True},
@@ -55,7 +54,8 @@ def tiles(
         yield tile.k_KTD.clone(), tile.v_KTD.clone()
 
 
-@pytest.mark.parametrize("variant", LIBRARY)
+@needs_library
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=10, deadline=None)
 @given(num_tokens=st.integers(1, 70), tile_tokens=st.sampled_from([5, 16, 17, 64, 128]))
@@ -70,7 +70,7 @@ def test_one_call_gives_the_bits_of_the_models_own_modules(
         assert all(torch.equal(a, b) for a, b in zip(one_call, one_by_one, strict=True))
 
 
-@pytest.mark.skipif(not LIBRARY, reason="without the library there is no such call")
+@needs_library
 def test_tiles_that_the_library_takes_run_in_one_call(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = list[int]()
     attend = PrefillLayers.attend
@@ -102,7 +102,7 @@ def tile_of(checkpoint: Checkpoint, *, first_token: int, cancelled: CancelFlag |
     return PrefillTile(cos_RE, 0 * cos_RE, k_KNE, k_KNE.clone(), first_token, cancelled)
 
 
-@pytest.mark.skipif(not LIBRARY, reason="without the library there is no such call")
+@needs_library
 def test_a_flag_that_is_set_ends_the_call(tiny: Checkpoint) -> None:
     one_call, cancelled = one_call_of(tiny), CancelFlag()
     x_RD, tile = torch.ones(3, tiny.config.chain_dims[0]), tile_of(tiny, first_token=0, cancelled=cancelled)
@@ -113,7 +113,7 @@ def test_a_flag_that_is_set_ends_the_call(tiny: Checkpoint) -> None:
             one_call.attend(0, x_RD, normed_RD, tile, one_call.variant_for(3))
 
 
-@pytest.mark.skipif(not LIBRARY, reason="without the library there is no such call")
+@needs_library
 @pytest.mark.parametrize("first_token", [-1, 1, 4])
 def test_rows_that_the_keys_have_no_room_for_are_refused(tiny: Checkpoint, first_token: int) -> None:
     """Bug: they were written behind the prompt's keys, into whatever memory is there."""

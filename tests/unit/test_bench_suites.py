@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from colm_kernels import native
 
 from bench.certificates import BytesCase, ConnectionsCase
 from bench.harness.contest import Case
@@ -24,6 +23,7 @@ from bench.kv_stream.codec import StreamCase
 from bench.kv_stream.transports import TransportCase
 from bench.load_by_scale import LoadCase
 from bench.sampler import CHOICES, SamplerCase
+from tests.library import needs_library
 from tests.tiny import tiny_config
 
 PREFILL = PrefillCase(num_queries=512, num_keys=1024, num_heads=8, num_kv_heads=2, head_dim=64)
@@ -77,7 +77,7 @@ def test_each_turn_of_a_case_that_starts_processes_runs(case: Case) -> None:
     assert not contest.against or all(contest.compared_by in seen for seen in turns.values())
 
 
-@pytest.mark.skipif(native.default_variant(torch.float32) == "torch", reason="the library is not built")
+@needs_library
 @pytest.mark.parametrize("case", [case for case in CASES if isinstance(case, KernelCase)], ids=lambda case: case.name)
 def test_a_kernel_is_compared_on_every_machine_that_has_the_library(case: KernelCase) -> None:
     """A default variant that is timed under another's name, as avx512_bf16 is for fp32, still has its ratios."""

@@ -1,6 +1,5 @@
 """The index that the library makes of lines, against the one that masks of blocks are lowered to."""
 
-import pytest
 import torch
 from colm_kernels.sparse_index import SparseIndex, Tiling, lower
 from colm_kernels.sparse_lines import ListLines, PackedLines
@@ -8,9 +7,10 @@ from colm_kernels.sparse_patterns import blocks_at_distances
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.library import needs_library
 from tests.tilings import tilings
 
-pytestmark = pytest.mark.skipif(not PackedLines.can_lower(), reason="no library here")
+pytestmark = needs_library
 
 
 def list_of(draw: st.DrawFn, tiling: Tiling) -> ListLines:
