@@ -183,7 +183,7 @@ def test_tools_stay_out_of_the_product() -> None:
 
 def run_python(code: str) -> str:
     """Run code in a fresh process at the repository root, like a user's `python -c` there."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
