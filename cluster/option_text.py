@@ -96,10 +96,10 @@ def _values(option: Option) -> str:
     if kind is None:
         return "path" if schema.get("format") == "path" else "text"
     low, high, above = (schema.get(key) for key in ("minimum", "maximum", "exclusiveMinimum"))
+    if above is not None:
+        return f"{kind} above {above}" + ("" if high is None else f", up to {high}")
     if high is not None:
         return f"{kind}, {low} to {high}"
-    if above is not None:
-        return f"{kind} above {above}"
     return kind if low is None else f"{kind}, {low} or more"
 
 

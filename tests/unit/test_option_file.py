@@ -4,7 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from cluster.option_text import default_toml
+from cluster.option_text import default_toml, page
 from cluster.options import ClusterConfig, load_config
 
 
@@ -21,3 +21,9 @@ def test_what_is_commented_out_is_the_default(tmp_path: Path) -> None:
     assert load_config(file, {}) == ClusterConfig()
     written = tomllib.loads(file.read_text())
     assert sum(map(len, written.values())) > 40
+
+
+def test_the_page_says_both_ends_of_a_range() -> None:
+    """Bug: a share that is above 0 and at most 1 was "None to 1"."""
+    assert "| `target_use` | `0.8` | number above 0, up to 1 |" in page()
+    assert "None" not in page()
