@@ -14,6 +14,8 @@ def staged(target: Path) -> Iterator[Path]:
 
     If the block raises or a rename fails, the old `target` is put back and nothing else is left behind. If putting it
     back fails too, it is kept at the path that the error names.
+
+    Its files may be read by whoever may read the directory, also those that a library makes for their owner alone.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=".colm-"))
@@ -21,6 +23,9 @@ def staged(target: Path) -> Iterator[Path]:
     try:
         whole.mkdir()
         yield whole
+        mode = whole.stat().st_mode & 0o666  # what the umask leaves
+        for file in whole.iterdir():
+            file.chmod(mode)
         if target.exists():
             target.rename(old)
         whole.rename(target)

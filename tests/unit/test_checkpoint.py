@@ -76,6 +76,16 @@ def test_config_text_and_tokenizer_come_back(tmp_path: Path) -> None:
     assert opened.tokenizer_path.read_bytes() == tokenizer_json
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path: Path) -> None:
+    """Bug: safetensors writes for the owner alone, so that a node of another user could not open its checkpoint."""
+    before = os.umask(0o027)
+    try:
+        checkpoint = save(tmp_path / "model", tiny_config(), random_tensors(tiny_config()))
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in checkpoint.path.iterdir()} == {0o640}
+
+
 def test_without_a_tokenizer_there_is_none(tmp_path: Path) -> None:
     assert tiny_checkpoint(tmp_path / "model").tokenizer_path is None
 
