@@ -23,8 +23,9 @@ from cluster.change import (
 from cluster.client_tokens import TOKENS_FILE, read_clients
 from cluster.exposure import advice_to_clients, own_certificate, require_encryption
 from cluster.interrupts import Interrupts
-from cluster.local_ray import free_port, is_left, is_running, show_token, start_ray, stop_ray
+from cluster.local_ray import is_left, is_running, show_token, start_ray, stop_ray
 from cluster.options import ClusterConfig
+from cluster.ports import choose_port
 from cluster.ray_files import new_ray_root, remove_ray_root
 from cluster.secret_files import SecretFiles, write_secrets
 from cluster.state import SECRETS, ClusterState, Joined, alone, make_state_dir, note_joined, read_joined
@@ -72,6 +73,7 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
         _check_devices(config)
     require_encryption(config)
     make_state_dir(state_dir)
+    _prepare_ray()
     with alone(state_dir), Interrupts() as interrupts:
         if (running := ClusterState.read(state_dir)) is not None:
             return _change(config, checkpoint, running, state_dir, say)
@@ -186,6 +188,7 @@ def down(state_dir: Path, say: Say) -> bool:
     """
     if not state_dir.is_dir():
         return False
+    _prepare_ray()
     with alone(state_dir):
         state = ClusterState.read(state_dir)
         may_run = read_joined(state_dir) is not None or is_left(state_dir / _RAY_TOKEN)
@@ -264,11 +267,18 @@ def _with_ports(config: ClusterConfig) -> ClusterConfig:
     """
     gateway = config.gateway
     wanted = {"port": gateway.port, "http_port": gateway.wanted_http_port}
-    ports = {name: port or free_port() for name, port in wanted.items()}
-    for name, port in ports.items():
+    for name, port in wanted.items():
         if (reason := why_not(gateway.host, port)) is not None:
-            raise ClusterError(f"gateway.host={gateway.host!r} and gateway.{name}={wanted[name]}: {reason}")
+            raise ClusterError(f"gateway.host={gateway.host!r} and gateway.{name}={port}: {reason}")
+    ports = {name: port or choose_port(gateway.host) for name, port in wanted.items()}
     return config.model_copy(update={"gateway": gateway.model_copy(update=ports)})
+
+
+def _prepare_ray() -> None:
+    """Set what Ray reads from the environment as it is imported; a user's own settings win."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Each try to reach a Ray takes 35 s where nobody answers, and by default there are twenty.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
 
 
 def _dangers(config: ClusterConfig) -> list[str]:
@@ -315,8 +325,6 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
         ray_address, ray_pid = start_ray(
             resources, new_ray_root(state_dir), state_dir / _RAY_TOKEN, state_dir / "ray.log"
         )
-    # Ray reads these as it is imported; a user's own setting wins.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from cluster import deployment
 
     def note_address(address: str) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,11 +11,15 @@ from pathlib import Path
 
 import psutil
 
+from cluster.ports import choose_port
 from cluster.state import write_private
 from colm.errors import ClusterError
 from colm.wire.security import new_token
 
-_START_TIMEOUT_S = 60.0
+# Of one try. On a busy machine each of Ray's processes takes seconds to import what it needs.
+_START_TIMEOUT_S = 120.0
+# Ray itself gives up when its node is not there after 30 s, which cannot be set.
+_MOST_STARTS = 3
 # A head node without replicas stops in 2 s. One with replicas takes longer, for work that nobody wants any more.
 _STOP_GRACE_S = 5.0
 _KILL_TIMEOUT_S = 30.0
@@ -25,6 +28,15 @@ _LOOPBACK = "127.0.0.1"
 # Environment variable of a head node, and so of all that it starts. Its value is the token's path, which is another
 # one for each state directory.
 _MARK = "COLM_RAY_TOKEN"
+_ADDRESS = "ray_current_cluster"
+WITHOUT = ("--include-dashboard=false", "--include-log-monitor=false", "--no-monitor")
+"""Words of `ray start`: without processes whose work nobody here asks for, each of which takes seconds to start."""
+ENVIRONMENT = {
+    "RAY_START_HOOK": "cluster.ray_start_hook.prepare",
+    "RAY_gcs_server_port_wait_time_s": "120",
+    "RAY_agent_register_timeout_ms": "300000",
+}
+"""Of a head node: it waits for its processes as long as a busy machine may take to start them."""
 
 
 def show_token(token_path: Path) -> None:
@@ -65,29 +77,68 @@ def start_ray(resources: Mapping[str, float], root: Path, token_path: Path, log_
     """
     write_private(token_path, new_token())
     show_token(token_path)
-    port, client_port = free_port(), free_port()
+    for _ in range(_MOST_STARTS):
+        (root / _ADDRESS).unlink(missing_ok=True)
+        process = _begin_head(resources, root, token_path, log_path)
+        if (address := _wait_for_address(process, root)) is not None:
+            return address, process.pid
+        stop_ray(token_path)
+    words = log_path.read_text(errors="replace")
+    raise ClusterError(f"Ray did not start; {log_path} ends with: {words[-600:].strip()}")
+
+
+def _begin_head(
+    resources: Mapping[str, float], root: Path, token_path: Path, log_path: Path
+) -> "subprocess.Popen[bytes]":
     words = ", ".join(f'"{name}": {amount}' for name, amount in resources.items())
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-        *(f"--node-ip-address={_LOOPBACK}", f"--port={port}", f"--ray-client-server-port={client_port}"),
-        *(f"--temp-dir={root}", "--include-dashboard=false", "--disable-usage-stats", f"--resources={{{words}}}"),
+        *(f"--node-ip-address={_LOOPBACK}", "--port=0", *port_words()),
+        *(f"--temp-dir={root}", *WITHOUT, "--disable-usage-stats", f"--resources={{{words}}}"),
     ]
     with log_path.open("wb") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            # SPT_NOENV: processes of Ray's that give themselves a title would write it over the mark.
-            env=os.environ | {_MARK: str(token_path.resolve()), "SPT_NOENV": "1"},
+            env=os.environ | ENVIRONMENT | mark_of(token_path),
         )
+
+
+def port_words() -> list[str]:
+    """Words of `ray start` about ports. What they do not name listens where the kernel lets it.
+
+    Where a port of an agent is not told, Ray's node waits 15 s for the agent to say it, whatever is set, and dies: on a
+    busy machine agents take longer to start. Other ports are not told: whoever binds one first has it.
+    """
+    agents = ("dashboard-agent-grpc", "dashboard-agent-listen", "metrics-export", "runtime-env-agent")
+    told = dict.fromkeys(("min-worker", "max-worker"), 0) | {name: choose_port(_LOOPBACK) for name in agents}
+    return [f"--{name}-port={port}" for name, port in told.items()]
+
+
+def mark_of(token_path: Path) -> dict[str, str]:
+    """Environment by which `stop_ray` finds a node's processes."""
+    # SPT_NOENV: processes of Ray's that give themselves a title would write it over the mark.
+    return {_MARK: str(token_path.resolve()), "SPT_NOENV": "1"}
+
+
+def _wait_for_address(process: "subprocess.Popen[bytes]", root: Path) -> str | None:
+    """The address of a head's control store, once the head runs; None if it ends or takes too long."""
     give_up_s = time.monotonic() + _START_TIMEOUT_S
-    while "Ray runtime started" not in (words := log_path.read_text(errors="replace")):
+    while (address := address_in(root)) is None:
         if process.poll() is not None or time.monotonic() > give_up_s:
-            raise ClusterError(f"Ray did not start; {log_path} ends with: {words[-600:].strip()}")
+            return None
         time.sleep(_POLL_S)
-    return f"{_LOOPBACK}:{port}", process.pid
+    return address
+
+
+def address_in(root: Path) -> str | None:
+    """The address that a head writes into its folder when it runs; None until then."""
+    with suppress(FileNotFoundError):
+        return (root / _ADDRESS).read_text() or None
+    return None
 
 
 def is_running(token_path: Path) -> bool:
@@ -173,11 +224,3 @@ def _ends(token_path: Path, known: set[psutil.Process], within_s: float) -> bool
             return False
         time.sleep(_POLL_S)
     return True
-
-
-def free_port() -> int:
-    """A TCP port on which nobody listens now, at any address of this machine."""
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    with socket.create_server(("", 0), family=family, dualstack_ipv6=both) as probe:
-        return int(probe.getsockname()[1])

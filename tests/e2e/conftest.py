@@ -19,6 +19,8 @@ from colm.client import Client
 from colm.nodes import NodeReport, Role
 
 _COMMAND_TIMEOUT_S = 180
+AS_NICE_AS_TESTS = {"RAY_worker_niceness": "0"}
+"""For whoever starts Ray: by default its workers, and so all replicas, wait behind every other test of `make test`."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def colm_command(*words: str) -> list[str]:
 
 
 def colm_env(state_dir: Path) -> dict[str, str]:
-    return os.environ | {"COLM_STATE_DIR": str(state_dir)}
+    return os.environ | AS_NICE_AS_TESTS | {"COLM_STATE_DIR": str(state_dir)}
 
 
 def last_json(stdout: str) -> dict[str, Any]:

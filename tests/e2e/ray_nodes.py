@@ -19,10 +19,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from ray.util import get_node_ip_address
 
-from cluster.local_ray import free_port, stop_ray
+from cluster.local_ray import ENVIRONMENT, WITHOUT, address_in, mark_of, port_words, stop_ray
 from cluster.state import write_private
 from colm.wire.security import new_token
-from tests.e2e.conftest import until
+from tests.e2e.conftest import AS_NICE_AS_TESTS, until
 
 _START_S = 240
 _NODES = """
@@ -77,12 +77,14 @@ def ray_nodes(*carried: Mapping[str, int], demands_token: bool, has_tls: bool = 
         environment = {"RAY_AUTH_MODE": "token" if demands_token else "disabled", "RAY_AUTH_TOKEN_PATH": str(token)}
         if has_tls:
             environment |= write_certificates(folder)
-        head, client = free_port(), free_port()
-        ports = (f"--port={head}", f"--ray-client-server-port={client}", f"--temp-dir={folder / 'r'}")
+        words = ("--head", *WITHOUT, f"--temp-dir={folder / 'r'}", "--port=0", *port_words())
         try:
-            address = _start(folder / "head.log", token, environment, "--head", "--include-dashboard=false", *ports)
+            _start(folder / "head.log", token, environment, *words)
+            until(lambda: address_in(folder / "r") is not None, _START_S)
+            address = address_in(folder / "r")
+            assert address is not None
             for number, resources in enumerate(carried):
-                words = (f"--address={address}", f"--resources={json.dumps(resources)}")
+                words = (f"--address={address}", f"--resources={json.dumps(resources)}", WITHOUT[1], *port_words())
                 _start(folder / f"node{number}.log", token, environment, *words)
             yield RayNodes(address, environment)
         finally:
@@ -121,15 +123,13 @@ def write_certificates(folder: Path) -> dict[str, str]:
     return {"RAY_USE_TLS": "1"} | {name: str(folder / name) for name in files}
 
 
-def _start(log: Path, token: Path, environment: Mapping[str, str], *words: str) -> str:
-    """Run `ray start`; returns the address that a head tells others to join."""
+def _start(log: Path, token: Path, environment: Mapping[str, str], *words: str) -> None:
+    """Run `ray start` until its node runs."""
     with log.open("wb") as output:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1", *words]
-        # What `stop_ray` finds them by.
-        mark = {"COLM_RAY_TOKEN": str(token.resolve()), "SPT_NOENV": "1"}
         started = subprocess.Popen(
             [*command, "--disable-usage-stats"],
-            env=os.environ | environment | mark | {"RAY_raylet_start_wait_time_s": str(_START_S)},
+            env=os.environ | AS_NICE_AS_TESTS | ENVIRONMENT | environment | mark_of(token),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -137,4 +137,3 @@ def _start(log: Path, token: Path, environment: Mapping[str, str], *words: str) 
         )
     until(lambda: "Ray runtime started" in log.read_text() or started.poll() is not None, _START_S, log.read_text)
     assert started.poll() is None, log.read_text()
-    return log.read_text().partition("--address='")[2].partition("'")[0]
