@@ -277,7 +277,7 @@ def _with_ports(config: ClusterConfig) -> ClusterConfig:
 def _prepare_ray() -> None:
     """Set what Ray reads from the environment as it is imported; a user's own settings win."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Each try to reach a Ray takes 35 s where nobody answers, and by default there are twenty.
+    # Each try to reach a Ray takes 41 s where nobody answers, and by default there are twenty.
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
 
 

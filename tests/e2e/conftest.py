@@ -18,7 +18,7 @@ from colm.checkpoint import Checkpoint
 from colm.client import Client
 from colm.nodes import NodeReport, Role
 
-_COMMAND_TIMEOUT_S = 180
+_COMMAND_TIMEOUT_S = 280
 AS_NICE_AS_TESTS = {"RAY_worker_niceness": "0"}
 """For whoever starts Ray: by default its workers, and so all replicas, wait behind every other test of `make test`."""
 

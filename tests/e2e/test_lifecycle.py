@@ -16,6 +16,7 @@ from tests.listening import is_loopback, listeners
 from tests.nodes import EVERYWHERE
 from tests.tiny import tiny_checkpoint
 
+pytestmark = pytest.mark.timeout(900)  # on a busy machine Ray may be started three times
 STARTING, LOADING = "starting Ray", "loading"
 # An interrupted `up` has only a Ray to stop; the limit is far above the time that takes.
 CLEAN_UP_S = 60
