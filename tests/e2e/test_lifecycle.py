@@ -19,7 +19,7 @@ from tests.tiny import tiny_checkpoint
 pytestmark = pytest.mark.timeout(900)  # on a busy machine Ray may be started three times
 STARTING, LOADING = "starting Ray", "loading"
 # An interrupted `up` has only a Ray to stop; the limit is far above the time that takes.
-CLEAN_UP_S = 60
+CLEAN_UP_S = 180
 
 
 @pytest.fixture(scope="module")
