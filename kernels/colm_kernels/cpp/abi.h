@@ -342,12 +342,13 @@ struct LinearKernel {
 };
 
 struct PackedKernel {
-    // Rows [begin, end) of a panel of a block.
-    void (*run)(const PackedArgs&, const PackedBlock&, int64_t panel, int64_t begin, int64_t end,
+    // Rows [begin, end) of the `index`th outputs of a block, `panel` at a time.
+    void (*run)(const PackedArgs&, const PackedBlock&, int64_t index, int64_t begin, int64_t end,
                 unsigned char* workspace);
     int64_t (*workspace_bytes)(int64_t in_dim, int64_t rows_per_item);
-    int64_t panel;           // outputs, half of them where there is a gate
+    int64_t panel;           // outputs of an item, half of them where there is a gate
     int64_t input_multiple;  // in_dim is a multiple of it
+    int64_t most_rows;       // of an item
 };
 
 // Rows or tokens [begin, end) of an operation on independent rows.

@@ -8,8 +8,8 @@
 
 namespace {
 
-constexpr int64_t kMostPackedRows = 1024;      // an item's rows of x, read for every panel, stay near the caches
 constexpr int64_t kFewestPackedRows = 192;     // with fewer, packing takes a visible share, since each item packs its own
+constexpr int64_t kRowAlign = 6;               // a tile of the kernel
 constexpr int64_t kPackedItemsPerThread = 3;   // so that the last items even out
 constexpr double kFewestOpsPerThread = 4e6;    // fewer are done before another thread has woken
 
@@ -47,14 +47,17 @@ int32_t colm_packed_linear(const PackedArgs* args, int32_t variant, int32_t num_
     }
     const int threads =
         static_cast<int>(std::clamp(num_ops / kFewestOpsPerThread, 1.0, static_cast<double>(std::max(num_threads, 1))));
-    PackedSplit split{kMostPackedRows, kernel.panel};
+    // Ranges of rows as equal as can be, since each packs as much.
+    const int64_t num_ranges = std::max<int64_t>((args->num_rows + kernel.most_rows - 1) / kernel.most_rows, 1);
+    const int64_t rows_per_range = (args->num_rows + num_ranges - 1) / num_ranges;
+    PackedSplit split{std::max<int64_t>((rows_per_range + kRowAlign - 1) / kRowAlign * kRowAlign, kRowAlign), kernel.panel};
     const auto count = [&] {
         int64_t num_items = 0;
         for (int64_t i = 0; i < args->num_blocks; ++i) num_items += split.num_items(args->blocks[i]);
         return num_items;
     };
     while (threads > 1 && split.rows_per_item / 2 >= kFewestPackedRows && count() < kPackedItemsPerThread * threads) {
-        split.rows_per_item /= 2;
+        split.rows_per_item = (split.rows_per_item / 2 + kRowAlign - 1) / kRowAlign * kRowAlign;
     }
     struct Context {
         const PackedArgs& args;

@@ -3,6 +3,7 @@
 #include "decode.h"
 #include "linear.h"
 #include "norm.h"
+#include "packed.h"
 #include "panel.h"
 #include "prefill.h"
 #include "quantise.h"
@@ -43,7 +44,9 @@ LinearKernel quantised(int32_t dtype, int64_t format) {
     return dtype == kBfloat16 ? quantised_of<WideTerms<uint16_t>, 2>(format) : quantised_of<WideTerms<float>, 2>(format);
 }
 
-PackedKernel packed(int32_t) { return {nullptr, nullptr, 0, 0}; }
+PackedKernel packed(int32_t dtype) {
+    return dtype == kBfloat16 ? Packed<FloatWords, uint16_t>::kernel() : Packed<FloatWords, float>::kernel();
+}
 
 template <class Args, template <class> class Kernel>
 RowsKernel<Args> rows(int32_t dtype) {

@@ -42,7 +42,7 @@ LinearKernel quantised(int32_t dtype, int64_t format) {
     return dtype == kBfloat16 ? quantised_of<WideTerms<uint16_t>, 8>(format) : quantised_of<WideTerms<float>, 8>(format);
 }
 
-PackedKernel packed(int32_t) { return {nullptr, nullptr, 0, 0}; }
+PackedKernel packed(int32_t) { return {}; }
 
 template <class Args, template <class> class Kernel>
 RowsKernel<Args> rows(int32_t dtype) {

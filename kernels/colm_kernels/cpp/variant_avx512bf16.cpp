@@ -43,7 +43,7 @@ LinearKernel quantised(int32_t dtype, int64_t format) {
 }
 
 PackedKernel packed(int32_t dtype) {
-    return dtype == kBfloat16 ? Packed<Bf16Words, uint16_t>::kernel() : PackedKernel{nullptr, nullptr, 0, 0};
+    return dtype == kBfloat16 ? Packed<Bf16Words, uint16_t>::kernel() : PackedKernel{};
 }
 
 template <class Args>

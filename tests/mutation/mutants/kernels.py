@@ -64,9 +64,16 @@ MUTANTS = (
     Mutant(
         "the library's products take the place of AMX",
         "kernels/colm_kernels/packed_linear.py",
-        "return not has_amx and ",
-        "return ",
+        "if forced is None and torch.cpu.get_capabilities()",
+        "if False and torch.cpu.get_capabilities()",
         _PACKED + "test_amx_is_left_to_pytorch",
+    ),
+    Mutant(
+        "bf16 goes where no variant has its products",
+        "kernels/colm_kernels/packed_linear.py",
+        'return variant if variant in ("avx2", "avx512_bf16") else None',
+        'return "avx512_bf16"',
+        _PACKED + "test_a_machine_without_fast_products_of_pairs_takes_what_it_has",
     ),
     Mutant(
         "gate and up serve different rows",
