@@ -83,7 +83,7 @@ def submit(
             help="Show chain 1's own next word, dimmed, before the first one, which confirms or replaces it.",
         ),
     ] = False,
-    model: Annotated[str, typer.Option(help="Model name; the cluster's only one by default.")] = "",
+    model: Annotated[str, typer.Option(help="Model name; by default the one that is no variant.")] = "",
     address: Annotated[str | None, typer.Option(help="Gateway host:port; this machine's cluster by default.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="With --address: file with the client token.")] = None,
     ca_file: Annotated[Path | None, typer.Option(help="With --address: authority of its certificate, PEM.")] = None,
@@ -200,7 +200,14 @@ def _connect(
     reconnects: bool,
 ) -> Client:
     if address is None:
-        for name, given in (("token-file", token_file), ("ca-file", ca_file), ("system-ca", system_ca or None)):
+        of_others = {
+            "token-file": token_file,
+            "ca-file": ca_file,
+            "system-ca": system_ca or None,
+            "server-name": server_name,
+            "plaintext": plaintext or None,
+        }
+        for name, given in of_others.items():
             if given is not None:
                 raise ClusterError(f"--{name} needs --address; this machine's cluster has its own")
         state = ClusterState.require(state_dir)

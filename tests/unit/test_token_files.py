@@ -116,11 +116,15 @@ def test_plaintext_and_an_authority_exclude_each_other(tmp_path: Path, token_fil
     assert "--plaintext" in str(submit(tmp_path, *words).exception)
 
 
-@pytest.mark.parametrize("name", ["--token-file", "--ca-file"])
-def test_secrets_of_a_gateway_that_is_not_named_are_refused(tmp_path: Path, token_file: Path, name: str) -> None:
-    """Bug: they were ignored in silence, and this machine's cluster was asked."""
-    result = submit(tmp_path, name, str(token_file), "--state-dir", str(tmp_path))
-    assert f"{name} needs --address" in str(result.exception)
+@pytest.mark.parametrize(
+    "words",
+    [("--token-file", "FILE"), ("--ca-file", "FILE"), ("--server-name", "FILE"), ("--system-ca",), ("--plaintext",)],
+)
+def test_how_to_trust_a_gateway_that_is_not_named_is_refused(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Bugs: they were ignored in silence, and this machine's cluster was asked; later --server-name and --plaintext
+    still were."""
+    result = submit(tmp_path, *words, "--state-dir", str(tmp_path))
+    assert f"{words[0]} needs --address" in str(result.exception)
 
 
 def test_submit_refuses_a_file_without_a_token_too(tmp_path: Path) -> None:
