@@ -1,12 +1,15 @@
-"""What each client's requests take, held against its limits, and written down as they end."""
+"""What each client's requests take, held against its limits, and written down as they end.
+
+Gateways that overlap count together: one that gives way tells its successor what it still uses (ADR 63).
+"""
 
 import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cluster.audit_log import AuditLog
 from cluster.client_tokens import Client
@@ -20,14 +23,30 @@ logger = logging.getLogger(__name__)
 _MINUTE_S = 60.0
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Account:
+TOLD_S = 5.0
+"""How long what another gateway said of its running requests is believed; it says so anew each second."""
+MAX_TELLERS = 8
+"""Gateways that are believed at once; each has given way to the next one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Use:
+    """What one client uses at a gateway."""
+
     num_requests: int = 0
     num_bytes: int = 0
     num_prompt_tokens: int = 0
-    spent: deque[tuple[float, int]] = field(default_factory=deque)
-    """(when, tokens) of the last minute."""
-    num_spent: int = 0
+    spent: tuple[tuple[float, int], ...] = ()
+    """(seconds ago, tokens) of the last minute, oldest first."""
+
+
+class _Minute:
+    """Tokens of the last minute."""
+
+    def __init__(self, spent: Iterable[tuple[float, int]] = ()) -> None:
+        self.spent = deque(spent)
+        """(when, tokens), oldest first."""
+        self.num_spent = sum(num_tokens for _, num_tokens in self.spent)
 
     def spend(self, num_tokens: int, now_s: float) -> None:
         # Tokens come one by one: those of a second are one entry.
@@ -41,13 +60,69 @@ class _Account:
         while self.spent and now_s - self.spent[0][0] >= _MINUTE_S:
             self.num_spent -= self.spent.popleft()[1]
 
+
+class _Told:
+    """What another gateway said of a client."""
+
+    def __init__(self, use: Use, now_s: float) -> None:
+        self.running = use
+        self.minute = _Minute((now_s - ago_s, num_tokens) for ago_s, num_tokens in use.spent)
+        self._until_s = now_s + TOLD_S
+
+    def forget(self, now_s: float) -> None:
+        self.minute.forget(now_s)
+        if now_s >= self._until_s:  # that gateway is lost, and its requests with it
+            self.running = Use()
+
+    @property
+    def is_over(self) -> bool:
+        return not self.minute.spent and not self.running.num_requests
+
+
+class _Account:
+    def __init__(self) -> None:
+        self.num_requests = self.num_bytes = self.num_prompt_tokens = 0
+        self.minute = _Minute()
+        self.told: dict[str, _Told] = {}
+        """What other gateways said of it, by their names."""
+
+    def forget(self, now_s: float) -> None:
+        self.minute.forget(now_s)
+        for name, told in list(self.told.items()):
+            told.forget(now_s)
+            if told.is_over:
+                del self.told[name]
+
+    @property
+    def is_over(self) -> bool:
+        return not self.num_requests and not self.minute.spent and not self.told
+
+    def everywhere(self, name: str) -> int:
+        """Its own count of that name, and those of the other gateways."""
+        own: int = getattr(self, name)
+        return own + sum(getattr(told.running, name) for told in self.told.values())
+
+    @property
+    def num_spent(self) -> int:
+        """Tokens of the last minute, everywhere."""
+        return self.minute.num_spent + sum(told.minute.num_spent for told in self.told.values())
+
     def room_in_s(self, num_tokens: int, now_s: float) -> float:
         """Until so many of the minute's tokens are forgotten; there are as many."""
-        for when_s, num_spent in self.spent:
+        for when_s, num_spent in sorted([*self.minute.spent, *(e for t in self.told.values() for e in t.minute.spent)]):
             num_tokens -= num_spent
             if num_tokens <= 0:
                 return when_s + _MINUTE_S - now_s
         raise AssertionError("a minute has more tokens than its entries")
+
+    def use(self, now_s: float) -> Use:
+        spent = tuple((now_s - when_s, num_tokens) for when_s, num_tokens in self.minute.spent)
+        return Use(
+            num_requests=self.num_requests,
+            num_bytes=self.num_bytes,
+            num_prompt_tokens=self.num_prompt_tokens,
+            spent=spent,
+        )
 
 
 class Usage:
@@ -62,6 +137,8 @@ class Usage:
         self.num_new_tokens = 0
         self.request_id = ""
         self.is_finished = False
+        self.is_resumed = False
+        """It goes on with an answer that was admitted and counted before: nothing refuses it."""
 
     async def counted(self, prompt: AsyncIterator[PromptPart]) -> AsyncIterator[PromptPart]:
         """The prompt's parts, as long as their bytes are within the client's limit.
@@ -74,7 +151,8 @@ class Usage:
             num_bytes = len(part) if isinstance(part, bytes) else part.nbytes
             self.num_bytes += num_bytes
             self._account.num_bytes += num_bytes
-            if limit is not None and self._account.num_bytes > limit:
+            self._account.forget(self._clock.now())
+            if limit is not None and self._account.everywhere("num_bytes") > limit:
                 if self.num_bytes > limit:
                     raise InvalidRequest("document", f"over {limit} bytes", f"this client may send {limit} bytes")
                 raise self._full("max_bytes", "bytes", limit)
@@ -94,15 +172,19 @@ class Usage:
                 self._accept(event.num_prompt_tokens, now_s)
             case Token():
                 self.num_new_tokens += 1
-                self._account.spend(1, now_s)
+                self._account.minute.spend(1, now_s)
             case Finished():
                 self.is_finished = True
 
     def _accept(self, num_tokens: int, now_s: float) -> None:
         limits, account = self._client.limits, self._account
         account.forget(now_s)
+        if self.is_resumed:
+            self.num_prompt_tokens = num_tokens
+            account.num_prompt_tokens += num_tokens
+            return
         for name, what, used in (
-            ("max_queued_tokens", "prompt tokens", account.num_prompt_tokens),
+            ("max_queued_tokens", "prompt tokens", account.everywhere("num_prompt_tokens")),
             ("max_tokens_per_minute", "tokens a minute", account.num_spent),
         ):
             limit: int | None = getattr(limits, name)
@@ -114,7 +196,7 @@ class Usage:
                 raise self._full(name, what, limit, in_s)
         self.num_prompt_tokens = num_tokens
         account.num_prompt_tokens += num_tokens
-        account.spend(num_tokens, now_s)
+        account.minute.spend(num_tokens, now_s)
 
     def _full(self, name: str, what: str, limit: int, in_s: float | None = None) -> CapacityExceeded:
         when, known = ("later", {}) if in_s is None else (f"in {math.ceil(in_s)} s", {"retry_after_s": in_s})
@@ -138,6 +220,35 @@ class Accounts:
         self._audit_log = audit_log
         self._accounts: dict[str, _Account] = {}
 
+    def use(self) -> dict[str, Use]:
+        """What every client uses here, for the gateway that takes this one's place."""
+        now_s = self._clock.now()
+        for account in self._accounts.values():
+            account.forget(now_s)
+        return {name: account.use(now_s) for name, account in self._accounts.items()}
+
+    def hear(self, teller: str, uses: Mapping[str, Use]) -> None:
+        """Count what clients use at another gateway as well, in place of what it said before.
+
+        Args:
+            teller: its name, which no other gateway has.
+            uses: by client.
+        """
+        now_s = self._clock.now()
+        tellers = {name for account in self._accounts.values() for name in account.told}
+        if teller not in tellers and len(tellers) >= MAX_TELLERS:
+            logger.warning("accounts.not_heard teller=%s", teller)
+            return
+        for name in uses:
+            self._accounts.setdefault(name, _Account())
+        for name, account in list(self._accounts.items()):
+            account.told.pop(teller, None)
+            if name in uses:
+                account.told[teller] = _Told(uses[name], now_s)
+            account.forget(now_s)
+            if account.is_over:
+                del self._accounts[name]
+
     @contextmanager
     def open(self, client: Client) -> Iterator[Usage]:
         """Count a request of a client as long as the block lasts, and write down how it ended.
@@ -147,9 +258,10 @@ class Accounts:
         """
         account = self._accounts.setdefault(client.name, _Account())
         usage, started_s, outcome = Usage(client, account, self._clock), self._clock.now(), "lost"
+        account.forget(started_s)
         account.num_requests += 1
         try:
-            if (limit := client.limits.max_requests) is not None and account.num_requests > limit:
+            if (limit := client.limits.max_requests) is not None and account.everywhere("num_requests") > limit:
                 raise CapacityExceeded(
                     f"client {client.name!r} may have {limit} requests at once; try again when one has ended",
                     client_limit="max_requests",
@@ -167,7 +279,7 @@ class Accounts:
             account.num_bytes -= usage.num_bytes
             account.num_prompt_tokens -= usage.num_prompt_tokens
             account.forget(self._clock.now())
-            if not account.num_requests and not account.spent:
+            if account.is_over:
                 self._accounts.pop(client.name, None)
             if self._audit_log is not None:
                 self._audit_log.write(

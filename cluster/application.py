@@ -115,6 +115,8 @@ def build(
         port=gateway.port,
         http_port=gateway.wanted_http_port,
         max_files_bytes=gateway.max_files_bytes,
+        files_folder=None if gateway.files_folder is None else str(gateway.files_folder.absolute()),
+        cluster=config.ray.application,
         audit_folder=None if gateway.audit_folder is None else str(gateway.audit_folder.absolute()),
         audit_keep_days=gateway.audit_keep_days,
         metrics_host=metrics_host,

@@ -58,7 +58,7 @@ class OpenRequest:
         caller_waits_s: float | None = None,
     ) -> AsyncIterator[AsyncIterator[Event]]:
         """As `FrontDoor.resume`."""
-        self._seen.is_resumed = True
+        self._seen.is_resumed = self._usage.is_resumed = True
         answer = self._front_door.resume(
             answer_key, num_tokens, changes=changes, owner=self._client.name, caller_waits_s=caller_waits_s
         )

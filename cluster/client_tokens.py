@@ -44,6 +44,8 @@ class TokenLimits(_Strict):
     """Bytes of its requests' documents and token ids at once."""
     max_tokens_per_minute: PositiveInt | None = None
     """Prompt tokens and new tokens of the last 60 seconds."""
+    max_files_bytes: PositiveInt | None = None
+    """Bytes of its files that are kept."""
 
 
 class Client(_Strict):

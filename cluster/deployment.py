@@ -167,7 +167,7 @@ def succeed(
             serve.delete(name)
             raise
         when_open(name)
-        _drain(last, config.gateway.drain_s, gives_way=True)
+        _drain(last, config.gateway.drain_s, successor=name)
         serve.delete(last)
     finally:
         ray.shutdown()
@@ -236,11 +236,11 @@ def _keep_only(name: str, config: ClusterConfig, ray_address: str) -> None:
             serve.delete(each)
 
 
-def _drain(name: str, drain_s: float, *, gives_way: bool = False) -> None:
+def _drain(name: str, drain_s: float, *, successor: str | None = None) -> None:
     """Let a gateway's answers end; one that is lost has none."""
     gateway: Any = serve.get_deployment_handle(GATEWAY, name)
     try:
-        gateway.drain.remote(drain_s, gives_way).result(timeout_s=drain_s + _CALL_TIMEOUT_S)
+        gateway.drain.remote(drain_s, successor).result(timeout_s=drain_s + _CALL_TIMEOUT_S)
     except (RayError, RayServeException, TimeoutError) as err:
         logger.warning("gateway.not_drained cause=%r", err)
 

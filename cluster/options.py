@@ -138,7 +138,10 @@ class GatewaySection(Settings):
     http_port: NonNegativeInt | None = Field(default=None, le=65535)
     """TCP port of the same over HTTP, as OpenAI's clients speak; by default the one after `port`; 0 picks one."""
     max_files_bytes: ByteSize = ByteSize(256 << 20)
-    """Documents kept in the gateway's memory that clients upload to /v1/files, in bytes or with a unit."""
+    """Documents that clients upload to /v1/files, all that are kept, in bytes or with a unit."""
+    files_folder: Path | None = None
+    """Folder of those documents on the gateway's machine, which `colm down` leaves as it is; by default one in Ray's
+    session folder, which ends with the cluster. In /dev/shm they are kept in memory."""
     max_document_bytes: ByteSize = ByteSize(64 << 20)
     """Largest document of a request, in bytes or with a unit, e.g. "64MiB"."""
     max_upload_bytes: ByteSize = ByteSize(1 << 30)

@@ -1,6 +1,7 @@
 """A gateway in this process, over real decode nodes at known addresses."""
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from cluster.generation_service import GenerationService
 from cluster.metrics import RequestMetrics
 from cluster.node_registry import NodeRegistry
 from cluster.openai.app import OpenAiApp
+from cluster.openai.files import FileStore
 from cluster.state import ClusterState
 from cluster.status_page.board import Board
 from cluster.status_page.routes import StatusPage
@@ -187,6 +189,7 @@ async def http_gateway(
     audit_log: AuditLog | None = None,
     tls: TlsSource | None = None,
     max_files_bytes: int = 1 << 20,
+    files_folder: Path | None = None,
     doors: list[FrontDoor] | None = None,
     variants: Sequence[Variant] = (),
     nodes: NodeRegistry | None = None,
@@ -197,6 +200,7 @@ async def http_gateway(
     """`gateway` over HTTP; at the end of the block it must hold nothing.
 
     Args:
+        files_folder: of the documents that it keeps; None for one of its own.
         doors: gets its front door.
         nodes: those that its status page shows.
         metrics: where it counts.
@@ -218,7 +222,11 @@ async def http_gateway(
         doors.append(front_door)
     counts = RequestMetrics(metrics or CollectorRegistry(), known)
     requests = ClientRequests(front_door, known, Accounts(clock, audit_log), counts)
-    app = OpenAiApp(requests, limits=chosen, max_files_bytes=max_files_bytes)
+    own_folder = tempfile.TemporaryDirectory()
+    files = FileStore(
+        files_folder or Path(own_folder.name), max_bytes=max_files_bytes, max_document_bytes=chosen.max_document_bytes
+    )
+    app = OpenAiApp(requests, limits=chosen, files=files)
     page = StatusPage(Board(front_door.status, clock), known)
     server = HttpServer(app.asgi(*page.routes()), host="127.0.0.1", port=0, max_connections=64, tls=tls)
     await server.start()
@@ -230,6 +238,7 @@ async def http_gateway(
     finally:
         await server.stop()
         await calls.close()
+        own_folder.cleanup()
 
 
 def served_model(config: ChainConfig, tokenizer: Tokenizer | None = None) -> ServedModel:

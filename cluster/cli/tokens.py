@@ -30,6 +30,7 @@ def create(
     max_queued_tokens: Annotated[int | None, typer.Option(min=1, help="Prompt tokens of its requests at once.")] = None,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Bytes of its requests' documents at once.")] = None,
     max_tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Prompt and new tokens a minute.")] = None,
+    max_files_bytes: Annotated[int | None, typer.Option(min=1, help="Bytes of its files that are kept.")] = None,
     secrets: Secrets = None,
     state_dir: StateDir = DEFAULT_STATE_DIR,
     json: JsonFlag = False,
@@ -42,6 +43,7 @@ def create(
         max_queued_tokens=max_queued_tokens,
         max_bytes=max_bytes,
         max_tokens_per_minute=max_tokens_per_minute,
+        max_files_bytes=max_files_bytes,
     )
     token = create_token(_path(secrets, state_dir), name, limits)
     if json:

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -95,7 +95,7 @@ class FrontDoor:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def drain(self, bound_s: float) -> None:
+    async def drain(self, bound_s: float, before_handing_over: Callable[[], Awaitable[None]] | None = None) -> None:
         """Take no new request from now on, and wait for those that are inside; call it before the gateway ends.
 
         What is left at the bound is handed over: the client is told `GoingAway`, and the decode node keeps the answer
@@ -103,12 +103,15 @@ class FrontDoor:
 
         Args:
             bound_s: longest wait.
+            before_handing_over: called before anybody is told `GoingAway`.
         """
         self._is_going = True
         try:
             async with asyncio.timeout(bound_s):
                 await self._idle.wait()
         except TimeoutError:
+            if before_handing_over is not None:
+                await before_handing_over()
             logger.info("gateway.hands_over requests=%d", len(self._running))
             self._calls.leave_answers()
             for left in self._running:

@@ -1,7 +1,7 @@
 """The paths of OpenAI's HTTP protocol that this system serves."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -39,17 +39,18 @@ class OpenAiApp:
     Args:
         requests: lets clients' requests in.
         limits: of requests.
-        max_files_bytes: of documents that are kept.
+        files: documents that are kept.
     """
 
-    def __init__(self, requests: ClientRequests, *, limits: GatewayLimits, max_files_bytes: int) -> None:
+    def __init__(self, requests: ClientRequests, *, limits: GatewayLimits, files: FileStore) -> None:
         self._requests = requests
         self._bodies = Bodies(
             max_bytes=limits.max_document_bytes + OVERHEAD_BYTES,
             max_held_bytes=limits.max_upload_bytes,
             idle_s=limits.upload_idle_s,
         )
-        self._files = FileStore(max_bytes=max_files_bytes, max_document_bytes=limits.max_document_bytes)
+        self._files = files
+        self._max_document_bytes = limits.max_document_bytes
 
     @property
     def num_held_bytes(self) -> int:
@@ -89,7 +90,7 @@ class OpenAiApp:
                         is_small = len(body) <= _SMALL_BYTES
                         ask = read(body) if is_small else await asyncio.to_thread(read, body)
                         del body
-                        response = self._call(client, ask)
+                        response = await self._call(client, ask)
                 except Exception as error:  # noqa: BLE001 - whatever it is, it becomes the call's one answer
                     response = answer_of(error)
                 with tracing.continued(request.headers.items()), tracing.span("openai"):
@@ -100,8 +101,8 @@ class OpenAiApp:
     def _caller(self, request: Request) -> Client:
         return self._requests.clients.require(shown_token(request.headers))
 
-    def _call(self, client: Client, ask: Ask) -> Call:
-        documents = [self._files.get(file_id, client.name).content for file_id in ask.documents]
+    async def _call(self, client: Client, ask: Ask) -> Call:
+        documents = await self._documents(client, ask.documents)
         separator = SEPARATOR.encode()
         document = separator.join([*documents, *([text] if (text := _utf8(ask.text)) else [])])
         model = self._requests.front_door.model_of(ask.requests[0].model)
@@ -113,6 +114,14 @@ class OpenAiApp:
             counts_along=ask.counts_along,
         )
         return Call(self._requests, client, ask, document, shape)
+
+    async def _documents(self, client: Client, file_ids: Sequence[str]) -> list[bytes]:
+        num_bytes, limit = 0, self._max_document_bytes
+        for file_id in file_ids:  # before any of them is read: a list may name one file very often
+            num_bytes += (await self._files.get(file_id, client)).num_bytes
+            if num_bytes > limit:
+                raise InvalidRequest("document", f"{num_bytes} bytes", f"at most {limit} bytes, of all files together")
+        return [await self._files.content(file_id, client) for file_id in file_ids]
 
     def _guarded(self, handle: Callable[[Request, Client], Awaitable[Response]]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
@@ -141,7 +150,7 @@ class OpenAiApp:
         return JSONResponse(_as_json(model))
 
     async def _list_files(self, _: Request, client: Client) -> Response:
-        files = [file.as_json() for file in self._files.of(client.name)]
+        files = [file.as_json() for file in await self._files.of(client)]
         return JSONResponse({"object": "list", "data": files, "has_more": False})
 
     async def _add_file(self, request: Request, client: Client) -> Response:
@@ -157,19 +166,19 @@ class OpenAiApp:
                     name = upload.filename or ""
             except MultiPartException as err:
                 raise InvalidRequest("body", "", f"must be multipart/form-data: {err.message}") from err
-        file = self._files.add(owner=client.name, filename=name, purpose=str(purpose), content=content)
+        file = await self._files.add(owner=client, filename=name, purpose=str(purpose), content=content)
         return JSONResponse(file.as_json())
 
     async def _one_file(self, request: Request, client: Client) -> Response:
-        return JSONResponse(self._files.get(request.path_params["file_id"], client.name).as_json())
+        return JSONResponse((await self._files.get(request.path_params["file_id"], client)).as_json())
 
     async def _delete_file(self, request: Request, client: Client) -> Response:
         file_id = request.path_params["file_id"]
-        self._files.delete(file_id, client.name)
+        await self._files.delete(file_id, client)
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
     async def _file_content(self, request: Request, client: Client) -> Response:
-        content = self._files.get(request.path_params["file_id"], client.name).content
+        content = await self._files.content(request.path_params["file_id"], client)
         return Response(content, media_type="application/octet-stream")
 
 

@@ -135,7 +135,7 @@ def _answers() -> Schema:
             created_at=_COUNT,
             filename=_TEXT,
             purpose=_TEXT,
-            status={"const": "processed"},
+            status={"enum": ["processed", "error"]},
         ),
         "Usage": _object(
             ("prompt_tokens", "completion_tokens", "total_tokens"),

@@ -3,14 +3,16 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import grpc
+import ray
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
@@ -18,7 +20,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from cluster.accounts import Accounts
+from cluster.accounts import Accounts, Use
 from cluster.audit_log import AuditLog
 from cluster.autoscaling.autoscaler import Autoscaler
 from cluster.autoscaling.signals import PoolScaling
@@ -33,11 +35,13 @@ from cluster.generation_service import GenerationService
 from cluster.metrics import PoolMetrics, RequestMetrics, targets
 from cluster.node_registry import NodeRegistry
 from cluster.openai.app import OpenAiApp
+from cluster.openai.files import FileStore
 from cluster.replicas.leaving import Leaving
 from cluster.replicas.lender import ServeLender
 from cluster.replicas.replica_numbers import ServeReplicaNumbers
 from cluster.replicas.reporting import log_beside
 from cluster.replicas.serve_port import keep_serve_port_shut
+from cluster.replicas.telling import Telling
 from cluster.secret_files import SecretFiles
 from cluster.status_page.board import Board
 from cluster.status_page.routes import StatusPage
@@ -73,6 +77,10 @@ class GatewayOptions:
     port: int
     http_port: int
     max_files_bytes: int
+    files_folder: str | None
+    """Where files of clients are kept, also when the cluster ends; None for a folder that ends with it."""
+    cluster: str
+    """Its name, which gateways that take one another's place have in common."""
     limits: GatewayLimits
     audit_folder: str | None
     """None without an audit log."""
@@ -135,6 +143,8 @@ class GatewayReplica:
     _closing: asyncio.Future[Any] | None = None
     """It listens no more, and ends what it has."""
     _end_traces: Callable[[], None] | None = None
+    _passing_files: FileStore | None = None
+    """Documents that end with the cluster."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, options: GatewayOptions, secrets: SecretFiles, decode: Any, *variants: Any
@@ -142,6 +152,7 @@ class GatewayReplica:
         log_beside("ray.serve")
         keep_serve_port_shut()
         self._leaving = Leaving()
+        self._name = uuid4().hex
         self._opened = asyncio.Event()
         if options.traces is not None:
             self._end_traces = trace_to(options.traces, "gateway")
@@ -177,10 +188,16 @@ class GatewayReplica:
         self._server: grpc.aio.Server = create_server(
             client_security, lambda token: clients.of(token) is not None, shares_port=True
         )
-        folder, keep_days = options.audit_folder, options.audit_keep_days
-        audit_log = None if folder is None else AuditLog(Path(folder), keep_days=keep_days)
-        requests = ClientRequests(front_door, clients, Accounts(MonotonicClock(), audit_log), metrics)
-        app = OpenAiApp(requests, limits=options.limits, max_files_bytes=options.max_files_bytes)
+        audit, keep_days = options.audit_folder, options.audit_keep_days
+        audit_log = None if audit is None else AuditLog(Path(audit), keep_days=keep_days)
+        self._accounts = Accounts(MonotonicClock(), audit_log)
+        requests = ClientRequests(front_door, clients, self._accounts, metrics)
+        folder = _session_folder(options.cluster) if options.files_folder is None else Path(options.files_folder)
+        files = FileStore(
+            folder, max_bytes=options.max_files_bytes, max_document_bytes=options.limits.max_document_bytes
+        )
+        self._passing_files = files if options.files_folder is None else None
+        app = OpenAiApp(requests, limits=options.limits, files=files)
         page = StatusPage(Board(front_door.status, MonotonicClock()), clients)
         self._http = HttpServer(
             app.asgi(*page.routes()),
@@ -255,32 +272,49 @@ class GatewayReplica:
         self._registry.report(report)
         return self._registry.counts()
 
-    async def drain(self, bound_s: float, gives_way: bool) -> None:
+    async def hear_use(self, teller: str, uses: dict[str, Use]) -> None:
+        """Count what clients still use at a gateway that gives way to this one."""
+        if teller != self._name:  # Serve may have sent it here before it knew of the other one
+            self._accounts.hear(teller, uses)
+
+    async def drain(self, bound_s: float, successor: str | None) -> None:
         """Take no new request, say so to health checks, and return once those that are inside have ended.
 
         Args:
             bound_s: longest wait; what is left then is handed over.
-            gives_way: another gateway listens on the same ports, which from now on gets every new connection.
+            successor: application of another gateway that listens on the same ports, which from now on gets every new
+                connection; without one the cluster ends, and with it its clients' files.
         """
         if self._scaling is not None:
             self._scaling.cancel()
-        if gives_way and self._closing is None:
+        telling = None
+        if successor is not None and self._closing is None:
+            if not self._front_door.is_going:
+                telling = Telling(self._accounts, partial(self._tell_use, successor))
             longest_s = bound_s + defaults.STOP_GRACE_S
             self._closing = asyncio.gather(self._server.stop(longest_s), self._http.stop(longest_s))
             if self._metrics is not None:
                 await self._metrics.stop()
         await self._health.enter_graceful_shutdown()
-        await self._front_door.drain(bound_s)
+        await self._front_door.drain(bound_s, None if telling is None else telling.end)
+        if telling is not None:
+            await telling.end()
+        if successor is None and self._passing_files is not None:
+            await self._passing_files.forget_all()
+
+    async def _tell_use(self, application: str, uses: Mapping[str, Use]) -> None:
+        await self._gateway_of(application).hear_use.remote(self._name, uses)
+
+    def _gateway_of(self, application: str) -> Any:
+        return serve.get_deployment_handle(serve.get_replica_context().deployment, application)
 
     async def _until_succeeded(self) -> None:
         """Go on until another gateway listens. Serve sends its calls to that one alone by now, once it is there."""
         if self._scaling is not None:
             self._scaling.cancel()  # nodes report to the successor by now
-        context = serve.get_replica_context()
-        successor: Any = serve.get_deployment_handle(context.deployment, context.app_name)
         try:
             async with asyncio.timeout(SUCCESSOR_S):
-                await successor.addresses.remote()
+                await self._gateway_of(serve.get_replica_context().app_name).addresses.remote()
         except (TimeoutError, RayError, RayServeException) as err:
             logger.warning("gateway.no_successor cause=%r", err)
 
@@ -289,7 +323,7 @@ class GatewayReplica:
             self._looking_after.cancel()
             if self._leaving.has_begun and not self._front_door.is_going:
                 await self._until_succeeded()
-            await self.drain(self._drain_s, gives_way=True)
+            await self.drain(self._drain_s, successor=serve.get_replica_context().app_name)
             await self._server.stop(defaults.STOP_GRACE_S)  # whoever watches its health has no end
             assert self._closing is not None
             await self._closing
@@ -298,6 +332,12 @@ class GatewayReplica:
             await self._decode_calls.close()
         if self._end_traces is not None:
             self._end_traces()
+
+
+def _session_folder(cluster: str) -> Path:
+    """Where files of clients lie that end with the cluster: every gateway of it runs on this machine."""
+    context: Any = ray.get_runtime_context()
+    return Path(str(context.get_temp_dir())) / str(context.get_session_name()) / f"files-{cluster}"
 
 
 def _load(name: str, path: str, dtype: str) -> ServedModel:

@@ -87,7 +87,7 @@ async def doors(tmp_path: Path) -> AsyncIterator[TwoDoors]:
     requests = ClientRequests(door, two.clients, two.accounts, two.metrics)
     GenerationService(requests, upload_idle_s=LIMITS.upload_idle_s).add_to(server)
     two.grpc = f"127.0.0.1:{bind(server, '127.0.0.1', 0, Security())}"
-    app = OpenAiApp(requests, limits=LIMITS, max_files_bytes=1 << 20)
+    app = OpenAiApp(requests, limits=LIMITS, files=None)  # type: ignore[arg-type]  # nobody uploads
     http = HttpServer(app.asgi(), host="127.0.0.1", port=0, max_connections=8)
     await server.start()
     await http.start()
@@ -116,6 +116,7 @@ async def piece(data: bytes) -> AsyncIterator[bytes]:
     yield data
 
 
+@pytest.mark.parametrize("at_last_gateway", [False, True])
 @pytest.mark.parametrize(
     ("limit", "value", "num_tokens", "shown", "retry_after_s"),
     [
@@ -127,18 +128,22 @@ async def piece(data: bytes) -> AsyncIterator[bytes]:
     ],
 )
 async def test_both_protocols_refuse_by_the_same_figures(
-    doors: TwoDoors, limit: str, value: int, num_tokens: int, shown: str, retry_after_s: int
+    doors: TwoDoors, limit: str, value: int, num_tokens: int, shown: str, retry_after_s: int, at_last_gateway: bool
 ) -> None:
+    """What a client uses at a gateway that gives way to this one counts as what it uses here."""
     token = create_token(doors.path, "alice", TokenLimits(**{limit: value}))
     alice = doors.clients.of(token)
     assert isinstance(alice, Client)
-    with doors.accounts.open(alice) as usage:
+    accounts = Accounts(doors.clock) if at_last_gateway else doors.accounts
+    with accounts.open(alice) as usage:
         usage.see(ACCEPTED)
         doors.clock.now_s += 20
         for _ in range(12):
             usage.see(TOKEN)
         async for _ in usage.counted(piece(b"x" * 40)):
             pass
+        if at_last_gateway:
+            doors.accounts.hear("the last gateway", accounts.use())
         over_grpc = await doors.ask_grpc(token, num_tokens)
         over_http = await doors.ask_http(token, num_tokens)
     assert isinstance(over_grpc, CapacityExceeded)

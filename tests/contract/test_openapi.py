@@ -81,7 +81,7 @@ def test_it_is_an_openapi_document() -> None:
 
 
 def test_it_has_every_route_and_no_other() -> None:
-    app: Any = OpenAiApp(None, limits=LIMITS, max_files_bytes=1)  # type: ignore[arg-type]  # nobody calls
+    app: Any = OpenAiApp(None, limits=LIMITS, files=None)  # type: ignore[arg-type]  # nobody calls
     served = {
         (route.path.replace(":path}", "}"), method.lower())
         for route in app.asgi(*StatusPage(None, Clients(None)).routes()).routes  # type: ignore[arg-type]

@@ -149,6 +149,8 @@ async def test_the_gateway_says_where_it_is_reached_that_it_serves_and_after_a_s
         host=EVERYWHERE,
         http_port=0,
         max_files_bytes=1 << 20,
+        files_folder=None,
+        cluster="colm",
         metrics_host=None,
         metrics_port=0,
         traces=None,
@@ -161,6 +163,8 @@ async def test_the_gateway_says_where_it_is_reached_that_it_serves_and_after_a_s
         scalings=(),
     )
     secrets = secret_files(tmp_path)
+    ray = SimpleNamespace(get_temp_dir=lambda: str(tmp_path), get_session_name=lambda: "session")
+    monkeypatch.setattr(module, "ray", SimpleNamespace(get_runtime_context=lambda: ray))
 
     class Gateway(GatewayReplica):
         def __del__(self) -> None:

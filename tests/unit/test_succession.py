@@ -50,8 +50,8 @@ class Site:
         if is_open is self.fails_when_open:
             raise ClusterError("the replicas did not start")
 
-    def _drain(self, name: str, drain_s: float, *, gives_way: bool = False) -> None:
-        self.steps.append(("drain", name, drain_s, gives_way))
+    def _drain(self, name: str, drain_s: float, *, successor: str | None = None) -> None:
+        self.steps.append(("drain", name, drain_s, successor))
 
     def _delete(self, name: str) -> None:
         self.steps.append(("delete", name))
@@ -67,7 +67,7 @@ def test_the_last_model_goes_when_the_next_one_serves_and_its_answers_have_ended
         ("run", name, False),
         ("run", name, True),
         ("state", name),
-        ("drain", last, 7.0, True),
+        ("drain", last, 7.0, name),
         ("delete", last),
     ]
 
@@ -102,7 +102,7 @@ def test_a_ray_without_room_for_both_is_refused_before_anything_starts(monkeypat
 def test_down_lets_answers_end_before_any_node_is_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(monkeypatch, APPLICATION, SUCCESSOR)
     deployment.remove("ray", "colm", SUCCESSOR, 7.0)
-    assert site.steps == [("drain", SUCCESSOR, 7.0, False), ("delete", APPLICATION), ("delete", SUCCESSOR)]
+    assert site.steps == [("drain", SUCCESSOR, 7.0, None), ("delete", APPLICATION), ("delete", SUCCESSOR)]
     site = Site(monkeypatch)
     deployment.remove("ray", "colm", APPLICATION, 7.0)
     assert site.steps == ["shutdown"]
@@ -150,7 +150,7 @@ def test_a_cluster_beside_another_takes_what_is_free_and_leaves_the_other(monkey
     assert site.steps == ["start", ("note", "gcs"), ("run", "other", True)]
     site = Site(monkeypatch, APPLICATION, "other", "other-successor")
     deployment.remove("ray", "other", "other", 7.0)
-    assert site.steps == [("drain", "other", 7.0, False), ("delete", "other"), ("delete", "other-successor")]
+    assert site.steps == [("drain", "other", 7.0, None), ("delete", "other"), ("delete", "other-successor")]
 
 
 def test_a_cluster_beside_another_is_refused_what_that_one_has(monkeypatch: pytest.MonkeyPatch) -> None:

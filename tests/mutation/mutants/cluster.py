@@ -8,6 +8,8 @@ _GATEWAYS = "tests/fault/test_lost_gateways.py::"
 _FRONT_DOOR = "tests/unit/test_front_door.py::"
 _CLIENTS = "tests/unit/test_client_tokens.py::"
 _LIMITS = "tests/contract/test_limits.py::"
+_OVERLAP = "tests/unit/test_overlapping_gateways.py::"
+_FILES = "tests/unit/test_files.py::"
 
 MUTANTS = (
     Mutant(
@@ -86,6 +88,62 @@ MUTANTS = (
         "            account.num_prompt_tokens -= usage.num_prompt_tokens\n",
         "",
         _CLIENTS + "test_prompt_tokens_at_once_and_tokens_a_minute_are_limited",
+    ),
+    Mutant(
+        "a successor counts none of what its clients use at the last gateway",
+        "cluster/accounts.py",
+        "        return own + sum(getattr(told.running, name) for told in self.told.values())\n",
+        "        return own\n",
+        _LIMITS + "test_both_protocols_refuse_by_the_same_figures",
+    ),
+    Mutant(
+        "an answer that goes on at a successor is refused for what it spent at the last gateway",
+        "cluster/accounts.py",
+        "        if self.is_resumed:\n",
+        "        if False:\n",
+        _OVERLAP + "test_an_answer_that_goes_on_at_the_successor_is_refused_by_nothing_and_spends_its_prompt_once",
+    ),
+    Mutant(
+        "a client whose answer is handed over finds its place taken by that answer",
+        "cluster/replicas/telling.py",
+        "{name: Use(spent=use.spent) for name, use in",
+        "{name: use for name, use in",
+        _OVERLAP + "test_the_successor_is_told_at_once_again_and_at_the_end_that_nothing_runs",
+    ),
+    Mutant(
+        "a gateway that was lost has its requests for ever",
+        "cluster/accounts.py",
+        "        if now_s >= self._until_s:",
+        "        if False:",
+        _OVERLAP + "test_a_gateway_that_is_lost_while_it_ends_is_believed_for_seconds_and_what_it_spent_for_a_minute",
+    ),
+    Mutant(
+        "a file that is being written is there before it is whole",
+        "cluster/openai/files.py",
+        "            partial = file.id + _PARTIAL\n",
+        "            partial = _name(file.id, owner.name)\n",
+        _FILES + "test_a_gateway_that_is_killed_as_it_writes_leaves_a_whole_file_or_none",
+    ),
+    Mutant(
+        "a damaged document is handed out",
+        "cluster/openai/files.py",
+        " or hashlib.sha256(content).hexdigest() != digest:",
+        ":",
+        _FILES + "test_a_damaged_file_is_refused_listed_and_deleted",
+    ),
+    Mutant(
+        "files of all clients are listed",
+        "cluster/openai/files.py",
+        "(found := _OWNED.fullmatch(name)) is None or found[2] != owner:",
+        "(found := _OWNED.fullmatch(name)) is None:",
+        _FILES + "TestSeveralGateways",
+    ),
+    Mutant(
+        "files in a folder that others may enter",
+        "cluster/openai/files.py",
+        "if found.st_uid != os.geteuid() or found.st_mode & 0o077:",
+        "if found.st_uid != os.geteuid():",
+        _FILES + "test_a_folder_that_others_may_enter_or_that_is_none_is_refused_by_name",
     ),
     Mutant(
         "a gateway that stops takes further requests",
