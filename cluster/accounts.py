@@ -222,10 +222,9 @@ class Accounts:
 
     def use(self) -> dict[str, Use]:
         """What every client uses here, for the gateway that takes this one's place."""
-        now_s = self._clock.now()
-        for account in self._accounts.values():
-            account.forget(now_s)
-        return {name: account.use(now_s) for name, account in self._accounts.items()}
+        self._forget(now_s := self._clock.now())
+        used = {name: account.use(now_s) for name, account in self._accounts.items()}
+        return {name: use for name, use in used.items() if use != Use()}
 
     def hear(self, teller: str, uses: Mapping[str, Use]) -> None:
         """Count what clients use at another gateway as well, in place of what it said before.
@@ -234,17 +233,19 @@ class Accounts:
             teller: its name, which no other gateway has.
             uses: by client.
         """
-        now_s = self._clock.now()
+        self._forget(now_s := self._clock.now())
         tellers = {name for account in self._accounts.values() for name in account.told}
         if teller not in tellers and len(tellers) >= MAX_TELLERS:
             logger.warning("accounts.not_heard teller=%s", teller)
             return
-        for name in uses:
-            self._accounts.setdefault(name, _Account())
-        for name, account in list(self._accounts.items()):
+        for account in self._accounts.values():
             account.told.pop(teller, None)
-            if name in uses:
-                account.told[teller] = _Told(uses[name], now_s)
+        for name, use in uses.items():
+            self._accounts.setdefault(name, _Account()).told[teller] = _Told(use, now_s)
+        self._forget(now_s)
+
+    def _forget(self, now_s: float) -> None:
+        for name, account in list(self._accounts.items()):
             account.forget(now_s)
             if account.is_over:
                 del self._accounts[name]
