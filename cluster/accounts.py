@@ -99,8 +99,8 @@ class _Account:
 
     def everywhere(self, name: str) -> int:
         """Its own count of that name, and those of the other gateways."""
-        own: int = getattr(self, name)
-        return own + sum(getattr(told.running, name) for told in self.told.values())
+        counted: list[int] = [getattr(each, name) for each in (self, *(told.running for told in self.told.values()))]
+        return sum(counted)
 
     @property
     def num_spent(self) -> int:

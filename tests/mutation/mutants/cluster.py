@@ -92,8 +92,8 @@ MUTANTS = (
     Mutant(
         "a successor counts none of what its clients use at the last gateway",
         "cluster/accounts.py",
-        "        return own + sum(getattr(told.running, name) for told in self.told.values())\n",
-        "        return own\n",
+        "        return sum(counted)\n",
+        "        return counted[0]\n",
         _LIMITS + "test_both_protocols_refuse_by_the_same_figures",
     ),
     Mutant(
