@@ -35,6 +35,7 @@ ENVIRONMENT = {
     "RAY_START_HOOK": "cluster.ray_start_hook.prepare",
     "RAY_gcs_server_port_wait_time_s": "120",
     "RAY_agent_register_timeout_ms": "300000",
+    "RAY_prestart_worker_first_driver": "0",
 }
 """Of a head node: it waits for its processes as long as a busy machine may take to start them."""
 
