@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     add("model", type=Path, help="a checkpoint's directory")
     add("--state-dir", type=Path, metavar="DIR", help="of a cluster that runs; without, one is started and stopped")
     add("--load", type=above_zero, default=0.6, help="share of the machine that the requests need one by one; 0.6")
-    add("--seconds", type=above_zero, default=150.0, help="in which they arrive; 150")
+    add("--seconds", type=above_zero, default=420.0, help="in which they arrive; 420")
     add("--seed", type=int, default=0, help="of arrivals, lengths and texts; 0")
     add("--json", action="store_true", help="end with one JSON object")
     return parser

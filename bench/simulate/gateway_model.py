@@ -44,7 +44,7 @@ class Reports(NodeRegistry):
             self._made = now_s, [NodeStatus(report=report, age_s=0.0) for report in reports]
         return self._made[1]
 
-    def count(self, role: Role) -> int:
+    def count(self, role: Role, variant: str | None = None) -> int:  # noqa: ARG002 - all are of one model
         """That serve now."""
         return len(self._decode if role is Role.DECODE else self._prefill)
 

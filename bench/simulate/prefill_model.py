@@ -8,7 +8,7 @@ time. There are no broken streams, no leases that run out, no kept prefixes and 
 import asyncio
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import accumulate, count
 
@@ -17,7 +17,7 @@ from bench.simulate.network import Link, send
 from bench.simulate.processor import Processor
 from colm.errors import CapacityExceeded
 from colm.kv import KvFormat
-from colm.kv_position import KV_START, KvPosition
+from colm.kv_position import KvPosition
 from colm.model.config import ChainConfig
 from colm.wire.tile_codec import WINDOW_BYTES
 from prefill_node.cost_model import PrefillShape, Work
@@ -64,9 +64,8 @@ class PrefillTask:
         self._node = node
         self._works = _works(node.shape, num_tokens)
         self._num_steps = 0
-        self._end = KvPosition(node.shape.num_layers, 0)
-        self._position = KV_START
-        self._work_left = self._works.all
+        self._num_all_steps = node.shape.num_layers * self._works.num_tiles
+        self._work_left = self._works.left(0)
         self._window: deque[Tile] = deque()
         self._window_bytes = 0
         self._begun_bytes = node.begun_bytes(num_tokens)
@@ -74,7 +73,7 @@ class PrefillTask:
     @property
     def is_computed(self) -> bool:
         """There is no step left."""
-        return self._position == self._end
+        return self._num_steps == self._num_all_steps
 
     @property
     def has_reader(self) -> bool:
@@ -104,7 +103,7 @@ class PrefillTask:
     @property
     def layer(self) -> int:
         """Of the next step."""
-        return self._position.layer
+        return self._num_steps // self._works.num_tiles
 
     @property
     def tile_rows(self) -> int | None:
@@ -124,7 +123,7 @@ class PrefillTask:
     def works_ahead(self) -> Iterator[Work]:
         """What each step takes that is still to be made."""
         num_tiles = self._works.num_tiles
-        for number in range(self._num_steps, num_tiles * self._works.num_layers):
+        for number in range(self._num_steps, self._num_all_steps):
             yield self._works.of(*divmod(number, num_tiles))
 
     def tile_tokens_ahead(self, num_steps: int) -> list[int]:
@@ -135,11 +134,8 @@ class PrefillTask:
 
     def advance(self, tiles: Sequence["Tile"]) -> Work:
         """Note the tiles of steps, which are on their way; returns what these have done."""
-        shape = self._node.shape
         self._num_steps += len(tiles)
-        layer, number = divmod(self._num_steps, self._works.num_tiles)
-        self._position = KvPosition(layer, number * shape.tile_tokens)
-        left = self._works.all - shape.work_before(self._position, self.num_tokens)
+        left = self._works.left(self._num_steps)
         work, self._work_left = self._work_left - left, left
         self._window.extend(tiles)
         self._window_bytes += sum(tile.num_bytes for tile in tiles)
@@ -159,17 +155,26 @@ class _Works:
     first: tuple[Work, ...]
     between: tuple[Work, ...]
     last: tuple[Work, ...]
-    all: Work
-    num_layers: int
+    shape: PrefillShape
+    num_tokens: int
+    lefts: dict[int, Work] = field(default_factory=dict)
 
     @property
     def num_tiles(self) -> int:
         return len(self.first)
 
+    def left(self, num_steps: int) -> Work:
+        """What is still to be made after so many steps."""
+        if num_steps not in self.lefts:
+            layer, tile = divmod(num_steps, self.num_tiles)
+            made = self.shape.work_before(KvPosition(layer, tile * self.shape.tile_tokens), self.num_tokens)
+            self.lefts[num_steps] = self.shape.work(self.num_tokens) - made
+        return self.lefts[num_steps]
+
     def of(self, layer: int, tile: int) -> Work:
         if layer == 0:
             return self.first[tile]
-        return (self.last if layer == self.num_layers - 1 else self.between)[tile]
+        return (self.last if layer == self.shape.num_layers - 1 else self.between)[tile]
 
 
 @lru_cache(maxsize=4096)
@@ -183,7 +188,7 @@ def _works(shape: PrefillShape, num_tokens: int) -> _Works:
         return tuple(works)
 
     last = shape.num_layers - 1
-    return _Works(of_layer(0), of_layer(min(1, last)), of_layer(last), shape.work(num_tokens), shape.num_layers)
+    return _Works(of_layer(0), of_layer(min(1, last)), of_layer(last), shape, num_tokens)
 
 
 @dataclass(slots=True)
@@ -300,9 +305,11 @@ class PrefillModel:
             task.is_started = True
         rooms = [task.room_bytes for task in stepping]
         tiles = [task.tile_tokens_ahead(num_steps) for task in stepping]
-        steps_s = list[float]()
+        steps_s, seen, step_s = list[float](), tuple[Work, ...](), 0.0
         for works, *tokens in zip(zip(*(task.works_ahead() for task in stepping), strict=True), *tiles, strict=False):
-            steps_s.append(self._truth.prefill_step_s(Work.shared(works)))
+            if works != seen:
+                seen, step_s = works, self._truth.prefill_step_s(Work.shared(works))
+            steps_s.append(step_s)
             rooms = [room - each * self._layer_token_bytes for room, each in zip(rooms, tokens, strict=True)]
             if min(rooms) <= 0:
                 break

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
@@ -87,7 +88,8 @@ class ServeLender:
         self._somebody_asks = False
         self._news = asyncio.Event()
         """Set whenever a call was answered."""
-        self._used: dict[_Call, str] = {}
+        self._num_used = Counter[str]()
+        """Calls in use, by the addresses of their replicas."""
         self._kept: dict[_Call, str] = {}
         """Calls that nobody uses, with the addresses of their replicas."""
 
@@ -134,13 +136,15 @@ class ServeLender:
             self._somebody_asks = False
             self._line.look_again()
         address, lease_id = call.granted.result()
-        self._used[call] = address
+        self._num_used[address] += 1
         has_ended_well = False
         try:
             yield address, lease_id
             has_ended_well = True
         finally:
-            del self._used[call]
+            self._num_used[address] -= 1
+            if not self._num_used[address]:
+                del self._num_used[address]
             if has_ended_well and self._may_keep(call, address):
                 self._kept[call] = address
                 call.want_lease()
@@ -219,7 +223,7 @@ class ServeLender:
         # With others in use there it is Serve that weighs the replicas, and a call that is kept would weigh too.
         if not self._is_alone or not call.is_in_term:
             return False
-        return address not in {*self._used.values(), *self._kept.values()}
+        return address not in self._num_used and address not in self._kept.values()
 
     def _no_other(self) -> CapacityExceeded:
         return CapacityExceeded(f"no other {self._role.value} node is free; try again later")

@@ -56,6 +56,29 @@ def test_a_node_that_speaks_again_is_back() -> None:
     assert [node.age_s for node in registry.nodes()] == [0.0]
 
 
+def test_nodes_are_counted_by_role_and_variant_as_they_are_listed() -> None:
+    """Of those that report again, that come back as something else, and that are silent."""
+    clock = FakeClock()
+    registry = NodeRegistry(clock)
+    legal = registry.serving("legal")
+
+    def counts() -> tuple[int, ...]:
+        for known in (registry, legal):
+            for role in Role:
+                assert known.count(role) == sum(each.report.role is role for each in known.nodes())
+        return (*map(registry.count, Role), *map(legal.count, Role))
+
+    for name, role, variant in (("p", Role.PREFILL, ""), ("a", Role.DECODE, ""), ("b", Role.DECODE, "legal")):
+        registry.report(replace(report(name, role), variant=variant))
+        registry.report(replace(report(name, role), variant=variant))
+    assert counts() == (1, 2, 1, 1)
+    clock.now_s += 6 * REPORT_INTERVAL_S
+    registry.report(replace(report("a"), variant="legal"))
+    assert counts() == (1, 2, 1, 2)
+    clock.now_s += 6 * REPORT_INTERVAL_S
+    assert counts() == (0, 1, 0, 1)
+
+
 def test_each_node_expires_on_its_own() -> None:
     clock = FakeClock()
     registry = NodeRegistry(clock)
