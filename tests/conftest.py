@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,20 +11,36 @@ from hypothesis import settings
 
 from colm.checkpoint import Checkpoint
 from colm.convert import from_gguf
+from tests.gpu import HAS_GPU, MadeOnGpu
 from tests.library import why_no_library
 
 # No deadline for an example: its time depends on the machine more than on the code.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-# Triton's kernels are interpreted on CPU tensors. It reads this when it is first imported, so it stands here.
-os.environ["TRITON_INTERPRET"] = "1"
+# Without a GPU, Triton's kernels are interpreted. It reads this when it is first imported, so it stands here.
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure() -> None:
     """Without the library, tests would pass that never ran the kernels."""
     if (reason := why_no_library()) is not None:
         raise pytest.UsageError(reason)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a GPU need one."""
+    for item in items:
+        if not HAS_GPU and item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def where_triton_runs() -> Iterator[None]:
+    """Tensors that the test makes lie where Triton's kernels run."""
+    with MadeOnGpu() if HAS_GPU else nullcontext():
+        yield
 
 
 MODEL_FILE = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -4,7 +4,8 @@ import platform
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -29,10 +30,19 @@ def environment() -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         # Records written by earlier runs do not make the tree dirty: they do not change what is measured.
         "dirty": bool(git("status", "--porcelain", "--", ".", ":!bench/results")),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), **_versions()},
         **processor(Path("/proc/cpuinfo").read_text(encoding="utf-8")),
         "threads": torch.get_num_threads(),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that are installed; kernels are measured where Ray may be missing."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def processor(cpu_info: str) -> dict[str, Any]:

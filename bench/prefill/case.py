@@ -28,6 +28,7 @@ from colm.kv import KvFormat
 from colm.model import ChainTransformer, parameter_shapes
 from colm.model.config import ChainConfig
 from colm.model.transformer import slice_config
+from colm.placement import CPU
 from prefill_node.engine import PrefillEngine
 
 GEMM_SHAPES = ((512, 2048, 2048), (2048, 1024, 2048), (2048, 2048, 2048))
@@ -126,14 +127,18 @@ def prompt(config: ChainConfig, num_tokens: int, seed: int) -> NDArray[np.int64]
     return np.random.default_rng(seed).integers(0, config.vocab_size, num_tokens)
 
 
-def engine_of_random(config: ChainConfig, dtype: torch.dtype, tile_tokens: int, seed: int) -> PrefillEngine:
+def engine_of_random(
+    config: ChainConfig, dtype: torch.dtype, tile_tokens: int, seed: int, device: torch.device = CPU
+) -> PrefillEngine:
     """The engine that a prefill node runs, with random weights."""
     weights = RandomWeights(config=config, dtype=dtype, seed=seed)
-    return PrefillEngine(weights, KvFormat.of(config, dtype), tile_tokens=tile_tokens)
+    return PrefillEngine(weights, KvFormat.of(config, dtype), tile_tokens=tile_tokens, device=device)
 
 
 @torch.inference_mode()
-def check_engine(config: ChainConfig, dtype: torch.dtype, tile_tokens: int, seed: int) -> None:
+def check_engine(
+    config: ChainConfig, dtype: torch.dtype, tile_tokens: int, seed: int, device: torch.device = CPU
+) -> None:
     """Hold keys and values of a short prompt, of a tile and a quarter, against the model's definition in float64.
 
     Raises:
@@ -143,11 +148,11 @@ def check_engine(config: ChainConfig, dtype: torch.dtype, tile_tokens: int, seed
     token_ids = prompt(config, tile_tokens + -(-tile_tokens // 4), seed)
     exact = exact_keys_values(config, dtype, token_ids, seed)
     width = slice_config(config, 1).dim
-    for tile in engine_of_random(config, dtype, tile_tokens, seed).run(token_ids):
+    for tile in engine_of_random(config, dtype, tile_tokens, seed, device).run(token_ids):
         stop = tile.first_token + tile.num_tokens
         for result, whole_KNE in zip((tile.k_KTD, tile.v_KTD), exact[tile.layer], strict=True):
             wanted = whole_KNE[:, tile.first_token : stop]
-            tolerance.layers(wanted, dtype, num_layers=tile.layer + 1, width=width).check(result)
+            tolerance.layers(wanted, dtype, num_layers=tile.layer + 1, width=width).check(result.cpu())
 
 
 def exact_keys_values(

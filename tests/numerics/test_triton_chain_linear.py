@@ -1,4 +1,4 @@
-"""Linear (chain) in Triton, interpreted, against the definition, gradients too, within tolerance.py's budget."""
+"""Linear (chain) in Triton, against the definition, gradients too, within tolerance.py's budget."""
 
 import pytest
 import torch
@@ -6,9 +6,11 @@ from colm_kernels import tolerance
 from colm_kernels.gpu.chain_linear import chain_linear
 from torch import Tensor
 
+from tests.gpu import TRITON_DTYPES as DTYPES
 from tests.kernel_inputs import staircase_inputs as inputs
 
-DTYPES = (torch.float16, torch.float32)  # the interpreter's bf16 is wrong in silence
+pytestmark = pytest.mark.usefixtures("where_triton_runs")
+
 BLOCK = 64  # of fp32
 
 

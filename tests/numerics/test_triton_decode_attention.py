@@ -1,4 +1,4 @@
-"""Paged decode attention in Triton, interpreted, against the definition, within the budget of tolerance.py."""
+"""Paged decode attention in Triton, against the definition, within the budget of tolerance.py."""
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -9,9 +9,13 @@ from colm_kernels import tolerance
 from colm_kernels.gpu import decode_attention as on_gpu
 from torch import Tensor
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
+from tests.gpu import TRITON_DTYPES as DTYPES
 
-DTYPES = (torch.float16, torch.float32)  # the interpreter's bf16 is wrong in silence
+pytestmark = [
+    pytest.mark.usefixtures("where_triton_runs"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of the interpreter
+]
+
 PART = on_gpu.MIN_PART_TOKENS
 
 

@@ -1,4 +1,4 @@
-"""Dense prefill attention in Triton, interpreted, against the definition, within the budget of tolerance.py."""
+"""Dense prefill attention in Triton, against the definition, within the budget of tolerance.py."""
 
 import pytest
 import torch
@@ -6,10 +6,11 @@ from colm_kernels import tolerance
 from colm_kernels.gpu.prefill_attention import MAX_HEAD_DIM, config, prefill_attention
 from torch import Tensor
 
+from tests.gpu import TRITON_DTYPES as DTYPES
 from tests.kernel_inputs import prefill_inputs as inputs
 
-# The interpreter's bf16 is wrong in silence; bf16 differs from fp16 in no line of the kernel.
-DTYPES = (torch.float16, torch.float32)
+pytestmark = pytest.mark.usefixtures("where_triton_runs")
+
 BLOCK_M, BLOCK_N = config(80, torch.float32, 16).blocks.values()
 
 

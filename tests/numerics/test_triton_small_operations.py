@@ -1,4 +1,4 @@
-"""RMSNorm (chain), rotation and cache writes, SwiGLU and int8 keys and values in Triton, interpreted.
+"""RMSNorm (chain), rotation and cache writes, SwiGLU and int8 keys and values in Triton.
 
 Shapes: R rows, D features or head dim, T tokens, N heads, K kv heads, S rows of the cache, F features.
 """
@@ -13,10 +13,13 @@ from colm_kernels.gpu.swiglu import swiglu_
 from colm_kernels.kv_quantise import quantise_kv_reference
 from torch import Tensor
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
+from tests.gpu import TRITON_DTYPES as DTYPES
 
-# The interpreter's bf16 arithmetic is wrong in silence, its conversions are not.
-DTYPES = (torch.float16, torch.float32)
+pytestmark = [
+    pytest.mark.usefixtures("where_triton_runs"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of the interpreter
+]
+
 EPS = 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Sparse prefill attention in Triton, interpreted, against the definition, within the budget of tolerance.py."""
+"""Sparse prefill attention in Triton, against the definition, within the budget of tolerance.py."""
 
 import pytest
 import torch
@@ -7,9 +7,10 @@ from colm_kernels.gpu.sparse_prefill_attention import sparse_prefill_attention
 from colm_kernels.sparse_index import SparseIndex, Tiling, lower
 from torch import Tensor
 
+from tests.gpu import TRITON_DTYPES as DTYPES
 from tests.kernel_inputs import prefill_inputs as inputs
 
-DTYPES = (torch.float16, torch.float32)  # the interpreter's bf16 is wrong in silence
+pytestmark = pytest.mark.usefixtures("where_triton_runs")
 
 
 def index_of(q: Tensor, k: Tensor, num_lists: int, row_block=64, key_block=64, density=0.4, num_columns=80):
