@@ -90,10 +90,11 @@ def copy(seed: int, rounds: int) -> Metrics:
 
 def dense(case: PrefillCase, seed: int, rounds: int) -> Metrics:
     """Our kernel, and PyTorch's own attention where the tile is the whole prompt."""
-    q, k, v = (each.to(GPU) for each in case.inputs(seed))
-    expected = tolerance.prefill_attention(q[-CHECKED_ROWS:], k, v)
+    on_host = case.inputs(seed)
+    expected = tolerance.prefill_attention(on_host[0][-CHECKED_ROWS:], *on_host[1:])
+    q, k, v = (each.to(GPU) for each in on_host)
     run = partial(prefill_attention, q, k, v, backend="triton")
-    tolerance.check_all(expected, (part[-CHECKED_ROWS:] for part in run()))
+    tolerance.check_all(expected, (part[-CHECKED_ROWS:].cpu() for part in run()))
     found = {"tflops_per_s": case.flops / seconds(run, rounds) / 1e12}
     if case.num_queries == case.num_keys:
         q_BHTD, k_BKSD, v_BKSD = q.transpose(0, 1)[None].contiguous(), k[None], v[None]
@@ -108,11 +109,12 @@ def dense(case: PrefillCase, seed: int, rounds: int) -> Metrics:
 def sparse(case: SparseCase, seed: int, rounds: int) -> Metrics:
     """Our sparse kernel beside our dense one."""
     index = case.index(seed)
-    density, last, index = index.density(), _on_gpu(last_row_block(index)), _on_gpu(index)
-    q, k, v = (each.to(GPU) for each in case.dense.inputs(seed))
-    out, lse = sparse_prefill_attention(q, k, v, index)
-    tile = q[-last.tiling.num_queries :]
-    tolerance.check_all(tolerance.prefill_attention(tile, k, v, last), (out[-len(tile) :], lse[-len(tile) :]))
+    density, last, index = index.density(), last_row_block(index), _on_gpu(index)
+    q, k, v = case.dense.inputs(seed)
+    expected = tolerance.prefill_attention(q[-last.tiling.num_queries :], k, v, last)
+    q, k, v = (each.to(GPU) for each in (q, k, v))
+    found = sparse_prefill_attention(q, k, v, index)
+    tolerance.check_all(expected, (part[-last.tiling.num_queries :].cpu() for part in found))
     sparse_s = seconds(lambda: sparse_prefill_attention(q, k, v, index), rounds)
     dense_s = seconds(lambda: prefill_attention(q, k, v, backend="triton"), rounds)
     rate = case.dense.flops * density / sparse_s / 1e12
@@ -127,10 +129,11 @@ def _on_gpu(index: SparseIndex) -> SparseIndex:
 def decode(case: DecodeCase, seed: int, rounds: int) -> Metrics:
     """Our paged attention; its bytes are keys, values and scales."""
     on_host, options = case.inputs(seed)
+    expected = tolerance.decode_attention(*on_host, **options)
     q, k_pages, v_pages, block_table, context_lens = (each.to(GPU) for each in on_host)
     options = {name: each.to(GPU) for name, each in options.items()}
     run = partial(decode_attention, q, k_pages, v_pages, block_table, context_lens, **options)
-    tolerance.decode_attention(q, k_pages, v_pages, block_table, context_lens, **options).check(run())
+    expected.check(run().cpu())
     return {"gb_per_s": case.num_bytes / seconds(run, rounds) / 1e9}
 
 
@@ -138,10 +141,11 @@ def decode(case: DecodeCase, seed: int, rounds: int) -> Metrics:
 def staircase(case: StaircaseCase, seed: int, rounds: int) -> Metrics:
     """Our Linear (chain), operations with zeros left out, beside a product a chain."""
     x, weights, _ = case.inputs(seed)
+    last = x[-CHECKED_ROWS:]
+    expected = tolerance.linear(last, weights, None, (len(last),) * len(weights))
     x, weights = x.to(GPU), [weight.to(GPU) for weight in weights]
-    rows = (len(x),) * len(weights)
-    run = partial(chain_linear, x, weights, None, rows)
-    tolerance.linear(x[-CHECKED_ROWS:], weights, None, (CHECKED_ROWS,) * len(weights)).check(run()[-CHECKED_ROWS:])
+    run = partial(chain_linear, x, weights, None, (len(x),) * len(weights))
+    expected.check(run()[-CHECKED_ROWS:].cpu())
 
     def separate() -> object:
         return torch.cat([F.linear(x[:, : weight.shape[1]], weight) for weight in weights], dim=1)
