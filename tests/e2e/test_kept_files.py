@@ -1,6 +1,7 @@
 """Files of /v1/files on a cluster whose gateway changes, is killed, and ends."""
 
 import ssl
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from openai import DefaultHttpxClient, OpenAI
 
 from cluster.state import ClusterState
 from tests.e2e.conftest import RunningCluster, run_colm, until
-from tests.e2e.test_faults import gateway_process
 from tests.tiny import tiny_checkpoint
 
 TEXT = "a long document. " * 8
@@ -28,8 +28,17 @@ def options(folder: Path, max_requests: int, more: str = "") -> tuple[str, str]:
 
 def gateways(cluster: RunningCluster) -> list[psutil.Process]:
     """Those that are there, one that ends among them."""
-    family = psutil.Process(cluster.state.ray_pid).children(recursive=True)
-    return [process for process in family if "ServeReplica:colm:gateway" in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process(cluster.state.ray_pid).children(recursive=True):
+        with suppress(psutil.Error):  # it ends at this moment
+            if "ServeReplica:colm:gateway" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def the_gateway(cluster: RunningCluster) -> psutil.Process:
+    until(lambda: len(gateways(cluster)) == 1, 120)
+    return gateways(cluster)[0]
 
 
 def kept(folder: Path) -> list[Path]:
@@ -62,11 +71,11 @@ def test_a_document_outlives_its_gateway_and_ends_with_the_cluster(tmp_path: Pat
 
             book = client.files.create(file=("book.txt", TEXT.encode()), purpose="user_data")
             said = ask()
-            before = gateway_process(cluster)
+            before = the_gateway(cluster)
             cluster.colm("up", *options(tmp_path, 63))
             until(lambda: before not in gateways(cluster), 120)
             assert ask() == said
-            (killed := gateway_process(cluster)).kill()
+            (killed := the_gateway(cluster)).kill()
             until(lambda: killed not in gateways(cluster), 120)
             assert ask() == said
             assert client.files.content(book.id).text == TEXT
@@ -74,7 +83,7 @@ def test_a_document_outlives_its_gateway_and_ends_with_the_cluster(tmp_path: Pat
             assert found.name == f"{book.id}.operator"
             assert found.stat().st_mode & 0o777 == 0o600
             # A folder of one's own is another place, and stays.
-            own, last = tmp_path / "own", gateway_process(cluster)
+            own, last = tmp_path / "own", the_gateway(cluster)
             cluster.colm("up", *options(tmp_path, 62, f'files_folder = "{own}"\n'))
             until(lambda: last not in gateways(cluster), 120)
             client.files.create(file=("book.txt", TEXT.encode()), purpose="user_data")
