@@ -173,7 +173,7 @@ def add_and_be_killed(folder, steps):
 
     store = FileStore(Path(folder), max_bytes=100, max_document_bytes=80)
     owner = Client(name="alice", sha256="")
-    for name in ("open", "listdir", "fsync", "rename", "unlink", "close"):
+    for name in ("open", "fdopen", "listdir", "fsync", "rename", "unlink", "close"):
         killed_at(name)
     asyncio.run(store.add(owner=owner, filename="", purpose="user_data", content=b"x" * 70))
     os._exit(0)

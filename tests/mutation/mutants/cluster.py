@@ -136,7 +136,7 @@ MUTANTS = (
         "cluster/openai/files.py",
         "(found := _OWNED.fullmatch(name)) is None or found[2] != owner:",
         "(found := _OWNED.fullmatch(name)) is None:",
-        _FILES + "TestSeveralGateways",
+        _FILES + "test_a_damaged_file_is_refused_listed_and_deleted",
     ),
     Mutant(
         "files in a folder that others may enter",
@@ -528,8 +528,8 @@ MUTANTS = (
     Mutant(
         "a client asks about another one's file",
         "cluster/openai/files.py",
-        "if file is None or file.owner != owner:",
-        "if file is None:",
+        "self._opened(_name(file_id, owner)) as opened:",
+        "self._opened(next(each for each in self._names() if each.startswith(file_id))) as opened:",
         "tests/unit/test_openai.py::test_a_document_is_uploaded_once_and_asked_about_by_its_owner_alone",
     ),
     Mutant(
