@@ -11,6 +11,12 @@ import pytest
 LIMIT_S = 60.0
 
 
+async def settle() -> None:
+    """Let every task of the loop go on until it waits for something."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 class Gate:
     """A gate, closed at first. Each caller is counted as it arrives."""
 

@@ -20,7 +20,7 @@ from decode_node.plan import PlanRow, StepPlan
 from decode_node.prefix_cache import PagesWanted, Reservation
 from decode_node.prompt_blocks import PromptBlocks
 from decode_node.shared_prefill import SharedPrefills
-from tests.unit.test_line import settle
+from tests.gates import settle
 
 
 @dataclass(frozen=True)

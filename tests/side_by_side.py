@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_UNITS = tuple(sorted(map(str, Path(__file__).with_name("unit").glob("test_*.py"))))
+_UNITS = tuple(sorted(map(str, Path(__file__).with_name("unit").rglob("test_*.py"))))
 _NAMED = {
     "clusters": ("tests/e2e",),
     "fuzzer": ("tests/fuzz",),

@@ -46,7 +46,7 @@ from tests.both_ends import (
     truth_of,
 )
 from tests.clock import FakeClock
-from tests.unit.test_line import settle
+from tests.gates import settle
 
 PAGE_TOKENS = 4
 NUM_PAGES = 12

@@ -20,7 +20,7 @@ from colm.errors import ClusterError, ConfigError
 from colm.nodes import ClusterStatus, NodeLoad, NodeReport, PoolStatus, ProcessFacts, PromptCost, Role
 from colm.wire.messages import cluster_status_from_pb, cluster_status_to_pb
 from tests.clock import FakeClock
-from tests.unit.test_line import settle
+from tests.gates import settle
 from tests.unit.test_serve_lender import ScriptedHandle, grant
 
 LIMITS = ScalingLimits(min_replicas=1, max_replicas=4, up_s=5, down_s=20)

@@ -7,8 +7,7 @@ import pytest
 from colm import line as line_module
 from colm.errors import CapacityExceeded
 from colm.line import NUM_NEAR, Line
-
-LIMIT_S = 60.0
+from tests.gates import LIMIT_S, settle
 
 
 class Seats:
@@ -36,11 +35,6 @@ class Seats:
         self.num_free -= 1
         self.taken.append(name)
         return name
-
-
-async def settle() -> None:
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 async def test_one_clients_crowd_keeps_nobody_else_out() -> None:

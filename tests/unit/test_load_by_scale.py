@@ -13,7 +13,7 @@ from colm.checkpoint import Checkpoint, load
 from colm.convert import slice_scale
 from colm.model import parameter_shapes
 from tests.tiny import tiny_checkpoint, tiny_config
-from tests.unit.test_checkpoint import (
+from tests.touched_bytes import (
     MIB,
     ROOT,
     SLACK_BYTES,

@@ -9,7 +9,7 @@ from colm.errors import CapacityExceeded
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PageLease, PagePool
 from decode_node.prefix_cache import PagesWanted
-from tests.unit.test_line import settle
+from tests.gates import settle
 
 LIMIT_S = 20.0
 CROWD = [("a1", "a"), ("a2", "a"), ("b1", "b")]

@@ -9,7 +9,7 @@ import pytest
 from colm.errors import CapacityExceeded, PeerFailed, PeerUnavailable
 from decode_node.prefill_pool import PrefillLease, StaticPrefillPool
 from tests.clock import FakeClock
-from tests.unit.test_line import settle
+from tests.gates import settle
 
 
 async def no_beat(_: int) -> None:

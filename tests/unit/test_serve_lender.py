@@ -14,7 +14,7 @@ from cluster.replicas import lender as lender_module
 from cluster.replicas.lender import ServeLender
 from colm.errors import CapacityExceeded, PeerUnavailable
 from colm.nodes import Role
-from tests.unit.test_line import settle
+from tests.gates import settle
 
 Grant = tuple[str, str]
 

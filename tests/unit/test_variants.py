@@ -29,9 +29,9 @@ from tests.clock import FakeClock
 from tests.gates import LIMIT_S
 from tests.gateway import LIMITS, TakingTurns, decode_nodes, http_gateway, served_model
 from tests.nodes import TILE_TOKENS, decode, decode_node, prefill_node
+from tests.scripted_nodes import FINISHED
 from tests.secret_folder import secret_files
 from tests.tiny import fine_tuned, tiny_checkpoint, tiny_config
-from tests.unit.test_front_door import FINISHED
 
 LEGAL = dataclasses.replace(served_model(tiny_config()), name="legal", revision="l")
 DOCUMENT = np.random.default_rng(0).integers(3, 300, 3 * TILE_TOKENS).tolist()

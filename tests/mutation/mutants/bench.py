@@ -2,8 +2,11 @@
 
 from tests.mutation.mutant import Mutant
 
-_QUALITY = "tests/unit/test_bench_quality.py::"
 _SERVING = "tests/unit/test_bench_serving.py::"
+_BENCH_ONE_PROCESS = "tests/unit/test_bench_one_process.py::"
+_BENCH_PREFILL_SUITE = "tests/unit/test_bench_prefill_suite.py::"
+_BENCH_PREFILL_SAMPLES = "tests/unit/test_bench_prefill_samples.py::"
+_QUALITY = "tests/unit/test_bench_quality.py::"
 _LOAD_CLIENT = "tests/unit/test_bench_load_client.py::"
 _SERVING_RECORDS = "tests/unit/test_bench_serving_records.py::"
 _DOCS = "tests/architecture/test_docs.py::"
@@ -84,21 +87,22 @@ MUTANTS = (
         "bench/serving/one_process.py",
         "        self.pool.release(work.pages)\n",
         "",
-        _SERVING + "test_one_process_answers_as_the_model_does_whatever_else_it_answers",
+        _BENCH_ONE_PROCESS + "test_one_process_answers_as_the_model_does_whatever_else_it_answers",
     ),
     Mutant(
         "the reference server makes no first token before it has read all prompts",
         "bench/serving/one_process.py",
         "        self._step([work])\n",
         "",
-        _SERVING + "test_every_prompt_that_waits_goes_before_the_answers_and_has_its_first_token_before_the_next",
+        _BENCH_ONE_PROCESS
+        + "test_every_prompt_that_waits_goes_before_the_answers_and_has_its_first_token_before_the_next",
     ),
     Mutant(
         "the reference server takes the newest prompt first",
         "bench/serving/one_process.py",
         "self._waiting.append(work)",
         "self._waiting.appendleft(work)",
-        _SERVING + "test_one_process_takes_prompts_in_the_order_in_which_they_came",
+        _BENCH_ONE_PROCESS + "test_one_process_takes_prompts_in_the_order_in_which_they_came",
     ),
     Mutant(
         "an interval of 95% is one of 90%",
@@ -140,31 +144,28 @@ MUTANTS = (
         "bench/prefill/suite.py",
         " and record.measured in modes",
         "",
-        "tests/unit/test_bench_prefill_suite.py::test_records_of_another_commit_or_a_model_stand_for_nothing",
+        _BENCH_PREFILL_SUITE + "test_records_of_another_commit_or_a_model_stand_for_nothing",
     ),
     Mutant(
         "a tile of a long prompt's sample finds its weights in memory",
         "bench/prefill/sampling.py",
         "        self._layer.time(*self._bounds(0))\n        self._turns[tile]",
         "        self._turns[tile]",
-        "tests/unit/test_bench_prefill_suite.py::"
-        "test_long_prompts_layers_take_turns_at_every_tile_behind_their_own_first",
+        _BENCH_PREFILL_SAMPLES + "test_long_prompts_layers_take_turns_at_every_tile_behind_their_own_first",
     ),
     Mutant(
         "what groups took in truth does not count for those behind them",
         "bench/prefill/suite.py",
         "pace, left_s = taken_s / predicted_s, ends_s - self.clock()",
         "pace, left_s = 1.0, self.budget_s",
-        "tests/unit/test_bench_prefill_suite.py::"
-        "test_a_group_that_takes_longer_than_predicted_leaves_less_for_those_behind_it",
+        _BENCH_PREFILL_SUITE + "test_a_group_that_takes_longer_than_predicted_leaves_less_for_those_behind_it",
     ),
     Mutant(
         "a sampled sparse layer attends to everything",
         "bench/prefill/layer.py",
         "attention = _dense if self._plan is None else partial(_sparse, self._plan)",
         "attention = _dense",
-        "tests/unit/test_bench_prefill_suite.py::"
-        "test_a_sampled_sparse_tile_leaves_the_hidden_states_that_the_engine_computes",
+        _BENCH_PREFILL_SAMPLES + "test_a_sampled_sparse_tile_leaves_the_hidden_states_that_the_engine_computes",
     ),
     Mutant(
         "a calibration beside other work is taken for one of an idle machine",
@@ -185,24 +186,21 @@ MUTANTS = (
         "bench/roofline/model.py",
         "                computed_s = max(computed_s, arrived_s)\n",
         "",
-        "tests/unit/test_bench_roofline.py::"
-        "test_a_smaller_window_never_makes_a_stream_faster_and_an_empty_one_takes_turns",
+        "tests/unit/test_bench_roofline.py::test_a_smaller_window_never_makes_a_stream_faster_and_an_empty_one_takes_turns",
     ),
     Mutant(
         "a modelled cell is compared with the paper",
         "bench/report/compare.py",
         'if self.ours is None or self.ours.measured == "modelled" or self.paper_speedup is None:',
         "if self.ours is None or self.paper_speedup is None:",
-        "tests/unit/test_bench_report.py::"
-        "test_modelled_cells_cells_not_run_and_cells_that_the_paper_has_wrong_are_not_judged",
+        "tests/unit/test_bench_report.py::test_modelled_cells_cells_not_run_and_cells_that_the_paper_has_wrong_are_not_judged",
     ),
     Mutant(
         "all tiles of one layer leave nothing open about the others",
         "bench/prefill/estimate.py",
         "(len(group) * num_layers)",
         "len(group)",
-        "tests/unit/test_bench_prefill_suite.py::"
-        "test_all_tiles_of_one_layer_are_summed_and_the_other_layers_leave_an_error_bar",
+        _BENCH_PREFILL_SAMPLES + "test_all_tiles_of_one_layer_are_summed_and_the_other_layers_leave_an_error_bar",
     ),
     Mutant(
         "a switch costs what a prompt's first step takes",
@@ -237,8 +235,7 @@ MUTANTS = (
         "bench/decode/attention.py",
         'scales = (self.options.get("k_scales_BPK"), self.options.get("v_scales_BPK"))',
         'scales = (self.options.get("v_scales_BPK"), self.options.get("v_scales_BPK"))',
-        "tests/unit/test_bench_decode.py::"
-        "test_the_suite_has_every_way_of_a_step_batches_and_attention_and_says_why_a_peer_is_absent",
+        "tests/unit/test_bench_decode.py::test_the_suite_has_every_way_of_a_step_batches_and_attention_and_says_why_a_peer_is_absent",
     ),
     Mutant(
         "a peer that is absent is not in the record",

@@ -1,170 +1,17 @@
-"""Of the gateway, the cluster and its command."""
+"""Of the cluster around its gateway, and of its command."""
 
 from tests.mutation.mutant import Mutant
 
 _ROTATION = "tests/unit/test_authority_rotation.py::"
-_GATEWAY = "tests/fault/test_gateway.py::"
-_GATEWAYS = "tests/fault/test_lost_gateways.py::"
-_FRONT_DOOR = "tests/unit/test_front_door.py::"
-_CLIENTS = "tests/unit/test_client_tokens.py::"
-_LIMITS = "tests/contract/test_limits.py::"
 _OVERLAP = "tests/unit/test_overlapping_gateways.py::"
-_FILES = "tests/unit/test_files.py::"
 
 MUTANTS = (
-    Mutant(
-        "a revoked token stays valid",
-        "cluster/client_tokens.py",
-        "        if seen == self._seen:\n",
-        "        if self._seen is not None:\n",
-        _CLIENTS + "test_a_token_is_valid_from_the_next_call_on_and_revoked_from_the_next_call_on",
-    ),
-    Mutant(
-        "a revoked client's calls go on",
-        "cluster/client_tokens.py",
-        "            while client.sha256 in self._by_digest:\n",
-        "            while True:\n",
-        _CLIENTS + "test_a_call_of_a_revoked_token_is_ended_and_those_of_others_go_on",
-    ),
-    Mutant(
-        "a name that is not in the tokens' file is a series of its own",
-        "cluster/client_metrics.py",
-        "        name = client if client in self._clients.names() else OTHERS\n",
-        "        name = client\n",
-        _LIMITS + "test_a_revoked_clients_series_end_and_strangers_have_none",
-    ),
-    Mutant(
-        "a request that cannot be read over HTTP is in no count",
-        "cluster/client_requests.py",
-        "            with self._metrics.request(client.name), self._accounts.open(client):\n                raise\n",
-        "            raise\n",
-        _LIMITS + "test_what_is_refused_as_it_is_read_is_counted_as_over_grpc",
-    ),
-    Mutant(
-        "every refused call may come again in a second",
-        "colm/wire/status.py",
-        "        detail.client_limit, detail.retry_after_s = error.client_limit, error.retry_after_s\n",
-        "        detail.client_limit = error.client_limit\n",
-        _LIMITS + "test_a_full_cluster_says_so_in_both_and_counts_apart_from_a_clients_limit",
-    ),
-    Mutant(
-        "a client may use its tokens again too late",
-        "cluster/accounts.py",
-        "return when_s + _MINUTE_S - now_s",
-        "return _MINUTE_S",
-        _LIMITS + "test_both_protocols_refuse_by_the_same_figures",
-    ),
-    Mutant(
-        "every client sees the cluster's figures",
-        "cluster/status_page/routes.py",
-        "if not self._clients.require(shown_token(request.headers)).is_operator:",
-        "if not self._clients.require(shown_token(request.headers)):",
-        "tests/unit/test_status_page.py::test_a_pool_that_follows_its_load_is_shown_to_the_operator_alone",
-    ),
-    Mutant(
-        "everybody who watches looks for himself",
-        "cluster/status_page/board.py",
-        ">= INTERVAL_S or self._now is None:",
-        ">= 0 or self._now is None:",
-        "tests/unit/test_status_page.py::test_all_who_watch_share_a_look_and_see_those_before_it",
-    ),
-    Mutant(
-        "a streamed token's scale is not in the schema",
-        "cluster/openai/openapi.py",
-        '    scale = {"num_chains": {"type": "integer", "minimum": 1}}\n',
-        '    scale = {"num_chains": {"type": "integer", "maximum": 0}}\n',
-        "tests/contract/test_openapi.py::test_answers_are_as_it_says",
-    ),
-    Mutant(
-        "every client is told where the nodes are",
-        "cluster/generation_service.py",
-        "status if self._caller(context).is_operator else status.without_places()",
-        "status if self._caller(context) else status.without_places()",
-        _CLIENTS + "test_where_the_nodes_are_is_for_the_operator_alone",
-    ),
-    Mutant(
-        "a request that has ended keeps its client's prompt tokens",
-        "cluster/accounts.py",
-        "            account.num_prompt_tokens -= usage.num_prompt_tokens\n",
-        "",
-        _CLIENTS + "test_prompt_tokens_at_once_and_tokens_a_minute_are_limited",
-    ),
-    Mutant(
-        "a successor counts none of what its clients use at the last gateway",
-        "cluster/accounts.py",
-        "        return sum(counted)\n",
-        "        return counted[0]\n",
-        _LIMITS + "test_both_protocols_refuse_by_the_same_figures",
-    ),
-    Mutant(
-        "an answer that goes on at a successor is refused for what it spent at the last gateway",
-        "cluster/accounts.py",
-        "        if self.is_resumed:\n",
-        "        if False:\n",
-        _OVERLAP + "test_an_answer_that_goes_on_at_the_successor_is_refused_by_nothing_and_spends_its_prompt_once",
-    ),
     Mutant(
         "a client whose answer is handed over finds its place taken by that answer",
         "cluster/replicas/telling.py",
         "{name: Use(spent=use.spent) for name, use in",
         "{name: use for name, use in",
         _OVERLAP + "test_the_successor_is_told_at_once_again_and_at_the_end_that_nothing_runs",
-    ),
-    Mutant(
-        "a gateway that was lost has its requests for ever",
-        "cluster/accounts.py",
-        "        if now_s >= self._until_s:",
-        "        if False:",
-        _OVERLAP + "test_a_gateway_that_is_lost_while_it_ends_is_believed_for_seconds_and_what_it_spent_for_a_minute",
-    ),
-    Mutant(
-        "a file that is being written is there before it is whole",
-        "cluster/openai/files.py",
-        "            partial = file.id + _PARTIAL\n",
-        "            partial = _name(file.id, owner.name)\n",
-        _FILES + "test_a_gateway_that_is_killed_as_it_writes_leaves_a_whole_file_or_none",
-    ),
-    Mutant(
-        "a damaged document is handed out",
-        "cluster/openai/files.py",
-        " or hashlib.sha256(content).hexdigest() != digest:",
-        ":",
-        _FILES + "test_a_damaged_file_is_refused_listed_and_deleted",
-    ),
-    Mutant(
-        "files of all clients are listed",
-        "cluster/openai/files.py",
-        "(found := _OWNED.fullmatch(name)) is None or found[2] != owner:",
-        "(found := _OWNED.fullmatch(name)) is None:",
-        _FILES + "test_a_damaged_file_is_refused_listed_and_deleted",
-    ),
-    Mutant(
-        "files in a folder that others may enter",
-        "cluster/openai/files.py",
-        "if found.st_uid != os.geteuid() or found.st_mode & 0o077:",
-        "if found.st_uid != os.geteuid():",
-        _FILES + "test_a_folder_that_others_may_enter_or_that_is_none_is_refused_by_name",
-    ),
-    Mutant(
-        "a gateway that stops takes further requests",
-        "cluster/front_door/front_door.py",
-        "        if self._is_going:\n",
-        "        if False:\n",
-        _FRONT_DOOR + "test_a_door_that_is_drained_takes_nobody_and_lets_those_inside_end",
-    ),
-    Mutant(
-        "a gateway that stops tells decode nodes that nobody will ask",
-        "cluster/decode_calls.py",
-        " and not is_over and not self._leaves_answers:",
-        " and not is_over:",
-        _GATEWAYS + "test_a_gateway_that_stops_hands_its_answer_to_one_that_listens_beside_it",
-    ),
-    Mutant(
-        "a client's first call to a gateway that stops is its last",
-        "colm/reconnect.py",
-        " or isinstance(error, GoingAway | CallDropped)",
-        "",
-        "tests/unit/test_reconnect.py::test_a_gateway_that_stops_is_asked_again_where_its_successor_may_be",
     ),
     Mutant(
         "a replica that is told to end does not say so to Serve",
@@ -178,29 +25,7 @@ MUTANTS = (
         "cluster/replicas/gateway.py",
         "            if self._leaving.has_begun and not self._front_door.is_going:\n",
         "            if False:\n",
-        "tests/unit/test_addresses.py::"
-        "test_the_gateway_says_where_it_is_reached_that_it_serves_and_after_a_sigterm_serves_until_another_one_does",
-    ),
-    Mutant(
-        "a call that a stopping gateway dropped is not made again",
-        "colm/wire/status.py",
-        "        return CallDropped(",
-        "        return PeerUnavailable(",
-        "tests/unit/test_client.py::test_a_call_that_a_stopping_gateway_has_not_taken_is_made_again",
-    ),
-    Mutant(
-        "what an earlier request learnt of the gateway is forgotten",
-        "colm/client.py",
-        "                document, prompt, options, scale=scale, reconnects=self._reconnects, gateway=self._gateway\n",
-        "                document, prompt, options, scale=scale, reconnects=self._reconnects, gateway=KnownGateway()\n",
-        _GATEWAYS + "test_a_request_that_begins_while_a_known_gateway_is_gone_waits_for_the_next_one",
-    ),
-    Mutant(
-        "an answer goes on with another checkpoint's weights",
-        "cluster/front_door/plan.py",
-        'request.revision not in ("", model.revision)',
-        "False",
-        _FRONT_DOOR + "test_an_answer_goes_on_with_the_weights_that_it_began_with_alone",
+        "tests/unit/test_addresses.py::test_the_gateway_says_where_it_is_reached_that_it_serves_and_after_a_sigterm_serves_until_another_one_does",
     ),
     Mutant(
         "a model that does not come up stays beside the running one",
@@ -210,25 +35,11 @@ MUTANTS = (
         "tests/unit/test_succession.py::test_a_model_that_does_not_come_up_leaves_the_last_one_as_it_was",
     ),
     Mutant(
-        "a decode node of another model counts as one that could go on",
-        "cluster/node_registry.py",
-        "node.report.role is Role.PREFILL or node.report.variant == self._variant]",
-        "True]",
-        "tests/unit/test_variants.py::test_an_answer_of_a_lost_gateway_is_the_models_whose_node_holds_it",
-    ),
-    Mutant(
         "a variant of another chain 1 is let in",
         "cluster/variants.py",
         "if (has := of(Checkpoint.open(section.path))) != (wants := of(checkpoint)):",
         "if (has := of(Checkpoint.open(section.path))) != (wants := has):",
         "tests/unit/test_variants.py::test_a_variant_of_another_chain_1_is_refused_by_name",
-    ),
-    Mutant(
-        "the gateway drops the client's choice of a codec",
-        "cluster/decode_calls.py",
-        "            kv_codec=CODECS[job.kv_codec],\n",
-        "",
-        "tests/fault/test_kv_codecs.py::test_the_command_asks_for_a_codec_and_says_what_it_moved",
     ),
     Mutant(
         "the gateway's port is one that the kernel gives to connections",
@@ -271,14 +82,6 @@ MUTANTS = (
         'if section.num_gpus and section.device == "cpu":',
         "if False:",
         "tests/unit/test_placement.py::test_a_gpu_is_not_set_aside_to_stand_idle",
-    ),
-    Mutant(
-        "the gateway drops the client's choice of attention",
-        "cluster/decode_calls.py",
-        "            attention=attention_to_pb(job.attention),\n",
-        "",
-        "tests/fault/test_sparse_requests.py::"
-        "test_the_command_asks_for_sparse_attention_and_shows_what_the_layers_recall",
     ),
     Mutant(
         "everybody asks Serve at once",
@@ -328,97 +131,6 @@ MUTANTS = (
         "            else:\n                call.end()\n",
         "            else:\n                pass\n",
         "tests/unit/test_serve_lender.py::test_a_granted_replica_is_held_until_it_is_given_back",
-    ),
-    Mutant(
-        "the requests inside the gateway are not bounded",
-        "cluster/front_door/front_door.py",
-        "        if (num_active := len(self._running)) >= self._limits.max_requests:\n",
-        "        if (num_active := 0):\n",
-        _GATEWAY + "test_the_requests_inside_are_bounded",
-    ),
-    Mutant(
-        "a full decode node is the only one",
-        "cluster/front_door/placement.py",
-        "return max(1, self._registry.count(Role.DECODE)) - 1",
-        "return 0",
-        _GATEWAY + "test_a_full_decode_node_is_passed_over_for_one_with_room",
-    ),
-    Mutant(
-        "a lost lease is the client's",
-        "cluster/front_door/placement.py",
-        "        if pause_s is None or len(relayed.lost) > MAX_LOST_NODES:\n",
-        "        if True:\n",
-        _GATEWAY + "test_a_lost_lease_is_replaced_a_few_times",
-    ),
-    Mutant(
-        "a deadline that nobody set does not know the work",
-        "cluster/front_door/plan.py",
-        "return min(self.default_timeout_s + work_s, self.max_timeout_s)",
-        "return self.default_timeout_s",
-        _GATEWAY + "test_a_deadline_that_nobody_set_grows_with_the_work",
-    ),
-    Mutant(
-        "events pile up before a slow reader",
-        "cluster/front_door/pulled.py",
-        "        await may_emit.acquire()\n",
-        "",
-        _FRONT_DOOR + "test_a_slow_reader_holds_the_node_up",
-    ),
-    Mutant(
-        "the work goes on when its reader has left",
-        "cluster/front_door/pulled.py",
-        "        running.cancel()\n        await asyncio.wait([running])\n",
-        "        pass\n",
-        _FRONT_DOOR + "test_leaving_early_ends_the_work",
-    ),
-    Mutant(
-        "every lost lease is a refusal too",
-        "cluster/front_door/placement.py",
-        "                num_calls_lost += 1\n",
-        "                num_calls_lost += 1\n                refusals_left -= 1\n",
-        _FRONT_DOOR + "test_lost_leases_are_replaced_three_times_and_cost_no_room_elsewhere",
-    ),
-    Mutant(
-        "a node that takes over is told of the prompt alone",
-        "cluster/front_door/placement.py",
-        "made_token_ids=tuple(relayed.token_ids))",
-        "made_token_ids=())",
-        _FRONT_DOOR + "test_the_node_after_a_lost_one_gets_the_answer_so_far_and_the_same_random_numbers",
-    ),
-    Mutant(
-        "a request may end any number of decode nodes",
-        "cluster/front_door/placement.py",
-        "len(relayed.lost) > MAX_LOST_NODES",
-        "len(relayed.lost) > 2 * MAX_LOST_NODES",
-        _FRONT_DOOR + "test_a_request_that_loses_every_node_it_is_given_to_is_given_up",
-    ),
-    Mutant(
-        "whoever knows an answer's key may have it",
-        "cluster/front_door/front_door.py",
-        'f"{owner}\\0{answer_key}"',
-        'f"{answer_key}"',
-        _GATEWAYS + "test_only_the_client_that_asked_may_have_the_rest",
-    ),
-    Mutant(
-        "a node is not told that its answer is not wanted any more",
-        "cluster/decode_calls.py",
-        "                if answer_key and request_id is not None and not is_over and not self._leaves_answers:\n",
-        "                if False:\n",
-        _GATEWAYS + "test_a_request_that_is_cancelled_is_not_held_for_its_client",
-    ),
-    Mutant(
-        "a caller's deadline is granted at any length",
-        "cluster/front_door/plan.py",
-        "limits.max_timeout_s if timeout_s is None else timeout_s)",
-        "caller_waits_s if timeout_s is None else timeout_s)",
-        _FRONT_DOOR + "test_the_deadline_is_the_nearer_of_the_requests_and_its_callers",
-    ),
-    Mutant(
-        "an upload that is over still takes room",
-        "cluster/front_door/prompt.py",
-        "            self._num_held_bytes -= num_bytes\n",
-        "            pass\n",
-        _FRONT_DOOR + "test_the_uploads_of_all_requests_together_are_bounded",
     ),
     Mutant(
         "the last cluster's logs stay open to everybody",
@@ -477,20 +189,6 @@ MUTANTS = (
         _ROTATION + "test_a_rotation_that_is_killed_anywhere_leaves_members_that_trust_each_other",
     ),
     Mutant(
-        "a decode node that fails by itself is tried for ever",
-        "cluster/front_door/placement.py",
-        "                    relayed.has_failed = True\n",
-        "",
-        _FRONT_DOOR + "test_a_second_node_that_fails_by_itself_ends_the_answer",
-    ),
-    Mutant(
-        "a decode node that does not admit the gateway is asked again and again",
-        "cluster/front_door/placement.py",
-        "PeerFailed | PeerRefused):",
-        "PeerFailed):",
-        "tests/fault/test_unadmitted_members.py::test_a_node_that_does_not_admit_its_caller_is_passed_over",
-    ),
-    Mutant(
         "plaintext leaves the machine unasked",
         "cluster/exposure.py",
         'if section.tls == "auto" or section.insecure:',
@@ -517,63 +215,6 @@ MUTANTS = (
         "                passed_over.append(call)\n",
         "                call.end()\n                passed_over.append(call)\n",
         "tests/unit/test_serve_lender.py::test_a_replica_that_refused_is_held_until_serve_has_found_another",
-    ),
-    Mutant(
-        "a token is sent in clear",
-        "cluster/cli/submit.py",
-        "if token_file is not None and not any(chosen.values()):",
-        "if False:",
-        "tests/unit/test_token_files.py::test_a_token_is_not_sent_in_clear",
-    ),
-    Mutant(
-        "a client asks about another one's file",
-        "cluster/openai/files.py",
-        "self._opened(_name(file_id, owner)) as opened:",
-        "self._opened(next(each for each in self._names() if each.startswith(file_id))) as opened:",
-        "tests/unit/test_openai.py::test_a_document_is_uploaded_once_and_asked_about_by_its_owner_alone",
-    ),
-    Mutant(
-        "a call over HTTP goes on when its client has gone",
-        "cluster/openai/calls.py",
-        "await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)",
-        "await asyncio.wait([working])",
-        "tests/unit/test_openai.py::test_a_reader_of_a_stream_that_goes_away_ends_it_everywhere",
-    ),
-    Mutant(
-        "several answers share a seed",
-        "cluster/openai/schema.py",
-        "(self.seed + number) % (1 << 64)",
-        "self.seed",
-        "tests/unit/test_openai.py::test_each_answer_of_several_has_its_own_seed_and_comes_again",
-    ),
-    Mutant(
-        "a process that began anew has counted backwards",
-        "cluster/scrape.py",
-        "return sum(grown) if grown and min(grown) >= 0 else None",
-        "return sum(grown) if grown else None",
-        "tests/unit/test_top.py::test_a_counter_is_a_rate_and_a_process_that_began_anew_has_none",
-    ),
-    Mutant(
-        "quantiles are of all time",
-        "cluster/scrape.py",
-        'count = self.increase(f"{name}_bucket", **labels, le=le)',
-        'count = self.now(f"{name}_bucket", **labels, le=le)',
-        "tests/unit/test_top.py::test_a_quantile_lies_in_the_bucket_of_the_true_one",
-    ),
-    Mutant(
-        "a request that has found no room is nobody's model's",
-        "cluster/client_requests.py",
-        "        self._seen.asks(self._front_door.model_of(request.model).name)\n",
-        "",
-        "tests/unit/test_variants.py::"
-        "test_a_question_to_another_model_finds_the_document_that_the_first_one_had_computed",
-    ),
-    Mutant(
-        "a histogram of one model is that of all",
-        "cluster/scrape.py",
-        "wanted <= dict(key[1]).items()]",
-        "True]",
-        "tests/unit/test_top.py::test_what_several_series_tell_is_summed_and_what_one_model_got_is_told_apart",
     ),
     Mutant(
         "two gateways on one Ray share their callers",
@@ -616,20 +257,5 @@ MUTANTS = (
         '"proxy_location": "Disabled"',
         '"proxy_location": "EveryNode"',
         "tests/unit/test_serve_config.py::test_serve_has_no_proxies_and_no_route",
-    ),
-    Mutant(
-        "a stream that counts along counts the prompt alone",
-        "cluster/openai/answers.py",
-        "_counts(choice.num_prompt_tokens, len(choice.tokens))",
-        "_counts(choice.num_prompt_tokens, 0)",
-        "tests/unit/test_openai.py::test_each_chunk_counts_the_tokens_so_far_for_those_who_ask",
-    ),
-    Mutant(
-        "over HTTP what a prefill node had kept is not counted",
-        "cluster/openai/answers.py",
-        "usages[0].num_cached_tokens + usages[0].num_prefill_cached_tokens if",
-        "usages[0].num_cached_tokens if",
-        "tests/unit/test_cached_tokens.py::"
-        "test_a_conversations_next_turn_finds_the_former_turns_prompt_and_every_count_says_so",
     ),
 )

@@ -2,6 +2,7 @@
 
 from tests.mutation.mutant import Mutant
 
+_FINGERPRINT = "tests/unit/test_fingerprint.py::"
 _WAITING = "tests/fault/test_waiting.py::"
 
 MUTANTS = (
@@ -31,8 +32,7 @@ MUTANTS = (
         "colm/text/tokenizer_schema.py",
         "growth > _MAX_GROWTH or ",
         "",
-        "tests/unit/test_hostile_tokenizers.py::"
-        "test_what_could_hang_or_fill_the_gateway_is_refused_before_the_library_sees_it",
+        "tests/unit/test_hostile_tokenizers.py::test_what_could_hang_or_fill_the_gateway_is_refused_before_the_library_sees_it",
     ),
     Mutant(
         "heads stay in the order of the keys that they read",
@@ -53,7 +53,7 @@ MUTANTS = (
         "colm/checkpoint.py",
         "    if stored != _computed_digest(checkpoint):\n",
         "    if False:\n",
-        "tests/unit/test_checkpoint.py::test_a_stored_digest_is_read_without_the_weights_and_verified_with_them",
+        _FINGERPRINT + "test_a_stored_digest_is_read_without_the_weights_and_verified_with_them",
     ),
     Mutant(
         "a line is not bounded",
@@ -130,7 +130,7 @@ MUTANTS = (
         "colm/kv.py",
         "None if scaling is None else repr(scaling)",
         "None if scaling is None else scaling.kind",
-        "tests/unit/test_checkpoint.py::test_the_fingerprint_changes_with_all_that_yarn_keys_depend_on",
+        _FINGERPRINT + "test_the_fingerprint_changes_with_all_that_yarn_keys_depend_on",
     ),
     Mutant(
         "a model is stretched twice",
@@ -209,8 +209,7 @@ MUTANTS = (
         "colm/checkpoint.py",
         "if _DIGEST_KEY in self._metadata():",
         "if self.stored_digest() is not None:",
-        "tests/unit/test_checkpoint.py::"
-        "test_what_save_has_looked_at_is_not_read_again_but_what_an_older_build_wrote_is",
+        "tests/unit/test_checkpoint.py::test_what_save_has_looked_at_is_not_read_again_but_what_an_older_build_wrote_is",
     ),
     Mutant(
         "rotary tables that are kept begin anew where they grow",

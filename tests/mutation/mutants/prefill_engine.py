@@ -2,7 +2,9 @@
 
 from tests.mutation.mutant import Mutant
 
-_PREFILL = "tests/unit/test_prefill_loop.py::"
+_CANCELLED_PREFILLS = "tests/unit/prefill_loop/test_cancelled_prefills.py::"
+_PREFILL_TURNS = "tests/unit/prefill_loop/test_prefill_turns.py::"
+_SHARED_STEPS = "tests/unit/prefill_loop/test_shared_steps.py::"
 _POLICY = "tests/unit/test_job_policy.py::"
 _PLAN = "tests/unit/test_sparse_plan.py::"
 _SPARSE_ENGINE = "tests/numerics/test_sparse_prefill_engine.py::"
@@ -15,7 +17,7 @@ MUTANTS = (
         "prefill_node/engine.py",
         "        cancelled.raise_if_set()\n        return out_THE\n",
         "        return out_THE\n",
-        _PREFILL + "test_a_cancelled_engine_ends_between_two_operations_of_its_tile",
+        _CANCELLED_PREFILLS + "test_a_cancelled_engine_ends_between_two_operations_of_its_tile",
     ),
     Mutant(
         "of equal prompts a later one goes first",
@@ -36,14 +38,14 @@ MUTANTS = (
         "prefill_node/job_policy.py",
         "        fitting = [job for job in fitting if job.is_started]\n",
         "",
-        _PREFILL + "test_a_long_prompt_that_waits_for_memory_is_not_passed_for_ever",
+        _PREFILL_TURNS + "test_a_long_prompt_that_waits_for_memory_is_not_passed_for_ever",
     ),
     Mutant(
         "a prompt begins without memory",
         "prefill_node/job_policy.py",
         "job.is_started or job.memory_bytes <= free_bytes]",
         "True]",
-        _PREFILL + "test_at_most_so_many_have_begun",
+        _PREFILL_TURNS + "test_at_most_so_many_have_begun",
     ),
     Mutant(
         "a step attends with its own tile",
@@ -57,7 +59,7 @@ MUTANTS = (
         "prefill_node/engine.py",
         "backend=self._attention_backend, cancelled=cancelled)",
         "backend=self._attention_backend)",
-        _PREFILL + "test_a_cancelled_engine_does_not_finish_the_attention_that_it_is_in",
+        _CANCELLED_PREFILLS + "test_a_cancelled_engine_does_not_finish_the_attention_that_it_is_in",
     ),
     Mutant(
         "a sparse tile lists the keys of the prompt's first rows",
@@ -162,7 +164,7 @@ MUTANTS = (
         "prefill_node/prefill_run.py",
         "            self.error = error\n",
         "            raise\n",
-        _PREFILL + "test_one_that_fails_inside_a_shared_step_ends_with_its_error_alone",
+        _SHARED_STEPS + "test_one_that_fails_inside_a_shared_step_ends_with_its_error_alone",
     ),
     Mutant(
         "companions slow a prompt down without end",
@@ -190,7 +192,7 @@ MUTANTS = (
         "prefill_node/cost_model.py",
         '"num_steps": max(work.num_steps',
         '"num_steps": sum(work.num_steps',
-        _PREFILL + "test_a_shared_step_is_predicted_and_learnt_from_once",
+        _SHARED_STEPS + "test_a_shared_step_is_predicted_and_learnt_from_once",
     ),
     Mutant(
         "a tile may be larger than memory",
@@ -218,7 +220,7 @@ MUTANTS = (
         "prefill_node/prefill_loop.py",
         "(self.counts.engine_s, *(job.cancelled.done_share for job in self._stepping))",
         "(self.counts.engine_s,)",
-        "tests/unit/test_prefill_loop.py::test_what_the_engine_does_can_be_seen_inside_a_step_too",
+        "tests/unit/prefill_loop/test_prefill_loop.py::test_what_the_engine_does_can_be_seen_inside_a_step_too",
     ),
     Mutant(
         "the last token's row reads a layer before all of its tiles are there",

@@ -2,10 +2,13 @@
 
 from tests.mutation.mutant import Mutant
 
+_PREFILL_TURNS = "tests/unit/prefill_loop/test_prefill_turns.py::"
+_JOB_LEASES = "tests/unit/prefill_loop/test_job_leases.py::"
+_PREFILL_STALLS = "tests/unit/prefill_loop/test_prefill_stalls.py::"
+_SHARED_STEPS = "tests/unit/prefill_loop/test_shared_steps.py::"
 _WAITING = "tests/fault/test_waiting.py::"
 _GATEWAY = "tests/fault/test_gateway.py::"
 _STREAM = "tests/fault/test_kv_stream_faults.py::"
-_PREFILL = "tests/unit/test_prefill_loop.py::"
 
 MUTANTS = (
     Mutant(
@@ -13,7 +16,7 @@ MUTANTS = (
         "prefill_node/prefill_loop.py",
         "        if not self._stepping:\n",
         "        if True:\n",
-        _PREFILL + "test_the_next_job_begins_when_a_given_up_step_has_ended_and_not_before",
+        "tests/unit/prefill_loop/test_cancelled_prefills.py::test_the_next_job_begins_when_a_given_up_step_has_ended_and_not_before",
     ),
     Mutant(
         "a prefill node needs no lease",
@@ -41,8 +44,7 @@ MUTANTS = (
         "prefill_node/prefill_job.py",
         "self.encoder.codec == order.codec and ",
         "",
-        "tests/unit/test_prefill_job.py::"
-        "test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_attention_or_codec",
+        "tests/unit/test_prefill_job.py::test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_attention_or_codec",
     ),
     Mutant(
         "the prompts that wait for the engine are not bounded",
@@ -77,21 +79,21 @@ MUTANTS = (
         "prefill_node/making.py",
         "self.room_bytes <= 0 or self.end == self.last",
         "self.end == self.last",
-        _PREFILL + "test_a_full_window_ends_a_quantum",
+        _PREFILL_TURNS + "test_a_full_window_ends_a_quantum",
     ),
     Mutant(
         "a quantum goes on behind the last tile",
         "prefill_node/making.py",
         " or self.end == self.last",
         "",
-        _PREFILL + "test_a_quantum_ends_with_the_last_tile_however_many_were_counted",
+        _PREFILL_TURNS + "test_a_quantum_ends_with_the_last_tile_however_many_were_counted",
     ),
     Mutant(
         "a job that nobody reads keeps the others waiting",
         "prefill_node/prefill_loop.py",
         "            self._forget(idle)\n",
         "",
-        _PREFILL + "test_a_job_that_nobody_reads_gives_way_when_the_engine_would_idle",
+        _PREFILL_TURNS + "test_a_job_that_nobody_reads_gives_way_when_the_engine_would_idle",
     ),
     Mutant(
         "a step's tiles that the reader has from elsewhere are counted",
@@ -105,14 +107,14 @@ MUTANTS = (
         "prefill_node/prefill_loop.py",
         "job.lease_ends_s <= now_s",
         "False",
-        _PREFILL + "test_a_job_without_a_reader_is_cancelled_and_forgotten_when_its_lease_is_over",
+        _JOB_LEASES + "test_a_job_without_a_reader_is_cancelled_and_forgotten_when_its_lease_is_over",
     ),
     Mutant(
         "a tile keeps the epoch of the stream that it was computed for",
         "prefill_node/job_stream.py",
         "if tile.epoch != self._epoch or tile.begin < self._read:",
         "if tile.begin < self._read:",
-        _PREFILL + "test_a_newer_stream_takes_the_job_over_and_the_older_one_is_told",
+        _JOB_LEASES + "test_a_newer_stream_takes_the_job_over_and_the_older_one_is_told",
     ),
     Mutant(
         "a stream without shared memory is sent to look there",
@@ -126,8 +128,7 @@ MUTANTS = (
         "prefill_node/prefill_job.py",
         "(self.sparse is None) == (order.sparse is None) and np",
         "np",
-        "tests/unit/test_prefill_job.py::"
-        "test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_attention_or_codec",
+        "tests/unit/test_prefill_job.py::test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_attention_or_codec",
     ),
     Mutant(
         "nobody learns what the audits said",
@@ -155,21 +156,21 @@ MUTANTS = (
         "prefill_node/prefill_loop.py",
         "if now_s < job.stalled_since_s + limit_s:",
         "if not is_wanted or now_s < job.stalled_since_s + limit_s:",
-        "tests/unit/test_prefill_stalls.py::test_a_reader_has_longer_while_nobody_waits_for_its_memory",
+        _PREFILL_STALLS + "test_a_reader_has_longer_while_nobody_waits_for_its_memory",
     ),
     Mutant(
         "a reader is hurried although nobody waits",
         "prefill_node/prefill_loop.py",
         "else (UNHURRIED_STALLS * self._stall_s",
         "else (self._stall_s",
-        "tests/unit/test_prefill_stalls.py::test_a_reader_has_longer_while_nobody_waits_for_its_memory",
+        _PREFILL_STALLS + "test_a_reader_has_longer_while_nobody_waits_for_its_memory",
     ),
     Mutant(
         "an acknowledgement of nothing begins a reader's time anew",
         "prefill_node/prefill_job.py",
         "        if position > self.acknowledged:\n            self.stalled_since_s = None\n",
         "        self.stalled_since_s = None\n",
-        "tests/unit/test_prefill_stalls.py::test_each_acknowledgement_begins_the_time_anew_and_one_of_nothing_does_not",
+        _PREFILL_STALLS + "test_each_acknowledgement_begins_the_time_anew_and_one_of_nothing_does_not",
     ),
     Mutant(
         "two budgets of sparse attention are taken",
@@ -183,44 +184,41 @@ MUTANTS = (
         "prefill_node/prefill_job.py",
         "self._is_ever_planned = order.sparse is not None and order.sparse.covers_any(len(order.token_ids))",
         "self._is_ever_planned = order.sparse is not None",
-        _PREFILL + "test_prompts_too_short_to_be_sparse_share_steps_with_all",
+        _SHARED_STEPS + "test_prompts_too_short_to_be_sparse_share_steps_with_all",
     ),
     Mutant(
         "a reader is told of less than before",
         "prefill_node/job_stream.py",
         "                    self._told = reached\n",
         "",
-        _PREFILL + "test_a_reader_that_waits_for_a_tile_is_told_how_far_it_is_and_never_of_less",
+        _SHARED_STEPS + "test_a_reader_that_waits_for_a_tile_is_told_how_far_it_is_and_never_of_less",
     ),
     Mutant(
         "a plan's steps count nothing",
         "prefill_node/prefill_job.py",
         "        share = before + (after - before) * self.cancelled.done_share\n",
         "        share = self.cancelled.done_share\n",
-        "tests/unit/test_prefill_job.py::"
-        "test_a_sparse_job_reaches_a_tiles_end_with_the_plan_and_the_attention_of_the_layer_before",
+        "tests/unit/test_prefill_job.py::test_a_sparse_job_reaches_a_tiles_end_with_the_plan_and_the_attention_of_the_layer_before",
     ),
     Mutant(
         "an engine that works does not wait for readers",
         "prefill_node/prefill_loop.py",
         "is_held_up = not self._stepping and any(",
         "is_held_up = any(",
-        "tests/unit/test_prefill_stalls.py::test_only_time_in_which_full_windows_alone_hinder_the_engine_is_counted",
+        _PREFILL_STALLS + "test_only_time_in_which_full_windows_alone_hinder_the_engine_is_counted",
     ),
     Mutant(
         "a provisional token comes with every tile that is left",
         "prefill_node/job_stream.py",
         "        self._wants_next_token = False\n",
         "",
-        "tests/unit/test_prefill_job.py::"
-        "test_what_chain_1_says_next_is_taken_once_a_stream_by_those_that_asked_it_of_this_job",
+        "tests/unit/test_prefill_job.py::test_what_chain_1_says_next_is_taken_once_a_stream_by_those_that_asked_it_of_this_job",
     ),
     Mutant(
         "a provisional token of a second node is passed on",
         "colm/provisional.py",
         "if self._has_begun or self._token_id is not None:",
         "if self._has_begun:",
-        "tests/unit/test_provisional.py::"
-        "test_at_most_one_comes_before_the_first_token_which_alone_says_what_became_of_it",
+        "tests/unit/test_provisional.py::test_at_most_one_comes_before_the_first_token_which_alone_says_what_became_of_it",
     ),
 )

@@ -2,6 +2,7 @@
 
 from tests.mutation.mutant import Mutant
 
+_PREFILL_PREFIXES = "tests/unit/prefill_loop/test_prefill_prefixes.py::"
 _UPLINK = "tests/fault/test_prefix_uplink.py::"
 _TOKEN = "tests/fault/test_streams_from_a_token.py::"
 
@@ -18,16 +19,14 @@ MUTANTS = (
         "prefill_node/prefill_job.py",
         "(self.encoder.first_token, self.cache_salt) == (order.first_token, order.cache_salt)",
         "self.encoder.first_token == order.first_token",
-        "tests/unit/test_prefill_job.py::"
-        "test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_attention_or_codec",
+        "tests/unit/test_prefill_job.py::test_a_job_cannot_bring_again_what_it_has_forgotten_nor_another_prompt_attention_or_codec",
     ),
     Mutant(
         "what was kept for one salt is found by another",
         "prefill_node/prefix_cache.py",
         'root_digest(self._fingerprint, "dense", salt.hex())',
         'root_digest(self._fingerprint, "dense")',
-        "tests/unit/test_prefix_cache.py::"
-        "test_a_prompt_is_found_whole_and_one_that_begins_alike_up_to_the_last_whole_tile",
+        "tests/unit/test_prefix_cache.py::test_a_prompt_is_found_whole_and_one_that_begins_alike_up_to_the_last_whole_tile",
     ),
     Mutant(
         "a tile is found by its own ids alone",
@@ -111,14 +110,14 @@ MUTANTS = (
         "prefill_node/prefill_loop.py",
         "self.prefixes.abandon(each.hold)",
         "pass",
-        "tests/unit/test_prefill_prefixes.py::test_a_prompt_that_began_alone_and_found_company_is_not_kept",
+        _PREFILL_PREFIXES + "test_a_prompt_that_began_alone_and_found_company_is_not_kept",
     ),
     Mutant(
         "a job that has ended leaves what its step still reads",
         "prefill_node/prefill_loop.py",
         "        if job not in self._stepping:  # else",
         "        if True:  # else",
-        "tests/unit/test_prefill_prefixes.py::test_what_a_step_reads_is_held_until_it_has_ended",
+        _PREFILL_PREFIXES + "test_what_a_step_reads_is_held_until_it_has_ended",
     ),
     Mutant(
         "attention behind a prefix does not see its keys",

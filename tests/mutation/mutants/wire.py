@@ -336,6 +336,6 @@ MUTANTS = (
         "colm/wire/status.py",
         "        with _caller_may_be_gone():\n            await context.send_initial_metadata(())\n",
         "",
-        "tests/contract/test_messages.py::test_a_call_whose_first_write_is_cancelled_ends_with_its_error",
+        "tests/contract/test_errors.py::test_a_call_whose_first_write_is_cancelled_ends_with_its_error",
     ),
 )

@@ -9,22 +9,9 @@ from colm.errors import ReaderStalled
 from prefill_node.job_stream import JobStream
 from prefill_node.prefill_job import job_bytes
 from prefill_node.prefill_loop import UNHURRIED_STALLS
-from tests.unit.test_line import settle
-from tests.unit.test_prefill_loop import (
-    NUM_STEPS,
-    NUM_TOKENS,
-    SHORT,
-    STALL_S,
-    Bench,
-    SteppedEngine,
-    a_bench,
-    bench,
-    engine,
-    order,
-    small_window,
-)
+from tests.gates import settle
+from tests.prefill_benches import NUM_STEPS, NUM_TOKENS, SHORT, STALL_S, Bench, SteppedEngine, a_bench, order
 
-__all__ = ["bench", "engine", "small_window"]
 pytestmark = pytest.mark.usefixtures("small_window")
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from prefill_node.prefill_job import job_bytes
 from prefill_node.prefix_cache import PrefixCache
-from tests.unit.test_line import settle
-from tests.unit.test_prefill_loop import (
+from tests.gates import settle
+from tests.prefill_benches import (
     NUM_SHORT_STEPS,
     NUM_STEPS,
     NUM_TOKENS,
@@ -17,14 +17,10 @@ from tests.unit.test_prefill_loop import (
     Bench,
     SteppedEngine,
     a_bench,
-    engine,
     order,
-    small_window,
     sparse_plans,
     two_shorts,
 )
-
-__all__ = ["engine", "small_window"]
 
 
 @pytest.fixture
