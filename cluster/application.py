@@ -15,6 +15,7 @@ from cluster.replicas.decode import DecodeReplica
 from cluster.replicas.gateway import SUCCESSOR_S, GatewayOptions, GatewayReplica
 from cluster.replicas.prefill import PrefillReplica
 from cluster.secret_files import SecretFiles
+from cluster.serve_names import GATEWAY
 from colm.nodes import Role, pool_name
 from colm.placement import Placement
 from decode_node.node import DecodeOptions
@@ -24,22 +25,12 @@ from prefill_node.settings import PrefillSettings
 
 _Settings = TypeVar("_Settings", PrefillSettings, DecodeSettings)
 
-GATEWAY = "gateway"
 _HEAD_RESOURCE = "node:__internal_head__"
 
 # How often Serve looks for a replica that has become free, where all are full.
 _ROUTING = RequestRouterConfig(initial_backoff_s=0.005, backoff_multiplier=2, max_backoff_s=0.04)
 _HEALTH = {"health_check_period_s": 1.0, "health_check_timeout_s": 30.0}
 _SHUTDOWN_S = 8.0
-
-
-def names_of(cluster: str) -> tuple[str, str]:
-    """The two names that a cluster's application may have: a model takes another one's place in the other (ADR 55).
-
-    Args:
-        cluster: `ray.application`.
-    """
-    return cluster, f"{cluster}-successor"
 
 
 def build(

@@ -9,8 +9,9 @@ import typer
 from cluster.answer_view import AnswerView
 from cluster.cli.output import note
 from cluster.interrupts import Interrupts
-from cluster.lifecycle import down, up
+from cluster.lifecycle import up
 from cluster.options import load_config
+from cluster.teardown import down
 from colm.checkpoint import Checkpoint
 from colm.client import Client
 from colm.errors import ConfigError

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -16,15 +16,17 @@ from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger,
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
-from cluster.application import GATEWAY, build, names_of
 from cluster.options import ClusterConfig, RaySection, VariantSection
 from cluster.ray_guard import check_token_mode
 from cluster.replicas.replica_numbers import kept_numbers, tell_numbers
 from cluster.secret_files import SecretFiles
-from colm.checkpoint import Checkpoint
+from cluster.serve_names import GATEWAY, names_of
 from colm.errors import ClusterError
 from colm.nodes import Role
 from colm.wire.endpoint import join_address
+
+if TYPE_CHECKING:
+    from colm.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class Deployed:
 
 def deploy(
     config: ClusterConfig,
-    checkpoint: Checkpoint,
+    checkpoint: "Checkpoint",
     secrets: SecretFiles,
     ray_address: str,
     before_placing: Callable[[str], None],
@@ -85,7 +87,7 @@ def deploy(
 def change(
     name: str,
     config: ClusterConfig,
-    checkpoint: Checkpoint,
+    checkpoint: "Checkpoint",
     secrets: SecretFiles,
     ray_address: str,
     *,
@@ -131,7 +133,7 @@ def change(
 def succeed(
     last: str,
     config: ClusterConfig,
-    checkpoint: Checkpoint,
+    checkpoint: "Checkpoint",
     secrets: SecretFiles,
     ray_address: str,
     *,
@@ -266,7 +268,7 @@ def check_is_closed(section: RaySection) -> str:
 def _run(
     name: str,
     config: ClusterConfig,
-    checkpoint: Checkpoint,
+    checkpoint: "Checkpoint",
     secrets: SecretFiles,
     gcs_address: str,
     *,
@@ -280,6 +282,8 @@ def _run(
     Where the load says how many replicas there are, it begins with as many as the one has that it comes `after`. The
     decode replicas of variants that are `leaving` go on, for the last gateway.
     """
+    from cluster.application import build  # brings PyTorch, which `remove` has no use for
+
     kept = kept_numbers(name) or kept_numbers(after) if config.scalings else {}
     application = build(
         config,

@@ -1,8 +1,6 @@
-"""`colm up` and `colm down`: start and stop Ray, the application and the state file."""
+"""`colm up`: starts Ray, the application and the state file, or brings a running cluster to other options."""
 
-import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +21,13 @@ from cluster.change import (
 from cluster.client_tokens import TOKENS_FILE, read_clients
 from cluster.exposure import advice_to_clients, own_certificate, require_encryption
 from cluster.interrupts import Interrupts
-from cluster.local_ray import is_left, is_running, show_token, start_ray, stop_ray
+from cluster.local_ray import is_left, is_running, prepare_ray, show_token, start_ray, stop_ray
 from cluster.options import ClusterConfig
 from cluster.ports import choose_port
-from cluster.ray_files import new_ray_root, remove_ray_root
+from cluster.ray_files import new_ray_root
 from cluster.secret_files import SecretFiles, write_secrets
 from cluster.state import SECRETS, ClusterState, Joined, alone, make_state_dir, note_joined, read_joined
+from cluster.teardown import RAY_TOKEN, Say, clear
 from cluster.variants import require_one_chain_1
 from colm.checkpoint import Checkpoint
 from colm.clock import utc_now
@@ -42,11 +41,8 @@ from decode_node.kv_layout import KvLayout
 from prefill_node.memory import require_room_for_a_tile
 from prefill_node.sparse.patterns import PatternFile
 
-_RAY_TOKEN = "ray_token"
 _MOST_REPLICAS = 1024
 """Of a role on a Ray of our own: room for more while they are replaced, and for a later `up` that wants more."""
-
-Say = Callable[[str], None]
 
 
 def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
@@ -73,7 +69,7 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
         _check_devices(config)
     require_encryption(config)
     make_state_dir(state_dir)
-    _prepare_ray()
+    prepare_ray()
     with alone(state_dir), Interrupts() as interrupts:
         if (running := ClusterState.read(state_dir)) is not None:
             return _change(config, checkpoint, running, state_dir, say)
@@ -82,15 +78,15 @@ def up(config: ClusterConfig, state_dir: Path, say: Say) -> ClusterState:
                 f"a `colm up` on Ray at {joined.ray_address} was killed and left its replicas; run `colm down` first"
             )
         try:
-            if is_left(state_dir / _RAY_TOKEN):
+            if is_left(state_dir / RAY_TOKEN):
                 say("stopping the Ray of a `colm up` that was killed")
-                stop_ray(state_dir / _RAY_TOKEN)
+                stop_ray(state_dir / RAY_TOKEN)
             state = _bring_up(config, checkpoint, state_dir, say)
             interrupts.finish()
             state.write(state_dir)
         except BaseException:
             interrupts.deaf = True
-            _clear(state_dir, say)
+            clear(state_dir, say)
             raise
     return state
 
@@ -99,7 +95,7 @@ def _change(
     config: ClusterConfig, checkpoint: Checkpoint, running: ClusterState, state_dir: Path, say: Say
 ) -> ClusterState:
     """Bring a running cluster to other options, replica by replica; its clients need not know."""
-    if running.ray_pid is not None and not is_running(state_dir / _RAY_TOKEN):
+    if running.ray_pid is not None and not is_running(state_dir / RAY_TOKEN):
         raise ClusterError(f"the Ray of this cluster has ended (state in {state_dir}); run `colm down` first")
     config = with_its_ports(config, running.options)
     changes = changed(running.options, config)
@@ -115,7 +111,7 @@ def _change(
         say(f"{name}: {has} -> {wants}")
     if is_another:
         require_room_for_both(config, checkpoint.weights_path)
-    show_token(state_dir / _RAY_TOKEN)
+    show_token(state_dir / RAY_TOKEN)
     secrets = _secrets(config, state_dir, say, is_new=False)
     for danger in _dangers(config):
         say(f"insecure: {danger}")
@@ -180,51 +176,6 @@ def _succeed(
     return state
 
 
-def down(state_dir: Path, say: Say) -> bool:
-    """Stop the cluster, or what is left of one that never came up, and leave nothing running.
-
-    Returns:
-        False if there was none.
-    """
-    if not state_dir.is_dir():
-        return False
-    _prepare_ray()
-    with alone(state_dir):
-        state = ClusterState.read(state_dir)
-        may_run = read_joined(state_dir) is not None or is_left(state_dir / _RAY_TOKEN)
-        if may_run:
-            say("stopping the replicas" + ("" if state is None else f"; answers that run have {state.drain_s:g} s"))
-        if state is not None and is_running(state_dir / _RAY_TOKEN):
-            show_token(state_dir / _RAY_TOKEN)
-            # An orderly stop; without it their Ray would just kill them.
-            _remove(Joined(state.ray_address, state.cluster), say, state)
-        _clear(state_dir, say, state)
-    return may_run or state is not None
-
-
-def _clear(state_dir: Path, say: Say, state: ClusterState | None = None) -> None:
-    """Stop what runs of a cluster, on its own Ray or on one that it joined, and delete its state files."""
-    joined = read_joined(state_dir)
-    if joined is not None:
-        _remove(joined, say, state)
-    stop_ray(state_dir / _RAY_TOKEN)
-    (state_dir / _RAY_TOKEN).unlink(missing_ok=True)
-    remove_ray_root(state_dir)
-    ClusterState.forget(state_dir)
-
-
-def _remove(joined: Joined, say: Say, state: ClusterState | None) -> None:
-    from cluster import deployment  # imports ray, which reads the environment once: after the token is there
-
-    try:
-        if state is None:
-            deployment.remove(*joined)
-        else:
-            deployment.remove(*joined, state.application, state.drain_s)
-    except ClusterError as err:
-        say(str(err))
-
-
 def _check_kv(config: ClusterConfig, checkpoint: Checkpoint) -> None:
     """Check the KV cache's size as the replicas will, before anything starts."""
     kv_format = KvFormat.of(checkpoint.config, parse_dtype(config.resolved_dtype))
@@ -274,13 +225,6 @@ def _with_ports(config: ClusterConfig) -> ClusterConfig:
     return config.model_copy(update={"gateway": gateway.model_copy(update=ports)})
 
 
-def _prepare_ray() -> None:
-    """Set what Ray reads from the environment as it is imported; a user's own settings win."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Each try to reach a Ray takes 41 s where nobody answers, and by default there are twenty.
-    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
-
-
 def _dangers(config: ClusterConfig) -> list[str]:
     dangers = []
     if config.ray.insecure:
@@ -323,7 +267,7 @@ def _bring_up(config: ClusterConfig, checkpoint: Checkpoint, state_dir: Path, sa
         say("starting Ray on this machine")
         resources = dict.fromkeys((section.resource for section in config.placed.values()), _MOST_REPLICAS)
         ray_address, ray_pid = start_ray(
-            resources, new_ray_root(state_dir), state_dir / _RAY_TOKEN, state_dir / "ray.log"
+            resources, new_ray_root(state_dir), state_dir / RAY_TOKEN, state_dir / "ray.log"
         )
     from cluster import deployment
 

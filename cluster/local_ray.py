@@ -40,6 +40,13 @@ ENVIRONMENT = {
 """Of a head node: it waits for its processes as long as a busy machine may take to start them."""
 
 
+def prepare_ray() -> None:
+    """Set what Ray reads from the environment as it is imported; a user's own settings win."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Each try to reach a Ray takes 41 s where nobody answers, and by default there are twenty.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
+
+
 def show_token(token_path: Path) -> None:
     """Give this process, and those that it starts, access to the Ray of this machine with that token.
 

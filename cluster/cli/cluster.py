@@ -194,7 +194,7 @@ def env(state_dir: StateDir = DEFAULT_STATE_DIR) -> None:
 def down(state_dir: StateDir = DEFAULT_STATE_DIR) -> None:
     """Stop the cluster; nothing is left running."""
     with interruptible("interrupted; run `colm down` once more"):
-        from cluster.lifecycle import down as bring_down
+        from cluster.teardown import down as bring_down
 
         was_up = bring_down(state_dir, note)
     note("down" if was_up else f"no cluster is up (looked in {state_dir})")

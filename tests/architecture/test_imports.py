@@ -200,6 +200,15 @@ def test_a_command_waits_for_neither_torch_nor_ray_before_it_needs_them() -> Non
     assert run_python(code) == ""
 
 
+def test_colm_down_stops_a_cluster_without_pytorch() -> None:
+    """Bug: what checks a model before it is served was imported with it, two seconds of processor time a time."""
+    code = (
+        "import sys, cluster.cli, cluster.teardown, cluster.deployment;"
+        "sys.stdout.write(' '.join({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert run_python(code) == ""
+
+
 def test_the_nodes_and_the_client_run_without_ray() -> None:
     code = (
         "import sys, colm.client, prefill_node.node, decode_node.node, prefill_node.__main__, decode_node.__main__;"

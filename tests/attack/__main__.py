@@ -32,7 +32,8 @@ def main() -> int:
     if options.state_dir is not None:
         results = _attack(ClusterState.require(options.state_dir), names)
     else:
-        from cluster.lifecycle import down, up
+        from cluster.lifecycle import up
+        from cluster.teardown import down
 
         with tempfile.TemporaryDirectory(prefix="colm-attack-") as folder:
             state_dir = Path(folder) / "state"

@@ -95,7 +95,7 @@ def test_rays_node_is_told_each_port_that_it_would_wait_for(monkeypatch: pytest.
 @pytest.mark.parametrize(("set_by_user", "tries"), [("", "2"), ("5", "5")])
 def test_a_ray_that_does_not_answer_is_given_up_after_two_tries(set_by_user: str, tries: str) -> None:
     """Bug: `up` asked a Ray that had ended for 13 minutes: 20 tries of 41 s, each with the same two lines."""
-    program = "from cluster.lifecycle import _prepare_ray as p; p(); from ray._private import ray_constants as c"
+    program = "from cluster.local_ray import prepare_ray as p; p(); from ray._private import ray_constants as c"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_NUM_REDIS_GET_RETRIES"}
     environment |= {"RAY_NUM_REDIS_GET_RETRIES": set_by_user} if set_by_user else {}
     command = [sys.executable, "-c", f"{program}; print(c.NUM_REDIS_GET_RETRIES)"]

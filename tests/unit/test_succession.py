@@ -7,8 +7,8 @@ import pytest
 from ray.serve._private.common import ReplicaState
 
 from cluster import deployment
-from cluster.application import names_of
 from cluster.options import load_config
+from cluster.serve_names import names_of
 from colm.errors import ClusterError
 
 APPLICATION, SUCCESSOR = names_of("colm")
