@@ -77,12 +77,12 @@ def pays(dtype: torch.dtype) -> bool:
     """Whether a node that multiplies weights of this dtype with few rows does well to have them in panels.
 
     On two cores of an AMD Zen 4 they are 1.0x to 1.1x as fast as weights by rows at 1 to 8 rows of bf16, 1.2x at 16 and
-    1.4x at 64, and 1.2x to 1.7x in fp32. bf16 on CPUs with AMX is left by rows: PyTorch uses AMX, the library does not.
-    So is bf16 with AVX2 alone, whose 16 registers have room for both halves of a pair beside one row only.
+    1.4x at 64, and 1.2x to 1.7x in fp32. On one core of a busy AMD Zen 3, which has AVX2 alone, bf16 in panels is as
+    fast at 1 and 2 rows, 1.2x to 1.5x at 3 to 8, 1.5x at 16 and 1.6x at 64. bf16 on CPUs with AMX is left by rows:
+    PyTorch uses AMX, the library does not.
     """
-    variant = library_variant(dtype)
     has_amx = native.forced_variant() is None and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return variant != "torch" and not (dtype == torch.bfloat16 and (has_amx or variant == "avx2"))
+    return library_variant(dtype) != "torch" and not (dtype == torch.bfloat16 and has_amx)
 
 
 def panels_shape(shape: torch.Size, dtype: torch.dtype) -> torch.Size:

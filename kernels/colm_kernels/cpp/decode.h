@@ -6,7 +6,7 @@
 // arithmetic goes, was a fifth slower, keys and values in turn took twice the time. Its keys are asked for while scores
 // are computed, which read no new memory, a little with every token. Keys are transposed, and widened unless they are
 // multiplied as pairs of bf16 or as bytes, so that scores come out a vector of tokens at a time and no sum runs across
-// lanes.
+// lanes; with AVX2 alone they are multiplied as they lie (direct_scores.h).
 //
 // The terms of a row's sums and their order depend on its own context only, not on the rows beside it nor on where an
 // item begins or ends. So a query's result has the same bits alone, among drafts and in any batch.
@@ -16,6 +16,7 @@
 #include "abi.h"
 #include "byte_scores.h"
 #include "byte_values.h"
+#include "direct_scores.h"
 #include "page_block.h"
 #include "softmax.h"
 #include "tile.h"
@@ -29,8 +30,10 @@ struct Decode {
     static constexpr bool kPairs = Op::kPerWord == 2;
     static constexpr bool kBytes = Op::kPerWord == 4;
     static constexpr bool kScaled = sizeof(In) == 1;
+    static constexpr bool kDirect = sizeof(Vec) == 32;  // keys are multiplied as they lie
+    static constexpr bool kPrepared = kBytes || kDirect;  // queries have a form of their own; scores come out scaled
     static constexpr int kDigits = [] { if constexpr (kBytes) return Op::kDigits; else return 3; }();
-    static constexpr bool kByteValues = kBytes && D % 64 == 0;
+    static constexpr bool kByteValues = kBytes && !kDirect && D % 64 == 0;
     static constexpr int kBlock = 64;  // tokens; keys and values of one head, widened, are 32 KiB at head dim 64
     static constexpr int kKeyVecs = sizeof(Vec) == 64 ? 4 : 2;
     static constexpr int kPanel = kKeyVecs * kLanes;  // keys of one transposed panel
@@ -46,6 +49,8 @@ struct Decode {
 #ifdef __AVX512VNNI__
     using Scores = ByteScores<D, kDigits>;
     using Values = ByteValues<D, kDigits, kBlock>;
+#elif !defined(__AVX512F__)
+    using Scores = typename DirectScoresOf<Op, In, D>::Type;
 #endif
 
     struct Workspace {
@@ -112,7 +117,7 @@ struct Decode {
     static constexpr bool kParted = sizeof(In) == 2 && kValueVecs % 2 == 0;
 
     template <class Value>  // In, or float where they are widened already
-    static void widen(const Value* from, Vec (&to)[kValueVecs]) {
+    static void widen(const Value* from, Vec* to) {
         if constexpr (kParted && sizeof(Value) == 2) {
 #pragma GCC unroll 2
             for (int j = 0; j < kValueVecs; j += 2) {
@@ -161,31 +166,41 @@ struct Decode {
         }
     }
 
+    // Vectors of a value at once beside so many rows: with 16 registers, as many sums as arithmetic's latency needs.
+    static constexpr int vecs_beside(int num_rows) {
+        if (!kDirect || num_rows > 3 || D % (2 * kValueVecs * kLanes) != 0) return kValueVecs;
+        return num_rows > 1 || D % (4 * kValueVecs * kLanes) != 0 ? 2 * kValueVecs : 4 * kValueVecs;
+    }
+
     // output[row] = output[row] * decay[row] + sum over tokens of weights[row][token] * value(token), for kRows rows.
+    // `value` is also told which part of a row's columns is read, and of how many.
     template <int kRows, class Value>
     static void gather(const float* weights, Value value, int count, const float* decay, float* output) {
-        for (int column = 0; column < D; column += kValueVecs * kLanes) {
-            Vec acc[kRows][kValueVecs];
+        constexpr int kVecs = vecs_beside(kRows);
+        for (int column = 0; column < D; column += kVecs * kLanes) {
+            Vec acc[kRows][kVecs];
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) {
                 const Vec factor = splat(decay[i]);
-#pragma GCC unroll 5
-                for (int j = 0; j < kValueVecs; ++j) acc[i][j] = mul(load(output + i * D + column + j * kLanes), factor);
+#pragma GCC unroll 8
+                for (int j = 0; j < kVecs; ++j) acc[i][j] = mul(load(output + i * D + column + j * kLanes), factor);
             }
             for (int token = 0; token < count; ++token) {
-                Vec row[kValueVecs];
-                widen(value(token) + column, row);
+                const auto* from = value(token, column / (kVecs * kLanes), D / (kVecs * kLanes)) + column;
+                Vec row[kVecs];
+#pragma GCC unroll 8
+                for (int j = 0; j < kVecs; j += kValueVecs) widen(from + j * kLanes, row + j);
 #pragma GCC unroll 4
                 for (int i = 0; i < kRows; ++i) {
                     const Vec weight = splat(weights[i * kBlock + token]);
-#pragma GCC unroll 5
-                    for (int j = 0; j < kValueVecs; ++j) acc[i][j] = fma(weight, row[j], acc[i][j]);
+#pragma GCC unroll 8
+                    for (int j = 0; j < kVecs; ++j) acc[i][j] = fma(weight, row[j], acc[i][j]);
                 }
             }
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 5
-                for (int j = 0; j < kValueVecs; ++j) store(output + i * D + column + j * kLanes, acc[i][j]);
+#pragma GCC unroll 8
+                for (int j = 0; j < kVecs; ++j) store(output + i * D + column + j * kLanes, acc[i][j]);
             }
         }
     }
@@ -211,13 +226,13 @@ struct Decode {
         }
     }
 
-#ifdef __AVX512VNNI__
-    // The same where keys are bytes: such a token's scores are computed anew, feature by feature.
+#if defined(__AVX512VNNI__) || !defined(__AVX512F__)
+    // The same where keys are not widened in memory: such a token's scores are computed anew, feature by feature.
     static void score_unusual_scales(const DecodeArgs& args, int64_t first_query, int64_t head, int64_t rows,
                                      const int8_t* keys, const Block& block, const float* scales, float* scores) {
         Vec total = zero();
         for (int i = 0; i < kBlock; i += kLanes) total = fma(load(scales + i), zero(), total);
-        if (_mm512_reduce_add_ps(total) == 0.0f) return;
+        if (sum_of_lanes(total) == 0.0f) return;
         for (int i = 0; i < block.count; ++i) {
             if (scales[i] - scales[i] == 0.0f) continue;
             for (int64_t row = 0; row < rows; ++row) {
@@ -257,9 +272,9 @@ struct Decode {
         const int64_t num_common = args.context_lens[request] - num_queries + 1;  // tokens that every query sees
         const float scale_log2 = args.scale * 1.44269504088896340736f;
         const Workspace ws = carve(memory, num_heads, rows);
-#ifdef __AVX512VNNI__
-        static_assert(sizeof(typename Scores::Query) <= D * sizeof(float), "digits take the place of a query");
-        auto* const byte_queries = reinterpret_cast<typename Scores::Query*>(ws.queries);
+#if defined(__AVX512VNNI__) || !defined(__AVX512F__)
+        static_assert(sizeof(typename Scores::Query) <= D * sizeof(float), "it takes the place of a query");
+        auto* const own_queries = reinterpret_cast<typename Scores::Query*>(ws.queries);
 #endif
 
         for (int64_t head = 0; head < num_heads; ++head) {
@@ -268,11 +283,11 @@ struct Decode {
                     const int64_t at = (((first_query + row / group) * num_heads + head) * group + row % group) * D;
                     memcpy(reinterpret_cast<uint16_t*>(ws.queries) + (head * rows + row) * D,
                            static_cast<const uint16_t*>(args.q) + at, D * sizeof(uint16_t));
-                } else if constexpr (kBytes) {
-#ifdef __AVX512VNNI__
+                } else if constexpr (kPrepared) {
+#if defined(__AVX512VNNI__) || !defined(__AVX512F__)
                     float query[D];
                     read_query(args, first_query, head, row, query);
-                    Scores::prepare(query, byte_queries + head * rows + row);
+                    Scores::prepare(query, own_queries + head * rows + row);
 #endif
                 } else {
                     read_query(args, first_query, head, row, ws.queries + (head * rows + row) * D);
@@ -319,11 +334,11 @@ struct Decode {
                     // Nobody has asked for the first block's values either: one head's share of them.
                     for (int i = 0; begin == item_begin && i < block.count; ++i) first_values.row();
                     if constexpr (kScaled) block.load_scales(args.k_scales, head, scales);
-                    if constexpr (kBytes) {
+                    if constexpr (kBytes && !kDirect) {
 #ifdef __AVX512VNNI__
                         Scores::pack(keys, block.offsets, num_padded, reinterpret_cast<int32_t*>(ws.keys));
 #endif
-                    } else {
+                    } else if constexpr (!kDirect) {
                         pack_keys(keys, block, ws.keys);
                         if constexpr (kScaled) apply_unusual_scales(ws.keys, block.count, scales);
                     }
@@ -331,10 +346,15 @@ struct Decode {
                         const auto ask = [&] {
                             if (row == 0) keys_ahead.row();
                         };
-                        if constexpr (kBytes) {
+                        if constexpr (kDirect) {
+#ifndef __AVX512F__
+                            Scores::template score<kRows, kBlock>(own_queries + head * rows + row, keys, block.offsets,
+                                                                  scales, num_padded, scores + row * kBlock, ask);
+#endif
+                        } else if constexpr (kBytes) {
 #ifdef __AVX512VNNI__
                             Scores::template score<kRows, kBlock>(
-                                byte_queries + head * rows + row, reinterpret_cast<const int32_t*>(ws.keys), scales,
+                                own_queries + head * rows + row, reinterpret_cast<const int32_t*>(ws.keys), scales,
                                 num_padded, scores + row * kBlock, ask);
 #endif
                         } else {
@@ -342,9 +362,11 @@ struct Decode {
                                          scores + row * kBlock, ask);
                         }
                     });
-                    if constexpr (kBytes) {
-#ifdef __AVX512VNNI__
-                        score_unusual_scales(args, first_query, head, rows, keys, block, scales, scores);
+                    if constexpr (kPrepared) {
+#if defined(__AVX512VNNI__) || !defined(__AVX512F__)
+                        if constexpr (kScaled) {
+                            score_unusual_scales(args, first_query, head, rows, keys, block, scales, scores);
+                        }
 #endif
                     } else if constexpr (kScaled) {
                         for (int64_t row = 0; row < rows; ++row) scale_row(scores + row * kBlock, visible(row), scales);
@@ -376,7 +398,7 @@ struct Decode {
                         for (int64_t row = 0; row < rows; ++row) {
                             if (Values::prepare(scores + row * kBlock, scales, visible(row))) continue;
                             Values::arrange(to + row * D);
-                            gather<1>(scores + row * kBlock, [&](int token) { return values + block.offsets[token]; },
+                            gather<1>(scores + row * kBlock, [&](int token, int, int) { return values + block.offsets[token]; },
                                       visible(row), decay + row, to + row * D);
                             Values::arrange(to + row * D);
                             decay[row] = 1.0f;
@@ -402,11 +424,11 @@ struct Decode {
                         in_tiles(row, end, [&]<int kRows>(int64_t r) {
                             const float* weights = scores + r * kBlock;
                             if (packed) {
-                                gather<kRows>(weights, [&](int token) { return ws.values + token * D; }, count, decay + r,
+                                gather<kRows>(weights, [&](int token, int, int) { return ws.values + token * D; }, count, decay + r,
                                               to + r * D);
                             } else {
-                                auto value = [&](int token) {
-                                    ask_values();
+                                auto value = [&](int token, int part, int parts) {
+                                    if (!kDirect || token % parts == part) ask_values();
                                     return values + block.offsets[token];
                                 };
                                 gather<kRows>(weights, value, count, decay + r, to + r * D);

@@ -57,12 +57,12 @@ int32_t colm_linear(LinearArgs* args, int32_t variant, int32_t num_threads) {
     const Kernels kernels(variant, static_cast<int32_t>(args->dtype));
     const int64_t width = element_bytes(args->dtype);
     int64_t num_bytes = 0, column = 0;
-    const LinearKernel* preparing = nullptr;  // those that read x as words, of one call, read the same
+    bool is_there[kNumFormats] = {};
     for (int64_t i = 0; i < args->num_blocks; ++i) {
         LinearBlock& block = args->blocks[i];
         const LinearKernel& kernel = kernels.of[block.format];
         if (kernel.run == nullptr) return kUnsupported;
-        if (kernel.prepare != nullptr) preparing = &kernel;
+        is_there[block.format] = true;
         block.first_column = column;
         column += block.out_dim;
         if (block.num_rows > 0) num_bytes += block.out_dim * bytes_per_output(block, width);
@@ -77,16 +77,28 @@ int32_t colm_linear(LinearArgs* args, int32_t variant, int32_t num_threads) {
         width, kernels};
     int64_t num_items = 0;
     for (int64_t i = 0; i < args->num_blocks; ++i) num_items += split.num_items(args->blocks[i]);
-    // No further workspace is requested below, so this one stays in place until the call ends.
-    if (preparing != nullptr) {
-        auto* words = reinterpret_cast<float*>(workspace(4 * args->num_rows * preparing->words_per_row(args->in_dim)));
+    // Each format reads x as words of its own. No further workspace is requested below, so these stay in place until the
+    // call ends.
+    LinearArgs of_format[kNumFormats];
+    int64_t num_words = 0, begins[kNumFormats];
+    for (int64_t format = 0; format < kNumFormats; ++format) {
+        of_format[format] = *args;
+        begins[format] = num_words;
+        const LinearKernel& kernel = kernels.of[format];
+        if (is_there[format] && kernel.prepare != nullptr) num_words += args->num_rows * kernel.words_per_row(args->in_dim);
+    }
+    if (num_words > 0) {
+        auto* words = reinterpret_cast<float*>(workspace(4 * num_words));
         if (words == nullptr) return kOutOfMemory;
-        preparing->prepare(*args, words);
-        args->words = words;
+        for (int64_t format = 0; format < kNumFormats; ++format) {
+            if (!is_there[format] || kernels.of[format].prepare == nullptr) continue;
+            of_format[format].words = words + begins[format];
+            kernels.of[format].prepare(*args, words + begins[format]);
+        }
     }
 
     struct Context {
-        const LinearArgs& args;
+        const LinearArgs* of_format;
         const LinearSplit& split;
         int64_t num_items, threads;
 
@@ -96,17 +108,17 @@ int32_t colm_linear(LinearArgs* args, int32_t variant, int32_t num_threads) {
             const int64_t walk = item % threads, rest = num_items % threads;
             return walk * (num_items / threads) + std::min(walk, rest) + item / threads;
         }
-    } context{*args, split, num_items, threads};
+    } context{of_format, split, num_items, threads};
     run_items(
         num_items, static_cast<int>(threads),
         [](void* opaque, int64_t item) {
             const auto& c = *static_cast<const Context*>(opaque);
-            const LinearBlock* block = c.args.blocks;
+            const LinearBlock* block = c.of_format->blocks;
             item = c.place(item);
             for (int64_t count; item >= (count = c.split.num_items(*block)); ++block) item -= count;
             const int64_t outputs = c.split.outputs_per_item(*block), begin = item * outputs;
             const LinearKernel& kernel = c.split.kernels.of[block->format];
-            kernel.run(c.args, *block, begin, std::min(begin + outputs, block->out_dim));
+            kernel.run(c.of_format[block->format], *block, begin, std::min(begin + outputs, block->out_dim));
         },
         &context);
     return kOk;

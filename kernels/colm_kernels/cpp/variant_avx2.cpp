@@ -11,6 +11,7 @@
 #include "rotary.h"
 #include "row_scores.h"
 #include "swiglu.h"
+#include "wide_panel.h"
 
 namespace {
 
@@ -23,10 +24,12 @@ RowScoresKernel row_scores(int32_t dtype, int64_t head_dim) {
                               : row_scores_of_dim<FloatWords, float>(head_dim);
 }
 
-DecodeKernel decode(int32_t, int32_t page_dtype, int64_t head_dim) {
+DecodeKernel decode(int32_t dtype, int32_t page_dtype, int64_t head_dim) {
     switch (page_dtype) {
         case kBfloat16: return decode_of_dim<FloatWords, uint16_t>(head_dim);
-        case kInt8: return decode_of_dim<FloatWords, int8_t>(head_dim);
+        case kInt8:
+            return dtype == kBfloat16 ? decode_of_dim<ShortWords, int8_t>(head_dim)
+                                      : decode_of_dim<FloatWords, int8_t>(head_dim);
         default: return decode_of_dim<FloatWords, float>(head_dim);
     }
 }
@@ -36,8 +39,7 @@ LinearKernel linear(int32_t dtype) {
 }
 
 LinearKernel panel(int32_t dtype) {
-    // Widened pairs have room for one row in 16 registers: rows of weights are faster there.
-    return dtype == kBfloat16 ? Panel<WidePairs, uint16_t, 1>::kernel() : Panel<FloatWords, float, 2>::kernel();
+    return dtype == kBfloat16 ? WidePanel::kernel() : Panel<FloatWords, float, 2>::kernel();
 }
 
 LinearKernel quantised(int32_t dtype, int64_t format) {
