@@ -129,7 +129,7 @@ def _on_gpu(index: SparseIndex) -> SparseIndex:
 def decode(case: DecodeCase, seed: int, rounds: int) -> Metrics:
     """Our paged attention; its bytes are keys, values and scales."""
     on_host, options = case.inputs(seed)
-    expected = tolerance.decode_attention(*on_host, **options)
+    expected = tolerance.decode_attention(*on_host, **options, weights_dtype=on_host[0].dtype)
     q, k_pages, v_pages, block_table, context_lens = (each.to(GPU) for each in on_host)
     options = {name: each.to(GPU) for name, each in options.items()}
     run = partial(decode_attention, q, k_pages, v_pages, block_table, context_lens, **options)

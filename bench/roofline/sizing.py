@@ -110,8 +110,9 @@ alike share their first pages.
 {page_table()}
 ## Seconds a token
 
-Modelled, as [machines.md](machines.md) says; this project has run on no GPU. One request alone: a batch of answers
-reads the weights once for all of them, and prompts take turns. A new token's time is that of its step at that context.
+Modelled, as [machines.md](machines.md) says; this project has run on none of these GPUs. One request alone: a batch of
+answers reads the weights once for all of them, and prompts take turns. A new token's time is that of its step at that
+context.
 
 The CPU's rates are measured, on the one processor that its table names. A prompt's times by them are within 15% of
 [the record](../bench/results/prefill.jsonl) of prefills on it. A new token takes what reading memory takes, whose rate
