@@ -163,7 +163,12 @@ class DecodeStep:
 
         Raises:
             BadTable: a slot, page or length is outside the pages; at most the first layer was written.
+            ValueError: rows of more chains than there are, or of none.
         """
+        num_chains, num_active = len(self._table.chain_heads), len(rows.chain_rows)
+        if not 1 <= num_active <= num_chains:
+            # The library would read pointers behind its tables.
+            raise ValueError(f"chain_rows has {num_active} chains, and the step has weights of 1 to {num_chains}")
         k_pages_LBPKE, v_pages_LBPKE = self._pages
         _, num_pages, page_tokens, num_kv_heads, head_dim = k_pages_LBPKE.shape
         num_requests, table_columns = rows.block_table_RM.shape
@@ -177,7 +182,7 @@ class DecodeStep:
             rows.cos_TE.data_ptr(), rows.sin_TE.data_ptr(),
             rows.slot_mapping_T.data_ptr(), rows.block_table_RM.data_ptr(), rows.context_lens_R.data_ptr(),
             rows.cu_seqlens_q_R1.data_ptr(), x_TD.data_ptr(), y_TD.data_ptr(),
-            self._num_layers, len(self._table.chain_heads), len(rows.chain_rows), len(x_TD), num_requests,
+            self._num_layers, num_chains, num_active, len(x_TD), num_requests,
             num_kv_heads, head_dim, num_pages, page_tokens, table_columns,
             self._eps, head_dim**-0.5, native.dtype_id(x_TD.dtype),
             native.variant_id(native.choose_memory_bound_variant(head_dim, x_TD)),

@@ -208,23 +208,35 @@ def test_pages_of_another_dtype_than_int8_beside_scales_are_refused(tiny: Checkp
         step_of(tiny, store, torch.float32)
 
 
+def one_row(checkpoint: Checkpoint, *, chain_rows: Sequence[int], slot: int) -> StepRows:
+    return StepRows(
+        chain_rows=chain_rows,
+        cos_TE=torch.ones(1, checkpoint.config.head_dim),
+        sin_TE=torch.zeros(1, checkpoint.config.head_dim),
+        slot_mapping_T=torch.tensor([slot]),
+        block_table_RM=torch.zeros(1, 1, dtype=torch.int32),
+        context_lens_R=torch.ones(1, dtype=torch.int32),
+        cu_seqlens_q_R1=torch.tensor([0, 1], dtype=torch.int32),
+    )
+
+
+@pytest.mark.parametrize("num_active", [0, 4])
+def test_rows_of_more_chains_than_the_weights_have_are_refused(tiny: Checkpoint, num_active: int) -> None:
+    """Bug: the library read pointers behind its tables, and the process crashed."""
+    step = step_of(tiny, store_of(tiny, torch.float32), torch.float32)
+    rows = one_row(tiny, chain_rows=[1] * num_active, slot=0)
+    with pytest.raises(ValueError, match=f"chain_rows has {num_active} chains, and the step has weights of 1 to 3"):
+        step.run(torch.ones(1, tiny.config.dim), rows, step.variant_for(1))
+
+
 @needs_library
 @pytest.mark.parametrize("cache_dtype", ["model", "int8"])
 @pytest.mark.parametrize("slot", [-1, NUM_PAGES * PAGE_TOKENS])
 def test_a_slot_outside_the_pages_is_refused(tiny: Checkpoint, slot: int, cache_dtype: KvCacheDtype) -> None:
     store = store_of(tiny, torch.float32, cache_dtype)
     step = step_of(tiny, store, torch.float32)
-    config = tiny.config
-    rows = StepRows(
-        chain_rows=[1, 1, 1],
-        cos_TE=torch.ones(1, config.head_dim),
-        sin_TE=torch.zeros(1, config.head_dim),
-        slot_mapping_T=torch.tensor([slot]),
-        block_table_RM=torch.zeros(1, 1, dtype=torch.int32),
-        context_lens_R=torch.ones(1, dtype=torch.int32),
-        cu_seqlens_q_R1=torch.tensor([0, 1], dtype=torch.int32),
-    )
+    rows = one_row(tiny, chain_rows=[1, 1, 1], slot=slot)
     before = store.k_pages_LBPKD.clone()
     with torch.inference_mode(), pytest.raises(BadTable):
-        step.run(torch.ones(1, config.dim), rows, step.variant_for(1))
+        step.run(torch.ones(1, tiny.config.dim), rows, step.variant_for(1))
     assert torch.equal(store.k_pages_LBPKD, before)
