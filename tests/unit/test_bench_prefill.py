@@ -121,8 +121,10 @@ def test_the_engine_as_it_is_passes_the_check(config: ChainConfig, dtype: torch.
 
 @pytest.mark.parametrize("changed", ["0.ffn.down.chain1", "0.attention_norm.chain1", "1.attention.wk.chain1"])
 def test_an_engine_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
-    def wrong(config: ChainConfig, dtype: torch.dtype, tile_tokens: int, seed: int) -> PrefillEngine:
-        engine = engine_of_random(config, dtype, tile_tokens, seed)
+    def wrong(
+        config: ChainConfig, dtype: torch.dtype, tile_tokens: int, seed: int, device: torch.device
+    ) -> PrefillEngine:
+        engine = engine_of_random(config, dtype, tile_tokens, seed, device)
         engine._model.get_parameter(f"layers.{changed}").mul_(1.2)
         return engine
 

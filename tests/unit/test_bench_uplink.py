@@ -8,8 +8,9 @@ import pytest
 
 from bench import uplink
 from colm.checkpoint import Checkpoint
-from colm.dtypes import parse_dtype
+from colm.dtypes import fastest_dtype
 from colm.kv import KvFormat
+from colm.placement import CPU
 from prefill_node import prefix_uplink
 from prefill_node.prefix_uplink import PrefixUplinks
 from tests.tiny import tiny_checkpoint
@@ -27,6 +28,6 @@ def test_a_forgotten_document_is_computed_or_comes_up_and_the_answers_are_the_sa
     (case,) = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
     metrics = {name: value["median"] for name, value in case["metrics"].items()}
     assert {"computed_s", "moved_s", "kept_s", "over_computed_x"} <= metrics.keys()
-    kv_format = KvFormat.of(Checkpoint.open(model).config, parse_dtype("bfloat16"))
+    kv_format = KvFormat.of(Checkpoint.open(model).config, fastest_dtype(CPU))
     assert metrics["computed_up_bytes"] == 0
     assert metrics["moved_up_bytes"] == 64 * kv_format.token_bytes
