@@ -60,15 +60,15 @@ Cell = Callable[[int, int], Metrics]
 """From a seed and a number of rounds."""
 
 
-def seconds(run: Callable[[], object], rounds: int) -> float:
-    """Median time of a run and all that it launches, warm."""
+def seconds(run: Callable[[], object], rounds: int, warm_up_runs: int = WARM_UP_RUNS) -> float:
+    """Median time of a run and all that it launches, behind some that are not counted."""
     times = []
-    for turn in range(WARM_UP_RUNS + rounds):
+    for turn in range(warm_up_runs + rounds):
         torch.cuda.synchronize()
         began_s = time.perf_counter()
         run()
         torch.cuda.synchronize()
-        if turn >= WARM_UP_RUNS:
+        if turn >= warm_up_runs:
             times.append(time.perf_counter() - began_s)
     return statistics.median(times)
 
@@ -155,7 +155,7 @@ def staircase(case: StaircaseCase, seed: int, rounds: int) -> Metrics:
 
 
 def prefill(name: str, lengths: Sequence[int], seed: int, rounds: int) -> Metrics:
-    """Whole prompts through the engine; from 64K on once each, behind one that warms it up."""
+    """Whole prompts through the engine; from 64K on once each, behind the shorter ones."""
     config = preset(name)
     check_engine(config, torch.bfloat16, 256, seed, GPU)
     weights = RepeatedWeights(config=config, dtype=torch.bfloat16, seed=seed)
@@ -164,17 +164,10 @@ def prefill(name: str, lengths: Sequence[int], seed: int, rounds: int) -> Metric
     for num_tokens in lengths:
         token_ids = prompt(config, num_tokens, seed)
         run = partial(lambda ids: deque(engine.run(ids), maxlen=0), token_ids)
-        found[f"{length(num_tokens)}_s"] = taken_s = _once(run) if num_tokens >= 64 << 10 else seconds(run, rounds)
+        taken_s = seconds(run, 1, warm_up_runs=0) if num_tokens >= 64 << 10 else seconds(run, rounds)
+        found[f"{length(num_tokens)}_s"] = taken_s
         found[f"{length(num_tokens)}_tflops_per_s"] = prefill_flops(config, num_tokens) / taken_s / 1e12
     return found
-
-
-def _once(run: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    began_s = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began_s
 
 
 @torch.inference_mode()
