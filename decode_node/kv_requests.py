@@ -87,14 +87,14 @@ class KvRequests:
         """Tell the node that nobody wants its work any more.
 
         Returns:
-            False if nothing is told: the prompt's end is still to be sent, or the stream has ended.
+            False if nothing is told: the prompt's end has not been sent, and will not be, or the stream has ended.
         """
         with self._changed:
-            if not self._is_sent or self._is_closed:
+            if self._is_closed:
                 return False
             self._is_given_up = True
             self._changed.notify()
-            return True
+            return self._is_sent
 
     def close(self) -> None:
         """Send nothing more, since the stream has ended."""
@@ -125,6 +125,9 @@ class KvRequests:
             yield pb.PullKvRequest(token_ids=piece)
         # From its last message on, the node may begin: then whoever breaks off without a word leaves it a job to keep.
         with self._changed:
+            if self._is_given_up:
+                self._changed.wait_for(lambda: self._is_closed, _GIVE_UP_S)  # the call is being broken off
+                return
             self._is_sent = True
         yield pb.PullKvRequest(end_of_prompt=end_of_prompt(transfer.token_ids))
         while (request := self._next()) is not None:

@@ -105,8 +105,16 @@ def test_a_prompt_whose_end_is_on_its_way_is_given_up_by_a_word(said: Said) -> N
     assert said.rest() == ["give_up"]
 
 
-def test_there_is_nothing_to_give_up_before_the_prompt_is_there_nor_after_the_end(said: Said) -> None:
+def test_a_prompt_that_is_given_up_before_its_end_is_sent_is_never_ended(said: Said) -> None:
+    """Bug: its end went between the word that it had not gone and the breaking off; the node kept what it had begun."""
+    opened_and_ids = [next(said.words) for _ in range(2)]
+    assert [each.WhichOneof("part") for each in opened_and_ids] == ["open", "token_ids"]
     assert not said.requests.give_up()
+    said.requests.close()
+    assert said.rest() == []
+
+
+def test_there_is_nothing_to_give_up_after_the_end(said: Said) -> None:
     said.prompt()
     said.requests.close()
     assert said.rest() == []

@@ -108,6 +108,13 @@ MUTANTS = (
         "tests/unit/test_kv_requests.py::test_a_prompt_whose_end_is_on_its_way_is_given_up_by_a_word",
     ),
     Mutant(
+        "a prompt that is given up is ended before the call is broken off",
+        "decode_node/kv_requests.py",
+        "            if self._is_given_up:\n                self",
+        "            if False:\n                self",
+        "tests/unit/test_kv_requests.py::test_a_prompt_that_is_given_up_before_its_end_is_sent_is_never_ended",
+    ),
+    Mutant(
         "a decode node sends no checksum of the prompt",
         "decode_node/kv_requests.py",
         "end_of_prompt(transfer.token_ids)",
