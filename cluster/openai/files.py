@@ -14,7 +14,7 @@ import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -84,12 +84,26 @@ class FileStore:
             created_s=self._now().timestamp(),
             num_bytes=len(content),
         )
+        keeping = self._writer.submit(self._keep, owner, file, content)
         try:
             async with asyncio.timeout(_WAIT_S):
-                await self._in_turn(lambda: self._keep(owner, file, content))
+                await asyncio.wrap_future(keeping)
         except TimeoutError as err:
+            self._take_back(keeping, file, owner)
             raise CapacityExceeded("other files are being kept, and this one waited too long; try again later") from err
+        except asyncio.CancelledError:
+            self._take_back(keeping, file, owner)
+            raise
         return file
+
+    def _take_back(self, keeping: "Future[None]", file: StoredFile, owner: Client) -> None:
+        """Leave nothing of an upload of which nobody hears: its turn may come, or have come, all the same."""
+
+        def forget(done: "Future[None]") -> None:
+            if not done.cancelled() and done.exception() is None:
+                self._remove(_name(file.id, owner.name))
+
+        keeping.add_done_callback(forget)
 
     async def of(self, owner: Client) -> list[StoredFile]:
         """A client's files, oldest first; those that are damaged too, so that they can be deleted."""

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster.client_tokens import Client, TokenLimits
+from cluster.openai import files
 from cluster.openai.files import MAX_FILES, FileStore
 from cluster.openai.stored_file import HEAD_BYTES
 from colm.errors import CapacityExceeded, ClusterError, GoingAway, InvalidRequest
+from tests.gates import gate_before
 
 _T = TypeVar("_T")
 
@@ -276,6 +278,29 @@ async def test_uploads_at_two_gateways_at_once_do_not_pass_the_limit_together(tm
     done = await asyncio.gather(*(add(stores[number % 2], b"x" * 30) for number in range(12)), return_exceptions=True)
     assert sum(isinstance(each, str) for each in done) == 3
     assert {type(each) for each in done} == {str, CapacityExceeded}
+
+
+@pytest.mark.parametrize("ends", ["by its client", "by the limit"])
+async def test_an_upload_of_which_nobody_hears_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """Bug: where its turn came later it was kept, under an id that nobody knew, and counted."""
+    with gate_before(FileStore, "_require_room") as gate:
+        store = store_of(tmp_path)
+        if ends == "by the limit":
+            monkeypatch.setattr(files, "_WAIT_S", 0.0)
+        adding = [asyncio.create_task(add(store)) for _ in range(2)]
+        if ends == "by its client":
+            await gate.until_reached()
+            for each in adding:
+                each.cancel()
+        results = await asyncio.gather(*adding, return_exceptions=True)
+        gate.open()
+    expected = asyncio.CancelledError if ends == "by its client" else CapacityExceeded
+    assert [type(each) for each in results] == [expected] * 2
+    monkeypatch.undo()
+    kept = await add(store)
+    assert [each.id for each in await store.of(ALICE)] == [kept]
 
 
 async def test_those_who_list_at_once_each_see_all(tmp_path: Path) -> None:

@@ -120,6 +120,13 @@ MUTANTS = (
         _FILES + "test_a_gateway_that_is_killed_as_it_writes_leaves_a_whole_file_or_none",
     ),
     Mutant(
+        "an upload of which nobody hears is kept",
+        "cluster/openai/files.py",
+        "        except asyncio.CancelledError:\n            self._take_back(keeping, file, owner)\n",
+        "        except asyncio.CancelledError:\n",
+        _FILES + "test_an_upload_of_which_nobody_hears_leaves_nothing",
+    ),
+    Mutant(
         "a damaged document is handed out",
         "cluster/openai/files.py",
         " or hashlib.sha256(content).hexdigest() != digest:",
