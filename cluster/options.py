@@ -133,7 +133,7 @@ class GatewaySection(Settings):
 
     host: str = "127.0.0.1"
     """Address that the gateway listens on; "0.0.0.0" admits other machines by IPv4, "::" by both IP versions."""
-    port: NonNegativeInt = Field(default=50051, le=65535)
+    port: NonNegativeInt = Field(default=defaults.GATEWAY_PORT, le=65535)
     """TCP port of the gateway; 0 picks a free one."""
     http_port: NonNegativeInt | None = Field(default=None, le=65535)
     """TCP port of the same over HTTP, as OpenAI's clients speak; by default the one after `port`; 0 picks one."""

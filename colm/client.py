@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, Unpack
 
+from colm import defaults
 from colm.errors import ColmError
 from colm.events import Event, Finished, Token
 from colm.generation import AsyncGeneration, Generation
@@ -22,7 +23,7 @@ from colm.wire.status import rpc_errors
 from colm.wire.v1 import generation_service_pb2 as pb
 from colm.wire.v1.generation_service_pb2_grpc import GenerationServiceStub
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
+DEFAULT_ADDRESS = f"127.0.0.1:{defaults.GATEWAY_PORT}"
 _STATUS_TIMEOUT_S = 10.0
 
 

@@ -2,6 +2,8 @@
 
 from typing import Final
 
+GATEWAY_PORT = 8851
+"""TCP port of a gateway; over HTTP it listens on the next one. Linux hands out neither by chance (ADR 62)."""
 PAGE_TOKENS = 64
 """Tokens in a KV page."""
 TILE_TOKENS = 512

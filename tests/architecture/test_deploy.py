@@ -63,6 +63,14 @@ def test_ports_are_those_of_the_gateway(tmp_path: Path) -> None:
     assert served == {name: ports[name] for name in ("grpc", "https")}
 
 
+def test_the_guide_names_the_ports_of_the_gateway(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    options = config(tmp_path)
+    ports = (options.gateway.port, options.gateway.wanted_http_port, options.metrics.port)
+    said = re.findall(r"colm-gateway:(\d+)|HEAD:(\d+)|\bon\s+(\d{4,5})\b", page)
+    assert {int("".join(groups)) for groups in said} == {*ports}
+
+
 def test_ray_is_the_pinned_one_and_demands_a_token() -> None:
     pinned = re.search(r"^ray==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert pinned is not None

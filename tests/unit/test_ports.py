@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from cluster import ports
+from cluster.options import GatewaySection
 from cluster.ports import choose_port, steady_ports
+from colm.client import DEFAULT_ADDRESS
 from colm.errors import ClusterError
 from tests.nodes import EVERYWHERE, LOOPBACK
 
@@ -39,6 +41,16 @@ def test_it_is_not_one_of_those_that_the_kernel_hands_out_here(host: str) -> Non
         asks.bind(("127.0.0.1", 0))
         assert asks.getsockname()[1] in ports._handed_out()
     assert port in steady_ports(ports._handed_out())
+
+
+def test_the_gateways_own_ports_are_none_that_anybody_is_given_by_chance() -> None:
+    """Bug: they were 50051 and 50052, which Linux gives to connections that leave, before the gateway has begun."""
+    gateway = GatewaySection()
+    given = (range(32_768, 61_000), RAYS_WORKERS, *ports._RANGES)
+    for port in (gateway.port, gateway.wanted_http_port):
+        assert 1024 <= port < 30_000
+        assert not [each for each in given if port in each]
+    assert f"127.0.0.1:{gateway.port}" == DEFAULT_ADDRESS
 
 
 def test_two_commands_that_start_at_once_choose_different_ports(monkeypatch: pytest.MonkeyPatch) -> None:

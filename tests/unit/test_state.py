@@ -14,7 +14,7 @@ from colm.errors import ClusterError, StateVersionMismatch
 from colm.wire.security import Security, Tls, new_tls
 
 STATE = ClusterState(
-    gateway_address="127.0.0.1:50051",
+    gateway_address="127.0.0.1:5",
     ray_address="127.0.0.1:6379",
     ray_pid=4242,
     client_token="secret-token",

@@ -49,6 +49,13 @@ MUTANTS = (
         "tests/unit/test_ports.py::test_a_port_that_is_chosen_ahead_is_none_that_the_kernel_or_ray_gives_away",
     ),
     Mutant(
+        "the gateway's port is one that the kernel hands out",
+        "colm/defaults.py",
+        "GATEWAY_PORT = 8851",
+        "GATEWAY_PORT = 50051",
+        "tests/unit/test_ports.py::test_the_gateways_own_ports_are_none_that_anybody_is_given_by_chance",
+    ),
+    Mutant(
         "two commands choose the same port",
         "cluster/ports.py",
         "        if _keep(port) and",
