@@ -21,7 +21,7 @@ import psutil
 from bench.harness.contest import Case, Contest
 from bench.harness.suite import Options, arguments, positive, run
 from bench.head_of_line.clusters import running
-from cluster.demo import QUESTION, manual_chapter
+from cluster.cli.demo import QUESTION, manual_chapter
 from cluster.state import ClusterState
 from colm.checkpoint import Checkpoint
 from colm.client import Client

@@ -210,7 +210,7 @@ def demo(
     The last line of stdout is one JSON object with what was measured.
     """
     with interruptible(_NOTHING_LEFT):
-        from cluster.demo import run_demo
+        from cluster.cli.demo import run_demo
 
         record = run_demo(model, max_new_tokens, weights)
     print_json(record)

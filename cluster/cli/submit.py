@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.answer_view import AnswerView
+from cluster.cli.answer_view import AnswerView
 from cluster.cli.output import DEFAULT_STATE_DIR, INTERRUPTED, JsonFlag, StateDir, note, print_json
 from cluster.state import ClusterState
 from colm.client import Client

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cluster.cli.output import JsonFlag, print_json
-from cluster.trace_view import Span, in_order, read_spans
+from cluster.cli.trace_view import Span, in_order, read_spans
 from colm.errors import ConfigError
 
 _BAR = 40

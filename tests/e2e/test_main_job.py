@@ -13,8 +13,8 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from cluster.cli.trace_view import read_spans
 from cluster.state import ClusterState
-from cluster.trace_view import read_spans
 from colm.checkpoint import Checkpoint
 from colm.client import Answer, AsyncClient, Client, collect
 from colm.errors import ColmError, InvalidRequest, PeerUnavailable, Unauthenticated

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from cluster.answer_view import AnswerView
+from cluster.cli.answer_view import AnswerView
 from colm.events import (
     Accepted,
     Event,

@@ -11,7 +11,7 @@ from httpx2 import AsyncClient
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from cluster.trace_view import Span, in_order, read_spans
+from cluster.cli.trace_view import Span, in_order, read_spans
 from colm import tracing
 from colm.checkpoint import Checkpoint
 from colm.errors import ConfigError, InvalidRequest

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 
 import typer
 
-from cluster.answer_view import AnswerView
+from cluster.cli.answer_view import AnswerView
 from cluster.cli.output import note
 from cluster.interrupts import Interrupts
 from cluster.lifecycle import up
