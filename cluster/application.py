@@ -14,7 +14,7 @@ from cluster.options import ClusterConfig, DecodeSection, PrefillSection, Varian
 from cluster.replicas.decode import DecodeReplica
 from cluster.replicas.gateway import SUCCESSOR_S, GatewayOptions, GatewayReplica
 from cluster.replicas.prefill import PrefillReplica
-from cluster.secret_files import SecretFiles
+from cluster.security.secret_files import SecretFiles
 from cluster.serve_names import GATEWAY
 from colm.nodes import Role, pool_name
 from colm.placement import Placement

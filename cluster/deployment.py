@@ -19,7 +19,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 from cluster.options import ClusterConfig, RaySection, VariantSection
 from cluster.ray_guard import check_token_mode
 from cluster.replicas.replica_numbers import kept_numbers, tell_numbers
-from cluster.secret_files import SecretFiles
+from cluster.security.secret_files import SecretFiles
 from cluster.serve_names import GATEWAY, names_of
 from colm.errors import ClusterError
 from colm.nodes import Role

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from cluster.certificates import look_after
 from cluster.change import (
     as_kept,
     changed,
@@ -19,13 +18,14 @@ from cluster.change import (
     with_its_ports,
 )
 from cluster.client_tokens import TOKENS_FILE, read_clients
-from cluster.exposure import advice_to_clients, own_certificate, require_encryption
 from cluster.interrupts import Interrupts
 from cluster.local_ray import is_left, is_running, prepare_ray, show_token, start_ray, stop_ray
 from cluster.options import ClusterConfig
 from cluster.ports import choose_port
 from cluster.ray_files import new_ray_root
-from cluster.secret_files import SecretFiles, write_secrets
+from cluster.security.certificates import look_after
+from cluster.security.exposure import advice_to_clients, own_certificate, require_encryption
+from cluster.security.secret_files import SecretFiles, write_secrets
 from cluster.state import SECRETS, ClusterState, Joined, alone, make_state_dir, note_joined, read_joined
 from cluster.teardown import RAY_TOKEN, Say, clear
 from cluster.variants import require_one_chain_1

@@ -44,9 +44,9 @@ def application(args: dict[str, dict[str, Any]]) -> Any:
     """
     from cluster.application import build
     from cluster.deployment import check_is_closed
-    from cluster.exposure import require_encryption
     from cluster.replicas.replica_numbers import kept_numbers
-    from cluster.secret_files import OwnCertificate, SecretFiles
+    from cluster.security.exposure import require_encryption
+    from cluster.security.secret_files import OwnCertificate, SecretFiles
 
     config = load_config(
         None, {f"{section}.{name}": value for section in args for name, value in args[section].items()}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cluster.secret_files import SecretFiles, write_secrets
+from cluster.security.secret_files import SecretFiles, write_secrets
 
 
 def secret_files(folder: Path) -> SecretFiles:

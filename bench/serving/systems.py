@@ -22,7 +22,7 @@ import torch
 from bench.head_of_line.clusters import running
 from bench.serving.one_process import serving
 from cluster.options import ClusterConfig, load_config
-from cluster.secret_files import SecretFiles, write_secrets
+from cluster.security.secret_files import SecretFiles, write_secrets
 from cluster.state import ClusterState
 from colm.client import Client
 from colm.cpus import num_usable_cpus

@@ -15,7 +15,7 @@ from colm.errors import ConfigError
 from colm.wire.tls_files import CA_FILE, REVOKED_FILE
 
 if TYPE_CHECKING:
-    from cluster.certificates import Validity
+    from cluster.security.certificates import Validity
 
 Folder = Annotated[
     Path | None, typer.Option("--secrets", help="Folder of `colm secrets`; by default that of this machine's cluster.")
@@ -48,7 +48,7 @@ def secrets(
     The first folder has the authority's key, and stays on one machine. `colm secrets OTHER --from FIRST --role decode`
     makes the folder of another machine, with keys of its own for what runs there; copy it to the same path there.
     """
-    from cluster.secret_files import write_machine_secrets, write_secrets
+    from cluster.security.secret_files import write_machine_secrets, write_secrets
     from colm.wire.members import Member
 
     roles = {member.value: member for member in (Member.GATEWAY, Member.DECODE, Member.PREFILL)}
@@ -69,7 +69,7 @@ def secrets(
 
 def show(secrets: Folder = None, state_dir: StateDir = DEFAULT_STATE_DIR, json: JsonFlag = False) -> None:
     """Show whose certificates there are, who signed them, and until when they are valid."""
-    from cluster.certificates import authorities_validity, members_validity, own_validity
+    from cluster.security.certificates import authorities_validity, members_validity, own_validity
 
     folder, now = _folder(secrets, state_dir), utc_now()
     found = [*authorities_validity(folder), *members_validity(folder)]
@@ -117,8 +117,8 @@ def rotate(
     itself where the authority's key is at hand. Where it is not, rotate with --from and copy the folder. After
     --authority do so for each other machine, and give clients elsewhere the new ca.pem, before the old authority ends.
     """
-    from cluster.certificates import members_validity, renew
-    from cluster.trust import rotate_authority
+    from cluster.security.certificates import members_validity, renew
+    from cluster.security.trust import rotate_authority
 
     folder, old_end = _folder(secrets, state_dir), None
     if authority:
@@ -155,7 +155,7 @@ def revoke(
 
     Other machines learn it by `colm certificates rotate --from`, or a copy of the file.
     """
-    from cluster.trust import revoke as refuse
+    from cluster.security.trust import revoke as refuse
 
     folder = _folder(secrets, state_dir)
     try:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from cluster.replicas.lender import ServeLender
 from cluster.replicas.node import NodeReplica
-from cluster.secret_files import SecretFiles
+from cluster.security.secret_files import SecretFiles
 from colm.errors import PeerFailed, PeerUnavailable
 from colm.line import Beat
 from colm.nodes import NodeCounts, NodeLoad, NodeReport, Role

@@ -24,7 +24,6 @@ from cluster.accounts import Accounts, Use
 from cluster.audit_log import AuditLog
 from cluster.autoscaling.autoscaler import Autoscaler
 from cluster.autoscaling.signals import PoolScaling
-from cluster.certificates import keep_looking_after
 from cluster.change import weights_stamp
 from cluster.client_requests import ClientRequests
 from cluster.decode_calls import GrpcDecodeCalls
@@ -42,7 +41,8 @@ from cluster.replicas.replica_numbers import ServeReplicaNumbers
 from cluster.replicas.reporting import log_beside
 from cluster.replicas.serve_port import keep_serve_port_shut
 from cluster.replicas.telling import Telling
-from cluster.secret_files import SecretFiles
+from cluster.security.certificates import keep_looking_after
+from cluster.security.secret_files import SecretFiles
 from cluster.status_page.board import Board
 from cluster.status_page.routes import StatusPage
 from colm import defaults

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import ray
 from ray import serve
 
-from cluster.certificates import keep_looking_after
 from cluster.replicas.leaving import Leaving
 from cluster.replicas.lender import LEASE_TTL_S
 from cluster.replicas.reporting import keep_reporting, log_beside
 from cluster.replicas.serve_port import keep_serve_port_shut
-from cluster.secret_files import SecretFiles
+from cluster.security.certificates import keep_looking_after
+from cluster.security.secret_files import SecretFiles
 from colm.leases import LeaseTable
 from colm.metrics.endpoint import MetricsEndpoint
 from colm.node_cli import Node

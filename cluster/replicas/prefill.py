@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from cluster.replicas.node import NodeReplica
-from cluster.secret_files import SecretFiles
+from cluster.security.secret_files import SecretFiles
 from colm.nodes import NodeLoad, NodeReport, Role
 from colm.tracing import TraceFiles
 from colm.wire.members import Member

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.secret_files import SecretFiles
+from cluster.security.secret_files import SecretFiles
 from colm.client import Client, collect
 from colm.errors import PeerUnavailable
 from colm.events import Token

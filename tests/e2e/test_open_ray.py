@@ -7,7 +7,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from cluster.ray_guard import check_token_mode
-from cluster.secret_files import write_secrets
+from cluster.security.secret_files import write_secrets
 from cluster.state import read_joined
 from colm.errors import ClusterError
 from tests.e2e.conftest import run_colm

@@ -6,7 +6,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from cluster.secret_files import write_secrets
+from cluster.security.secret_files import write_secrets
 from tests.e2e.conftest import run_colm
 from tests.e2e.ray_nodes import RayNodes, ray_nodes
 from tests.tiny import tiny_checkpoint

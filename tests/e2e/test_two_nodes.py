@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.secret_files import write_secrets
+from cluster.security.secret_files import write_secrets
 from cluster.state import ClusterState, read_joined, write_private
 from colm.checkpoint import Checkpoint
 from colm.client import Answer, Client, collect

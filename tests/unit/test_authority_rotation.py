@@ -14,11 +14,11 @@ from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from typer.testing import CliRunner
 
-import cluster.trust
-from cluster.certificates import authorities_validity, look_after, members_validity, renew
+import cluster.security.trust
 from cluster.cli import app
-from cluster.secret_files import SecretFiles, write_machine_secrets, write_secrets
-from cluster.trust import OVERLAP_FILE, end_overlap, revoke, rotate_authority
+from cluster.security.certificates import authorities_validity, look_after, members_validity, renew
+from cluster.security.secret_files import SecretFiles, write_machine_secrets, write_secrets
+from cluster.security.trust import OVERLAP_FILE, end_overlap, revoke, rotate_authority
 from colm.errors import ConfigError
 from colm.wire.certificates import read_certificates
 from colm.wire.channels import Channels
@@ -162,7 +162,7 @@ def test_a_rotation_that_is_killed_anywhere_leaves_members_that_trust_each_other
                 policy.build_server_verifier(x509.DNSName(member.certificate_name)).verify(leaf, above)
         return True
 
-    write = cluster.trust.write_private
+    write = cluster.security.trust.write_private
     num_writes = 0
     while True:
         left = num_writes
@@ -174,7 +174,7 @@ def test_a_rotation_that_is_killed_anywhere_leaves_members_that_trust_each_other
             left -= 1
             write(path, text)
 
-        monkeypatch.setattr(cluster.trust, "write_private", write_until)
+        monkeypatch.setattr(cluster.security.trust, "write_private", write_until)
         try:
             rotate_authority(first, OVERLAP, NOW)
             break

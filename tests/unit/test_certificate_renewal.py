@@ -10,11 +10,11 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
-from cluster.certificates import keep_looking_after, look_after, members_validity, renew
 from cluster.cli import app
 from cluster.lifecycle import _secrets
 from cluster.options import load_config
-from cluster.secret_files import SecretFiles, write_machine_secrets, write_secrets
+from cluster.security.certificates import keep_looking_after, look_after, members_validity, renew
+from cluster.security.secret_files import SecretFiles, write_machine_secrets, write_secrets
 from cluster.state import ClusterState
 from colm.errors import ConfigError
 from colm.wire.authority import CERTIFICATE_DAYS, Authority

@@ -16,11 +16,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from typer.testing import CliRunner
 
-from cluster.certificates import look_after
 from cluster.cli import app
-from cluster.exposure import advice_to_clients, own_certificate, require_encryption
 from cluster.options import load_config
-from cluster.secret_files import OwnCertificate, SecretFiles, write_secrets
+from cluster.security.certificates import look_after
+from cluster.security.exposure import advice_to_clients, own_certificate, require_encryption
+from cluster.security.secret_files import OwnCertificate, SecretFiles, write_secrets
 from cluster.state import ClusterState
 from colm.errors import ConfigError
 from colm.node_cli import read_security

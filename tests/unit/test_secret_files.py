@@ -9,7 +9,7 @@ from ray import cloudpickle
 
 from cluster.application import build
 from cluster.options import load_config
-from cluster.secret_files import SecretFiles, write_secrets
+from cluster.security.secret_files import SecretFiles, write_secrets
 from colm.errors import ClusterError, ConfigError
 from colm.wire.members import Member
 from tests.secret_folder import secret_files

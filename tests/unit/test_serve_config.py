@@ -12,7 +12,7 @@ from cluster import deployment
 from cluster.application import build
 from cluster.options import RaySection, load_config
 from cluster.replicas import replica_numbers
-from cluster.secret_files import SecretFiles
+from cluster.security.secret_files import SecretFiles
 from cluster.serve_config import application, serve_config
 from colm.errors import ClusterError, ConfigError
 

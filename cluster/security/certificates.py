@@ -10,8 +10,17 @@ from pathlib import Path
 
 from cryptography import x509
 
-from cluster.secret_files import SecretFiles
-from cluster.trust import CA_KEY_FILE, alone, copy_trust, end_overlap, issue, read_authority, read_overlap, unwritable
+from cluster.security.secret_files import SecretFiles
+from cluster.security.trust import (
+    CA_KEY_FILE,
+    alone,
+    copy_trust,
+    end_overlap,
+    issue,
+    read_authority,
+    read_overlap,
+    unwritable,
+)
 from colm.clock import utc_now
 from colm.errors import ClusterError, ConfigError
 from colm.wire.certificates import read_certificates, signer_of

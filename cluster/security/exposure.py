@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.options import ClusterConfig, GatewaySection
-from cluster.secret_files import OwnCertificate, SecretFiles
+from cluster.security.secret_files import OwnCertificate, SecretFiles
 from colm.clock import utc_now
 from colm.errors import ConfigError
 from colm.wire.certificates import covers, dialled_name, is_open_to_group, names_of, read_pair

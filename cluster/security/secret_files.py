@@ -10,8 +10,8 @@ from typing import Self
 
 from cluster.client_tokens import TOKENS_FILE, Clients
 from cluster.options import SecuritySection
+from cluster.security.trust import CA_KEY_FILE, copy_trust, issue, read_authority
 from cluster.state import write_private
-from cluster.trust import CA_KEY_FILE, copy_trust, issue, read_authority
 from colm.clock import utc_now
 from colm.errors import ClusterError
 from colm.wire.authority import Authority

@@ -1,0 +1,1 @@
+"""Secrets as files, authorities and certificates; what a cluster leaves open, looked at before it starts."""
