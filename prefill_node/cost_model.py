@@ -37,7 +37,7 @@ class Work:
     plan_flops: int = 0
     """Scores of plans and audits."""
     num_kept: int = 0
-    """Tiles of one layer that were kept from an earlier prompt; each is a step in which nothing is computed."""
+    """Tiles of one layer that were kept from an earlier prompt, laid where those behind them read them."""
 
     def __sub__(self, other: "Work") -> "Work":
         return Work(
@@ -102,7 +102,12 @@ class PrefillShape:
         )
 
     def after_pause(
-        self, position: KvPosition, num_pauses: int, num_tokens: int, sparse: SparsePrompt | None
+        self,
+        position: KvPosition,
+        num_pauses: int,
+        num_tokens: int,
+        sparse: SparsePrompt | None,
+        num_cached_tokens: int = 0,
     ) -> tuple[KvPosition, int]:
         """Where the next step ends: (position, steps since that brought no tile)."""
         if sparse is not None and self._is_planned(position, num_tokens, sparse):
@@ -110,7 +115,7 @@ class PrefillShape:
             # One pause for each part of the plan, and one before each tile of the attention.
             if num_pauses < sparse.num_plan_steps(layer, num_tokens) - (-num_tokens // self.tile_tokens):
                 return position, num_pauses + 1
-        return self.after_step(position, num_tokens), 0
+        return self.after_step(position, num_tokens, num_cached_tokens), 0
 
     def sparse_work_before(self, position: KvPosition, num_pauses: int, num_tokens: int, sparse: SparsePrompt) -> Work:
         """The same as `work_before` of a sparse prompt, whose planned layers attend once all their tiles are there.
@@ -163,9 +168,10 @@ class PrefillShape:
         layer = position.layer - 1
         return not position.token and 0 <= layer < self.num_layers - 1 and sparse.covers(layer, num_tokens)
 
-    def after_step(self, position: KvPosition, num_tokens: int) -> KvPosition:
-        """Where the tile ends that begins at a position."""
-        return position.after(min(self.tile_tokens, num_tokens - position.token), num_tokens)
+    def after_step(self, position: KvPosition, num_tokens: int, num_cached_tokens: int = 0) -> KvPosition:
+        """Where the tile ends that is computed next, at a position or behind what its layer has of kept tokens."""
+        begin = position.at_least(num_cached_tokens)
+        return begin.after(min(self.tile_tokens, num_tokens - begin.token), num_tokens)
 
     def work(self, num_tokens: int) -> Work:
         """All of a prompt's."""
@@ -227,8 +233,8 @@ class CostModel:
     """An operation of sparse attention, in those of dense attention."""
     plan_factor: float = 2.0
     """An operation of a plan, likewise: half as many are made of a score, and its exponential takes as long."""
-    kept_s: float = 2e-4
-    """A tile that is kept: copied into its messages, and where others attend to it."""
+    kept_s: float = 1e-4
+    """A tile that is kept: copied to where others attend to it."""
 
     def seconds(self, work: Work) -> float:
         """What the engine will take for it."""

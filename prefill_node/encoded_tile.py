@@ -10,7 +10,8 @@ from colm.wire.kv_codec import codec_of, quantised, wire_token_bytes
 from colm.wire.shared_memory import SHARED_WINDOW_BYTES, SharedMemory, Slot
 from colm.wire.tile_codec import decode_message, decode_tile, encode_tile, max_tile_tokens, seal, split_tile
 
-_MESSAGE_BYTES = 1 << 20
+MESSAGE_BYTES = 1 << 20
+"""Of a message's payload, about."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +40,7 @@ class TileEncoder:
         Raises:
             NotFinite: the tile cannot be sent.
         """
-        max_tokens = max_tile_tokens(self.kv_format, _MESSAGE_BYTES, self.codec)
+        max_tokens = max_tile_tokens(self.kv_format, MESSAGE_BYTES, self.codec)
         return [
             self._one(part, epoch, memory)
             for rest in self._since(tile, since)
@@ -74,7 +75,7 @@ class TileEncoder:
         Raises:
             OSError: there is none to be had.
         """
-        slot_tokens = min(max_tile_tokens(self.kv_format, _MESSAGE_BYTES, self.codec), tile_tokens, self.num_tokens)
+        slot_tokens = min(max_tile_tokens(self.kv_format, MESSAGE_BYTES, self.codec), tile_tokens, self.num_tokens)
         slot_bytes = slot_tokens * wire_token_bytes(self.kv_format, self.codec)
         num_payloads = self.kv_format.num_layers * -(-self.num_tokens // slot_tokens)
         num_of_tile = -(-min(tile_tokens, self.num_tokens) // slot_tokens)

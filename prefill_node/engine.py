@@ -96,7 +96,8 @@ class PrefillEngine:
                 everything.
             cancelled: looked at inside attention and plans, and between a tile's operations; once it is set, the run
                 ends with `Cancelled`. Says how far the attention of the present step is, and 0 between steps.
-            prefix: the prompt's first tiles, where another run of this engine has computed them; dense alone.
+            prefix: the prompt's first tiles, where another run of this engine has computed them; dense alone. All of
+                its tiles only where `last_token_id` is to be read: else there is nothing to do.
             last_token_id: the token behind the prompt, if the run shall find chain 1's most likely one behind that: its
                 `next_token_id`, with the last tile. Tiles have the same bits without it.
 
@@ -135,10 +136,10 @@ class PrefillEngine:
     def step(self, runs: Sequence[PrefillRun]) -> list[KvTile | None]:
         """Make the next step of a run, or of several as one.
 
-        Tiles come layer by layer, in token order, those that were kept among them. A tile's tensors are views that the
+        Tiles come layer by layer, in token order, without those that were kept. A tile's tensors are views that the
         run's next layer overwrites: use or copy them before its next step. A sparse layer is planned when all its keys
         and values are there; its attention then follows tile by tile, and each step of it brings a tile without
-        tokens, which says only that there is more to do.
+        tokens, which says only that there is more to do. So does each step of a prompt that was kept whole.
 
         Args:
             runs: neither over nor ended by an error. Several must be dense, stand at the same layer, and have their
@@ -162,7 +163,7 @@ class PrefillEngine:
                 self._attend(left)
             left = _left(runs)
             if left[0].is_kept:
-                tiles = self._read_kept(*left)
+                tiles = self._pass_kept(*left)
             else:
                 tiles = self._plan_tile(*left) if left[0].is_second_pass else self._write_keys_values(left)
         for run, tile in tiles.items():
@@ -203,22 +204,19 @@ class PrefillEngine:
             run.hidden_ND = embed(torch.from_numpy(read).to(device), 1)
         if run.last_token_id is not None and not run.rides:
             run.own_x_1D = embed(torch.from_numpy(last).to(device), 1)
-        if run.attends_to_kept:
-            num_rows = run.num_tokens + (run.last_token_id is not None)
-            shape = (kv_format.num_kv_heads, num_rows, kv_format.head_dim)
-            run.k_KNE = torch.empty(shape, dtype=kv_format.dtype, device=device)
-            run.v_KNE = torch.empty_like(run.k_KNE)
+        num_rows = run.num_tokens + (run.last_token_id is not None)
+        shape = (kv_format.num_kv_heads, num_rows, kv_format.head_dim)
+        run.k_KNE = torch.empty(shape, dtype=kv_format.dtype, device=device)
+        run.v_KNE = torch.empty_like(run.k_KNE)
 
-    def _read_kept(self, run: PrefillRun) -> dict[PrefillRun, KvTile]:
-        """A tile that was kept, laid where the attention of those behind it will read it."""
+    def _pass_kept(self, run: PrefillRun) -> dict[PrefillRun, KvTile]:
+        """A layer of a prompt that was kept whole: the token behind it alone goes through."""
         with run.own_errors():
-            start, stop = run.start, run.stop
-            is_read = run.attends_to_kept and not (run.is_last_layer and run.last_token_id is None)
-            tile = run.take_kept()
-            if is_read:
-                run.k_KNE[:, start:stop] = tile.k_KTD
-                run.v_KNE[:, start:stop] = tile.v_KTD
-            return {run: tile}
+            layer = run.layer
+            run.lay_kept()
+            run.after_kept()
+            self._read_last_token(run, layer)
+            return {run: KvTile(run.layer, 0, run.k_KNE[:, :0], run.v_KNE[:, :0])}
         raise NobodyLeft
 
     def _attend(self, runs: Sequence[PrefillRun]) -> None:
@@ -243,6 +241,8 @@ class PrefillEngine:
 
     def _write_keys_values(self, runs: Sequence[PrefillRun]) -> dict[PrefillRun, KvTile]:
         """The tiles of the layer at which the runs stand; before its attention, so that the wire has them meanwhile."""
+        for run in runs:
+            run.lay_kept()
         index, pack = runs[0].layer, self._pack(runs, runs[0].start, runs[0].stop)
         if (few := self._few_rows(runs, pack)) is not None:
             layers, tile, variant = few

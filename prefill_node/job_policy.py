@@ -91,7 +91,13 @@ def next_job(jobs: Collection[_Job], *, memory_bytes: int) -> _Job | None:
     if not able:
         return None
     free_bytes = memory_bytes - sum(job.memory_bytes for job in jobs if job.is_started)
-    fitting = [job for job in able if job.is_started or job.memory_bytes <= free_bytes]
+    claims = [job for job in jobs if needs_memory_alone(job)]
+
+    def fits(job: _Job) -> bool:
+        claimed_bytes = sum(each.memory_bytes for each in claims if each.place < job.place)
+        return job.is_started or job.memory_bytes <= free_bytes - claimed_bytes
+
+    fitting = [job for job in able if fits(job)]
     first = min(able, key=_place)
     if first.owed_s > 0:
         if first in fitting:
@@ -118,7 +124,7 @@ def companions(chosen: _Job, jobs: Iterable[_Job], *, memory_bytes: int, tile_to
         return []
     able = _able(jobs)
     first = min(able, key=_place)
-    may_begin = first is chosen or first.owed_s <= 0
+    may_join = first is chosen or first.owed_s <= 0
     free_bytes = memory_bytes - sum(job.memory_bytes for job in {*jobs, chosen} if job.is_started or job is chosen)
     num_rows, spare_s = tile_tokens - chosen.tile_rows, (SLOWDOWN - 1) * chosen.remaining_s
     joined = []
@@ -126,12 +132,31 @@ def companions(chosen: _Job, jobs: Iterable[_Job], *, memory_bytes: int, tile_to
         if job is chosen or job.tile_rows is None or job.layer != chosen.layer:
             continue
         new_bytes, added_s = 0 if job.is_started else job.memory_bytes, job.remaining_s - job.shared_s
-        if (job.is_started or may_begin) and (
-            job.tile_rows <= num_rows and added_s <= spare_s and new_bytes <= free_bytes
-        ):
+        has_memory = job.is_started or (may_join and new_bytes <= free_bytes)
+        if has_memory and job.tile_rows <= num_rows and added_s <= spare_s:
             joined.append(job)
             num_rows, spare_s, free_bytes = num_rows - job.tile_rows, spare_s - added_s, free_bytes - new_bytes
     return joined
+
+
+def needs_memory_alone(job: Candidate) -> bool:
+    """All of it is kept, so that it has no turn to wait for."""
+    return job.is_computed and not job.is_started and job.has_reader
+
+
+def may_begin(job: _Job, jobs: Collection[_Job], *, memory_bytes: int) -> bool:
+    """Whether there is memory for a job that needs no engine, beside what the first in line is owed.
+
+    Args:
+        job: one that `needs_memory_alone`.
+        jobs: all that there are.
+        memory_bytes: as for `next_job`.
+    """
+    taken = [each.memory_bytes for each in jobs if each.is_started]
+    first = min((each for each in _able(jobs) if not each.is_started), key=_place, default=None)
+    if first is not None and first.owed_s > 0 and first.place < job.place:
+        taken.append(first.memory_bytes)
+    return job.memory_bytes <= memory_bytes - sum(taken)
 
 
 def charge(jobs: Iterable[_Job], own_s: Mapping[_Job, float], steps_s: float) -> None:

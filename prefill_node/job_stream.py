@@ -134,7 +134,7 @@ class JobStream:
             self.news.clear()
             if (tile := self.take()) is not None:
                 yield tile
-            elif self._has_ended and not self.job.has_room:
+            elif self._has_ended and self.job.is_full:
                 raise InvalidRequest(
                     "acknowledged",
                     self.job.acknowledged,
@@ -170,7 +170,7 @@ class JobStream:
         """
         job = self.job
         if job.memory is None:
-            if job.run is None:  # all is computed, or the job has ended and would close it no more
+            if job.is_made or job.cancelled.is_set():  # nothing is made any more, or nobody would close it
                 raise OSError("no tile is to come")
             job.memory = job.encoder.share(job.tile_tokens)
         self._is_asked = True

@@ -2,10 +2,12 @@
 
 [0, acknowledged)          the reader has stored it; forgotten here
 [acknowledged, produced)   in the window, as messages
-[produced, end)            not computed yet
+[produced, end)            not made yet
+
+Messages come from two threads: of tiles that were kept from an earlier prompt from one that needs no engine, of all
+others from the engine's. `prefill_node/tile_window.py` puts them in order.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,11 +24,11 @@ from colm.wire.shared_memory import SHARED_WINDOW_BYTES, SharedMemory
 from colm.wire.tile_codec import WINDOW_BYTES
 from prefill_node.cost_model import CostModel, Work
 from prefill_node.encoded_tile import EncodedTile, TileEncoder
-from prefill_node.engine import PrefillEngine
 from prefill_node.job_stream import JobStream
 from prefill_node.prefill_run import PrefillRun
 from prefill_node.prefix_cache import PrefixHold
 from prefill_node.sparse.prompt_plans import PromptPlans
+from prefill_node.tile_window import TileWindow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,28 +107,41 @@ class PrefillJob:
         self.error: BaseException | None = None
         """What the job failed with."""
         self.is_started = False
+        """It holds memory: tiles may be made of it."""
+        self.is_begun = False
+        """What is kept of it is settled: the engine has begun, or need not."""
         self.stalled_since_s: float | None = None
         """Since when the reader alone can go on; None while the engine can. Written by the loop."""
-        self.acknowledged = order.resume_from
         self.end = KvPosition(kv_format.num_layers, 0)
         self._costs = costs
         self._is_ever_planned = order.sparse is not None and order.sparse.covers_any(len(order.token_ids))
         self._begun_bytes = begun_bytes
-        self._produced = KV_START
         self._num_pauses = 0
         self.hold = hold or PrefixHold()
         self.num_cached_tokens = self.hold.num_cached_tokens
         """Of the prompt, those that the engine need not compute."""
+        self._computed = self._begin
+        """Where the engine's last tile ended; 0 in a layer stands for all that is kept of it."""
+        self._window = TileWindow(
+            self.encoder, end=self.end, acknowledged=order.resume_from, num_kept_tokens=self.num_cached_tokens
+        )
         self._work_left = self._work_from(KV_START, 0)
         self._step_share = self._share_of_step()
-        self._window: deque[EncodedTile] = deque()
-        self._num_dropped = 0
-        self._window_bytes = 0
         self._on_change = on_change
+
+    @property
+    def acknowledged(self) -> KvPosition:
+        """What lies before it has been stored by the reader."""
+        return self._window.acknowledged
 
     @property
     def is_computed(self) -> bool:
         """There is nothing to compute any more."""
+        return self.end in (self._computed, self.acknowledged)
+
+    @property
+    def is_made(self) -> bool:
+        """Every tile is in the window, or has been stored."""
         return self.end in (self._produced, self.acknowledged)
 
     @property
@@ -145,8 +160,11 @@ class PrefillJob:
         return len(self.token_ids) - self.num_cached_tokens if self.is_started else 0
 
     def find_more(self, begun_bytes: int) -> None:
-        """More of the prompt is kept than was known; before it begins."""
+        """More of the prompt is kept than was known; before it has begun, though kept tiles may have been sent."""
+        produced = self._produced
         self._begun_bytes, self.num_cached_tokens = begun_bytes, self.hold.num_cached_tokens
+        self._computed = self._begin
+        self._window.find_kept(self.num_cached_tokens, produced)
         self._work_left = self._work_from(KV_START, 0)
         self._tell()
 
@@ -157,24 +175,54 @@ class PrefillJob:
 
     @property
     def has_room(self) -> bool:
-        """The window takes another tile."""
+        """The window takes another tile of the engine's."""
         return self.room_bytes > 0
+
+    @property
+    def is_full(self) -> bool:
+        """Nothing is made any more before the reader has stored some."""
+        return (self.is_computed or not self.has_room) and self.next_kept is None
 
     @property
     def waits_for_reader(self) -> bool:
         """It holds tiles, and nothing can be done for it until its reader has stored some."""
-        return self.has_reader and self._window_bytes > 0 and (self.is_computed or not self.has_room)
+        return self.has_reader and self.window_bytes > 0 and self.is_full
 
     @property
     def window_bytes(self) -> int:
         """Messages that are not acknowledged."""
-        return self._window_bytes
+        return self._window.held_bytes
 
     @property
     def room_bytes(self) -> int:
-        """What the window takes before it is full; the tile that fills it may be larger."""
-        window_bytes = WINDOW_BYTES if self.read_memory is None else min(WINDOW_BYTES, SHARED_WINDOW_BYTES)
-        return window_bytes - self._window_bytes
+        """What the window takes of the engine's before it is full; the tile that fills it may be larger."""
+        return self._room_of(is_kept=False)
+
+    @property
+    def kept_room_bytes(self) -> int:
+        """The same, of kept tiles."""
+        return self._room_of(is_kept=True)
+
+    @property
+    def sends_kept(self) -> bool:
+        """Some of what is kept of the prompt is to be sent."""
+        return self._window.sends_kept
+
+    @property
+    def next_kept(self) -> KvPosition | None:
+        """Where the next kept tile begins that can be made now; None where none can."""
+        at = self._window.next_kept
+        return at if at < self.kept_end and self.kept_room_bytes > 0 else None
+
+    @property
+    def kept_end(self) -> KvPosition:
+        """How far kept tiles are in order: none is made before the engine's tiles that go before it."""
+        if self._computed == self.end:
+            return self.end
+        if self.num_cached_tokens < len(self.token_ids):
+            return self._computed.at_least(self.num_cached_tokens)
+        # The word behind a prompt that was kept whole must come before the stream's end.
+        return KvPosition(self.end.layer - 1, 0)
 
     @property
     def remaining_s(self) -> float:
@@ -189,7 +237,7 @@ class PrefillJob:
     @property
     def layer(self) -> int:
         """Of the next step."""
-        return self._produced.layer
+        return self._computed.layer
 
     @property
     def tile_rows(self) -> int | None:
@@ -207,7 +255,7 @@ class PrefillJob:
     @property
     def reached(self) -> KvPosition:
         """How far the computation is, as if the next tile came token by token with the work on it."""
-        if self.run is None:
+        if self.run is None or self._produced != self._computed.at_least(self.num_cached_tokens):
             return self._produced
         before, after = self._step_share
         share = before + (after - before) * self.cancelled.done_share
@@ -217,20 +265,25 @@ class PrefillJob:
     @property
     def memory_bytes(self) -> int:
         """What the job holds; before its last tile, as much as it will hold at most."""
-        return self._window_bytes if self.is_computed else self._begun_bytes
+        return self.window_bytes if self.is_made else self._begun_bytes
 
     def works_ahead(self) -> Iterator[Work]:
         """What each step takes that is still to be made."""
-        at = (self._produced, self._num_pauses)
+        at = (self._computed, self._num_pauses)
         while at[0] < self.end:
-            after = self._costs.shape.after_pause(*at, len(self.token_ids), self.sparse)
+            after = self._costs.shape.after_pause(*at, len(self.token_ids), self.sparse, self.num_cached_tokens)
             yield self._work_before(*after) - self._work_before(*at)
             at = after
 
-    def start(self, run: PrefillRun) -> None:
-        """The first step is about to be made."""
-        self.is_started, self.run = True, run
+    def start(self) -> None:
+        """Tiles that are kept may be made."""
+        self.is_started = True
         self._tell()
+
+    def begin(self, run: PrefillRun | None) -> None:
+        """The first step is about to be made; None where none need be, since all is kept."""
+        self.is_begun, self.run = True, run
+        self.start()
 
     @property
     def num_pauses(self) -> int:
@@ -238,7 +291,7 @@ class PrefillJob:
         return self._num_pauses
 
     def produce(self, tiles: list[EncodedTile], produced: KvPosition, num_pauses: int = 0) -> Work:
-        """Note what steps have brought: messages of what had not been acknowledged, and how far they went.
+        """Note what the engine's steps have brought: messages of what had not been acknowledged, and how far they went.
 
         Args:
             tiles: the messages.
@@ -248,23 +301,22 @@ class PrefillJob:
         Returns:
             What the engine has done for it.
         """
-        work = self._work_before(produced, num_pauses) - self._work_before(self._produced, self._num_pauses)
-        self._produced, self._num_pauses = produced, num_pauses
+        work = self._work_before(produced, num_pauses) - self._work_before(self._computed, self._num_pauses)
+        self._computed, self._num_pauses = produced, num_pauses
         # Anew, since what is expected of a sparse layer changes once it has been planned.
         self._work_left = self._work_from(produced, num_pauses)
         self._step_share = self._share_of_step()
         if self.is_computed:
             self.next_token_id = None if self.run is None else self.run.next_token_id
             self.run = None
-        for tile in tiles:
-            # A step that had begun before a newer stream came may bring what that one has from elsewhere.
-            if tile.end <= self.acknowledged:
-                tile.let_go()
-            else:
-                self._window.append(tile)
-                self._window_bytes += tile.held_bytes
+        self._window.add_computed(tiles)
         self._tell()
         return work
+
+    def add_kept(self, tiles: list[EncodedTile], end: KvPosition) -> None:
+        """Note messages of kept tiles, made from `next_kept` on, and where the last one ended."""
+        self._window.add_kept(tiles, end)
+        self._tell()
 
     def fail(self, error: BaseException) -> None:
         """End with an error, which the reader gets after the tiles that there are."""
@@ -274,7 +326,6 @@ class PrefillJob:
     def drop(self, error: BaseException) -> None:
         """End with an error at once: the tiles that there are go too, and a reader that does not take them."""
         self._window.clear()
-        self._window_bytes = 0
         self.fail(error)
         if self.stream is not None:
             self.stream.break_off()
@@ -304,8 +355,7 @@ class PrefillJob:
         self.require_newer(order)
         older, self.epoch, self.lease_ends_s = self.stream, order.epoch, None
         self.stalled_since_s = None
-        self.acknowledged = order.resume_from
-        self._drop_stored()
+        self._window.acknowledge(order.resume_from)
         self.stream = JobStream(self, order)
         if older is not None:
             older.news.set()
@@ -326,14 +376,12 @@ class PrefillJob:
         """Forget what lies before a position; the reader has stored it."""
         if position > self.acknowledged:
             self.stalled_since_s = None
-        self.acknowledged = position
-        self._drop_stored()
+        self._window.acknowledge(position)
         self._on_change()
 
     def tile(self, number: int) -> EncodedTile | None:
         """A tile of the window by its number, counted over all that were produced; None if it is yet to come."""
-        index = number - self._num_dropped
-        return self._window[index] if index < len(self._window) else None
+        return self._window.tile(number)
 
     @property
     def read_memory(self) -> SharedMemory | None:
@@ -343,17 +391,25 @@ class PrefillJob:
     @property
     def first_number(self) -> int:
         """Number of the window's first tile, be it there or still to come."""
-        return self._num_dropped
+        return self._window.num_dropped
 
     def check_integrity(self) -> None:
         """Assert that the window is what lies between `acknowledged` and what was produced, once and in order."""
-        assert self._window_bytes == sum(tile.held_bytes for tile in self._window)
-        first_token = self.encoder.first_token
-        position = self.acknowledged.at_least(first_token)
-        for tile in self._window:
-            assert tile.begin <= position < tile.end
-            position = tile.end.at_least(first_token)
-        assert position == max(self._produced, self.acknowledged).at_least(first_token)
+        self._window.check_integrity(self._produced, self._computed)
+
+    @property
+    def _begin(self) -> KvPosition:
+        """Where the engine begins: at the end, if nothing is to be computed and no word to be said."""
+        is_kept = self.num_cached_tokens == len(self.token_ids) and self.last_token_id is None
+        return self.end if is_kept else KV_START
+
+    @property
+    def _produced(self) -> KvPosition:
+        return min(self._window.next_kept, self.kept_end)
+
+    def _room_of(self, *, is_kept: bool) -> int:
+        limit_bytes = WINDOW_BYTES if self.read_memory is None else min(WINDOW_BYTES, SHARED_WINDOW_BYTES)
+        return self._window.room_bytes(limit_bytes, is_kept=is_kept)
 
     def _work_from(self, position: KvPosition, num_pauses: int) -> Work:
         return self._work_before(self.end, 0) - self._work_before(position, num_pauses)
@@ -369,7 +425,7 @@ class PrefillJob:
         if self.sparse is None or self.is_computed:
             return 0.0, 1.0
         shape, num_tokens = self._costs.shape, len(self.token_ids)
-        tile, here = self._produced, (self._produced, self._num_pauses)
+        tile, here = self._computed, (self._computed, self._num_pauses)
         step, next_tile = shape.after_pause(*here, num_tokens, self.sparse), shape.after_step(tile, num_tokens)
         places = (tile, 0), here, step, (next_tile, 0)
         last_s, here_s, step_s, next_s = (self._costs.seconds(self._work_before(*place)) for place in places)
@@ -378,30 +434,6 @@ class PrefillJob:
         # A plan may take more steps than were expected.
         return min((here_s - last_s) / whole_s, 1.0), min((step_s - last_s) / whole_s, 1.0)
 
-    def _drop_stored(self) -> None:
-        while self._window and self._window[0].end <= self.acknowledged:
-            tile = self._window.popleft()
-            self._window_bytes -= tile.held_bytes
-            self._num_dropped += 1
-            tile.let_go()
-
     def _tell(self) -> None:
         if self.stream is not None:
             self.stream.news.set()
-
-
-def job_bytes(
-    engine: PrefillEngine,
-    num_tokens: int,
-    sparse: PromptPlans | None = None,
-    num_cached_tokens: int = 0,
-    *,
-    reads_last_token: bool = False,
-) -> int:
-    """What a job of so many tokens holds at most once it has begun: a run, a pack's rows, and a full window."""
-    kv_format, tile_bytes = engine.kv_format, min(num_tokens, engine.tile_tokens) * engine.kv_format.layer_token_bytes
-    window_bytes = min(num_tokens * kv_format.token_bytes, WINDOW_BYTES + tile_bytes)
-    run_bytes = engine.memory_bytes(
-        num_tokens, sparse, num_cached_tokens=num_cached_tokens, reads_last_token=reads_last_token
-    )
-    return run_bytes + engine.pack_bytes(num_tokens) + window_bytes

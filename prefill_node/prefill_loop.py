@@ -1,21 +1,27 @@
-"""The engine and its thread, and the jobs that use it: a few steps at a time, of one job or of several as one."""
+"""The engine and its thread, and the jobs that use it: a few steps at a time, of one job or of several as one.
+
+What was kept of a prompt needs no engine: another thread makes its messages, a few at a time, of one job after the
+other. A prompt that is kept whole begins as soon as there is memory for its window. One that is kept in part begins
+with what is kept while the engine makes a step of another, if it is next.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import count
 
 from colm.clock import Clock
 from colm.errors import CapacityExceeded, InvalidRequest, PeerUnavailable, ReaderStalled, TransferSuperseded
 from colm.line import BEAT_INTERVAL_S, wait_at_most
-from colm.nodes import PromptCost
 from prefill_node.cost_model import CostModel, Work
 from prefill_node.engine import PrefillEngine
-from prefill_node.job_policy import Wait, job_in_the_way, wait_of
+from prefill_node.job_bytes import job_bytes
+from prefill_node.job_policy import Wait, job_in_the_way, may_begin, needs_memory_alone, next_job, wait_of
 from prefill_node.job_stream import JobStream
+from prefill_node.kept_maker import KeptMaker, KeptMaking
 from prefill_node.making import Making, Steps, make_steps
-from prefill_node.prefill_job import PrefillJob, PrefillOrder, job_bytes
+from prefill_node.prefill_job import PrefillJob, PrefillOrder
+from prefill_node.prefill_load import PrefillCounts, PrefillLoad
 from prefill_node.prefix_cache import PrefixCache, PrefixHold
 from prefill_node.prefix_uplink import PrefixUplinks
 from prefill_node.quantum import next_quantum
@@ -28,38 +34,8 @@ WaitBeat = Callable[[Wait], Awaitable[None]]
 """Told of a wait as it begins, when a job has begun, and every `BEAT_INTERVAL_S`."""
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillLoad:
-    """How busy the node is."""
-
-    num_active: int
-    num_queued: int
-    remaining_s: float
-    """Engine time of all jobs that is still to come, as estimated."""
-    window_bytes: int
-    """Of tiles that are not acknowledged."""
-    engine_s: float
-    """In which the engine has made steps since the node began."""
-    prompt_cost: PromptCost
-    """As estimated now."""
-
-
-@dataclass(slots=True)
-class PrefillCounts:
-    """What the loop has done since it began."""
-
-    num_tokens: int = 0
-    """Computed of prompts whose last tile is there."""
-    engine_s: float = 0.0
-    """In which the engine made steps."""
-    reader_wait_s: float = 0.0
-    """In which it stood still, and full windows were all that hindered it."""
-    num_leases_expired: int = 0
-    """Jobs that were forgotten since no stream came back."""
-
-
 class PrefillLoop:
-    """Owns the engine and every job. Lives on one event loop; only steps run in the engine's thread.
+    """Owns the engine and every job. Lives on one event loop; only steps and messages are made in threads.
 
     Args:
         engine: computes the tiles.
@@ -103,6 +79,8 @@ class PrefillLoop:
         self._places = count()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefill")
         self._stepping: Sequence[PrefillJob] = ()
+        """Whose steps the engine's thread makes."""
+        self._kept = KeptMaker(self._made_kept)
         self._timer: asyncio.TimerHandle | None = None
         self._has_stopped = False
         self._waits_for_readers_since_s: float | None = None
@@ -111,7 +89,8 @@ class PrefillLoop:
     @property
     def load(self) -> PrefillLoad:
         """Jobs that have begun, those that were given up and still end included, and jobs that wait to begin."""
-        started = {job for job in self._jobs.values() if job.is_started}.union(self._stepping)
+        in_threads = {*self._stepping, self._kept.reading} - {None}
+        started = {job for job in self._jobs.values() if job.is_started} | in_threads
         return PrefillLoad(
             num_active=len(started),
             num_queued=len(self._waiting()),
@@ -224,8 +203,11 @@ class PrefillLoop:
                 self._forget(job)
         uplinks_end_s = self._expire_uplinks(now_s)
         stalls_end_s = self._drop_stalled(now_s)
+        self._begin_kept()
         if not self._stepping:
             self._step_next()
+        self._start_ahead()
+        self._kept.make_next(self._jobs.values())
         self._count_wait_for_readers(now_s)
         self._look_again_when(stalls_end_s + uplinks_end_s, now_s)
 
@@ -238,6 +220,7 @@ class PrefillLoop:
             job.fail(PeerUnavailable("this prefill node stops"))
         self._jobs.clear()
         await asyncio.to_thread(self._executor.shutdown)
+        await self._kept.stop()
 
     def _attached(self, job: PrefillJob, order: PrefillOrder) -> JobStream:
         self._end_uplink(job.stream)
@@ -297,12 +280,13 @@ class PrefillLoop:
             if (idle := job_in_the_way(jobs)) is None:
                 return
             self._forget(idle)
+            self._begin_kept()
         stepping = [*quantum.own_s]
-        if beginning := [each for each in stepping if not each.is_started]:
+        if beginning := [each for each in stepping if not each.is_begun]:
             for each in beginning:
                 self.prefixes.begin(each.hold, is_alone=len(stepping) == 1)
                 prefix = tuple(each.hold.read)
-                each.start(
+                each.begin(
                     self._engine.begin(
                         each.token_ids,
                         sparse=each.sparse,
@@ -323,6 +307,33 @@ class PrefillLoop:
         )
         step.add_done_callback(lambda done: self._events.call_soon_threadsafe(self._stepped, done))
 
+    def _begin_kept(self) -> None:
+        """Begin what needs no engine, as far as there is memory."""
+        jobs = self._jobs.values()
+        for job in jobs:
+            if job.is_begun or not job.is_computed:
+                continue
+            if job.is_started or (needs_memory_alone(job) and may_begin(job, jobs, memory_bytes=self._memory_bytes)):
+                self.prefixes.begin(job.hold, is_alone=True)
+                job.begin(None)
+
+    def _start_ahead(self) -> None:
+        """Let the next job send what is kept of it, while the engine makes a step of another."""
+        if self._stepping:
+            ahead = next_job(self._jobs.values(), memory_bytes=self._memory_bytes)
+            if ahead is not None and not ahead.is_started and ahead.sends_kept:
+                ahead.start()
+
+    def _made_kept(self, job: PrefillJob, making: KeptMaking, error: BaseException | None) -> None:
+        if self._jobs.get(job.transfer_id) is not job:
+            self._let_go(job)
+        elif error is not None:
+            self._remove(job)
+            job.fail(error)
+        else:
+            job.add_kept(making.messages, making.end)
+        self.look_again()
+
     def _stepped(self, done: "Future[Steps]") -> None:
         jobs, self._stepping = self._stepping, ()
         error = done.exception()
@@ -330,7 +341,7 @@ class PrefillLoop:
         works = []
         for job, made in zip(jobs, makings, strict=True):
             if self._jobs.get(job.transfer_id) is not job:
-                self.prefixes.close(job.hold)
+                self._let_go(job)
                 continue
             failure = error if made is None else made.run.error
             if failure is None:
@@ -354,22 +365,26 @@ class PrefillLoop:
         return job_bytes(self._engine, len(job.token_ids), job.sparse, hold.num_cached_tokens, reads_last_token=is_read)
 
     def _keep(self, computed: PrefillJob) -> None:
-        """What a job has computed is there for those that wait."""
-        self.prefixes.close(computed.hold)
+        """What a job has computed is there for those that wait; what it reads, until its reader has stored it."""
+        self.prefixes.settle(computed.hold)
         self._share_kept()
 
     def _share_kept(self) -> None:
-        """Those that wait find what is kept by now."""
-        for job in self._waiting():
+        """Those that have not begun find what is kept by now."""
+        for job in [job for job in self._jobs.values() if not job.is_begun]:
             if self.prefixes.look_again(job.hold):
                 job.find_more(self._begun_bytes(job, job.hold))
-            if job.stream is not None and job.stream.awaited is not None:
+            if not job.is_started and job.stream is not None and job.stream.awaited is not None:
                 self._bring_up(job.stream)
 
     def _remove(self, job: PrefillJob) -> None:
         del self._jobs[job.transfer_id]
         self._end_uplink(job.stream)
-        if job not in self._stepping:  # else the engine reads and fills what it holds until the step has ended
+        self._let_go(job)
+
+    def _let_go(self, job: PrefillJob) -> None:
+        """A job that is over holds nothing any more, once no thread reads or fills what it holds."""
+        if job not in self._stepping and job is not self._kept.reading:
             self.prefixes.close(job.hold)
 
     def _forget(self, job: PrefillJob) -> None:

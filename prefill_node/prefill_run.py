@@ -15,7 +15,6 @@ from colm_kernels.steps import Steps
 from numpy.typing import NDArray
 from torch import Tensor
 
-from colm.kv import KvTile
 from colm.model.block import Rows
 from prefill_node.prefix_cache import KeptTile
 from prefill_node.sparse.plan import LayerPlan
@@ -41,7 +40,9 @@ class PrefillRun:
     that is planned, nothing is due before all keys are there; a second pass then makes the tiles' attention due, one a
     step.
 
-    Tiles that were kept from an earlier prompt are not computed: their steps hand out what was kept.
+    Tiles that were kept from an earlier prompt have no steps: in each layer, what was kept is laid where the tiles
+    behind it will read it, and the steps begin there. A prompt that was kept whole has one step a layer, for the token
+    behind it.
 
     A token behind the prompt may follow it through the layers, for the token that chain 1 would say next. It is one row
     more of the last tile, or runs by itself whenever all tiles of a layer are there. No tile depends on it.
@@ -88,7 +89,7 @@ class PrefillRun:
         self.sparse = sparse
         self.cancelled = cancelled
         self.layer = 0
-        self.start = 0
+        self.start = self.num_cached_tokens
         self.is_second_pass = False
         self.plan: LayerPlan | None = None
         """Of the second pass."""
@@ -131,13 +132,8 @@ class PrefillRun:
 
     @property
     def is_kept(self) -> bool:
-        """The next tile need not be computed."""
-        return self.start < self.num_cached_tokens
-
-    @property
-    def attends_to_kept(self) -> bool:
-        """Something is computed that reads the keys and values of what was kept."""
-        return self.num_cached_tokens < self.num_tokens or self.last_token_id is not None
+        """No tile need be computed."""
+        return self.num_cached_tokens == self.num_tokens
 
     @property
     def is_last_layer(self) -> bool:
@@ -164,11 +160,17 @@ class PrefillRun:
         self.due = None if is_last or is_planned else Due(self.layer, self.start, self.stop, None)
         self._move(begins_second_pass=is_planned)
 
-    def take_kept(self) -> KvTile:
-        """The next tile, which is kept, and move on."""
-        tile = self.prefix[self.start // self.tile_tokens].tile(self.layer)
-        self._move(begins_second_pass=False)
-        return tile
+    def lay_kept(self) -> None:
+        """Before a layer's first step: lay what was kept where the rows behind it read it, if any do."""
+        if self.start == self.num_cached_tokens and not (self.is_last_layer and self.last_token_id is None):
+            for kept in self.prefix:
+                first, (k_KTE, v_KTE) = kept.first_token, kept.layers[self.layer]
+                self.k_KNE[:, first : first + kept.num_tokens] = k_KTE
+                self.v_KNE[:, first : first + kept.num_tokens] = v_KTE
+
+    def after_kept(self) -> None:
+        """Move on: of a prompt that was kept whole, to the next layer."""
+        self.layer += 1
 
     def is_planned(self) -> bool:
         """Plan a little more; whether the layer's `plan` is there now."""
@@ -189,7 +191,7 @@ class PrefillRun:
     def _move(self, *, begins_second_pass: bool) -> None:
         self.start = self.stop
         if self.start == self.num_tokens:
-            self.start, self.is_second_pass = 0, begins_second_pass
+            self.start, self.is_second_pass = self.num_cached_tokens, begins_second_pass
             self.layer += not begins_second_pass
 
 

@@ -184,8 +184,8 @@ class PrefixCache:
         self.held_bytes -= sum(kept.num_bytes for kept in hold.filled)
         hold.filled = []
 
-    def close(self, hold: PrefixHold) -> None:
-        """The job uses nothing any more: keep what it has filled to the last layer, and forget the rest."""
+    def settle(self, hold: PrefixHold) -> None:
+        """The job fills nothing any more: keep what it has filled to the last layer, and forget the rest."""
         filled, hold.filled = hold.filled, []
         for kept in reversed(filled):  # the end of the chain is the first to go
             is_whole = len(kept.layers) == self._kv_format.num_layers
@@ -198,6 +198,10 @@ class PrefixCache:
             self.held_bytes -= kept.num_bytes
             if has_twin:
                 self._lru.refresh(kept.key)
+
+    def close(self, hold: PrefixHold) -> None:
+        """The job uses nothing any more, what it reads included."""
+        self.settle(hold)
         read, hold.read = hold.read, []
         for kept in reversed(read):
             kept.num_holders -= 1

@@ -29,7 +29,8 @@ from prefill_node.engine import PrefillEngine
 from prefill_node.job_policy import Wait
 from prefill_node.job_stream import JobStream
 from prefill_node.prefill_job import PrefillOrder
-from prefill_node.prefill_loop import PrefillLoad, PrefillLoop
+from prefill_node.prefill_load import PrefillLoad
+from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.prefix_uplink import PrefixUplink
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.policy import AuditPolicy

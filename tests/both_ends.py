@@ -133,7 +133,8 @@ class TableEngine:
         with run.own_errors():
             run.cancelled.raise_if_set()
             if run.is_kept:
-                return run.take_kept()
+                run.after_kept()
+                return KvTile(run.layer, 0, *truth_of(run.token_ids)[0, :, :, :0])
             layer, first, last = run.layer, run.start, run.stop
             k_KTD, v_KTD = truth_of(run.token_ids)[layer, :, :, first:last]
             run.after_keys_values()
@@ -165,8 +166,9 @@ class PrefillEnd:
             stall_s=stall_s,
             prefixes=PrefixCache(FORMAT, tile_tokens=tile_tokens, budget_bytes=CACHE_BYTES, fingerprint=FINGERPRINT),
         )
-        self.threads = ManualThreads()
-        self.loop._executor = self.threads  # type: ignore[assignment]
+        self.threads = [ManualThreads(), ManualThreads()]
+        """The engine's, and that of kept tiles."""
+        self.loop._executor, self.loop._kept._executor = self.threads  # type: ignore[assignment]
         self.service = PrefillService(
             self.engine,
             self.loop,
@@ -176,6 +178,11 @@ class PrefillEnd:
             takes_prefixes=True,
         )
         self.wires: list[Wire] = []
+
+    @property
+    def work_that_waits(self) -> list[Callable[[], None]]:
+        """In either thread, what it would do next."""
+        return [thread.work for thread in self.threads if thread.waiting]
 
     def die(self) -> None:
         for wire in list(self.wires):
@@ -188,8 +195,8 @@ class PrefillEnd:
     def check_integrity(self, window_bytes: int) -> None:
         for job in self.loop._jobs.values():
             job.check_integrity()
-            assert job._window_bytes <= window_bytes
-        jobs = {*self.loop._jobs.values(), *self.loop._stepping}
+            assert job.window_bytes <= window_bytes
+        jobs = {*self.loop._jobs.values(), *self.loop._stepping, self.loop._kept.reading} - {None}
         self.loop.prefixes.check_integrity([job.hold for job in jobs])
 
 

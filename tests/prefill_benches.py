@@ -12,9 +12,10 @@ from colm.kv_position import KV_START, KvPosition
 from prefill_node.cost_model import CostModel, PrefillShape
 from prefill_node.encoded_tile import EncodedTile
 from prefill_node.engine import PrefillEngine
+from prefill_node.job_bytes import job_bytes
 from prefill_node.job_policy import Wait
 from prefill_node.job_stream import JobStream, Progress
-from prefill_node.prefill_job import PrefillOrder, job_bytes
+from prefill_node.prefill_job import PrefillOrder
 from prefill_node.prefill_loop import PrefillLoop
 from prefill_node.prefill_run import PrefillRun
 from prefill_node.sparse.planner import SparsePlanner

@@ -351,7 +351,8 @@ class BothEnds(RuleBasedStateMachine):
             return
         self.page_line.pool.check_integrity()
         for node in self.nodes.values():
-            node.check_integrity(WINDOW_BYTES + LARGEST_TILE_BYTES)
+            # The engine and the thread of kept tiles may each make a tile that fills the window.
+            node.check_integrity(WINDOW_BYTES + 2 * LARGEST_TILE_BYTES)
         for wire in self.wires:
             if wire.handler.done() and not wire.handler.cancelled():
                 wire.handler.result()
@@ -396,8 +397,8 @@ class BothEnds(RuleBasedStateMachine):
             self.decode_and_release()
         self.clock.now_s += 100 * STALL_S
         self.settle(lambda: [node.loop.look_again() for node in self.nodes.values()])
-        while any(node.threads.waiting for node in self.nodes.values()):  # of what was given up
-            self.settle(next(node for node in self.nodes.values() if node.threads.waiting).threads.work)
+        while work := [each for node in self.nodes.values() for each in node.work_that_waits]:  # of what was given up
+            self.settle(work[0])
         assert self.page_line.pool.num_used == 0
         assert [node.num_streams for node in self.pool._nodes] == [0, 0]
         assert not self.threads.waiting
@@ -419,7 +420,7 @@ class BothEnds(RuleBasedStateMachine):
                 deeds.append(wire.end)
             if not wire.is_open and not wire.handler.done():
                 deeds.append(wire.notice)
-        return deeds + [node.threads.work for node in self.nodes.values() if node.threads.waiting]
+        return deeds + [work for node in self.nodes.values() for work in node.work_that_waits]
 
 
 BothEnds.TestCase.settings = settings(

@@ -15,7 +15,7 @@ from colm.wire.security import Security
 from colm.wire.tile_codec import pull_kv_stub
 from prefill_node import prefill_job
 from prefill_node.engine import PrefillEngine
-from prefill_node.prefill_job import job_bytes
+from prefill_node.job_bytes import job_bytes
 from tests.gates import LIMIT_S
 from tests.nodes import TILE_TOKENS, decode, decode_node, prefill_node, pull_kv_requests
 from tests.tiny import tiny_checkpoint, tiny_config

@@ -66,12 +66,12 @@ def test_what_lies_behind_a_kept_prefix_has_the_bits_of_a_run_of_everything(
             cache.close(earlier)
             hold = cache.hold(prompt[:length], b"")
             assert hold.num_cached_tokens == (num_kept if num_kept == length else num_kept // TILE_TOKENS * TILE_TOKENS)
+            if hold.num_cached_tokens == length:
+                continue  # nothing is left to run
             run = engine.begin(prompt[:length], prefix=hold.read)
             warm = tiles_of(engine, run)
-            for ours, right in zip(warm, cold, strict=True):
+            behind = [tile for tile in cold if tile.first_token >= hold.num_cached_tokens]
+            for ours, right in zip(warm, behind, strict=True):
                 assert (ours.layer, ours.first_token) == (right.layer, right.first_token)
                 assert all(torch.equal(*pair) for pair in zip(ours.tensors, right.tensors, strict=True))
-            if hold.num_cached_tokens < length:
-                assert len(run.hidden_ND) == length - hold.num_cached_tokens
-            else:
-                assert not hasattr(run, "hidden_ND")
+            assert len(run.hidden_ND) == length - hold.num_cached_tokens

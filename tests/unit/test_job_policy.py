@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill_node.job_policy import FIRST_SHARE, SLOWDOWN, Wait, charge, companions, job_in_the_way, next_job, wait_of
+from prefill_node.job_policy import (
+    FIRST_SHARE,
+    SLOWDOWN,
+    Wait,
+    charge,
+    companions,
+    job_in_the_way,
+    may_begin,
+    next_job,
+    wait_of,
+)
 
 ENOUGH = 1000
 
@@ -74,6 +84,27 @@ def test_nobody_begins_in_the_memory_that_the_first_in_line_is_owed() -> None:
     large.owed_s, runs.has_room = 0.1, False
     assert next_job([runs, large, small], memory_bytes=4) is None
     assert next_job([large, small], memory_bytes=4) is large
+
+
+def test_what_is_kept_whole_begins_in_the_memory_that_nobody_before_it_is_owed() -> None:
+    runs, first, kept = Job(place=0, is_started=True), Job(place=1, memory_bytes=4), Job(place=2, is_computed=True)
+    jobs = [runs, first, kept]
+    assert may_begin(kept, jobs, memory_bytes=2)
+    assert not may_begin(kept, jobs, memory_bytes=1)
+    first.owed_s = 0.1
+    assert not may_begin(kept, jobs, memory_bytes=5)
+    assert may_begin(kept, jobs, memory_bytes=6)
+    first.place = 3
+    assert may_begin(kept, jobs, memory_bytes=2)
+
+
+def test_who_comes_later_leaves_what_is_kept_whole_its_memory() -> None:
+    """It needs no engine, and so is never the first in line; without this it could wait for ever."""
+    kept, later = Job(place=1, is_computed=True, memory_bytes=2), Job(place=2)
+    assert next_job([kept, later], memory_bytes=2) is None
+    assert next_job([kept, later], memory_bytes=3) is later
+    later.place = 0
+    assert next_job([kept, later], memory_bytes=2) is later
 
 
 @given(lines(), st.integers(1, 12))

@@ -24,8 +24,10 @@ from prefill_node import job_stream, prefill_job
 from prefill_node.cost_model import CostModel, PrefillShape
 from prefill_node.encoded_tile import EncodedTile
 from prefill_node.job_stream import JobStream
+from prefill_node.kept_maker import KeptMaking
 from prefill_node.prefill_job import PrefillJob, PrefillOrder
 from prefill_node.prefill_run import PrefillRun
+from prefill_node.prefix_cache import KeptTile, PrefixHold
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.policy import SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans
@@ -47,7 +49,7 @@ def order(epoch: int, resume_from: KvPosition = KV_START, codec: KvCodec = "raw"
     )
 
 
-def new_job(first: PrefillOrder) -> PrefillJob:
+def new_job(first: PrefillOrder, hold: PrefixHold | None = None) -> PrefillJob:
     shape = PrefillShape(
         layer=LayerFlops(keys_values=1, rest=1),
         num_layers=FORMAT.num_layers,
@@ -56,7 +58,9 @@ def new_job(first: PrefillOrder) -> PrefillJob:
         tile_tokens=5,
     )
     costs = CostModel(shape=shape, linear_flop_s=1.0, attention_flop_s=1.0, step_s=1.0)
-    return PrefillJob(first, place=0, kv_format=FORMAT, costs=costs, begun_bytes=1000, on_change=lambda: None)
+    return PrefillJob(
+        first, place=0, kv_format=FORMAT, costs=costs, begun_bytes=1000, on_change=lambda: None, hold=hold
+    )
 
 
 def after_int8(x_LZKTD: Tensor) -> Tensor:
@@ -72,25 +76,41 @@ def positions(first: KvPosition, last: KvPosition) -> st.SearchStrategy[KvPositi
 
 def begin(job: PrefillJob) -> None:
     num_layers, flag = FORMAT.num_layers, CancelFlag()
-    job.start(PrefillRun(job.token_ids, num_layers=num_layers, tile_tokens=5, sparse=None, cancelled=flag))
+    run = PrefillRun(job.token_ids, num_layers=num_layers, tile_tokens=5, sparse=None, cancelled=flag)
+    job.begin(None if job.is_computed else run)
 
 
 def share(stream: JobStream, *, takes_several: bool = False) -> SharedMemory:
     """What the stream's reader opens."""
-    if not stream.job.is_started:
+    if not stream.job.is_begun:
         begin(stream.job)
     memory = stream.share()
     stream.answer(is_mapped=True, takes_several=takes_several)
     return memory
 
 
+def keep_one_more(hold: PrefixHold, computed: Tensor) -> None:
+    """Let one more tile of 5 tokens be kept of what was computed, (layer, k or v, kv head, token, dim)."""
+    first = hold.num_cached_tokens
+    own = slice(first, min(first + 5, NUM_TOKENS))
+    layers = [(kv[0, :, own].clone(), kv[1, :, own].clone()) for kv in computed]
+    num_tokens = own.stop - first
+    hold.read.append(
+        KeptTile(key=b"", parent=b"", first_token=first, num_tokens=num_tokens, num_bytes=0, layers=layers)
+    )
+
+
 class JobMachine(RuleBasedStateMachine):
-    """Against a reader that stores what it gets and says so whenever it likes."""
+    """Against a reader that stores what it gets and says so whenever it likes.
+
+    Tiles at the prompt's beginning are kept. Their messages are made while the engine computes the others, and more of
+    them may be found until it begins.
+    """
 
     codec: KvCodec = "raw"
 
-    @initialize(seed=st.integers(0, 9), first_token=st.sampled_from([0, 5, 10]))
-    def create(self, seed: int, first_token: int) -> None:
+    @initialize(seed=st.integers(0, 9), first_token=st.sampled_from([0, 5, 10]), num_kept=st.integers(0, 3))
+    def create(self, seed: int, first_token: int, num_kept: int) -> None:
         self.first_token = first_token
         generator = torch.Generator().manual_seed(seed)
         shape = (FORMAT.num_layers, 2, FORMAT.num_kv_heads, NUM_TOKENS, FORMAT.head_dim)
@@ -99,20 +119,65 @@ class JobMachine(RuleBasedStateMachine):
         self.stored = torch.zeros(shape)
         self.position = KV_START
         self.produced = KV_START
+        """By the engine; 0 in a layer stands for what is kept of it."""
+        self.made = np.zeros((FORMAT.num_layers + 1, NUM_TOKENS + 1), dtype=bool)
+        """Tokens of a layer whose messages there are, or were."""
+        self.making: KeptMaking | None = None
         self.epoch = 1
         first = order(1, codec=self.codec, first_token=first_token)
-        self.job = new_job(first)
-        begin(self.job)
+        self.hold = PrefixHold(num_tokens=NUM_TOKENS)
+        for _ in range(num_kept):
+            self.keep_one_more()
+        self.job = new_job(first, self.hold)
+        self.job.start()
         self.stream: JobStream | None = self.job.attach(first)
         self.older: list[JobStream] = []
 
-    @precondition(lambda self: self.produced < END)
+    @property
+    def num_kept_tokens(self) -> int:
+        return self.hold.num_cached_tokens
+
+    def keep_one_more(self) -> None:
+        keep_one_more(self.hold, self.computed)
+
+    @precondition(lambda self: not self.job.is_begun and self.num_kept_tokens < NUM_TOKENS)
+    @rule()
+    def find_more(self) -> None:
+        self.keep_one_more()
+        self.job.find_more(1000)
+
+    @precondition(lambda self: not self.job.is_begun)
+    @rule()
+    def begin(self) -> None:
+        begin(self.job)
+
+    @precondition(lambda self: self.making is None and self.job.next_kept is not None)
+    @rule()
+    def begin_to_make_kept(self) -> None:
+        self.making = KeptMaking.of(self.job)
+
+    @precondition(lambda self: self.making is not None)
+    @rule(room_bytes=st.sampled_from([1, 200, 10_000]))
+    def make_kept(self, room_bytes: int) -> None:
+        making, self.making = self.making, None
+        assert making is not None
+        begin, making.room_bytes = making.end, room_bytes
+        making.make()
+        self.job.add_kept(making.messages, making.end)
+        for layer in range(begin.layer, making.end.layer + 1):
+            first = begin.token if layer == begin.layer else self.first_token
+            last = making.end.token if layer == making.end.layer else self.num_kept_tokens
+            self.made[layer, first:last] = True
+
+    @precondition(lambda self: self.job.is_begun and self.num_kept_tokens < NUM_TOKENS and self.produced < END)
     @rule(num_tokens=st.integers(1, 5))
     def compute(self, num_tokens: int) -> None:
-        layer, first = self.produced
+        begin = self.produced.at_least(self.num_kept_tokens)
+        layer, first = begin
         last = min(first + num_tokens, NUM_TOKENS)
         tile = KvTile(layer, first, *self.computed[layer, :, :, first:last])
-        self.produced = self.produced.after(last - first, NUM_TOKENS)
+        self.made[layer, first:last] = True
+        self.produced = begin.after(last - first, NUM_TOKENS)
         encoded = self.job.encoder.encode(
             tile, epoch=self.job.epoch, since=self.job.acknowledged, memory=self.job.read_memory
         )
@@ -132,7 +197,7 @@ class JobMachine(RuleBasedStateMachine):
         assert self.stream is not None
         tile = self.stream.take()
         expected = self.position.at_least(self.first_token)
-        assert (tile is None) == (expected >= self.produced)
+        assert (tile is None) == (not self.made[expected])
         if tile is None:
             return
         header, payload = decode_message(tile.message)
@@ -197,7 +262,8 @@ class JobMachine(RuleBasedStateMachine):
         if hasattr(self, "job"):
             self.job.check_integrity()
             assert (self.job.remaining_s > 0) == (not self.job.is_computed)
-            assert self.job.is_computed == (END in (self.produced, self.job.acknowledged))
+            is_kept = self.num_kept_tokens == NUM_TOKENS
+            assert self.job.is_computed == (is_kept or END in (self.produced, self.job.acknowledged))
             for layer in range(FORMAT.num_layers):
                 num_stored = (
                     NUM_TOKENS if layer < self.position.layer else self.position.token * (layer == self.position.layer)
@@ -220,6 +286,27 @@ class Int8JobMachine(JobMachine):
 
 
 TestInt8PrefillJob = Int8JobMachine.TestCase
+
+
+def test_what_is_found_while_kept_tiles_are_made_follows_them() -> None:
+    """Bug: the last tile that was known ended its layer, and what was found behind it was never sent."""
+    hold, computed = PrefixHold(num_tokens=NUM_TOKENS), torch.randn(FORMAT.num_layers, 2, 2, NUM_TOKENS, 4)
+    keep_one_more(hold, computed)
+    job = new_job(order(1), hold)
+    job.start()
+    stream = job.attach(order(1))
+    for found in (True, False):
+        making = KeptMaking.of(job)
+        if found:
+            keep_one_more(hold, computed)
+            job.find_more(1000)
+        making.make()
+        job.add_kept(making.messages, making.end)
+        job.check_integrity()
+    tiles = [stream.take(), stream.take()]
+    assert [tile and tile.begin for tile in tiles] == [KvPosition(0, 0), KvPosition(0, 5)]
+    assert job.next_kept is None
+    job.cancel()
 
 
 def test_a_slot_is_taken_again_only_when_its_tile_has_been_stored() -> None:
@@ -369,7 +456,7 @@ class Share(CancelFlag):
 
 def begun_job(sparse: PromptPlans | None = None) -> tuple[PrefillJob, Share]:
     job, flag = new_job(replace(order(1), sparse=sparse)), Share()
-    job.start(PrefillRun(job.token_ids, num_layers=FORMAT.num_layers, tile_tokens=5, sparse=sparse, cancelled=flag))
+    job.begin(PrefillRun(job.token_ids, num_layers=FORMAT.num_layers, tile_tokens=5, sparse=sparse, cancelled=flag))
     job.cancelled = flag
     return job, flag
 

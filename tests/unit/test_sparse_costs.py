@@ -108,7 +108,7 @@ def test_a_sparse_job_takes_less_and_less_while_it_is_planned(tmp_path: Path) ->
     sparse = plans()
     job = job_of(sparse)
     assert job.remaining_s < job_of(None).remaining_s
-    job.start(engine.begin(token_ids, sparse=sparse))
+    job.begin(engine.begin(token_ids, sparse=sparse))
     while_planned = []
     while not job.is_computed:
         assert job.run is not None

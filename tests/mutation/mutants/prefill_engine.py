@@ -43,8 +43,8 @@ MUTANTS = (
     Mutant(
         "a prompt begins without memory",
         "prefill_node/job_policy.py",
-        "job.is_started or job.memory_bytes <= free_bytes]",
-        "True]",
+        "job.is_started or job.memory_bytes <= free_bytes - claimed_bytes",
+        "True",
         _PREFILL_TURNS + "test_at_most_so_many_have_begun",
     ),
     Mutant(

@@ -97,9 +97,9 @@ MUTANTS = (
     ),
     Mutant(
         "a step's tiles that the reader has from elsewhere are counted",
-        "prefill_node/prefill_job.py",
-        "if tile.end <= self.acknowledged:\n                tile.let_go()",
-        "if tile.end <= self.acknowledged:\n                self._num_dropped += 1",
+        "prefill_node/tile_window.py",
+        "if tile.end <= self.acknowledged:\n            self._let_go(tile)",
+        "if tile.end <= self.acknowledged:\n            self.num_dropped += 1",
         "tests/unit/test_prefill_job.py::test_what_a_step_brings_that_a_newer_stream_has_from_elsewhere_is_passed_over",
     ),
     Mutant(

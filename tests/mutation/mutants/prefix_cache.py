@@ -115,14 +115,68 @@ MUTANTS = (
     Mutant(
         "a job that has ended leaves what its step still reads",
         "prefill_node/prefill_loop.py",
-        "        if job not in self._stepping:  # else",
-        "        if True:  # else",
+        "if job not in self._stepping and job is not self._kept.reading:",
+        "if job is not self._kept.reading:",
         _PREFILL_PREFIXES + "test_what_a_step_reads_is_held_until_it_has_ended",
     ),
     Mutant(
+        "a job that has ended leaves the kept tiles that are being read",
+        "prefill_node/prefill_loop.py",
+        "if job not in self._stepping and job is not self._kept.reading:",
+        "if job not in self._stepping:",
+        _PREFILL_PREFIXES + "test_kept_tiles_are_held_until_nobody_reads_them",
+    ),
+    Mutant(
+        "a prompt that is kept whole takes a turn of the engine",
+        "prefill_node/prefill_job.py",
+        "return self.end if is_kept else KV_START",
+        "return KV_START",
+        _PREFILL_PREFIXES + "test_a_prompt_that_is_kept_whole_needs_no_engine",
+    ),
+    Mutant(
+        "what is kept of a prompt waits for its first step",
+        "prefill_node/prefill_loop.py",
+        "                ahead.start()\n",
+        "                pass\n",
+        _PREFILL_PREFIXES + "test_what_is_kept_of_a_prompt_is_sent_before_the_engine_has_its_turn",
+    ),
+    Mutant(
+        "a prompt that is kept whole begins without memory",
+        "prefill_node/job_policy.py",
+        "return job.memory_bytes <= memory_bytes - sum(taken)",
+        "return True",
+        _PREFILL_PREFIXES + "test_a_prompt_that_is_kept_whole_waits_for_memory_alone",
+    ),
+    Mutant(
+        "what comes later takes the memory of what is kept whole",
+        "prefill_node/job_policy.py",
+        "free_bytes - claimed_bytes",
+        "free_bytes",
+        "tests/unit/test_job_policy.py::test_who_comes_later_leaves_what_is_kept_whole_its_memory",
+    ),
+    Mutant(
+        "computed tiles pass the kept ones before them",
+        "prefill_node/tile_window.py",
+        "while self._behind and self._behind[0].begin < self.next_kept:",
+        "while self._behind:",
+        "tests/unit/test_prefill_job.py::TestPrefillJob::runTest",
+    ),
+    Mutant(
+        "kept tiles end where they had ended when they were begun",
+        "prefill_node/kept_maker.py",
+        "            self.end = at = KvPosition(at.layer, kept.first_token + kept.num_tokens)\n"
+        "            if kept is self.kept[-1]:\n"
+        "                at = KvPosition(at.layer + 1, self.encoder.first_token)\n",
+        "            at = KvPosition(at.layer, kept.first_token + kept.num_tokens)\n"
+        "            if kept is self.kept[-1]:\n"
+        "                at = KvPosition(at.layer + 1, self.encoder.first_token)\n"
+        "            self.end = at\n",
+        "tests/unit/test_prefill_job.py::test_what_is_found_while_kept_tiles_are_made_follows_them",
+    ),
+    Mutant(
         "attention behind a prefix does not see its keys",
-        "prefill_node/engine.py",
-        "                run.k_KNE[:, start:stop] = tile.k_KTD\n",
+        "prefill_node/prefill_run.py",
+        "                self.k_KNE[:, first : first + kept.num_tokens] = k_KTE\n",
         "",
         "tests/numerics/test_prefix_runs.py::test_what_lies_behind_a_kept_prefix_has_the_bits_of_a_run_of_everything",
     ),

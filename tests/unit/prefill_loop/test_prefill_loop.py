@@ -7,7 +7,7 @@ import pytest
 
 from colm.errors import CapacityExceeded, InvalidRequest
 from prefill_node import engine as engine_module
-from prefill_node.prefill_job import job_bytes
+from prefill_node.job_bytes import job_bytes
 from prefill_node.sparse.planner import SparsePlanner
 from prefill_node.sparse.policy import SparsePolicy
 from prefill_node.sparse.prompt_plans import PromptPlans

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from prefill_node.prefill_job import job_bytes
+from colm.errors import NotFinite
+from prefill_node.job_bytes import job_bytes
+from prefill_node.kept_maker import KeptMaking
+from prefill_node.prefill_job import PrefillOrder
 from prefill_node.prefix_cache import PrefixCache
-from tests.gates import settle
+from tests.gates import gate_before, settle
 from tests.prefill_benches import (
     NUM_SHORT_STEPS,
     NUM_STEPS,
@@ -33,6 +36,11 @@ async def bench(engine: SteppedEngine) -> AsyncIterator[Bench]:
 
 def again(name: str, number: int = 1) -> str:
     return f"{name}-{number}"
+
+
+def said_behind(name: str) -> PrefillOrder:
+    """The prompt once more, with the word behind it, for which the engine is needed."""
+    return replace(order(name), transfer_id=again(name), last_token_id=3)
 
 
 async def num_kept(bench: Bench, name: str) -> int:
@@ -81,14 +89,97 @@ async def test_a_prompt_that_began_alone_and_found_company_is_not_kept(bench: Be
 async def test_what_a_step_reads_is_held_until_it_has_ended(bench: Bench) -> None:
     await bench.whole("a")
     bench.engine.gates["a"].close()
-    stream = bench.loop.attach(replace(order("a"), transfer_id=again("a")))
+    stream = bench.loop.attach(said_behind("a"))
     await bench.engine.gates["a"].until_reached()
+    await bench.until(lambda: bench.loop._kept.reading is None)
     bench.loop.give_up(stream)
     assert len(stream.job.hold.read) == NUM_STEPS // 2
     bench.loop.prefixes.check_integrity([stream.job.hold])
     bench.engine.gates["a"].open()
     await bench.until(lambda: not bench.loop._stepping)
     assert not stream.job.hold.read
+
+
+@pytest.mark.parametrize("is_stepping", [False, True])
+async def test_kept_tiles_are_held_until_nobody_reads_them(bench: Bench, is_stepping: bool) -> None:
+    """Neither the thread that makes their messages nor the engine's, whichever ends last."""
+    await bench.whole("a")
+    if is_stepping:
+        bench.engine.gates["a"].close()
+    with gate_before(KeptMaking, "make") as gate:
+        first = said_behind("a") if is_stepping else replace(order("a"), transfer_id=again("a"))
+        stream = bench.loop.attach(first)
+        await gate.until_reached()
+        if is_stepping:
+            await bench.engine.gates["a"].until_reached()
+        bench.loop.give_up(stream)
+        assert bench.loop.load.num_active == 1
+        assert len(stream.job.hold.read) == NUM_STEPS // 2
+        gate.open()
+        await bench.until(lambda: bench.loop._kept.reading is None)
+    assert bool(stream.job.hold.read) == is_stepping
+    bench.loop.prefixes.check_integrity([stream.job.hold])
+    bench.engine.gates["a"].open()
+    await bench.until(lambda: not bench.loop.load.num_active)
+    assert not stream.job.hold.read
+
+
+async def test_a_prompt_that_is_kept_whole_needs_no_engine(bench: Bench) -> None:
+    """Bug: its messages were made in the engine's thread, behind a step of whoever had the engine."""
+    first = await bench.whole("a")
+    bench.engine.gates["b"].close()
+    running = asyncio.create_task(bench.whole("b"))
+    await bench.engine.gates["b"].until_reached()
+    num_steps = len(bench.engine.steps)
+    stream = bench.loop.attach(replace(order("a"), transfer_id=again("a")))
+    tiles = await bench.read(stream)
+    assert [(tile.begin, tile.end) for tile in tiles] == [(tile.begin, tile.end) for tile in first]
+    assert len(bench.engine.steps) == num_steps
+    assert bench.loop.prefixes.counts.num_hit_tokens == NUM_TOKENS
+    bench.engine.gates["b"].open()
+    await running
+
+
+async def test_what_is_kept_of_a_prompt_is_sent_before_the_engine_has_its_turn(bench: Bench) -> None:
+    await bench.whole("a")
+    bench.engine.gates["b"].close()
+    running = asyncio.create_task(bench.whole("b"))
+    await bench.engine.gates["b"].until_reached()
+    stream = bench.loop.attach(said_behind("a"))
+    kept = await bench.read(stream, num_tiles=NUM_STEPS // 2)
+    assert not stream.job.is_begun
+    assert stream.job.is_started
+    bench.engine.gates["b"].open()
+    rest = await bench.read(stream)
+    await running
+    assert [tile.begin.layer for tile in (*kept, *rest)] == [0] * (NUM_STEPS // 2) + [1] * (NUM_STEPS // 2)
+    # With its last layer, as of every prompt.
+    assert stream.take_next_token() is not None
+
+
+async def test_a_prompt_that_is_kept_whole_waits_for_memory_alone(bench: Bench) -> None:
+    await bench.whole("a")
+    other = bench.loop.attach(order("b"))
+    await bench.until(lambda: other.job.is_computed)
+    known = replace(order("a"), transfer_id=again("a"))
+    needed_bytes = job_bytes(bench.engine, NUM_TOKENS, num_cached_tokens=NUM_TOKENS)
+    bench.loop._memory_bytes = other.job.memory_bytes + needed_bytes - 1
+    stream = bench.loop.attach(known)
+    await settle()
+    assert not stream.job.is_started
+    await bench.read(other)
+    assert len(await bench.read(stream)) == NUM_STEPS
+
+
+async def test_a_kept_tile_that_cannot_be_sent_ends_its_job_alone(bench: Bench) -> None:
+    await bench.whole("a")
+    for tile in bench.loop.prefixes._tiles.values():
+        tile.layers[0][0].fill_(float("nan"))
+    damaged = bench.loop.attach(replace(order("a"), transfer_id=again("a")))
+    with pytest.raises(NotFinite):
+        await bench.read(damaged)
+    assert not damaged.job.hold.read
+    assert len(await bench.whole("b")) == NUM_STEPS
 
 
 async def test_a_job_that_is_refused_or_forgotten_before_it_begins_holds_nothing(bench: Bench) -> None:
@@ -99,7 +190,7 @@ async def test_a_job_that_is_refused_or_forgotten_before_it_begins_holds_nothing
     waiting = bench.loop.attach(replace(order("a"), transfer_id=again("a")))
     assert len(waiting.job.hold.read) == NUM_STEPS // 2
     bench.loop.give_up(waiting)
-    assert not waiting.job.hold.read
+    await bench.until(lambda: not waiting.job.hold.read)
     bench.engine.gates["b"].open()
     await running
 
@@ -110,11 +201,13 @@ async def test_what_is_kept_counts_neither_as_work_nor_as_memory(bench: Bench) -
     bench.engine.gates["b"].close()
     running = asyncio.create_task(bench.whole("b"))
     await bench.engine.gates["b"].until_reached()
-    streams = [bench.loop.attach(replace(order(name), transfer_id=again(name))) for name in ("a", "c")]
+    orders = [said_behind("a"), replace(order("c"), transfer_id=again("c"))]
+    streams = [bench.loop.attach(each) for each in orders]
     known, new = (stream.job for stream in streams)
     assert known.remaining_s == pytest.approx(NUM_STEPS * bench.costs.kept_s)
     assert new.remaining_s == pytest.approx(NUM_STEPS * bench.costs.step_s)
-    assert known.memory_bytes == job_bytes(bench.engine, NUM_TOKENS, num_cached_tokens=NUM_TOKENS) < new.memory_bytes
+    held_bytes = job_bytes(bench.engine, NUM_TOKENS, num_cached_tokens=NUM_TOKENS, reads_last_token=True)
+    assert known.memory_bytes == held_bytes < new.memory_bytes
     bench.engine.gates["b"].open()
     await asyncio.gather(running, *map(bench.read, streams))
     assert bench.engine.steps.index("a", NUM_STEPS) < bench.engine.steps.index("c")

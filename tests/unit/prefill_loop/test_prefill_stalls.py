@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from colm.errors import ReaderStalled
+from prefill_node.job_bytes import job_bytes
 from prefill_node.job_stream import JobStream
-from prefill_node.prefill_job import job_bytes
 from prefill_node.prefill_loop import UNHURRIED_STALLS
 from tests.gates import settle
 from tests.prefill_benches import NUM_STEPS, NUM_TOKENS, SHORT, STALL_S, Bench, SteppedEngine, a_bench, order

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from prefill_node.cost_model import CostModel, PrefillShape
+from prefill_node.job_bytes import job_bytes
 from prefill_node.job_policy import Wait
-from prefill_node.prefill_job import job_bytes
 from prefill_node.quantum import QUANTUM_S
 from tests.gates import settle
 from tests.prefill_benches import (
