@@ -71,7 +71,7 @@ class Slot:
 
 
 class SharedMemory:
-    """The writer's end: slots of one size. Taken in one thread and given back in another.
+    """The writer's end: slots of one size. Threads may take them while another gives some back.
 
     Args:
         slot_bytes: longest payload.

@@ -174,6 +174,42 @@ MUTANTS = (
         "tests/unit/test_prefill_job.py::test_what_is_found_while_kept_tiles_are_made_follows_them",
     ),
     Mutant(
+        "one kept prompt's messages are all made before another's",
+        "prefill_node/kept_maker.py",
+        "key=lambda each: (each.place <= self._last_place, each.place)",
+        "key=lambda each: each.place",
+        _PREFILL_PREFIXES + "test_prompts_that_are_kept_take_turns",
+    ),
+    Mutant(
+        "the thread of kept tiles outlives its loop",
+        "prefill_node/prefill_loop.py",
+        "        await self._kept.stop()\n",
+        "",
+        _PREFILL_PREFIXES + "test_the_thread_of_kept_tiles_ends_with_the_loop",
+    ),
+    Mutant(
+        "what was cancelled is still made of kept tiles",
+        "prefill_node/kept_maker.py",
+        "and self.room_bytes > 0 and not self.cancelled.is_set():",
+        "and self.room_bytes > 0:",
+        _PREFILL_PREFIXES + "test_the_thread_of_kept_tiles_ends_with_the_loop",
+    ),
+    Mutant(
+        "a prompt's stream ends before the word behind it is there",
+        "prefill_node/prefill_job.py",
+        "        return KvPosition(self.end.layer - 1, 0)",
+        "        return self.end",
+        _PREFILL_PREFIXES + "test_what_is_kept_of_a_prompt_is_sent_before_the_engine_has_its_turn",
+    ),
+    Mutant(
+        "a kept tile that cannot be sent leaves its reader waiting",
+        "prefill_node/prefill_loop.py",
+        "        elif error is not None:\n            self._remove(job)\n            job.fail(error)\n        else:\n"
+        "            job.add_kept",
+        "        elif error is None:\n            job.add_kept",
+        _PREFILL_PREFIXES + "test_a_kept_tile_that_cannot_be_sent_ends_its_job_alone",
+    ),
+    Mutant(
         "attention behind a prefix does not see its keys",
         "prefill_node/prefill_run.py",
         "                self.k_KNE[:, first : first + kept.num_tokens] = k_KTE\n",

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from colm.errors import NotFinite
+from colm.errors import NotFinite, PeerUnavailable
+from prefill_node import kept_maker
 from prefill_node.job_bytes import job_bytes
 from prefill_node.kept_maker import KeptMaking
 from prefill_node.prefill_job import PrefillOrder
@@ -180,6 +181,38 @@ async def test_a_kept_tile_that_cannot_be_sent_ends_its_job_alone(bench: Bench) 
         await bench.read(damaged)
     assert not damaged.job.hold.read
     assert len(await bench.whole("b")) == NUM_STEPS
+
+
+async def test_prompts_that_are_kept_take_turns(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, turns, make = [again("a"), again("b")], list[str](), KeptMaking.make
+    for name in "ab":
+        await bench.whole(name)
+
+    def noted(making: KeptMaking) -> None:
+        turns.append(making.encoder.transfer_id)
+        make(making)
+
+    monkeypatch.setattr(kept_maker, "KEPT_BYTES", 1)
+    monkeypatch.setattr(KeptMaking, "make", noted)
+    streams = [bench.loop.attach(replace(order(name), transfer_id=again(name))) for name in "ab"]
+    await asyncio.gather(*map(bench.read, streams))
+    assert turns == names * NUM_STEPS
+
+
+async def test_the_thread_of_kept_tiles_ends_with_the_loop(bench: Bench) -> None:
+    await bench.whole("a")
+    with gate_before(KeptMaking, "make") as gate:
+        stream = bench.loop.attach(replace(order("a"), transfer_id=again("a")))
+        await gate.until_reached()
+        stopping = asyncio.create_task(bench.loop.stop())
+        await settle()
+        gate.open()
+        await stopping
+    assert not any(thread.is_alive() for thread in bench.loop._kept._executor._threads)
+    # What was cancelled is not made any more, and its reader learns why.
+    assert not stream.job.window_bytes
+    with pytest.raises(PeerUnavailable, match="stops"):
+        await bench.read(stream)
 
 
 async def test_a_job_that_is_refused_or_forgotten_before_it_begins_holds_nothing(bench: Bench) -> None:
