@@ -309,6 +309,17 @@ def test_what_is_found_while_kept_tiles_are_made_follows_them() -> None:
     job.cancel()
 
 
+def test_nothing_is_made_of_kept_tiles_once_their_job_is_given_up() -> None:
+    hold = PrefixHold(num_tokens=NUM_TOKENS)
+    keep_one_more(hold, torch.randn(FORMAT.num_layers, 2, 2, NUM_TOKENS, 4))
+    job = new_job(order(1), hold)
+    job.attach(order(1))
+    making = KeptMaking.of(job)
+    job.cancel()
+    making.make()
+    assert not making.messages
+
+
 def test_a_slot_is_taken_again_only_when_its_tile_has_been_stored() -> None:
     job = new_job(order(1))
     stream = job.attach(order(1))

@@ -192,7 +192,7 @@ MUTANTS = (
         "prefill_node/kept_maker.py",
         "and self.room_bytes > 0 and not self.cancelled.is_set():",
         "and self.room_bytes > 0:",
-        _PREFILL_PREFIXES + "test_the_thread_of_kept_tiles_ends_with_the_loop",
+        "tests/unit/test_prefill_job.py::test_nothing_is_made_of_kept_tiles_once_their_job_is_given_up",
     ),
     Mutant(
         "a prompt's stream ends before the word behind it is there",
