@@ -323,8 +323,6 @@ def _connect(ray_address: str) -> None:
         return
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # its replicas keep their own logs
     before = signal.getsignal(signal.SIGTERM)
-    # It waits until Ray is joined: Ray's own handler aborts the process three seconds later, and this may take longer.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, RayError) as err:
@@ -332,12 +330,11 @@ def _connect(ray_address: str) -> None:
             f"cannot join Ray at {ray_address}: {err}; if it demands a token, this user must have the same one, in "
             "~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH says, and RAY_AUTH_MODE=token"
         ) from err
-    except SystemExit as err:  # Ray's own handler turns SIGTERM into this, where another thread was sent it
+    except SystemExit as err:  # Ray's own handler turns SIGTERM into this
         raise KeyboardInterrupt from err
     finally:
         signal.signal(signal.SIGTERM, before)
-        signal.alarm(0)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.alarm(0)  # once Ray has seen a SIGTERM, it aborts the process three seconds later
 
 
 def check_resources(config: ClusterConfig, carried: Mapping[str, float], has: str = "the Ray cluster carries") -> None:

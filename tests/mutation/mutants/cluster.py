@@ -35,6 +35,13 @@ MUTANTS = (
         "tests/unit/test_succession.py::test_a_model_that_does_not_come_up_leaves_the_last_one_as_it_was",
     ),
     Mutant(
+        "Ray ends `up` three seconds after a SIGTERM",
+        "cluster/deployment.py",
+        "        signal.alarm(0)  #",
+        "        pass  #",
+        "tests/unit/test_joining.py::test_a_sigterm_as_ray_is_joined_is_an_interruption_and_ray_ends_nothing_later",
+    ),
+    Mutant(
         "a variant of another chain 1 is let in",
         "cluster/variants.py",
         "if (has := of(Checkpoint.open(section.path))) != (wants := of(checkpoint)):",
