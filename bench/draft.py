@@ -4,6 +4,7 @@ Answers at full scale through the decode loop, as a decode node runs it, from a 
 
     plain     a node that drafts nothing (decode.max_draft_tokens = 0)
     drafts    chain 1's weights in int8 draft as many tokens as pay, at most `--max-draft-tokens`
+    first     the same on a node that has answered nobody yet: it knows what it measured as it started
     off       a node that may draft, and answers that do not ask for it: must cost nothing; in turns of a few tokens,
               many of them, against plain ones
 
@@ -38,6 +39,7 @@ from bench.harness.suite import Options, arguments, num_tokens, positive, run
 from bench.harness.units import length
 from bench.kernels.common import short
 from colm import defaults
+from colm.clock import MonotonicClock
 from colm.errors import ColmError
 from colm.events import Token
 from colm.model import num_step_parameters
@@ -46,6 +48,7 @@ from colm.scale import Changing, Scale
 from decode_node.auto_scale import AutoScale
 from decode_node.decode_loop import DecodeLoop
 from decode_node.drafter import Drafting, StepTimes
+from decode_node.first_steps import measured
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PagePool
 from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
@@ -113,6 +116,7 @@ class DraftCase(Case):
         """Answers without drafts and with them."""
         node, config = _Node(self, seed), self.source.config
         plain, drafts = _Turn(node), _Turn(node, self.max_draft_tokens)
+        first = _Turn(node, self.max_draft_tokens, is_first=True)
         node.right_token_ids = plain.token_ids()
 
         def check() -> None:
@@ -121,7 +125,7 @@ class DraftCase(Case):
         wanted = self.wanted
         yield Contest(
             check=check,
-            contenders={"plain": plain, "drafts": drafts} | node.steps(),
+            contenders={"plain": plain, "drafts": drafts, "first": first} | node.steps(),
             ours="drafts",
             against=("plain",),
             compared_by="tokens_per_s",
@@ -169,6 +173,7 @@ class _Node:
         loaded = case.models.loaded(case.source, case.dtype)
         self.store, self.engine = loaded.store(), loaded.engine("drafting")
         self.pages_each = self.store.layout.pages(case.num_tokens)
+        self.at_start = measured(self.engine, self.store, MonotonicClock(), drafts=True)
         self.right_token_ids: Sequence[Sequence[int]] = ()
         """Of each answer, from plain steps."""
 
@@ -208,18 +213,26 @@ class _Turn:
     Args:
         node: it runs on.
         max_draft_tokens: what answers ask for; None on a node that drafts nothing.
+        is_first: nothing is remembered.
     """
 
-    def __init__(self, node: _Node, max_draft_tokens: int | None = None) -> None:
+    def __init__(self, node: _Node, max_draft_tokens: int | None = None, *, is_first: bool = False) -> None:
         self._node = node
-        self._drafting: Drafting | None = None
-        if max_draft_tokens is not None:
-            times = StepTimes.of(
-                node.case.source.config, max_tokens=node.engine.max_exact_tokens, draft_share=node.engine.draft_share
-            )
-            self._drafting = Drafting(times, MAX_DRAFT_TOKENS)
         self._max_draft_tokens = max_draft_tokens
+        self._is_first = is_first
+        self._drafting = self._new_drafting()
         self._num_turns = 0
+
+    def _new_drafting(self) -> Drafting | None:
+        if self._max_draft_tokens is None:
+            return None
+        times = StepTimes.of(
+            self._node.case.source.config,
+            max_tokens=self._node.engine.max_exact_tokens,
+            draft_share=self._node.engine.draft_share,
+            at_start=self._node.at_start,
+        )
+        return Drafting(times, MAX_DRAFT_TOKENS)
 
     def __call__(self) -> Mapping[str, float]:
         """Tokens a second of all answers, and what became of drafts."""
@@ -240,6 +253,8 @@ class _Turn:
 
     async def _run(self) -> tuple[list[RunningAnswer], list[list[int]]]:
         case, node = self._node.case, self._node
+        if self._is_first:
+            self._drafting = self._new_drafting()
         self._num_turns += 1
         page_line = PageLine(PagePool(node.store.num_pages), max_waiting=case.batch_size)
         times = self._drafting.times if self._drafting else None

@@ -16,7 +16,7 @@ answer's tokens a second rise up to its own k and fall behind it, so nobody is s
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -26,7 +26,7 @@ from typing import Final, Self
 from colm.model import num_step_parameters
 from colm.model.config import ChainConfig
 from decode_node.plan import MAX_DRAFT_TOKENS, StepPlan
-from decode_node.step_budget import StepBudget
+from decode_node.step_budget import FastestSteps, StepBudget
 
 _DRAFTS: Final = 0
 """Stands for the scale of steps that draft: answers at scale 1 may take part in them, or not."""
@@ -60,13 +60,17 @@ class StepTimes:
     """What steps take on this node: the median of the last few of the same scale and number of tokens.
 
     They count for `_STALE_STEPS` steps each, and while the answers have neither twice nor half as many tokens in the
-    cache.
+    cache. Until a step was seen, it is taken for what it took as the node started, in proportion to those that were
+    seen: a larger cache, or others on the machine, make all of them slower.
 
     Args:
-        num_weights: that a step reads, for each scale; their ratio is what a step of chain 1 takes until it is seen.
+        num_weights: that a step reads, for each scale; their ratio is what a step of chain 1 takes where nothing better
+            is known.
         max_tokens: largest verification to plan.
         budget: of steps, within which verifications stay as well; None for any.
         draft_share: of chain 1's bytes, what a draft reads.
+        at_start: what steps took as the node started, for as many steps as other measurements count; None where that
+            was not measured.
     """
 
     def __init__(
@@ -76,9 +80,11 @@ class StepTimes:
         max_tokens: int,
         budget: StepBudget | None = None,
         draft_share: float = 1.0,
+        at_start: FastestSteps | None = None,
     ) -> None:
         self.num_weights = num_weights
         self._draft_share = draft_share
+        self._at_start = at_start
         self._max_tokens = max_tokens
         self._budget = budget
         self._measured: dict[tuple[int, int], _Measured] = {}
@@ -89,11 +95,17 @@ class StepTimes:
 
     @classmethod
     def of(
-        cls, config: ChainConfig, *, max_tokens: int, budget: StepBudget | None = None, draft_share: float = 1.0
+        cls,
+        config: ChainConfig,
+        *,
+        max_tokens: int,
+        budget: StepBudget | None = None,
+        draft_share: float = 1.0,
+        at_start: FastestSteps | None = None,
     ) -> Self:
         """Of a model."""
         num_weights = [num_step_parameters(config, scale) for scale in range(1, config.num_chains + 1)]
-        return cls(num_weights, max_tokens=max_tokens, budget=budget, draft_share=draft_share)
+        return cls(num_weights, max_tokens=max_tokens, budget=budget, draft_share=draft_share, at_start=at_start)
 
     def note(self, plan: StepPlan, seconds: float) -> None:
         """Remember a step; prompts make it another kind of step, and are passed over."""
@@ -114,24 +126,39 @@ class StepTimes:
         measured.seconds.append(seconds)
 
     def rounds(self, num_answers: int) -> list[float]:
-        """Seconds of a round of k drafts, for k = 0, 1, ..; of k = 0 alone until a step without drafts was seen."""
+        """Seconds of a round of k drafts, for k = 0, 1, ..; of k = 0 alone where none without drafts is known."""
         if (rounds := self._rounds.get(num_answers)) is None:
             rounds = self._rounds[num_answers] = self._estimate(num_answers)
         return rounds
 
     def _estimate(self, num_answers: int) -> list[float]:
+        start = None if self._num_steps > _STALE_STEPS * _NUM_KEPT else self._at_start
         verify = self._of_scale(self._scale)
-        if num_answers not in verify:
+        if start is not None:
+            verify = self._as_now(start.seconds, verify) | verify
+        elif num_answers not in verify:
             return [1.0]
-        plain_s = verify[num_answers]
+        plain_s = _between(verify, num_answers)
         draft = self._of_scale(_DRAFTS)
-        share = self._draft_share * self.num_weights[0] / self.num_weights[self._scale - 1]
-        draft_s = _between(draft, num_answers) if draft else share * plain_s
+        draft_s = _between(draft, num_answers) if draft else self._share(start) * plain_s
         max_tokens = self._max_tokens
         if self._budget is not None:
             max_tokens = min(max_tokens, self._budget.tokens(num_answers))
         longest = min(MAX_DRAFT_TOKENS, max_tokens // num_answers - 1)
         return [k * draft_s + _between(verify, num_answers * (k + 1)) for k in range(longest + 1)] or [plain_s]
+
+    def _as_now(self, start: Mapping[int, float], seen: Mapping[int, float]) -> dict[int, float]:
+        """Seconds at the start, by number of tokens at full scale, as they would be in the steps that were seen."""
+        slower = [seconds / _between(start, num_tokens) for num_tokens, seconds in seen.items()]
+        now = median(slower) if slower else self.num_weights[self._scale - 1] / self.num_weights[-1]
+        return {num_tokens: now * seconds for num_tokens, seconds in start.items()}
+
+    def _share(self, start: FastestSteps | None) -> float:
+        """What a draft takes of a step without drafts, until one was seen: by the node's start, or by bytes."""
+        of_all = self._draft_share * self.num_weights[0] / self.num_weights[-1]
+        if start is not None and start.draft_s is not None:
+            of_all = start.draft_s / start.seconds[1]
+        return of_all * self.num_weights[-1] / self.num_weights[self._scale - 1]
 
     def _of_scale(self, scale: int) -> dict[int, float]:
         """Seconds by number of tokens, as far as they are known."""
@@ -148,7 +175,7 @@ class StepTimes:
         return larger <= 2 * smaller + 64
 
 
-def _between(known: dict[int, float], num_tokens: int) -> float:
+def _between(known: Mapping[int, float], num_tokens: int) -> float:
     """Seconds of a step of `num_tokens`: between the nearest that are known; beyond them, the nearest's."""
     below = max((n for n in known if n <= num_tokens), default=None)
     above = min((n for n in known if n >= num_tokens), default=None)

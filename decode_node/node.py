@@ -5,13 +5,11 @@ import logging
 from dataclasses import dataclass, field
 
 import grpc
-import numpy as np
-from colm_kernels.decode_attention import MAX_QUERY_TOKENS
 from prometheus_client import CollectorRegistry
 
 from colm import defaults
 from colm.checkpoint import Checkpoint
-from colm.clock import Clock, MonotonicClock
+from colm.clock import MonotonicClock
 from colm.kv import KvFormat, fingerprint
 from colm.leases import LeaseTable
 from colm.metrics.kv_stream import KvStreamMetrics
@@ -29,6 +27,7 @@ from decode_node.auto_scale import AutoScale
 from decode_node.decode_loop import DecodeLoop
 from decode_node.drafter import Drafting, StepTimes
 from decode_node.engine import DecodeEngine
+from decode_node.first_steps import measured
 from decode_node.grammar import Grammars
 from decode_node.held_answers import HeldAnswers
 from decode_node.kv_fetch import KvFetcher, KvTransfer
@@ -38,13 +37,12 @@ from decode_node.kv_store import KvStore
 from decode_node.metrics import DecodeMetrics
 from decode_node.page_line import PageLine
 from decode_node.page_pool import PagePool
-from decode_node.plan import PlanRow, StepPlan
 from decode_node.prefill_pool import PrefillLease, PrefillPool
 from decode_node.prompt_blocks import PromptBlocks
 from decode_node.requests import RequestOwner, Stage
 from decode_node.service import DecodeService
 from decode_node.settings import DecodeSettings
-from decode_node.step_budget import StepBudget, measure
+from decode_node.step_budget import StepBudget
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +134,11 @@ class DecodeNode:
         """
         options, settings, clock = self._options, self._options.settings, MonotonicClock()
         checkpoint, tokenizer, store, engine = await asyncio.to_thread(_load, options)
-        if (step_tokens := settings.step_tokens) is None:
-            step_tokens = await asyncio.to_thread(_measured_step_tokens, engine, store, clock)
+        at_start, step_tokens = None, settings.step_tokens
+        if step_tokens is None:
+            drafts = settings.max_draft_tokens > 0
+            at_start = await asyncio.to_thread(measured, engine, store, clock, drafts=drafts)
+            step_tokens = at_start.num_riding
         self.fingerprint = await asyncio.to_thread(fingerprint, checkpoint, store.layout.kv_format)
         layout, shares = store.layout, settings.prefix_cache_bytes > 0
         self.page_line = PageLine(
@@ -147,7 +148,11 @@ class DecodeNode:
         )
         budget = StepBudget(step_tokens=step_tokens, max_tokens=engine.max_exact_tokens)
         times = StepTimes.of(
-            checkpoint.config, max_tokens=engine.max_exact_tokens, budget=budget, draft_share=engine.draft_share
+            checkpoint.config,
+            max_tokens=engine.max_exact_tokens,
+            budget=budget,
+            draft_share=engine.draft_share,
+            at_start=at_start,
         )
         drafting = Drafting(times, settings.max_draft_tokens) if settings.max_draft_tokens else None
         loop = DecodeLoop(
@@ -248,20 +253,3 @@ def _load(options: DecodeOptions) -> tuple[Checkpoint, Tokenizer | None, KvStore
         draft_weights = None
     engine = DecodeEngine(checkpoint, store, weights=weights, draft_weights=draft_weights)
     return checkpoint, Tokenizer.load(checkpoint), store, engine
-
-
-def _measured_step_tokens(engine: DecodeEngine, store: KvStore, clock: Clock) -> int:
-    """How many tokens ride on one reading of the weights. Writes into pages, so nobody may have any yet."""
-    max_tokens = min(engine.max_exact_tokens, store.num_pages * store.layout.page_tokens, engine.config.max_context)
-    table_M = np.arange(store.layout.pages(max_tokens), dtype=np.int32)
-
-    def step(num_tokens: int) -> None:
-        starts = range(0, num_tokens, MAX_QUERY_TOKENS)
-        counts = [min(MAX_QUERY_TOKENS, num_tokens - start) for start in starts]
-        rows = [
-            PlanRow((0,) * count, start, engine.config.num_chains, table_M, num_logits=count)
-            for start, count in zip(starts, counts, strict=True)
-        ]
-        engine.step(StepPlan(tuple(rows)))[0, 0].item()  # a GPU has then done it
-
-    return measure(step, clock, max_tokens=max_tokens)

@@ -300,6 +300,21 @@ async def test_a_node_measures_its_budget_unless_an_option_says_it(
         assert shown == step_tokens if step_tokens else 8 <= shown <= 64
 
 
+async def test_a_node_knows_what_drafts_take_before_its_first_answer_and_measures_none_where_nobody_drafts(
+    checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with decode_node(str(checkpoint.path), [NOBODY], step_tokens=None) as node:
+        assert node.owner._drafting is not None
+        assert len(node.owner._drafting.times.rounds(1)) > 1
+    assert "draft_ms=" in caplog.text
+    assert "draft_ms=none" not in caplog.text
+    caplog.clear()
+    async with decode_node(str(checkpoint.path), [NOBODY], step_tokens=None, max_draft_tokens=0) as node:
+        assert node.owner._drafting is None
+    assert "draft_ms=none" in caplog.text
+
+
 async def test_a_longer_prompt_and_one_that_asks_for_sparse_attention_go_to_a_prefill_node(node: DecodeNode) -> None:
     limit = defaults.MAX_LOCAL_PREFILL_TOKENS
     longer = await decode(node.address, PROMPT[: limit + 1])

@@ -37,9 +37,14 @@ def test_answers_with_and_without_drafts_take_turns_and_spoilt_drafts_are_refuse
     assert [case["name"] for case in record["cases"]] == [f"draft_4-2-2_{each}_b2_9" for each in ("a1", "a0.5", "own")]
     right, spoilt, _ = record["cases"]
     for case in record["cases"]:
-        assert {"plain_tokens_per_s", "drafts_token_cpu_s", "over_plain_x", "draft_1_s", "all_9_s"} <= set(
-            case["metrics"]
-        )
+        assert {
+            "plain_tokens_per_s",
+            "drafts_token_cpu_s",
+            "first_tokens_per_s",
+            "over_plain_x",
+            "draft_1_s",
+            "all_9_s",
+        } <= set(case["metrics"])
         assert "plain_drafted_fraction" not in case["metrics"]
     accepted, drafted = (
         [case["metrics"][f"drafts_{what}_fraction"]["median"] for case in (right, spoilt)]

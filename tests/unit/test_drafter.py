@@ -9,9 +9,9 @@ from colm_kernels.decode_attention import MAX_QUERY_TOKENS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode_node.drafter import _FIRST_ACCEPTANCE, _STALE_STEPS, Drafter, Drafting, StepTimes
+from decode_node.drafter import _FIRST_ACCEPTANCE, _NUM_KEPT, _STALE_STEPS, Drafter, Drafting, StepTimes
 from decode_node.plan import MAX_DRAFT_TOKENS, PlanRow, StepPlan
-from decode_node.step_budget import StepBudget
+from decode_node.step_budget import FastestSteps, StepBudget
 
 TABLE_M = np.zeros(1, dtype=np.int32)
 Cost = Callable[[int, int], float]
@@ -56,6 +56,10 @@ def new(max_draft_tokens: int = 8, share: float = 0.1) -> tuple[StepTimes, Draft
     return times, drafter
 
 
+def at_start(seconds: dict[int, float], draft_s: float) -> FastestSteps:
+    return FastestSteps(seconds=seconds, max_tokens=64, draft_s=draft_s)
+
+
 def test_a_verification_is_a_row_that_attention_takes() -> None:
     assert MAX_DRAFT_TOKENS + 1 == MAX_QUERY_TOKENS
 
@@ -63,6 +67,46 @@ def test_a_verification_is_a_row_that_attention_takes() -> None:
 def test_before_a_step_was_seen_nothing_is_drafted() -> None:
     _, drafter = new()
     assert drafter.num_drafts(1) == 0
+
+
+@pytest.mark.parametrize(("draft_s", "expected"), [(0.05, 3), (0.95, 0)])
+def test_the_first_decision_goes_by_what_the_node_measured_as_it_started(draft_s: float, expected: int) -> None:
+    """It drafted as many as it may, as if any number of rows took as long as one, until it had seen them."""
+    times = StepTimes([1, 4], max_tokens=64, at_start=at_start({1: 1.0, 4: 1.3, 5: 3.0}, draft_s))
+    assert times.rounds(1)[:6] == pytest.approx([k * draft_s + s for k, s in enumerate((1, 1.1, 1.2, 1.3, 3, 3))])
+    drafter = Drafting(times, 8).drafter()
+    assert drafter is not None
+    assert drafter.num_drafts(1) == expected
+
+
+def test_what_was_measured_at_the_start_counts_in_proportion_to_what_steps_take_now() -> None:
+    times = StepTimes([1, 4], max_tokens=64, at_start=at_start({1: 1.0, 4: 1.5, 8: 4.0}, 0.25))
+    times.note(plan(2, 1), 2.0)
+    expected = [2.0, 3.0, 2 * (1.5 + 2.5 / 4), 8.0]
+    assert [times.rounds(1)[k] for k in (0, 3, 4, 7)] == pytest.approx(
+        [0.5 * k + s for k, s in zip((0, 3, 4, 7), expected, strict=True)]
+    )
+    times.note(plan(1, 1), 0.1)
+    times.note(plan(2, 4), 2.5)
+    assert [times.rounds(1)[k] for k in (0, 3)] == pytest.approx([2.0, 0.3 + 2.5]), "what was seen stands for itself"
+
+
+def test_answers_of_fewer_chains_take_their_part_of_what_was_measured_of_all() -> None:
+    times = StepTimes([1, 2, 4], max_tokens=64, at_start=at_start({1: 1.0, 4: 1.5}, 0.25))
+    times.note(plan(2, 1), 0.6)
+    assert times.rounds(1)[3] == pytest.approx(3 * 0.6 * 0.5 + 0.9)
+    times.note(plan(2, 1, position=9000), 1.2)
+    for _ in range(_STALE_STEPS + 1):
+        times.note(plan(1, 1), 0.2)
+    assert times.rounds(1)[:4:3] == pytest.approx([0.5, 3 * 0.2 + 0.75]), "nothing of this scale is known any more"
+
+
+def test_what_was_measured_at_the_start_counts_as_long_as_what_was_seen_often() -> None:
+    times = StepTimes([1, 4], max_tokens=64, at_start=at_start({1: 1.0, 8: 9.0}, 0.1))
+    for number in range(_STALE_STEPS * _NUM_KEPT + 1):
+        assert times.rounds(1)[7] > 9, number
+        times.note(plan(2, 1), 1.0)
+    assert times.rounds(1)[7] < 3
 
 
 def test_until_chain_1_was_seen_alone_its_steps_are_taken_by_its_weights() -> None:

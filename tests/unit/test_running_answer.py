@@ -1,6 +1,6 @@
 """A running answer: the tokens it feeds, the text it shows, and why it ends."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import pytest
@@ -16,6 +16,8 @@ from decode_node.drafter import Drafter, Drafting, StepTimes
 from decode_node.plan import PlanRow
 from decode_node.running_answer import RunningAnswer
 from decode_node.sampler import Choice
+from decode_node.scheduler import Scheduler
+from decode_node.step_budget import StepBudget
 from tests.tiny import tiny_tokenizer
 
 EOS = 2
@@ -73,6 +75,13 @@ class DraftsOf(Drafter):
 
     def note(self, num_accepted: int, *, was_refused: bool) -> None:
         self.noted.append((num_accepted, was_refused))
+
+
+class NobodyAsks(StepTimes):
+    """Of a node whose answers do not draft."""
+
+    def rounds(self, num_answers: int) -> list[float]:
+        raise AssertionError(f"somebody of {num_answers} asked what drafts take")
 
 
 def chosen(token_id: int) -> Choice:
@@ -451,3 +460,37 @@ def test_an_answer_that_another_node_began_goes_on_as_it_would_have_there(
         assert read == {9 + i: token_id for i, token_id in enumerate(known)}
     assert (going_on.finish_reason, going_on.num_new_tokens) == (undisturbed.finish_reason, len(tokens))
     assert going_on.tail == undisturbed.tail
+
+
+@given(
+    answers=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 2), st.integers(1, 6)), min_size=1, max_size=5),
+    max_batch_size=st.integers(1, 4),
+)
+def test_answers_that_may_not_draft_are_planned_as_on_a_node_that_never_drafts_and_nobody_asks_for_times(
+    answers: list[tuple[int, int, int]], max_batch_size: int
+) -> None:
+    drafting = Drafting(NobodyAsks((1, 2), max_tokens=64), 8)
+
+    def plans(drafters: Callable[[], Drafter | None]) -> list[list[tuple[tuple[int, ...], int, int, bool]]]:
+        scheduler: Scheduler[RunningAnswer] = Scheduler(
+            max_batch_size=max_batch_size, budget=StepBudget(step_tokens=8, max_tokens=16)
+        )
+        for num_unread, num_chains, num_new in answers:
+            each = answer(unread_token_ids=range(num_unread), num_chains=num_chains, max_new_tokens=num_new)
+            each._drafter = drafters()
+            scheduler.join(each)
+        planned = []
+        while (step := scheduler.begin_step()) is not None:
+            rows = step.plan.rows
+            planned.append([(row.token_ids, row.position, row.num_chains, row.is_draft) for row in rows])
+            for each in dict.fromkeys(step.answers):
+                if any(row.num_logits for row, of in zip(rows, step.answers, strict=True) if of is each):
+                    each.advance([chosen(17)])
+                else:
+                    each.note_read(step.num_tokens(each))
+                if each.finish_reason is not None:
+                    scheduler.leave(each)
+            scheduler.end_step()
+        return planned
+
+    assert plans(lambda: drafting.drafter(0)) == plans(lambda: None)

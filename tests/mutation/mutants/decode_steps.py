@@ -205,6 +205,66 @@ MUTANTS = (
         _DRAFTS_ON_A_NODE + "test_drafts_stop_for_whoever_comes_and_else_follow_each_other",
     ),
     Mutant(
+        "a node measures as it starts and its drafts are planned blindly",
+        "decode_node/node.py",
+        "            at_start=at_start,\n",
+        "",
+        "tests/fault/test_decode_loop.py"
+        "::test_a_node_knows_what_drafts_take_before_its_first_answer_and_measures_none_where_nobody_drafts",
+    ),
+    Mutant(
+        "the first decision takes rows for free, whatever was measured at the start",
+        "decode_node/drafter.py",
+        "verify = self._as_now(start.seconds, verify) | verify",
+        "verify = verify or {1: start.seconds[1]}",
+        "tests/unit/test_drafter.py::test_the_first_decision_goes_by_what_the_node_measured_as_it_started",
+    ),
+    Mutant(
+        "the first decision takes drafts by their bytes, whatever was measured at the start",
+        "decode_node/drafter.py",
+        "of_all = start.draft_s / start.seconds[1]",
+        "pass",
+        "tests/unit/test_drafter.py::test_the_first_decision_goes_by_what_the_node_measured_as_it_started",
+    ),
+    Mutant(
+        "what was measured at the start is compared with slower steps as it was",
+        "decode_node/drafter.py",
+        "now = median(slower) if slower else",
+        "now = 1.0 if slower else",
+        "tests/unit/test_drafter.py::test_what_was_measured_at_the_start_counts_in_proportion_to_what_steps_take_now",
+    ),
+    Mutant(
+        "what was measured at the start counts for ever",
+        "decode_node/drafter.py",
+        "None if self._num_steps > _STALE_STEPS * _NUM_KEPT else self._at_start",
+        "self._at_start",
+        "tests/unit/test_drafter.py::test_what_was_measured_at_the_start_counts_as_long_as_what_was_seen_often",
+    ),
+    Mutant(
+        "an answer that may not draft is asked for drafts all the same",
+        "decode_node/drafter.py",
+        "if max_draft_tokens == 0:\n            return None",
+        "if max_draft_tokens == 0:\n            pass",
+        "tests/unit/test_running_answer.py"
+        "::test_answers_that_may_not_draft_are_planned_as_on_a_node_that_never_drafts_and_nobody_asks_for_times",
+    ),
+    Mutant(
+        "a start waits for drafts that nobody makes",
+        "decode_node/first_steps.py",
+        "may_draft = drafts and",
+        "may_draft =",
+        "tests/fault/test_decode_loop.py"
+        "::test_a_node_knows_what_drafts_take_before_its_first_answer_and_measures_none_where_nobody_drafts",
+    ),
+    Mutant(
+        "a start that measures a few tokens stops at them",
+        "decode_node/step_budget.py",
+        "if num_tokens >= TILE_TOKENS and fastest_s",
+        "if num_tokens >= 2 and num_tokens in FEW_TOKENS or fastest_s",
+        "tests/unit/test_step_budget.py"
+        "::test_where_answers_may_draft_a_draft_and_steps_of_a_few_tokens_are_measured_too_for_the_same_budget",
+    ),
+    Mutant(
         "until drafts were seen they are taken for as slow as chain 1",
         "decode_node/drafter.py",
         "share = self._draft_share * self.num_weights[0]",
