@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -14,7 +15,7 @@ from colm.generation import AsyncGeneration, Generation
 from colm.nodes import ClusterStatus
 from colm.reconnect import Attempts, KnownGateway
 from colm.scale import Changing, ScaleWish
-from colm.upload import Document, GenerateOptions, in_thread
+from colm.upload import Document, GenerateOptions, made, takes_time
 from colm.wire.endpoint import open_blocking_channel, open_channel
 from colm.wire.messages import cluster_status_from_pb, event_from_pb
 from colm.wire.outcome import Outcome
@@ -186,12 +187,14 @@ class AsyncClient:
     async def _events(
         self, document: Document, prompt: str, options: GenerateOptions, scale: Changing[ScaleWish | None]
     ) -> AsyncGenerator[Event]:
-        attempts = await asyncio.to_thread(
+        begin = partial(
             Attempts, document, prompt, options, scale=scale, reconnects=self._reconnects, gateway=self._gateway
         )
+        in_thread = takes_time(document, options)
+        attempts = await asyncio.to_thread(begin) if in_thread else begin()
 
         async def messages(changes: AsyncIterator[object]) -> AsyncIterator[pb.GenerateRequest]:
-            async for message in in_thread(iter(attempts.messages)):
+            async for message in made(attempts.messages, in_thread=in_thread):
                 yield message
             async for _ in changes:
                 for message in attempts.change:

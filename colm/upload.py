@@ -28,6 +28,8 @@ Document = str | bytes | Path | BinaryIO
 Message = pb.GenerateRequest
 
 _PIECE_BYTES = 256 << 10
+SHORT_CHARS, SHORT_TOKENS = 64 << 10, 1024
+"""Of a prompt whose messages are made in about half a millisecond."""
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -145,9 +147,18 @@ class Change:
             yield pb.GenerateRequest(change_scale=scale_to_pb(self.wish))
 
 
-async def in_thread(messages: Iterator[pb.GenerateRequest]) -> AsyncIterator[pb.GenerateRequest]:
-    """The messages, made in a thread because reading a file may block."""
-    while (message := await asyncio.to_thread(next, messages, None)) is not None:
+def takes_time(document: Document, options: GenerateOptions) -> bool:
+    """Whether an event loop would notice that the messages are made: a file is read, or the prompt is long."""
+    if not isinstance(document, str | bytes) or len(document) > SHORT_CHARS:
+        return True
+    given: object = options.get("token_ids", ())
+    num_tokens = given.size if isinstance(given, np.ndarray) else len(given) if isinstance(given, Sequence) else 0
+    return num_tokens > SHORT_TOKENS
+
+
+async def made(messages: Iterator[Message], *, in_thread: bool) -> AsyncIterator[Message]:
+    """The messages; made in a thread where that `takes_time`, which costs a way there and back for each."""
+    while (message := await asyncio.to_thread(next, messages, None) if in_thread else next(messages, None)) is not None:
         yield message
 
 

@@ -17,6 +17,7 @@ from colm.client import AsyncClient, Client
 from colm.errors import InvalidRequest, PeerUnavailable
 from colm.events import Event, Finished, Reconnecting
 from colm.sampling import SamplingParams
+from colm.upload import SHORT_CHARS, SHORT_TOKENS
 from colm.wire.endpoint import bind, create_server
 from colm.wire.security import Security
 from colm.wire.v1 import common_pb2
@@ -342,6 +343,30 @@ async def test_the_async_client_reads_documents_outside_the_event_loop(gateway: 
     await ask("async", gateway, document=Source(piece, piece, piece), prompt="?")
     assert len(threads) == 3
     assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize(
+    ("prompt", "is_in_thread"),
+    [
+        ({"document": "a" * SHORT_CHARS}, False),
+        ({"document": "a" * (SHORT_CHARS + 1)}, True),
+        ({"token_ids": [1] * SHORT_TOKENS}, False),
+        ({"token_ids": [1] * (SHORT_TOKENS + 1)}, True),
+    ],
+)
+async def test_the_async_client_makes_short_prompts_without_a_thread(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, prompt: dict[str, Any], is_in_thread: bool
+) -> None:
+    """Bug: each message of any prompt went to a thread and back, before the first token of a short one too."""
+    works, to_thread = list[object](), asyncio.to_thread
+
+    async def noted(work: Callable[..., Any], *args: object) -> object:
+        works.append(work)
+        return await to_thread(work, *args)
+
+    monkeypatch.setattr(asyncio, "to_thread", noted)
+    await ask("async", gateway, **prompt)
+    assert bool(works) == is_in_thread
 
 
 async def test_a_cancelled_task_is_cancelled_and_so_is_its_call(gateway: Gateway) -> None:

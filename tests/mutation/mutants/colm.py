@@ -49,6 +49,20 @@ MUTANTS = (
         "tests/unit/test_client.py::test_the_end_of_the_prompt_is_the_last_message",
     ),
     Mutant(
+        "a short prompt's messages go to a thread and back",
+        "colm/upload.py",
+        "    return num_tokens > SHORT_TOKENS",
+        "    return True",
+        "tests/unit/test_client.py::test_the_async_client_makes_short_prompts_without_a_thread",
+    ),
+    Mutant(
+        "a long prompt's messages are made on the event loop",
+        "colm/upload.py",
+        " or len(document) > SHORT_CHARS:",
+        ":",
+        "tests/unit/test_client.py::test_the_async_client_makes_short_prompts_without_a_thread",
+    ),
+    Mutant(
         "weights are taken for what their digest says",
         "colm/checkpoint.py",
         "    if stored != _computed_digest(checkpoint):\n",
