@@ -2,6 +2,9 @@
 
 On a cluster of its own, or with `--state-dir` on one that runs. In each round every length is asked of the cluster, run
 through a prefill engine in this process, and, where a decode node would compute it by itself, through a decode engine.
+The connection is open before, as that of a client that asks again; `connect_s` is what opening it takes, with a call
+that asks for the status.
+
 What is wanted of the cluster (`of_bar_fraction` up to 1): 16 tokens or fewer within 25 ms; more within 1.15x of the
 plain prefill and 25 ms.
 """
@@ -127,6 +130,8 @@ class _Asked:
     rng: np.random.Generator
     plain: _Plain
     vocab_size: int = field(init=False)
+    connect_s: float = field(init=False)
+    """Of the last time that each length was asked for."""
 
     def __post_init__(self) -> None:
         self.vocab_size = Checkpoint.open(self.case.model).config.vocab_size
@@ -149,6 +154,7 @@ class _Asked:
             if first.provisional_s < inf:
                 seen[f"tokens{length}_provisional_s"] = first.provisional_s
                 seen[f"tokens{length}_behind_provisional_s"] = first.time_s
+        seen["connect_s"] = self.connect_s
         for length, first in self.ask_each().items():
             plain_s = self.plain.prefill_s[length]
             bar_s = BAR_S if length <= SMALL_TOKENS else BAR_X * plain_s + BAR_S
@@ -165,6 +171,9 @@ class _Asked:
         async def ask() -> dict[int, First]:
             seen = {}
             async with AsyncClient(self.state.gateway_address, self.state.security) as client:
+                began_s = perf_counter()
+                await client.cluster_status()
+                self.connect_s = perf_counter() - began_s
                 for length in self.case.lengths:
                     prompt = self.rng.integers(0, self.vocab_size, length)
                     first = await first_token(client, prompt, asks_provisional=asks_provisional)

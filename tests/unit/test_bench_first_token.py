@@ -27,6 +27,7 @@ async def test_lengths_are_asked_of_the_cluster_beside_what_computes_them_alone(
     seen = {name: metric["median"] for name, metric in entry["metrics"].items()}
     assert seen["decode_engine_tokens16_s"] > 0
     assert f"decode_engine_tokens{longer}_s" not in seen, "a prefill node computes it"
+    assert seen["cluster_connect_s"] > 0
     bars_s = {short: BAR_S, longer: BAR_X * seen[f"prefill_engine_tokens{longer}_s"] + BAR_S}
     for length, bar_s in bars_s.items():
         cluster_s = seen[f"cluster_tokens{length}_s"]
