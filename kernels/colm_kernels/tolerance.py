@@ -46,10 +46,10 @@ QUERY_STEPS = {torch.float32: 3.1, torch.bfloat16: 260.2}
 writes it in units of 2 u * 128 / 127 times that, or 256 times as much of bf16: the rounding to a whole number may be
 off by half a unit, factor and product by u each."""
 
-WEIGHT_STEPS = {torch.float32: 3.6, torch.bfloat16: 131.6}
+WEIGHT_STEPS = {torch.float32: 3.6, torch.bfloat16: 259.1}
 """Of a weight times its value's scale, where values are int8, in u times the largest of a block of `WEIGHT_BLOCK`
-tokens, by the query's dtype: half of a unit of 2 u * 128 / 255, or 256 times as much, and u each for product, factor
-and their product."""
+tokens, by the query's dtype: half of a unit, and u each for product, factor and their product. The unit is
+2 u * 128 / 255, or 256 times as much of bf16; with AVX2 alone bf16 has 15 bits, a unit of 2**24 / 32767 u."""
 
 WEIGHT_BLOCK = 64
 

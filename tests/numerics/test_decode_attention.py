@@ -224,6 +224,19 @@ def test_light_int8_values_count_beside_a_heavy_one(dtype):
 
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_the_largest_whole_numbers_fit(dtype):
+    """Features, keys, weights and values of int8 pages, each as large as it gets and all of one sign."""
+    arguments, options = case([3 * TOKEN_BLOCK], [1], 1, 4, max(native.HEAD_DIMS), dtype, torch.int8)
+    q, k_pages, v_pages, *_ = arguments
+    q.fill_(1.0)
+    for pages, scales in ((k_pages, options["k_scales_BPK"]), (v_pages, options["v_scales_BPK"])):
+        pages.fill_(-128)
+        scales.fill_(2.0**-7)
+    assert_matches_definition(arguments, options)
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_one_key_far_above_all_others_takes_all_the_weight(dtype):
     q, k_pages, v_pages, block_table, context_lens = inputs([200], 1, 2, 64, dtype)
     q[:] = 1.0

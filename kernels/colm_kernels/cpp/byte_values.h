@@ -55,10 +55,16 @@ struct ByteValues {
         return true;
     }
 
-    // output[row] = output[row] * decay[row] + sum over tokens of weights[row][token] * value(token), for kRows rows and
-    // num_padded tokens, a multiple of 4; hidden ones weigh nothing. `value` is called twice a token for 64 columns.
-    template <int kRows, class Value>
-    static void add(const float* weights, Value value, int num_padded, const float* decay, float* output) {
+    // output[row] = output[row] * decay[row] + sum over tokens of weights[row][token] * value(token), for kRows rows. Reads
+    // up to 3 tokens past the last one; hidden ones weigh nothing. Asks twice a token for 64 columns.
+    template <int kRows, class Ask>
+    static void add(const float* weights, const int8_t* values, const int64_t* offsets, int count, const float* decay,
+                    float* output, Ask ask) {
+        const int num_padded = (count + 3) / 4 * 4;
+        const auto value = [&](int token) {
+            ask(1);
+            return values + offsets[token];
+        };
         const auto of = [&](int row) { return reinterpret_cast<const Weights*>(weights + row * kBlock); };
         for (int column = 0; column < D; column += 4 * kLanes) {
             // Columns 8 to 15 of every 16, or 0 to 7, at a time: their sums fit in the registers.

@@ -6,7 +6,8 @@
 // arithmetic goes, was a fifth slower, keys and values in turn took twice the time. Its keys are asked for while scores
 // are computed, which read no new memory, a little with every token. Keys are transposed, and widened unless they are
 // multiplied as pairs of bf16 or as bytes, so that scores come out a vector of tokens at a time and no sum runs across
-// lanes; with AVX2 alone they are multiplied as they lie (direct_scores.h).
+// lanes; with AVX2 alone they are multiplied as they lie (direct_scores.h), and so are values (direct_values.h, and of int8
+// short_values.h).
 //
 // The terms of a row's sums and their order depend on its own context only, not on the rows beside it nor on where an
 // item begins or ends. So a query's result has the same bits alone, among drafts and in any batch.
@@ -17,7 +18,9 @@
 #include "byte_scores.h"
 #include "byte_values.h"
 #include "direct_scores.h"
+#include "direct_values.h"
 #include "page_block.h"
+#include "short_values.h"
 #include "softmax.h"
 #include "tile.h"
 
@@ -33,7 +36,7 @@ struct Decode {
     static constexpr bool kDirect = sizeof(Vec) == 32;  // keys are multiplied as they lie
     static constexpr bool kPrepared = kBytes || kDirect;  // queries have a form of their own; scores come out scaled
     static constexpr int kDigits = [] { if constexpr (kBytes) return Op::kDigits; else return 3; }();
-    static constexpr bool kByteValues = kBytes && !kDirect && D % 64 == 0;
+    static constexpr bool kWholeValues = kBytes && (kDirect || D % 64 == 0);  // weights are whole numbers too
     static constexpr int kBlock = 64;  // tokens; keys and values of one head, widened, are 32 KiB at head dim 64
     static constexpr int kKeyVecs = sizeof(Vec) == 64 ? 4 : 2;
     static constexpr int kPanel = kKeyVecs * kLanes;  // keys of one transposed panel
@@ -45,12 +48,13 @@ struct Decode {
     static_assert(kBlock % kPanel == 0 && kBlock % (2 * kLanes) == 0, "panels and the softmax cover the block");
 
     using Block = PageBlock<In, D, kBlock>;
-    using RowsAhead = Ahead<In, D, kBlock>;
+    using RowsAhead = Ahead<In, D, kBlock, kDirect>;
 #ifdef __AVX512VNNI__
     using Scores = ByteScores<D, kDigits>;
     using Values = ByteValues<D, kDigits, kBlock>;
 #elif !defined(__AVX512F__)
     using Scores = typename DirectScoresOf<Op, In, D>::Type;
+    using Values = ShortValues<D, kBlock>;
 #endif
 
     struct Workspace {
@@ -166,42 +170,49 @@ struct Decode {
         }
     }
 
-    // Vectors of a value at once beside so many rows: with 16 registers, as many sums as arithmetic's latency needs.
-    static constexpr int vecs_beside(int num_rows) {
-        if (!kDirect || num_rows > 3 || D % (2 * kValueVecs * kLanes) != 0) return kValueVecs;
-        return num_rows > 1 || D % (4 * kValueVecs * kLanes) != 0 ? 2 * kValueVecs : 4 * kValueVecs;
-    }
-
     // output[row] = output[row] * decay[row] + sum over tokens of weights[row][token] * value(token), for kRows rows.
-    // `value` is also told which part of a row's columns is read, and of how many.
     template <int kRows, class Value>
     static void gather(const float* weights, Value value, int count, const float* decay, float* output) {
-        constexpr int kVecs = vecs_beside(kRows);
-        for (int column = 0; column < D; column += kVecs * kLanes) {
-            Vec acc[kRows][kVecs];
+        for (int column = 0; column < D; column += kValueVecs * kLanes) {
+            Vec acc[kRows][kValueVecs];
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) {
                 const Vec factor = splat(decay[i]);
-#pragma GCC unroll 8
-                for (int j = 0; j < kVecs; ++j) acc[i][j] = mul(load(output + i * D + column + j * kLanes), factor);
+#pragma GCC unroll 5
+                for (int j = 0; j < kValueVecs; ++j) acc[i][j] = mul(load(output + i * D + column + j * kLanes), factor);
             }
             for (int token = 0; token < count; ++token) {
-                const auto* from = value(token, column / (kVecs * kLanes), D / (kVecs * kLanes)) + column;
-                Vec row[kVecs];
-#pragma GCC unroll 8
-                for (int j = 0; j < kVecs; j += kValueVecs) widen(from + j * kLanes, row + j);
+                Vec row[kValueVecs];
+                widen(value(token) + column, row);
 #pragma GCC unroll 4
                 for (int i = 0; i < kRows; ++i) {
                     const Vec weight = splat(weights[i * kBlock + token]);
-#pragma GCC unroll 8
-                    for (int j = 0; j < kVecs; ++j) acc[i][j] = fma(weight, row[j], acc[i][j]);
+#pragma GCC unroll 5
+                    for (int j = 0; j < kValueVecs; ++j) acc[i][j] = fma(weight, row[j], acc[i][j]);
                 }
             }
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-                for (int j = 0; j < kVecs; ++j) store(output + i * D + column + j * kLanes, acc[i][j]);
+#pragma GCC unroll 5
+                for (int j = 0; j < kValueVecs; ++j) store(output + i * D + column + j * kLanes, acc[i][j]);
             }
+        }
+    }
+
+    // The same of a block's values as they lie, beside which what comes next is asked for.
+    template <int kRows, class Ask>
+    static void gather_in_place(const float* weights, const In* values, const Block& block, int count,
+                                const float* decay, float* output, Ask ask) {
+        if constexpr (kDirect) {
+#ifndef __AVX512F__
+            DirectValues<In, D>::template add<kRows, kBlock>(weights, values, block.offsets, count, decay, output, ask);
+#endif
+        } else {
+            auto value = [&](int token) {
+                ask(1);
+                return values + block.offsets[token];
+            };
+            gather<kRows>(weights, value, count, decay, output);
         }
     }
 
@@ -343,8 +354,8 @@ struct Decode {
                         if constexpr (kScaled) apply_unusual_scales(ws.keys, block.count, scales);
                     }
                     in_tiles(0, rows, [&]<int kRows>(int64_t row) {
-                        const auto ask = [&] {
-                            if (row == 0) keys_ahead.row();
+                        const auto ask = [&](int num_tokens = 1) {
+                            if (row == 0) keys_ahead.rows(num_tokens);
                         };
                         if constexpr (kDirect) {
 #ifndef __AVX512F__
@@ -387,35 +398,34 @@ struct Decode {
                     float* const decay = ws.decay + (head - first) * rows;
                     if constexpr (kScaled) {
                         block.load_scales(args.v_scales, head, scales);
-                        for (int64_t row = 0; !kByteValues && row < rows; ++row) {
+                        for (int64_t row = 0; !kWholeValues && row < rows; ++row) {
                             scale_row(scores + row * kBlock, visible(row), scales);
                         }
                     }
                     float* to = output + head * rows * D;
-                    const auto ask_values = [&] { values_ahead.row(); };
-                    if constexpr (kByteValues) {
-#ifdef __AVX512VNNI__
+                    const auto ask_values = [&](int num_tokens = 1) { values_ahead.rows(num_tokens); };
+                    if constexpr (kWholeValues) {
+#if defined(__AVX512VNNI__) || !defined(__AVX512F__)
                         for (int64_t row = 0; row < rows; ++row) {
                             if (Values::prepare(scores + row * kBlock, scales, visible(row))) continue;
                             Values::arrange(to + row * D);
-                            gather<1>(scores + row * kBlock, [&](int token, int, int) { return values + block.offsets[token]; },
-                                      visible(row), decay + row, to + row * D);
+                            gather_in_place<1>(scores + row * kBlock, values, block, visible(row), decay + row,
+                                               to + row * D, [](int) {});
                             Values::arrange(to + row * D);
                             decay[row] = 1.0f;
                             memset(scores + row * kBlock, 0, kBlock * sizeof(float));
                         }
                         in_tiles(0, rows, [&]<int kRows>(int64_t row) {
-                            auto value = [&](int token) {
-                                if (row == 0) ask_values();
-                                return values + block.offsets[token];
+                            const auto ask = [&](int num_tokens) {
+                                if (row == 0) ask_values(num_tokens);
                             };
-                            Values::template add<kRows>(scores + row * kBlock, value, (block.count + 3) / 4 * 4, decay + row,
-                                                        to + row * D);
+                            Values::template add<kRows>(scores + row * kBlock, values, block.offsets, block.count,
+                                                        decay + row, to + row * D, ask);
                         });
 #endif
                         continue;
                     }
-                    const bool packed = rows > kRowTile;
+                    const bool packed = !kDirect && rows > kRowTile;  // widened once for all tiles of rows
                     if (packed) pack_values(values, block, ask_values, ws.values);
                     for (int64_t row = 0; row < rows;) {
                         // Rows of one query token see the same tokens. A weight of zero times infinity would be NaN.
@@ -424,14 +434,13 @@ struct Decode {
                         in_tiles(row, end, [&]<int kRows>(int64_t r) {
                             const float* weights = scores + r * kBlock;
                             if (packed) {
-                                gather<kRows>(weights, [&](int token, int, int) { return ws.values + token * D; }, count, decay + r,
+                                gather<kRows>(weights, [&](int token) { return ws.values + token * D; }, count, decay + r,
                                               to + r * D);
                             } else {
-                                auto value = [&](int token, int part, int parts) {
-                                    if (!kDirect || token % parts == part) ask_values();
-                                    return values + block.offsets[token];
+                                const auto ask = [&](int num_tokens) {
+                                    if (!kDirect || r == 0) ask_values(num_tokens);
                                 };
-                                gather<kRows>(weights, value, count, decay + r, to + r * D);
+                                gather_in_place<kRows>(weights, values, block, count, decay + r, to + r * D, ask);
                             }
                         });
                         row = end;
@@ -440,8 +449,8 @@ struct Decode {
             }
             if (begin + kBlock < span->end) continue;
             join_parts(output, num_heads * rows);
-#ifdef __AVX512VNNI__
-            for (int64_t row = 0; kByteValues && row < num_heads * rows; ++row) Values::arrange(output + row * D);
+#if defined(__AVX512VNNI__) || !defined(__AVX512F__)
+            for (int64_t row = 0; kWholeValues && row < num_heads * rows; ++row) Values::arrange(output + row * D);
 #endif
             memcpy(output + num_heads * rows * D, ws.maxima, num_heads * rows * sizeof(float));
             memcpy(output + num_heads * rows * (D + 1), ws.sums, num_heads * rows * sizeof(float));

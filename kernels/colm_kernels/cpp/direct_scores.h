@@ -30,7 +30,7 @@ struct DirectScores {
     static_assert(D % (kParts * kLanes) == 0);
 
     struct Query {
-        float features[D];  // in the order in which a key's are widened
+        alignas(32) float features[D];  // in the order in which a key's are widened
     };
 
     static void prepare(const float* query, Query* to) {
@@ -47,17 +47,16 @@ struct DirectScores {
     }
 
     // scores[row][token] = query(row) . key(token), times scales[token] where keys are int8, of kRows rows and num_padded
-    // tokens; asks once a token.
+    // tokens; two keys at a time, for which it asks.
     template <int kRows, int kStride, class Ask>
-    static void score(const Query* queries, const In* keys, const int64_t* offsets, const float* scales,
+    __attribute__((noinline)) static void score(const Query* queries, const In* keys, const int64_t* offsets, const float* scales,
                       int num_padded, float* scores, Ask ask) {
         for (int token = 0; token < num_padded; token += kTokensAtOnce) {
             Vec pairs[kRows][kTokensAtOnce / 2];
 #pragma GCC unroll 1
             for (int i = 0; i < kTokensAtOnce / 2; ++i) {
                 const In *first = keys + offsets[token + 2 * i], *second = keys + offsets[token + 2 * i + 1];
-                ask();
-                ask();
+                ask(2);
                 Vec acc[kRows][2];
 #pragma GCC unroll 4
                 for (int row = 0; row < kRows; ++row) acc[row][0] = acc[row][1] = zero();
@@ -71,8 +70,8 @@ struct DirectScores {
 #pragma GCC unroll 4
                         for (int row = 0; row < kRows; ++row) {
                             const Vec query = load(queries[row].features + d + part * kLanes);
-                            acc[row][0] = fma(a[part], query, acc[row][0]);
-                            acc[row][1] = fma(b[part], query, acc[row][1]);
+                            add_product(acc[row][0], a[part], query);
+                            add_product(acc[row][1], b[part], query);
                         }
                     }
                 }
@@ -100,7 +99,7 @@ struct ShortScores {
     static_assert(D % kStep == 0 && D <= 256, "the largest sum fits in 32 bits");
 
     struct Query {
-        int16_t features[D];
+        alignas(32) int16_t features[D];
         float unit;  // what 1 is worth
     };
 
@@ -137,18 +136,19 @@ struct ShortScores {
         return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
     }
 
-    // scores[row][token] = query(row) . key(token) * scales[token] of kRows rows; asks once a token.
+    // scores[row][token] = query(row) . key(token) * scales[token] of kRows rows; two keys at a time, for which it asks.
     template <int kRows, int kStride, class Ask>
-    static void score(const Query* queries, const int8_t* keys, const int64_t* offsets, const float* scales,
+    __attribute__((noinline)) static void score(const Query* queries, const int8_t* keys, const int64_t* offsets, const float* scales,
                       int num_padded, float* scores, Ask ask) {
         for (int token = 0; token < num_padded; token += kTokensAtOnce) {
             __m256i pairs[kRows][kTokensAtOnce / 2];
 #pragma GCC unroll 1
             for (int i = 0; i < kTokensAtOnce / 2; ++i) {
                 const int8_t *first = keys + offsets[token + 2 * i], *second = keys + offsets[token + 2 * i + 1];
-                ask();
-                ask();
+                ask(2);
                 __m256i acc[kRows][2];
+#pragma GCC unroll 4
+                for (int row = 0; row < kRows; ++row) acc[row][0] = acc[row][1] = _mm256_setzero_si256();
 #pragma GCC unroll 16
                 for (int d = 0; d < D; d += kStep) {
                     const __m256i a = widen(first + d), b = widen(second + d);
@@ -156,9 +156,8 @@ struct ShortScores {
                     for (int row = 0; row < kRows; ++row) {
                         const auto* from = reinterpret_cast<const __m256i*>(queries[row].features + d);
                         const __m256i query = _mm256_loadu_si256(from);
-                        const __m256i of_a = _mm256_madd_epi16(a, query), of_b = _mm256_madd_epi16(b, query);
-                        acc[row][0] = d == 0 ? of_a : _mm256_add_epi32(acc[row][0], of_a);
-                        acc[row][1] = d == 0 ? of_b : _mm256_add_epi32(acc[row][1], of_b);
+                        add_products(acc[row][0], a, query);
+                        add_products(acc[row][1], b, query);
                     }
                 }
 #pragma GCC unroll 4

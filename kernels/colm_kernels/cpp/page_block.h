@@ -46,32 +46,57 @@ struct PageBlock {
     }
 };
 
-// Prefetches a block of one pool, all its heads, in the order of its addresses, so that hardware can prefetch too.
-template <class In, int D, int kTokens>
+// Prefetches a block of one pool, all its heads, in the order of its addresses, so that hardware can prefetch too. Or, of
+// pages that lie anywhere, all of the block's in turn: a processor that starts anew on each of them (Zen 3) then reads a
+// third faster.
+template <class In, int D, int kTokens, bool kInTurn>
 class Ahead {
   public:
     Ahead(const void* pool, const PageBlock<In, D, kTokens>& block)
-        : pool_(static_cast<const In*>(pool)), block_(block) {}
+        : pool_(static_cast<const In*>(pool)), block_(block) {
+        for (int i = 0; kInTurn && i < block.num_runs; ++i) {
+            const int64_t length = block.ends[i] - block.begins[i];
+            longest_ = length > longest_ ? length : longest_;
+        }
+    }
 
     // As much as one head of one token; false if there is no more.
     bool row() {
+        if constexpr (kInTurn) {
+            if (step_ == longest_) return false;
+            if (step_ < block_.ends[run_] - block_.begins[run_]) ask(pool_ + block_.begins[run_] + step_);
+            if (++run_ == block_.num_runs) {
+                run_ = 0;
+                step_ += D;
+            }
+            return true;
+        }
         if (at_ == end_) {
             if (run_ == block_.num_runs) return false;
             at_ = pool_ + block_.begins[run_];
             end_ = pool_ + block_.ends[run_++];
         }
-        constexpr int kLine = 64 / sizeof(In);
-#pragma GCC unroll 8
-        for (int d = 0; d < D; d += kLine) _mm_prefetch(reinterpret_cast<const char*>(at_ + d), _MM_HINT_T1);
+        ask(at_);
         at_ += D;
         return true;
     }
 
+    void rows(int count) {
+        for (int i = 0; i < count; ++i) row();
+    }
+
   private:
+    static void ask(const In* from) {
+        constexpr int kLine = 64 / sizeof(In);
+#pragma GCC unroll 8
+        for (int d = 0; d < D; d += kLine) _mm_prefetch(reinterpret_cast<const char*>(from + d), _MM_HINT_T1);
+    }
+
     const In *at_ = nullptr, *end_ = nullptr;
     const In* const pool_;
     const PageBlock<In, D, kTokens>& block_;
     int run_ = 0;
+    int64_t step_ = 0, longest_ = 0;
 };
 
 }  // namespace

@@ -36,9 +36,6 @@ struct WidePanel {
         return _mm256_castsi256_ps(_mm256_and_si256(bits(words), _mm256_set1_epi32(static_cast<int32_t>(0xffff0000))));
     }
 
-    // GCC 12 moves sums of the intrinsic from register to register, and then some through memory.
-    static void add_product(Vec& sum, Vec a, Vec b) { asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b)); }
-
     // kCount rows of x by `depth` words of kWide vectors of a panel, added to `sums`; of the last word only the first
     // input if `is_odd`, since what stands beside it in x may be NaN.
     template <int kCount, int kWide, bool kAsks>
