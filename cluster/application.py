@@ -12,7 +12,8 @@ from ray.serve.config import RequestRouterConfig
 from cluster.front_door.plan import GatewayLimits
 from cluster.options import ClusterConfig, DecodeSection, PrefillSection, VariantSection
 from cluster.replicas.decode import DecodeReplica
-from cluster.replicas.gateway import SUCCESSOR_S, GatewayOptions, GatewayReplica
+from cluster.replicas.gateway import GatewayReplica
+from cluster.replicas.gateway_options import SUCCESSOR_S, GatewayOptions
 from cluster.replicas.prefill import PrefillReplica
 from cluster.security.secret_files import SecretFiles
 from cluster.serve_names import GATEWAY

@@ -25,7 +25,7 @@ from bench.simulate.serve_model import ServeModel
 from bench.simulate.virtual_time import LoopClock, simulate
 from cluster.front_door.placement import RETRY, DecodeJob, Placement
 from cluster.replicas.decode import ServePrefillPool
-from cluster.replicas.gateway import ServeDecodePool
+from cluster.replicas.decode_pool import ServeDecodePool
 from colm.clock import Deadline
 from colm.errors import CapacityExceeded
 from colm.model.config import ChainConfig

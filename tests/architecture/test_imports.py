@@ -47,7 +47,7 @@ GRPC = (
     "cluster/generation_service.py",
     "cluster/decode_calls.py",
     "cluster/ray_guard.py",
-    "cluster/replicas/gateway.py",
+    "cluster/replicas/client_ports.py",
 )
 
 # Bookkeeping for property tests: no tensors, no network and no cluster, not even through their own imports.

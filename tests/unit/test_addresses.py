@@ -140,7 +140,8 @@ async def test_the_gateway_says_where_it_is_reached_that_it_serves_and_after_a_s
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cluster.replicas import gateway as module
-    from cluster.replicas.gateway import GatewayOptions, GatewayReplica  # imports Ray Serve
+    from cluster.replicas.gateway import GatewayReplica  # imports Ray Serve
+    from cluster.replicas.gateway_options import GatewayOptions
 
     options = GatewayOptions(
         model_path=str(checkpoint.path),
@@ -174,7 +175,7 @@ async def test_the_gateway_says_where_it_is_reached_that_it_serves_and_after_a_s
     handle = SimpleNamespace(options=lambda **_: None)  # nobody decodes here
     await gateway.__init__(options, secrets, handle)  # type: ignore[misc]
     await gateway.reconfigure({"is_open": False})
-    assert not gateway._opened.is_set()
+    assert not gateway._ports.is_open
     await gateway.reconfigure({"is_open": True})
     address = (await gateway.addresses())[0]
     assert address == dial_address(EVERYWHERE, int(address.rpartition(":")[2]))
