@@ -14,6 +14,7 @@ from cluster.state import ClusterState
 from tests.e2e.conftest import RunningCluster, run_colm, until
 from tests.tiny import tiny_checkpoint
 
+pytestmark = pytest.mark.timeout(1800)  # it has three `colm up`, a gateway that is killed and a `colm down` in it
 TEXT = "a long document. " * 8
 
 
