@@ -49,16 +49,17 @@ def next_quantum(jobs: Collection[_Job], costs: CostModel, *, memory_bytes: int)
 
 def steps_within(jobs: Sequence[_Job], costs: CostModel, quantum_s: float) -> Quantum[_Job]:
     """As many steps of jobs as fit into a time, and at least one; of several jobs, each step of all as one."""
-    num_steps, steps_s, own_s = 0, 0.0, dict.fromkeys(jobs, 0.0)
+    num_steps, steps_s, alone_sums_s = 0, 0.0, [0.0] * len(jobs)
     seen: tuple[Work, ...] = ()
     step_s, alone_s = 0.0, list[float]()
     for works in zip(*(job.works_ahead() for job in jobs), strict=True):
         if works != seen:  # those of a prompt of one tile are alike, layer after layer
             seen, step_s = works, costs.seconds(Work.shared(works))
-            alone_s = [step_s] if len(jobs) == 1 else [costs.seconds(work) for work in works]
+            alone_s = [costs.seconds(work) for work in works] if len(jobs) > 1 else []
         if num_steps and steps_s + step_s > quantum_s:
             break
         num_steps, steps_s = num_steps + 1, steps_s + step_s
-        for job, own in zip(jobs, alone_s, strict=True):
-            own_s[job] += own
+        if alone_s:
+            alone_sums_s = [total + own for total, own in zip(alone_sums_s, alone_s, strict=True)]
+    own_s = dict(zip(jobs, alone_sums_s if len(jobs) > 1 else [steps_s], strict=True))
     return Quantum(num_steps=num_steps, steps_s=steps_s, own_s=own_s)

@@ -12,7 +12,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil, sqrt
+from math import ceil, log, sqrt
 from typing import Final
 
 import numpy as np
@@ -288,7 +288,7 @@ class Gaps:
     def add(self, seconds: float, count: int) -> None:
         """Note a time that came so often."""
         if count:
-            bin_ = round(np.log(seconds) / _BIN)
+            bin_ = round(log(seconds) / _BIN)
             self.num[bin_] = self.num.get(bin_, 0) + count
 
     def percentile(self, percent: int) -> float | None:

@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import accumulate, count
+from itertools import accumulate, count, islice
+from typing import NamedTuple
 
 from bench.simulate.costs import KV_DTYPE, Costs
 from bench.simulate.network import Link, send
@@ -35,8 +36,7 @@ class PrefillLimits:
     max_queued_s: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
+class Tile(NamedTuple):
     """Sent, and not yet dropped from its window."""
 
     num_bytes: int
@@ -122,13 +122,13 @@ class PrefillTask:
 
     def works_ahead(self) -> Iterator[Work]:
         """What each step takes that is still to be made."""
-        num_tiles = self._works.num_tiles
-        for number in range(self._num_steps, self._num_all_steps):
-            yield self._works.of(*divmod(number, num_tiles))
+        return map(self._works.steps.__getitem__, range(self._num_steps, self._num_all_steps))
 
     def tile_tokens_ahead(self, num_steps: int) -> list[int]:
         """Tokens of the tiles that so many steps will make."""
         tile_tokens, num_tiles = self._node.shape.tile_tokens, self._works.num_tiles
+        if num_tiles == 1:
+            return [self.num_tokens] * num_steps
         numbers = range(self._num_steps, self._num_steps + num_steps)
         return [min(tile_tokens, self.num_tokens - number % num_tiles * tile_tokens) for number in numbers]
 
@@ -142,39 +142,33 @@ class PrefillTask:
         return work
 
     def _held_bytes(self) -> int:
-        now_s = self._node.now_s
-        while self._window and self._window[0].arrives_s <= now_s:
-            self._window_bytes -= self._window.popleft().num_bytes
+        window = self._window
+        if window:
+            now_s = self._node.now_s
+            while window and window[0].arrives_s <= now_s:
+                self._window_bytes -= window.popleft().num_bytes
         return self._window_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Works:
-    """Of a prompt's steps: in the first layer, in one between, in the last; a step for each tile."""
+    """Of a prompt's steps."""
 
-    first: tuple[Work, ...]
-    between: tuple[Work, ...]
-    last: tuple[Work, ...]
+    steps: tuple[Work, ...]
+    """A step for each tile of each layer; those of all layers but the first and the last are the same objects."""
+    num_tiles: int
     shape: PrefillShape
     num_tokens: int
+    all: Work
     lefts: dict[int, Work] = field(default_factory=dict)
-
-    @property
-    def num_tiles(self) -> int:
-        return len(self.first)
 
     def left(self, num_steps: int) -> Work:
         """What is still to be made after so many steps."""
         if num_steps not in self.lefts:
             layer, tile = divmod(num_steps, self.num_tiles)
             made = self.shape.work_before(KvPosition(layer, tile * self.shape.tile_tokens), self.num_tokens)
-            self.lefts[num_steps] = self.shape.work(self.num_tokens) - made
+            self.lefts[num_steps] = self.all - made
         return self.lefts[num_steps]
-
-    def of(self, layer: int, tile: int) -> Work:
-        if layer == 0:
-            return self.first[tile]
-        return (self.last if layer == self.shape.num_layers - 1 else self.between)[tile]
 
 
 @lru_cache(maxsize=4096)
@@ -188,7 +182,10 @@ def _works(shape: PrefillShape, num_tokens: int) -> _Works:
         return tuple(works)
 
     last = shape.num_layers - 1
-    return _Works(of_layer(0), of_layer(min(1, last)), of_layer(last), shape, num_tokens)
+    steps = first = of_layer(0)
+    if last:
+        steps = first + of_layer(1) * (last - 1) + of_layer(last)
+    return _Works(steps, len(first), shape, num_tokens, shape.work(num_tokens))
 
 
 @dataclass(slots=True)
@@ -303,18 +300,22 @@ class PrefillModel:
         self._stepping = stepping
         for task in stepping:
             task.is_started = True
-        rooms = [task.room_bytes for task in stepping]
         tiles = [task.tile_tokens_ahead(num_steps) for task in stepping]
+        fit = min(self._num_fitting(tokens, task.room_bytes) for task, tokens in zip(stepping, tiles, strict=True))
         steps_s, seen, step_s = list[float](), tuple[Work, ...](), 0.0
-        for works, *tokens in zip(zip(*(task.works_ahead() for task in stepping), strict=True), *tiles, strict=False):
+        for works in islice(zip(*(task.works_ahead() for task in stepping), strict=True), fit):
             if works != seen:
                 seen, step_s = works, self._truth.prefill_step_s(Work.shared(works))
             steps_s.append(step_s)
-            rooms = [room - each * self._layer_token_bytes for room, each in zip(rooms, tokens, strict=True)]
-            if min(rooms) <= 0:
-                break
-        tokens_of = [each[: len(steps_s)] for each in tiles]
+        tokens_of = [each[:fit] for each in tiles]
         self._processor.run(steps_s, partial(self._stepped, steps_s, tokens_of, self.now_s))
+
+    def _num_fitting(self, tile_tokens: Sequence[int], room_bytes: int) -> int:
+        """How many of the next tiles are made: a window takes the one that fills it, and none behind."""
+        if sum(tile_tokens) * self._layer_token_bytes < room_bytes:
+            return len(tile_tokens)
+        ends = enumerate(accumulate(tile_tokens), 1)
+        return next(number for number, held in ends if held * self._layer_token_bytes >= room_bytes)
 
     def _stepped(self, steps_s: Sequence[float], tokens_of: Sequence[Sequence[int]], began_s: float) -> None:
         stepping, self._stepping = self._stepping, ()
@@ -323,10 +324,10 @@ class PrefillModel:
         slowdown = took_s / sum(steps_s)
         tiles: list[list[Tile]] = [[] for _ in stepping]
         for number, end_s in enumerate(accumulate(steps_s)):
+            at_s = began_s + slowdown * end_s
             for task, tokens, sent in zip(stepping, tokens_of, tiles, strict=True):
                 num_bytes = tokens[number] * self._layer_token_bytes
-                arrives_s = send(num_bytes, self._link, task.receiver, at_s=began_s + slowdown * end_s)
-                sent.append(Tile(num_bytes=num_bytes, arrives_s=arrives_s))
+                sent.append(Tile(num_bytes, send(num_bytes, self._link, task.receiver, at_s=at_s)))
         works = [task.advance(sent) for task, sent in zip(stepping, tiles, strict=True)]
         self.costs.observe(Work.shared(works), took_s)
         self.counts.engine_s += took_s

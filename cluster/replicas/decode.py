@@ -76,6 +76,8 @@ class ServePrefillPool:
             yield
         finally:
             self._waiting_tokens[num_tokens] -= 1
+            if not self._waiting_tokens[num_tokens]:
+                del self._waiting_tokens[num_tokens]
 
     @contextmanager
     def _used(self, address: str) -> Iterator[None]:

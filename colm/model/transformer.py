@@ -6,6 +6,7 @@ query heads and K kv heads of chain 1, E head dim.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import cast
 
 import torch
@@ -101,6 +102,7 @@ class ChainTransformer(nn.Module):
             xs = layer.by_chain(xs, cos_NE, sin_NE, 1)
 
 
+@cache
 def slice_config(config: ChainConfig, num_chains: int) -> ChainConfig:
     """The model of the first `num_chains` chains, as a config of its own."""
     if num_chains == config.num_chains:

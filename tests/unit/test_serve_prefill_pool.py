@@ -147,3 +147,12 @@ async def test_the_nodes_that_are_remembered_are_bounded(monkeypatch: pytest.Mon
     for _ in range(3):
         await lend(pool)
     assert pool.loads() == {"b": 0, "c": 0}
+
+
+async def test_lengths_of_prompts_that_wait_no_longer_are_forgotten() -> None:
+    """Every length that had ever waited stayed in the count, and each report went through all of them."""
+    pool = pool_of(TakingTurns("a", "b"))
+    for num_tokens in range(1, 40):
+        async with pool.lease(num_tokens=num_tokens, beat=no_beat, preferred=None, refused_by=()):
+            assert pool.waiting_tokens == ()
+    assert not pool._waiting_tokens

@@ -21,6 +21,13 @@ MUTANTS = (
         _SCALER + "test_prompts_that_wait_for_a_prefill_node_count_by_their_lengths",
     ),
     Mutant(
+        "every length that ever waited for a prefill node is looked at in each report",
+        "cluster/replicas/decode.py",
+        "                del self._waiting_tokens[num_tokens]\n",
+        "                pass\n",
+        "tests/unit/test_serve_prefill_pool.py::test_lengths_of_prompts_that_wait_no_longer_are_forgotten",
+    ),
+    Mutant(
         "the line before prefill is load of decode",
         "cluster/autoscaling/signals.py",
         "    own = held - of_line\n",
