@@ -33,10 +33,17 @@ struct PageBlock {
 
     // Of one head, for each token of the block.
     void load_scales(const uint16_t* from, int64_t head, float* to) const {
+#ifndef __AVX512F__
+        for (int i = 0; i < kTokens; i += kLanes) {
+            const auto at = [&](int j) { return from[scales[i + j] + head]; };
+            store(to + i, widen_each(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)));
+        }
+#else
         for (int i = 0; i < kTokens; ++i) {
             const uint32_t bits = static_cast<uint32_t>(from[scales[i] + head]) << 16;
             memcpy(to + i, &bits, sizeof bits);
         }
+#endif
     }
 
     void prefetch_scales(const uint16_t* from) const {

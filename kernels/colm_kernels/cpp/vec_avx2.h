@@ -63,6 +63,15 @@ inline Vec load_nibbles(const unsigned char* p) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 28 - kBit), 28));
 }
 
+// bf16 numbers from anywhere.
+inline Vec widen_each(uint16_t a, uint16_t b, uint16_t c, uint16_t d, uint16_t e, uint16_t f, uint16_t g, uint16_t h) {
+    __m128i low = _mm_cvtsi32_si128(a), high = _mm_cvtsi32_si128(e);
+    low = _mm_insert_epi16(_mm_insert_epi16(_mm_insert_epi16(low, b, 1), c, 2), d, 3);
+    high = _mm_insert_epi16(_mm_insert_epi16(_mm_insert_epi16(high, f, 1), g, 2), h, 3);
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_unpacklo_epi64(low, high));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
 // The first `count` words; the others are zero, and their memory is not touched.
 inline Vec load_first_words(const void* p, int count) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
