@@ -35,7 +35,7 @@ PROMPTS: Final = (65, 129, 257, 513, 1025)
 """Tokens; the last of each is the decode node's."""
 ANSWERS: Final = (1, 3, 6)
 """At once."""
-BESIDE: Final = (1, 3)
+BESIDE: Final = (1, 3, 6)
 """Answers beside which prompts are computed."""
 _PROMPTS_BESIDE: Final = (129, 513, 129, 513)
 """One after the other."""
@@ -200,8 +200,9 @@ class Calibration:
                 await answers.make(_STEADY_TOKENS)
                 between += answers.gaps(began_s, asked_s := self._now_s())
                 (ttft_s,) = await self._times(num_tokens, 1)
-                # The prompt's own first step is beside no prefill, and waits for the end of another one.
-                beside += answers.gaps(asked_s, asked_s + ttft_s - between.mean_s)
+                # Nothing is computed while the request is on its way. The prompt's own first step is beside no prefill,
+                # and waits for the end of another one.
+                beside += answers.gaps(asked_s + alone.overhead_s, asked_s + ttft_s - between.mean_s)
                 took_s += ttft_s - 1.5 * between.mean_s - alone.overhead_s
         alone_s = (alone_s + await self._prompts_s()) / 2
         first_s = alone.decode_step_s(DecodeWork(num_tokens={1: 1}, num_context_tokens=PROMPTS[0]))
