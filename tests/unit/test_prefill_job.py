@@ -309,6 +309,23 @@ def test_what_is_found_while_kept_tiles_are_made_follows_them() -> None:
     job.cancel()
 
 
+def test_what_is_computed_waits_for_the_kept_tiles_before_it() -> None:
+    hold, computed = PrefixHold(num_tokens=NUM_TOKENS), torch.randn(FORMAT.num_layers, 2, 2, NUM_TOKENS, 4)
+    keep_one_more(hold, computed)
+    job = new_job(order(1), hold)
+    stream = job.attach(order(1))
+    begin(job)
+    making = KeptMaking.of(job)
+    tile = KvTile(0, 5, *computed[0, :, :, 5:10])
+    job.produce(job.encoder.encode(tile, epoch=1, since=KV_START, memory=None), KvPosition(0, 10))
+    assert stream.take() is None
+    making.make()
+    job.add_kept(making.messages, making.end)
+    tiles = [stream.take(), stream.take()]
+    assert [tile and tile.begin for tile in tiles] == [KvPosition(0, 0), KvPosition(0, 5)]
+    job.cancel()
+
+
 def test_nothing_is_made_of_kept_tiles_once_their_job_is_given_up() -> None:
     hold = PrefixHold(num_tokens=NUM_TOKENS)
     keep_one_more(hold, torch.randn(FORMAT.num_layers, 2, 2, NUM_TOKENS, 4))

@@ -115,8 +115,8 @@ MUTANTS = (
     Mutant(
         "a disturbed step counts as much as an undisturbed one",
         "decode_node/step_budget.py",
-        "min(fastest_s[num_tokens], clock.now() - began_s)",
-        "clock.now() - began_s",
+        "min(fastest_s[num_tokens], timed_s(partial(step, num_tokens)))",
+        "timed_s(partial(step, num_tokens))",
         "tests/unit/test_step_budget.py::test_a_step_that_something_disturbs_is_measured_again_and_the_fastest_counts",
     ),
     Mutant(
@@ -267,8 +267,8 @@ MUTANTS = (
     Mutant(
         "until drafts were seen they are taken for as slow as chain 1",
         "decode_node/drafter.py",
-        "share = self._draft_share * self.num_weights[0]",
-        "share = self.num_weights[0]",
+        "of_all = self._draft_share * self.num_weights[0]",
+        "of_all = self.num_weights[0]",
         "tests/unit/test_drafter.py"
         "::test_weights_that_draft_may_be_a_part_of_chain_1s_bytes_and_answers_of_chain_1_are_no_drafts",
     ),

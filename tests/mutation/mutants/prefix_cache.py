@@ -159,7 +159,7 @@ MUTANTS = (
         "prefill_node/tile_window.py",
         "while self._behind and self._behind[0].begin < self.next_kept:",
         "while self._behind:",
-        "tests/unit/test_prefill_job.py::TestPrefillJob::runTest",
+        "tests/unit/test_prefill_job.py::test_what_is_computed_waits_for_the_kept_tiles_before_it",
     ),
     Mutant(
         "kept tiles end where they had ended when they were begun",
