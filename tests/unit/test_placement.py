@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from colm_kernels import native
 
 from cluster.lifecycle import up
 from cluster.options import ClusterConfig, load_config
@@ -46,6 +47,25 @@ def bring_up(checkpoint: Checkpoint, state_dir: Path, **options: object) -> None
 )
 def test_a_device_is_read_with_its_index(name: str, device: torch.device) -> None:
     assert parse_device(name) == device
+
+
+@pytest.mark.parametrize(
+    ("has_bf16_unit", "variant", "dtype"),
+    [
+        (True, "avx512_bf16", torch.bfloat16),
+        (True, "torch", torch.bfloat16),
+        (False, "avx512", torch.float32),
+        (False, "avx2", torch.bfloat16),
+        (False, "torch", torch.float32),
+    ],
+)
+def test_bfloat16_is_used_where_it_is_as_fast(
+    has_bf16_unit: bool, variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16_unit)
+    monkeypatch.setattr(native, "default_variant", lambda _: variant)
+    assert Placement.of("cpu", "auto").dtype is dtype
+    assert Placement.of("cuda", "auto").dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["", "CPU", "gpu", "meta", "cuda:", "cuda:01", "cuda:300", "cuda:0 ", "cuda:1\u0661"])
@@ -184,6 +204,7 @@ def test_auto_dtype_is_of_the_devices_that_compute(monkeypatch: pytest.MonkeyPat
     """Bug: a GPU in the machine made bfloat16 of it, for a CPU that is slow at that."""
     machine(monkeypatch, num_gpus=2)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(native, "default_variant", lambda _: "avx512")
     assert load_config(None, {}).resolved_dtype == "float32"
     assert load_config(None, {"prefill.num_gpus": 1}).resolved_dtype == "float32"
     assert load_config(None, {"prefill.num_gpus": 1, "decode.num_gpus": 1}).resolved_dtype == "bfloat16"

@@ -7,6 +7,13 @@ _WAITING = "tests/fault/test_waiting.py::"
 
 MUTANTS = (
     Mutant(
+        "with AVX2 alone weights are float32",
+        "colm/dtypes.py",
+        'if native.default_variant(torch.bfloat16) == "avx2" else',
+        "if False else",
+        "tests/unit/test_placement.py::test_bfloat16_is_used_where_it_is_as_fast",
+    ),
+    Mutant(
         "all items of a client belong to one round",
         "colm/fair_queue.py",
         "= last_round + 1, self._num_arrived",
