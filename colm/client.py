@@ -16,6 +16,7 @@ from colm.nodes import ClusterStatus
 from colm.reconnect import Attempts, KnownGateway
 from colm.scale import Changing, ScaleWish
 from colm.upload import Document, GenerateOptions, made, takes_time
+from colm.wire.call_end import hear_end
 from colm.wire.endpoint import open_blocking_channel, open_channel
 from colm.wire.messages import cluster_status_from_pb, event_from_pb
 from colm.wire.outcome import Outcome
@@ -123,6 +124,7 @@ class Client:
             call = self._stub.Generate(
                 messages(changes), metadata=self._security.metadata(), timeout=attempts.call_timeout_s
             )
+            hear_end(call)
             try:
                 with attempts.errors(), rpc_errors(self._peer):
                     for message in call:

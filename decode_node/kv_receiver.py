@@ -11,6 +11,7 @@ from colm.clock import Clock
 from colm.errors import DeadlineExceeded, PeerUnavailable
 from colm.events import Queued, SparseReport
 from colm.kv_position import KvPosition
+from colm.wire.call_end import hear_end
 from colm.wire.channels import BlockingChannels
 from colm.wire.kv_codec import require_codec
 from colm.wire.messages import queued_from_pb, sparse_report_from_pb
@@ -93,6 +94,7 @@ class KvReceiver:
         peer = f"prefill node {self._lease.address}"
         with self._channels.use(self._lease.address) as channel:
             call = pull_kv_stub(channel)(iter(self._requests), metadata=self._security.metadata())
+            hear_end(call)
             with self._lock:
                 self._call = call
                 if self._cancelled:

@@ -12,6 +12,13 @@ _CODEC = "tests/contract/test_kv_codec.py::"
 
 MUTANTS = (
     Mutant(
+        "the end of a call that gRPC loses is lost",
+        "colm/wire/call_end.py",
+        "                state.due.discard(OperationType.receive_message)\n",
+        "",
+        "tests/unit/test_call_end.py::test_a_reader_hears_the_status_although_the_end_of_its_reading_is_lost",
+    ),
+    Mutant(
         "bytes that are no message are the server's fault",
         "colm/wire/malformed.py",
         "        except DecodeError:\n            return Unreadable(",
