@@ -13,6 +13,12 @@ _LOST_AFTER_S = 10.0
 """What gRPC has to say of a call comes within milliseconds of its status."""
 
 
+class _Due(set[Any]):
+    """What gRPC waits for, of which an event that comes after all is no error: it would end the channel's thread."""
+
+    remove = set.discard
+
+
 def hear_end(call: grpc.Call) -> None:
     """Let a reader of a call's messages hear its end even where gRPC loses the event that its reading is over.
 
@@ -28,7 +34,7 @@ def hear_end(call: grpc.Call) -> None:
         with state.condition:
             if is_reading():
                 logger.warning("call.end_lost status=%s details=%s", state.code, state.details)
-                state.due.discard(OperationType.receive_message)
+                state.due = _Due(state.due - {OperationType.receive_message})
                 state.condition.notify_all()
 
     def look() -> None:

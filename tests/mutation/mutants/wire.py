@@ -14,8 +14,8 @@ MUTANTS = (
     Mutant(
         "the end of a call that gRPC loses is lost",
         "colm/wire/call_end.py",
-        "                state.due.discard(OperationType.receive_message)\n",
-        "",
+        "_Due(state.due - {OperationType.receive_message})",
+        "_Due(state.due)",
         "tests/unit/test_call_end.py::test_a_reader_hears_the_status_although_the_end_of_its_reading_is_lost",
     ),
     Mutant(
